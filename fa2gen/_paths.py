@@ -1,0 +1,28 @@
+"""Where the templates and the specs are: inside the package when installed from a wheel, beside it in a checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+_CHECKOUT = _PACKAGE.parent
+
+
+def data_dir(name: str) -> Path:
+    """The folder `name` ("templates" or "specs").
+
+    Raises FileNotFoundError, naming both places, when the installation has neither.
+    """
+    inside = _PACKAGE / name
+    if inside.is_dir():
+        return inside
+    beside = _CHECKOUT / name
+    # A wheel without its data must not pick up a stranger's `templates` that happens to lie in site-packages.
+    if beside.is_dir() and in_checkout():
+        return beside
+    raise FileNotFoundError(f"fa2gen's {name}/ is neither at {inside} nor at {beside}: the installation is incomplete")
+
+
+def in_checkout() -> bool:
+    """Whether this is a source tree (also when installed editable) rather than an installed wheel."""
+    return (_CHECKOUT / "pyproject.toml").is_file()

@@ -1,0 +1,235 @@
+"""The forward kernel of Hopper: TMA, an mbarrier ring, wgmma with P in registers, one producer warpgroup."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fa2gen.arch import ARCHES
+from fa2gen.layout import Panels, align_up
+from fa2gen.plan.base import BrokenRule, KernelPlan, Param, TensorMapPlan, bytes_text
+from fa2gen.ptx import Wgmma
+
+__all__ = ["Sm90FwdPlan"]
+
+WARPGROUP_THREADS = 128
+ROWS_PER_WARPGROUP = 64  # wgmma's M
+WARP_ROWS = 16  # a warp's share of those
+BARRIER_BYTES = 8
+
+# (producer, consumer) registers after setmaxnreg, by number of consumer warpgroups. A block starts with
+# 65,536 / threads registers a thread, rounded down to 8; the split must not exceed that pool (all rows ran on an H200).
+REGISTER_SPLIT = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
+
+# Registers that a thread needs beside S, O and P: addresses, row statistics, loop state. 20 is the least with which every
+# head dim of the catalogue compiles without a spill; ptxas has the last word (tests/compile).
+REGISTERS_BESIDE_TILES = 20
+
+
+@dataclass(frozen=True)
+class Sm90FwdPlan(KernelPlan):
+    """Every number of templates/sm90/fwd.cu.j2."""
+
+    template: str = "sm90/fwd.cu.j2"
+
+    # Threads and registers
+
+    @property
+    def num_mma_warpgroups(self) -> int:
+        return self.num_mma_warps // 4
+
+    @property
+    def num_threads(self) -> int:
+        return WARPGROUP_THREADS * (1 + self.num_mma_warpgroups)
+
+    @property
+    def producer_registers(self) -> int:
+        return REGISTER_SPLIT[self.num_mma_warpgroups][0]
+
+    @property
+    def consumer_registers(self) -> int:
+        return REGISTER_SPLIT[self.num_mma_warpgroups][1]
+
+    @property
+    def num_acc_s(self) -> int:
+        """fp32 registers of S in one thread."""
+        return self.wgmma_qk.num_accumulators
+
+    @property
+    def num_acc_o(self) -> int:
+        """fp32 registers of O in one thread."""
+        return self.wgmma_pv.num_accumulators
+
+    @property
+    def num_p(self) -> int:
+        """32-bit registers of P, two elements each, in one thread."""
+        return self.num_acc_s // 2
+
+    @property
+    def register_estimate(self) -> int:
+        return self.num_acc_s + self.num_acc_o + self.num_p + REGISTERS_BESIDE_TILES
+
+    # Matrix instructions
+
+    @cached_property
+    def wgmma_qk(self) -> Wgmma:
+        return Wgmma(self.dtype, self.tile_n, "shared", b_transposed=False)
+
+    @cached_property
+    def wgmma_pv(self) -> Wgmma:
+        return Wgmma(self.dtype, self.head_dim, "registers", b_transposed=True)
+
+    @property
+    def num_k_steps_qk(self) -> int:
+        """Steps of 16 along the head dim; the last reads zeros where the head dim is an odd multiple of 8."""
+        return align_up(self.head_dim, 16) // 16
+
+    @property
+    def num_k_steps_pv(self) -> int:
+        return self.tile_n // 16
+
+    @property
+    def k_steps_per_panel(self) -> int:
+        return self.kv_tile.columns // 16
+
+    # Shared memory, in the order of the map: Q, K stages, V stages, O (unless it takes Q's place), barriers, the tile slot
+
+    @property
+    def o_tile(self) -> Panels:
+        return self.q_tile
+
+    @property
+    def smem_q(self) -> int:
+        return 0
+
+    @property
+    def smem_k(self) -> int:
+        return align_up(self.q_tile.bytes, 1024)
+
+    @property
+    def stage_bytes(self) -> int:
+        """From one stage of K or V to the next: whole tiles, on the 1024-byte grid of the widest swizzle."""
+        return align_up(self.kv_tile.bytes, 1024)
+
+    @property
+    def smem_v(self) -> int:
+        return self.smem_k + self.num_stages * self.stage_bytes
+
+    @property
+    def _smem_after_v(self) -> int:
+        return self.smem_v + self.num_stages * self.stage_bytes
+
+    @property
+    def barriers_bytes(self) -> int:
+        """Q full and empty, K and V full and empty for each stage, and 16 bytes for the tile slot."""
+        return BARRIER_BYTES * (2 + 4 * self.num_stages) + 16
+
+    @property
+    def o_aliases_q(self) -> bool:
+        """Whether O is staged where Q was: only when there is no room for both, since the next Q must then wait for O."""
+        separate = self._smem_after_v + align_up(self.o_tile.bytes, 1024) + self.barriers_bytes
+        return separate > ARCHES["sm90"].shared_memory_per_block
+
+    @property
+    def smem_o(self) -> int:
+        return self.smem_q if self.o_aliases_q else self._smem_after_v
+
+    @property
+    def smem_barriers(self) -> int:
+        return self._smem_after_v + (0 if self.o_aliases_q else align_up(self.o_tile.bytes, 1024))
+
+    @property
+    def smem_tile_slot(self) -> int:
+        return self.smem_barriers + BARRIER_BYTES * (2 + 4 * self.num_stages)
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return self.smem_barriers + self.barriers_bytes
+
+    @property
+    def swizzle_shift(self) -> int:
+        """16-byte chunk c of row r lies at chunk c ^ ((r >> shift) & mask): see layout.swizzle."""
+        return {128: 0, 64: 1, 32: 2}[self.tiling.swizzle_bytes]
+
+    @property
+    def swizzle_mask(self) -> int:
+        return {128: 7, 64: 3, 32: 1}[self.tiling.swizzle_bytes]
+
+    # Matrix descriptors: constant upper halves; the lower half is the address (PTX ISA, "Matrix descriptor format")
+
+    @property
+    def swizzle_mode(self) -> int:
+        """Bits 62-63 of a descriptor."""
+        return {128: 1, 64: 2, 32: 3}[self.tiling.swizzle_bytes]
+
+    @property
+    def desc_hi(self) -> int:
+        """Upper half of every descriptor: 8 rows are 8 * span bytes apart in K-major and in MN-major tiles alike."""
+        return (self.swizzle_mode << 30) | (8 * self.tiling.swizzle_bytes >> 4)
+
+    @property
+    def desc_lo_v(self) -> int:
+        """V, MN-major: the leading byte offset is the step to the next panel of columns."""
+        return (self.kv_tile.panel_bytes >> 4) << 16
+
+    # Launch
+
+    @property
+    def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
+        span, columns = self.tiling.swizzle_bytes, self.kv_tile.columns
+        return (
+            TensorMapPlan("q", columns, self.tile_m, span),
+            TensorMapPlan("k", columns, self.tile_n, span),
+            TensorMapPlan("v", columns, self.tile_n, span),
+            TensorMapPlan("o", columns, WARP_ROWS, span),
+        )
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        ints = (
+            "seqlen_q",
+            "seqlen_k",
+            "num_heads",
+            "num_heads_per_kv",
+            "num_m_blocks",
+            "num_tiles",
+            *(("num_batch_heads", "heads_per_section") if self.causal else ()),
+        )
+        return (
+            Param("lse", "float*"),
+            Param("tile_counter", "int*"),
+            *(Param(name, "int") for name in ints),
+            Param("softmax_scale", "float"),
+            Param("softmax_scale_log2", "float"),
+        )
+
+    def broken_rules(self) -> Sequence[BrokenRule]:
+        broken = []
+        arch = ARCHES["sm90"]
+        if self.num_mma_warps not in (4, 8, 12):
+            broken.append(BrokenRule("mma warps", f"{self.num_mma_warps} given; one, two or three warpgroups: 4, 8 or 12"))
+            return broken  # nothing else can be said without a warpgroup count
+        rows = ROWS_PER_WARPGROUP * self.num_mma_warpgroups
+        if self.tile_m != rows:
+            broken.append(
+                BrokenRule("query rows", f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows a warpgroup: {rows}")
+            )
+        if self.shared_memory_bytes > arch.shared_memory_per_block:
+            tile = self.stage_bytes
+            broken.append(
+                BrokenRule(
+                    "shared memory",
+                    f"{bytes_text(self.shared_memory_bytes)} needed (Q {self.q_tile.bytes:,} + {self.num_stages} stages x "
+                    f"(K {tile:,} + V {tile:,}) + barriers), {bytes_text(arch.shared_memory_per_block)} available",
+                )
+            )
+        if self.register_estimate > self.consumer_registers:
+            broken.append(
+                BrokenRule(
+                    "registers",
+                    f"{self.register_estimate} a thread needed (S {self.num_acc_s} + O {self.num_acc_o} + P {self.num_p} + "
+                    f"{REGISTERS_BESIDE_TILES}), {self.consumer_registers} available to {self.num_mma_warps} warps",
+                )
+            )
+        return broken

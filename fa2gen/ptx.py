@@ -1,0 +1,68 @@
+"""Operand lists of inline assembly, computed here because CUDA C++ cannot generate them.
+
+The templates in templates/ptx/ call these as `ptx.<function>`; everything else about an instruction is in the template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["MNEMONIC", "Wgmma", "constraints", "registers"]
+
+MNEMONIC = {"fp16": "f16", "bf16": "bf16"}
+"""How PTX spells a dtype."""
+
+
+def registers(count: int, first: int = 0) -> str:
+    """The PTX vector operand `{%first, ..., %(first + count - 1)}`."""
+    return "{" + ", ".join(f"%{first + i}" for i in range(count)) + "}"
+
+
+def constraints(constraint: str, array: str, count: int) -> str:
+    """`"+f"(d[0]), "+f"(d[1]), ...`: one C++ operand for each register of an array."""
+    return ", ".join(f'"{constraint}"({array}[{i}])' for i in range(count))
+
+
+@dataclass(frozen=True)
+class Wgmma:
+    """One shape of wgmma.mma_async m64nNk16 (PTX ISA, "wgmma.mma_async").
+
+    n            columns of the accumulator, a multiple of 8 up to 256.
+    a            "shared" (through a matrix descriptor, K-major) or "registers" (four 32-bit registers of 16-bit pairs).
+    b_transposed whether B lies MN-major in shared memory ([k][n] rows, as V does) instead of K-major ([n][k], as K does).
+    """
+
+    dtype: str
+    n: int
+    a: str
+    b_transposed: bool
+
+    @property
+    def function(self) -> str:
+        """The name of the wrapper: `wgmma_m64n128k16_ss_kk`: A and B shared, both K-major; `rs_km`: A in registers, B MN-major."""
+        source = "ss" if self.a == "shared" else "rs"
+        return f"wgmma_m64n{self.n}k16_{source}_k{'m' if self.b_transposed else 'k'}"
+
+    @property
+    def num_accumulators(self) -> int:
+        """fp32 accumulator registers of one thread: 64 * n / 128."""
+        return self.n // 2
+
+    @property
+    def instruction(self) -> str:
+        element = MNEMONIC[self.dtype]
+        return f"wgmma.mma_async.sync.aligned.m64n{self.n}k16.f32.{element}.{element}"
+
+    @property
+    def operands(self) -> str:
+        """Everything after the accumulator list: A, B, scale-d predicate, signs of A and B, transposes."""
+        first = self.num_accumulators
+        transpose_b = int(self.b_transposed)
+        if self.a == "shared":
+            return f"%{first}, %{first + 1}, p, 1, 1, 0, {transpose_b}"
+        return f"{registers(4, first)}, %{first + 4}, p, 1, 1, {transpose_b}"
+
+    @property
+    def accumulate_operand(self) -> str:
+        """The operand that is 0 when the accumulator's old content is to be ignored."""
+        return f"%{self.num_accumulators + (2 if self.a == 'shared' else 5)}"

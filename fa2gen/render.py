@@ -1,0 +1,140 @@
+"""From a plan to CUDA text: the one Jinja environment of fa2gen, and the map from rendered lines to template lines.
+
+`render(plan)` is a pure function of the plan: no date, version or host reaches the text. With `target="host"` the same spine
+is rendered over templates/host/, which offers the names of templates/ptx/ to a C++ compiler (see templates/host/README.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from jinja2.ext import Extension
+from jinja2.lexer import Token, TokenStream
+
+from fa2gen import ptx
+from fa2gen._paths import data_dir
+from fa2gen.errors import RenderError
+from fa2gen.plan import KernelPlan
+
+__all__ = ["Rendered", "Target", "render", "template_names"]
+
+Target = Literal["cuda", "host"]
+
+_MARK = "\x02{name}:{line}\x03"
+_MARK_PATTERN = re.compile("\x02([^\x03]*)\x03")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A kernel's source and where each of its lines came from.
+
+    origins[i] is "sm90/fwd.cu.j2:23" for rendered line i + 1, or "" for a line that no literal template text made.
+    """
+
+    source: str
+    origins: tuple[str, ...]
+
+
+class _MarkOrigins(Extension):
+    """Writes `\\x02template:line\\x03` before each line of literal template text; `_strip_marks` takes it out again."""
+
+    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:  # type: ignore[override]
+        for token in stream:
+            if token.type == "data":
+                marked = "\n".join(
+                    _MARK.format(name=stream.name, line=token.lineno + i) + line
+                    for i, line in enumerate(token.value.split("\n"))
+                )
+                yield Token(token.lineno, "data", marked)
+            else:
+                yield token
+
+
+def _strip_marks(text: str) -> Rendered:
+    lines, origins = [], []
+    for marked in text.split("\n"):
+        marks = _MARK_PATTERN.findall(marked)
+        line = _MARK_PATTERN.sub("", marked).rstrip()
+        if not line and (not lines or not lines[-1]):
+            continue  # no leading and no double blank lines, whatever the template's tags left behind
+        lines.append(line)
+        origins.append(marks[-1] if marks else "")
+    while lines and not lines[-1]:
+        lines.pop()
+        origins.pop()
+    return Rendered("\n".join(lines) + "\n", tuple(origins))
+
+
+def _finalize(value: Any) -> str | int:
+    """Only text, integers and booleans may reach the source: a float or a tuple is a mistake in a plan or a template."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int):
+        return value
+    raise TypeError(f"a template printed {value!r} ({type(value).__name__}); only str, int and bool are allowed")
+
+
+def _hex32(value: int) -> str:
+    """`0x40000040u`."""
+    return f"0x{value:08x}u"
+
+
+@functools.cache
+def _environment(target: Target) -> jinja2.Environment:
+    root = Path(data_dir("templates"))
+
+    def load(name: str) -> tuple[str, str, Callable[[], bool]]:
+        path = root / (f"host/{name.removeprefix('ptx/')}" if target == "host" and name.startswith("ptx/") else name)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise jinja2.TemplateNotFound(path.relative_to(root).as_posix()) from None
+        return text, str(path), lambda: True
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(load),
+        extensions=[_MarkOrigins],
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.globals = {"ptx": ptx, "hex32": _hex32, "range": range}
+    return environment
+
+
+def render(plan: KernelPlan, target: Target = "cuda") -> Rendered:
+    """The source of one kernel. Raises RenderError with the template's name and line."""
+    try:
+        return _strip_marks(_environment(target).get_template(plan.template).render(k=plan))
+    except jinja2.TemplateSyntaxError as error:
+        raise RenderError(f"{error.name}:{error.lineno}: {error.message}") from error
+    except jinja2.TemplateNotFound as error:
+        raise RenderError(f"{plan.name}: no template {error.name}, which the {target} target needs") from error
+    except (jinja2.UndefinedError, TypeError, AttributeError) as error:
+        raise RenderError(f"{plan.name}: {_template_line(error)}{error}") from error
+
+
+def _template_line(error: BaseException) -> str:
+    """The innermost template frame of a rendering error, `sm90/fwd.cu.j2:23: `."""
+    root, found, trace = Path(data_dir("templates")), "", error.__traceback__
+    while trace is not None:
+        path = Path(trace.tb_frame.f_code.co_filename)
+        if path.is_relative_to(root):
+            found = f"{path.relative_to(root).as_posix()}:{trace.tb_lineno}: "
+        trace = trace.tb_next
+    return found
+
+
+def template_names() -> list[str]:
+    """Every template, relative to templates/."""
+    root = Path(data_dir("templates"))
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.j2"))

@@ -1,0 +1,190 @@
+"""The declarative spec: a `Problem` (changes the answer) and a `Tiling` (changes only the speed).
+
+Both are frozen and refuse unknown fields. A `KernelSpec` joins them and has a derived name, which is a bijection: the C
+symbol, the cache folder, the profiler row and the test id are all that one string.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from fa2gen.arch import ArchName
+from fa2gen.errors import InvalidInput
+
+__all__ = ["DType", "Direction", "KernelSpec", "Mask", "Problem", "Tiling"]
+
+Direction = Literal["fwd"]
+DType = Literal["fp16", "bf16"]
+Mask = Literal["full", "causal"]
+
+MAX_HEAD_DIM = 256
+HEAD_DIM_STEP = 8  # 16 bytes of a 16-bit type: the unit of cp.async and of TMA strides
+
+
+class _Model(BaseModel):
+    """Frozen, strict about field names, and with errors that name the field and the nearest right one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InvalidInput(_explain(type(self), error)) from None
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    lines = [f"{model.__name__} is not valid:"]
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"]) or "(whole)"
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(field, model.model_fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(model.model_fields)}"
+            message = f"unknown field; {hint}"
+        elif item["type"] != "missing":
+            message = f"{message} (given {item['input']!r})"
+        lines.append(f"  {field:<15} {message}")
+    return "\n".join(lines)
+
+
+class Problem(_Model):
+    """What is computed. Lengths, head counts, strides and the scale are run-time values and are not here.
+
+    direction  "fwd": Algorithm 1 of FlashAttention-2.
+    head_dim   a multiple of 8 from 8 to 256, the same for Q, K and V.
+    dtype      of Q, K, V and O: "fp16" or "bf16". Sums are kept in fp32.
+    mask       "full", or "causal" aligned to the bottom right: key j is visible to query i iff j <= i + seqlen_k - seqlen_q.
+    """
+
+    direction: Direction = "fwd"
+    head_dim: int
+    dtype: DType = "bf16"
+    mask: Mask = "full"
+
+    @field_validator("head_dim")
+    @classmethod
+    def _head_dim_is_supported(cls, head_dim: int) -> int:
+        if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= MAX_HEAD_DIM:
+            nearest = min(max(-(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP, HEAD_DIM_STEP), MAX_HEAD_DIM)
+            raise ValueError(
+                f"must be a multiple of {HEAD_DIM_STEP} from {HEAD_DIM_STEP} to {MAX_HEAD_DIM}; nearest {nearest}"
+            )
+        return head_dim
+
+
+class Tiling(_Model):
+    """How it is computed: no field changes the result beyond rounding.
+
+    arch           which instructions: "sm80" (mma.sync, cp.async) or "sm90" (wgmma, TMA).
+    tile_m         query rows of one tile.
+    tile_n         keys of one block.
+    num_stages     depth of the rings that hold blocks of K and of V in shared memory.
+    num_mma_warps  warps that multiply; sm90 adds one producer warpgroup (4 warps).
+    swizzle_bytes  width of a shared-memory panel, 128, 64 or 32 bytes: a head dim that does not fill its last panel
+                   wastes the rest of it, and narrower panels need more copies.
+    """
+
+    arch: ArchName
+    tile_m: int
+    tile_n: int
+    num_stages: int = 2
+    num_mma_warps: int
+    swizzle_bytes: Literal[128, 64, 32] = 128
+
+    @field_validator("tile_m", "tile_n")
+    @classmethod
+    def _is_tile(cls, value: int) -> int:
+        if value % 16 or not 16 <= value <= 256:
+            raise ValueError("must be a multiple of 16 from 16 to 256 (the k of one 16-bit matrix instruction is 16)")
+        return value
+
+    @field_validator("num_stages")
+    @classmethod
+    def _is_depth(cls, value: int) -> int:
+        if not 1 <= value <= 8:
+            raise ValueError("must be from 1 to 8")
+        return value
+
+    @field_validator("num_mma_warps")
+    @classmethod
+    def _is_warp_count(cls, value: int) -> int:
+        if not 1 <= value <= 16:
+            raise ValueError("must be from 1 to 16")
+        return value
+
+
+# Fields that a name always carries, then those it carries only where they differ from the default.
+_NAMED = (("m", "tile_m"), ("n", "tile_n"), ("s", "num_stages"), ("w", "num_mma_warps"))
+_OPTIONAL = (("z", "swizzle_bytes"),)
+_NAME = re.compile(
+    r"fa2_(?P<direction>[a-z]+)_(?P<arch>sm\d+)_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>\d+)(?P<causal>_causal)?"
+    + "".join(rf"_{letter}(?P<{field}>\d+)" for letter, field in _NAMED)
+    + "".join(rf"(?:_{letter}(?P<{field}>\d+))?" for letter, field in _OPTIONAL)
+)
+
+
+class KernelSpec(_Model):
+    """One kernel: a problem and the tiling that computes it."""
+
+    problem: Problem
+    tiling: Tiling
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_instances_only(cls, values: Any) -> Any:
+        # pydantic would report a dict's errors as its own; building the parts first names the right model.
+        return {
+            key: model(**value) if (model := {"problem": Problem, "tiling": Tiling}.get(key)) and isinstance(value, dict) else value
+            for key, value in values.items()
+        }
+
+    @property
+    def name(self) -> str:
+        """`fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8`: derived, never typed; `from_name` is its inverse."""
+        problem, tiling = self.problem, self.tiling
+        parts = ["fa2", problem.direction, tiling.arch, problem.dtype, f"d{problem.head_dim}"]
+        if problem.mask == "causal":
+            parts.append("causal")
+        parts += [f"{letter}{getattr(tiling, field)}" for letter, field in _NAMED]
+        parts += [
+            f"{letter}{getattr(tiling, field)}"
+            for letter, field in _OPTIONAL
+            if getattr(tiling, field) != Tiling.model_fields[field].default
+        ]
+        return "_".join(parts)
+
+    @classmethod
+    def from_name(cls, name: str) -> KernelSpec:
+        """The spec whose `name` this is. Raises InvalidInput for any other text."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise InvalidInput(
+                f"{name!r} is not a kernel name; names look like fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8"
+            )
+        found = match.groupdict()
+        numbers = {field: int(found[field]) for _, field in (*_NAMED, *_OPTIONAL) if found[field] is not None}
+        for field, allowed in (("direction", Direction), ("dtype", DType), ("arch", ArchName)):
+            if found[field] not in get_args(allowed):
+                raise InvalidInput(f"{name!r} is not a kernel name: {field} {found[field]!r} is none of {get_args(allowed)}")
+        spec = cls(
+            problem=Problem(
+                direction=found["direction"],
+                head_dim=int(found["head_dim"]),
+                dtype=found["dtype"],
+                mask="causal" if found["causal"] else "full",
+            ),
+            tiling=Tiling(arch=found["arch"], **numbers),
+        )
+        if spec.name != name:  # leading zeros, or a default spelt out: one spec has one name
+            raise InvalidInput(f"{name!r} is not a kernel name; this kernel is called {spec.name!r}")
+        return spec
+
+    def canonical_json(self) -> str:
+        """Sorted keys, no spaces, every field: equal specs give equal text."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
