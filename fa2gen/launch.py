@@ -69,4 +69,5 @@ def _heads_per_section(plan: KernelPlan, shape: ForwardShape) -> int:
     """How many neighbouring (batch, head) pairs the causal order walks together: whole groups that share K and V."""
     group = shape.num_heads // shape.num_heads_kv
     kv_bytes = 2 * shape.seqlen_k * plan.head_dim * ELEMENT_BYTES
-    return max(1, SECTION_BYTES // max(kv_bytes, 1)) * group
+    # Never more than there are: the kernel multiplies it with num_m_blocks in 32 bits.
+    return min(max(1, SECTION_BYTES // max(kv_bytes, 1)) * group, shape.batch * shape.num_heads)

@@ -1,18 +1,27 @@
-"""Which kernel computes a problem: the selector. Pure, total over the supported problems, and able to say why."""
+"""Which kernel computes a problem: the selector. Pure, total over the supported problems, and able to say why.
+
+In this order: a tuned row for this GPU whose range holds the key length, a tuned row for the architecture, what specs/
+writes, the default. A tiling that does not fit the device, or that the plan's rules no longer allow, is passed over.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from fa2gen.arch import ARCHES, ArchName
-from fa2gen.catalog import written_tilings
+from fa2gen.catalog import TunedRow, tuned_rows, written_tilings
 from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.plan.sm80_fwd import default_tiling_sm80
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
-__all__ = ["Device", "Selection", "default_tiling", "kernel_arch", "select"]
+__all__ = ["TYPICAL_SEQLEN", "Choice", "Device", "Selection", "choices", "default_tiling", "kernel_arch", "select"]
+
+TYPICAL_SEQLEN = 4096
+"""Keys that a caller who does not say how many is taken to have."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,23 @@ class Device:
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen kernel, the NVRTC target to build it for, and the reason in words."""
+    """The chosen kernel, the NVRTC target to build it for, the reason in words, and the measurement behind it, if any."""
 
     plan: KernelPlan
     target: str
     reason: str
+    row: TunedRow | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One tiling that the selector looks at. `refused` says why it is not taken, whatever comes before it; None: it could be."""
+
+    source: Literal["tuned for this GPU", "tuned for the architecture", "specs", "default"]
+    tiling: Tiling
+    reason: str
+    refused: str | None = None
+    row: TunedRow | None = None
 
 
 def kernel_arch(device: Device, arch: ArchName | None = None) -> tuple[ArchName, str]:
@@ -55,20 +76,55 @@ def kernel_arch(device: Device, arch: ArchName | None = None) -> tuple[ArchName,
     )
 
 
-@functools.lru_cache(maxsize=1024)
-def select(problem: Problem, device: Device, arch: ArchName | None = None) -> Selection:
-    """The kernel for a problem on a device: the tiling that specs/ gives it, else the best feasible default.
+@functools.lru_cache(maxsize=4096)
+def select(problem: Problem, device: Device, arch: ArchName | None = None, seqlen: int | None = None) -> Selection:
+    """The kernel for a problem with `seqlen` keys (None: a typical number) on a device; `arch` asks for a family.
 
-    Raises UnsupportedProblem where no kernel family serves the device.
+    Raises UnsupportedProblem where no kernel family serves the device, InfeasibleSpec where it has too little shared memory
+    for any tiling.
     """
     family, target = kernel_arch(device, arch)
-    written = written_tilings().get((problem, family))
+    for choice in choices(problem, device, family, TYPICAL_SEQLEN if seqlen is None else seqlen):
+        if choice.refused is None:
+            plan = make_plan(KernelSpec(problem=problem, tiling=choice.tiling))
+            return Selection(plan, target, choice.reason, choice.row)
+    raise AssertionError("the default tiling is never refused")
+
+
+def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> Iterator[Choice]:
+    """Every tiling that is known for a problem, in the order of preference; the last is the default."""
+    rows = tuned_rows().get((problem, arch), ())
+    own = [row for row in rows if row.refusal(device.name) is None]
+    others = [row for row in rows if row.refusal(device.name) is not None]
+    for row in own:
+        yield _tuned("tuned for this GPU", row, device, seqlen)
+    for row in others:
+        yield _tuned("tuned for the architecture", row, device, seqlen)
+    written = written_tilings().get((problem, arch))
     if written is not None:
-        plan = make_plan(KernelSpec(problem=problem, tiling=written))
-        if plan.shared_memory_bytes <= device.shared_memory_per_block:
-            return Selection(plan, target, f"specs/ names this tiling for {family}")
-    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, family, device.shared_memory_per_block)))
-    return Selection(plan, target, f"default tiling for head dim {problem.head_dim} on {family}")
+        yield Choice("specs", written, f"specs/ names this tiling for {arch}", _misfit(problem, written, device))
+    default = default_tiling(problem, arch, device.shared_memory_per_block)
+    yield Choice("default", default, f"default tiling for head dim {problem.head_dim} on {arch}")
+
+
+def _tuned(
+    source: Literal["tuned for this GPU", "tuned for the architecture"], row: TunedRow, device: Device, seqlen: int
+) -> Choice:
+    spec = row.spec
+    where = "" if row.gpu == device.name else ", which has the same architecture"
+    reason = f"tuned on {row.gpu}{where}, for {row.range_text}: {row.over_default:.2f}x the default there"
+    refused = None if row.covers(seqlen) else f"meant for {row.range_text}, not {seqlen}"
+    return Choice(source, spec.tiling, reason, refused or _misfit(spec.problem, spec.tiling, device), row)
+
+
+def _misfit(problem: Problem, tiling: Tiling, device: Device) -> str | None:
+    """Why a tiling does not run on a device, or None. A row of an older version may break a rule of today."""
+    try:
+        needed = make_plan(KernelSpec(problem=problem, tiling=tiling)).shared_memory_bytes
+    except InfeasibleSpec as error:
+        return str(error)
+    limit = device.shared_memory_per_block
+    return None if needed <= limit else f"needs {needed:,} B of shared memory; {device.name} has {limit:,} B"
 
 
 def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Tiling:

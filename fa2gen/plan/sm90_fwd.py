@@ -93,7 +93,7 @@ class Sm90FwdPlan(KernelPlan):
     def k_steps_per_panel(self) -> int:
         return self.kv_tile.columns // 16
 
-    # Shared memory, in the order of the map: Q, K stages, V stages, O (unless it takes Q's place), barriers, the tile slot
+    # Shared memory, in the order of the map: Q stages, K stages, V stages, O (unless it takes Q's place), barriers, tile slots
 
     @property
     def o_tile(self) -> Panels:
@@ -105,6 +105,10 @@ class Sm90FwdPlan(KernelPlan):
 
     @property
     def smem_k(self) -> int:
+        return self.num_q_stages * self.q_stage_bytes
+
+    @property
+    def q_stage_bytes(self) -> int:
         return align_up(self.q_tile.bytes, 1024)
 
     @property
@@ -120,16 +124,23 @@ class Sm90FwdPlan(KernelPlan):
     def _smem_after_v(self) -> int:
         return self.smem_v + self.num_stages * self.stage_bytes
 
-    @property
-    def barriers_bytes(self) -> int:
-        """Q full and empty, K and V full and empty for each stage, and 16 bytes for the tile slot."""
-        return BARRIER_BYTES * (2 + 4 * self.num_stages) + 16
+    def _fits(self, num_q_stages: int, num_o_tiles: int) -> bool:
+        tiles = (num_q_stages + num_o_tiles) * self.q_stage_bytes + 2 * self.num_stages * self.stage_bytes
+        return tiles + self._barriers_bytes(num_q_stages) <= ARCHES["sm90"].shared_memory_per_block
 
-    @property
+    @cached_property
+    def num_q_stages(self) -> int:
+        """Two where there is room beside a place for O: the next tile's Q is then there before this tile ends."""
+        return 2 if self._fits(2, 1) else 1
+
+    @cached_property
     def o_aliases_q(self) -> bool:
-        """Whether O is staged where Q was: only when there is no room for both, since the next Q must then wait for O."""
-        separate = self._smem_after_v + align_up(self.o_tile.bytes, 1024) + self.barriers_bytes
-        return separate > ARCHES["sm90"].shared_memory_per_block
+        """Whether O is staged where Q was: only where there is no room for both, since the next Q must then wait for O."""
+        return not self._fits(1, 1)
+
+    def _barriers_bytes(self, num_q_stages: int) -> int:
+        """Full and empty barriers of every stage of Q, K and V, and 4 bytes a stage of Q for the number of its tile."""
+        return BARRIER_BYTES * 2 * (num_q_stages + 2 * self.num_stages) + 16
 
     @property
     def smem_o(self) -> int:
@@ -137,15 +148,15 @@ class Sm90FwdPlan(KernelPlan):
 
     @property
     def smem_barriers(self) -> int:
-        return self._smem_after_v + (0 if self.o_aliases_q else align_up(self.o_tile.bytes, 1024))
+        return self._smem_after_v + (0 if self.o_aliases_q else self.q_stage_bytes)
 
     @property
-    def smem_tile_slot(self) -> int:
-        return self.smem_barriers + BARRIER_BYTES * (2 + 4 * self.num_stages)
+    def smem_tile_slots(self) -> int:
+        return self.smem_barriers + BARRIER_BYTES * 2 * (self.num_q_stages + 2 * self.num_stages)
 
     @property
     def shared_memory_bytes(self) -> int:
-        return self.smem_barriers + self.barriers_bytes
+        return self.smem_barriers + self._barriers_bytes(self.num_q_stages)
 
     @property
     def swizzle_shift(self) -> int:

@@ -1,0 +1,46 @@
+# Each target works as the first command in a fresh clone, with Python >= 3.11, pip and make.
+#
+#   make demo    set up .venv, build every SM90 kernel in the catalogue, check kernels on the GPU if there is one
+#   make test    set up .venv, lint, type-check, run the tests
+#
+# Variables: PYTHON (the interpreter that makes .venv), TORCH (what pip is asked for; empty: none),
+# VENV_ARGS (--system-site-packages, with TORCH empty, takes a torch that is installed already), ARGS (more for pytest).
+
+PYTHON    ?= python3
+TORCH     ?= torch==2.13.0
+VENV_ARGS ?=
+ARGS      ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# The outer pip fills .venv: a Debian python3 without python3-venv cannot put a pip inside.
+PIP  := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check --quiet
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/fa2gen build --arch sm90
+	@$(BIN)/fa2gen verify; status=$$?; \
+	if [ $$status -eq 3 ]; then echo "make demo: kernels built; nothing was run, because there is no GPU to run them on (see above)."; \
+	else exit $$status; fi
+
+test: $(VENV)/.stamp-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 $(ARGS)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV) || $(PYTHON) -m venv $(VENV_ARGS) --without-pip $(VENV)
+
+# Building kernels needs no torch; running them does. So the demo installs one only where a GPU is.
+$(VENV)/.stamp-demo: pyproject.toml | $(BIN)/python
+	$(PIP) install $(if $(shell command -v nvidia-smi),$(TORCH)) --editable .
+	@touch $@
+
+$(VENV)/.stamp-test: pyproject.toml | $(BIN)/python
+	$(PIP) install $(TORCH) --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist

@@ -1,0 +1,105 @@
+"""fa2gen generates exact-attention CUDA kernels from small declarative specs.
+
+    from fa2gen import flash_attn_func
+    out = flash_attn_func(q, k, v, causal=True)     # (batch, seqlen, heads, head_dim), fp16 or bf16
+
+Importing the package imports neither torch nor cuda: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module. No name here is also a module's: `fa2gen.render` is the module, `fa2gen.render.render` the function.
+_HOME = {
+    "flash_attn_func": "ops",
+    "flash_attn_kvpacked_func": "ops",
+    "flash_attn_qkvpacked_func": "ops",
+    "flash_attn_varlen_func": "ops",
+    "flash_attn_varlen_kvpacked_func": "ops",
+    "flash_attn_varlen_qkvpacked_func": "ops",
+    "flash_attn_with_kvcache": "ops",
+    "attention": "ops",
+    "Problem": "spec",
+    "Tiling": "spec",
+    "KernelSpec": "spec",
+    "KernelPlan": "plan",
+    "make_plan": "plan",
+    "catalogue": "catalog",
+    "default_tiling": "select",
+    "compile_kernel": "compile",
+    "Fa2GenError": "errors",
+    "CompileError": "errors",
+    "InfeasibleSpec": "errors",
+    "InvalidInput": "errors",
+    "RenderError": "errors",
+    "StoreError": "errors",
+    "UnsupportedProblem": "errors",
+}
+
+if TYPE_CHECKING:  # the same, for type checkers and editors
+    from fa2gen.catalog import catalogue
+    from fa2gen.compile import compile_kernel
+    from fa2gen.errors import (
+        CompileError,
+        Fa2GenError,
+        InfeasibleSpec,
+        InvalidInput,
+        RenderError,
+        StoreError,
+        UnsupportedProblem,
+    )
+    from fa2gen.ops import (
+        attention,
+        flash_attn_func,
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+        flash_attn_with_kvcache,
+    )
+    from fa2gen.plan import KernelPlan, make_plan
+    from fa2gen.select import default_tiling
+    from fa2gen.spec import KernelSpec, Problem, Tiling
+
+__all__ = [
+    "CompileError",
+    "Fa2GenError",
+    "InfeasibleSpec",
+    "InvalidInput",
+    "KernelPlan",
+    "KernelSpec",
+    "Problem",
+    "RenderError",
+    "StoreError",
+    "Tiling",
+    "UnsupportedProblem",
+    "attention",
+    "catalogue",
+    "compile_kernel",
+    "default_tiling",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "make_plan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if (module := _HOME.get(name)) is None:
+        raise AttributeError(f"module 'fa2gen' has no attribute {name!r}")
+    value = getattr(import_module(f"fa2gen.{module}"), name)
+    globals()[name] = value  # found here the next time, without coming through this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

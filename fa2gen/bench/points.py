@@ -1,0 +1,121 @@
+"""What is measured: points in problem space, and the presets that are lists of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fa2gen.errors import InvalidInput
+from fa2gen.spec import DType
+
+__all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "preset_points"]
+
+TOKENS, HIDDEN = 16_384, 2048  # of one batch: FlashAttention-2, section 4.1
+BACKWARD_FLOPS = 2.5  # five matrix products beside the forward's two
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: q (batch, seqlen, heads, head_dim), k and v (batch, seqlen, heads_kv, head_dim)."""
+
+    preset: str
+    direction: str
+    head_dim: int
+    dtype: str
+    causal: bool
+    batch: int
+    seqlen: int
+    heads: int
+    heads_kv: int
+
+    @property
+    def flops(self) -> float:
+        """As the FlashAttention-2 paper counts: 4 S^2 D H B forward, half of it if causal, 2.5 times that backward."""
+        forward = 4.0 * self.seqlen**2 * self.head_dim * self.heads * self.batch
+        return forward * (0.5 if self.causal else 1.0) * (BACKWARD_FLOPS if self.direction == "bwd" else 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}:{self.heads_kv}"
+        mask = "causal" if self.causal else "full"
+        return f"{self.direction} d{self.head_dim} {self.dtype} {mask} {self.batch} x {self.seqlen}, {heads} heads"
+
+
+def _point(preset: str, head_dim: int, dtype: DType, causal: bool, seqlen: int, **sizes: int) -> Point:
+    """A point of TOKENS tokens and hidden size HIDDEN, but for the sizes that are given."""
+    heads = sizes.get("heads", HIDDEN // head_dim)
+    return Point(
+        preset=preset,
+        direction="fwd",
+        head_dim=head_dim,
+        dtype=dtype,
+        causal=causal,
+        batch=sizes.get("batch", max(1, TOKENS // seqlen)),
+        seqlen=seqlen,
+        heads=heads,
+        heads_kv=sizes.get("heads_kv", heads),
+    )
+
+
+def _paper(dtype: DType) -> list[Point]:
+    """The paper's figures 4 to 6, with head dim 256 beside its 64 and 128."""
+    return [
+        _point("paper", head_dim, dtype, causal, seqlen)
+        for head_dim in (64, 128, 256)
+        for causal in (False, True)
+        for seqlen in (512, 1024, 2048, 4096, 8192, 16_384)
+    ]
+
+
+def _odd(dtype: DType) -> list[Point]:
+    """Head dims that libraries round up to 64, 96, 128 or 192, and those between their grids."""
+    return [
+        _point("odd", head_dim, dtype, causal, 4096, batch=4)
+        for causal in (False, True)
+        for head_dim in (32, 40, 48, 72, 80, 96, 112, 144, 160, 192)
+    ]
+
+
+def _gqa(dtype: DType) -> list[Point]:
+    """Grouped and multi-query attention of current models, causal."""
+    return [
+        _point("gqa", head_dim, dtype, True, seqlen, heads=heads, heads_kv=heads_kv)
+        for heads, heads_kv, head_dim, seqlen in (
+            (32, 8, 128, 2048),
+            (32, 8, 128, 8192),
+            (64, 8, 128, 8192),
+            (32, 1, 64, 2048),
+            (32, 1, 64, 8192),
+        )
+    ]
+
+
+def _host(dtype: DType) -> list[Point]:
+    """Problems so small that the GPU waits for the host."""
+    return [_point("host", head_dim, dtype, True, 128, batch=1, heads=1) for head_dim in (64, 128)]
+
+
+PRESETS: dict[str, Callable[[DType], list[Point]]] = {"paper": _paper, "odd": _odd, "gqa": _gqa, "host": _host}
+
+
+def preset_points(
+    preset: str, dtype: DType = "bf16", head_dims: Sequence[int] = (), seqlens: Sequence[int] = ()
+) -> list[Point]:
+    """The points of a preset, narrowed to some head dims and seqlens. Raises InvalidInput where nothing is left."""
+    if preset not in PRESETS:
+        raise InvalidInput(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    points = PRESETS[preset](dtype)
+    left = [
+        point
+        for point in points
+        if (not head_dims or point.head_dim in head_dims) and (not seqlens or point.seqlen in seqlens)
+    ]
+    if not left:
+        raise InvalidInput(
+            f"preset {preset} has no such point: its head dims are {sorted({p.head_dim for p in points})}, "
+            f"its seqlens {sorted({p.seqlen for p in points})}"
+        )
+    return left

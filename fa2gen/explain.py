@@ -1,0 +1,201 @@
+"""Why is this kernel used? The selector's choice and its alternatives, the shared-memory map, and what the compiler says."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fa2gen.arch import ArchName
+from fa2gen.compile import compiler_version
+from fa2gen.errors import Fa2GenError, InvalidInput
+from fa2gen.plan import KernelPlan, feasible_tilings, make_plan
+from fa2gen.select import TYPICAL_SEQLEN, Device, Selection, choices, kernel_arch, select
+from fa2gen.spec import KernelSpec, Problem
+from fa2gen.tune.cost import cycles, prune
+
+__all__ = ["KNOWN_DEVICES", "Alternative", "Explanation", "device_named", "explain", "lines", "shared_memory_map"]
+
+# What the selector needs to know of GPUs that need not be here: CUDA C++ Programming Guide, and the vendors' data sheets.
+KNOWN_DEVICES = (
+    Device("NVIDIA H200", (9, 0), 232_448, 132),
+    Device("NVIDIA H100 80GB HBM3", (9, 0), 232_448, 132),
+    Device("NVIDIA A100-SXM4-80GB", (8, 0), 166_912, 108),
+    Device("NVIDIA L40S", (8, 9), 101_376, 142),
+    Device("NVIDIA GeForce RTX 4090", (8, 9), 101_376, 128),
+)
+SHOWN_PREDICTIONS = 5
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A kernel that was not taken; `cycles` is the cost model's opinion, relative to the one that was."""
+
+    kernel: str
+    source: str
+    why_not: str
+    cycles: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that `fa2gen explain` prints. `report` is None where there is no compiler, and then `report_error` says so."""
+
+    problem: dict[str, Any]
+    seqlen: int
+    device: str
+    kernel: str
+    target: str
+    reason: str
+    measured: dict[str, Any] | None
+    warning: str | None
+    alternatives: tuple[Alternative, ...]
+    shared_memory: tuple[tuple[str, int, int], ...]
+    shared_memory_bytes: int
+    shared_memory_limit: int
+    report: dict[str, Any] | None
+    report_error: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, as JSON values."""
+        spans = [{"name": name, "offset": offset, "bytes": size} for name, offset, size in self.shared_memory]
+        return {**asdict(self), "shared_memory": spans}
+
+
+def device_named(name: str | None, arch: ArchName | None = None) -> Device:
+    """The device of that name; None: the GPU that is here, else a common one of the family.
+
+    `name` may be a part of a known one ("h100"). Raises InvalidInput for a name that is not known.
+    """
+    if name is None:
+        here = _gpu_here()
+        found = next((device for device in KNOWN_DEVICES if device.name == here), None)
+        return found or next(device for device in KNOWN_DEVICES if arch != "sm80" or device.compute_capability[0] == 8)
+    for device in KNOWN_DEVICES:
+        if name.lower() in device.name.lower():
+            return device
+    raise InvalidInput(f"no GPU {name!r} is known here; known: {', '.join(device.name for device in KNOWN_DEVICES)}")
+
+
+def explain(problem: Problem, device: Device, arch: ArchName | None = None, seqlen: int | None = None) -> Explanation:
+    """The selector's choice for a problem with `seqlen` keys, compiled if there is a compiler.
+
+    Raises UnsupportedProblem where no kernel family serves the device.
+    """
+    length = TYPICAL_SEQLEN if seqlen is None else seqlen
+    family, _ = kernel_arch(device, arch)
+    selection = select(problem, device, arch, length)
+    row = selection.row
+    report, report_error = _report(selection)
+    return Explanation(
+        problem=problem.model_dump(),
+        seqlen=length,
+        device=device.name,
+        kernel=selection.plan.name,
+        target=selection.target,
+        reason=selection.reason,
+        measured=None if row is None else {**asdict(row), "over_default": round(row.over_default, 3)},
+        warning=None if row is None else row.warning(compiler_version()),
+        alternatives=tuple(_alternatives(problem, device, family, length, selection)),
+        shared_memory=tuple(shared_memory_map(selection.plan)),
+        shared_memory_bytes=selection.plan.shared_memory_bytes,
+        shared_memory_limit=device.shared_memory_per_block,
+        report=report,
+        report_error=report_error,
+    )
+
+
+def shared_memory_map(plan: KernelPlan) -> Iterator[tuple[str, int, int]]:
+    """(what, offset, bytes) in order. A plan's `smem_x` is where x begins; what begins at one place takes turns there."""
+    begins: dict[int, list[str]] = {}
+    for attribute in dir(type(plan)):
+        if attribute.startswith("smem_") and isinstance(offset := getattr(plan, attribute), int):
+            begins.setdefault(offset, []).append(attribute.removeprefix("smem_").replace("_", " "))
+    ends = [*sorted(begins)[1:], plan.shared_memory_bytes]
+    for offset, end in zip(sorted(begins), ends, strict=True):
+        names = sorted(begins[offset], key=lambda name: (name != "q", name))
+        yield ", then ".join(names), offset, end - offset
+
+
+def _alternatives(
+    problem: Problem, device: Device, arch: ArchName, seqlen: int, selection: Selection
+) -> Iterator[Alternative]:
+    """What the selector knew and did not take, then what the cost model would have tried."""
+    best = cycles(selection.plan, seqlen, device.num_sms)
+    seen = {selection.plan.name}
+
+    def alternative(spec: KernelSpec, source: str, why_not: str) -> Alternative:
+        seen.add(spec.name)
+        return Alternative(spec.name, source, why_not, round(cycles(make_plan(spec), seqlen, device.num_sms) / best, 3))
+
+    for choice in choices(problem, device, arch, seqlen):
+        spec = KernelSpec(problem=problem, tiling=choice.tiling)
+        if spec.name in seen:
+            continue
+        try:
+            yield alternative(spec, choice.source, choice.refused or "what was taken comes first")
+        except Fa2GenError:  # a row of an older version that no longer fits
+            yield Alternative(spec.name, choice.source, choice.refused or "does not fit", float("nan"))
+    if (row := selection.row) and row.runner_up not in seen:
+        spec = KernelSpec.from_name(row.runner_up)
+        ratio = sum(a / b for a, b in zip(row.tflops_runner_up, row.tflops, strict=True)) / len(row.tflops)
+        yield alternative(spec, "runner-up", f"measured: {ratio:.3f} of the speed")
+    for tiling in prune(problem, feasible_tilings(problem, arch), [seqlen], SHOWN_PREDICTIONS):
+        spec = KernelSpec(problem=problem, tiling=tiling)
+        if spec.name not in seen:
+            yield alternative(spec, "cost model", "not measured here" if row is None else "not better in `fa2gen tune`")
+
+
+def _report(selection: Selection) -> tuple[dict[str, Any] | None, str | None]:
+    from fa2gen.store import Store
+
+    try:
+        return asdict(Store().get_or_compile(selection.plan, selection.target).report), None
+    except Fa2GenError as error:
+        return None, str(error)
+
+
+def _gpu_here() -> str | None:
+    """The first GPU's name, by nvidia-smi: torch would take two seconds to say the same."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(done.stdout.splitlines()), "").strip() or None
+
+
+def lines(found: Explanation) -> Iterator[tuple[str, str]]:
+    """(label, text), for a person."""
+    yield "problem", f"{_text(found.problem)}, seqlen {found.seqlen}, on {found.device}"
+    yield "kernel", f"{found.kernel}, for {found.target}"
+    yield "because", found.reason
+    if found.measured:
+        m = found.measured
+        figures = [f"{s}: {a:.0f} ({d:.0f}, {r:.0f})" for s, a, d, r in zip(
+            m["seqlens"], m["tflops"], m["tflops_default"], m["tflops_runner_up"], strict=True)]
+        origin = m["provenance"]
+        yield "measured", f"TFLOP/s at seqlen {', '.join(figures)}; in brackets the default and the runner-up"
+        yield "", f"best of {m['num_candidates']} on {origin['gpu']}, NVRTC {origin['nvrtc']}, {origin.get('measured', 'no date')}"
+    if found.warning:
+        yield "warning", found.warning
+    for number, other in enumerate(found.alternatives):
+        text = f"{other.kernel}  [{other.source}]  {other.why_not}; model {other.cycles:.2f}x the cycles"
+        yield "" if number else "alternatives", text
+    for number, (name, offset, size) in enumerate(found.shared_memory):
+        yield "" if number else "shared memory", f"{offset:>8,} .. {offset + size:>8,}  {size:>8,} B  {name}"
+    yield "", f"{found.shared_memory_bytes:,} B of {found.shared_memory_limit:,} B"
+    if found.report is None:
+        yield "resources", f"not compiled: {found.report_error}"
+        return
+    r = found.report
+    spills = r["spill_store_bytes"] + r["spill_load_bytes"]
+    yield "resources", f"{r['registers']} registers a thread at the launch, {spills} B of spills, {r['stack_bytes']} B of stack"
+    for note in r["notes"]:
+        yield "", note
+
+
+def _text(problem: dict[str, Any]) -> str:
+    return f"{problem['direction']}, head dim {problem['head_dim']}, {problem['dtype']}, {problem['mask']} mask"

@@ -1,0 +1,23 @@
+"""Kernels on the CPU: the same templates over templates/host/, which models the machine (see its README).
+
+`forward_into` runs one forward kernel; `Options` says how: schedule seed, sanitizers, counters. Needs g++ or clang++.
+"""
+
+from __future__ import annotations
+
+from fa2gen.host.build import Library, build_library, find_compiler
+from fa2gen.host.forward import Options, Report, forward_into, run_forward
+from fa2gen.host.run import PRIMITIVES, Count, KernelFault
+
+__all__ = [
+    "PRIMITIVES",
+    "Count",
+    "KernelFault",
+    "Library",
+    "Options",
+    "Report",
+    "build_library",
+    "find_compiler",
+    "forward_into",
+    "run_forward",
+]

@@ -1,0 +1,292 @@
+"""A cubin made launchable: loaded on one device, its attributes set, its arguments packed once and launched often.
+
+`Kernel` is one cubin on one device. `Kernel.prepare` fixes everything that a problem's shape, strides and scale decide
+and returns a `PreparedLaunch`; calling that with six addresses and a stream is the hot path, and replaces only the
+addresses. Tensors are plain integers here (addresses, and strides in elements), so that this module needs no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from functools import cache
+from operator import itemgetter
+from typing import Any
+
+from cuda.bindings import driver
+from cuda.core import Device, ObjectCode
+
+from fa2gen.errors import Fa2GenError, UnsupportedProblem
+from fa2gen.launch import ForwardShape, Launch, forward_launch
+from fa2gen.layout import ELEMENT_BYTES
+from fa2gen.plan import KernelPlan, TensorMapPlan
+
+__all__ = ["Kernel", "PreparedLaunch", "Strides", "argument_sizes"]
+
+Strides = tuple[int, int, int]
+"""Of a (batch, seqlen, heads, head_dim) tensor: elements from one batch, one row, one head to the next."""
+
+_MAP_BYTES = 128  # sizeof(CUtensorMap); it must lie on a 64-byte boundary
+_ALIGNMENT = 64
+_MAX_GRID_YZ = 65_535
+_MAX_INT32 = 2**31 - 1
+_MAX_STRIDE_BYTES = 2**40 - 1
+_REMEMBERED_MAPS = 64  # encoded tensor maps kept for each argument of a launch; 128 bytes each
+
+_ADDRESSES = ("q", "k", "v", "o", "lse", "tile_counter")  # the order of PreparedLaunch's arguments
+_SUCCESS = driver.CUresult.CUDA_SUCCESS
+_SWIZZLE = {span: int(getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{span}B")) for span in (32, 64, 128)}
+_DATA_TYPE = {
+    "fp16": int(driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16),
+    "bf16": int(driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16),
+}
+
+
+def argument_sizes(plan: KernelPlan) -> tuple[int, ...]:
+    """Bytes of each kernel argument in order: the tensor maps, then Params."""
+    return (*(_MAP_BYTES for _ in plan.tensor_maps), struct.calcsize(plan.params_format))
+
+
+class Kernel:
+    """One cubin on one device.
+
+    plan    what it was built from.
+    cubin   the whole ELF image.
+    device  CUDA ordinal. Its primary context becomes this thread's current one; callers guard the current device.
+
+    Raises Fa2GenError when there is no driver, when the device cannot load the cubin, or when the cubin's arguments are
+    not those of the plan (a folder built by another version).
+    """
+
+    def __init__(self, plan: KernelPlan, cubin: bytes, device: int) -> None:
+        self.plan = plan
+        self.device = device
+        try:
+            # First of all: without a driver this raises, where ObjectCode.get_kernel would hang at its second call.
+            self._device = Device(device)
+            self._device.set_current()
+        except Exception as error:
+            raise Fa2GenError(f"no CUDA device {device} to load {plan.name} on: {error}") from error
+        self.num_sms: int = self._device.properties.multiprocessor_count
+        relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        before = _checked("cuThreadExchangeStreamCaptureMode", driver.cuThreadExchangeStreamCaptureMode(relaxed))
+        try:  # loading is allowed while a graph is being captured only in this mode
+            self._load(cubin)
+        finally:
+            driver.cuThreadExchangeStreamCaptureMode(before)
+
+    def _load(self, cubin: bytes) -> None:
+        name = self.plan.name
+        try:
+            self._code = ObjectCode.from_cubin(cubin, name=name)
+            self._kernel = self._code.get_kernel(name)
+            sizes = tuple(argument.size for argument in self._kernel.arguments_info)
+        except Exception as error:
+            raise Fa2GenError(f"device {self.device} does not load {name} ({len(cubin):,} B): {error}") from error
+        if sizes != argument_sizes(self.plan):
+            raise Fa2GenError(
+                f"{name} takes arguments of {sizes} B, its plan packs {argument_sizes(self.plan)} B: "
+                "the cubin was built by another version of fa2gen; build it again"
+            )
+        # Always, not only above the 48 KiB that need it: the attribute is per kernel and device, and starts at 48 KiB.
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        handle = driver.CUkernel(int(self._kernel.handle))
+        shared, ordinal = self.plan.shared_memory_bytes, driver.CUdevice(self.device)
+        result = driver.cuKernelSetAttribute(attribute, shared, handle, ordinal)
+        _checked(f"{name}: {shared:,} B of dynamic shared memory on device {self.device}", result)
+        # The context's own function: forces the (lazy) load now rather than in the first launch.
+        self.function = _checked(f"{name}: cuKernelGetFunction", driver.cuKernelGetFunction(handle))
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """How many blocks the device keeps on one SM, by registers, threads and shared memory."""
+        occupancy = self._kernel.occupancy
+        return int(occupancy.max_active_blocks_per_multiprocessor(self.plan.num_threads, self.plan.shared_memory_bytes))
+
+    def prepare(
+        self, shape: ForwardShape, *, q: Strides, k: Strides, v: Strides, o: Strides, softmax_scale: float
+    ) -> PreparedLaunch:
+        """Everything about a launch but the addresses.
+
+        All sizes are at least 1; strides of dimensions longer than 1 are multiples of 16 bytes. Raises
+        UnsupportedProblem where a size exceeds what the grid, an int32 or a tensor map can hold.
+        """
+        try:
+            launch = forward_launch(self.plan, shape, softmax_scale, self.num_sms)
+        except OverflowError as error:
+            raise UnsupportedProblem(
+                f"too large for one launch: {error}; split the batch over several calls"
+            ) from error
+        for what, size, limit in (
+            ("seqlen_q", shape.seqlen_q, _MAX_INT32),
+            ("seqlen_k", shape.seqlen_k, _MAX_INT32),
+            ("heads", launch.grid[1], _MAX_GRID_YZ),
+            ("batch", launch.grid[2], _MAX_GRID_YZ),
+        ):
+            if size > limit:
+                raise UnsupportedProblem(
+                    f"{what} is {size:,}; one launch takes at most {limit:,}: split it over more calls"
+                )
+        return PreparedLaunch(self, shape, launch, {"q": q, "k": k, "v": v, "o": o})
+
+
+class PreparedLaunch:
+    """A kernel with its arguments packed; call it with addresses. Safe to call from several threads.
+
+    All arguments lie in one block, on the 64-byte grid that tensor maps need, and the driver copies them at the call:
+    so a lock around "write the addresses, launch" is all that threads need.
+    """
+
+    def __init__(self, kernel: Kernel, shape: ForwardShape, launch: Launch, strides: dict[str, Strides]) -> None:
+        plan = kernel.plan
+        self.kernel = kernel  # keeps the module loaded
+        self.grid = launch.grid
+        self.needs_counter = any(param.name == "tile_counter" for param in plan.params)
+        self._lock = threading.Lock()
+        self._function = kernel.function
+
+        values: dict[str, Any] = {**dict.fromkeys(_ADDRESSES, 0), **launch.values}
+        for name, steps in strides.items():
+            values |= zip((f"{name}_batch_stride", f"{name}_row_stride", f"{name}_head_stride"), steps, strict=True)
+        packed = struct.Struct(plan.params_format)
+        maps_bytes = _MAP_BYTES * len(plan.tensor_maps)
+        self._memory = (ctypes.c_char * (_ALIGNMENT + maps_bytes + packed.size))()
+        start = -ctypes.addressof(self._memory) % _ALIGNMENT
+        base = ctypes.addressof(self._memory) + start
+        self._params_at = start + maps_bytes
+        packed.pack_into(self._memory, self._params_at, *plan.pack_params(values))
+
+        # Addresses come first in Params (8-byte fields do), so that one short pack replaces them all.
+        names = [param.name for param in plan.params if param.name in _ADDRESSES]
+        assert names == [param.name for param in plan.params[: len(names)]], "addresses must lead Params"
+        self._pack = struct.Struct(f"<{len(names)}Q").pack_into
+        self._pick = itemgetter(*(_ADDRESSES.index(name) for name in names))
+
+        self._maps = tuple(
+            (
+                _ADDRESSES.index(tensor_map.name),
+                _TensorMap(plan, tensor_map, shape, strides[tensor_map.name], base + i * _MAP_BYTES),
+            )
+            for i, tensor_map in enumerate(plan.tensor_maps)
+        )
+        offsets = [i * _MAP_BYTES for i in range(len(plan.tensor_maps) + 1)]
+        self._pointers = (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
+        self._arguments = (
+            *(*launch.grid, launch.num_threads, 1, 1),
+            launch.shared_memory_bytes,
+            ctypes.addressof(self._pointers),
+        )
+
+    def __call__(self, q: int, k: int, v: int, o: int, lse: int, tile_counter: int, stream: int) -> None:
+        """Launch on the CUstream with handle `stream`, in the current context. Addresses in bytes, multiples of 16.
+
+        `tile_counter` is the address of an int32 that is 0 and that no other launch in flight uses (0 if not
+        `needs_counter`). Raises Fa2GenError with the driver's reason.
+        """
+        addresses = (q, k, v, o, lse, tile_counter)
+        gx, gy, gz, bx, by, bz, shared, pointers = self._arguments
+        handle = _stream(stream)
+        with self._lock:
+            for index, tensor_map in self._maps:
+                if addresses[index] != tensor_map.address:
+                    tensor_map.point_to(addresses[index])
+            self._pack(self._memory, self._params_at, *self._pick(addresses))
+            (result,) = driver.cuLaunchKernel(self._function, gx, gy, gz, bx, by, bz, shared, handle, pointers, 0)
+            if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not touched CUDA yet
+                self.kernel._device.set_current()
+                (result,) = driver.cuLaunchKernel(self._function, gx, gy, gz, bx, by, bz, shared, handle, pointers, 0)
+        if result != _SUCCESS:
+            what = f"{self.kernel.plan.name}: launch of {self.grid} x {bx} threads with {shared:,} B of shared memory"
+            _checked(what, (result,))
+
+
+class _TensorMap:
+    """One tensor map of a launch: encoded in place, for one address after another; the rest of it never changes."""
+
+    def __init__(
+        self, plan: KernelPlan, tensor_map: TensorMapPlan, shape: ForwardShape, strides: Strides, destination: int
+    ) -> None:
+        self.address = 0
+        self._destination = destination
+        self._encoded: dict[int, bytes] = {}
+        of_query = tensor_map.name in ("q", "o")
+        seqlen = shape.seqlen_q if of_query else shape.seqlen_k
+        heads = shape.num_heads if of_query else shape.num_heads_kv
+        batch_stride, row_stride, head_stride = strides
+        # Innermost first: (D, S, H, B). A dimension of one element may have any stride in torch, not in a tensor map.
+        sizes = (seqlen, heads, shape.batch)
+        row_bytes = plan.head_dim * ELEMENT_BYTES
+        steps = [
+            step * ELEMENT_BYTES if size > 1 else row_bytes
+            for size, step in zip(sizes, (row_stride, head_stride, batch_stride), strict=True)
+        ]
+        if max(steps) > _MAX_STRIDE_BYTES:
+            raise UnsupportedProblem(
+                f"{tensor_map.name} has a stride of {max(steps):,} B; a tensor map holds less than 2^40 B; "
+                "use a contiguous copy, or an SM80 kernel (arch='sm80')"
+            )
+        self._what = (
+            f"{plan.name}: tensor map of {tensor_map.name}, (D, S, H, B) = {(plan.head_dim, *sizes)}, {steps} B apart"
+        )
+        self._head = (_DATA_TYPE[plan.dtype], 4)
+        self._tail = (
+            (ctypes.c_uint64 * 4)(plan.head_dim, *sizes),
+            (ctypes.c_uint64 * 3)(*steps),
+            (ctypes.c_uint32 * 4)(tensor_map.box_cols, tensor_map.box_rows, 1, 1),
+            (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+            int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+            _SWIZZLE[tensor_map.swizzle_bytes],
+            int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
+            int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),  # zeros
+        )
+
+    def point_to(self, address: int) -> None:
+        """Encode for the tensor at `address`, or copy what was encoded for it before (0.2 us instead of 1)."""
+        encoded = self._encoded.get(address)
+        if encoded is None:
+            result = _encode_tiled()(self._destination, *self._head, address, *self._tail)
+            if result:
+                self.address = 0
+                _checked(f"{self._what}, address {address:#x}", (driver.CUresult(result),))
+            if len(self._encoded) >= _REMEMBERED_MAPS:
+                self._encoded.clear()
+            self._encoded[address] = ctypes.string_at(self._destination, _MAP_BYTES)
+        else:
+            ctypes.memmove(self._destination, encoded, _MAP_BYTES)
+        self.address = address
+
+
+@cache
+def _encode_tiled() -> Any:
+    """The driver's cuTensorMapEncodeTiled, through ctypes.
+
+    cuda.bindings encodes into an object of its own, which does not lie on the 64-byte grid that the driver asks for.
+    """
+    try:
+        encode = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    except (OSError, AttributeError) as error:
+        raise Fa2GenError(f"the driver has no tensor maps (SM90 kernels need 12.0 or later): {error}") from error
+    array = ctypes.c_void_p
+    encode.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p),  # map, data type, rank, address
+        *(array, array, array, array),  # sizes, strides, box, element strides
+        *(ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int),  # interleave, swizzle, L2 promotion, fill
+    )
+    encode.restype = ctypes.c_int
+    return encode
+
+
+@cache
+def _stream(handle: int) -> Any:
+    return driver.CUstream(handle)
+
+
+def _checked(what: str, result: tuple[Any, ...]) -> Any:
+    """The value of a driver call, whose first result is its error code. Raises Fa2GenError."""
+    code, *value = result
+    if code != _SUCCESS:
+        _, text = driver.cuGetErrorString(code)
+        reason = text.decode() if isinstance(text, bytes) else "no description"
+        raise Fa2GenError(f"{what}: {driver.CUresult(code).name} ({reason})")
+    return value[0] if value else None

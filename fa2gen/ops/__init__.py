@@ -1,0 +1,34 @@
+"""The PyTorch door: the functions of flash_attn 2.8, the operator `fa2gen::fwd` behind them, validation and dispatch.
+
+Shapes everywhere: q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim), heads a multiple of
+heads_kv; out like q, contiguous; lse (batch, heads, seqlen_q), fp32, the natural logarithm of the softmax sums. fp16 or
+bf16, any strides with a contiguous last dimension. A causal mask is aligned to the bottom right. A row that sees no key
+has out 0 and lse -inf (flash_attn 2 says +inf there; flash_attn 3 and every merge of partial results want -inf).
+"""
+
+from __future__ import annotations
+
+from fa2gen.ops.dispatch import forget, forward_into
+from fa2gen.ops.flash import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+from fa2gen.ops.operator import attention
+
+__all__ = [
+    "attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "forget",
+    "forward_into",
+]

@@ -1,0 +1,256 @@
+"""From CUDA tensors to a launch, quickly.
+
+Everything that a call's signature decides (validation, the kernel, its packed arguments) is prepared once and found in
+a dict afterwards; a call then allocates the outputs, replaces the addresses and launches on the current stream. TMA and
+cp.async need 16-byte alignment: a tensor whose address or strides are no multiples of 16 bytes is copied, at each call.
+
+FA2GEN_ARCH and the specs are looked at when a signature is first met; `forget` makes them be looked at again.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fa2gen import env
+from fa2gen.arch import ARCHES
+from fa2gen.errors import InvalidInput
+from fa2gen.launch import ForwardShape
+from fa2gen.ops.validate import DTYPES, default_scale, describe, refuse_non_tensors, validate
+from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.select import Device, kernel_arch, select
+from fa2gen.spec import KernelSpec, Problem, Tiling
+
+if TYPE_CHECKING:
+    from fa2gen.kernel import Kernel, PreparedLaunch, Strides
+    from fa2gen.store import Store
+
+__all__ = ["forget", "forward_cuda", "forward_into"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What all calls with one signature share.
+
+    `launch` is None where there is nothing to compute, and where a stride is no multiple of 16 bytes (`misaligned`):
+    such a call goes on with copies, which have a signature of their own.
+    """
+
+    device: int
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    launch: PreparedLaunch | None
+    misaligned: bool
+
+
+_REMEMBERED_CALLS = 1024
+_calls: dict[tuple[Any, ...], _Call] = {}
+_kernels: dict[tuple[KernelSpec, int], Kernel] = {}
+_counters: dict[tuple[int, int], Tensor] = {}  # (device, stream) -> one int32 that is 0 between launches
+_lock = threading.Lock()
+
+
+def forward_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    arch: str | None = None,
+    tiling: Tiling | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
+
+    Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel
+    raises.
+    """
+    key = (
+        *(q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),
+        *(q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device()),
+        *(softmax_scale, causal, arch, tiling),
+    )
+    call = _calls.get(key)
+    if call is None:
+        call = _prepare(q, k, v, softmax_scale, causal, arch, tiling)
+        if len(_calls) >= _REMEMBERED_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    out, lse = into or (q.new_empty(call.out_shape), q.new_empty(call.lse_shape, dtype=torch.float32))
+    launch = call.launch
+    if launch is None and not call.misaligned:  # no query, or no key for any
+        out.zero_()
+        lse.fill_(-math.inf)
+        return out, lse
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if launch is None or (q_at | k_at | v_at) & 15:
+        q, k, v = (x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        return forward_cuda(q, k, v, softmax_scale, causal, arch, tiling, (out, lse))
+    if torch.cuda.current_device() == call.device:
+        _launch(launch, call.device, q_at, k_at, v_at, out, lse)
+    else:
+        with torch.cuda.device(call.device):
+            _launch(launch, call.device, q_at, k_at, v_at, out, lse)
+    return out, lse
+
+
+def forward_into(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    arch: str | None = None,
+    tiling: Tiling | None = None,
+) -> None:
+    """`attention` of CUDA tensors into the caller's buffers, of which every element is written.
+
+    out (batch, seqlen_q, heads, head_dim) in q's dtype; lse (batch, heads, seqlen_q) fp32; both contiguous, on a
+    multiple of 16 bytes. Raises as `attention` does.
+    """
+    refuse_non_tensors(out=out, lse=lse, q=q, k=k, v=v)
+    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    validate(q, k, v, scale)
+    if not q.is_cuda:
+        raise InvalidInput(f"forward_into runs CUDA kernels, but q is on {q.device}: call fa2gen.attention")
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    for name, x, shape, dtype in (
+        ("out", out, (batch, seqlen_q, num_heads, head_dim), q.dtype),
+        ("lse", lse, (batch, num_heads, seqlen_q), torch.float32),
+    ):
+        if x.shape != shape or x.dtype != dtype or x.device != q.device:
+            raise InvalidInput(f"{name} is {describe(x)}; it must be {shape} {dtype} on {q.device}")
+        if not x.is_contiguous() or x.data_ptr() % 16:
+            raise InvalidInput(
+                f"{name} has strides {tuple(x.stride())} and lies at {x.data_ptr():#x}; "
+                "it must be contiguous and lie on a multiple of 16 bytes: use a fresh tensor"
+            )
+    forward_cuda(q, k, v, scale, bool(causal), arch, tiling, (out, lse))
+
+
+def forget() -> None:
+    """Drop all prepared calls and loaded kernels: the next call selects, and asks the store, anew."""
+    with _lock:
+        _calls.clear()
+        _kernels.clear()
+        _store.cache_clear()
+
+
+def _launch(launch: PreparedLaunch, device: int, q: int, k: int, v: int, out: Tensor, lse: Tensor) -> None:
+    """Launch on the current stream of the current device, which is `device`."""
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    if launch.needs_counter:
+        counter = _counter(device, stream)  # a name, so that it lives until the launch
+        launch(q, k, v, out.data_ptr(), lse.data_ptr(), counter.data_ptr(), stream)
+    else:
+        launch(q, k, v, out.data_ptr(), lse.data_ptr(), 0, stream)
+
+
+def _counter(device: int, stream: int) -> Tensor:
+    """An int32 on the device that is 0 and that no launch running at the same time uses.
+
+    Launches on one stream follow each other, and each leaves its counter 0: so there is one for each stream. A captured
+    graph may be replayed on any stream, so it zeroes one of its own, from its own memory pool.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
+    counter = _counters.get((device, stream))
+    if counter is None:
+        fresh = torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
+        counter = _counters.setdefault((device, stream), fresh)  # another thread may have been quicker
+    return counter
+
+
+# Once for each signature ------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, arch: str | None, tiling: Tiling | None
+) -> _Call:
+    """Validate a signature; choose, load and pack its kernel."""
+    validate(q, k, v, softmax_scale)
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    device = q.get_device()
+    problem = Problem(head_dim=head_dim, dtype=DTYPES[q.dtype], mask="causal" if causal else "full")
+    plan, target = _choose(problem, _device(device), arch, tiling)  # even for no query: wrong is wrong at any length
+    launch, misaligned = None, False
+    if q.numel() and k.numel():
+        misaligned = not all(_has_aligned_strides(x) for x in (q, k, v))
+        if not misaligned:
+            launch = _kernel(plan, target, device).prepare(
+                ForwardShape(batch, seqlen_q, k.shape[1], num_heads, k.shape[2]),
+                q=_strides(q),
+                k=_strides(k),
+                v=_strides(v),
+                o=(seqlen_q * num_heads * head_dim, num_heads * head_dim, head_dim),
+                softmax_scale=softmax_scale,
+            )
+    return _Call(device, (batch, seqlen_q, num_heads, head_dim), (batch, num_heads, seqlen_q), launch, misaligned)
+
+
+def _choose(problem: Problem, device: Device, arch: str | None, tiling: Tiling | None) -> tuple[KernelPlan, str]:
+    """The kernel of a problem and the NVRTC target to build it for."""
+    if tiling is not None and arch not in (None, tiling.arch):
+        raise InvalidInput(f"arch is {arch!r}, but the tiling is for {tiling.arch!r}: leave arch out")
+    asked = (tiling.arch if tiling else arch) or env.arch()
+    family = next((name for name in ARCHES if name == asked), None)
+    if family != asked:
+        raise InvalidInput(f"arch is {asked!r}; it must be one of {', '.join(ARCHES)}, or None for the device's best")
+    if tiling is not None:
+        return make_plan(KernelSpec(problem=problem, tiling=tiling)), kernel_arch(device, family)[1]
+    selection = select(problem, device, family)
+    return selection.plan, selection.target
+
+
+def _kernel(plan: KernelPlan, target: str, device: int) -> Kernel:
+    """The kernel, loaded on the device: found, or else generated, compiled and stored now."""
+    from fa2gen.kernel import Kernel
+
+    if kernel := _kernels.get((plan.spec, device)):
+        return kernel
+    entry = _store().get_or_compile(plan, target)  # outside of the lock: other kernels need not wait for this compiler
+    with _lock, torch.cuda.device(device):
+        if (plan.spec, device) not in _kernels:  # another thread may have been quicker
+            _kernels[plan.spec, device] = Kernel(plan, entry.cubin, device)
+        return _kernels[plan.spec, device]
+
+
+@cache
+def _store() -> Store:
+    from fa2gen.store import Store
+
+    return Store()
+
+
+@cache
+def _device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        name=properties.name,
+        compute_capability=(properties.major, properties.minor),
+        shared_memory_per_block=properties.shared_memory_per_block_optin,
+        num_sms=properties.multi_processor_count,
+    )
+
+
+def _strides(x: Tensor) -> Strides:
+    batch, row, head, _ = x.stride()
+    return batch, row, head
+
+
+def _has_aligned_strides(x: Tensor) -> bool:
+    """Whether the strides of (batch, seqlen, heads) are multiples of 16 bytes; that of a single element is not used."""
+    return all(size == 1 or stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and _has_aligned_strides(x)

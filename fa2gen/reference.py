@@ -1,0 +1,215 @@
+"""What the kernels are measured against: attention in plain PyTorch, Algorithm 1 in PyTorch, and the tolerance rule.
+
+All functions take q (B, Sq, H, D) and k, v (B, Sk, Hk, D) with H a multiple of Hk (query head h reads key head
+h // (H / Hk)), on any device and in any floating dtype, and return out (B, Sq, H, D) in q's dtype and lse (B, H, Sq),
+the natural logarithm of the softmax sums, in fp32 (fp64 for fp64 inputs). `causal` is aligned to the bottom right: key
+j is visible to query i iff j <= i + Sk - Sq. A row that sees no key has out 0 and lse -inf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Verdict", "attention_reference", "attention_tiled", "check"]
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    upcast: bool = True,
+    reorder_ops: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention as it is defined, with the whole score matrix in memory.
+
+    upcast       compute in fp32; otherwise in the dtype of the inputs.
+    reorder_ops  multiply K rather than Q by the scale: the same mathematics, rounded elsewhere.
+
+    Returns (out, lse); see the module for shapes. `softmax_scale=None` means D ** -0.5.
+    """
+    dtype = q.dtype
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if upcast:
+        q, k, v = (_at_least_fp32(x) for x in (q, k, v))
+    if reorder_ops:
+        k = k * scale
+    else:
+        q = q * scale
+    scores = torch.einsum("bqngd,bknd->bngqk", _group_heads(q, k), k)  # n key heads, g query heads of each
+    if causal:
+        scores = scores.masked_fill(_hidden(q.shape[1], k.shape[1], scores.device), float("-inf"))
+    lse = torch.logsumexp(_at_least_fp32(scores), dim=-1)
+    probs = torch.softmax(scores, dim=-1).masked_fill(torch.isneginf(lse).unsqueeze(-1), 0.0)
+    out = torch.einsum("bngqk,bknd->bqngd", probs, v)
+    return out.flatten(2, 3).to(dtype), lse.flatten(1, 2)
+
+
+def attention_tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    tile_m: int = 128,
+    tile_n: int = 128,
+) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of FlashAttention-2, in fp32 (fp64 for fp64 inputs), over all batches and heads at once.
+
+    Queries are walked in tiles of `tile_m` rows, keys in blocks of `tile_n`; blocks above the diagonal are skipped. The
+    running row maximum and row sum replace the score matrix, so that memory grows with Sq + Sk, not with Sq * Sk.
+
+    Returns (out, lse); see the module for shapes. `softmax_scale=None` means D ** -0.5.
+    """
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    kf, vf = _at_least_fp32(k), _at_least_fp32(v)
+    qf = _group_heads(_at_least_fp32(q), k) * scale
+    out = qf.new_zeros(qf.shape)  # contiguous, whatever the strides of q
+    lse = qf.new_full((*qf.shape[:1], *qf.shape[2:4], seqlen_q), float("-inf"))  # (B, Hk, H / Hk, Sq)
+
+    for m0 in range(0, seqlen_q, tile_m):
+        m1 = min(m0 + tile_m, seqlen_q)
+        q_tile = qf[:, m0:m1]
+        acc_o = q_tile.new_zeros(lse[..., m0:m1].shape + q_tile.shape[-1:])
+        row_max = lse.new_full(lse[..., m0:m1].shape, float("-inf"))
+        row_sum = torch.zeros_like(row_max)
+        last_key = min(seqlen_k, m1 + seqlen_k - seqlen_q) if causal else seqlen_k
+        for n0 in range(0, last_key, tile_n):
+            n1 = min(n0 + tile_n, last_key)
+            acc_s = torch.einsum("bqngd,bknd->bngqk", q_tile, kf[:, n0:n1])
+            if causal:
+                hidden = _hidden(seqlen_q, seqlen_k, q.device, rows=(m0, m1), cols=(n0, n1))
+                acc_s = acc_s.masked_fill(hidden, float("-inf"))
+            new_max = torch.maximum(row_max, acc_s.amax(dim=-1))
+            # A row with no visible key so far keeps its maximum at -inf; -inf - -inf would be NaN.
+            finite_max = new_max.masked_fill(torch.isneginf(new_max), 0.0)
+            correction = torch.exp(row_max - finite_max)
+            p = torch.exp(acc_s - finite_max.unsqueeze(-1))
+            row_sum = row_sum * correction + p.sum(dim=-1)
+            acc_o = acc_o * correction.unsqueeze(-1) + torch.einsum("bngqk,bknd->bngqd", p, vf[:, n0:n1])
+            row_max = new_max
+        # One rescale at the end; a row without keys has the sum 0 and stays 0.
+        out[:, m0:m1] = (acc_o / row_sum.masked_fill(row_sum == 0, 1.0).unsqueeze(-1)).movedim(-2, 1)
+        lse[..., m0:m1] = row_max + torch.log(row_sum)
+    return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a result is from the truth, beside what is allowed (all absolute; NaN where the result holds NaN)."""
+
+    max_error: float
+    max_allowed: float
+    mean_error: float
+    mean_allowed: float
+    lse_error: float
+    lse_allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether every error is within its bound. A NaN never is."""
+        return (
+            self.max_error <= self.max_allowed
+            and self.mean_error <= self.mean_allowed
+            and self.lse_error <= self.lse_allowed
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{'ok' if self.ok else 'WRONG'}: max {self.max_error:.3g} of {self.max_allowed:.3g}, "
+            f"mean {self.mean_error:.3g} of {self.mean_allowed:.3g}, lse {self.lse_error:.3g} of {self.lse_allowed:.3g}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The six numbers and `ok`, as JSON would have them."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def check(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+) -> Verdict:
+    """Judge a forward result by the project's rule. `ref` is attention in fp32, rounded to the dtype of `out`; `pt` is
+    plain PyTorch attention in that dtype.
+
+    max   max|out - ref| <= 2 max|pt - ref| + a, with a = 2 max|(ref + 0.3 - 0.3) - ref|: about two roundings near 0.3,
+          which decide where pt happens to equal ref (one key, say).
+    mean  mean|out - ref| <= 1.2 mean|pt - ref| + eps / 8 mean|ref|: an eighth of a rounding step, for the same reason.
+    lse   max|lse - ref| <= 1e-4 + 1e-5 max|ref|, where both -inf counts as equal.
+    """
+    options: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale}
+    ref, lse_ref = _in_full_fp32(q, k, v, options)
+    pt, _ = attention_reference(q, k, v, **options, upcast=False, reorder_ops=True)
+    pt_error = _error(pt, ref)
+    floor = 2 * _max(_error(ref + 0.3 - 0.3, ref))
+    finite_lse = lse_ref[torch.isfinite(lse_ref)]
+    error, lse_error = _error(out, ref), _error(lse, lse_ref)
+    return Verdict(
+        max_error=_max(error),
+        max_allowed=2 * _max(pt_error) + floor,
+        mean_error=_mean(error),
+        mean_allowed=1.2 * _mean(pt_error) + torch.finfo(ref.dtype).eps / 8 * _mean(ref.float().abs()),
+        lse_error=_max(lse_error),
+        lse_allowed=1e-4 + 1e-5 * _max(finite_lse.abs()),
+    )
+
+
+def _in_full_fp32(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The reference with TF32 off, whatever the process has set: ten-bit products would not be a truth."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        return attention_reference(q, k, v, **options)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _group_heads(q: Tensor, k: Tensor) -> Tensor:
+    """(B, Sq, H, D) -> (B, Sq, Hk, H / Hk, D), so that K and V need not be expanded."""
+    num_heads, num_heads_kv = q.shape[2], k.shape[2]
+    # Not -1: with no element, a size of -1 is ambiguous.
+    return q.unflatten(2, (num_heads_kv, num_heads // num_heads_kv if num_heads_kv else 0))
+
+
+def _hidden(
+    seqlen_q: int,
+    seqlen_k: int,
+    device: torch.device,
+    rows: tuple[int, int] | None = None,
+    cols: tuple[int, int] | None = None,
+) -> Tensor:
+    """True where a causal mask hides key j (columns) from query i (rows); of the given ranges only, if given."""
+    i = torch.arange(*(rows or (0, seqlen_q)), device=device)
+    j = torch.arange(*(cols or (0, seqlen_k)), device=device)
+    return j > i.unsqueeze(-1) + (seqlen_k - seqlen_q)
+
+
+def _error(x: Tensor, ref: Tensor) -> Tensor:
+    """|x - ref| in fp32 or wider; 0 where they are equal, also where both are the same infinity."""
+    return torch.where(x == ref, 0.0, (_at_least_fp32(x) - _at_least_fp32(ref)).abs())
+
+
+def _max(x: Tensor) -> float:
+    return x.max().item() if x.numel() else 0.0
+
+
+def _mean(x: Tensor) -> float:
+    return x.mean().item() if x.numel() else 0.0

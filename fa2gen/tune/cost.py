@@ -1,0 +1,120 @@
+"""The cost model: SM cycles of a forward kernel from its plan, to rank tilings before one is compiled.
+
+It has to order tilings, not to predict TFLOP/s. Per block of keys, in cycles of one SM (sm90):
+
+    mma       N/2 for each wgmma m64nNk16 of S = Q K^T and of O += P V
+    ex2       tile_m * tile_n / 16: one exponential an element, 16 a cycle
+    issue     5.7 instructions an element of S and one a register of O for its rescale, 4 warps issue a cycle
+    smem      what wgmma reads and TMA writes, 128 bytes a cycle; padded panels are written whole
+    l2        K and V, 36 bytes a cycle
+
+    block     max(mma + exposed * (ex2 + issue), smem, l2)
+    exposed   0.6 / warpgroups + 0.3 * max(0, (ex2 + issue) / mma - 1): the part of the softmax that no other warpgroup's
+              matrix products hide; more where it is longer than they are
+
+A tile costs its blocks, 2500 cycles for its first fetch, its epilogue and its hand-over, and 1000 more where O takes Q's
+place and the next Q has to wait for it. A ring of s stages costs 1 + 0.02 / (s - 1). Tiles are dealt to the SMs one by one,
+so the last one is half idle. `exposed` and 2500 were fitted to prototypes on an H200: the block model is within 8% of seven
+of eight measured tilings of head dims 64, 128 and 256, and within 16% of the eighth.
+
+sm80 is the same with mma.sync (2 cycles an m16n8k16), K and V read from shared memory by each warp, and no fitted number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+from fa2gen.layout import align_up, ceil_div
+from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.plan.sm90_fwd import Sm90FwdPlan
+from fa2gen.spec import KernelSpec, Problem, Tiling
+
+__all__ = ["VARIANTS_PER_SHAPE", "block_cycles", "cycles", "prune"]
+
+TOKENS, HIDDEN = 16_384, 2048
+SMS = {"sm80": 108, "sm90": 132}
+
+EX2_PER_CYCLE = 16
+INSTRUCTIONS_PER_SCORE = 5.7
+SMEM_BYTES_PER_CYCLE = 128
+L2_BYTES_PER_CYCLE = 36
+CYCLES_PER_TILE = 2500
+CYCLES_O_IN_PLACE_OF_Q = 1000
+
+VARIANTS_PER_SHAPE = 4
+"""Of one (tile_m, tile_n, warps), which the model tells apart, so many stages and swizzles, which it hardly does, are kept."""
+
+
+def cycles(plan: KernelPlan, seqlen: int, num_sms: int | None = None) -> float:
+    """Predicted SM cycles of one forward call with TOKENS tokens and hidden size HIDDEN."""
+    heads = max(1, TOKENS // seqlen) * max(1, HIDDEN // plan.head_dim)
+    blocks = _blocks(plan, seqlen)
+    tile = CYCLES_PER_TILE + (CYCLES_O_IN_PLACE_OF_Q if getattr(plan, "o_aliases_q", False) else 0)
+    total = heads * (sum(blocks) * block_cycles(plan) + len(blocks) * tile)
+    longest = max(blocks) * block_cycles(plan) + tile
+    return total / (num_sms or SMS[plan.arch]) + longest / 2
+
+
+def block_cycles(plan: KernelPlan) -> float:
+    """Predicted SM cycles of one block of keys."""
+    if plan.arch == "sm90":
+        return _block_cycles_sm90(cast(Sm90FwdPlan, plan))
+    return _block_cycles_sm80(plan)
+
+
+def prune(problem: Problem, tilings: Iterable[Tiling], seqlens: Sequence[int], keep: int) -> list[Tiling]:
+    """The `keep` tilings that the model likes best over the seqlens (geometric mean), best first.
+
+    At most VARIANTS_PER_SHAPE of one shape, so that a dozen depths and swizzles of the best shape do not push out the second.
+    """
+    ranked = []
+    for tiling in tilings:
+        plan = make_plan(KernelSpec(problem=problem, tiling=tiling))
+        cost = sum(math.log(cycles(plan, seqlen)) for seqlen in seqlens)
+        # Equal to the model: less padding first, then wider panels (fewer copies).
+        ranked.append((round(cost, 6), plan.shared_memory_bytes, -tiling.swizzle_bytes, plan.name, tiling))
+    taken: Counter[tuple[int, int, int]] = Counter()
+    kept: list[Tiling] = []
+    for *_, tiling in sorted(ranked, key=lambda item: item[:4]):
+        shape = (tiling.tile_m, tiling.tile_n, tiling.num_mma_warps)
+        taken[shape] += 1
+        if taken[shape] <= VARIANTS_PER_SHAPE and len(kept) < keep:
+            kept.append(tiling)
+    return kept
+
+
+def _blocks(plan: KernelPlan, seqlen: int) -> list[int]:
+    """Blocks of keys that each tile of one head visits."""
+    tiles = ceil_div(seqlen, plan.tile_m)
+    last = [min(seqlen, (m + 1) * plan.tile_m) if plan.causal else seqlen for m in range(tiles)]
+    return [ceil_div(keys, plan.tile_n) for keys in last]
+
+
+def _block_cycles_sm90(plan: Sm90FwdPlan) -> float:
+    groups, tile_n = plan.num_mma_warpgroups, plan.tile_n
+    steps_qk, steps_pv, columns_o = plan.num_k_steps_qk, plan.num_k_steps_pv, align_up(plan.head_dim, 8)
+    mma = groups * (steps_qk * tile_n / 2 + steps_pv * columns_o / 2)
+    ex2 = plan.tile_m * tile_n / EX2_PER_CYCLE
+    issue = plan.num_mma_warps / 4 * (INSTRUCTIONS_PER_SCORE * tile_n / 2 + columns_o / 2)
+    # An operand in shared memory costs its bytes: A is 64 x 16, B is N x 16; P comes from registers.
+    read = groups * (steps_qk * (2048 + 32 * tile_n) + steps_pv * 32 * columns_o)
+    smem = (read + 2 * plan.kv_tile.bytes) / SMEM_BYTES_PER_CYCLE
+    l2 = 4 * tile_n * plan.head_dim / L2_BYTES_PER_CYCLE
+    exposed = 0.6 / groups + 0.3 * max(0.0, (ex2 + issue) / mma - 1)
+    return max(mma + exposed * (ex2 + issue), smem, l2) * _ring(plan.num_stages)
+
+
+def _block_cycles_sm80(plan: KernelPlan) -> float:
+    tile_m, tile_n, head_dim = plan.tile_m, plan.tile_n, align_up(plan.head_dim, 16)
+    mma = 2 * 2 * (tile_m / 16) * (tile_n / 8) * (head_dim / 16)
+    softmax = tile_m * tile_n / EX2_PER_CYCLE
+    softmax += plan.num_mma_warps / 4 * (tile_m / plan.num_mma_warps / 16) * (INSTRUCTIONS_PER_SCORE * tile_n + head_dim) / 2
+    smem = (plan.num_mma_warps + 1) * 4 * tile_n * head_dim / SMEM_BYTES_PER_CYCLE
+    return max(mma + 0.6 / plan.min_ctas_per_sm * softmax, smem) * _ring(plan.num_stages)
+
+
+def _ring(stages: int) -> float:
+    return 1 + 0.02 / (stages - 1) if stages > 1 else 1.1

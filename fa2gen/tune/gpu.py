@@ -1,0 +1,157 @@
+"""The runner on a device: compiles ahead in threads, checks with the project's rule, times with `fa2gen bench`'s protocol.
+
+Threads, not processes: NVRTC releases the GIL, rendering takes 2 ms, and the GPU is kept busy ahead of the host, so what
+little Python the compiling threads run does not show in the medians.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fa2gen import env
+from fa2gen.arch import ArchName
+from fa2gen.bench.points import HIDDEN, TOKENS, Point
+from fa2gen.bench.protocol import PROTOCOL, CudaTimer, interleaved
+from fa2gen.bench.provenance import current_device, versions
+from fa2gen.errors import Fa2GenError
+from fa2gen.launch import ForwardShape
+from fa2gen.plan import make_plan
+from fa2gen.select import kernel_arch
+from fa2gen.spec import KernelSpec
+from fa2gen.store import Entry, Store
+from fa2gen.tune.search import Built, DeviceLost
+
+if TYPE_CHECKING:
+    from fa2gen.kernel import Kernel
+
+__all__ = ["GpuRunner"]
+
+# What a candidate is checked at: ragged in both lengths with grouped heads, and several whole tiles with more queries than
+# keys, so that a causal mask leaves rows without any.
+CHECKS = (ForwardShape(2, 337, 523, 4, 2), ForwardShape(1, 1024, 768, 2, 2))
+
+
+class GpuRunner:
+    """A `Runner` on torch's current CUDA device and stream. One problem's kernels at a time are kept loaded."""
+
+    def __init__(self, arch: ArchName, jobs: int | None = None, store: Store | None = None) -> None:
+        torch = self._torch = import_module("torch")
+        self._device = current_device()
+        _, self._target = kernel_arch(self._device, arch)
+        self.circumstances = (self._device.name, str(versions()["nvrtc"]), PROTOCOL)
+        self._store = store or Store()
+        # The thread that times gets a core of its own.
+        self._pool = ThreadPoolExecutor(jobs or max(1, env.jobs() - 1), thread_name_prefix="fa2gen-compile")
+        self._futures: dict[KernelSpec, Future[Entry]] = {}
+        self._timer = CudaTimer()
+        self._counter = torch.zeros(1, dtype=torch.int32, device="cuda")
+        self._inputs: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # of one head dim and dtype at a time
+
+    def close(self) -> None:
+        """Stop compiling what is not needed any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def build_ahead(self, specs: Sequence[KernelSpec]) -> None:
+        for spec in specs:
+            if spec not in self._futures:
+                self._futures[spec] = self._pool.submit(self._store.get_or_compile, make_plan(spec), self._target)
+
+    def build(self, spec: KernelSpec) -> Built:
+        self.build_ahead([spec])
+        entry = self._futures.pop(spec).result()
+        digest = hashlib.sha256(entry.source.encode()).hexdigest()[:16]
+        return Built(spec, digest, entry.report, functools.cache(lambda: self._load(spec, entry.cubin)))
+
+    def check(self, built: Built) -> str | None:
+        from fa2gen.reference import check
+
+        torch = self._torch
+        causal = built.spec.problem.mask == "causal"
+        for shape in CHECKS:
+            q, k, v, out, lse = self._tensors(built.spec, shape)
+            out.fill_(math.nan)
+            lse.fill_(math.nan)
+            call = self._call(built, shape, (q, k, v, out, lse))
+            with self._judged(built):
+                call()
+                torch.cuda.synchronize()
+            with torch.no_grad():
+                verdict = check(out, lse, q, k, v, causal=causal)
+            if not verdict.ok:
+                return f"{shape}: {verdict}"
+        return None
+
+    def time(self, kernels: Sequence[Built], seqlen: int, rounds: int) -> list[float]:
+        problem = kernels[0].spec.problem
+        heads = max(1, HIDDEN // problem.head_dim)
+        shape = ForwardShape(max(1, TOKENS // seqlen), seqlen, seqlen, heads, heads)
+        causal = problem.mask == "causal"
+        point = Point(
+            "tune", "fwd", problem.head_dim, problem.dtype, causal, shape.batch, seqlen, heads, heads
+        )
+        tensors = self._tensors(kernels[0].spec, shape)
+        calls = {built.spec.name: self._call(built, shape, tensors) for built in kernels}
+        with self._judged(kernels[0]):
+            times = interleaved(calls, self._timer, rounds)
+        return [point.flops / statistics.median(times[built.spec.name]) / 1e9 for built in kernels]
+
+    # Details
+
+    def _load(self, spec: KernelSpec, cubin: bytes) -> Kernel:
+        from fa2gen.kernel import Kernel
+
+        return Kernel(make_plan(spec), cubin, self._torch.cuda.current_device())
+
+    def _tensors(self, spec: KernelSpec, shape: ForwardShape) -> tuple[Any, ...]:
+        """q, k, v, out and lse of a shape: random, and the same for all candidates of a problem."""
+        torch, problem = self._torch, spec.problem
+        owner = (problem.head_dim, problem.dtype)
+        if any(key[:2] != owner for key in self._inputs):
+            self._inputs.clear()
+        if (*owner, shape) not in self._inputs:
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
+            generator = torch.Generator(device="cuda").manual_seed(shape.seqlen_q * 4099 + problem.head_dim)
+            q_size = (shape.batch, shape.seqlen_q, shape.num_heads, problem.head_dim)
+            kv_size = (shape.batch, shape.seqlen_k, shape.num_heads_kv, problem.head_dim)
+            q, k, v = (
+                torch.randn(size, generator=generator, device="cuda", dtype=dtype) for size in (q_size, kv_size, kv_size)
+            )
+            lse = torch.empty(shape.batch, shape.num_heads, shape.seqlen_q, device="cuda", dtype=torch.float32)
+            self._inputs[*owner, shape] = (q, k, v, torch.empty_like(q), lse)
+        return self._inputs[*owner, shape]
+
+    def _call(self, built: Built, shape: ForwardShape, tensors: tuple[Any, ...]) -> Any:
+        """The launch, with nothing left to do but to enqueue it."""
+        q, k, v, out, lse = tensors
+        kernel: Kernel = built.handle()
+        strides = {name: x.stride()[:3] for name, x in zip("qkvo", (q, k, v, out), strict=True)}
+        launch = kernel.prepare(shape, softmax_scale=built.spec.problem.head_dim**-0.5, **strides)
+        addresses = tuple(x.data_ptr() for x in (q, k, v, out, lse, self._counter))
+        stream = self._torch.cuda.current_stream().cuda_stream
+        return functools.partial(launch, *addresses, stream)
+
+    @contextmanager
+    def _judged(self, built: Built) -> Iterator[None]:
+        """Raises DeviceLost when the context does not survive the body, Fa2GenError for any other failure of it.
+
+        After an illegal access, say, no call on the device succeeds any more in this process.
+        """
+        try:
+            yield
+        except (RuntimeError, Fa2GenError) as error:
+            try:
+                self._torch.cuda.synchronize()
+            except RuntimeError:
+                raise DeviceLost(
+                    f"{built.spec.name} broke the CUDA context ({str(error).splitlines()[0]}): run the same command again, "
+                    "it goes on from here"
+                ) from error
+            raise Fa2GenError(str(error).splitlines()[0]) from error

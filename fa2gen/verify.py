@@ -1,0 +1,153 @@
+"""Are the kernels right on this machine? The rule of `fa2gen.reference.check`, kernel by kernel, shape by shape.
+
+Short on purpose, for a user's machine and for `make demo`; tests/gpu asks much more. Outputs lie in the middle of a
+buffer that is filled with NaN: an element that is not written, or one that is and should not be, is a failure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from fa2gen.arch import ArchName
+from fa2gen.errors import Fa2GenError, UnsupportedProblem
+
+if TYPE_CHECKING:
+    from fa2gen.spec import KernelSpec
+
+__all__ = ["SHAPES", "Outcome", "Place", "Shape", "nothing_to_run_on", "runnable", "verify"]
+
+Place = Literal["gpu", "host"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem's sizes; the head dim is the kernel's."""
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: int
+    heads_kv: int
+
+
+# One tile and less, ragged tiles, more queries than keys (so rows with no key, if causal), GQA and MQA, many tiles.
+SHAPES: dict[Place, tuple[Shape, ...]] = {
+    "gpu": (
+        Shape(2, 1, 1, 2, 2),
+        Shape(2, 1, 1024, 4, 1),
+        Shape(2, 113, 203, 6, 1),
+        Shape(1, 217, 128, 4, 2),
+        Shape(1, 1023, 1024, 8, 2),
+        Shape(2, 2048, 2048, 4, 4),
+    ),
+    "host": (Shape(1, 1, 1, 1, 1), Shape(1, 113, 203, 2, 1), Shape(1, 217, 128, 1, 1)),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One kernel at one shape. Errors are absolute; `error` is why there are none."""
+
+    name: str
+    shape: Shape
+    max_error: float | None = None
+    max_allowed: float | None = None
+    mean_error: float | None = None
+    mean_allowed: float | None = None
+    lse_error: float | None = None
+    lse_allowed: float | None = None
+    ok: bool = False
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only: a NaN or an infinity, which JSON has not, is None."""
+        fields = asdict(self)
+        return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in fields.items()}
+
+
+def nothing_to_run_on(place: Place) -> str | None:
+    """Why nothing can be verified in that place; None when something can."""
+    if find_spec("torch") is None:
+        return "torch is not installed: pip install torch, from the index that fits your driver"
+    if place == "host":
+        if find_spec("fa2gen.host") is None:
+            return "running kernels on the CPU (fa2gen.host) is not built yet"
+        return None
+    torch = import_module("torch")
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return None if torch.cuda.is_available() else "there is no NVIDIA GPU here"
+
+
+def runnable(arch: ArchName, place: Place) -> bool:
+    """Whether the current device runs a family's kernels. The CPU runs all of them."""
+    if place == "host":
+        return True
+    from fa2gen.select import Device, kernel_arch
+
+    properties = import_module("torch").cuda.get_device_properties()
+    capability = (properties.major, properties.minor)
+    limit, num_sms = properties.shared_memory_per_block_optin, properties.multi_processor_count
+    try:
+        kernel_arch(Device(properties.name, capability, limit, num_sms), arch)
+    except UnsupportedProblem:
+        return False
+    return True
+
+
+def verify(specs: Sequence[KernelSpec], place: Place, shapes: Sequence[Shape] | None = None) -> Iterator[Outcome]:
+    """Runs every kernel at every shape, and yields each outcome as it comes. A kernel that fails is an outcome too."""
+    for spec in specs:
+        for shape in shapes or SHAPES[place]:
+            try:
+                yield _verify_one(spec, shape, place)
+            except Fa2GenError as error:
+                yield Outcome(spec.name, shape, error=str(error))
+
+
+def _verify_one(spec: KernelSpec, shape: Shape, place: Place) -> Outcome:
+    from fa2gen.reference import check
+
+    torch = import_module("torch")
+    device = "cuda" if place == "gpu" else "cpu"
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[spec.problem.dtype]
+    head_dim, causal = spec.problem.head_dim, spec.problem.mask == "causal"
+    # The same numbers everywhere: CPU generator, seeded by the shape alone.
+    generator = torch.Generator().manual_seed(shape.seqlen_q * 4099 + shape.seqlen_k)
+
+    def random(seqlen: int, heads: int) -> Any:
+        return torch.randn(shape.batch, seqlen, heads, head_dim, generator=generator).to(dtype).to(device)
+
+    q = random(shape.seqlen_q, shape.heads)
+    k, v = random(shape.seqlen_k, shape.heads_kv), random(shape.seqlen_k, shape.heads_kv)
+    out_buffer, out = _guarded(torch, (shape.batch, shape.seqlen_q, shape.heads, head_dim), dtype, device)
+    lse_buffer, lse = _guarded(torch, (shape.batch, shape.heads, shape.seqlen_q), torch.float32, device)
+
+    if place == "gpu":
+        from fa2gen.ops import forward_into
+
+        forward_into(out, lse, q, k, v, causal=causal, arch=spec.tiling.arch, tiling=spec.tiling)
+        torch.cuda.synchronize()
+    else:
+        import_module("fa2gen.host").forward_into(spec, out, lse, q, k, v)
+
+    verdict = check(out, lse, q, k, v, causal=causal)
+    for name, buffer, view in (("out", out_buffer, out), ("lse", lse_buffer, lse)):
+        if outside := int((~buffer.isnan()).sum()) - int((~view.isnan()).sum()):
+            return Outcome(spec.name, shape, error=f"{outside} elements outside of {name} were written")
+    return Outcome(spec.name, shape, **verdict.as_dict())
+
+
+_GUARD = 4096  # elements on either side; a multiple of 16 bytes, so that the view stays aligned
+
+
+def _guarded(torch: Any, shape: tuple[int, ...], dtype: Any, device: str) -> tuple[Any, Any]:
+    """A buffer full of NaN, and a contiguous view of `shape` in its middle."""
+    size = math.prod(shape)
+    buffer = torch.full((size + 2 * _GUARD,), float("nan"), dtype=dtype, device=device)
+    return buffer, buffer[_GUARD : _GUARD + size].view(shape)

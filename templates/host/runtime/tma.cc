@@ -1,0 +1,190 @@
+// TMA loads and stores of boxes: swizzled on shared addresses, zero-filled on load and clipped on store.
+
+#include "tma.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "machine.h"
+
+namespace host {
+
+void complete_bytes(Block& block, std::uint32_t barrier, std::uint32_t bytes);
+
+namespace {
+
+constexpr std::uint32_t kChunk = 16;
+
+// Calls visit(shared address, global address or null, bytes inside the tensor) for each 16 bytes of the box.
+template <class Visit>
+void for_each_chunk(BoxCopy const& copy, Visit visit) {
+    TensorMap const& map = copy.map;
+    std::uint32_t const row_bytes = map.box[0] * map.element_bytes;
+    std::uint32_t const rows = copy.bytes() / row_bytes;
+    for (std::uint32_t row = 0; row < rows; ++row) {
+        bool inside = true;
+        std::uint64_t global = map.address;
+        std::uint32_t rest = row;
+        for (int i = 1; i < map.rank; ++i) {
+            std::int64_t const position = copy.coordinates[i] + static_cast<std::int64_t>(rest % map.box[i]);
+            rest /= map.box[i];
+            inside = inside && position >= 0 && position < static_cast<std::int64_t>(map.dims[i]);
+            global += static_cast<std::uint64_t>(position) * map.strides[i - 1];
+        }
+        for (std::uint32_t at = 0; at < row_bytes; at += kChunk) {
+            // Clipping cuts whole 16-byte chunks as long as the innermost size is a multiple of them: checked in check_box.
+            std::int64_t const column = copy.coordinates[0] + static_cast<std::int64_t>(at / map.element_bytes);
+            bool const chunk_inside = inside && column >= 0 && column < static_cast<std::int64_t>(map.dims[0]);
+            std::uint64_t const address = global + static_cast<std::uint64_t>(column) * map.element_bytes;
+            visit(swizzle(copy.address + row * row_bytes + at, map.swizzle_bytes),
+                  chunk_inside ? reinterpret_cast<unsigned char*>(address) : nullptr);
+        }
+    }
+}
+
+void check_box(BoxCopy const& copy, int rank, int line) {
+    TensorMap const& map = copy.map;
+    check_tensor_map(map, line);
+    if (rank != map.rank) {
+        fail("kernel.cc:%d gives %d coordinates for a tensor map of rank %d", line, rank, map.rank);
+    }
+    std::uint32_t const elements = kChunk / map.element_bytes;
+    if (copy.coordinates[0] % static_cast<int>(elements) != 0 || map.dims[0] % elements != 0) {
+        fail("kernel.cc:%d: column %d of %u: boxes that cut a 16-byte chunk are not modelled", line, copy.coordinates[0], map.dims[0]);
+    }
+    current().block->shared.check_range(copy.address, copy.bytes(), 128, line);
+}
+
+BoxCopy make_copy(TensorMap const& map, std::uint32_t address, std::uint32_t barrier, int const* coordinates, int line) {
+    BoxCopy copy{map, address, barrier, {}, 0, {}, current().index, line};
+    std::copy(coordinates, coordinates + map.rank, copy.coordinates);
+    return copy;
+}
+
+}  // namespace
+
+// What the driver refuses to encode, and where a map may lie.
+void check_tensor_map(TensorMap const& map, int line) {
+    if (reinterpret_cast<std::uintptr_t>(&map) % 64 != 0) {
+        fail("kernel.cc:%d: the tensor map is not at a multiple of 64 bytes", line);
+    }
+    std::uint32_t const row_bytes = map.box[0] * map.element_bytes;
+    bool valid = map.rank >= 1 && map.rank <= 5 && map.address % 16 == 0 && row_bytes % 16 == 0 &&
+                 (map.swizzle_bytes == 0 || row_bytes == map.swizzle_bytes);
+    for (int i = 0; i < map.rank; ++i) {
+        valid = valid && map.box[i] >= 1 && map.box[i] <= 256 && map.dims[i] >= 1;
+        valid = valid && (i == 0 || map.strides[i - 1] % 16 == 0);
+    }
+    if (!valid) {
+        fail("kernel.cc:%d: the tensor map is not one that the driver would encode (or a box narrower than its swizzle)", line);
+    }
+}
+
+void tma_load(std::uint32_t destination, TensorMap const& map, std::uint32_t barrier, int const* coordinates, int rank, int line) {
+    Thread& thread = current();
+    BoxCopy const copy = make_copy(map, destination, barrier, coordinates, line);
+    check_tensor_map(map, line);
+    check_box(copy, rank, line);
+    auto const found = thread.block->mbarriers.find(barrier);
+    if (found == thread.block->mbarriers.end() || !found->second.visible_to_tma) {
+        fail("kernel.cc:%d: the mbarrier at 0x%x of a TMA load is not initialised, or no fence.mbarrier_init followed", line, barrier);
+    }
+    thread.block->shared.begin_copy(destination, copy.bytes(), true, thread.index, line);
+    thread.block->loads.push_back(copy);
+    count(kTmaLoad, copy.bytes());
+    maybe_yield();
+}
+
+void land(Block& block, BoxCopy const& load) {
+    for_each_chunk(load, [&](std::uint32_t shared, unsigned char const* global) {
+        unsigned char* const destination = block.shared.landing(shared);
+        if (global != nullptr) {
+            std::memcpy(destination, global, kChunk);
+        } else {
+            std::memset(destination, 0, kChunk);
+        }
+    });
+    block.shared.end_copy(load.address, load.bytes());
+    complete_bytes(block, load.barrier, load.bytes());
+}
+
+void tma_store(TensorMap const& map, std::uint32_t source, int const* coordinates, int rank, int line) {
+    Thread& thread = current();
+    BoxCopy copy = make_copy(map, source, 0, coordinates, line);
+    check_tensor_map(map, line);
+    check_box(copy, rank, line);
+    // Nothing is read yet, but what is not ready now is a mistake even if it will be by then.
+    for_each_chunk(copy, [&](std::uint32_t shared, unsigned char*) { thread.block->shared.async_read(shared, copy.versions, line); });
+    thread.stores.open.push_back(std::move(copy));
+    count(kTmaStore, thread.stores.open.back().bytes());
+    maybe_yield();
+}
+
+void tma_store_commit(int) {
+    BulkStores& stores = current().stores;
+    stores.groups.push_back(std::move(stores.open));
+    stores.open.clear();
+}
+
+namespace {
+
+// As late as the wait allows: whoever overwrites the source before is found by its version.
+void read_source(BoxCopy& store) {
+    if (!store.image.empty()) {
+        return;
+    }
+    std::uint64_t versions = 0;
+    for_each_chunk(store, [&](std::uint32_t shared, unsigned char*) {
+        unsigned char const* const chunk = current().block->shared.async_read(shared, versions, store.line);
+        store.image.insert(store.image.end(), chunk, chunk + kChunk);
+    });
+    if (versions != store.versions) {
+        fail("shared memory at 0x%x changed while the TMA store of kernel.cc:%d was reading it", store.address, store.line);
+    }
+}
+
+void write_destination(BoxCopy const& store) {
+    unsigned char const* chunk = store.image.data();
+    for_each_chunk(store, [&](std::uint32_t, unsigned char* global) {
+        if (global != nullptr) {
+            std::memcpy(global, chunk, kChunk);
+        }
+        chunk += kChunk;
+    });
+}
+
+}  // namespace
+
+void tma_store_wait(int pending, bool read_only, int) {
+    auto& groups = current().stores.groups;
+    auto const done = static_cast<std::ptrdiff_t>(groups.size()) - pending;
+    for (std::ptrdiff_t i = 0; i < done; ++i) {
+        for (BoxCopy& store : groups[static_cast<std::size_t>(i)]) {
+            read_source(store);
+            if (!read_only) {
+                write_destination(store);
+            }
+        }
+    }
+    if (done > 0 && !read_only) {
+        groups.erase(groups.begin(), groups.begin() + done);
+    }
+    maybe_yield();
+}
+
+// A thread ends: stores that have read their source complete by themselves, others would read memory that is no longer theirs.
+void finish_stores(Thread& thread) {
+    if (!thread.stores.open.empty()) {
+        fail("the thread ends with the TMA store of kernel.cc:%d not committed", thread.stores.open.front().line);
+    }
+    for (auto& group : thread.stores.groups) {
+        for (BoxCopy const& store : group) {
+            if (store.image.empty()) {
+                fail("the thread ends before the TMA store of kernel.cc:%d has read shared memory", store.line);
+            }
+            write_destination(store);
+        }
+    }
+}
+
+}  // namespace host

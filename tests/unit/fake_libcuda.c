@@ -1,0 +1,119 @@
+// A libcuda.so.1 for machines without a GPU: it loads anything, launches nothing, and remembers what it was asked.
+// tests/unit/test_launch.py compiles it, and reads the structs below through ctypes.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int CUresult;
+enum { MAX_ARGUMENTS = 8, MAP_BYTES = 128, ARGUMENT_BYTES = 512 };
+
+struct Launch {
+    uint64_t count, function, stream;
+    uint32_t grid[3], block[3], shared_bytes;
+    uint32_t misaligned;  // arguments that are not on the 64-byte grid
+    uint8_t arguments[MAX_ARGUMENTS][ARGUMENT_BYTES];
+};
+
+// What cuTensorMapEncodeTiled writes in place of NVIDIA's opaque 128 bytes.
+struct Map {
+    uint64_t address, sizes[4], strides[3];
+    uint32_t box[4];
+    int32_t data_type, rank, swizzle, l2_promotion;
+};
+
+struct Launch fake_launch;
+uint64_t fake_encodes;
+uint32_t fake_argument_sizes[MAX_ARGUMENTS];  // what the "loaded" kernel says of itself
+uint32_t fake_num_arguments;
+int32_t fake_shared_limit;                    // the attribute as last set
+CUresult fake_launch_result, fake_encode_result;
+uint32_t fake_wrong_context_launches;         // how many launches to refuse for want of a context
+
+CUresult cuInit(unsigned flags) { return 0; }
+CUresult cuDriverGetVersion(int* version) { *version = 13000; return 0; }
+CUresult cuDeviceGetCount(int* count) { *count = 1; return 0; }
+CUresult cuDeviceGet(int* device, int ordinal) { *device = ordinal; return ordinal ? 101 : 0; }
+CUresult cuDeviceGetAttribute(int* value, int attribute, int device) {
+    *value = attribute == 16 ? 132 : attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 97 ? 232448 : 1;
+    return 0;
+}
+CUresult cuDevicePrimaryCtxRetain(void** context, int device) { *context = (void*)0x1000; return 0; }
+CUresult cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
+CUresult cuCtxGetCurrent(void** context) { *context = (void*)0x1000; return 0; }
+CUresult cuCtxSetCurrent(void* context) { return 0; }
+CUresult cuCtxGetDevice(int* device) { *device = 0; return 0; }
+CUresult cuCtxPushCurrent_v2(void* context) { return 0; }
+CUresult cuCtxPopCurrent_v2(void** context) { *context = (void*)0x1000; return 0; }
+CUresult cuThreadExchangeStreamCaptureMode(int* mode) { *mode = 0; return 0; }
+CUresult cuGetErrorString(CUresult error, char const** text) { *text = "as the test asked"; return 0; }
+CUresult cuGetErrorName(CUresult error, char const** text) { *text = "FAKE"; return 0; }
+
+CUresult cuLibraryLoadData(void** library, void const* image, void* a, void* b, unsigned c, void* d, void* e, unsigned f) {
+    *library = (void*)0x2000;
+    return memcmp(image, "\x7f" "ELF", 4) ? 200 : 0;
+}
+CUresult cuLibraryUnload(void* library) { return 0; }
+CUresult cuLibraryGetKernel(void** kernel, void* library, char const* name) { *kernel = (void*)0x3000; return 0; }
+CUresult cuKernelGetLibrary(void** library, void* kernel) { *library = (void*)0x2000; return 0; }
+CUresult cuKernelGetFunction(void** function, void* kernel) { *function = (void*)0x4000; return 0; }
+CUresult cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* size) {
+    if (index >= fake_num_arguments) return 1;
+    *offset = 0;
+    *size = fake_argument_sizes[index];
+    return 0;
+}
+CUresult cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
+    if (attribute == 8) fake_shared_limit = value;
+    return value > 232448 ? 1 : 0;
+}
+
+CUresult cuTensorMapEncodeTiled(struct Map* map, int data_type, uint32_t rank, uint64_t address, uint64_t const* sizes,
+                                uint64_t const* strides, uint32_t const* box, uint32_t const* element_strides,
+                                int interleave, int swizzle, int l2_promotion, int fill) {
+    ++fake_encodes;
+    if (fake_encode_result) return fake_encode_result;
+    if ((uint64_t)map % 64) return 1;
+    memset(map, 0, MAP_BYTES);
+    *map = (struct Map){.address = address, .data_type = data_type, .rank = (int)rank, .swizzle = swizzle,
+                        .l2_promotion = l2_promotion};
+    memcpy(map->sizes, sizes, sizeof map->sizes);
+    memcpy(map->strides, strides, sizeof map->strides);
+    memcpy(map->box, box, sizeof map->box);
+    return 0;
+}
+
+CUresult cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                        unsigned shared_bytes, void* stream, void** arguments, void** extra) {
+    if (fake_wrong_context_launches) {
+        --fake_wrong_context_launches;
+        return 201;
+    }
+    if (fake_launch_result) return fake_launch_result;
+    ++fake_launch.count;
+    fake_launch.function = (uint64_t)function;
+    fake_launch.stream = (uint64_t)stream;
+    memcpy(fake_launch.grid, (uint32_t[3]){gx, gy, gz}, sizeof fake_launch.grid);
+    memcpy(fake_launch.block, (uint32_t[3]){bx, by, bz}, sizeof fake_launch.block);
+    fake_launch.shared_bytes = shared_bytes;
+    for (unsigned i = 0; i < fake_num_arguments; ++i) {
+        fake_launch.misaligned += (uint64_t)arguments[i] % 64 != 0;
+        memcpy(fake_launch.arguments[i], arguments[i], fake_argument_sizes[i]);
+    }
+    return 0;
+}
+
+CUresult cuGetProcAddress_v2(char const* name, void** address, int version, uint64_t flags, int* status) {
+    static char const* const versions[] = {"", "_v2", "_v3"};
+    char symbol[128];
+    *address = NULL;
+    for (int i = 2; i >= 0 && !*address; --i) {
+        strncpy(symbol, name, sizeof symbol - 4);
+        symbol[sizeof symbol - 4] = 0;
+        strcat(symbol, versions[i]);
+        *address = dlsym(RTLD_DEFAULT, symbol);
+    }
+    if (status) *status = *address ? 0 : 1;
+    return 0;
+}

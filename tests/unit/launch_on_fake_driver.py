@@ -1,0 +1,258 @@
+"""What `fa2gen.kernel` asks of the driver. Run by test_launch.py, in a process whose libcuda.so.1 is fake_libcuda.c."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import struct
+import threading
+
+import pytest
+
+from fa2gen.arch import ARCHES
+from fa2gen.errors import Fa2GenError, UnsupportedProblem
+from fa2gen.kernel import Kernel, argument_sizes
+from fa2gen.launch import ForwardShape
+from fa2gen.plan import make_plan
+from fa2gen.select import default_tiling
+from fa2gen.spec import KernelSpec, Problem
+
+CUBIN = b"\x7fELF" + bytes(60)
+SHAPE = ForwardShape(batch=2, seqlen_q=300, seqlen_k=200, num_heads=4, num_heads_kv=2)
+SCALE = 0.125
+ADDRESSES = {"q": 0x7F0000010000, "k": 0x20000, "v": 0x30000, "o": 0x40000, "lse": 0x50000, "tile_counter": 0x60000}
+U64, U32, I32 = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32
+
+fake = ctypes.CDLL("libcuda.so.1")
+
+
+class Launch(ctypes.Structure):
+    _fields_ = (
+        *((name, U64) for name in ("count", "function", "stream")),
+        *(("grid", U32 * 3), ("block", U32 * 3), ("shared_bytes", U32), ("misaligned", U32)),
+        ("arguments", (ctypes.c_uint8 * 512) * 8),
+    )
+
+
+class Map(ctypes.Structure):
+    _fields_ = (
+        *(("address", U64), ("sizes", U64 * 4), ("strides", U64 * 3), ("box", U32 * 4)),
+        *((name, I32) for name in ("data_type", "rank", "swizzle", "l2_promotion")),
+    )
+
+
+launched = Launch.in_dll(fake, "fake_launch")
+encodes = U64.in_dll(fake, "fake_encodes")
+
+
+def set_result(name, value):
+    I32.in_dll(fake, name).value = value
+
+
+@pytest.fixture(autouse=True)
+def reset():
+    ctypes.memset(ctypes.byref(launched), 0, ctypes.sizeof(launched))
+    encodes.value = 0
+    set_result("fake_launch_result", 0)
+    set_result("fake_encode_result", 0)
+
+
+def make(arch, head_dim=64, mask="causal", dtype="bf16"):
+    problem = Problem(head_dim=head_dim, mask=mask, dtype=dtype)
+    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
+    U32.in_dll(fake, "fake_num_arguments").value = len(argument_sizes(plan))
+    ((U32 * 8).in_dll(fake, "fake_argument_sizes"))[: len(argument_sizes(plan))] = argument_sizes(plan)
+    return Kernel(plan, CUBIN, 0)
+
+
+def strides(seqlen, heads, head_dim):
+    return seqlen * heads * head_dim, heads * head_dim, head_dim
+
+
+def prepare(kernel, shape=SHAPE, **changes):
+    d = kernel.plan.head_dim
+    q, kv = strides(shape.seqlen_q, shape.num_heads, d), strides(shape.seqlen_k, shape.num_heads_kv, d)
+    return kernel.prepare(shape, **{"q": q, "k": kv, "v": kv, "o": q, "softmax_scale": SCALE, **changes})
+
+
+def params(plan):
+    """The Params that the last launch was given, by name."""
+    raw = bytes(launched.arguments[len(plan.tensor_maps)])[: struct.calcsize(plan.params_format)]
+    return dict(zip((param.name for param in plan.params), struct.unpack(plan.params_format, raw), strict=True))
+
+
+def tensor_maps(plan):
+    return {m.name: Map.from_buffer_copy(launched.arguments[i]) for i, m in enumerate(plan.tensor_maps)}
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("arch", list(ARCHES))
+def test_one_launch(arch, mask):
+    kernel = make(arch, mask=mask)
+    plan = kernel.plan
+    prepare(kernel)(**ADDRESSES, stream=0x77)
+    m_blocks = -(-300 // plan.tile_m)
+    assert launched.count == 1 and launched.stream == 0x77 and launched.function == 0x4000
+    assert launched.misaligned == 0
+    assert tuple(launched.block) == (plan.num_threads, 1, 1)
+    assert launched.shared_bytes == plan.shared_memory_bytes == I32.in_dll(fake, "fake_shared_limit").value
+    assert tuple(launched.grid) == ((min(132, m_blocks * 8), 1, 1) if arch == "sm90" else (m_blocks, 4, 2))
+    expected = ADDRESSES | {
+        "seqlen_q": 300,
+        "seqlen_k": 200,
+        "num_heads": 4,
+        "num_heads_per_kv": 2,
+        "num_m_blocks": m_blocks,
+        "num_tiles": m_blocks * 8,
+        "num_batch_heads": 8,
+        "softmax_scale": SCALE,
+        "softmax_scale_log2": pytest.approx(SCALE * math.log2(math.e), rel=1e-6),
+        "q_batch_stride": 300 * 4 * 64,
+        "q_row_stride": 4 * 64,
+        "q_head_stride": 64,
+        "k_batch_stride": 200 * 2 * 64,
+        "v_row_stride": 2 * 64,
+        "o_batch_stride": 300 * 4 * 64,
+    }
+    for name, value in params(plan).items():
+        if name in expected:
+            assert value == expected[name], name
+
+
+@pytest.mark.parametrize(("dtype", "code"), [("fp16", 6), ("bf16", 9)])
+def test_tensor_maps(dtype, code):
+    kernel = make("sm90", head_dim=96, dtype=dtype)
+    packed = (200 * 3 * 2 * 96, 3 * 2 * 96, 96)  # k and v are slices of a (batch, seqlen, 3, heads, head_dim)
+    prepare(kernel, k=packed, v=packed)(**ADDRESSES, stream=0)
+    maps = tensor_maps(kernel.plan)
+    assert [*maps] == [m.name for m in kernel.plan.tensor_maps]
+    for planned, found in zip(kernel.plan.tensor_maps, maps.values(), strict=True):
+        seqlen, heads = (300, 4) if planned.name in ("q", "o") else (200, 2)
+        assert found.address == ADDRESSES[planned.name]
+        assert tuple(found.sizes) == (96, seqlen, heads, 2)
+        batch, row, head = strides(seqlen, heads, 96) if planned.name in ("q", "o") else packed
+        assert tuple(found.strides) == (row * 2, head * 2, batch * 2)
+        assert tuple(found.box) == (planned.box_cols, planned.box_rows, 1, 1)
+        assert (found.data_type, found.rank, found.l2_promotion) == (code, 4, 3)
+        assert found.swizzle == {32: 1, 64: 2, 128: 3}[planned.swizzle_bytes]
+
+
+def test_dimensions_of_one_element_get_a_valid_stride():
+    shape = ForwardShape(1, 1, 200, 1, 1)
+    prepare(make("sm90"), shape, q=(3, 5, 7), o=(1, 1, 1))(**ADDRESSES, stream=0)
+    for name in ("q", "o"):
+        assert all(step and step % 16 == 0 for step in tensor_maps(make("sm90").plan)[name].strides)
+
+
+def test_only_new_addresses_are_encoded():
+    launch = prepare(make("sm90"))
+    launch(**ADDRESSES, stream=0)
+    assert encodes.value == 4
+    launch(**ADDRESSES, stream=0)
+    launch(**{**ADDRESSES, "lse": 0x51000, "tile_counter": 0x61000}, stream=0)
+    assert encodes.value == 4
+    other = {**ADDRESSES, "o": 0x41000}
+    for _ in range(3):
+        for addresses in (other, ADDRESSES):
+            launch(**addresses, stream=0)
+            assert tensor_maps(launch.kernel.plan)["o"].address == addresses["o"]
+    assert encodes.value == 5 and launched.misaligned == 0
+
+
+def test_many_addresses():
+    launch = prepare(make("sm90"))
+    for i in [*range(1, 500), *range(1, 500)]:
+        launch(**{**ADDRESSES, "q": i * 4096}, stream=0)
+        assert tensor_maps(launch.kernel.plan)["q"].address == i * 4096
+    assert len(launch._maps[0][1]._encoded) <= 64
+
+
+@pytest.mark.parametrize("arch", list(ARCHES))
+def test_threads_do_not_mix_their_arguments(arch):
+    """Between one thread's addresses and its launch no other thread may write its own."""
+    launch = prepare(make(arch))
+    mixed = []
+    pick = launch._pick
+
+    def checking_pick(addresses):  # runs inside the lock, after the maps are set
+        mixed.extend(addresses for index, tensor_map in launch._maps if tensor_map.address != addresses[index])
+        return pick(addresses)
+
+    launch._pick = checking_pick
+
+    def work(n):
+        for i in range(300):
+            launch(**{name: at + (n * 1000 + i) * 4096 for name, at in ADDRESSES.items()}, stream=0)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not mixed and launched.count == 1200
+
+
+def test_a_thread_without_a_context_gets_one():
+    U32.in_dll(fake, "fake_wrong_context_launches").value = 1
+    prepare(make("sm90"))(**ADDRESSES, stream=0)
+    assert launched.count == 1
+
+
+@pytest.mark.parametrize("arch", list(ARCHES))
+def test_a_failing_launch_says_what_and_why(arch):
+    launch = prepare(make(arch))
+    set_result("fake_launch_result", 701)
+    with pytest.raises(
+        Fa2GenError, match=r"threads.*shared memory.*CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES.*as the test"
+    ) as e:
+        launch(**ADDRESSES, stream=0)
+    assert launch.kernel.plan.name in str(e.value)
+
+
+def test_a_tensor_map_that_is_refused_says_which():
+    launch = prepare(make("sm90"))
+    set_result("fake_encode_result", 1)
+    for _ in range(2):  # a refused map must not be taken for encoded
+        with pytest.raises(Fa2GenError, match=r"tensor map of q.*\(64, 300, 4, 2\).*CUDA_ERROR_INVALID_VALUE"):
+            launch(**ADDRESSES, stream=0)
+    assert launched.count == 0
+
+
+def test_a_cubin_of_another_version_is_refused():
+    plan = make("sm90").plan
+    sizes = (U32 * 8).in_dll(fake, "fake_argument_sizes")
+    sizes[4] += 8
+    with pytest.raises(Fa2GenError, match="another version of fa2gen; build it again"):
+        Kernel(plan, CUBIN, 0)
+
+
+def test_what_does_not_load():
+    plan = make("sm90").plan
+    with pytest.raises(Fa2GenError, match=f"does not load {plan.name}"):
+        Kernel(plan, b"not a cubin at all, but long enough to look at", 0)
+    with pytest.raises(Fa2GenError, match="no CUDA device 7"):
+        Kernel(plan, CUBIN, 7)
+
+
+@pytest.mark.parametrize("arch", list(ARCHES))
+def test_sizes_that_no_launch_can_hold(arch):
+    kernel = make(arch)
+    for sizes in ((2**22, 2**20, 8, 64, 64), (1, 2**31, 8, 1, 1), (1, 8, 2**31, 1, 1)):
+        with pytest.raises(UnsupportedProblem, match=r"split|most"):
+            prepare(kernel, ForwardShape(*sizes))
+    if arch == "sm80":  # batch and heads are the grid's y and z
+        for sizes, word in (((70_000, 8, 8, 1, 1), "batch is 70,000"), ((1, 8, 8, 70_000, 1), "heads is 70,000")):
+            with pytest.raises(UnsupportedProblem, match=f"{word}.*65,535"):
+                prepare(kernel, ForwardShape(*sizes))
+
+
+def test_a_stride_that_no_tensor_map_can_hold():
+    with pytest.raises(UnsupportedProblem, match=r"2\^40.*sm80"):
+        prepare(make("sm90"), q=(2**40, 256, 64))
+
+
+@pytest.mark.parametrize(("arch", "head_dim"), itertools.product(ARCHES, range(8, 257, 8)))
+def test_every_head_dim_packs(arch, head_dim):
+    prepare(make(arch, head_dim))(**ADDRESSES, stream=0)
+    assert launched.count == 1 and launched.misaligned == 0

@@ -1,0 +1,247 @@
+"""Bad input: every case is an error of ours that names the rule, the numbers, and the nearest thing that works.
+
+One table: what is tried, the class of the error, and words that its message must hold. Nothing here needs a GPU; what a
+GPU would see is validated by the same functions, on the CPU or on fake CUDA tensors.
+"""
+
+# ruff: noqa: E501  (the table reads better with one case a line)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import fa2gen
+from fa2gen import Fa2GenError, InfeasibleSpec, InvalidInput, KernelSpec, Problem, Tiling, UnsupportedProblem, make_plan
+from fa2gen.ops import (
+    attention,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+    forward_into,
+)
+from fa2gen.select import Device, default_tiling, kernel_arch
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def t(*shape: int, dtype: Any = BF16, device: str = "cpu") -> Any:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+Q, K = (2, 5, 6, 64), (2, 7, 2, 64)
+
+
+def run(q: Any = None, k: Any = None, v: Any = None, **options: Any) -> Any:
+    """flash_attn_func on good tensors, but for what is given."""
+    q, k = (t(*Q) if q is None else q), (t(*K) if k is None else k)
+    return flash_attn_func(q, k, (k if v is None else v), **options)
+
+
+def all_of(head_dim: int) -> Any:
+    x = t(1, 4, 2, head_dim)
+    return flash_attn_func(x, x, x)
+
+
+def fake_cuda(run: Callable[[], Any]) -> Any:
+    with FakeTensorMode():
+        return run()
+
+
+def wide(x: Any) -> Any:
+    """The same values with a stride of 2 in the last dimension."""
+    return torch.cat([x, x], dim=-1)[..., ::2]
+
+
+def gpu(name: str, major: int, minor: int) -> Device:
+    return Device(name=name, compute_capability=(major, minor), shared_memory_per_block=101_376, num_sms=84)
+
+
+def plan(head_dim: int = 128, **tiling: Any) -> Any:
+    return make_plan(KernelSpec(problem=Problem(head_dim=head_dim), tiling=Tiling(**tiling)))
+
+
+def sm90(**changes: Any) -> dict[str, Any]:
+    return {"arch": "sm90", "tile_m": 128, "tile_n": 128, "num_stages": 2, "num_mma_warps": 8, **changes}
+
+
+GOOD_NAME = "fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8"
+CUDA = '128; } extern "C" __global__ void evil() { asm("trap;");'
+
+
+class Case(NamedTuple):
+    error: type[Fa2GenError]
+    words: str
+    """Separated by |; each must be in the message."""
+    run: Callable[[], Any]
+
+
+CASES: dict[str, Case] = {
+    # dtype
+    "fp32": Case(UnsupportedProblem, "float32|float16|bfloat16|.to(", lambda: run(t(*Q, dtype=torch.float32), t(*K, dtype=torch.float32))),
+    "fp64": Case(UnsupportedProblem, "float64|bfloat16", lambda: run(t(*Q, dtype=torch.float64), t(*K, dtype=torch.float64))),
+    "int32": Case(UnsupportedProblem, "int32|bfloat16", lambda: run(t(*Q, dtype=torch.int32), t(*K, dtype=torch.int32))),
+    "fp8": Case(UnsupportedProblem, "float8_e4m3fn|bfloat16", lambda: run(t(*Q).to(torch.float8_e4m3fn), t(*K).to(torch.float8_e4m3fn))),
+    "k of another dtype": Case(InvalidInput, "q is torch.bfloat16|k is torch.float16|k.to(q.dtype)", lambda: run(k=t(*K, dtype=FP16))),
+    "v of another dtype": Case(InvalidInput, "v is torch.float16|v.to(q.dtype)", lambda: run(v=t(*K, dtype=FP16))),
+    # what is not a tensor
+    "q is None": Case(InvalidInput, "q must be a torch.Tensor|NoneType", lambda: flash_attn_func(None, t(*K), t(*K))),
+    "k is a numpy array": Case(InvalidInput, "k must be|ndarray|as_tensor", lambda: run(k=numpy.zeros(K))),
+    "v is a list": Case(InvalidInput, "v must be|list", lambda: run(v=[[[[0.0]]]])),
+    "q is a number, with a window": Case(InvalidInput, "q must be|3 (int)", lambda: run(q=3, window_size=(-1, 0))),
+    "q is sparse": Case(UnsupportedProblem, "sparse|to_dense", lambda: run(t(*Q).to_sparse())),
+    # rank and shape
+    "q of rank 3": Case(InvalidInput, "q has 3 dimensions|(batch, seqlen, heads, head_dim)|unsqueeze(0)", lambda: run(t(5, 6, 64))),
+    "k of rank 2": Case(InvalidInput, "k has 2 dimensions", lambda: run(k=t(7, 64))),
+    "v of rank 5": Case(InvalidInput, "v has 5 dimensions", lambda: run(v=t(1, 2, 7, 2, 64))),
+    "q of rank 0": Case(InvalidInput, "q has 0 dimensions", lambda: run(t())),
+    "k of another batch": Case(InvalidInput, "q has batch 2|k has batch 3", lambda: run(k=t(3, 7, 2, 64))),
+    "v of another batch": Case(InvalidInput, "v has batch 1", lambda: run(v=t(1, 7, 2, 64))),
+    "v of another seqlen": Case(InvalidInput, "k has seqlen 7|v has seqlen 8", lambda: run(v=t(2, 8, 2, 64))),
+    "v of other heads": Case(InvalidInput, "k has heads 2|v has heads 1", lambda: run(v=t(2, 7, 1, 64))),
+    "k of another head dim": Case(UnsupportedProblem, "head_dim 64|k has 32|pad", lambda: run(k=t(2, 7, 2, 32))),
+    "v of another head dim": Case(UnsupportedProblem, "v has 128|pad", lambda: run(v=t(2, 7, 2, 128))),
+    "packed qkv of rank 4": Case(InvalidInput, "qkv has shape|(batch, seqlen, 3, heads, head_dim)", lambda: flash_attn_qkvpacked_func(t(*Q))),
+    "packed qkv of two": Case(InvalidInput, "qkv has shape (2, 5, 2, 6, 64)|3", lambda: flash_attn_qkvpacked_func(t(2, 5, 2, 6, 64))),
+    "packed kv of three": Case(InvalidInput, "kv has shape|(batch, seqlen, 2, heads", lambda: flash_attn_kvpacked_func(t(*Q), t(2, 7, 3, 2, 64))),
+    "packed qkv is None": Case(InvalidInput, "qkv must be", lambda: flash_attn_qkvpacked_func(None)),
+    # heads
+    "heads 6:4": Case(InvalidInput, "q has 6 heads|have 4|multiple|nearest for k and v: 3", lambda: run(k=t(2, 7, 4, 64))),
+    "heads 2:6": Case(InvalidInput, "q has 2 heads|have 6|nearest for k and v: 2", lambda: run(q=t(2, 5, 2, 64), k=t(2, 7, 6, 64))),
+    "no heads for keys": Case(InvalidInput, "q has 6 heads|have 0", lambda: run(k=t(2, 7, 0, 64))),
+    # head dim
+    "head dim 0": Case(InvalidInput, "head_dim is 0|multiple of 8|256", lambda: all_of(0)),
+    "head dim 7": Case(UnsupportedProblem, "head_dim is 7|multiple of 8|pad q, k and v to 8|7**-0.5", lambda: all_of(7)),
+    "head dim 12": Case(UnsupportedProblem, "head_dim is 12|to 16|(0, 4)|out[..., :12]", lambda: all_of(12)),
+    "head dim 250": Case(UnsupportedProblem, "head_dim is 250|to 256", lambda: all_of(250)),
+    "head dim 264": Case(UnsupportedProblem, "head_dim is 264|256|scaled_dot_product_attention", lambda: all_of(264)),
+    # strides and devices
+    "q with a strided last dim": Case(InvalidInput, "q.stride(-1) is 2|q.contiguous()", lambda: run(wide(t(*Q)))),
+    "k with a strided last dim": Case(InvalidInput, "k.stride(-1) is 2|k.contiguous()", lambda: run(k=wide(t(*K)))),
+    "v transposed": Case(InvalidInput, "v.stride(-1)|v.contiguous()", lambda: run(v=t(2, 7, 64, 2).transpose(2, 3))),
+    "q expanded in the last dim": Case(InvalidInput, "q.stride(-1) is 0", lambda: run(t(2, 5, 6, 1).expand(*Q))),
+    "k on another device": Case(InvalidInput, "q is on cpu|k on meta|k.to(q.device)", lambda: run(k=t(*K, device="meta"))),
+    "q on cuda, v on cpu": Case(
+        InvalidInput, "q is on cuda:0|v on cpu", lambda: fake_cuda(lambda: run(t(*Q, device="cuda"), t(*K, device="cuda"), t(*K)))
+    ),
+    "q on no supported device": Case(UnsupportedProblem, "xpu|cuda|CPU", lambda: fake_cuda(lambda: run(t(*Q, device="xpu"), t(*K, device="xpu")))),
+    "arch on the CPU": Case(InvalidInput, "cpu|leave them out", lambda: attention(t(*Q), t(*K), t(*K), arch="sm80")),
+    "forward_into on the CPU": Case(
+        InvalidInput, "cpu|fa2gen.attention", lambda: forward_into(t(*Q), t(2, 6, 5, dtype=torch.float32), t(*Q), t(*K), t(*K))
+    ),
+    # scale
+    "scale nan": Case(InvalidInput, "nan|finite|head_dim ** -0.5", lambda: run(softmax_scale=math.nan)),
+    "scale inf": Case(InvalidInput, "inf|finite", lambda: run(softmax_scale=math.inf)),
+    "scale negative": Case(UnsupportedProblem, "-0.5|-q", lambda: run(softmax_scale=-0.5)),
+    "scale zero": Case(UnsupportedProblem, "softmax_scale is 0|mean of v", lambda: run(softmax_scale=0.0)),
+    "scale below fp32": Case(UnsupportedProblem, "1e-300|scale q", lambda: run(softmax_scale=1e-300)),
+    "scale above fp32": Case(UnsupportedProblem, "1e+300|scale q", lambda: run(softmax_scale=1e300)),
+    "scale is text": Case(InvalidInput, "softmax_scale must be a number|'auto'", lambda: run(softmax_scale="auto")),
+    "scale is a tensor": Case(InvalidInput, "softmax_scale must be a number|a tensor ()", lambda: run(softmax_scale=torch.tensor(0.1))),
+    "scale is True": Case(InvalidInput, "True|did you mean causal", lambda: flash_attn_func(t(*Q), t(*K), t(*K), 0.0, True)),
+    "causal is text": Case(InvalidInput, "causal must be|'yes'", lambda: run(causal="yes")),
+    "causal is a window": Case(InvalidInput, "causal must be|tuple", lambda: run(causal=(-1, 0))),
+    # not built yet
+    "dropout": Case(UnsupportedProblem, "dropout|0.1|pass 0.0", lambda: run(dropout_p=0.1)),
+    "scale where dropout goes": Case(UnsupportedProblem, "fourth positional|softmax_scale", lambda: flash_attn_func(t(*Q), t(*K), t(*K), 64**-0.5)),
+    "dropout nan": Case(UnsupportedProblem, "dropout|nan", lambda: run(dropout_p=math.nan)),
+    "softcap": Case(UnsupportedProblem, "softcap|30.0|pass 0.0", lambda: run(softcap=30.0)),
+    "alibi": Case(UnsupportedProblem, "ALiBi|None", lambda: run(alibi_slopes=torch.zeros(6))),
+    "sliding window": Case(UnsupportedProblem, "window_size=(3, 0)|causal=True", lambda: run(window_size=(3, 0))),
+    "window to the right": Case(UnsupportedProblem, "window_size=(-1, 2)", lambda: run(window_size=(-1, 2))),
+    "causal sliding window": Case(UnsupportedProblem, "window_size=(2, -1)", lambda: run(window_size=(2, -1), causal=True)),
+    "window of one side": Case(InvalidInput, "window_size is (3,)|(left, right)", lambda: run(window_size=(3,))),
+    "window below -1": Case(InvalidInput, "window_size is (-2, 0)|-1 for no limit", lambda: run(window_size=(-2, 0))),
+    "window of floats": Case(InvalidInput, "window_size is (1.5, 0)", lambda: run(window_size=(1.5, 0))),
+    "window of text": Case(InvalidInput, "window_size is 'full'|(left, right)", lambda: run(window_size="full")),
+    "window is a number": Case(InvalidInput, "window_size is 128|(left, right)", lambda: run(window_size=128)),
+    "gradient of q": Case(UnsupportedProblem, "gradients|torch.no_grad()|detach", lambda: run(t(*Q).requires_grad_())),
+    "gradient of v": Case(UnsupportedProblem, "gradients|torch.no_grad()", lambda: run(v=t(*K).requires_grad_())),
+    "varlen": Case(UnsupportedProblem, "flash_attn_varlen_func|nearest: flash_attn_func", lambda: flash_attn_varlen_func(1, causal=True)),
+    "varlen qkvpacked": Case(UnsupportedProblem, "flash_attn_varlen_qkvpacked_func", lambda: flash_attn_varlen_qkvpacked_func()),
+    "varlen kvpacked": Case(UnsupportedProblem, "flash_attn_varlen_kvpacked_func", lambda: flash_attn_varlen_kvpacked_func()),
+    "kvcache": Case(UnsupportedProblem, "flash_attn_with_kvcache|nearest", lambda: flash_attn_with_kvcache()),
+    # GPUs
+    "a Turing GPU": Case(UnsupportedProblem, "T4|7.5|8.0|9.0", lambda: kernel_arch(gpu("NVIDIA T4", 7, 5))),
+    "a B200": Case(UnsupportedProblem, "B200|10.0|9.0", lambda: kernel_arch(gpu("NVIDIA B200", 10, 0))),
+    "an RTX 5090": Case(UnsupportedProblem, "12.0|8.9", lambda: kernel_arch(gpu("NVIDIA GeForce RTX 5090", 12, 0))),
+    "sm90 kernels on 8.9": Case(UnsupportedProblem, "sm90|8.9|Nearest|sm80", lambda: kernel_arch(gpu("NVIDIA L40S", 8, 9), "sm90")),
+    # specs
+    "spec: misspelt problem field": Case(InvalidInput, "head_dims|did you mean 'head_dim'", lambda: Problem(head_dims=64)),
+    "spec: misspelt tiling field": Case(InvalidInput, "tile_k|did you mean", lambda: Tiling(**sm90(tile_k=64))),
+    "spec: misspelt stages": Case(InvalidInput, "num_stage|did you mean 'num_stages'", lambda: Tiling(**sm90(num_stage=2))),
+    "spec: unknown field": Case(InvalidInput, "frobnicate|known fields", lambda: Problem(head_dim=64, frobnicate=1)),
+    "spec: no head dim": Case(InvalidInput, "head_dim|required", lambda: Problem()),
+    "spec: head dim 0": Case(InvalidInput, "multiple of 8|nearest 8", lambda: Problem(head_dim=0)),
+    "spec: head dim 12": Case(InvalidInput, "multiple of 8|nearest 16|12", lambda: Problem(head_dim=12)),
+    "spec: head dim 264": Case(InvalidInput, "256|nearest 256|264", lambda: Problem(head_dim=264)),
+    "spec: head dim -8": Case(InvalidInput, "multiple of 8|nearest 8", lambda: Problem(head_dim=-8)),
+    "spec: head dim is a float": Case(InvalidInput, "head_dim|64.0", lambda: Problem(head_dim=64.0)),
+    "spec: head dim is text": Case(InvalidInput, "head_dim|integer", lambda: Problem(head_dim="64")),
+    "spec: head dim is CUDA": Case(InvalidInput, "head_dim|integer", lambda: Problem(head_dim=CUDA)),
+    "spec: dtype is CUDA": Case(InvalidInput, "dtype|fp16|bf16", lambda: Problem(head_dim=64, dtype=CUDA)),
+    "spec: mask is CUDA": Case(InvalidInput, "mask|full|causal", lambda: Problem(head_dim=64, mask='full"); asm("trap;')),
+    "spec: arch is CUDA": Case(InvalidInput, "arch|sm80|sm90", lambda: Tiling(**sm90(arch="sm90\n__device__ int x;"))),
+    "spec: dtype fp8": Case(InvalidInput, "dtype|fp16|fp8", lambda: Problem(head_dim=64, dtype="fp8")),
+    "spec: direction bwd": Case(InvalidInput, "direction|fwd", lambda: Problem(head_dim=64, direction="bwd")),
+    "spec: arch sm100": Case(InvalidInput, "arch|sm80|sm90", lambda: Tiling(**sm90(arch="sm100"))),
+    "spec: tile_n 24": Case(InvalidInput, "tile_n|multiple of 16|24", lambda: Tiling(**sm90(tile_n=24))),
+    "spec: tile_n 0": Case(InvalidInput, "tile_n|16 to 256", lambda: Tiling(**sm90(tile_n=0))),
+    "spec: no stages": Case(InvalidInput, "num_stages|from 1", lambda: Tiling(**sm90(num_stages=0))),
+    "spec: a million stages": Case(InvalidInput, "num_stages|to 8", lambda: Tiling(**sm90(num_stages=10**6))),
+    "spec: no warps": Case(InvalidInput, "num_mma_warps|from 1", lambda: Tiling(**sm90(num_mma_warps=0))),
+    "spec: swizzle 48": Case(InvalidInput, "swizzle_bytes|128|32", lambda: Tiling(**sm90(swizzle_bytes=48))),
+    "name: CUDA in it": Case(InvalidInput, "not a kernel name|look like", lambda: KernelSpec.from_name(GOOD_NAME + "(){}")),
+    "name: a path": Case(InvalidInput, "not a kernel name", lambda: KernelSpec.from_name("../../" + GOOD_NAME)),
+    "name: a line break": Case(InvalidInput, "not a kernel name", lambda: KernelSpec.from_name(GOOD_NAME + "\n")),
+    "name: head dim 12": Case(InvalidInput, "multiple of 8", lambda: KernelSpec.from_name(GOOD_NAME.replace("d128", "d12"))),
+    "name: leading zero": Case(InvalidInput, GOOD_NAME, lambda: KernelSpec.from_name(GOOD_NAME.replace("d128", "d0128"))),
+    "name: a default spelt out": Case(InvalidInput, GOOD_NAME, lambda: KernelSpec.from_name(GOOD_NAME + "_z128")),
+    "name: sm70": Case(InvalidInput, "arch|sm70", lambda: KernelSpec.from_name(GOOD_NAME.replace("sm90", "sm70"))),
+    "plan: too much shared memory": Case(InfeasibleSpec, "shared memory|232,448 B|nearest", lambda: plan(256, **sm90())),
+    "plan: rows against warps": Case(InfeasibleSpec, "tile_m|nearest", lambda: plan(64, **sm90(tile_m=64))),
+    "plan: warps of half a warpgroup": Case(InfeasibleSpec, "warps|nearest", lambda: plan(64, **sm90(num_mma_warps=6))),
+    "plan: too many registers": Case(InfeasibleSpec, "registers|nearest", lambda: plan(64, **sm90(tile_n=256))),
+}  # fmt: skip
+
+
+def test_the_table_is_long_enough():
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_bad_input(case):
+    with pytest.raises(Fa2GenError) as caught:
+        case.run()
+    message = str(caught.value)
+    assert type(caught.value) is case.error, message
+    missing = [word for word in case.words.split("|") if word not in message]
+    assert not missing, f"{missing} not in: {message}"
+    assert len(message) < 1500
+
+
+@pytest.mark.parametrize("name", ["dtype", "mask", "arch"])
+def test_cuda_in_a_spec_never_reaches_a_source(name):
+    """The one way from text to a kernel is a spec, and its text fields are closed sets."""
+    spec = KernelSpec(problem=Problem(head_dim=64), tiling=default_tiling(Problem(head_dim=64), "sm90"))
+    field = spec.problem if hasattr(spec.problem, name) else spec.tiling
+    with pytest.raises(InvalidInput):
+        type(field)(**{**field.model_dump(), name: CUDA})
+    with pytest.raises(Exception, match="frozen"):
+        setattr(field, name, CUDA)
+
+
+def test_errors_are_also_what_python_would_raise():
+    assert issubclass(fa2gen.InvalidInput, ValueError)
+    assert issubclass(fa2gen.UnsupportedProblem, NotImplementedError)
+    assert issubclass(fa2gen.InfeasibleSpec, ValueError)

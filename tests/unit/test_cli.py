@@ -1,0 +1,475 @@
+"""The command line: exit status, one JSON document on stdout, errors without a traceback, help with examples."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import fa2gen
+from fa2gen import env, verify
+from fa2gen.cli import ExitStatus, app
+from fa2gen.errors import CompileError
+from fa2gen.plan import make_plan
+from fa2gen.spec import KernelSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8"
+BUILD_KEYS = {
+    *("name", "arch", "direction", "head_dim", "dtype", "mask"),
+    *("registers", "spill_bytes", "shared_memory_bytes", "compile_seconds", "notes"),
+}
+VERIFY_KEYS = {"name", "shape", "max_error", "max_allowed", "mean_error", "mean_allowed", "ok"}
+
+
+class Result(types.SimpleNamespace):
+    """What a command did."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def fa2(*arguments: str) -> Result:
+    """Run a command in this process. An exception that would be a traceback fails the test."""
+    done = CliRunner().invoke(app, list(arguments), prog_name="fa2gen")
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return Result(status=done.exit_code, stdout=done.stdout, stderr=done.stderr)
+
+
+def fa2_process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does."""
+    command = [sys.executable, "-m", "fa2gen", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty kernel cache of this test's own."""
+    monkeypatch.setenv("FA2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# Help and version
+
+
+def commands() -> list[tuple[str, ...]]:
+    found: list[tuple[str, ...]] = [()]
+    for name, command in get_command(app).commands.items():
+        found.append((name,))
+        found += [(name, inner) for inner in getattr(command, "commands", ())]
+    return found
+
+
+def test_the_commands_are_those_that_were_promised():
+    names = {path[0] for path in commands() if path}
+    assert names == {"build", "render", "plan", "list", "verify", "cache", "doctor"}
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_help_has_examples(command, monkeypatch):
+    """On 80 columns, too, each on a line of its own: one that wraps can be neither read nor pasted."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    found: Any = get_command(app)
+    for name in command:
+        found = found.commands[name]
+    done = fa2(*command, "--help")
+    assert done.status == ExitStatus.DONE
+    assert "Usage: fa2gen" in done.stdout
+    title, *examples = found.epilog.splitlines()
+    assert title == "[bold]Examples[/]"
+    shown = [line.strip() for line in done.stdout.splitlines()]
+    assert all(line in shown for line in examples if not line.startswith("["))
+
+
+def test_help_is_quick():
+    """0.4 s, the best of five: other work may share the machine."""
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        assert fa2_process("--help").returncode == 0
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) <= 0.4
+
+
+def test_version():
+    assert fa2("--version").stdout == f"fa2gen {fa2gen.__version__}\n"
+
+
+def test_shim_works_from_anywhere(tmp_path):
+    command = [sys.executable, str(ROOT / "cli.py"), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"fa2gen {fa2gen.__version__}\n"
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nonsense", "nonsense"),
+        ("render --nonsense", "--nonsense"),
+        ("render --head-dim ten", "--head-dim"),
+        ("render --head-dim 12", "multiple of 8 from 8 to 256; nearest 16"),
+        ("render --head-dim 0", "nearest 8"),
+        ("render --head-dim -8", "nearest 8"),
+        ("render --head-dim 264", "nearest 256"),
+        ("render --dtype fp8", "bf16"),
+        ("render --mask window", "causal"),
+        ("render --arch sm100", "sm90"),
+        ("render --target hip", "cuda"),
+        ("render fa2_fwd_sm90_bf16_d128", "is not a kernel name"),
+        ("render fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8;exit", "is not a kernel name"),
+        (f"render {NAME} --head-dim 64", "not both"),
+        (f"render {NAME} --set tile_n=64", "not both"),
+        ("render --set tile_n", "FIELD=VALUE"),
+        ("render --set tile_n=many", "FIELD=VALUE"),
+        ("render --set tile_q=64", "did you mean 'tile_"),
+        ("render --set tile_n=100", "multiple of 16"),
+        ("render --set swizzle_bytes=48", "128, 64 or 32"),
+        ("plan --head-dim 256 --set tile_n=128", "does not fit sm90"),
+        ("build --arch sm75", "sm80"),
+        ("build --head-dim 20", "nearest 24"),
+        ("build --jobs 0", "--jobs"),
+        ("list --head-dim 1000", "nearest 256"),
+        ("verify --on tpu", "gpu"),
+        ("verify fa2", "is not a kernel name"),
+        (f"verify {NAME} --arch sm80", "not both"),
+        ("cache nonsense", "nonsense"),
+    ],
+)
+def test_usage_errors(arguments, message):
+    done = fa2(*arguments.split())
+    assert done.status == ExitStatus.USAGE
+    assert done.stdout == ""
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_bad_environment_is_a_usage_error(monkeypatch):
+    monkeypatch.setenv("FA2GEN_LOG_LEVEL", "loud")
+    done = fa2("cache", "dir")
+    assert (done.status, done.stdout) == (ExitStatus.USAGE, "")
+    assert "FA2GEN_LOG_LEVEL" in done.stderr
+
+
+@pytest.mark.parametrize("error", [CompileError("no compiler"), PermissionError(13, "not allowed", "/x")])
+def test_failures_are_a_message_and_status_1(monkeypatch, error):
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("fa2gen.render.render", fail)
+    done = fa2("render", NAME)
+    assert (done.status, done.stdout) == (ExitStatus.FAILED, "")
+    assert done.stderr == f"{type(error).__name__}: {error}\n"
+
+
+def test_a_closed_pipe_is_quiet():
+    with subprocess.Popen(
+        [sys.executable, "-m", "fa2gen", "render", NAME], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+# render, plan, list
+
+
+def test_render_by_name_and_by_options():
+    by_name = fa2("render", NAME)
+    assert by_name.status == ExitStatus.DONE
+    assert f"{NAME}(" in by_name.stdout
+    by_options = ("--arch", "sm90", "--head-dim", "128", "--dtype", "bf16", "--mask", "full")
+    tiling = ("--set", "tile_m=128", "--set", "tile_n=128", "--set", "num_stages=2", "--set", "num_mma_warps=8")
+    assert fa2("render", *by_options, *tiling).stdout == by_name.stdout
+
+
+def test_render_is_what_the_library_renders():
+    from fa2gen.render import render
+
+    assert fa2("render", NAME).stdout == render(make_plan(KernelSpec.from_name(NAME))).source
+
+
+def test_render_origins():
+    lines = fa2("render", NAME, "--origins").stdout.splitlines()
+    assert len(lines) == len(fa2("render", NAME).stdout.splitlines())
+    assert any(line.startswith("sm90/fwd.cu.j2:") for line in lines)
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_plan_lists_what_fits_with_the_default_first(arch):
+    from fa2gen.cli import _tiling
+    from fa2gen.spec import Problem
+
+    rows = fa2("plan", "--arch", arch, "--head-dim", "256", "--json").json
+    problem = Problem(head_dim=256)
+    assert rows[0]["name"] == KernelSpec(problem=problem, tiling=_tiling(problem, arch)).name
+    assert len({row["name"] for row in rows}) == len(rows) > 1
+    assert all(0 < row["shared_memory_bytes"] <= row["shared_memory_limit"] for row in rows)
+    assert all(row["register_estimate"] for row in rows)
+
+
+def test_plan_of_one_kernel():
+    (row,) = fa2("plan", NAME, "--json").json
+    plan = make_plan(KernelSpec.from_name(NAME))
+    assert (row["name"], row["num_threads"]) == (NAME, plan.num_threads)
+    assert NAME in fa2("plan", NAME).stdout
+
+
+def test_plan_says_why_not():
+    done = fa2("plan", "--head-dim", "256", "--set", "tile_n=128")
+    assert "InfeasibleSpec: fa2_fwd_sm90_bf16_d256_m128_n128_s2_w8 does not fit sm90" in done.stderr
+    assert "shared memory" in done.stderr and "nearest" in done.stderr
+
+
+# build, list, cache
+
+
+def test_build_then_list_then_clear(cache, tmp_path):
+    wanted = ("--arch", "sm90", "--head-dim", "8")
+    out = tmp_path / "out"
+
+    assert not any(row["cached"] for row in fa2("list", *wanted, "--json").json)
+    built = fa2("build", *wanted, "--out", str(out), "--jobs", "2", "--json")
+    assert built.status == ExitStatus.DONE
+    assert [(row["dtype"], row["mask"]) for row in built.json] == [
+        ("fp16", "full"),
+        ("fp16", "causal"),
+        ("bf16", "full"),
+        ("bf16", "causal"),
+    ]
+    for row in built.json:
+        assert row.keys() >= BUILD_KEYS
+        assert (row["arch"], row["direction"], row["head_dim"]) == ("sm90", "fwd", 8)
+        assert row["registers"] > 0 and row["shared_memory_bytes"] > 0 and row["compile_seconds"] > 0
+        assert (row["spill_bytes"], row["notes"]) == (0, [])
+    assert "4 kernels in" in built.stderr and "(0 from the cache)" in built.stderr
+    assert (out / "manifest.json").is_file()
+
+    again = fa2("build", *wanted)
+    assert "(4 from the cache)" in again.stderr
+    assert all(row["name"] in again.stdout for row in built.json)
+    assert all(row["cached"] for row in fa2("list", *wanted, "--json").json)
+
+    names = {row["name"] for row in built.json}
+    assert fa2("cache", "dir").stdout == f"{cache}\n"
+    assert {meta["name"] for meta in fa2("cache", "list", "--json").json} == names
+    assert all(name in fa2("cache", "list").stdout for name in names)
+    size = fa2("cache", "size", "--json").json
+    assert (size["kernels"], size["dir"]) == (4, str(cache)) and size["bytes"] > 0
+    assert fa2("cache", "clear").status == ExitStatus.DONE
+    assert fa2("cache", "size", "--json").json["kernels"] == 0
+
+
+def test_build_needs_no_torch(cache):
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        "from fa2gen.cli import app\n"
+        "app(['build', '--arch', 'sm90', '--head-dim', '8', '--json'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)) == 4
+
+
+def test_build_reports_every_failure(cache, monkeypatch):
+    """One kernel that fails costs status 1, and the others are still there."""
+    from fa2gen.compile import compile_unit
+
+    def flaky(unit: Any) -> Any:
+        if "causal" in unit.name:
+            raise CompileError(f"{unit.name} does not compile")
+        return compile_unit(unit)
+
+    monkeypatch.setattr("fa2gen.store.compile_unit", flaky)
+    done = fa2("build", "--arch", "sm90", "--head-dim", "8", "--json")
+    assert done.status == ExitStatus.FAILED
+    assert [row["error"] is None for row in done.json] == [True, False, True, False]
+    assert done.stderr.count("does not compile") == 2
+    assert "2 failed" in done.stderr
+
+
+def test_list_is_the_catalogue():
+    from fa2gen.catalog import catalogue
+
+    assert [row["name"] for row in fa2("list", "--json").json] == [spec.name for spec in catalogue()]
+    assert all(row["arch"] == "sm80" for row in fa2("list", "--arch", "sm80", "--json").json)
+
+
+# verify
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def test_verify_without_a_gpu_is_status_3():
+    if has_gpu():
+        pytest.skip("there is a GPU")
+    done = fa2("verify", "--arch", "sm90", "--json")
+    assert (done.status, done.json) == (ExitStatus.NOTHING_TO_RUN_ON, [])
+    assert "nothing verified" in done.stderr
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """fa2gen.host stands in: `host.forward_into` computes right answers until a test replaces it."""
+    from fa2gen.reference import attention_reference
+
+    def forward_into(spec: KernelSpec, out: Any, lse: Any, q: Any, k: Any, v: Any) -> None:
+        right_out, right_lse = attention_reference(q, k, v, causal=spec.problem.mask == "causal")
+        out.copy_(right_out)
+        lse.copy_(right_lse)
+
+    module = types.ModuleType("fa2gen.host")
+    module.forward_into = forward_into
+    monkeypatch.setitem(sys.modules, "fa2gen.host", module)
+    monkeypatch.setattr(fa2gen, "host", module, raising=False)
+    monkeypatch.setattr(verify, "nothing_to_run_on", lambda place: None)
+    return module
+
+
+CAUSAL = "fa2_fwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
+
+
+def test_verify_right_answers(host):
+    done = fa2("verify", CAUSAL, "--on", "host", "--json")
+    assert done.status == ExitStatus.DONE
+    assert len(done.json) == len(verify.SHAPES["host"])
+    for row in done.json:
+        assert row.keys() >= VERIFY_KEYS
+        assert (row["name"], row["ok"], row["error"]) == (CAUSAL, True, None)
+        assert row["max_error"] <= row["max_allowed"] and row["mean_error"] <= row["mean_allowed"]
+        assert row["shape"].keys() == {"batch", "seqlen_q", "seqlen_k", "heads", "heads_kv"}
+    human = fa2("verify", CAUSAL, "--on", "host")
+    assert CAUSAL in human.stdout and "all right" in human.stderr
+
+
+def wrong_value(out: Any, lse: Any) -> None:
+    out[0, 0, 0, 0] += 1
+
+
+def wrong_lse(out: Any, lse: Any) -> None:
+    lse[0, 0, -1] += 0.01
+
+
+def unwritten(out: Any, lse: Any) -> None:
+    out[0, -1, -1, -1] = float("nan")
+
+
+def one_too_many(out: Any, lse: Any) -> None:
+    out.as_strided((1,), (1,), out.storage_offset() + out.numel())[0] = 0
+
+
+def one_too_early(out: Any, lse: Any) -> None:
+    lse.as_strided((1,), (1,), lse.storage_offset() - 1)[0] = 0
+
+
+@pytest.mark.parametrize("fault", [wrong_value, wrong_lse, unwritten, one_too_many, one_too_early])
+def test_verify_catches(host, fault):
+    right = host.forward_into
+
+    def faulty(spec: KernelSpec, out: Any, lse: Any, *qkv: Any) -> None:
+        right(spec, out, lse, *qkv)
+        fault(out, lse)
+
+    host.forward_into = faulty
+    done = fa2("verify", CAUSAL, "--on", "host", "--json")
+    assert done.status == ExitStatus.FAILED
+    assert not any(row["ok"] for row in done.json)
+    assert "WRONG" in done.stderr
+    assert "WRONG" in fa2("verify", CAUSAL, "--on", "host").stdout
+
+
+def test_verify_of_a_kernel_that_does_not_run(host):
+    def fail(*_: Any) -> None:
+        raise CompileError("no compiler")
+
+    host.forward_into = fail
+    done = fa2("verify", CAUSAL, "--on", "host", "--json")
+    assert done.status == ExitStatus.FAILED
+    assert {row["error"] for row in done.json} == {"no compiler"}
+
+
+def test_outcome_with_nan_is_json():
+    outcome = verify.Outcome(NAME, verify.SHAPES["gpu"][0], max_error=float("nan"), max_allowed=1.0)
+    assert replace(outcome, mean_error=float("inf")).to_json()["mean_error"] is None
+    assert outcome.to_json()["max_error"] is None
+
+
+# doctor
+
+
+def test_doctor(cache):
+    found = fa2("doctor", "--json").json
+    assert found["fa2gen"]["version"] == fa2gen.__version__
+    assert found["compiler"]["nvrtc"] and found["compiler"]["error"] is None
+    assert found["cache"]["dir"] == str(cache)
+    assert {row["head_dim"] for row in found["kernels"]} == {64, 128, 256}
+    human = fa2("doctor").stdout
+    assert all(label in human for label in ("fa2gen", "compiler", "driver", "torch", "cache", "kernels", "problems"))
+
+
+def test_doctor_where_nothing_is_installed(cache, monkeypatch):
+    """Missing parts are what it is for: it reports them, and fails because no kernel can be built."""
+
+    def missing(name: str) -> Any:
+        raise ImportError(f"no module {name}")
+
+    monkeypatch.setattr("fa2gen.doctor.import_module", missing)
+    done = fa2("doctor", "--json")
+    assert done.status == ExitStatus.FAILED
+    assert done.json["problems"][0].startswith("compiler: ")
+    assert done.json["driver"]["gpus"] == []
+    assert done.json["torch"]["version"] is None
+
+
+def test_doctor_names_a_misspelt_variable(cache, monkeypatch):
+    monkeypatch.setenv("FA2GEN_CACHEDIR", "x")
+    done = fa2("doctor", "--json")
+    assert done.status == ExitStatus.FAILED
+    assert any("FA2GEN_CACHEDIR" in problem for problem in done.json["problems"])
+
+
+# The README says what is true
+
+
+def readme_block(after: str) -> str:
+    """The first fenced block that follows some text."""
+    return (ROOT / "README.md").read_text().split(after, 1)[1].split("```", 2)[1].split("\n", 1)[1].rstrip()
+
+
+def test_readme_excerpt_is_rendered():
+    excerpt = readme_block("## What comes out").splitlines()
+    lines = fa2("render", "fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8").stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.strip() == excerpt[0])
+    indent = len(lines[start]) - len(excerpt[0])
+    assert [line[indent:] for line in lines[start : start + len(excerpt)]] == excerpt
+
+
+def test_readme_refusal_is_real():
+    command, refusal = readme_block("refused with every\nrule that it breaks:").split("\n", 1)
+    assert fa2(*command.removeprefix("$ fa2gen ").split()).stderr.rstrip() == refusal
+
+
+def test_readme_lists_every_variable():
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `FA2GEN_")]
+    assert rows == [f"| `{variable.name}` | {variable.default} | {variable.meaning} |" for variable in env.VARIABLES]

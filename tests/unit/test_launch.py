@@ -1,0 +1,272 @@
+"""Launching without a GPU: Params as C++ lays it out, the driver calls, and what is prepared once a signature."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fa2gen.arch import ARCHES
+from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.ops import dispatch
+from fa2gen.plan import make_plan
+from fa2gen.select import Device, default_tiling
+from fa2gen.spec import KernelSpec, Problem
+
+HERE = Path(__file__).resolve().parent
+
+
+# Params -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("arch", list(ARCHES))
+def test_params_are_packed_as_cuda_lays_them_out(arch, mask):
+    """NVRTC itself checks size and every offset of the struct against Python's format."""
+    from cuda.core import Program, ProgramOptions
+
+    problem = Problem(head_dim=64, mask=mask)
+    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
+    offsets, end = {}, 0
+    for param in plan.params:
+        offsets[param.name] = end
+        end += struct.calcsize(f"<{param.code}")
+    source = "\n".join(
+        [
+            "using int64_t = long long;",
+            "struct Params {",
+            *(f"    {param.ctype} {param.name};" for param in plan.params),
+            "};",
+            f"static_assert(sizeof(Params) == {struct.calcsize(plan.params_format)});",
+            # NVRTC has no offsetof; this is what the front end's own expands to.
+            *(f"static_assert(__INTADDR__(&((Params*)0)->{name}) == {at});" for name, at in offsets.items()),
+            'extern "C" __global__ void k(const __grid_constant__ Params p) {}',
+        ]
+    )
+    Program(source, "c++", ProgramOptions(arch="sm_80", std="c++17")).compile("cubin")
+
+
+# The driver -------------------------------------------------------------------------------------------------------
+
+
+def test_driver_calls(tmp_path):
+    """launch_on_fake_driver.py against a driver that only remembers, in a process of its own."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("the fake driver needs a C compiler")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-w", "-o", library, HERE / "fake_libcuda.c", "-ldl"], check=True, timeout=60
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "launch_on_fake_driver.py"],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_a_driver_loading_fails_at_once():
+    """Twice, since cuda.core's own get_kernel hangs the second time; in a new process, with a time limit."""
+    code = (
+        "import sys\n"
+        "from cuda.core import Device\n"
+        "try: Device(0)\n"
+        "except Exception: pass\n"
+        "else: sys.exit(77)\n"
+        "from fa2gen.errors import Fa2GenError\n"
+        "from fa2gen.kernel import Kernel\n"
+        "from fa2gen.plan import make_plan\n"
+        "from fa2gen.spec import KernelSpec\n"
+        "plan = make_plan(KernelSpec.from_name('fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8'))\n"
+        "for _ in range(2):\n"
+        "    try: Kernel(plan, b'', 0)\n"
+        "    except Fa2GenError as error: assert 'no CUDA device 0' in str(error), error\n"
+        "    else: sys.exit(1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode == 77:
+        pytest.skip("there is a driver here")
+    assert done.returncode == 0, done.stderr
+
+
+# Dispatch, with a kernel that only remembers ----------------------------------------------------------------------
+
+
+class FakeKernel:
+    def __init__(self, plan, needs_counter):
+        self.plan = plan
+        self.needs_counter = needs_counter
+        self.prepared = []
+        self.launched = []
+
+    def prepare(self, shape, **strides):
+        self.prepared.append((shape, strides))
+        return self
+
+    def __call__(self, *addresses_and_stream):
+        self.launched.append(addresses_and_stream)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """CPU tensors pretend to be on an H200 with index -1, which is what their get_device() says."""
+    state = SimpleNamespace(kernels={}, capturing=False, stream=5, guarded=0)
+    h200 = Device(name="H200", compute_capability=(9, 0), shared_memory_per_block=232_448, num_sms=132)
+
+    def kernel(plan, target, device):
+        state.target = target
+        return state.kernels.setdefault(plan.name, FakeKernel(plan, needs_counter=plan.arch == "sm90"))
+
+    zeros = torch.zeros
+    monkeypatch.setattr(dispatch, "_device", lambda index: h200)
+    monkeypatch.setattr(dispatch, "_kernel", kernel)
+    monkeypatch.setattr(dispatch, "_calls", {})
+    monkeypatch.setattr(dispatch, "_counters", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: state.stream, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **options: zeros(*shape, **options))
+    monkeypatch.delenv("FA2GEN_ARCH", raising=False)
+    return state
+
+
+def tensors(batch=2, seqlen_q=37, seqlen_k=53, heads=6, heads_kv=2, head_dim=64):
+    return tuple(
+        torch.randn(batch, seqlen, n, head_dim).to(torch.bfloat16)
+        for seqlen, n in ((seqlen_q, heads), (seqlen_k, heads_kv), (seqlen_k, heads_kv))
+    )
+
+
+def only(state):
+    (kernel,) = state.kernels.values()
+    return kernel
+
+
+def test_a_signature_is_prepared_once(gpu):
+    for _ in range(3):
+        q, k, v = tensors()
+        out, lse = dispatch.forward_cuda(q, k, v, 0.1, True)
+        assert only(gpu).launched[-1][:5] == tuple(x.data_ptr() for x in (q, k, v, out, lse))
+    assert len(only(gpu).prepared) == 1 and len(only(gpu).launched) == 3
+    shape, options = only(gpu).prepared[0]
+    assert (shape.batch, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.num_heads_kv) == (2, 37, 53, 6, 2)
+    assert options["q"] == options["o"] == (37 * 6 * 64, 6 * 64, 64) and options["softmax_scale"] == 0.1
+
+
+def test_whatever_changes_the_launch_is_part_of_the_signature(gpu):
+    q, k, v = tensors()
+    transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
+    calls = [
+        lambda: dispatch.forward_cuda(q, k, v, 0.1, True),
+        lambda: dispatch.forward_cuda(q, k, v, 0.2, True),
+        lambda: dispatch.forward_cuda(q, k, v, 0.1, False),
+        lambda: dispatch.forward_cuda(transposed, k, v, 0.1, True),
+        lambda: dispatch.forward_cuda(q[:, :30], k, v, 0.1, True),
+        lambda: dispatch.forward_cuda(q, k[:, :30], v[:, :30], 0.1, True),
+        lambda: dispatch.forward_cuda(q, k[:, :, :1], v[:, :, :1], 0.1, True),
+        lambda: dispatch.forward_cuda(q.half(), k.half(), v.half(), 0.1, True),
+        lambda: dispatch.forward_cuda(q, k, v, 0.1, True, "sm80"),
+    ]
+    for call in [*calls, *calls]:
+        call()
+    assert sum(len(kernel.prepared) for kernel in gpu.kernels.values()) == len(calls)
+
+
+def test_prepared_calls_are_bounded(gpu, monkeypatch):
+    monkeypatch.setattr(dispatch, "_REMEMBERED_CALLS", 8)
+    for seqlen in range(1, 40):
+        dispatch.forward_cuda(*tensors(seqlen_q=seqlen), 0.1, True)
+    assert len(dispatch._calls) <= 8
+
+
+def test_misaligned_tensors_are_copied(gpu):
+    q, k, v = tensors()
+    odd_rows = torch.randn(2, 37, 6 * 64 + 1).to(torch.bfloat16)[..., :-1].unflatten(2, (6, 64))  # strides
+    buffer = torch.randn(k.numel() + 1).to(torch.bfloat16)
+    odd_base = buffer[1:].view(k.shape)  # address
+    for a, b in ((odd_rows, k), (q, odd_base), (odd_rows, odd_base)):
+        gpu.kernels.clear()
+        dispatch._calls.clear()
+        for _ in range(2):
+            out, lse = dispatch.forward_cuda(a, b, v, 0.1, False)
+            launched = only(gpu).launched[-1]
+            assert all(address % 16 == 0 for address in launched[:3])
+            assert launched[2] == v.data_ptr() and launched[3:5] == (out.data_ptr(), lse.data_ptr())
+        assert len(only(gpu).launched) == 2
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"seqlen_q": 0}, {"seqlen_k": 0}, {"batch": 0}, {"heads": 0, "heads_kv": 0}], ids=str
+)
+def test_nothing_is_launched_where_there_is_nothing_to_compute(gpu, sizes):
+    q, k, v = tensors(**sizes)
+    out, lse = dispatch.forward_cuda(q, k, v, 0.1, True)
+    assert not gpu.kernels and out.shape == q.shape and not out.any() and lse.isneginf().all()
+
+
+def test_each_stream_has_a_counter_and_each_captured_call_its_own(gpu):
+    q, k, v = tensors()
+
+    def counter():
+        dispatch.forward_cuda(q, k, v, 0.1, True)
+        return only(gpu).launched[-1][5]
+
+    first = counter()
+    assert first and counter() == first and only(gpu).launched[-1][6] == 5
+    gpu.stream = 6
+    assert counter() != first
+    kept = len(dispatch._counters)
+    gpu.capturing = True
+    assert counter() not in (0, first) and len(dispatch._counters) == kept == 2
+
+
+def test_sm80_kernels_need_no_counter(gpu):
+    dispatch.forward_cuda(*tensors(), 0.1, True, "sm80")
+    assert only(gpu).launched[-1][5] == 0 and gpu.target == "sm_90"
+
+
+def test_choice_of_the_kernel(gpu, monkeypatch):
+    q, k, v = tensors()
+    tiling = default_tiling(Problem(head_dim=64), "sm80")
+
+    def arch(*choice):
+        gpu.kernels.clear()
+        dispatch._calls.clear()
+        dispatch.forward_cuda(q, k, v, 0.1, False, *choice)
+        return only(gpu).plan.arch
+
+    assert arch() == "sm90"
+    assert arch("sm80") == arch(None, tiling) == arch("sm80", tiling) == "sm80"
+    monkeypatch.setenv("FA2GEN_ARCH", "sm80")
+    assert arch() == "sm80" and arch("sm90") == "sm90"
+    with pytest.raises(InvalidInput, match=r"'sm90'.*'sm80'.*leave arch out"):
+        arch("sm90", tiling)
+    with pytest.raises(InvalidInput, match=r"'sm70'.*sm80, sm90"):
+        arch("sm70")
+
+
+def test_other_gpus_are_refused(gpu, monkeypatch):
+    for capability in ((7, 5), (10, 0), (12, 0)):
+        monkeypatch.setattr(dispatch, "_device", lambda index, cc=capability: Device("Some GPU", cc, 101_376, 80))
+        for sizes in ({}, {"seqlen_q": 0}):
+            with pytest.raises(UnsupportedProblem, match=r"Some GPU.*8\.0.*9\.0"):
+                dispatch.forward_cuda(*tensors(**sizes), 0.1, False)
+
+
+def test_errors_are_not_remembered(gpu):
+    q, k, v = tensors()
+    for _ in range(2):
+        with pytest.raises(InvalidInput, match="heads"):
+            dispatch.forward_cuda(q[:, :, :5], k, v, 0.1, False)
+    assert not dispatch._calls
