@@ -17,7 +17,16 @@ from fa2gen.arch import ArchName
 from fa2gen.errors import Fa2GenError, InvalidInput
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
-__all__ = ["SCHEMA", "TunedRow", "catalogue", "read_family", "read_tuned", "tuned_folders", "tuned_rows", "written_tilings"]
+__all__ = [
+    "SCHEMA",
+    "TunedRow",
+    "catalogue",
+    "read_family",
+    "read_tuned",
+    "tuned_folders",
+    "tuned_rows",
+    "written_tilings",
+]
 
 SCHEMA = 1
 
@@ -45,13 +54,15 @@ def written_tilings() -> dict[tuple[Problem, ArchName], Tiling]:
 def read_family(path: Path) -> list[KernelSpec]:
     """The specs of one TOML file.
 
-    `[problem]` fields may be lists, which expand as a product; `[[tiling]]` rows are taken as written. Raises InvalidInput
-    naming the file, for syntax, for a key that does not exist and for a value out of range.
+    `[problem]` fields may be lists, which expand as a product; `[[tiling]]` rows are taken as written. Raises
+    InvalidInput naming the file, for syntax, for a key that does not exist and for a value out of range.
     """
     table = _toml(path)
     unknown = set(table) - {"schema", "problem", "tiling"}
     if unknown:
-        raise InvalidInput(f"{path.name}: unknown table {sorted(unknown)[0]!r}; a spec has schema, [problem] and [[tiling]]")
+        raise InvalidInput(
+            f"{path.name}: unknown table {sorted(unknown)[0]!r}; a spec has schema, [problem] and [[tiling]]"
+        )
     if table.get("schema") != SCHEMA:
         raise InvalidInput(f"{path.name}: schema {table.get('schema')!r}; this fa2gen reads schema {SCHEMA}")
     problem, tilings = table.get("problem"), table.get("tiling")
@@ -129,12 +140,16 @@ class TunedRow:
     def warning(self, compiler: str) -> str | None:
         """What makes the figures doubtful with that NVRTC version, or None: the tiling stays right, and likely good."""
         measured = self.provenance.get("nvrtc")
-        return None if compiler == measured else f"measured with NVRTC {measured}; this is {compiler}: tune again to be sure"
+        return (
+            None
+            if compiler == measured
+            else f"measured with NVRTC {measured}; this is {compiler}: tune again to be sure"
+        )
 
 
 def tuned_folders() -> tuple[Path, ...]:
-    """Where tuned rows are, the first folder's before the second's: in a checkout specs/tuned alone, and in an installation
-    what its user tuned, then what it came with."""
+    """Where tuned rows are, the first folder's before the second's: in a checkout specs/tuned alone, and in an
+    installation what its user tuned, then what it came with."""
     shipped = Path(data_dir("specs")) / "tuned"
     return (shipped,) if in_checkout() else (env.cache_dir() / "tuned", shipped)
 
@@ -162,9 +177,10 @@ def read_tuned(path: Path) -> list[TunedRow]:
 
 
 def _tuned_row(path: Path, fields: dict[str, Any]) -> TunedRow:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    values: dict[str, Any] = {"seqlen_max": None}
+    values |= {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     try:
-        row = TunedRow(**{"seqlen_max": None, **values})
+        row = TunedRow(**values)
         lengths = {len(row.seqlens), len(row.tflops), len(row.tflops_default), len(row.tflops_runner_up)}
         if len(lengths) != 1 or not row.seqlens:
             raise InvalidInput("seqlens, tflops, tflops_default and tflops_runner_up must be lists of one length")
@@ -172,7 +188,7 @@ def _tuned_row(path: Path, fields: dict[str, Any]) -> TunedRow:
             raise InvalidInput("provenance must name gpu and nvrtc")
         if not isinstance(row.seqlen_min, int) or not isinstance(row.seqlen_max, int | None):
             raise InvalidInput("seqlen_min and seqlen_max must be whole numbers")
-        row.spec  # noqa: B018: a name that is no kernel's is found here
+        KernelSpec.from_name(row.kernel)
     except (TypeError, AttributeError, Fa2GenError) as error:
         raise InvalidInput(f"{path.name}: row {fields.get('kernel', '?')!r}: {error}") from None
     return row

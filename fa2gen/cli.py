@@ -204,7 +204,7 @@ def _one_spec(
     mask: Mask | None = None,
     overrides: list[str] | None = None,
 ) -> KernelSpec:
-    """The kernel that a name or the options ask for; what is not given is what would be used at run time."""
+    """The kernel that a name or the options ask for; what they leave open is as in specs/, or else the default."""
     from fa2gen.spec import KernelSpec, Problem, Tiling
 
     if name is not None:

@@ -176,7 +176,7 @@ def _cache() -> dict[str, Any]:
 def _kernels(gpus: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """What will be used for the usual head dims on each GPU; where there is none, on one of each family."""
     from fa2gen.arch import ARCHES
-    from fa2gen.errors import UnsupportedProblem
+    from fa2gen.errors import Fa2GenError
     from fa2gen.select import Device, select
     from fa2gen.spec import Problem
 
@@ -191,7 +191,7 @@ def _kernels(gpus: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 row = {"device": device.name, "head_dim": head_dim, "dtype": "bf16", "mask": mask}
                 try:
                     selection = select(problem, device, env.arch())
-                except UnsupportedProblem as error:
+                except Fa2GenError as error:  # a GPU without kernels, or with too little shared memory
                     yield {**row, "name": None, "reason": str(error)}
                 else:
                     yield {**row, "name": selection.plan.name, "reason": selection.reason}

@@ -1,4 +1,4 @@
-"""Why is this kernel used? The selector's choice and its alternatives, the shared-memory map, and what the compiler says."""
+"""Why is this kernel used? The selector's choice, the alternatives, the shared-memory map and the resource report."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fa2gen.tune.cost import cycles, prune
 
 __all__ = ["KNOWN_DEVICES", "Alternative", "Explanation", "device_named", "explain", "lines", "shared_memory_map"]
 
-# What the selector needs to know of GPUs that need not be here: CUDA C++ Programming Guide, and the vendors' data sheets.
+# What the selector needs to know of GPUs that need not be here: from the CUDA C++ Programming Guide and data sheets.
 KNOWN_DEVICES = (
     Device("NVIDIA H200", (9, 0), 232_448, 132),
     Device("NVIDIA H100 80GB HBM3", (9, 0), 232_448, 132),
@@ -35,12 +35,12 @@ class Alternative:
     kernel: str
     source: str
     why_not: str
-    cycles: float
+    cycles: float | None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Everything that `fa2gen explain` prints. `report` is None where there is no compiler, and then `report_error` says so."""
+    """Everything that `fa2gen explain` prints; `report_error` in place of `report` where there is no compiler."""
 
     problem: dict[str, Any]
     seqlen: int
@@ -107,7 +107,8 @@ def explain(problem: Problem, device: Device, arch: ArchName | None = None, seql
 
 
 def shared_memory_map(plan: KernelPlan) -> Iterator[tuple[str, int, int]]:
-    """(what, offset, bytes) in order. A plan's `smem_x` is where x begins; what begins at one place takes turns there."""
+    """(what, offset, bytes) in order. A plan's `smem_x` is where x begins; what begins at one place takes turns there,
+    and what has stages holds them all up to the next."""
     begins: dict[int, list[str]] = {}
     for attribute in dir(type(plan)):
         if attribute.startswith("smem_") and isinstance(offset := getattr(plan, attribute), int):
@@ -136,7 +137,7 @@ def _alternatives(
         try:
             yield alternative(spec, choice.source, choice.refused or "what was taken comes first")
         except Fa2GenError:  # a row of an older version that no longer fits
-            yield Alternative(spec.name, choice.source, choice.refused or "does not fit", float("nan"))
+            yield Alternative(spec.name, choice.source, choice.refused or "does not fit", None)
     if (row := selection.row) and row.runner_up not in seen:
         spec = KernelSpec.from_name(row.runner_up)
         ratio = sum(a / b for a, b in zip(row.tflops_runner_up, row.tflops, strict=True)) / len(row.tflops)
@@ -160,7 +161,11 @@ def _gpu_here() -> str | None:
     """The first GPU's name, by nvidia-smi: torch would take two seconds to say the same."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10, check=True
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None
@@ -174,15 +179,21 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
     yield "because", found.reason
     if found.measured:
         m = found.measured
-        figures = [f"{s}: {a:.0f} ({d:.0f}, {r:.0f})" for s, a, d, r in zip(
-            m["seqlens"], m["tflops"], m["tflops_default"], m["tflops_runner_up"], strict=True)]
+        figures = [
+            f"{s}: {a:.0f} ({d:.0f}, {r:.0f})"
+            for s, a, d, r in zip(m["seqlens"], m["tflops"], m["tflops_default"], m["tflops_runner_up"], strict=True)
+        ]
         origin = m["provenance"]
         yield "measured", f"TFLOP/s at seqlen {', '.join(figures)}; in brackets the default and the runner-up"
-        yield "", f"best of {m['num_candidates']} on {origin['gpu']}, NVRTC {origin['nvrtc']}, {origin.get('measured', 'no date')}"
+        yield (
+            "",
+            f"best of {m['num_candidates']} on {origin['gpu']}, NVRTC {origin['nvrtc']}, {origin.get('measured', '')}",
+        )
     if found.warning:
         yield "warning", found.warning
     for number, other in enumerate(found.alternatives):
-        text = f"{other.kernel}  [{other.source}]  {other.why_not}; model {other.cycles:.2f}x the cycles"
+        model = "" if other.cycles is None else f"; by the model {other.cycles:.2f}x the cycles"
+        text = f"{other.kernel}  [{other.source}]  {other.why_not}{model}"
         yield "" if number else "alternatives", text
     for number, (name, offset, size) in enumerate(found.shared_memory):
         yield "" if number else "shared memory", f"{offset:>8,} .. {offset + size:>8,}  {size:>8,} B  {name}"
@@ -192,7 +203,10 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
         return
     r = found.report
     spills = r["spill_store_bytes"] + r["spill_load_bytes"]
-    yield "resources", f"{r['registers']} registers a thread at the launch, {spills} B of spills, {r['stack_bytes']} B of stack"
+    yield (
+        "resources",
+        f"{r['registers']} registers a thread at the launch, {spills} B of spills, {r['stack_bytes']} B of stack",
+    )
     for note in r["notes"]:
         yield "", note
 

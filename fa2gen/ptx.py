@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MNEMONIC", "Wgmma", "constraints", "registers"]
+__all__ = ["MNEMONIC", "Wgmma", "constraint_lines", "constraints", "register_lines", "registers"]
 
 MNEMONIC = {"fp16": "f16", "bf16": "bf16"}
 """How PTX spells a dtype."""
@@ -21,6 +21,21 @@ def registers(count: int, first: int = 0) -> str:
 def constraints(constraint: str, array: str, count: int) -> str:
     """`"+f"(d[0]), "+f"(d[1]), ...`: one C++ operand for each register of an array."""
     return ", ".join(f'"{constraint}"({array}[{i}])' for i in range(count))
+
+
+def register_lines(count: int, first: int = 0) -> list[str]:
+    """`registers`, broken after every 16th, for lists that no line would hold."""
+    return _broken(registers(count, first), 16)
+
+
+def constraint_lines(constraint: str, array: str, count: int) -> list[str]:
+    """`constraints`, broken after every 8th."""
+    return _broken(constraints(constraint, array, count), 8)
+
+
+def _broken(text: str, per_line: int) -> list[str]:
+    items = text.split(" ")
+    return [" ".join(items[i : i + per_line]) for i in range(0, len(items), per_line)]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from fa2gen.arch import ARCHES, ArchName
 from fa2gen.catalog import TunedRow, tuned_rows, written_tilings
 from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
 from fa2gen.plan import KernelPlan, make_plan
-from fa2gen.plan.sm80_fwd import default_tiling_sm80
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
 __all__ = ["TYPICAL_SEQLEN", "Choice", "Device", "Selection", "choices", "default_tiling", "kernel_arch", "select"]
@@ -37,7 +36,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen kernel, the NVRTC target to build it for, the reason in words, and the measurement behind it, if any."""
+    """The chosen kernel, the NVRTC target to build it for, the reason in words, and the tuned row, if there is one."""
 
     plan: KernelPlan
     target: str
@@ -47,7 +46,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Choice:
-    """One tiling that the selector looks at. `refused` says why it is not taken, whatever comes before it; None: it could be."""
+    """One tiling that the selector looks at; `refused` says why it cannot be taken, None that it can."""
 
     source: Literal["tuned for this GPU", "tuned for the architecture", "specs", "default"]
     tiling: Tiling
@@ -69,10 +68,12 @@ def kernel_arch(device: Device, arch: ArchName | None = None) -> tuple[ArchName,
         return "sm80", ARCHES["sm80"].target
     if major == 8:
         raise UnsupportedProblem(
-            f"{device.name} has compute capability {major}.{minor}; sm90 kernels use wgmma, which 9.0 alone has. Nearest: arch sm80"
+            f"{device.name} has compute capability {major}.{minor}; sm90 kernels use wgmma, which 9.0 alone has. "
+            "Nearest: arch sm80"
         )
     raise UnsupportedProblem(
-        f"{device.name} has compute capability {major}.{minor}; fa2gen has kernels for 8.0, 8.6, 8.7, 8.9 (sm80) and 9.0 (sm90)"
+        f"{device.name} has compute capability {major}.{minor}; fa2gen has kernels for 8.0, 8.6, 8.7, 8.9 (sm80) and "
+        "9.0 (sm90)"
     )
 
 
@@ -80,8 +81,8 @@ def kernel_arch(device: Device, arch: ArchName | None = None) -> tuple[ArchName,
 def select(problem: Problem, device: Device, arch: ArchName | None = None, seqlen: int | None = None) -> Selection:
     """The kernel for a problem with `seqlen` keys (None: a typical number) on a device; `arch` asks for a family.
 
-    Raises UnsupportedProblem where no kernel family serves the device, InfeasibleSpec where it has too little shared memory
-    for any tiling.
+    Raises UnsupportedProblem where no kernel family serves the device, InfeasibleSpec where it has too little shared
+    memory for any tiling.
     """
     family, target = kernel_arch(device, arch)
     for choice in choices(problem, device, family, TYPICAL_SEQLEN if seqlen is None else seqlen):
@@ -128,16 +129,18 @@ def _misfit(problem: Problem, tiling: Tiling, device: Device) -> str | None:
 
 
 def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Tiling:
-    """A good tiling for any supported problem, with no spec written by hand. Raises InfeasibleSpec if none fits the limit."""
+    """A good tiling for any supported problem, with no spec written by hand. Raises InfeasibleSpec if none fits."""
     if arch == "sm80":
+        from fa2gen.plan.sm80_fwd import default_tiling_sm80
+
         return default_tiling_sm80(problem, shared_memory_limit or ARCHES["sm80"].shared_memory_per_block)
     return _default_tiling_sm90(problem)
 
 
 def _default_tiling_sm90(problem: Problem) -> Tiling:
-    """Three warpgroups where their 160 registers hold 128 keys (192 rows a tile: a third fewer loads a FLOP), else two with as
-    many keys as fit, since a block of keys costs its barriers and its rescale of O whatever its size. Panels are as wide as that
-    allows: a narrow one wastes less of a ragged head dim, but takes more copies."""
+    """Three warpgroups where their 160 registers hold 128 keys (192 rows a tile: a third fewer loads a FLOP), else two
+    with as many keys as fit, since a block of keys costs its barriers and its rescale of O whatever its size. Panels
+    are as wide as that allows: a narrow one wastes less of a ragged head dim, but takes more copies."""
     shapes = [(192, 128, 12, 3)] if problem.head_dim <= 64 else []
     shapes += [(128, tile_n, 8, 2) for tile_n in (128, 112, 96, 80, 64)]
     for tile_m, tile_n, warps, stages in shapes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import reprlib
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
@@ -25,6 +26,10 @@ Mask = Literal["full", "causal"]
 MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 8  # 16 bytes of a 16-bit type: the unit of cp.async and of TMA strides
 
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+_shown = _repr.repr  # how a message quotes its input
+
 
 class _Model(BaseModel):
     """Frozen, strict about field names, and with errors that name the field and the nearest right one."""
@@ -35,6 +40,10 @@ class _Model(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
+            for item in error.errors():
+                cause = item.get("ctx", {}).get("error")
+                if isinstance(cause, InvalidInput):  # a part's own report, complete in itself
+                    raise cause from None
             raise InvalidInput(_explain(type(self), error)) from None
 
 
@@ -48,9 +57,18 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
             hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(model.model_fields)}"
             message = f"unknown field; {hint}"
         elif item["type"] != "missing":
-            message = f"{message} (given {item['input']!r})"
+            message = f"{message} (given {_shown(item['input'])})"
         lines.append(f"  {field:<15} {message}")
     return "\n".join(lines)
+
+
+def _whole_number(value: int, step: int, least: int, most: int, why: str = "") -> int:
+    """`value` if it is one of least, least + step, ..., most, else a ValueError that names the nearest of these."""
+    if value % step or not least <= value <= most:
+        nearest = min(max(-(-value // step) * step, least), most)
+        rule = f"a multiple of {step} from {least} to {most}" if step > 1 else f"from {least} to {most}"
+        raise ValueError(f"must be {rule}{why}; nearest {nearest}")
+    return value
 
 
 class Problem(_Model):
@@ -70,12 +88,7 @@ class Problem(_Model):
     @field_validator("head_dim")
     @classmethod
     def _head_dim_is_supported(cls, head_dim: int) -> int:
-        if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= MAX_HEAD_DIM:
-            nearest = min(max(-(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP, HEAD_DIM_STEP), MAX_HEAD_DIM)
-            raise ValueError(
-                f"must be a multiple of {HEAD_DIM_STEP} from {HEAD_DIM_STEP} to {MAX_HEAD_DIM}; nearest {nearest}"
-            )
-        return head_dim
+        return _whole_number(head_dim, HEAD_DIM_STEP, HEAD_DIM_STEP, MAX_HEAD_DIM)
 
 
 class Tiling(_Model):
@@ -100,32 +113,27 @@ class Tiling(_Model):
     @field_validator("tile_m", "tile_n")
     @classmethod
     def _is_tile(cls, value: int) -> int:
-        if value % 16 or not 16 <= value <= 256:
-            raise ValueError("must be a multiple of 16 from 16 to 256 (the k of one 16-bit matrix instruction is 16)")
-        return value
+        return _whole_number(value, 16, 16, 256, " (the k of one 16-bit matrix instruction is 16)")
 
     @field_validator("num_stages")
     @classmethod
     def _is_depth(cls, value: int) -> int:
-        if not 1 <= value <= 8:
-            raise ValueError("must be from 1 to 8")
-        return value
+        return _whole_number(value, 1, 1, 8)
 
     @field_validator("num_mma_warps")
     @classmethod
     def _is_warp_count(cls, value: int) -> int:
-        if not 1 <= value <= 16:
-            raise ValueError("must be from 1 to 16")
-        return value
+        return _whole_number(value, 1, 1, 16)
 
 
 # Fields that a name always carries, then those it carries only where they differ from the default.
 _NAMED = (("m", "tile_m"), ("n", "tile_n"), ("s", "num_stages"), ("w", "num_mma_warps"))
 _OPTIONAL = (("z", "swizzle_bytes"),)
+_NUMBER = "[0-9]{1,9}"
 _NAME = re.compile(
-    r"fa2_(?P<direction>[a-z]+)_(?P<arch>sm\d+)_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>\d+)(?P<causal>_causal)?"
-    + "".join(rf"_{letter}(?P<{field}>\d+)" for letter, field in _NAMED)
-    + "".join(rf"(?:_{letter}(?P<{field}>\d+))?" for letter, field in _OPTIONAL)
+    rf"fa2_(?P<direction>[a-z]+)_(?P<arch>sm{_NUMBER})_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>{_NUMBER})(?P<causal>_causal)?"
+    + "".join(rf"_{letter}(?P<{field}>{_NUMBER})" for letter, field in _NAMED)
+    + "".join(rf"(?:_{letter}(?P<{field}>{_NUMBER}))?" for letter, field in _OPTIONAL)
 )
 
 
@@ -165,7 +173,7 @@ class KernelSpec(_Model):
         match = _NAME.fullmatch(name)
         if match is None:
             raise InvalidInput(
-                f"{name!r} is not a kernel name; names look like fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8"
+                f"{_shown(name)} is not a kernel name; names look like fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8"
             )
         found = match.groupdict()
         numbers = {field: int(found[field]) for _, field in (*_NAMED, *_OPTIONAL) if found[field] is not None}

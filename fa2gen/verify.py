@@ -6,6 +6,7 @@ buffer that is filled with NaN: an element that is not written, or one that is a
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -72,16 +73,27 @@ class Outcome:
 
 def nothing_to_run_on(place: Place) -> str | None:
     """Why nothing can be verified in that place; None when something can."""
+    if place == "host":
+        from fa2gen.host import find_compiler
+
+        try:
+            find_compiler()
+        except Fa2GenError as error:
+            return str(error)
+    else:
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError:
+            return "there is no NVIDIA driver here, so no GPU"
     if find_spec("torch") is None:
         return "torch is not installed: pip install torch, from the index that fits your driver"
-    if place == "host":
-        if find_spec("fa2gen.host") is None:
-            return "running kernels on the CPU (fa2gen.host) is not built yet"
-        return None
-    torch = import_module("torch")
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA"
-    return None if torch.cuda.is_available() else "there is no NVIDIA GPU here"
+    if place == "gpu":
+        torch = import_module("torch")
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is a build without CUDA"
+        if not torch.cuda.is_available():
+            return "torch sees no GPU"
+    return None
 
 
 def runnable(arch: ArchName, place: Place) -> bool:

@@ -1,7 +1,8 @@
 """Who is measured: every contestant behind one callable, and the reason for each that is missing.
 
-A contestant's `prepare(point, q, k, v)` gives a callable without arguments that computes attention forward, from tensors
-(batch, seqlen, heads, head_dim), and returns the output in the same layout. Layout changes are views, made beforehand.
+A contestant's `prepare(point, q, k, v)` gives a callable without arguments that computes attention forward, from
+tensors (batch, seqlen, heads, head_dim), and returns the output in the same layout. Layout changes are views, made
+beforehand.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["DEFAULT", "NAMES", "OURS", "Contestant", "Missing", "find", "in_orde
 
 OURS = tuple(f"fa2gen-{arch}" for arch in reversed(ARCHES))
 DEFAULT = (*OURS, "cudnn", "fa2", "fa3", "fa4")
-"""`math` and `flex` only when asked for: one needs the S x S matrix in memory, the other compiles for seconds a point."""
+"""`math` and `flex` only when asked for: one keeps the S x S matrix in memory, the other compiles at each point."""
 
 Prepare = Callable[[Point, Any, Any, Any], Callable[[], Any]]
 

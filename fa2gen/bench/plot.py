@@ -41,8 +41,8 @@ _DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
 def plot(document: Mapping[str, Any], out: Path, stem: str) -> list[Path]:
     """Writes out/<stem>[-<preset>]-<direction>-<dtype>.png for each preset, direction and dtype in a result.
 
-    The preset is named where `stem` does not say it. Raises InvalidInput where there is nothing to draw or matplotlib is
-    missing, OSError where `out` cannot be written.
+    The preset is named where `stem` does not say it. Raises InvalidInput where there is nothing to draw or matplotlib
+    is missing, OSError where `out` cannot be written.
     """
     try:
         matplotlib = import_module("matplotlib")
@@ -98,7 +98,9 @@ def _panel(axes: Any, rows: Sequence[Mapping[str, Any]], names: Sequence[str], b
     for index, name in enumerate(names):
         places = [number - 0.43 + step * (index + 0.5) for number in range(len(rows))]
         heights = [row["tflops"].get(name) or 0.0 for row in rows]
-        bars = axes.bar(places, heights, step * 0.94, color=_COLOURS.get(name, "#444444"), label=_LABELS.get(name, name))
+        bars = axes.bar(
+            places, heights, step * 0.94, color=_COLOURS.get(name, "#444444"), label=_LABELS.get(name, name)
+        )
         numbers = [f"{height:.0f}" if height else "" for height in heights]
         weight = "bold" if is_ours(name) else "normal"
         axes.bar_label(bars, numbers, fontsize=6.5, rotation=90, padding=2, fontweight=weight)

@@ -36,8 +36,8 @@ WARMUP_ROUNDS = 3
 MIN_ROUNDS, MAX_ROUNDS = 7, 40
 
 PROTOCOL = (
-    f"CUDA events around each call, {FLUSH_BYTES >> 20} MiB written before it to flush L2, contestants interleaved call "
-    f"by call, {WARMUP_ROUNDS} warm-up rounds, median of the rest"
+    f"CUDA events around each call, {FLUSH_BYTES >> 20} MiB written before it to flush L2, contestants interleaved "
+    f"call by call, {WARMUP_ROUNDS} warm-up rounds, median of the rest"
 )
 
 Call = Callable[[], object]
@@ -122,10 +122,10 @@ def host_microseconds(
     contexts: Mapping[str, Callable[[], AbstractContextManager[Any]]],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Host time of one call of each, in microseconds: the median over interleaved batches of calls that are not awaited.
+    """Host time of one call of each, in microseconds: the median over interleaved batches of unawaited calls.
 
-    200 calls stay below the 1024 launches that the driver queues, and a tiny kernel is done sooner than the next launch:
-    the host never waits. A context (which backend torch may use) is entered once a batch, as a program would.
+    200 calls stay below the 1024 launches that the driver queues, and a tiny kernel is done sooner than the next
+    launch: the host never waits. A context (which backend torch may use) is entered once a batch, as a program would.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(1 + _HOST_BATCHES):

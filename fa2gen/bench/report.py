@@ -76,7 +76,7 @@ def headlines(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def load(path: Path) -> dict[str, Any]:
     """A document that `save` wrote. Raises InvalidInput for anything else, OSError where there is no file."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InvalidInput(f"{path.name} is not JSON: {error}") from None
     rows = document.get("rows") if isinstance(document, dict) else None

@@ -44,7 +44,7 @@ class Bench:
         self._provenance: dict[str, Any] = {}
 
     def rows(self, points: Sequence[Point], seconds: float = SECONDS_PER_POINT) -> Iterator[dict[str, Any]]:
-        """Measures point by point. The matrix product is timed before and after: the practical ceiling, and its drift."""
+        """Measures point by point; the matrix product before and after, for the practical ceiling and its drift."""
         self._provenance = {
             **provenance.gpu_facts(),
             **provenance.versions(),
@@ -98,8 +98,10 @@ class Bench:
         gc.collect()  # contestants may hold buffers of this point
         return row
 
-    def _tried(self, point: Point, inputs: tuple[Any, Any, Any]) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-        """name -> (bare call, call in its context) of the contestants that run here and agree with the first that does."""
+    def _tried(
+        self, point: Point, inputs: tuple[Any, Any, Any]
+    ) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+        """name -> (bare call, call in its context) of the contestants that run here and agree with the first one."""
         torch = self._torch
         calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
         truth = None

@@ -23,9 +23,9 @@ from fa2gen.errors import CompileError, Fa2GenError
 from fa2gen.plan import KernelPlan
 from fa2gen.render import Rendered, render
 
-__all__ = ["Library", "build_library", "find_compiler", "located"]
+__all__ = ["Library", "build_library", "build_source", "find_compiler", "located"]
 
-_COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Werror")
+_COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall")
 # `#pragma unroll` is the device compiler's; the note on passing 64-byte aligned structs is about gcc 4.5.
 _KERNEL_WARNINGS = ("-Wno-unknown-pragmas", "-Wno-psabi")
 _FAST = ("-march=native",)
@@ -35,7 +35,10 @@ _SHOWN_ERRORS = 20
 
 @dataclass(frozen=True)
 class Library:
-    """A kernel as a shared library; `origins` leads from its lines to template lines (see Rendered)."""
+    """A kernel as a shared library; `origins` leads from its lines to template lines (see Rendered).
+
+    Beside it lie kernel.cc and warnings.txt, which is empty unless somebody edited a template or has another compiler.
+    """
 
     name: str
     path: Path
@@ -63,11 +66,15 @@ def build_library(plan: KernelPlan, *, sanitize: bool = False, rendered: Rendere
 
     Raises RenderError, CompileError, or Fa2GenError when there is no compiler.
     """
-    rendered = rendered or render(plan, target="host")
-    source = f"{rendered.source}\nFA2GEN_HOST_ENTRY({plan.name})\n"
+    return build_source(plan.name, rendered or render(plan, target="host"), sanitize=sanitize)
+
+
+def build_source(name: str, rendered: Rendered, *, sanitize: bool = False) -> Library:
+    """As build_library, for the source of any kernel called `name` that uses the primitives of templates/host/."""
+    source = f"{rendered.source}\nFA2GEN_HOST_ENTRY({name})\n"
     optimize = _SANITIZE if sanitize else (*_FAST, "-O2", "-ffp-contract=off")
     folder = _cache() / _key(source, *optimize, _runtime_key(sanitize))
-    library = Library(plan.name, folder / "kernel.so", rendered.origins, sanitize)
+    library = Library(name, folder / "kernel.so", rendered.origins, sanitize)
     if not library.path.is_file():
         runtime = _build_runtime(sanitize)
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +83,10 @@ def build_library(plan: KernelPlan, *, sanitize: bool = False, rendered: Rendere
             kernel.write_text(source, encoding="utf-8")
             options = (*_COMMON, *_KERNEL_WARNINGS, *optimize, f"-I{_runtime_dir()}", "-shared")
             # The relative name is what messages and stack traces show.
-            _compile((*options, "kernel.cc", str(runtime), "-o", "kernel.so"), library, Path(scratch))
-            for name in ("kernel.cc", "kernel.so"):  # the library last: it says that the folder is complete
-                os.replace(Path(scratch, name), folder / name)
+            warnings = _compile((*options, "kernel.cc", str(runtime), "-o", "kernel.so"), library, Path(scratch))
+            Path(scratch, "warnings.txt").write_text(warnings, encoding="utf-8")
+            for file in ("kernel.cc", "warnings.txt", "kernel.so"):  # the library last: it says that the folder is complete
+                os.replace(Path(scratch, file), folder / file)
     return library
 
 
@@ -135,9 +143,11 @@ def _cache() -> Path:
     return env.cache_dir() / "host"
 
 
-def _compile(arguments: tuple[str, ...], library: Library | None, cwd: Path) -> None:
+def _compile(arguments: tuple[str, ...], library: Library | None, cwd: Path) -> str:
+    """Runs the compiler in `cwd` and returns its warnings. Raises CompileError with template positions."""
     done = subprocess.run((find_compiler(), *arguments), cwd=cwd, capture_output=True, text=True, check=False)
+    what, origins = (library.name, library.origins) if library else ("templates/host/runtime", ())
     if done.returncode != 0:
         lines = "\n".join(done.stderr.splitlines()[:_SHOWN_ERRORS])
-        what, origins = (library.name, library.origins) if library else ("templates/host/runtime", ())
         raise CompileError(f"{what} does not compile for the CPU ({find_compiler()}):\n{located(lines, origins)}")
+    return located(done.stderr, origins)

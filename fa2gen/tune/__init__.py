@@ -6,6 +6,6 @@ journal   what was measured, one JSON line each, so that a second run goes on wh
 gpu       the part that needs a device: compile ahead in threads, check with the project's rule, time with its protocol
 record    the winner, as rows of specs/tuned/
 
-All feasible tilings come from `fa2gen.plan.feasible_tilings`: a few hundred a problem, which is few enough to rank them all
-and to time the best few dozen. So there is no search library here, and no search code beyond halving.
+All feasible tilings come from `fa2gen.plan.feasible_tilings`: a few hundred a problem, which is few enough to rank them
+all and to time the best few dozen. So there is no search library here, and no search code beyond halving.
 """

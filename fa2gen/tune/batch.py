@@ -46,7 +46,7 @@ def problems(head_dims: Sequence[int], dtypes: Sequence[DType], masks: Sequence[
 
 
 def default_folder() -> Path:
-    """Where rows are written: specs/tuned/ in a checkout, else the user's own folder. Either is read by the selector."""
+    """Where rows are written: specs/tuned/ in a checkout, else the user's own folder, which is read first."""
     return tuned_folders()[0]
 
 
@@ -73,8 +73,9 @@ def tune(
 ) -> Iterator[Outcome]:
     """Tunes problem after problem and writes each one's rows as soon as it is done.
 
-    budget  seconds for all; what one problem leaves over is shared by the rest. A problem that the budget does not reach is an
-            outcome with an error, and a second run, which finds in the journal what was measured, comes to it.
+    budget  seconds for all; what one problem leaves over is shared by the rest. A problem that the budget does not
+            reach is an outcome with an error, and a second run, which finds in the journal what was measured, comes to
+            it.
     origin  the provenance of the rows.
 
     Raises DeviceLost when a kernel broke the CUDA context; whatever else befalls one problem is in its outcome.

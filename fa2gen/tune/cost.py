@@ -8,16 +8,17 @@ It has to order tilings, not to predict TFLOP/s. Per block of keys, in cycles of
     smem      what wgmma reads and TMA writes, 128 bytes a cycle; padded panels are written whole
     l2        K and V, 36 bytes a cycle
 
-    block     max(mma + exposed * (ex2 + issue), smem, l2)
-    exposed   0.6 / warpgroups + 0.3 * max(0, (ex2 + issue) / mma - 1): the part of the softmax that no other warpgroup's
-              matrix products hide; more where it is longer than they are
+    block     max(310 + mma + exposed * (ex2 + issue), smem, l2); 310 are barriers and waits, whatever the block's size
+    exposed   the part of the softmax that no other warpgroup's matrix products hide: with r = (ex2 + issue) / mma and
+              w warpgroups, 0.18 r max(1, 2/w) + 0.2 max(0, r - 1) max(0, 3 - w)
 
-A tile costs its blocks, 2500 cycles for its first fetch, its epilogue and its hand-over, and 1000 more where O takes Q's
-place and the next Q has to wait for it. A ring of s stages costs 1 + 0.02 / (s - 1). Tiles are dealt to the SMs one by one,
-so the last one is half idle. `exposed` and 2500 were fitted to prototypes on an H200: the block model is within 8% of seven
-of eight measured tilings of head dims 64, 128 and 256, and within 16% of the eighth.
+A tile costs its blocks, 2500 cycles for its first fetch, its epilogue and its hand-over, and 1000 more where O takes
+Q's place and the next Q has to wait for it. A ring of s stages costs 1 + 0.02 / (s - 1). Tiles are dealt to the SMs one
+by one, so the last one is half idle. 310, `exposed` and 2500 were fitted to prototypes on an H200: the block model is
+within 6% of nine measured tilings of head dims 64, 128 and 256 (tests/unit/test_tune.py has them).
 
-sm80 is the same with mma.sync (2 cycles an m16n8k16), K and V read from shared memory by each warp, and no fitted number.
+sm80 is the same with mma.sync (2 cycles an m16n8k16), K and V read from shared memory by each warp, and no fitted
+number.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ EX2_PER_CYCLE = 16
 INSTRUCTIONS_PER_SCORE = 5.7
 SMEM_BYTES_PER_CYCLE = 128
 L2_BYTES_PER_CYCLE = 36
+CYCLES_PER_BLOCK = 310
 CYCLES_PER_TILE = 2500
 CYCLES_O_IN_PLACE_OF_Q = 1000
 
 VARIANTS_PER_SHAPE = 4
-"""Of one (tile_m, tile_n, warps), which the model tells apart, so many stages and swizzles, which it hardly does, are kept."""
+"""So many stages and swizzles, which the model hardly tells apart, are kept of one (tile_m, tile_n, warps)."""
 
 
 def cycles(plan: KernelPlan, seqlen: int, num_sms: int | None = None) -> float:
@@ -68,7 +70,8 @@ def block_cycles(plan: KernelPlan) -> float:
 def prune(problem: Problem, tilings: Iterable[Tiling], seqlens: Sequence[int], keep: int) -> list[Tiling]:
     """The `keep` tilings that the model likes best over the seqlens (geometric mean), best first.
 
-    At most VARIANTS_PER_SHAPE of one shape, so that a dozen depths and swizzles of the best shape do not push out the second.
+    At most VARIANTS_PER_SHAPE of one shape, so that a dozen depths and swizzles of the best shape do not push out the
+    second.
     """
     ranked = []
     for tiling in tilings:
@@ -103,17 +106,20 @@ def _block_cycles_sm90(plan: Sm90FwdPlan) -> float:
     read = groups * (steps_qk * (2048 + 32 * tile_n) + steps_pv * 32 * columns_o)
     smem = (read + 2 * plan.kv_tile.bytes) / SMEM_BYTES_PER_CYCLE
     l2 = 4 * tile_n * plan.head_dim / L2_BYTES_PER_CYCLE
-    exposed = 0.6 / groups + 0.3 * max(0.0, (ex2 + issue) / mma - 1)
-    return max(mma + exposed * (ex2 + issue), smem, l2) * _ring(plan.num_stages)
+    ratio = (ex2 + issue) / mma
+    exposed = 0.18 * ratio * max(1.0, 2 / groups) + 0.2 * max(0.0, ratio - 1) * max(0, 3 - groups)
+    return max(CYCLES_PER_BLOCK + mma + exposed * (ex2 + issue), smem, l2) * _ring(plan.num_stages)
 
 
 def _block_cycles_sm80(plan: KernelPlan) -> float:
     tile_m, tile_n, head_dim = plan.tile_m, plan.tile_n, align_up(plan.head_dim, 16)
     mma = 2 * 2 * (tile_m / 16) * (tile_n / 8) * (head_dim / 16)
     softmax = tile_m * tile_n / EX2_PER_CYCLE
-    softmax += plan.num_mma_warps / 4 * (tile_m / plan.num_mma_warps / 16) * (INSTRUCTIONS_PER_SCORE * tile_n + head_dim) / 2
+    softmax += (
+        plan.num_mma_warps / 4 * (tile_m / plan.num_mma_warps / 16) * (INSTRUCTIONS_PER_SCORE * tile_n + head_dim) / 2
+    )
     smem = (plan.num_mma_warps + 1) * 4 * tile_n * head_dim / SMEM_BYTES_PER_CYCLE
-    return max(mma + 0.6 / plan.min_ctas_per_sm * softmax, smem) * _ring(plan.num_stages)
+    return (CYCLES_PER_BLOCK + max(mma + 0.6 / plan.min_ctas_per_sm * softmax, smem)) * _ring(plan.num_stages)
 
 
 def _ring(stages: int) -> float:

@@ -1,7 +1,7 @@
-"""The runner on a device: compiles ahead in threads, checks with the project's rule, times with `fa2gen bench`'s protocol.
+"""The runner on a device: compiles ahead in threads, checks with the project's rule, times as `fa2gen bench` does.
 
-Threads, not processes: NVRTC releases the GIL, rendering takes 2 ms, and the GPU is kept busy ahead of the host, so what
-little Python the compiling threads run does not show in the medians.
+Threads, not processes: NVRTC releases the GIL, rendering takes 2 ms, and the GPU is kept busy ahead of the host, so
+what little Python the compiling threads run does not show in the medians.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GpuRunner"]
 
-# What a candidate is checked at: ragged in both lengths with grouped heads, and several whole tiles with more queries than
-# keys, so that a causal mask leaves rows without any.
+# What a candidate is checked at: ragged in both lengths with grouped heads, and several whole tiles with more queries
+# than keys, so that a causal mask leaves rows without any.
 CHECKS = (ForwardShape(2, 337, 523, 4, 2), ForwardShape(1, 1024, 768, 2, 2))
 
 
@@ -94,9 +94,7 @@ class GpuRunner:
         heads = max(1, HIDDEN // problem.head_dim)
         shape = ForwardShape(max(1, TOKENS // seqlen), seqlen, seqlen, heads, heads)
         causal = problem.mask == "causal"
-        point = Point(
-            "tune", "fwd", problem.head_dim, problem.dtype, causal, shape.batch, seqlen, heads, heads
-        )
+        point = Point("tune", "fwd", problem.head_dim, problem.dtype, causal, shape.batch, seqlen, heads, heads)
         tensors = self._tensors(kernels[0].spec, shape)
         calls = {built.spec.name: self._call(built, shape, tensors) for built in kernels}
         with self._judged(kernels[0]):
@@ -122,7 +120,8 @@ class GpuRunner:
             q_size = (shape.batch, shape.seqlen_q, shape.num_heads, problem.head_dim)
             kv_size = (shape.batch, shape.seqlen_k, shape.num_heads_kv, problem.head_dim)
             q, k, v = (
-                torch.randn(size, generator=generator, device="cuda", dtype=dtype) for size in (q_size, kv_size, kv_size)
+                torch.randn(size, generator=generator, device="cuda", dtype=dtype)
+                for size in (q_size, kv_size, kv_size)
             )
             lse = torch.empty(shape.batch, shape.num_heads, shape.seqlen_q, device="cuda", dtype=torch.float32)
             self._inputs[*owner, shape] = (q, k, v, torch.empty_like(q), lse)
@@ -134,9 +133,9 @@ class GpuRunner:
         kernel: Kernel = built.handle()
         strides = {name: x.stride()[:3] for name, x in zip("qkvo", (q, k, v, out), strict=True)}
         launch = kernel.prepare(shape, softmax_scale=built.spec.problem.head_dim**-0.5, **strides)
-        addresses = tuple(x.data_ptr() for x in (q, k, v, out, lse, self._counter))
+        at_q, at_k, at_v, at_out, at_lse, at_counter = (x.data_ptr() for x in (q, k, v, out, lse, self._counter))
         stream = self._torch.cuda.current_stream().cuda_stream
-        return functools.partial(launch, *addresses, stream)
+        return lambda: launch(at_q, at_k, at_v, at_out, at_lse, at_counter, stream)
 
     @contextmanager
     def _judged(self, built: Built) -> Iterator[None]:
@@ -150,8 +149,8 @@ class GpuRunner:
             try:
                 self._torch.cuda.synchronize()
             except RuntimeError:
+                reason = str(error).splitlines()[0]
                 raise DeviceLost(
-                    f"{built.spec.name} broke the CUDA context ({str(error).splitlines()[0]}): run the same command again, "
-                    "it goes on from here"
+                    f"{built.spec.name} broke the CUDA context ({reason}): run the same command again, it goes on"
                 ) from error
             raise Fa2GenError(str(error).splitlines()[0]) from error

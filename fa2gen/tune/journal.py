@@ -1,8 +1,8 @@
-"""What was measured, as JSON lines: appended and synced one by one, so that a killed run loses the line in hand at most.
+"""What was measured, as JSON lines: appended and synced one by one, so that a kill loses the line in hand at most.
 
-A line that a kill cut short is dropped when the file is read. Every line carries the key of its circumstances (GPU, NVRTC,
-protocol, sources of the kernel and of the default it is compared with): lines of other circumstances are left alone, and
-not believed.
+A line that a kill cut short is dropped when the file is read. Every line carries the key of its circumstances (GPU,
+NVRTC, protocol, sources of the kernel and of the default it is compared with): lines of other circumstances are left
+alone, and not believed.
 """
 
 from __future__ import annotations

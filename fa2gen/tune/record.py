@@ -53,8 +53,8 @@ def file_name(gpu: str, spec: KernelSpec) -> str:
 def write(rows: Sequence[TunedRow], folder: Path) -> Path:
     """Puts one problem's rows into their file, in place of the rows it had; other problems' rows stay. Atomic.
 
-    The selector of this process sees them at once. Raises InvalidInput where the file there is not one of ours, OSError where
-    the folder cannot be written.
+    The selector of this process sees them at once. Raises InvalidInput where the file there is not one of ours, OSError
+    where the folder cannot be written.
     """
     problem, arch, gpu = rows[0].spec.problem, rows[0].spec.tiling.arch, rows[0].gpu
     path = folder / file_name(gpu, rows[0].spec)

@@ -1,14 +1,15 @@
 """From a problem to its tuned rows: prune, build, check, time, halve, confirm.
 
-A candidate is timed in turns with the default tiling, and what counts is its ratio to that: ratios can be compared between
-candidates, runs and clocks, so each is one line of the journal and an interrupted run loses the candidate in hand only. The
-best few are then confirmed together with the default, interleaved; those figures are what is recorded.
+A candidate is timed in turns with the default tiling, and what counts is its ratio to that: ratios can be compared
+between candidates, runs and clocks, so each is one line of the journal and an interrupted run loses the candidate in
+hand only. The best few are then confirmed together with the default, interleaved; those figures are what is recorded.
 
 Everything that needs a device is behind `Runner`; nothing here imports torch.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,19 @@ from fa2gen.spec import KernelSpec, Problem
 from fa2gen.tune.cost import prune
 from fa2gen.tune.journal import Journal, key_of
 
-__all__ = ["FINALISTS", "RUNGS", "Built", "DeviceLost", "Found", "Progress", "Runner", "Search", "Winner", "candidates", "ranges"]
+__all__ = [
+    "FINALISTS",
+    "RUNGS",
+    "Built",
+    "DeviceLost",
+    "Found",
+    "Progress",
+    "Runner",
+    "Search",
+    "Winner",
+    "candidates",
+    "ranges",
+]
 
 RUNGS = (5, 15)
 """Rounds for every candidate, then for the better half."""
@@ -37,7 +50,7 @@ ATTEMPTS = 2
 
 
 class DeviceLost(Fa2GenError):
-    """A kernel broke the device's context: this process can measure nothing more, and the next one must not repeat it for ever."""
+    """A kernel broke the device's context: this process can measure nothing more."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +66,9 @@ class Built:
 class Runner(Protocol):
     """The device, as the search sees it."""
 
-    circumstances: Sequence[str]
-    """GPU, compiler and protocol: what measurements must share to be compared."""
+    @property
+    def circumstances(self) -> Sequence[str]:
+        """GPU, compiler and protocol: what measurements must share to be compared."""
 
     def build_ahead(self, specs: Sequence[KernelSpec]) -> None:
         """Start compiling these, in this order, without waiting."""
@@ -86,7 +100,7 @@ class Winner:
 
 @dataclass(frozen=True)
 class Found:
-    """A problem's result. `dropped` says why a kernel was not timed; `complete` is False where the budget ended the search."""
+    """A problem's result. `dropped`: kernel -> why it was not timed; not `complete`: the budget ended the search."""
 
     default: KernelSpec
     winners: tuple[Winner, ...]
@@ -135,7 +149,7 @@ class Search:
         self._progress, self._clock = progress, clock
 
     def run(self, problem: Problem, arch: ArchName, deadline: float = math.inf) -> Found:
-        """Tunes one problem; stops timing candidates, but still confirms the best so far, when the clock passes `deadline`.
+        """Tunes one problem. Once the clock passes `deadline` only the best so far are still confirmed.
 
         Raises Fa2GenError where the default itself does not build, is wrong or fails.
         """
@@ -229,7 +243,9 @@ class Search:
         key = self._key(finalists[0], [built.digest for built in finalists], self.seqlens, FINAL_ROUNDS)
         line = self.journal.find("confirmed", key)
         if line is None:
-            figures = {str(s): [round(x, 1) for x in self.runner.time(finalists, s, FINAL_ROUNDS)] for s in self.seqlens}
+            figures = {
+                str(s): [round(x, 1) for x in self.runner.time(finalists, s, FINAL_ROUNDS)] for s in self.seqlens
+            }
             line = self.journal.append(
                 "confirmed", key, kernels=[built.spec.name for built in finalists], tflops=figures
             )
@@ -257,7 +273,9 @@ class Search:
     def _key(self, built: Built, *more: Any) -> str:
         return key_of(list(self.runner.circumstances), built.spec.name, built.digest, *more)
 
-    def _show(self, problem: Problem, stage: str, done: int, total: int, ratios: dict[Built, tuple[float, ...]]) -> None:
+    def _show(
+        self, problem: Problem, stage: str, done: int, total: int, ratios: dict[Built, tuple[float, ...]]
+    ) -> None:
         best = max(ratios, key=lambda built: _mean(ratios[built]))
         self._progress(Progress(problem, stage, done, total, best.spec.name, _mean(ratios[best])))
 
@@ -269,9 +287,9 @@ def ranges(
 
     table  TFLOP/s: a row for each length, a column for each kernel; column 0 is the default.
 
-    One kernel has all lengths if it can: the best by geometric mean. A length where it is slower than the default, or slower
-    than the best there by more than noise, gets that best: so nobody is slower than the default where both were timed.
-    Between two measured lengths the border is their geometric mean.
+    One kernel has all lengths if it can: the best by geometric mean. A length where it is slower than the default, or
+    slower than the best there by more than noise, gets that best: so nobody is slower than the default where both were
+    timed. Between two measured lengths the border is their geometric mean.
     """
     columns = range(len(table[0]))
     overall = max(columns, key=lambda column: _mean([row[column] for row in table]))
@@ -286,11 +304,9 @@ def ranges(
             groups[-1].append(place)
         else:
             groups.append([place])
-    borders = [math.isqrt(seqlens[a[-1]] * seqlens[b[0]]) for a, b in zip(groups, groups[1:], strict=False)]
+    borders = [math.isqrt(seqlens[a[-1]] * seqlens[b[0]]) for a, b in itertools.pairwise(groups)]
     lows, highs = [0, *borders], [*(border - 1 for border in borders), None]
-    return [
-        (low, high, labels[group[0]], tuple(group)) for low, high, group in zip(lows, highs, groups, strict=True)
-    ]
+    return [(low, high, labels[group[0]], tuple(group)) for low, high, group in zip(lows, highs, groups, strict=True)]
 
 
 def _slow_for_sure(report: ResourceReport) -> str | None:

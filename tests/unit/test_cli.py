@@ -329,6 +329,14 @@ def test_verify_without_a_gpu_is_status_3():
     assert "nothing verified" in done.stderr
 
 
+def test_verify_on_host_without_a_compiler_is_status_3(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    done = fa2("verify", "--on", "host", "--json")
+    assert (done.status, done.json) == (ExitStatus.NOTHING_TO_RUN_ON, [])
+    assert "compiler" in done.stderr
+
+
 @pytest.fixture
 def host(monkeypatch):
     """fa2gen.host stands in: `host.forward_into` computes right answers until a test replaces it."""
@@ -462,7 +470,8 @@ def test_readme_excerpt_is_rendered():
     lines = fa2("render", "fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8").stdout.splitlines()
     start = next(i for i, line in enumerate(lines) if line.strip() == excerpt[0])
     indent = len(lines[start]) - len(excerpt[0])
-    assert [line[indent:] for line in lines[start : start + len(excerpt)]] == excerpt
+    rendered = [line[indent:] for line in lines[start : start + len(excerpt)]]
+    assert rendered == excerpt, "the template has changed: copy the excerpt anew into README.md"
 
 
 def test_readme_refusal_is_real():

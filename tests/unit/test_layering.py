@@ -24,9 +24,9 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("render", "select", "launch"),
     4: ("compile", "store"),
     5: ("kernel", "build"),
-    6: ("host", "reference", "ops", "bench"),
-    7: ("tune", "verify", "doctor"),
-    8: ("__init__", "cli", "__main__"),
+    6: ("host", "testing", "reference", "ops", "bench"),
+    7: ("tune", "explain", "verify", "doctor"),
+    8: ("__init__", "cli_measure", "cli", "__main__"),
 }
 ROW = {module: row for row, module in enumerate(module for modules in LAYERS.values() for module in modules)}
 LAYER = {module: layer for layer, modules in LAYERS.items() for module in modules}

@@ -167,6 +167,9 @@ void wake_all(std::vector<Thread*>& threads);
 // A point where another warp may run first, if the seed says so.
 void maybe_yield();
 
+// Global memory of the kernel is that of the launch's buffers.
+void check_inside(Launch const& launch, void const* address, std::uint64_t bytes, char const* verb, int line);
+
 // Waits for all 32 lanes; the last one to come calls `compute` with the operands of all.
 template <class Operands, class Compute>
 void collective(char const* name, Operands& operands, int line, Compute compute);

@@ -23,32 +23,34 @@ void store_shared(std::uint32_t address, void const* value, int bytes, int line)
     count_lane(kStoreShared, address, bytes, line);
 }
 
-void check_global(void const* address, int bytes, bool write, int line) {
-    Launch const& launch = current().block->launch;
+void check_inside(Launch const& launch, void const* address, std::uint64_t bytes, char const* verb, int line) {
     auto const* first = static_cast<unsigned char const*>(address);
-    if (reinterpret_cast<std::uintptr_t>(address) % static_cast<std::uintptr_t>(bytes) != 0) {
-        fail("kernel.cc:%d: a global access of %d bytes at an address that is not a multiple of them", line, bytes);
-    }
+    Buffer const* nearest = nullptr;
+    auto distance = [&](Buffer const& buffer) {
+        return first < buffer.address ? buffer.address - first : first - buffer.address;
+    };
     for (std::uint32_t i = 0; i < launch.num_buffers; ++i) {
         Buffer const& buffer = launch.buffers[i];
         if (first >= buffer.address && first + bytes <= buffer.address + buffer.bytes) {
-            count(write ? kStoreGlobal : kLoadGlobal, static_cast<std::uint64_t>(bytes));
             return;
         }
-    }
-    Buffer const* nearest = nullptr;
-    auto distance = [&](Buffer const& buffer) {
-        return first < buffer.address ? buffer.address - first : first - (buffer.address + buffer.bytes) + bytes;
-    };
-    for (std::uint32_t i = 0; i < launch.num_buffers; ++i) {
-        if (nearest == nullptr || distance(launch.buffers[i]) < distance(*nearest)) {
-            nearest = &launch.buffers[i];
+        if (nearest == nullptr || distance(buffer) < distance(*nearest)) {
+            nearest = &buffer;
         }
     }
-    fail("kernel.cc:%d %s %d bytes of global memory outside of every tensor; the nearest is %s (%llu bytes), at its byte %lld", line,
-         write ? "writes" : "reads", bytes, nearest == nullptr ? "none" : nearest->name,
+    fail("kernel.cc:%d %s %llu bytes of global memory outside of every tensor; the nearest is %s (%llu bytes), at its byte %lld", line,
+         verb, static_cast<unsigned long long>(bytes), nearest == nullptr ? "none" : nearest->name,
          nearest == nullptr ? 0ull : static_cast<unsigned long long>(nearest->bytes),
          nearest == nullptr ? 0ll : static_cast<long long>(first - nearest->address));
+}
+
+void check_global(void const* address, int bytes, bool write, int line) {
+    if (reinterpret_cast<std::uintptr_t>(address) % static_cast<std::uintptr_t>(bytes) != 0) {
+        fail("kernel.cc:%d: a global access of %d bytes at an address that is not a multiple of them", line, bytes);
+    }
+    auto const size = static_cast<std::uint64_t>(bytes);
+    check_inside(current().block->launch, address, size, write ? "writes" : "reads", line);
+    count(write ? kStoreGlobal : kLoadGlobal, size);
 }
 
 // cp.async: the destination is poisoned at issue and written when its thread waits ---------------------------------------
@@ -59,7 +61,10 @@ void cp_async(std::uint32_t destination, void const* source, int bytes, int sour
         fail("cp.async of %d bytes, %d of them read, at kernel.cc:%d", bytes, source_bytes, line);
     }
     if (source_bytes > 0) {
-        check_global(source, source_bytes, false, line);
+        if (reinterpret_cast<std::uintptr_t>(source) % static_cast<std::uintptr_t>(bytes) != 0) {
+            fail("kernel.cc:%d: cp.async of %d bytes from an address that is not a multiple of them", line, bytes);
+        }
+        check_inside(thread.block->launch, source, static_cast<std::uint64_t>(source_bytes), "reads", line);
     }
     thread.block->shared.begin_copy(destination, static_cast<std::uint32_t>(bytes), false, thread.index, line);
     thread.small_copies.open.push_back({destination, bytes, source_bytes, source, line});

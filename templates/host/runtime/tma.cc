@@ -99,6 +99,7 @@ void land(Block& block, BoxCopy const& load) {
     for_each_chunk(load, [&](std::uint32_t shared, unsigned char const* global) {
         unsigned char* const destination = block.shared.landing(shared);
         if (global != nullptr) {
+            check_inside(block.launch, global, kChunk, "loads", load.line);
             std::memcpy(destination, global, kChunk);
         } else {
             std::memset(destination, 0, kChunk);
@@ -147,6 +148,7 @@ void write_destination(BoxCopy const& store) {
     unsigned char const* chunk = store.image.data();
     for_each_chunk(store, [&](std::uint32_t, unsigned char* global) {
         if (global != nullptr) {
+            check_inside(current().block->launch, global, kChunk, "stores", store.line);
             std::memcpy(global, chunk, kChunk);
         }
         chunk += kChunk;

@@ -1,0 +1,255 @@
+"""Benchmarks with no GPU: what is measured, how time is taken, what ratios mean, and figures from a small result."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import os
+
+import pytest
+from typer.testing import CliRunner
+
+from fa2gen import cli_measure
+from fa2gen.bench import peers, protocol, provenance, report
+from fa2gen.bench.plot import plot
+from fa2gen.bench.points import PRESETS, Point, preset_points
+from fa2gen.errors import InvalidInput
+
+
+def row(preset="paper", head_dim=64, causal=False, seqlen=4096, heads_kv=None, **tflops):
+    heads = 2048 // head_dim
+    return {
+        "preset": preset,
+        "direction": "fwd",
+        "head_dim": head_dim,
+        "dtype": "bf16",
+        "causal": causal,
+        "batch": 16384 // seqlen,
+        "seqlen": seqlen,
+        "heads": heads,
+        "heads_kv": heads_kv or heads,
+        "tflops": {name.replace("_", "-"): value for name, value in tflops.items()},
+    }
+
+
+@pytest.fixture
+def document():
+    grid = itertools.product((64, 128), (False, True), (512, 2048, 16384))
+    rows = [row("paper", d, c, s, fa2gen_sm90=500.0 + s / 100, cudnn=450.0, fa3=520.0) for d, c, s in grid]
+    rows += [row("odd", d, c, 4096, fa2gen_sm90=500.0, fa3=400.0) for d in (40, 72) for c in (False, True)]
+    facts = {"gpu": "NVIDIA H200", "torch": "2.11", "nvrtc": "13.0.88", "matmul_8192_bf16_tflops": [700.0, 690.0]}
+    return {"provenance": facts, "rows": rows}
+
+
+# Points
+
+
+def test_presets_are_those_of_the_paper():
+    points = preset_points("paper")
+    assert len(points) == 3 * 2 * 6
+    assert all(point.batch * point.seqlen == 16384 and point.heads * point.head_dim == 2048 for point in points)
+    odd = preset_points("odd")
+    assert {(point.batch, point.seqlen) for point in odd} == {(4, 4096)}
+    assert {32, 40, 48, 72, 80, 96, 112, 144, 160, 192} == {point.head_dim for point in odd}
+    assert all(point.heads % point.heads_kv == 0 for preset in PRESETS for point in preset_points(preset))
+
+
+def test_presets_can_be_narrowed():
+    assert [p.head_dim for p in preset_points("odd", head_dims=[80])] == [80, 80]
+    with pytest.raises(InvalidInput, match=r"head dims are \[64, 128, 256\]"):
+        preset_points("paper", head_dims=[80])
+    with pytest.raises(InvalidInput, match="no preset"):
+        preset_points("papers")
+
+
+def test_flops_as_the_paper_counts():
+    point = Point("paper", "fwd", 128, "bf16", False, 4, 4096, 16, 16)
+    assert point.flops == 4 * 4096**2 * 128 * 16 * 4
+    assert Point("paper", "fwd", 128, "bf16", True, 4, 4096, 16, 16).flops == point.flops / 2
+    assert Point("paper", "bwd", 128, "bf16", False, 4, 4096, 16, 16).flops == point.flops * 2.5
+
+
+# Protocol
+
+
+class FakeTimer:
+    """A device whose calls take the milliseconds that they add to `now`; `log` is the order of events."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.log = []
+
+    def flush(self):
+        self.now += 0.1
+        self.log.append("flush")
+
+    def mark(self):
+        self.log.append("mark")
+        return self.now
+
+    def milliseconds(self, start, stop):
+        return stop - start
+
+    def synchronize(self):
+        self.log.append("synchronize")
+
+    def call(self, name, milliseconds):
+        def run():
+            self.now += milliseconds
+            self.log.append(name)
+
+        return run
+
+
+def test_contestants_take_turns_and_each_call_follows_a_flush():
+    timer = FakeTimer()
+    times = protocol.interleaved({"a": timer.call("a", 1.0), "b": timer.call("b", 2.0)}, timer, rounds=4)
+    assert times == {"a": pytest.approx([1.0] * 4), "b": pytest.approx([2.0] * 4)}
+    turn = ["flush", "mark", "a", "mark", "flush", "mark", "b", "mark"]
+    assert timer.log == turn * (protocol.WARMUP_ROUNDS + 4) + ["synchronize"]  # nothing is awaited in between
+
+
+def test_rounds_fit_the_time():
+    timer = FakeTimer()
+    assert protocol.rounds_for({"a": timer.call("a", 9.9)}, timer, seconds=0.2) == 20 - protocol.WARMUP_ROUNDS
+    assert protocol.rounds_for({"a": timer.call("a", 900.0)}, timer, seconds=0.2) == protocol.MIN_ROUNDS
+    assert protocol.rounds_for({"a": timer.call("a", 0.01)}, timer, seconds=9.0) == protocol.MAX_ROUNDS
+
+
+def test_host_time_is_a_call_of_many_inside_the_context():
+    now = [0.0]
+    inside = []
+
+    @contextlib.contextmanager
+    def context():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def call():
+        assert inside
+        now[0] += 5e-6
+
+    found = protocol.host_microseconds({"a": call}, lambda: None, {"a": context}, clock=lambda: now[0])
+    assert found == {"a": pytest.approx(5.0)}
+
+
+# Peers and provenance
+
+
+def test_unknown_contestants_are_refused():
+    with pytest.raises(InvalidInput, match="no contestant 'fa5'; there are fa2gen-sm90"):
+        peers.find(["fa5"])
+
+
+def test_missing_peers_are_named_with_the_reason(tmp_path):
+    broken = tmp_path / "fa3.so"
+    broken.write_bytes(b"no library")
+    found, missing = peers.find(["fa3", "fa4", "math"], broken)
+    assert [one.name for one in found] == ["math"]
+    assert missing["fa3"].startswith("fa3.so does not load") and "flash_attn.cute" in missing["fa4"]
+
+
+def test_math_is_attention():
+    torch = pytest.importorskip("torch")
+    from fa2gen.reference import attention_reference
+
+    (math_peer,), _ = peers.find(["math"])
+    for causal in (False, True):
+        point = Point("gqa", "fwd", 32, "bf16", causal, 2, 48, 4, 2)
+        q = torch.randn(2, 48, 4, 32)
+        k, v = (torch.randn(2, 48, 2, 32) for _ in range(2))
+        expected, _ = attention_reference(q, k, v, causal=causal)
+        torch.testing.assert_close(math_peer.prepare(point, q, k, v)(), expected)
+
+
+def test_clocks_as_nvidia_smi_prints_them():
+    found = provenance.parse("580.159.04, 1665, 1980, 3201, 688.42, 700.00, [N/A]\n")
+    assert found["driver"] == "580.159.04" and found["sm_mhz"] == 1665 and found["temperature_c"] is None
+
+
+# Report
+
+
+def test_ratios_are_to_the_best_peer():
+    one = row(fa2gen_sm90=600.0, fa2=300.0, cudnn=500.0)
+    assert report.best_peer(one) == ("cudnn", 500.0)
+    assert report.ratio(one, "fa2gen-sm90") == pytest.approx(1.2)
+    assert report.ratio(one, "fa2gen-sm90", "fa2") == pytest.approx(2.0)
+    assert report.ratio(one, "fa2gen-sm80") is None
+    assert report.ratio(row(fa2gen_sm90=600.0), "fa2gen-sm90") is None
+    host = {**row("host"), "microseconds": {"fa2gen-sm90": 15.0, "fa3": 27.0, "fa2": 39.0}}
+    assert report.best_peer(host) == ("fa3", 27.0)
+    assert report.ratio(host, "fa2gen-sm90") == pytest.approx(27 / 15)
+
+
+def test_headlines(document):
+    lines = report.headlines(document["rows"])
+    best = next(line for line in lines if line["peer"] == "best")
+    values = [report.ratio(one, "fa2gen-sm90") for one in document["rows"]]
+    assert best["points"] == len(values)
+    assert best["geometric_mean"] == pytest.approx(math.prod(values) ** (1 / len(values)), abs=1e-3)
+    assert {line["peer"] for line in lines} == {"best", "cudnn", "fa3"}
+
+
+def test_a_result_survives_the_disk(document, tmp_path):
+    path = tmp_path / "deep" / "result.json"
+    report.save(document, path)
+    assert report.load(path) == document
+    assert len(path.read_text().splitlines()) > len(document["rows"])  # a row a line
+    assert os.listdir(path.parent) == ["result.json"]
+
+
+@pytest.mark.parametrize("text", ["nonsense", "[]", '{"rows": []}', '{"provenance": {}, "rows": [{"preset": "odd"}]}'])
+def test_what_is_no_result_is_refused(text, tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    with pytest.raises(InvalidInput, match=r"result\.json"):
+        report.load(path)
+
+
+# Figures
+
+
+def test_figures_from_a_result(document, tmp_path):
+    pytest.importorskip("matplotlib")
+    written = plot(document, tmp_path, "h200")
+    assert [path.name for path in written] == ["h200-paper-fwd-bf16.png", "h200-odd-fwd-bf16.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    with pytest.raises(InvalidInput, match="nothing to draw"):
+        plot({"provenance": {}, "rows": []}, tmp_path, "none")
+
+
+def test_bench_plot_command(document, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.save(document, tmp_path / "h200-all.json")
+    done = CliRunner().invoke(
+        cli_measure.app, ["bench", "--plot", str(tmp_path / "h200-all.json"), "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "fa2gen-sm90 / fa3: geometric mean" in done.stdout
+    assert (tmp_path / "h200-all-paper-fwd-bf16.png").exists()
+
+
+def test_committed_results_can_be_drawn(tmp_path):
+    """Whatever lies in tests/bench/results obeys the schema and makes figures."""
+    from pathlib import Path
+
+    pytest.importorskip("matplotlib")
+    results = Path(__file__).resolve().parents[1] / "bench" / "results"
+    for path in sorted(results.glob("*.json")):
+        document = report.load(path)
+        assert {"gpu", "torch", "nvrtc", "command"} <= document["provenance"].keys(), path.name
+        if any(one["tflops"] for one in document["rows"]):
+            assert plot(document, tmp_path, path.stem)
+
+
+def test_bench_without_a_gpu_says_so():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = CliRunner().invoke(cli_measure.app, ["bench", "--preset", "odd"])
+    assert done.exit_code == 3
+    assert "no NVIDIA GPU" in done.stderr
+    assert done.stdout == ""

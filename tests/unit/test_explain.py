@@ -1,0 +1,97 @@
+"""`fa2gen explain`: the choice, what else there was and why, the shared-memory map, and the resource report."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from fa2gen import cli_measure
+from fa2gen.catalog import TunedRow
+from fa2gen.errors import CompileError, InvalidInput
+from fa2gen.explain import KNOWN_DEVICES, device_named, explain, lines, shared_memory_map
+from fa2gen.plan import make_plan
+from fa2gen.select import default_tiling, select
+from fa2gen.spec import KernelSpec, Problem, Tiling
+
+H200 = KNOWN_DEVICES[0]
+PROBLEM = Problem(head_dim=80, mask="causal")
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu_and_no_compiler(monkeypatch):
+    def refuse(*_):
+        raise CompileError("there is no compiler in this test")
+
+    monkeypatch.setattr("fa2gen.store.Store.get_or_compile", refuse)
+    monkeypatch.setattr("fa2gen.explain._gpu_here", lambda: None)
+
+
+def text_of(found):
+    return "\n".join(f"{label:<14}{text}" for label, text in lines(found))
+
+
+def test_default_is_explained():
+    found = explain(PROBLEM, H200, seqlen=4096)
+    assert found.kernel == KernelSpec(problem=PROBLEM, tiling=default_tiling(PROBLEM, "sm90")).name
+    text = text_of(found)
+    assert "default tiling for head dim 80 on sm90" in text and "cost model" in text
+    assert "not compiled: there is no compiler in this test" in text
+    assert "shared memory" in text and f"{found.shared_memory_bytes:,} B of 232,448 B" in text
+
+
+def test_a_tuned_row_is_explained(monkeypatch):
+    def kernel(tile_n):
+        tiling = Tiling(arch="sm90", tile_m=128, tile_n=tile_n, num_mma_warps=8)
+        return KernelSpec(problem=PROBLEM, tiling=tiling).name
+
+    origin = {"gpu": "NVIDIA H200", "nvrtc": "1.2.3", "measured": "2026-01-01"}
+    figures = ((2048, 8192), (600.0, 620.0), (550.0, 560.0), (590.0, 610.0), 33, origin)
+    mine = TunedRow(kernel(96), 1024, None, kernel(128), kernel(112), *figures)
+    short = TunedRow(kernel(64), 0, 1023, kernel(128), kernel(96), *figures)
+    monkeypatch.setattr("fa2gen.select.tuned_rows", lambda: {(PROBLEM, "sm90"): (short, mine)})
+    select.cache_clear()
+    found = explain(PROBLEM, H200, seqlen=4096)
+    select.cache_clear()
+    assert found.kernel == kernel(96)
+    why_not = {other.kernel: other.why_not for other in found.alternatives}
+    assert why_not[kernel(64)] == "meant for seqlen 0 to 1023, not 4096"
+    assert why_not[kernel(112)].startswith("measured: 0.98")
+    assert "NVRTC 1.2.3" in found.warning  # another compiler is a warning, not a refusal
+    text = text_of(found)
+    assert "TFLOP/s at seqlen 2048: 600 (550, 590), 8192: 620 (560, 610)" in text
+    assert "best of 33 on NVIDIA H200, NVRTC 1.2.3, 2026-01-01" in text
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+def test_the_map_is_gapless(head_dim):
+    problem = Problem(head_dim=head_dim)
+    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
+    spans = list(shared_memory_map(plan))
+    at = 0
+    for _, offset, size in spans:
+        assert offset == at and size > 0
+        at += size
+    assert at == plan.shared_memory_bytes
+    assert any("o" in name.split(", then ") for name, _, _ in spans)
+
+
+def test_devices_by_name():
+    assert device_named("h100").name == "NVIDIA H100 80GB HBM3"
+    assert device_named(None) == H200
+    assert device_named(None, "sm80").compute_capability[0] == 8
+    with pytest.raises(InvalidInput, match="known: NVIDIA H200"):
+        device_named("V100")
+
+
+def test_command():
+    runner = CliRunner()
+    done = runner.invoke(
+        cli_measure.app, ["explain", "--head-dim", "80", "--seqlen", "4096", "--causal", "--gpu", "h200"]
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("problem       fwd, head dim 80, bf16, causal mask, seqlen 4096, on NVIDIA H200")
+    done = runner.invoke(cli_measure.app, ["explain", "--head-dim", "72", "--json"])
+    assert json.loads(done.stdout)["problem"]["head_dim"] == 72

@@ -1,0 +1,291 @@
+"""Specs and names: one spec, one name, and nothing but a spec becomes a kernel."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import random
+import re
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic import ValidationError
+
+from fa2gen.errors import InvalidInput
+from fa2gen.spec import KernelSpec, Problem, Tiling
+
+NAME = "fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8"
+TILING: dict[str, Any] = {"arch": "sm90", "tile_m": 128, "tile_n": 128, "num_stages": 2, "num_mma_warps": 8}
+SWITCHES = [
+    field for field, info in Tiling.model_fields.items() if get_origin(info.annotation) is Literal and field != "arch"
+]
+CUDA = '128; } extern "C" __global__ void evil() { asm("trap;");'
+JINJA = "{{ cycler.__init__.__globals__.os.system('true') }}"
+
+
+def random_specs(count: int) -> list[KernelSpec]:
+    """Specs over all that the fields allow, feasible or not."""
+    rng = random.Random(20)
+    return [
+        KernelSpec(
+            problem=Problem(
+                head_dim=rng.randrange(8, 257, 8),
+                dtype=rng.choice(["fp16", "bf16"]),
+                mask=rng.choice(["full", "causal"]),
+            ),
+            tiling=Tiling(
+                arch=rng.choice(["sm80", "sm90"]),
+                tile_m=rng.randrange(16, 257, 16),
+                tile_n=rng.randrange(16, 257, 16),
+                num_stages=rng.randint(1, 8),
+                num_mma_warps=rng.randint(1, 16),
+                **{field: rng.choice(get_args(Tiling.model_fields[field].annotation)) for field in SWITCHES},
+            ),
+        )
+        for _ in range(count)
+    ]
+
+
+SPECS = random_specs(4000)
+
+
+def refusal(make: Any) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        make()
+    return str(caught.value)
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_says_everything():
+    """Nobody has to look a kernel up: what a profiler shows is the whole spec."""
+    for spec in SPECS:
+        assert KernelSpec.from_name(spec.name) == spec
+
+
+def test_different_specs_have_different_names():
+    """Else two kernels would share a cache folder and a C symbol."""
+    assert len({spec.name for spec in SPECS}) == len(set(SPECS)) > 3900
+
+
+def test_a_name_is_a_c_symbol_and_a_folder():
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]{20,80}", spec.name) for spec in SPECS)
+
+
+def test_a_name_is_what_the_documents_show():
+    spec = KernelSpec(problem=Problem(head_dim=128, mask="causal"), tiling=Tiling(**TILING))
+    assert spec.name == NAME
+    narrow = KernelSpec(problem=Problem(head_dim=96, dtype="fp16"), tiling=Tiling(**TILING, swizzle_bytes=64))
+    assert narrow.name == "fa2_fwd_sm90_fp16_d96_m128_n128_s2_w8_z64"
+
+
+def edited(name: str, rng: random.Random) -> str:
+    """One slip of a finger: a character deleted, doubled, replaced, or swapped with the next."""
+    i = rng.randrange(len(name))
+    other = rng.choice("abz0189_ -/.\n{}%;\0é")
+    return rng.choice(
+        [
+            name[:i] + name[i + 1 :],
+            name[: i + 1] + name[i:],
+            name[:i] + other + name[i + 1 :],
+            name[:i] + other + name[i:],
+        ]
+    )
+
+
+def test_every_other_text_is_refused_or_is_the_name_of_what_it_gives():
+    """A typing error gives an error, or another kernel by its own name: never a kernel by a second name."""
+    rng = random.Random(21)
+    refused = 0
+    for spec in SPECS[:1500]:
+        for _ in range(4):
+            text = edited(spec.name, rng)
+            try:
+                assert KernelSpec.from_name(text).name == text
+            except InvalidInput:
+                refused += 1
+    assert refused > 4000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        NAME + "\n",
+        " " + NAME,
+        NAME.upper(),
+        NAME + "_z128",  # a default spelt out
+        NAME.replace("d128", "d0128"),
+        NAME.replace("d128", "d\uff11\uff12\uff18"),  # digits to Python's int and to a regular expression's \d
+        NAME.replace("d128", "d-128"),
+        NAME.replace("d128", "d" + "9" * 5000),  # more digits than Python reads
+        NAME.replace("sm90", "sm" + "9" * 5000),
+        NAME.replace("_causal", "_full"),
+        NAME.replace("_m128_n128", "_n128_m128"),
+        NAME.replace("_s2", ""),
+        NAME + "_w8",
+        "../../" + NAME,
+        NAME + CUDA,
+        NAME.replace("bf16", JINJA),
+        NAME + "\0",
+        NAME.replace("bwd", "fwd").replace("fwd", "bwd"),
+        NAME.replace("sm90", "sm100"),
+        NAME.replace("bf16", "fp8"),
+        NAME.replace("d128", "d136x"),
+        NAME.replace("d128", "d100"),
+        NAME.replace("m128", "m100"),
+        NAME.replace("s2", "s9"),
+        NAME.replace("w8", "w0"),
+        NAME + "_z48",
+    ],
+)
+def test_other_texts_are_refused_briefly(text):
+    assert len(refusal(lambda: KernelSpec.from_name(text))) < 500
+
+
+def test_a_second_spelling_is_answered_with_the_first():
+    assert repr(NAME) in refusal(lambda: KernelSpec.from_name(NAME.replace("s2", "s02")))
+
+
+def test_a_mistyped_name_is_quoted_whole():
+    assert repr(NAME + "x") in refusal(lambda: KernelSpec.from_name(NAME + "x"))
+
+
+# Fields --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [Problem, Tiling], ids=lambda model: model.__name__)
+def test_a_misspelt_field_is_named_with_the_right_one(model):
+    for field in model.model_fields:
+        for wrong in (field + "s", field.replace("_", ""), field[0] + field):
+            if wrong not in model.model_fields:
+                good = TILING if model is Tiling else {"head_dim": 64}
+                message = refusal(lambda wrong=wrong, good=good: model(**good, **{wrong: 64}))
+                assert wrong in message and f"did you mean {field!r}" in message, message
+
+
+def test_a_field_like_no_other_is_answered_with_all_of_them():
+    message = refusal(lambda: Problem(head_dim=64, zzz=1))
+    assert "zzz" in message and "direction, head_dim, dtype, mask" in message
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "nearest"),
+    [
+        ("head_dim", -8, 8),
+        ("head_dim", 0, 8),
+        ("head_dim", 7, 8),
+        ("head_dim", 12, 16),
+        ("head_dim", 250, 256),
+        ("head_dim", 264, 256),
+        ("head_dim", 10**30, 256),
+        ("tile_m", 0, 16),
+        ("tile_m", 100, 112),
+        ("tile_n", 24, 32),
+        ("tile_n", 272, 256),
+        ("num_stages", 0, 1),
+        ("num_stages", 9, 8),
+        ("num_mma_warps", -1, 1),
+        ("num_mma_warps", 17, 16),
+    ],
+)
+def test_a_number_out_of_range_is_named_with_the_nearest_right_one(field, value, nearest):
+    make = (lambda: Problem(head_dim=value)) if field == "head_dim" else (lambda: Tiling(**{**TILING, field: value}))
+    message = refusal(make)
+    assert field in message and f"nearest {nearest} " in message and str(value)[:9] in message, message
+
+
+def test_the_nearest_number_is_a_right_one():
+    for value in range(-20, 300):
+        if value % 8 or not 8 <= value <= 256:
+            message = refusal(lambda value=value: Problem(head_dim=value))
+            nearest = int(re.search(r"nearest (\d+)", message)[1])
+            assert Problem(head_dim=nearest).head_dim == nearest
+            assert abs(nearest - value) <= (7 if 0 < value <= 256 else 44)
+
+
+@pytest.mark.parametrize("value", [64.0, "64", None, True, [64], 64 + 0j, b"64"], ids=repr)
+def test_a_number_is_a_number(value):
+    """`head_dim = "64"` in a TOML file is a mistake there, not a 64."""
+    assert "head_dim" in refusal(lambda: Problem(head_dim=value))
+
+
+def test_everything_wrong_is_said_at_once():
+    message = refusal(lambda: Tiling(arch="sm70", tile_m=100, tile_k=3, num_mma_warps=40))
+    assert all(word in message for word in ("arch", "sm70", "tile_m", "tile_n", "tile_k", "num_mma_warps")), message
+
+
+def test_a_part_of_a_spec_reports_as_itself():
+    message = refusal(lambda: KernelSpec(problem={"head_dim": 60}, tiling=TILING))
+    assert message.startswith("Problem is not valid:\n  head_dim ")
+    assert "did you mean 'problem'" in refusal(lambda: KernelSpec(problme={"head_dim": 64}, tiling=TILING))
+
+
+@pytest.mark.parametrize(
+    "text", [CUDA, JINJA, "full\0", "full ", "FULL", "", "{%0}", "sm90\n__device__ int x;"], ids=repr
+)
+def test_text_fields_are_closed_sets(text):
+    """No text of a user's reaches a template: what is rendered comes from these sets and from integers."""
+    for field in ("direction", "dtype", "mask"):
+        message = refusal(lambda field=field: Problem(**{"head_dim": 64, field: text}))
+        assert field in message and "Input should be" in message
+    assert "arch" in refusal(lambda: Tiling(**{**TILING, "arch": text}))
+    for field in ("tile_m", "tile_n", "num_stages", "num_mma_warps", *SWITCHES):
+        assert field in refusal(lambda field=field: Tiling(**{**TILING, field: text}))
+
+
+def test_an_enormous_value_gives_a_short_message():
+    assert len(refusal(lambda: Problem(head_dim=64, mask="x" * 10**6))) < 500
+    assert len(refusal(lambda: Problem(head_dim=10**4000))) < 500
+    assert len(refusal(lambda: KernelSpec.from_name("x" * 10**6))) < 500
+
+
+@pytest.mark.parametrize("field", SWITCHES)
+def test_a_switch_takes_its_values_only(field):
+    allowed = get_args(Tiling.model_fields[field].annotation)
+    for value in (-1, 3, 48, 256, True, None, "0"):
+        message = refusal(lambda value=value: Tiling(**{**TILING, field: value}))
+        assert field in message and all(str(choice) in message for choice in allowed), message
+
+
+# Values --------------------------------------------------------------------------------------------------------------
+
+
+def test_specs_are_frozen():
+    """A plan is cached by its spec, which must not change under it."""
+    spec = KernelSpec.from_name(NAME)
+    for target, field, value in (
+        (spec.problem, "head_dim", 64),
+        (spec.tiling, "tile_m", 64),
+        (spec, "tiling", spec.tiling),
+    ):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(target, field, value)
+    assert spec.name == NAME
+
+
+def test_equal_specs_are_one_key():
+    first, second = KernelSpec.from_name(NAME), KernelSpec.from_name(NAME)
+    assert first == second and hash(first) == hash(second) and {first: 1}[second] == 1
+    assert copy.deepcopy(first) == pickle.loads(pickle.dumps(first)) == first
+
+
+def test_canonical_json_is_stable():
+    """Sorted keys, no spaces, every field: what is stored must change with neither pydantic nor the order of fields."""
+    text = KernelSpec.from_name(NAME).canonical_json()
+    assert text.startswith(
+        '{"problem":{"direction":"fwd","dtype":"bf16","head_dim":128,"mask":"causal"},"tiling":{"arch":"sm90",'
+    )
+    assert text.endswith('"num_mma_warps":8,"num_stages":2,"swizzle_bytes":128,"tile_m":128,"tile_n":128}}')
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+    assert json.loads(text)["tiling"].keys() == Tiling.model_fields.keys()
+
+
+def test_canonical_json_is_a_bijection():
+    texts = {spec.canonical_json() for spec in SPECS}
+    assert len(texts) == len(set(SPECS))
+    for spec in SPECS[:200]:
+        assert KernelSpec(**json.loads(spec.canonical_json())) == spec

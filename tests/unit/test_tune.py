@@ -1,0 +1,435 @@
+"""Tuning with no GPU: the space by brute force, the model beside measurements, the search on a fake device."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+from typer.testing import CliRunner
+
+from fa2gen import catalog, cli_measure
+from fa2gen.catalog import read_tuned
+from fa2gen.compile import ResourceReport
+from fa2gen.errors import Fa2GenError, InvalidInput
+from fa2gen.plan import feasible, feasible_tilings, make_plan
+from fa2gen.select import default_tiling
+from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.tune import batch, record
+from fa2gen.tune.cost import VARIANTS_PER_SHAPE, block_cycles, cycles, prune
+from fa2gen.tune.journal import Journal, key_of
+from fa2gen.tune.search import ATTEMPTS, FINALISTS, Built, DeviceLost, Search, candidates, ranges
+
+SEQLENS = (512, 2048, 8192)
+PROBLEM = Problem(head_dim=80, mask="causal")
+
+
+# The space
+
+
+@pytest.mark.parametrize("head_dim", [8, 40, 80, 128, 192, 256])
+def test_enumeration_is_brute_force(head_dim):
+    """Every tiling of the whole grid that the plan's rules allow, no other, none twice."""
+    problem = Problem(head_dim=head_dim)
+    grid = itertools.product(
+        feasible._TILE_M["sm90"], feasible._TILE_N["sm90"], feasible._STAGES["sm90"], (4, 8, 12, 16), (128, 64, 32)
+    )
+    names = ("tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes")
+    tilings = [Tiling(arch="sm90", **dict(zip(names, values, strict=True))) for values in grid]
+    plan_class = type(make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90"))))
+    fits = {t for t in tilings if not plan_class(KernelSpec(problem=problem, tiling=t)).broken_rules()}
+    found = list(feasible_tilings(problem, "sm90"))
+    assert len(found) == len(set(found))
+    assert set(found) == fits
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 24))
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_candidates_are_feasible_and_begin_with_the_default(head_dim, mask):
+    problem = Problem(head_dim=head_dim, mask=mask)
+    specs = candidates(problem, "sm90", SEQLENS, keep=12)
+    assert specs[0].tiling == default_tiling(problem, "sm90")
+    assert len(specs) == len(set(specs)) and len(specs) <= 13
+    for spec in specs:
+        make_plan(spec)
+
+
+def test_pruning_keeps_what_the_model_likes_and_some_variety():
+    tilings = list(feasible_tilings(PROBLEM, "sm90"))
+    kept = prune(PROBLEM, tilings, SEQLENS, keep=16)
+    shapes = [(t.tile_m, t.tile_n, t.num_mma_warps) for t in kept]
+    assert len(kept) == 16 and max(shapes.count(shape) for shape in shapes) <= VARIANTS_PER_SHAPE
+    everything = prune(PROBLEM, tilings, SEQLENS, keep=len(tilings))
+    assert everything[:16] == kept
+
+    def cost(tiling):
+        plan = make_plan(KernelSpec(problem=PROBLEM, tiling=tiling))
+        return math.prod(cycles(plan, seqlen) for seqlen in SEQLENS)
+
+    assert cost(kept[0]) == pytest.approx(min(map(cost, tilings)))
+
+
+# Fraction of the tensor cores' peak in SM cycles, measured with prototypes on an H200 at seqlen 8192, full mask:
+# (head dim, tile_m, tile_n, warps).
+MEASURED = {
+    (128, 128, 128, 8): 0.770,
+    (128, 128, 160, 8): 0.779,
+    (128, 128, 176, 8): 0.785,
+    (128, 128, 192, 8): 0.801,
+    (64, 192, 128, 12): 0.560,
+    (64, 128, 128, 8): 0.485,
+    (64, 128, 192, 8): 0.468,
+    (256, 128, 80, 8): 0.857,
+    (256, 128, 64, 8): 0.827,
+}
+
+
+@pytest.mark.parametrize("shape", MEASURED, ids=str)
+def test_the_model_is_near_what_was_measured(shape):
+    head_dim, tile_m, tile_n, warps = shape
+    tiling = Tiling(arch="sm90", tile_m=tile_m, tile_n=tile_n, num_stages=2, num_mma_warps=warps)
+    plan = make_plan(KernelSpec(problem=Problem(head_dim=head_dim), tiling=tiling))
+    ideal = 4 * tile_m * tile_n * head_dim / 4096  # FLOPs of an SM in one cycle
+    assert ideal / block_cycles(plan) == pytest.approx(MEASURED[shape], rel=0.07)
+
+
+def test_the_model_counts_ragged_tiles_and_causal_blocks():
+    def plan(mask, **fields):
+        tiling = Tiling(**{"arch": "sm90", "tile_m": 128, "tile_n": 128, "num_mma_warps": 8, **fields})
+        return make_plan(KernelSpec(problem=Problem(head_dim=128, mask=mask), tiling=tiling))
+
+    full, causal = plan("full"), plan("causal")
+    assert 0.45 < cycles(causal, 8192) / cycles(full, 8192) < 0.6
+    assert cycles(full, 8192) / 8192 > cycles(full, 512) / 512  # the same tokens; work grows with the length
+
+
+# The journal
+
+
+def test_journal_survives_any_cut(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    for number in range(5):
+        journal.append("timed", f"key{number}", ratios=[number, 1.0])
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        found = [Journal(path).find("timed", f"key{number}") for number in range(5)]
+        kept = whole[:length].count(b"\n") + (length < len(whole) and whole[length : length + 1] == b"\n")
+        assert [line is not None for line in found] == [number < kept for number in range(5)]
+        Journal(path).append("timed", "new", ratios=[])
+        assert Journal(path).find("timed", "new")
+
+
+def test_journal_ignores_what_is_not_its_own(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'[1]\n{"what": 3}\nnonsense\n\xff\xfe\n{"what": "timed", "key": "k", "x": 1}\n')
+    assert Journal(path).find("timed", "k") == {"what": "timed", "key": "k", "x": 1}
+
+
+def test_keys_tell_circumstances_apart():
+    assert key_of("H200", "13.0", (1, 2)) == key_of("H200", "13.0", [1, 2])
+    assert len({key_of("H200", "13.0"), key_of("H100", "13.0"), key_of("H200", "13.1"), key_of("H20013.0")}) == 4
+
+
+# The search
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside: nothing after it runs in this process."""
+
+
+class FakeRunner:
+    """A device on which the speed of a kernel is a function of its tiling and the length."""
+
+    def __init__(self, speed, kill_at=None, wrong=(), spills=(), hangs=()):
+        self.speed, self.kill_at = speed, kill_at
+        self.wrong, self.spills, self.hangs = set(wrong), set(spills), set(hangs)
+        self.circumstances = ("NVIDIA H200", "13.0.88", "fake")
+        self.calls = []
+        self.ahead = []
+
+    def _step(self, *call):
+        self.calls.append(call)
+        if self.kill_at is not None and len(self.calls) >= self.kill_at:
+            raise Killed
+
+    def build_ahead(self, specs):
+        self.ahead += specs
+
+    def build(self, spec):
+        if spec.tiling.tile_n == 48:
+            raise Fa2GenError("no such instruction")
+        spilled = 64 if spec.name in self.spills else 0
+        return Built(spec, f"digest of {spec.name}", ResourceReport(168, spilled, spilled, 0, 1000, 0.5, ()))
+
+    def check(self, built):
+        self._step("check", built.spec.name)
+        if built.spec.name in self.hangs:
+            raise DeviceLost("illegal address")
+        return "max 9 of 0.1" if built.spec.name in self.wrong else None
+
+    def time(self, kernels, seqlen, rounds):
+        self._step("time", tuple(built.spec.name for built in kernels), seqlen, rounds)
+        return [self.speed(built.spec.tiling, seqlen) for built in kernels]
+
+
+def favourite(tiling, seqlen):
+    """Smooth, with its top at 128 x 96 keys, 3 stages and narrow panels; at 512 at fewer keys."""
+    top = 96 if seqlen > 1000 else 64
+    return (
+        600 - abs(tiling.tile_n - top) - 20 * abs(tiling.num_stages - 3) - tiling.swizzle_bytes / 16 - tiling.tile_m / 8
+    )
+
+
+def search(runner, journal=None, keep=24, **options):
+    return Search(runner, journal or Journal(None), SEQLENS, keep, **options)
+
+
+def test_search_finds_the_best_of_its_candidates():
+    runner = FakeRunner(lambda tiling, _: favourite(tiling, 4096))
+    found = search(runner).run(PROBLEM, "sm90")
+    pool = [s for s in candidates(PROBLEM, "sm90", SEQLENS, 24) if s.tiling.tile_n != 48]
+    best = max(pool, key=lambda spec: favourite(spec.tiling, 4096))
+    (winner,) = found.winners
+    assert winner.spec == best and (winner.seqlen_min, winner.seqlen_max) == (0, None)
+    assert winner.seqlens == SEQLENS and found.complete and found.num_candidates == len(pool)
+    assert all(mine >= its for mine, its in zip(winner.tflops, winner.tflops_default, strict=True))
+    assert winner.runner_up != winner.spec
+
+
+def test_lengths_get_winners_of_their_own():
+    found = search(FakeRunner(favourite)).run(PROBLEM, "sm90")
+    assert len(found.winners) == 2
+    short, long = found.winners
+    assert short.seqlens == (512,) and long.seqlens == (2048, 8192)
+    assert (short.seqlen_min, short.seqlen_max) == (0, 1023) and (long.seqlen_min, long.seqlen_max) == (1024, None)
+    assert short.spec.tiling.tile_n <= long.spec.tiling.tile_n
+
+
+def test_wrong_spilling_and_broken_candidates_are_dropped():
+    specs = candidates(PROBLEM, "sm90", SEQLENS, 24)
+    runner = FakeRunner(favourite, wrong={specs[1].name}, spills={specs[2].name})
+    found = search(runner).run(PROBLEM, "sm90")
+    assert found.dropped[specs[1].name] == "max 9 of 0.1"
+    assert "spills 128 B" in found.dropped[specs[2].name]
+    timed = {name for call in runner.calls if call[0] == "time" for name in call[1]}
+    assert not timed & found.dropped.keys()
+
+
+def test_a_default_that_is_wrong_is_an_error():
+    default = candidates(PROBLEM, "sm90", SEQLENS, 24)[0]
+    with pytest.raises(Fa2GenError, match="nothing to compare with"):
+        search(FakeRunner(favourite, wrong={default.name})).run(PROBLEM, "sm90")
+
+
+def test_resume_after_a_kill_at_any_point(tmp_path):
+    """Whenever it is killed, a second run measures what is left and the candidate in hand, and finds the same."""
+    unharmed = FakeRunner(favourite)
+    expected = search(unharmed, keep=8).run(PROBLEM, "sm90")
+    total = len(unharmed.calls)
+    for kill_at in range(1, total + 1):
+        path = tmp_path / f"{kill_at}.jsonl"
+        killed = FakeRunner(favourite, kill_at=kill_at)
+        with pytest.raises(Killed):
+            search(killed, Journal(path), keep=8).run(PROBLEM, "sm90")
+        again = FakeRunner(favourite)
+        assert search(again, Journal(path), keep=8).run(PROBLEM, "sm90") == expected
+        lost = len(killed.calls) + len(again.calls) - total
+        assert lost <= len(SEQLENS)  # one candidate: its timings at each length
+        third = FakeRunner(favourite)
+        assert search(third, Journal(path), keep=8).run(PROBLEM, "sm90") == expected
+        assert third.calls == []
+
+
+def test_what_kills_the_process_is_tried_twice(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    bad = candidates(PROBLEM, "sm90", SEQLENS, 8)[3].name
+    for _ in range(ATTEMPTS):
+        with pytest.raises(DeviceLost):
+            search(FakeRunner(favourite, hangs={bad}), Journal(path), keep=8).run(PROBLEM, "sm90")
+    found = search(FakeRunner(favourite, hangs={bad}), Journal(path), keep=8).run(PROBLEM, "sm90")
+    assert "ended the run" in found.dropped[bad]
+
+
+def test_other_circumstances_are_measured_anew():
+    journal = Journal(None)
+    search(FakeRunner(favourite), journal, keep=8).run(PROBLEM, "sm90")
+    other = FakeRunner(favourite)
+    other.circumstances = ("NVIDIA H100", "13.0.88", "fake")
+    search(other, journal, keep=8).run(PROBLEM, "sm90")
+    assert other.calls
+
+
+def test_a_deadline_still_gives_a_confirmed_result():
+    clock = itertools.count().__next__
+    found = search(FakeRunner(favourite), clock=clock).run(PROBLEM, "sm90", deadline=3)
+    assert not found.complete and found.winners
+    for winner in found.winners:
+        assert all(mine >= its for mine, its in zip(winner.tflops, winner.tflops_default, strict=True))
+
+
+def test_progress_tells_the_best_so_far():
+    steps = []
+    search(FakeRunner(favourite), keep=8, progress=steps.append).run(PROBLEM, "sm90")
+    first = [step for step in steps if step.stage == steps[0].stage]
+    assert [step.done for step in first] == list(range(1, 9)) and first[-1].total == 8
+    assert [step.ratio for step in first] == sorted(step.ratio for step in first)
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ([(100, 110), (100, 110), (100, 110)], [(0, None, 1, (0, 1, 2))]),
+        ([(100, 90), (100, 130), (100, 130)], [(0, 1023, 0, (0,)), (1024, None, 1, (1, 2))]),
+        ([(100, 100.5), (100, 101), (100, 110)], [(0, None, 1, (0, 1, 2))]),
+        ([(100, 99.9), (100, 110), (100, 99.9)], [(0, 1023, 0, (0,)), (1024, 4095, 1, (1,)), (4096, None, 0, (2,))]),
+        ([(100, 90), (100, 90), (100, 90)], [(0, None, 0, (0, 1, 2))]),
+    ],
+)
+def test_ranges(table, expected):
+    found = ranges(SEQLENS, table)
+    assert found == expected
+    for _, _, column, places in found:
+        assert all(table[place][column] >= table[place][0] for place in places)  # never slower than the default
+
+
+def test_finalists_are_timed_together():
+    runner = FakeRunner(favourite)
+    search(runner).run(PROBLEM, "sm90")
+    last = runner.calls[-1]
+    assert len(last[1]) >= FINALISTS and last[1][0] == candidates(PROBLEM, "sm90", SEQLENS, 24)[0].name
+
+
+# The record
+
+
+ORIGIN = {
+    "gpu": "NVIDIA H200",
+    "num_sms": 132,
+    "nvrtc": "13.0.88",
+    "protocol": 'events, "flushed"',
+    "measured": "2026-01-01",
+}
+
+
+def test_rows_survive_the_disk(tmp_path):
+    found = search(FakeRunner(favourite)).run(PROBLEM, "sm90")
+    rows = record.rows_of(found, ORIGIN)
+    path = record.write(rows, tmp_path)
+    assert path.name == "nvidia-h200-sm90-fwd-d80.toml"
+    assert read_tuned(path) == rows
+    other = record.rows_of(search(FakeRunner(favourite)).run(Problem(head_dim=80, dtype="fp16"), "sm90"), ORIGIN)
+    record.write(other, tmp_path)
+    record.write(rows, tmp_path)  # again: in place of what was there
+    assert read_tuned(path) == [*rows, *other]
+
+
+def test_another_gpus_rows_have_another_file(tmp_path):
+    found = search(FakeRunner(favourite)).run(PROBLEM, "sm90")
+    first = record.write(record.rows_of(found, ORIGIN), tmp_path)
+    second = record.write(record.rows_of(found, {**ORIGIN, "gpu": "NVIDIA H100 80GB HBM3"}), tmp_path)
+    assert second.name == "nvidia-h100-80gb-hbm3-sm90-fwd-d80.toml" and first != second
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("schema = 1", "schema = 2", "schema 2"),
+        ("kernel = ", "kernels = ", "kernels"),
+        ('kernel = "fa2_', 'kernel = "fa3_', "not a kernel name"),
+        ("seqlens = [", "seqlens = [1, ", "one length"),
+        ("gpu = ", "gpus = ", "name gpu"),
+        ("[[row]]", "[row", "nvidia"),
+    ],
+)
+def test_damaged_rows_are_refused_by_name(old, new, complaint, tmp_path):
+    path = record.write(record.rows_of(search(FakeRunner(favourite)).run(PROBLEM, "sm90"), ORIGIN), tmp_path)
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(InvalidInput, match=complaint) as error:
+        read_tuned(path)
+    assert path.name in str(error.value)
+
+
+# Many problems
+
+
+def test_a_batch_shares_its_budget_and_writes_as_it_goes(tmp_path):
+    now = [0.0]
+
+    class SlowRunner(FakeRunner):
+        def time(self, kernels, seqlen, rounds):
+            now[0] += 1.0
+            return super().time(kernels, seqlen, rounds)
+
+    todo = batch.problems([40, 80], ["bf16"], ["full", "causal"])
+    runner = SlowRunner(favourite)
+    outcomes = []
+    for outcome in batch.tune(
+        search(runner, keep=8, clock=lambda: now[0]), todo, "sm90", 60.0, ORIGIN, tmp_path, clock=lambda: now[0]
+    ):
+        outcomes.append(outcome)
+        assert outcome.error or outcome.path.exists()
+    assert [outcome.problem for outcome in outcomes] == todo
+    assert all(outcome.rows for outcome in outcomes) and now[0] < 60 + 4 * 10
+    assert len(runner.ahead) == sum(len(candidates(problem, "sm90", SEQLENS, 8)) for problem in todo)
+
+
+def test_a_batch_without_budget_measures_nothing(tmp_path):
+    runner = FakeRunner(favourite)
+    outcomes = list(batch.tune(search(runner), [PROBLEM], "sm90", 0.0, ORIGIN, tmp_path, clock=lambda: 5.0))
+    assert "run again" in outcomes[0].error and not runner.calls and not list(tmp_path.iterdir())
+
+
+def test_one_problems_failure_is_its_own(tmp_path):
+    todo = batch.problems([72, 80], ["bf16"], ["causal"])
+    wrong = {candidates(todo[0], "sm90", SEQLENS, 8)[0].name}
+    outcomes = list(batch.tune(search(FakeRunner(favourite, wrong=wrong), keep=8), todo, "sm90", 1e9, ORIGIN, tmp_path))
+    assert outcomes[0].error and not outcomes[0].rows
+    assert outcomes[1].error is None and outcomes[1].rows
+
+
+def test_the_selector_sees_a_row_at_once(tmp_path, monkeypatch):
+    from fa2gen.select import Device, select
+
+    monkeypatch.setattr(catalog, "tuned_folders", lambda: (tmp_path,))
+    catalog.tuned_rows.cache_clear()
+    select.cache_clear()
+    device = Device("NVIDIA H200", (9, 0), 232_448, 132)
+    before = select(PROBLEM, device, None, 512)
+    (outcome,) = batch.tune(search(FakeRunner(favourite)), [PROBLEM], "sm90", 1e9, ORIGIN, tmp_path)
+    after = select(PROBLEM, device, None, 512)
+    assert before.row is None and after.row == outcome.rows[0] and after.plan.name == outcome.rows[0].kernel
+    monkeypatch.undo()
+    catalog.tuned_rows.cache_clear()
+    select.cache_clear()
+
+
+# The command
+
+
+def test_dry_run_needs_no_gpu():
+    done = CliRunner().invoke(
+        cli_measure.app, ["tune", "--head-dim", "80", "--mask", "causal", "--dry-run", "--candidates", "6", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert rows[0]["default"] and [row["kernel"] for row in rows] == [
+        s.name for s in candidates(PROBLEM, "sm90", SEQLENS, 6)
+    ]
+    text = CliRunner().invoke(cli_measure.app, ["tune", "--head-dim", "40", "--head-dim", "72", "--dry-run"])
+    assert text.exit_code == 0 and "of 4 problems; nothing was measured" in text.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--head-dim", "80", "--mask", "window"], []])
+def test_tune_usage(arguments):
+    assert CliRunner().invoke(cli_measure.app, ["tune", *arguments]).exit_code == 2
+
+
+def test_tune_without_a_gpu_says_so():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = CliRunner().invoke(cli_measure.app, ["tune", "--head-dim", "80"])
+    assert done.exit_code == 3 and "no NVIDIA GPU" in done.stderr
