@@ -24,6 +24,7 @@ from typer.core import TyperGroup
 
 from fa2gen import __version__
 from fa2gen.arch import ArchName
+from fa2gen.cli_measure import app as measure_app
 from fa2gen.errors import Fa2GenError, InfeasibleSpec, InvalidInput
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ cache_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(cache_app, name="cache")
+app.add_typer(measure_app)  # bench, tune, explain
 
 
 class _ArchChoice(StrEnum):  # typer takes a Literal as one value, not as several
@@ -222,21 +224,24 @@ def _one_spec(
 
 
 def _tiling(problem: Problem, arch: ArchName) -> Tiling:
-    from fa2gen.catalog import written_tilings
+    from fa2gen.catalog import tuned_rows, written_tilings
     from fa2gen.select import default_tiling
 
+    for row in tuned_rows().get((problem, arch), ()):
+        return row.spec.tiling
     return written_tilings().get((problem, arch)) or default_tiling(problem, arch)
 
 
 def _specs(arches: list[_ArchChoice] | None, head_dims: list[int] | None) -> list[KernelSpec]:
-    """The catalogue's kernels, narrowed; a head dim that it lacks is taken with its default tilings."""
+    """The kernels of specs/, families and tuned rows, narrowed; a head dim that it lacks is taken with its defaults."""
     from fa2gen.arch import ARCHES
-    from fa2gen.catalog import catalogue
+    from fa2gen.catalog import catalogue, tuned_rows
     from fa2gen.spec import DType, KernelSpec, Mask, Problem
 
     specs: list[KernelSpec] = []
     for arch in (arch for arch in ARCHES if not arches or arch in arches):
-        listed = catalogue(arch)
+        tuned = [row.spec for (_, family), rows in tuned_rows().items() for row in rows if family == arch]
+        listed = list(dict.fromkeys([*catalogue(arch), *tuned]))
         if not head_dims:
             specs += listed
         for head_dim in dict.fromkeys(head_dims or ()):

@@ -232,7 +232,7 @@ def tune(
         float | None,
         typer.Option(min=1, help="Seconds for all problems together. Default: 110 for each.", show_default=False),
     ] = None,
-    keep: Annotated[int, typer.Option("--candidates", min=1, help="Tilings timed for each problem.")] = 32,
+    keep: Annotated[int, typer.Option("--candidates", min=1, help="Tilings timed for each problem.")] = 40,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Kernels compiled at once. Default: the cores but one.")
     ] = None,

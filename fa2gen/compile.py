@@ -42,10 +42,12 @@ __all__ = [
 ]
 
 # Every option beside the target. The store's key is made from this very mapping, so none can be forgotten there.
-OPTIONS: Mapping[str, Any] = {"std": "c++17", "lineinfo": True, "ptxas_options": ["-v"]}
+# NVRTC's own cache is off: a hit in it has an empty log, and with it no registers, no spills and no notes.
+OPTIONS: Mapping[str, Any] = {"std": "c++17", "lineinfo": True, "ptxas_options": ["-v"], "no_cache": True}
 
-# cuda.core 1.2 puts itself together at its first import, and a second thread then finds it without `Program`.
-_importing = threading.Lock()
+# cuda.core 1.2 puts itself together at its first import, and a second thread then finds it without `Program`: whoever may be
+# the first to import it holds this.
+CUDA_CORE_IMPORT = threading.Lock()
 
 _SHOWN_ERRORS = 8
 _EM_CUDA = 190
@@ -139,7 +141,7 @@ def launch_facts(plan: KernelPlan) -> dict[str, Any]:
 def compile_unit(unit: Unit) -> Compiled:
     """Compiles one unit. Needs no GPU. Raises CompileError."""
     try:
-        with _importing:
+        with CUDA_CORE_IMPORT:
             from cuda.core import Program, ProgramOptions
     except ImportError as error:
         raise CompileError(

@@ -10,10 +10,11 @@ from typing import Any
 from fa2gen.arch import ArchName
 from fa2gen.compile import compiler_version
 from fa2gen.errors import Fa2GenError, InvalidInput
-from fa2gen.plan import KernelPlan, feasible_tilings, make_plan
+from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.select import TYPICAL_SEQLEN, Device, Selection, choices, kernel_arch, select
 from fa2gen.spec import KernelSpec, Problem
 from fa2gen.tune.cost import cycles, prune
+from fa2gen.tune.space import tilings
 
 __all__ = ["KNOWN_DEVICES", "Alternative", "Explanation", "device_named", "explain", "lines", "shared_memory_map"]
 
@@ -114,8 +115,11 @@ def shared_memory_map(plan: KernelPlan) -> Iterator[tuple[str, int, int]]:
         if attribute.startswith("smem_") and isinstance(offset := getattr(plan, attribute), int):
             begins.setdefault(offset, []).append(attribute.removeprefix("smem_").replace("_", " "))
     ends = [*sorted(begins)[1:], plan.shared_memory_bytes]
+    ring = next((offset for offset, names in begins.items() if "k" in names), 0)
     for offset, end in zip(sorted(begins), ends, strict=True):
         names = sorted(begins[offset], key=lambda name: (name != "q", name))
+        if names == ["v"] and plan.num_stages > 1 and offset - ring < plan.num_stages * plan.kv_tile.bytes:
+            names = ["v", "k and v of the other stages"]
         yield ", then ".join(names), offset, end - offset
 
 
@@ -142,7 +146,7 @@ def _alternatives(
         spec = KernelSpec.from_name(row.runner_up)
         ratio = sum(a / b for a, b in zip(row.tflops_runner_up, row.tflops, strict=True)) / len(row.tflops)
         yield alternative(spec, "runner-up", f"measured: {ratio:.3f} of the speed")
-    for tiling in prune(problem, feasible_tilings(problem, arch), [seqlen], SHOWN_PREDICTIONS):
+    for tiling in prune(problem, tilings(problem, arch), [seqlen], SHOWN_PREDICTIONS):
         spec = KernelSpec(problem=problem, tiling=tiling)
         if spec.name not in seen:
             yield alternative(spec, "cost model", "not measured here" if row is None else "not better in `fa2gen tune`")

@@ -15,12 +15,15 @@ from operator import itemgetter
 from typing import Any
 
 from cuda.bindings import driver
-from cuda.core import Device, ObjectCode
 
+from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
 from fa2gen.launch import ForwardShape, Launch, forward_launch
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.plan import KernelPlan, TensorMapPlan
+
+with CUDA_CORE_IMPORT:
+    from cuda.core import Device, ObjectCode
 
 __all__ = ["Kernel", "PreparedLaunch", "Strides", "argument_sizes"]
 

@@ -44,7 +44,7 @@ class Wgmma:
 
     n            columns of the accumulator, a multiple of 8 up to 256.
     a            "shared" (through a matrix descriptor, K-major) or "registers" (four 32-bit registers of 16-bit pairs).
-    b_transposed whether B lies MN-major in shared memory ([k][n] rows, as V does) instead of K-major ([n][k], as K does).
+    b_transposed whether B lies MN-major in shared memory ([k][n] rows, as V does), not K-major ([n][k], as K does).
     """
 
     dtype: str
@@ -54,7 +54,7 @@ class Wgmma:
 
     @property
     def function(self) -> str:
-        """The name of the wrapper: `wgmma_m64n128k16_ss_kk`: A and B shared, both K-major; `rs_km`: A in registers, B MN-major."""
+        """The wrapper's name. `wgmma_m64n128k16_ss_kk`: A and B shared and K-major; `rs_km`: A in registers, B MN-major."""
         source = "ss" if self.a == "shared" else "rs"
         return f"wgmma_m64n{self.n}k16_{source}_k{'m' if self.b_transposed else 'k'}"
 

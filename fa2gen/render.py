@@ -1,7 +1,7 @@
 """From a plan to CUDA text: the one Jinja environment of fa2gen, and the map from rendered lines to template lines.
 
-`render(plan)` is a pure function of the plan: no date, version or host reaches the text. With `target="host"` the same spine
-is rendered over templates/host/, which offers the names of templates/ptx/ to a C++ compiler (see templates/host/README.md).
+`render(plan)` is a pure function of the plan: no date, version or host reaches the text. With `target="host"` the same
+spine is rendered over templates/host/, which offers the names of templates/ptx/ to a C++ compiler.
 """
 
 from __future__ import annotations
@@ -44,11 +44,13 @@ class Rendered:
 class _MarkOrigins(Extension):
     """Writes `\\x02template:line\\x03` before each line of literal template text; `_strip_marks` takes it out again."""
 
-    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:  # type: ignore[override]
+    def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
+        # The file, not the name: for the host, the name ptx/... stands for a file of host/.
+        name = _relative(stream.filename) if stream.filename else stream.name
         for token in stream:
             if token.type == "data":
                 marked = "\n".join(
-                    _MARK.format(name=stream.name, line=token.lineno + i) + line
+                    _MARK.format(name=name, line=token.lineno + i) + line
                     for i, line in enumerate(token.value.split("\n"))
                 )
                 yield Token(token.lineno, "data", marked)
@@ -56,8 +58,14 @@ class _MarkOrigins(Extension):
                 yield token
 
 
+def _relative(path: str) -> str:
+    """`sm90/fwd.cu.j2` of a template's path."""
+    return Path(path).relative_to(data_dir("templates")).as_posix()
+
+
 def _strip_marks(text: str) -> Rendered:
-    lines, origins = [], []
+    lines: list[str] = []
+    origins: list[str] = []
     for marked in text.split("\n"):
         marks = _MARK_PATTERN.findall(marked)
         line = _MARK_PATTERN.sub("", marked).rstrip()
@@ -72,11 +80,13 @@ def _strip_marks(text: str) -> Rendered:
 
 
 def _finalize(value: Any) -> str | int:
-    """Only text, integers and booleans may reach the source: a float or a tuple is a mistake in a plan or a template."""
+    """Only text, integers and booleans may reach the source: a float or a tuple is a mistake in a plan or template."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str | int):
         return value
+    if isinstance(value, jinja2.StrictUndefined):
+        str(value)  # raises, and names what is undefined
     raise TypeError(f"a template printed {value!r} ({type(value).__name__}); only str, int and bool are allowed")
 
 
@@ -116,7 +126,8 @@ def render(plan: KernelPlan, target: Target = "cuda") -> Rendered:
     try:
         return _strip_marks(_environment(target).get_template(plan.template).render(k=plan))
     except jinja2.TemplateSyntaxError as error:
-        raise RenderError(f"{error.name}:{error.lineno}: {error.message}") from error
+        where = _relative(error.filename) if error.filename else error.name
+        raise RenderError(f"{plan.name}: {where}:{error.lineno}: {error.message}") from error
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"{plan.name}: no template {error.name}, which the {target} target needs") from error
     except (jinja2.UndefinedError, TypeError, AttributeError) as error:

@@ -14,7 +14,8 @@ from typing import Literal
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.catalog import TunedRow, tuned_rows, written_tilings
 from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
-from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.plan import KernelPlan, fits, make_plan
+from fa2gen.plan.sm80_fwd import default_tiling_sm80
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
 __all__ = ["TYPICAL_SEQLEN", "Choice", "Device", "Selection", "choices", "default_tiling", "kernel_arch", "select"]
@@ -131,8 +132,6 @@ def _misfit(problem: Problem, tiling: Tiling, device: Device) -> str | None:
 def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Tiling:
     """A good tiling for any supported problem, with no spec written by hand. Raises InfeasibleSpec if none fits."""
     if arch == "sm80":
-        from fa2gen.plan.sm80_fwd import default_tiling_sm80
-
         return default_tiling_sm80(problem, shared_memory_limit or ARCHES["sm80"].shared_memory_per_block)
     return _default_tiling_sm90(problem)
 
@@ -148,9 +147,6 @@ def _default_tiling_sm90(problem: Problem) -> Tiling:
             tiling = Tiling(
                 arch="sm90", tile_m=tile_m, tile_n=tile_n, num_stages=stages, num_mma_warps=warps, swizzle_bytes=span
             )
-            try:
-                make_plan(KernelSpec(problem=problem, tiling=tiling))
-            except InfeasibleSpec:
-                continue
-            return tiling
+            if fits(KernelSpec(problem=problem, tiling=tiling)):
+                return tiling
     raise InfeasibleSpec(f"no default tiling fits head dim {problem.head_dim} on sm90")

@@ -77,7 +77,7 @@ class Problem(_Model):
     direction  "fwd": Algorithm 1 of FlashAttention-2.
     head_dim   a multiple of 8 from 8 to 256, the same for Q, K and V.
     dtype      of Q, K, V and O: "fp16" or "bf16". Sums are kept in fp32.
-    mask       "full", or "causal" aligned to the bottom right: key j is visible to query i iff j <= i + seqlen_k - seqlen_q.
+    mask       "full", or "causal" aligned to the bottom right: query i sees key j iff j <= i + seqlen_k - seqlen_q.
     """
 
     direction: Direction = "fwd"
@@ -101,6 +101,8 @@ class Tiling(_Model):
     num_mma_warps  warps that multiply; sm90 adds one producer warpgroup (4 warps).
     swizzle_bytes  width of a shared-memory panel, 128, 64 or 32 bytes: a head dim that does not fill its last panel
                    wastes the rest of it, and narrower panels need more copies.
+    lazy_rescale   keep a row's old maximum while the new one is at most 2^8 times above it, so that O is seldom rescaled: the
+                   division at the end makes the result the same.
     """
 
     arch: ArchName
@@ -109,6 +111,7 @@ class Tiling(_Model):
     num_stages: int = 2
     num_mma_warps: int
     swizzle_bytes: Literal[128, 64, 32] = 128
+    lazy_rescale: Literal[0, 1] = 0
 
     @field_validator("tile_m", "tile_n")
     @classmethod
@@ -128,7 +131,7 @@ class Tiling(_Model):
 
 # Fields that a name always carries, then those it carries only where they differ from the default.
 _NAMED = (("m", "tile_m"), ("n", "tile_n"), ("s", "num_stages"), ("w", "num_mma_warps"))
-_OPTIONAL = (("z", "swizzle_bytes"),)
+_OPTIONAL = (("z", "swizzle_bytes"), ("r", "lazy_rescale"))
 _NUMBER = "[0-9]{1,9}"
 _NAME = re.compile(
     rf"fa2_(?P<direction>[a-z]+)_(?P<arch>sm{_NUMBER})_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>{_NUMBER})(?P<causal>_causal)?"
@@ -148,7 +151,9 @@ class KernelSpec(_Model):
     def _take_instances_only(cls, values: Any) -> Any:
         # pydantic would report a dict's errors as its own; building the parts first names the right model.
         return {
-            key: model(**value) if (model := {"problem": Problem, "tiling": Tiling}.get(key)) and isinstance(value, dict) else value
+            key: model(**value)
+            if (model := {"problem": Problem, "tiling": Tiling}.get(key)) and isinstance(value, dict)
+            else value
             for key, value in values.items()
         }
 
@@ -175,11 +180,15 @@ class KernelSpec(_Model):
             raise InvalidInput(
                 f"{_shown(name)} is not a kernel name; names look like fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8"
             )
-        found = match.groupdict()
-        numbers = {field: int(found[field]) for _, field in (*_NAMED, *_OPTIONAL) if found[field] is not None}
+        found: dict[str, Any] = match.groupdict()
+        numbers: dict[str, Any] = {
+            field: int(found[field]) for _, field in (*_NAMED, *_OPTIONAL) if found[field] is not None
+        }
         for field, allowed in (("direction", Direction), ("dtype", DType), ("arch", ArchName)):
             if found[field] not in get_args(allowed):
-                raise InvalidInput(f"{name!r} is not a kernel name: {field} {found[field]!r} is none of {get_args(allowed)}")
+                raise InvalidInput(
+                    f"{name!r} is not a kernel name: {field} {found[field]!r} is none of {get_args(allowed)}"
+                )
         spec = cls(
             problem=Problem(
                 direction=found["direction"],

@@ -27,10 +27,10 @@ def run_on_host(
 ) -> tuple[Any, Any, Report]:
     """Runs a forward kernel on the CPU: (out, lse, report).
 
-    q (batch, seqlen_q, heads, head_dim), k, v (batch, seqlen_k, heads_kv, head_dim): torch CPU tensors in the kernel's dtype,
-    or numpy arrays of two-byte elements that hold its bits. out has q's kind, shape and dtype; lse (batch, heads, seqlen_q)
-    is fp32. Both are NaN before the kernel runs. Keywords are those of fa2gen.host.Options; `rendered` replaces the kernel's
-    own host render. Raises as fa2gen.host.forward_into.
+    q (batch, seqlen_q, heads, head_dim), k, v (batch, seqlen_k, heads_kv, head_dim): torch CPU tensors in the kernel's
+    dtype, or numpy arrays of two-byte elements that hold its bits. out has q's kind, shape and dtype; lse (batch,
+    heads, seqlen_q) is fp32. Both are NaN before the kernel runs. Keywords are those of fa2gen.host.Options; `rendered`
+    replaces the kernel's own host render. Raises as fa2gen.host.forward_into.
     """
     plan = kernel if isinstance(kernel, KernelPlan) else make_plan(kernel)
     batch, seqlen_q, heads, _ = q.shape

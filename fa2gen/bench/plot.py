@@ -69,23 +69,29 @@ def _figure(rows: Sequence[Mapping[str, Any]], gpu: str, direction: str, dtype: 
     pyplot = import_module("matplotlib.pyplot")
     by_head_dim = len({row["seqlen"] for row in rows}) == 1  # one length, many head dims: those make the axis
     names = contestants(rows)
-    panels: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        panels.setdefault(() if by_head_dim else (row["head_dim"],), []).append(row)
     masks = sorted({bool(row["causal"]) for row in rows})
-    bars = max(len([row for row in group if row["causal"] == mask]) for group in panels.values() for mask in masks)
-    width = max(5.0, 0.26 * bars * (len(names) + 1) + 1)
+    keys = list(dict.fromkeys(0 if by_head_dim else row["head_dim"] for row in rows))
+    panels = [
+        [row for row in rows if row["causal"] == causal and (by_head_dim or row["head_dim"] == key)]
+        for key in keys
+        for causal in masks
+    ]
+    across = 1 if by_head_dim else len(masks)  # long panels lie below each other
+    width = max(5.0, 0.2 * max(map(len, panels)) * (len(names) + 1) + 1)
     figure, grid = pyplot.subplots(
-        len(panels), len(masks), figsize=(width * len(masks), 3.4 * len(panels)), squeeze=False, layout="constrained"
+        len(panels) // across,
+        across,
+        figsize=(width * across, 2.9 * len(panels) // across + 1),
+        squeeze=False,
+        layout="constrained",
     )
-    for axes_row, (key, group) in zip(grid, panels.items(), strict=True):
-        for axes, causal in zip(axes_row, masks, strict=True):
-            shown = [row for row in group if row["causal"] == causal]
-            _panel(axes, shown, names, by_head_dim)
-            where = f"head dim {key[0]}" if key else f"seqlen {shown[0]['seqlen']}" if shown else ""
-            axes.set_title(f"{where}, {'causal' if causal else 'no'} mask", fontsize=10)
+    for axes, shown in zip(grid.flat, panels, strict=True):
+        _panel(axes, shown, names, by_head_dim)
+        if shown:
+            where = f"seqlen {shown[0]['seqlen']}" if by_head_dim else f"head dim {shown[0]['head_dim']}"
+            axes.set_title(f"{where}, {'causal' if shown[0]['causal'] else 'no'} mask", fontsize=10)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     figure.suptitle(f"Attention {_DIRECTIONS.get(direction, direction)} speed, {dtype} ({gpu})", fontsize=12)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -29,6 +29,7 @@ __all__ = [
     "host_microseconds",
     "interleaved",
     "rounds_for",
+    "significant",
 ]
 
 FLUSH_BYTES = 256 << 20
@@ -111,6 +112,11 @@ def rounds_for(calls: Mapping[str, Call], timer: Timer, seconds: float) -> int:
     timer.synchronize()
     one_round = max(timer.milliseconds(start, stop), 1e-3)
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(1e3 * seconds / one_round) - WARMUP_ROUNDS))
+
+
+def significant(figure: float) -> float:
+    """To four digits: more than a median is good for."""
+    return float(f"{figure:.4g}")
 
 
 _HOST_CALLS, _HOST_BATCHES = 200, 21

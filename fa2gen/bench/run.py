@@ -13,6 +13,7 @@ from fa2gen.arch import ARCHES
 from fa2gen.bench import protocol, provenance
 from fa2gen.bench.peers import Contestant, is_ours
 from fa2gen.bench.points import Point
+from fa2gen.bench.protocol import significant
 from fa2gen.select import select
 from fa2gen.spec import Problem
 
@@ -85,13 +86,13 @@ class Bench:
                 contexts = {one.name: one.context for one in self.contestants}
                 bare = {name: call for name, (call, _) in calls.items()}
                 times = protocol.host_microseconds(bare, torch.cuda.synchronize, contexts)
-                row["microseconds"] = {name: round(value, 2) for name, value in times.items()}
+                row["microseconds"] = {name: significant(value) for name, value in times.items()}
             elif calls:
                 timed = {name: wrapped for name, (_, wrapped) in calls.items()}
                 rounds = protocol.rounds_for(timed, self._timer, seconds)
                 times_ms = protocol.interleaved(timed, self._timer, rounds)
                 row["tflops"] = {
-                    name: round(point.flops / statistics.median(times) / 1e9, 1) for name, times in times_ms.items()
+                    name: significant(point.flops / statistics.median(times) / 1e9) for name, times in times_ms.items()
                 }
         self._note_kernels(point)
         calls = {}
@@ -144,7 +145,7 @@ class Bench:
         torch = self._torch
         a, b = (torch.randn(_MATMUL, _MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         times = protocol.interleaved({"matmul": lambda: a @ b}, self._timer, _MATMUL_ROUNDS)["matmul"]
-        return round(2.0 * _MATMUL**3 / statistics.median(times) / 1e9, 1)
+        return significant(2.0 * _MATMUL**3 / statistics.median(times) / 1e9)
 
 
 def _in_context(one: Contestant, call: Callable[[], Any]) -> Callable[[], Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from fa2gen.host.build import Library, build_library, find_compiler
 from fa2gen.host.forward import Options, Report, forward_into, run_forward
 from fa2gen.host.run import PRIMITIVES, Count, KernelFault
+from fa2gen.host.stats import counts_table
 
 __all__ = [
     "PRIMITIVES",
@@ -17,6 +18,7 @@ __all__ = [
     "Options",
     "Report",
     "build_library",
+    "counts_table",
     "find_compiler",
     "forward_into",
     "run_forward",

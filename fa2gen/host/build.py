@@ -1,6 +1,6 @@
 """From a host render to a shared library, with the system's C++ compiler; cached by everything that decides the result.
 
-The machine (templates/host/runtime/) is compiled once for each set of options, in about 4 s, and a kernel in about 0.4 s.
+The machine (templates/host/runtime/) is compiled once for each set of options, in about 4 s; a kernel takes 0.4 s.
 """
 
 from __future__ import annotations
@@ -85,7 +85,11 @@ def build_source(name: str, rendered: Rendered, *, sanitize: bool = False) -> Li
             # The relative name is what messages and stack traces show.
             warnings = _compile((*options, "kernel.cc", str(runtime), "-o", "kernel.so"), library, Path(scratch))
             Path(scratch, "warnings.txt").write_text(warnings, encoding="utf-8")
-            for file in ("kernel.cc", "warnings.txt", "kernel.so"):  # the library last: it says that the folder is complete
+            for file in (
+                "kernel.cc",
+                "warnings.txt",
+                "kernel.so",
+            ):  # the library last: it says that the folder is complete
                 os.replace(Path(scratch, file), folder / file)
     return library
 
@@ -109,7 +113,9 @@ def _build_runtime(sanitize: bool) -> Path:
         with FileLock(f"{target}.lock"):
             if not target.is_file():
                 part = target.with_suffix(".part")
-                _compile((*_COMMON, *_runtime_options(sanitize), "-c", "runtime.cc", "-o", str(part)), None, _runtime_dir())
+                _compile(
+                    (*_COMMON, *_runtime_options(sanitize), "-c", "runtime.cc", "-o", str(part)), None, _runtime_dir()
+                )
                 os.replace(part, target)
     return target
 

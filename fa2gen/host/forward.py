@@ -18,7 +18,7 @@ from fa2gen.plan import KernelPlan, TensorMapPlan, make_plan
 from fa2gen.render import Rendered
 from fa2gen.spec import KernelSpec
 
-__all__ = ["Options", "Report", "forward_into", "run_forward"]
+__all__ = ["SHARED_BASE", "Options", "Report", "View", "forward_into", "run_forward", "tensor_map", "view_of"]
 
 # Where dynamic shared memory starts: the first KiB is the system's (measured on an H200).
 SHARED_BASE = 1024
@@ -30,7 +30,7 @@ _ALIGNMENT = 16
 class Options:
     """How a kernel is run; none of this may change its result.
 
-    seed        0: the fixed schedule, on all cores. Others: a random one, on one core, the same again for the same seed.
+    seed        0: the fixed schedule, on all cores. Any other draws one, on one core: the same for the same seed.
     num_sms     thread blocks of a persistent kernel.
     sanitize    under AddressSanitizer and UndefinedBehaviorSanitizer, in a child process; several times slower.
     stats       count what each primitive moves.
@@ -53,7 +53,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """A tensor in memory: strides in elements."""
 
     address: int
@@ -70,26 +70,31 @@ class _View:
         return Memory(name, self.address, self.bytes)
 
 
-def _view(name: str, x: Any) -> _View:
+def view_of(name: str, x: Any) -> View:
     """Of a torch CPU tensor or a numpy array."""
     if hasattr(x, "data_ptr"):
         if x.device.type != "cpu":
             raise InvalidInput(f"{name} is on {x.device}; a kernel on the CPU takes CPU tensors")
-        return _View(x.data_ptr(), tuple(x.shape), tuple(x.stride()), x.element_size())
+        return View(x.data_ptr(), tuple(x.shape), tuple(x.stride()), x.element_size())
     array = x.__array_interface__
     item = x.dtype.itemsize
-    return _View(array["data"][0], tuple(x.shape), tuple(stride // item for stride in x.strides), item)
+    return View(array["data"][0], tuple(x.shape), tuple(stride // item for stride in x.strides), item)
 
 
-def _checked(name: str, x: Any) -> _View:
+def _checked(name: str, x: Any) -> View:
     """A (batch, seqlen, heads, head_dim) tensor that a kernel can take: what fa2gen.ops would copy is refused here."""
-    view = _view(name, x)
+    view = view_of(name, x)
     chunk = _ALIGNMENT // ELEMENT_BYTES
     steps = [stride for size, stride in zip(view.shape[:3], view.strides[:3], strict=True) if size > 1]
     if view.element_bytes != ELEMENT_BYTES or len(view.shape) != 4 or view.strides[3] != 1 or min(view.shape) < 1:
-        raise InvalidInput(f"{name} has shape {view.shape} and strides {view.strides}: four dimensions of 16-bit elements, the last contiguous")
+        raise InvalidInput(
+            f"{name} has shape {view.shape} and strides {view.strides}; it must have four dimensions of 16-bit "
+            "elements, the last contiguous"
+        )
     if view.address % _ALIGNMENT or any(step % chunk for step in steps):
-        raise InvalidInput(f"{name} has strides {view.strides}, address {view.address:#x}: multiples of 16 bytes are needed")
+        raise InvalidInput(
+            f"{name} has strides {view.strides}, address {view.address:#x}: multiples of 16 bytes are needed"
+        )
     return view
 
 
@@ -106,12 +111,12 @@ def forward_into(
 ) -> Report:
     """Runs a forward kernel on the CPU.
 
-    q, out (batch, seqlen_q, heads, head_dim), k, v (batch, seqlen_k, heads_kv, head_dim): torch CPU tensors or numpy arrays of
-    two-byte elements in the spec's dtype, any 16-byte strides. lse (batch, heads, seqlen_q) fp32, contiguous.
+    q, out (batch, seqlen_q, heads, head_dim), k, v (batch, seqlen_k, heads_kv, head_dim): torch CPU tensors or numpy
+    arrays of two-byte elements in the spec's dtype, any 16-byte strides. lse (batch, heads, seqlen_q) fp32, contiguous.
     softmax_scale None means head_dim ** -0.5.
 
-    Raises KernelFault when the kernel breaks a rule of the machine, CompileError or RenderError when there is no kernel to
-    run, InvalidInput for tensors that no kernel takes, Fa2GenError when there is no C++ compiler.
+    Raises KernelFault when the kernel breaks a rule of the machine, CompileError or RenderError when there is no kernel
+    to run, InvalidInput for tensors that no kernel takes, Fa2GenError when there is no C++ compiler.
     """
     plan = spec if isinstance(spec, KernelPlan) else make_plan(spec)
     return run_forward(plan, out, lse, q, k, v, softmax_scale=softmax_scale, options=options or Options())
@@ -131,7 +136,7 @@ def run_forward(
 ) -> Report:
     """As forward_into; `rendered` replaces the plan's own render (see build_library)."""
     views = {name: _checked(name, x) for name, x in (("q", q), ("k", k), ("v", v), ("o", out))}
-    lse_view = _view("lse", lse)
+    lse_view = view_of("lse", lse)
     (batch, seqlen_q, heads, _), (_, seqlen_k, heads_kv, _) = views["q"].shape, views["k"].shape
     shape = ForwardShape(batch, seqlen_q, seqlen_k, heads, heads_kv)
     if lse_view.shape != (batch, heads, seqlen_q) or lse_view.element_bytes != 4:
@@ -146,7 +151,9 @@ def run_forward(
 
     values = dict(launch.values)
     for name, view in views.items():
-        values |= zip((f"{name}_batch_stride", f"{name}_row_stride", f"{name}_head_stride"), view.strides[:3], strict=True)
+        values |= zip(
+            (f"{name}_batch_stride", f"{name}_row_stride", f"{name}_head_stride"), view.strides[:3], strict=True
+        )
     names = [memory.name for memory in memories]
     values |= dict.fromkeys(names, 0)
     pointers = []
@@ -155,8 +162,11 @@ def run_forward(
         if param.name in names:
             pointers.append((offset, names.index(param.name), 0))
         offset += struct.calcsize(f"<{param.code}")
-    params = Argument(struct.pack(plan.params_format, *plan.pack_params({p.name: values[p.name] for p in plan.params})), tuple(pointers))
-    maps = (_tensor_map(tensor_map, views[tensor_map.name], names.index(tensor_map.name)) for tensor_map in plan.tensor_maps)
+    params = Argument(
+        struct.pack(plan.params_format, *plan.pack_params({p.name: values[p.name] for p in plan.params})),
+        tuple(pointers),
+    )
+    maps = (tensor_map(box, views[box.name], names.index(box.name)) for box in plan.tensor_maps)
 
     library = build_library(plan, sanitize=options.sanitize, rendered=rendered)
     job = Job(
@@ -179,8 +189,8 @@ def run_forward(
     return Report(seconds, counts)
 
 
-def _tensor_map(plan: TensorMapPlan, view: _View, memory: int) -> Argument:
-    """Dimensions innermost first: (head_dim, seqlen, heads, batch)."""
+def tensor_map(plan: TensorMapPlan, view: View, memory: int) -> Argument:
+    """The map of a (batch, seqlen, heads, head_dim) tensor; dimensions innermost first, as TMA counts them."""
     batch, seqlen, heads, head_dim = view.shape
     steps = (view.strides[1], view.strides[2], view.strides[0])
     # One element's stride is never used, and may be anything in torch and numpy.

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fa2gen import env
 from fa2gen.errors import Fa2GenError
 from fa2gen.host.build import Library, find_compiler, located
 
@@ -41,13 +42,16 @@ _ALIGNMENT = 64  # of a tensor map
 
 
 class KernelFault(Fa2GenError):
-    """A kernel broke a rule of the machine: a race, a deadlock, memory that is not its own. The message names the line."""
+    """A kernel broke a rule of the machine: a race, a deadlock, foreign memory. The message names the template line."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """What one primitive did. Instructions are a warp's (a warpgroup's for wgmma, a thread's for cp.async and global memory);
-    a wavefront is one trip through the 32 banks of shared memory, and `ideal_wavefronts` is how many the bytes need."""
+    """What one primitive did.
+
+    Instructions are a warp's (a warpgroup's for wgmma, a thread's for cp.async and global memory). A wavefront is one
+    trip through the 32 banks of shared memory; `ideal_wavefronts` is how many the bytes would need.
+    """
 
     instructions: int
     bytes: int
@@ -131,12 +135,22 @@ def run_library(path: Path, job: Job, memories: Sequence[Memory]) -> tuple[str, 
     """(what went wrong, or "", and the counts in the order of PRIMITIVES); in this process, without the GIL."""
     entry = _entry(path)
     storage, arguments = _pack(job.arguments, memories)
-    buffers = (_Buffer * len(memories))(*((m.name.encode(), m.address, m.bytes) for m in memories))
-    workers = job.workers or (1 if job.seed else len(os.sched_getaffinity(0)))
+    buffers = (_Buffer * len(memories))(*(_Buffer(m.name.encode(), m.address, m.bytes) for m in memories))
+    workers = job.workers or (1 if job.seed else env.jobs())
     launch = _Launch(
-        job.grid, job.num_threads, job.shared_base, job.shared_bytes, job.has_async_proxy, job.stats, workers, job.resident,
-        job.seed, job.time_limit, len(memories), ctypes.addressof(buffers),
-    )  # fmt: skip
+        grid=job.grid,
+        num_threads=job.num_threads,
+        shared_base=job.shared_base,
+        shared_bytes=job.shared_bytes,
+        has_async_proxy=job.has_async_proxy,
+        count_stats=job.stats,
+        num_workers=workers,
+        num_resident=job.resident,
+        seed=job.seed,
+        time_limit=job.time_limit,
+        num_buffers=len(memories),
+        buffers=ctypes.addressof(buffers),
+    )
     message = ctypes.create_string_buffer(_MESSAGE_BYTES)
     counts = (_Count * len(PRIMITIVES))()
     failed = entry(ctypes.byref(launch), arguments, message, ctypes.c_size_t(_MESSAGE_BYTES), ctypes.byref(counts))
@@ -152,7 +166,9 @@ def _entry(path: Path) -> ctypes._NamedFuncPointer:
     return ctypes.CDLL(str(path)).fa2gen_host_launch
 
 
-def _pack(arguments: Sequence[Argument], memories: Sequence[Memory]) -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_void_p]]:
+def _pack(
+    arguments: Sequence[Argument], memories: Sequence[Memory]
+) -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_void_p]]:
     """The arguments in memory, each at a multiple of 64 bytes, and the array of their addresses."""
     slots = [-(-len(argument.data) // _ALIGNMENT) * _ALIGNMENT for argument in arguments]
     storage = ctypes.create_string_buffer(sum(slots) + _ALIGNMENT)
@@ -169,7 +185,7 @@ def _pack(arguments: Sequence[Argument], memories: Sequence[Memory]) -> tuple[ct
 
 
 def run_in_child(path: Path, job: Job, memories: Sequence[Memory]) -> tuple[str, list[Count]]:
-    """As run_library, in a process of its own under AddressSanitizer, which must be there before anything else is loaded."""
+    """As run_library, in a process under AddressSanitizer, which must be there before anything else is loaded."""
     contents = [(m.name, ctypes.string_at(m.address, m.bytes)) for m in memories]
     with tempfile.TemporaryDirectory() as scratch:
         request, reply = Path(scratch, "request"), Path(scratch, "reply")
@@ -201,4 +217,7 @@ def _report(log: str) -> str:
 @functools.cache
 def _asan_library() -> str:
     command = (find_compiler(), "-print-file-name=libasan.so")
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(path).is_absolute():  # a compiler echoes the name of what it does not have
+        raise Fa2GenError(f"sanitized runs need g++ and its libasan, which {find_compiler()} does not have")
+    return path

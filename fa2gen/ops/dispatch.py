@@ -52,6 +52,7 @@ class _Call:
 _REMEMBERED_CALLS = 1024
 _calls: dict[tuple[Any, ...], _Call] = {}
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
+_retired: list[Kernel] = []  # what `forget` dropped
 _counters: dict[tuple[int, int], Tensor] = {}  # (device, stream) -> one int32 that is 0 between launches
 _lock = threading.Lock()
 
@@ -138,9 +139,13 @@ def forward_into(
 
 
 def forget() -> None:
-    """Drop all prepared calls and loaded kernels: the next call selects, and asks the store, anew."""
+    """Drop all prepared calls: the next call selects, and asks the store, anew.
+
+    Kernels stay loaded: a captured CUDA graph may hold one, and replaying it after an unload runs whatever lies there.
+    """
     with _lock:
         _calls.clear()
+        _retired.extend(_kernels.values())
         _kernels.clear()
         _store.cache_clear()
 
@@ -181,7 +186,9 @@ def _prepare(
     batch, seqlen_q, num_heads, head_dim = q.shape
     device = q.get_device()
     problem = Problem(head_dim=head_dim, dtype=DTYPES[q.dtype], mask="causal" if causal else "full")
-    plan, target = _choose(problem, _device(device), arch, tiling)  # even for no query: wrong is wrong at any length
+    plan, target = _choose(
+        problem, _device(device), arch, tiling, k.shape[1]
+    )  # even for no query: wrong is wrong at any length
     launch, misaligned = None, False
     if q.numel() and k.numel():
         misaligned = not all(_has_aligned_strides(x) for x in (q, k, v))
@@ -197,8 +204,10 @@ def _prepare(
     return _Call(device, (batch, seqlen_q, num_heads, head_dim), (batch, num_heads, seqlen_q), launch, misaligned)
 
 
-def _choose(problem: Problem, device: Device, arch: str | None, tiling: Tiling | None) -> tuple[KernelPlan, str]:
-    """The kernel of a problem and the NVRTC target to build it for."""
+def _choose(
+    problem: Problem, device: Device, arch: str | None, tiling: Tiling | None, seqlen_k: int
+) -> tuple[KernelPlan, str]:
+    """The kernel of a problem with so many keys, and the NVRTC target to build it for."""
     if tiling is not None and arch not in (None, tiling.arch):
         raise InvalidInput(f"arch is {arch!r}, but the tiling is for {tiling.arch!r}: leave arch out")
     asked = (tiling.arch if tiling else arch) or env.arch()
@@ -207,7 +216,7 @@ def _choose(problem: Problem, device: Device, arch: str | None, tiling: Tiling |
         raise InvalidInput(f"arch is {asked!r}; it must be one of {', '.join(ARCHES)}, or None for the device's best")
     if tiling is not None:
         return make_plan(KernelSpec(problem=problem, tiling=tiling)), kernel_arch(device, family)[1]
-    selection = select(problem, device, family)
+    selection = select(problem, device, family, seqlen_k)
     return selection.plan, selection.target
 
 

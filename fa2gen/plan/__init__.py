@@ -1,12 +1,12 @@
 """From a spec to every derived number: `make_plan` is the only door, and the only place with feasibility rules.
 
-Templates do no arithmetic: shared-memory offsets, barriers, register budgets, instruction shapes and launch facts are all
-fields of the plan. One module for each (arch, direction), as there is one spine for each in templates/.
+Templates do no arithmetic: shared-memory offsets, barriers, register budgets, instruction shapes and launch facts are
+all fields of the plan. One module for each (arch, direction), as there is one spine for each in templates/.
 """
 
 from __future__ import annotations
 
 from fa2gen.plan.base import KernelPlan, Param, TensorMapPlan
-from fa2gen.plan.feasible import make_plan, feasible_tilings
+from fa2gen.plan.feasible import feasible_tilings, fits, make_plan
 
-__all__ = ["KernelPlan", "Param", "TensorMapPlan", "feasible_tilings", "make_plan"]
+__all__ = ["KernelPlan", "Param", "TensorMapPlan", "feasible_tilings", "fits", "make_plan"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from fa2gen.arch import ArchName
 from fa2gen.errors import InfeasibleSpec
@@ -11,7 +12,7 @@ from fa2gen.plan.sm80_fwd import Sm80FwdPlan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
-__all__ = ["feasible_tilings", "make_plan"]
+__all__ = ["feasible_tilings", "fits", "make_plan"]
 
 _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm80", "fwd"): Sm80FwdPlan,
@@ -20,14 +21,17 @@ _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
 
 # The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.
 _TILE_M = {"sm80": (64, 128, 192), "sm90": (64, 128, 192)}
-_TILE_N = {"sm80": (32, 48, 64, 80, 96, 112, 128, 160, 192), "sm90": (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)}
+_TILE_N = {
+    "sm80": (32, 48, 64, 80, 96, 112, 128, 160, 192),
+    "sm90": (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+}
 _STAGES = {"sm80": (1, 2, 3, 4), "sm90": (2, 3, 4)}
 _WARPS = {"sm80": (4, 8), "sm90": (4, 8, 12)}
-_SWIZZLES = (128, 64, 32)
+_SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 
 
 def make_plan(spec: KernelSpec) -> KernelPlan:
-    """The plan of a spec. Raises InfeasibleSpec with all broken rules, their numbers and the nearest feasible tiling."""
+    """The plan of a spec. Raises InfeasibleSpec with all broken rules, their numbers and the nearest tiling that fits."""
     plan = _PLANS[spec.tiling.arch, spec.problem.direction](spec)
     broken = plan.broken_rules()
     if broken:
@@ -35,7 +39,8 @@ def make_plan(spec: KernelSpec) -> KernelPlan:
     return plan
 
 
-def _fits(spec: KernelSpec) -> bool:
+def fits(spec: KernelSpec) -> bool:
+    """Whether make_plan accepts the spec, without the search for the nearest that it does when it refuses (0.1 s)."""
     return not _PLANS[spec.tiling.arch, spec.problem.direction](spec).broken_rules()
 
 
@@ -47,9 +52,14 @@ def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
                 for stages in _STAGES[arch]:
                     for span in _SWIZZLES:
                         tiling = Tiling(
-                            arch=arch, tile_m=tile_m, tile_n=tile_n, num_stages=stages, num_mma_warps=warps, swizzle_bytes=span
+                            arch=arch,
+                            tile_m=tile_m,
+                            tile_n=tile_n,
+                            num_stages=stages,
+                            num_mma_warps=warps,
+                            swizzle_bytes=span,
                         )
-                        if _fits(KernelSpec(problem=problem, tiling=tiling)):
+                        if fits(KernelSpec(problem=problem, tiling=tiling)):
                             yield tiling
 
 

@@ -219,12 +219,17 @@ class Sm90FwdPlan(KernelPlan):
         broken = []
         arch = ARCHES["sm90"]
         if self.num_mma_warps not in (4, 8, 12):
-            broken.append(BrokenRule("mma warps", f"{self.num_mma_warps} given; one, two or three warpgroups: 4, 8 or 12"))
+            broken.append(
+                BrokenRule("mma warps", f"{self.num_mma_warps} given; one, two or three warpgroups: 4, 8 or 12")
+            )
             return broken  # nothing else can be said without a warpgroup count
         rows = ROWS_PER_WARPGROUP * self.num_mma_warpgroups
         if self.tile_m != rows:
             broken.append(
-                BrokenRule("query rows", f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows a warpgroup: {rows}")
+                BrokenRule(
+                    "query rows",
+                    f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows a warpgroup: {rows}",
+                )
             )
         if self.shared_memory_bytes > arch.shared_memory_per_block:
             tile = self.stage_bytes

@@ -17,6 +17,8 @@ Q's place and the next Q has to wait for it. A ring of s stages costs 1 + 0.02 /
 by one, so the last one is half idle. 310, `exposed` and 2500 were fitted to prototypes on an H200: the block model is
 within 6% of nine measured tilings of head dims 64, 128 and 256 (tests/unit/test_tune.py has them).
 
+Schedule switches are all the same to the model: each setting of them is tried with the best shapes.
+
 sm80 is the same with mma.sync (2 cycles an m16n8k16), K and V read from shared memory by each warp, and no fitted
 number.
 """
@@ -32,6 +34,7 @@ from fa2gen.layout import align_up, ceil_div
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
 from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.tune.space import settings
 
 __all__ = ["VARIANTS_PER_SHAPE", "block_cycles", "cycles", "prune"]
 
@@ -46,7 +49,7 @@ CYCLES_PER_BLOCK = 310
 CYCLES_PER_TILE = 2500
 CYCLES_O_IN_PLACE_OF_Q = 1000
 
-VARIANTS_PER_SHAPE = 4
+VARIANTS_PER_SHAPE = 3
 """So many stages and swizzles, which the model hardly tells apart, are kept of one (tile_m, tile_n, warps)."""
 
 
@@ -70,8 +73,8 @@ def block_cycles(plan: KernelPlan) -> float:
 def prune(problem: Problem, tilings: Iterable[Tiling], seqlens: Sequence[int], keep: int) -> list[Tiling]:
     """The `keep` tilings that the model likes best over the seqlens (geometric mean), best first.
 
-    At most VARIANTS_PER_SHAPE of one shape, so that a dozen depths and swizzles of the best shape do not push out the
-    second.
+    At most VARIANTS_PER_SHAPE of one shape and setting of the switches, so that a dozen depths and swizzles of the best
+    shape do not push out the second.
     """
     ranked = []
     for tiling in tilings:
@@ -79,10 +82,10 @@ def prune(problem: Problem, tilings: Iterable[Tiling], seqlens: Sequence[int], k
         cost = sum(math.log(cycles(plan, seqlen)) for seqlen in seqlens)
         # Equal to the model: less padding first, then wider panels (fewer copies).
         ranked.append((round(cost, 6), plan.shared_memory_bytes, -tiling.swizzle_bytes, plan.name, tiling))
-    taken: Counter[tuple[int, int, int]] = Counter()
+    taken: Counter[tuple[object, ...]] = Counter()
     kept: list[Tiling] = []
     for *_, tiling in sorted(ranked, key=lambda item: item[:4]):
-        shape = (tiling.tile_m, tiling.tile_n, tiling.num_mma_warps)
+        shape = (tiling.tile_m, tiling.tile_n, tiling.num_mma_warps, settings(tiling))
         taken[shape] += 1
         if taken[shape] <= VARIANTS_PER_SHAPE and len(kept) < keep:
             kept.append(tiling)

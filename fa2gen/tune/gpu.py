@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fa2gen import env
 from fa2gen.arch import ArchName
 from fa2gen.bench.points import HIDDEN, TOKENS, Point
-from fa2gen.bench.protocol import PROTOCOL, CudaTimer, interleaved
+from fa2gen.bench.protocol import PROTOCOL, CudaTimer, interleaved, significant
 from fa2gen.bench.provenance import current_device, versions
 from fa2gen.errors import Fa2GenError
 from fa2gen.launch import ForwardShape
@@ -99,7 +99,7 @@ class GpuRunner:
         calls = {built.spec.name: self._call(built, shape, tensors) for built in kernels}
         with self._judged(kernels[0]):
             times = interleaved(calls, self._timer, rounds)
-        return [point.flops / statistics.median(times[built.spec.name]) / 1e9 for built in kernels]
+        return [significant(point.flops / statistics.median(times[built.spec.name]) / 1e9) for built in kernels]
 
     # Details
 

@@ -20,11 +20,11 @@ from fa2gen.arch import ArchName
 from fa2gen.catalog import written_tilings
 from fa2gen.compile import ResourceReport
 from fa2gen.errors import Fa2GenError
-from fa2gen.plan import feasible_tilings
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
 from fa2gen.tune.cost import prune
 from fa2gen.tune.journal import Journal, key_of
+from fa2gen.tune.space import tilings
 
 __all__ = [
     "FINALISTS",
@@ -124,7 +124,7 @@ class Progress:
 def candidates(problem: Problem, arch: ArchName, seqlens: Sequence[int], keep: int) -> list[KernelSpec]:
     """What will be timed: the tiling in use without tuning, then the `keep` best by the cost model."""
     default = written_tilings().get((problem, arch)) or default_tiling(problem, arch)
-    pruned = prune(problem, feasible_tilings(problem, arch), seqlens, keep)
+    pruned = prune(problem, tilings(problem, arch), seqlens, keep)
     return [KernelSpec(problem=problem, tiling=tiling) for tiling in dict.fromkeys((default, *pruned))]
 
 
@@ -241,14 +241,15 @@ class Search:
     def _confirm(self, finalists: Sequence[Built]) -> tuple[Winner, ...]:
         """Times the finalists together, the first of which is the default, and gives each range of lengths its best."""
         key = self._key(finalists[0], [built.digest for built in finalists], self.seqlens, FINAL_ROUNDS)
-        line = self.journal.find("confirmed", key)
-        if line is None:
-            figures = {
-                str(s): [round(x, 1) for x in self.runner.time(finalists, s, FINAL_ROUNDS)] for s in self.seqlens
+
+        def measure() -> dict[str, Any]:
+            names = [built.spec.name for built in finalists]
+            return {
+                "kernels": names,
+                "tflops": {str(s): self.runner.time(finalists, s, FINAL_ROUNDS) for s in self.seqlens},
             }
-            line = self.journal.append(
-                "confirmed", key, kernels=[built.spec.name for built in finalists], tflops=figures
-            )
+
+        line = self._once("confirmed", key, finalists[0].spec, measure)
         table = [tuple(line["tflops"][str(seqlen)]) for seqlen in self.seqlens]  # of one length, in finalists' order
         winners = []
         for low, high, chosen, places in ranges(self.seqlens, table):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from fa2gen.compile import Unit, compile_unit, compiler_version, cubin_is_whole
+from fa2gen.compile import OPTIONS, Unit, compile_unit, compiler_version, cubin_is_whole
 from fa2gen.errors import CompileError
 from fa2gen.store import Store
 
@@ -211,3 +211,8 @@ def test_the_exact_compiler_is_known():
 def test_importing_the_compiler_imports_no_cuda_and_no_jinja():
     code = "import sys, fa2gen.store; print([m for m in ('cuda', 'torch', 'jinja2') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_a_second_compilation_reports_as_the_first():
+    """NVRTC keeps a cache of its own where there is a driver; a hit in it says nothing of registers and spills."""
+    assert OPTIONS["no_cache"] is True

@@ -45,7 +45,7 @@ def _inputs(dtype: str, head_dim: int, sizes: tuple[int, ...]) -> tuple[torch.Te
 
 @pytest.fixture(scope="session")
 def host() -> SimpleNamespace:
-    """`run(name, (batch, seqlen_q, seqlen_k, heads, heads_kv), rendered=None, **options)` -> (verdict, report, out, lse)."""
+    """`run(name, (batch, seqlen_q, seqlen_k, heads, heads_kv), ...)` gives (verdict, report, out, lse)."""
 
     def run(name, sizes, rendered=None, **options):
         plan = make_plan(KernelSpec.from_name(name))

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fa2gen.catalog import catalogue
-from fa2gen.host import build_library
+from fa2gen.host import KernelFault, build, build_library
 from fa2gen.plan import make_plan
+from fa2gen.render import Rendered, render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
 from fa2gen.testing import run_on_host
@@ -74,6 +75,26 @@ def test_sanitizers_are_silent(host, name):
     for sizes in (RAGGED, NO_KEYS):
         verdict, *_ = host.run(name, sizes, sanitize=True)
         assert verdict.ok, verdict
+
+
+def test_a_sanitizer_names_the_template_line(host):
+    """One register too many is cleared: nothing that the machine could see, since registers are the compiler's."""
+    name = TILINGS[4]
+    rendered = render(make_plan(KernelSpec.from_name(name)), target="host")
+    wrong = Rendered(rendered.source.replace("i < kNumAccO; ++i", "i <= kNumAccO; ++i"), rendered.origins)
+    assert wrong.source != rendered.source
+    with pytest.raises(
+        KernelFault, match=r"(?s)(AddressSanitizer|runtime error).*kernel\.cc:\d+ \[sm90/fwd\.cu\.j2:\d+\]"
+    ):
+        host.run(name, ONE, rendered=wrong, sanitize=True)
+
+
+def test_fibers_without_a_switch_of_their_own(host, monkeypatch):
+    """The way of other processors than x86-64: slower, and the same bits."""
+    _, _, out, lse = host.run(TILINGS[4], RAGGED)
+    monkeypatch.setattr(build, "_FAST", (*build._FAST, "-DFA2GEN_UCONTEXT"))
+    _, _, again, lse_again = host.run(TILINGS[4], RAGGED)
+    assert torch.equal(again, out) and torch.equal(lse_again, lse)
 
 
 @pytest.mark.parametrize("name", TILINGS)

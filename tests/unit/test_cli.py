@@ -77,7 +77,7 @@ def commands() -> list[tuple[str, ...]]:
 
 def test_the_commands_are_those_that_were_promised():
     names = {path[0] for path in commands() if path}
-    assert names == {"build", "render", "plan", "list", "verify", "cache", "doctor"}
+    assert names == {"build", "render", "plan", "list", "verify", "cache", "doctor", "bench", "tune", "explain"}
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)

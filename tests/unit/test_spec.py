@@ -246,7 +246,7 @@ def test_an_enormous_value_gives_a_short_message():
 @pytest.mark.parametrize("field", SWITCHES)
 def test_a_switch_takes_its_values_only(field):
     allowed = get_args(Tiling.model_fields[field].annotation)
-    for value in (-1, 3, 48, 256, True, None, "0"):
+    for value in {-1, 3, 48, 256} - set(allowed) | {None, "0", "on", 0.5}:
         message = refusal(lambda value=value: Tiling(**{**TILING, field: value}))
         assert field in message and all(str(choice) in message for choice in allowed), message
 

@@ -22,7 +22,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if defined(__x86_64__) && !defined(FA2GEN_UCONTEXT)
+#if defined(__x86_64__) && defined(__ELF__) && !defined(FA2GEN_UCONTEXT)
 #define FA2GEN_OWN_SWITCH 1
 // Saves what a call must preserve, swaps stacks, restores. (The floating-point control words are never changed.)
 extern "C" void fa2gen_host_switch(void** save, void* load) __attribute__((visibility("hidden")));

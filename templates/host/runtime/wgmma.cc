@@ -6,6 +6,7 @@
 
 #include "machine.h"
 #include "number.h"
+#include "warp.h"
 
 namespace host {
 
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int kK = 16;
 constexpr int kRows = 64;
-constexpr std::uint32_t kPoisonBits = 0x7fffdeadu;  // a quiet NaN that no arithmetic makes
+constexpr std::uint32_t kPoisonBits = 0x7fa0deadu;  // a signaling NaN
 
 Warpgroup& warpgroup_of(Thread const& thread) {
     return thread.block->warpgroups[static_cast<std::size_t>(thread.index / kWarpgroup)];
@@ -138,7 +139,7 @@ void compute(SharedMemory& shared, Wgmma& op) {
     multiply(op.accumulator->data(), a, b, n);
 }
 
-// Somebody has waited for `op`: until now its operands in shared memory belonged to it.
+// All threads have waited for `op`: until now its operands in shared memory belonged to it.
 void verify(SharedMemory const& shared, Wgmma const& op) {
     std::uint64_t versions = 0;
     auto add = [&](std::uint32_t address, int, int) { versions += shared.version(address); };
@@ -205,8 +206,15 @@ void take_accumulator(Thread& thread, Wgmma& op, float* d, bool first_issue) {
     pending->last = mine.issued;
 }
 
+// All wgmma instructions are .sync.aligned: no lane leaves one before its warp has come.
+void converge(char const* name, int line) {
+    int nothing = 0;
+    collective(name, nothing, line, [](int**) {});
+}
+
 void issue(Wgmma described, float* d, ARegister const* a_registers) {
     Thread& thread = current();
+    converge("wgmma.mma_async", described.line);
     Warpgroup& group = warpgroup_of(thread);
     WgmmaThread& mine = thread.wgmma;
     int const line = described.line;
@@ -253,7 +261,8 @@ void issue(Wgmma described, float* d, ARegister const* a_registers) {
 
 }  // namespace
 
-void wgmma_fence(int) {
+void wgmma_fence(int line) {
+    converge("wgmma.fence", line);
     WgmmaThread& mine = current().wgmma;
     mine.fenced = true;
     for (RegisterArray& array : mine.arrays) {
@@ -281,7 +290,8 @@ void wgmma_rs(WgmmaShape shape, float* d, ARegister const (&a)[4], std::uint64_t
     issue(std::move(op), d, a);
 }
 
-void wgmma_commit(int) {
+void wgmma_commit(int line) {
+    converge("wgmma.commit_group", line);
     WgmmaThread& mine = current().wgmma;
     mine.groups.push_back(mine.issued);
     maybe_yield();
@@ -292,18 +302,21 @@ void wgmma_wait(int pending_groups, int line) {
     Warpgroup& group = warpgroup_of(thread);
     WgmmaThread& mine = thread.wgmma;
     mine.fenced = false;
+    std::int64_t until = mine.waited;
     auto const done = static_cast<std::ptrdiff_t>(mine.groups.size()) - pending_groups;
-    if (done <= 0) {
-        return;
+    if (done > 0) {
+        until = mine.groups[static_cast<std::size_t>(done - 1)];
+        mine.groups.erase(mine.groups.begin(), mine.groups.begin() + done);
     }
-    std::int64_t const until = mine.groups[static_cast<std::size_t>(done - 1)];
-    mine.groups.erase(mine.groups.begin(), mine.groups.begin() + done);
     while (group.computed < until) {
         group.waiters.push_back(&thread);
         block_on({Waiting::wgmma, "wgmma", 0, 0, line});
     }
 
-    while (group.first < until) {
+    for (; mine.waited < until; ++mine.waited) {
+        group.instructions[static_cast<std::size_t>(mine.waited - group.first)].waited += 1;
+    }
+    while (!group.instructions.empty() && group.instructions.front().waited == kWarpgroup) {
         verify(thread.block->shared, group.instructions.front());
         group.instructions.pop_front();
         group.first += 1;
@@ -332,6 +345,7 @@ void wgmma_wait(int pending_groups, int line) {
         }
         mine.pending.erase(mine.pending.begin() + static_cast<std::ptrdiff_t>(i));
     }
+    converge("wgmma.wait_group", line);
     maybe_yield();
 }
 

@@ -1,7 +1,8 @@
 // wgmma.mma_async: what a warpgroup has issued, and what each of its threads has not yet waited for.
 //
 // An instruction is computed when the last of the 128 threads has issued it, into an accumulator of its own; a thread's registers
-// get the result when that thread waits. From issue to wait they hold a NaN pattern, and must still hold it then.
+// get the result when that thread waits. From issue to wait they hold a signaling NaN, which no copy changes and any arithmetic
+// does, and must still hold it then. Operands in shared memory must not change until the last of the threads has waited.
 
 #pragma once
 
@@ -29,6 +30,7 @@ struct Wgmma {
     bool accumulate;
     int line;
     int issued = 0;  // by how many threads
+    int waited = 0;  // for, by how many threads
     std::shared_ptr<Accumulator> accumulator;
     std::vector<std::uint32_t> a_registers;   // [thread][4]
     std::uint64_t versions = 0;               // of the shared operands, when computed
@@ -57,6 +59,7 @@ struct PendingA {
 
 struct WgmmaThread {
     std::int64_t issued = 0;
+    std::int64_t waited = 0;
     std::vector<std::int64_t> groups;  // instructions issued when each group was committed
     bool fenced = false;               // since the last wait
     std::vector<RegisterArray> arrays;

@@ -1,0 +1,324 @@
+"""What a launch rests on: the order of tiles, which keys are visible, barriers, Params: from the rendered text itself.
+
+These functions are plain integers. Each kernel's own text is compiled for the CPU and compared with a definition.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import random
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fa2gen.launch import SECTION_BYTES, ForwardShape, forward_launch
+from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.render import render
+from fa2gen.select import default_tiling
+from fa2gen.spec import KernelSpec, Problem
+
+COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+H200_SMS = 132
+
+
+@functools.cache
+def plan_of(arch: str, mask: str, head_dim: int = 128) -> KernelPlan:
+    problem = Problem(head_dim=head_dim, mask=mask)
+    return make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
+
+
+KERNELS = [(arch, mask) for arch in ("sm80", "sm90") for mask in ("full", "causal")]
+
+
+def random_shapes(count: int, most: int) -> list[ForwardShape]:
+    rng = random.Random(count + most)
+    shapes = []
+    for _ in range(count):
+        num_heads_kv = rng.choice([1, 2, 3, 8])
+        shapes.append(
+            ForwardShape(
+                batch=rng.randint(1, 5),
+                seqlen_q=rng.randint(1, most),
+                seqlen_k=rng.randint(1, rng.choice([most, 40 * most])),
+                num_heads=num_heads_kv * rng.choice([1, 2, 4, 7]),
+                num_heads_kv=num_heads_kv,
+            )
+        )
+    return shapes
+
+
+# The kernel's own text, on the CPU -----------------------------------------------------------------------------------
+
+_PRELUDE = """
+#include <algorithm>
+#include <cstdint>
+#include <cstddef>
+using std::max;
+using std::min;
+#define __device__
+#define __forceinline__ inline
+"""
+
+_DOORS = """
+extern "C" {
+int param_offsets(size_t* out) { int n = 0; OFFSETS return n; }
+size_t params_size() { return sizeof(Params); }
+void blocks(void const* p, int row, int rows, int* out) {
+    KeyBlocks const found = visible_blocks(*static_cast<Params const*>(p), row, rows);
+    out[0] = found.num_blocks;
+    out[1] = found.num_unmasked;
+}
+int limit(void const* p, int row) { return key_limit(*static_cast<Params const*>(p), row); }
+TILE
+}
+"""
+_TILE_SM90 = """
+void tile(void const* p, int index, int* out) {
+    Tile const found = tile_at(*static_cast<Params const*>(p), index);
+    out[0] = found.m_block;
+    out[1] = found.bidh;
+    out[2] = found.bidb;
+}
+void barriers(uint32_t base, int q_stage, int stage, uint32_t* out) {
+    Barriers const b = {base};
+    out[0] = b.q_full(q_stage);
+    out[1] = b.q_empty(q_stage);
+    out[2] = b.k_full(stage);
+    out[3] = b.k_empty(stage);
+    out[4] = b.v_full(stage);
+    out[5] = b.v_empty(stage);
+}
+void positions(int num_stages, int steps, int* out) {
+    PipelineState state = {0, 0};
+    for (int i = 0; i < steps; ++i, state.advance(num_stages)) {
+        out[2 * i] = state.stage;
+        out[2 * i + 1] = static_cast<int>(state.phase);
+    }
+}
+"""
+_TILE_SM80 = "int m_block(void const* p, int x) { return m_block_at(*static_cast<Params const*>(p), x); }"
+
+
+@functools.cache
+def library(arch: str, mask: str) -> ctypes.CDLL:
+    """Params, the mask's and the tile order's functions of a rendered kernel, compiled for this machine."""
+    plan = plan_of(arch, mask)
+    rendered = render(plan)
+    wanted = ("common/params.", "common/mask_", f"{arch}/tiles_", "sm90/pipeline.")
+    text = [
+        line
+        for line, origin in zip(rendered.source.splitlines(), rendered.origins, strict=True)
+        if origin.startswith(wanted)
+        or line.startswith(("constexpr int kTile", "constexpr int kNumStages", "constexpr int kNumQStages"))
+    ]
+    offsets = "".join(f"out[n++] = offsetof(Params, {param.name});" for param in plan.params)
+    doors = _DOORS.replace("OFFSETS", offsets).replace("TILE", _TILE_SM90 if arch == "sm90" else _TILE_SM80)
+    folder = Path(tempfile.mkdtemp(prefix="fa2gen-facts-"))
+    try:
+        (folder / "facts.cc").write_text(_PRELUDE + "\n".join(text) + doors)
+        command = [str(COMPILER), "-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=signed-integer-overflow"]
+        command += ["-fsanitize-undefined-trap-on-error", "-o", str(folder / "facts.so"), str(folder / "facts.cc")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(folder / "facts.so"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def params_of(plan: KernelPlan, shape: ForwardShape) -> bytes:
+    values = dict.fromkeys((param.name for param in plan.params), 0)
+    known = forward_launch(plan, shape, 0.1, H200_SMS).values
+    values |= {name: value for name, value in known.items() if name in values}
+    return struct.pack(plan.params_format, *plan.pack_params(values))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("arch", "mask"), KERNELS)
+def test_params_are_where_the_kernel_reads_them(arch, mask):
+    plan, facts = plan_of(arch, mask), library(arch, mask)
+    offsets = (ctypes.c_size_t * len(plan.params))()
+    assert facts.param_offsets(offsets) == len(plan.params)
+    assert facts.params_size() == struct.calcsize(plan.params_format)
+    for i, param in enumerate(plan.params):
+        values = {other.name: 0 for other in plan.params} | {param.name: 1}
+        packed = struct.pack(plan.params_format, *plan.pack_params(values))
+        assert struct.unpack_from("<" + param.code, packed, offsets[i]) == (1,), param.name
+
+
+@needs_compiler
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_every_tile_is_visited_exactly_once(mask):
+    """Each (m block, head, batch): one left out is a stripe of NaN, one taken twice a race."""
+    plan, facts = plan_of("sm90", mask), library("sm90", mask)
+    for shape in random_shapes(60, 3000):
+        launch = forward_launch(plan, shape, 0.1, H200_SMS)
+        packed, out = params_of(plan, shape), (ctypes.c_int * 3)()
+        seen = []
+        for index in range(launch.values["num_tiles"]):
+            facts.tile(packed, index, out)
+            seen.append(tuple(out))
+        m_blocks = range(-(-shape.seqlen_q // plan.tile_m))
+        assert sorted(seen) == [
+            (m, h, b) for m in m_blocks for h in range(shape.num_heads) for b in range(shape.batch)
+        ], shape
+
+
+def tile_at(plan: KernelPlan, launch: dict[str, int], index: int) -> tuple[int, int, int]:
+    """templates/sm90/tiles_*.cuh.j2 in integers without a limit."""
+    if plan.causal:
+        section = launch["heads_per_section"] * launch["num_m_blocks"]
+        first = index // section * launch["heads_per_section"]
+        width = min(launch["heads_per_section"], launch["num_batch_heads"] - first)
+        batch_head = first + index % section % width
+        m_block = launch["num_m_blocks"] - 1 - index % section // width
+    else:
+        batch_head, m_block = divmod(index, launch["num_m_blocks"])
+    return m_block, batch_head % launch["num_heads"], batch_head // launch["num_heads"]
+
+
+HUGE = [
+    ForwardShape(1, 2**30, 2**30, 1, 1),
+    ForwardShape(1, 128, 2**30, 2**20, 2**10),
+    ForwardShape(2**20, 100, 100, 16, 1),
+    ForwardShape(2**12, 2**16, 1, 2**9, 1),
+    ForwardShape(3, 2**24 + 1, 17, 24, 8),
+    ForwardShape(1, 1, 1, 2**30, 2**30),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("shape", HUGE, ids=str)
+def test_the_order_of_tiles_does_not_overflow(mask, shape):
+    """32 bits must agree with Python's integers up to the last tile that is accepted; the library traps on overflow."""
+    plan, facts = plan_of("sm90", mask), library("sm90", mask)
+    launch = forward_launch(plan, shape, 0.1, H200_SMS).values
+    packed, out = params_of(plan, shape), (ctypes.c_int * 3)()
+    rng = random.Random(8)
+    last = launch["num_tiles"] - 1
+    for index in [0, last, last - 1, *(rng.randrange(last + 1) for _ in range(500))]:
+        facts.tile(packed, max(index, 0), out)
+        assert tuple(out) == tile_at(plan, launch, max(index, 0))
+
+
+@pytest.mark.parametrize("shape", random_shapes(60, 9000), ids=str)
+def test_a_section_of_heads_fits_l2_and_shares_its_keys(shape):
+    plan = plan_of("sm90", "causal")
+    heads = forward_launch(plan, shape, 0.1, H200_SMS).values["heads_per_section"]
+    group = shape.num_heads // shape.num_heads_kv
+    assert 1 <= heads <= shape.batch * shape.num_heads
+    assert heads % group == 0, "heads that share K and V are walked together"
+    assert heads == group or heads // group * 2 * shape.seqlen_k * plan.head_dim * 2 <= SECTION_BYTES
+
+
+@needs_compiler
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_sm80_blocks_cover_the_m_blocks(mask):
+    plan, facts = plan_of("sm80", mask), library("sm80", mask)
+    for shape in random_shapes(40, 5000):
+        grid = forward_launch(plan, shape, 0.1, H200_SMS).grid
+        assert grid == (-(-shape.seqlen_q // plan.tile_m), shape.num_heads, shape.batch)
+        packed = params_of(plan, shape)
+        order = [facts.m_block(packed, x) for x in range(grid[0])]
+        assert sorted(order) == list(range(grid[0]))
+        if mask == "causal":
+            assert order == sorted(order, reverse=True), "the longest rows start first"
+
+
+@needs_compiler
+@pytest.mark.parametrize(("arch", "mask"), KERNELS)
+def test_visible_blocks_against_the_definition(arch, mask):
+    """No visible key is left out, no block without one is read, and no block that needs a mask goes without."""
+    plan, facts = plan_of(arch, mask), library(arch, mask)
+    rng, out = random.Random(9), (ctypes.c_int * 2)()
+    step = plan.tile_n
+    for _ in range(400):
+        seqlen_q, seqlen_k = rng.randint(1, 400), rng.choice([rng.randint(1, 500), step, 2 * step, step + 1, 1])
+        shape = ForwardShape(1, seqlen_q, seqlen_k, 1, 1)
+        packed = params_of(plan, shape)
+        num_rows = rng.choice([16, 64, plan.tile_m])
+        first_row = rng.randrange(0, seqlen_q + 2 * num_rows, 16)
+        rows = range(first_row, min(first_row + num_rows, seqlen_q))
+        limits = [seqlen_k if mask == "full" else min(max(row + 1 + seqlen_k - seqlen_q, 0), seqlen_k) for row in rows]
+        for row, expected in zip(rows, limits, strict=True):
+            assert max(facts.limit(packed, row), 0) == expected, "a row sees exactly the keys below its limit"
+        facts.blocks(packed, first_row, num_rows, out)
+        num_blocks, num_unmasked = out
+        assert num_blocks == -(-max(limits, default=0) // step), "down to the last visible key, and no block more"
+        assert num_unmasked == (min(limits) // step if limits else 0), "all rows see all of these"
+        assert 0 <= num_unmasked <= num_blocks
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_visible_blocks_of_a_part_lie_within_those_of_the_whole(arch):
+    """The producer loads what the tile sees; a warpgroup skips what it does not: it must see no block more."""
+    plan, facts = plan_of(arch, "causal"), library(arch, "causal")
+    rng, part, whole = random.Random(10), (ctypes.c_int * 2)(), (ctypes.c_int * 2)()
+    for _ in range(400):
+        packed = params_of(plan, ForwardShape(1, rng.randint(1, 700), rng.randint(1, 700), 1, 1))
+        first_row = rng.randrange(0, 700, plan.tile_m)
+        facts.blocks(packed, first_row, plan.tile_m, whole)
+        counts = []
+        for row in range(first_row, first_row + plan.tile_m, 64):
+            facts.blocks(packed, row, 64, part)
+            counts.append(part[0])
+        assert max(counts) == whole[0]
+
+
+@needs_compiler
+def test_barriers_are_all_different_and_in_their_place():
+    plan, facts = plan_of("sm90", "causal"), library("sm90", "causal")
+    found, out = set(), (ctypes.c_uint32 * 6)()
+    for q_stage in range(plan.num_q_stages):
+        for stage in range(plan.num_stages):
+            facts.barriers(plan.smem_barriers, q_stage, stage, out)
+            found |= {("q", q_stage, 0, out[0]), ("q", q_stage, 1, out[1])}
+            found |= {("kv", stage, kind, out[2 + kind]) for kind in range(4)}
+    places = sorted(place for *_, place in found)
+    assert len(places) == 2 * plan.num_q_stages + 4 * plan.num_stages
+    assert places == list(range(plan.smem_barriers, plan.smem_tile_slots, 8))
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 5])
+def test_a_ring_comes_round_with_the_other_parity(num_stages):
+    steps = 4 * num_stages + 1
+    out = (ctypes.c_int * (2 * steps))()
+    library("sm90", "full").positions(num_stages, steps, out)
+    assert list(zip(out[::2], out[1::2], strict=True)) == [(i % num_stages, i // num_stages % 2) for i in range(steps)]
+
+
+# The launch itself ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arch", "mask"), KERNELS)
+def test_a_launch_knows_every_argument_but_addresses(arch, mask):
+    plan = plan_of(arch, mask)
+    values = forward_launch(plan, ForwardShape(2, 300, 400, 6, 2), 0.125, H200_SMS).values
+    for param in plan.params:
+        given_later = "*" in param.ctype or param.name.endswith("_stride")
+        assert given_later != (param.name in values), param.name
+        assert given_later or isinstance(values[param.name], float if param.ctype == "float" else int)
+    assert values["softmax_scale_log2"] == pytest.approx(0.125 * 1.4426950408889634, rel=1e-15)
+    assert values["num_heads_per_kv"] == 3
+
+
+def test_a_persistent_grid_has_a_block_for_each_sm_at_most():
+    plan = plan_of("sm90", "full")
+    assert forward_launch(plan, ForwardShape(1, 1, 1, 1, 1), 1.0, H200_SMS).grid == (1, 1, 1)
+    assert forward_launch(plan, ForwardShape(4, 8192, 8192, 16, 16), 1.0, H200_SMS).grid == (H200_SMS, 1, 1)
+    assert forward_launch(plan, ForwardShape(4, 8192, 8192, 16, 16), 1.0, 78).grid == (78, 1, 1)
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_counts_that_32_bits_do_not_hold_are_refused(arch):
+    plan = plan_of(arch, "causal")
+    with pytest.raises(OverflowError, match=r"exceed 2\^31"):
+        forward_launch(plan, ForwardShape(2**16, 2**20, 1, 2**10, 1), 1.0, H200_SMS)

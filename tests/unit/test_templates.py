@@ -1,0 +1,269 @@
+"""The rules that templates and what they render obey, over every template and every default and catalogue kernel."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+import jinja2
+import pytest
+from jinja2 import meta, nodes
+
+from fa2gen._paths import data_dir
+from fa2gen.catalog import catalogue
+from fa2gen.plan import KernelPlan, feasible_tilings, fits, make_plan
+from fa2gen.render import Rendered, render, template_names
+from fa2gen.select import default_tiling
+from fa2gen.spec import KernelSpec, Problem, Tiling
+
+TEMPLATES = Path(data_dir("templates"))
+NAMES = template_names()
+ENVIRONMENT = jinja2.Environment()
+MAX_COLUMNS = 128
+
+
+def text_of(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def tree(name: str) -> nodes.Template:
+    return ENVIRONMENT.parse(text_of(name))
+
+
+def plans() -> list[KernelPlan]:
+    """The catalogue, every default, and one tiling of each kind that has a branch of its own in some template."""
+    shape = {"arch", "tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes"}
+    switches = {field: get_args(info.annotation) for field, info in Tiling.model_fields.items() if field not in shape}
+    problems = [
+        Problem(head_dim=d, dtype=t, mask=m)
+        for d in range(8, 257, 8)
+        for t in ("bf16", "fp16")
+        for m in ("full", "causal")
+    ]
+    specs = [*catalogue()]
+    for arch in ("sm80", "sm90"):
+        specs += [KernelSpec(problem=problem, tiling=default_tiling(problem, arch)) for problem in problems]
+        for problem in (Problem(head_dim=128), Problem(head_dim=72, mask="causal")):
+            tilings = feasible_tilings(problem, arch)
+            kinds = {(t.num_stages, t.num_mma_warps, t.swizzle_bytes): t for t in tilings}
+            specs += [KernelSpec(problem=problem, tiling=tiling) for tiling in kinds.values()]
+            tiling = default_tiling(problem, arch)
+            varied = [
+                tiling.model_copy(update={field: value}) for field, values in switches.items() for value in values
+            ]
+            specs += [spec for spec in (KernelSpec(problem=problem, tiling=t) for t in varied) if fits(spec)]
+    return [make_plan(spec) for spec in dict.fromkeys(specs)]
+
+
+@functools.cache
+def renders() -> dict[str, Rendered]:
+    return {plan.name: render(plan) for plan in plans()}
+
+
+def each_line():
+    """(kernel, line number, line, origin) of every render."""
+    for name, rendered in renders().items():
+        for number, (line, origin) in enumerate(
+            zip(rendered.source.splitlines(), rendered.origins, strict=True), start=1
+        ):
+            yield name, number, line, origin
+
+
+def report(offenders: dict[str, str]) -> str:
+    return "\n".join(f"{origin}: {what}" for origin, what in sorted(offenders.items()))
+
+
+# Templates as they are written ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_use_the_plan_and_nothing_else(name):
+    """A variable of any other name is a misspelling that only a branch not yet taken hides."""
+    assert meta.find_undeclared_variables(tree(name)) <= {"k", "ptx", "hex32", "range"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_template_hides_an_undefined_name(name):
+    filters = {node.name for node in tree(name).find_all(nodes.Filter)}
+    tests = {node.name for node in tree(name).find_all(nodes.Test)}
+    assert not filters & {"default", "d"} and not tests & {"defined", "undefined"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inline_ifs_have_an_else(name):
+    lines = [node.lineno for node in tree(name).find_all(nodes.CondExpr) if node.expr2 is None]
+    assert not lines, f'{name}:{lines}: write `else ""`'
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_templates_do_no_arithmetic(name):
+    """Numbers come from the plan, where tests count them again. Loop indices excepted, there is nothing to compute."""
+    kinds = (nodes.Add, nodes.Sub, nodes.Mul, nodes.Div, nodes.FloorDiv, nodes.Pow)
+    found = [node for kind in kinds for node in tree(name).find_all(kind)]
+    # One less than a field is the plural of "stage" in a comment, and the count of a wait that is named after it.
+    allowed = [node for node in found if isinstance(node, nodes.Sub) and isinstance(node.right, nodes.Const)]
+    assert len(found) == len(allowed), f"{name}: arithmetic in lines {[node.lineno for node in found]}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_plain_tags(name):
+    """No `set`, no inheritance, no whitespace control: what a reader sees is what is rendered."""
+    text = text_of(name)
+    assert "{%-" not in text and "-%}" not in text and "{{-" not in text and "-}}" not in text
+    forbidden = (
+        nodes.Assign,
+        nodes.AssignBlock,
+        nodes.Extends,
+        nodes.Block,
+        nodes.FilterBlock,
+        nodes.CallBlock,
+        nodes.With,
+    )
+    assert not [node for kind in forbidden for node in tree(name).find_all(kind)]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("sm80/", "sm90/", "common/"))])
+def test_macros_live_in_ptx_and_assembly_too(name):
+    """So the host can supply the same names, and a reader of a kernel needs no PTX manual."""
+    assert not list(tree(name).find_all(nodes.Macro))
+    code = re.sub(r"\{#.*?#\}|//[^\n]*", "", text_of(name), flags=re.S)
+    assert not re.search(r"\basm\b|__asm|__nv_|__shfl|__cvta|__sync", code)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_files_are_tidy(name):
+    text = text_of(name)
+    assert (
+        text.endswith("\n") and not text.endswith("\n\n") and "\t" not in text and "\r" not in text and text.isascii()
+    )
+    assert not [number for number, line in enumerate(text.splitlines(), start=1) if line != line.rstrip()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_template_is_included_somewhere(name):
+    """Dead templates are read, edited and never tested."""
+    if name.endswith("fwd.cu.j2"):
+        return
+    base = f"ptx/{name.removeprefix('host/')}" if name.startswith("host/") else name
+    users = "\n".join(text_of(other) for other in NAMES)
+    stem = re.sub(r"_[a-z]+(?=\.cuh\.j2$)", "_", base).removesuffix(".cuh.j2")  # common/mask_ ~ k.mask ~ .cuh.j2
+    assert f'"{base}"' in users or f'"{stem}" ~ ' in users
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ptx/")])
+def test_the_host_offers_every_primitive(name):
+    assert name.replace("ptx/", "host/") in NAMES, "the host target renders the same spines"
+
+
+# What they render ----------------------------------------------------------------------------------------------------
+
+
+def test_rendered_cuda_is_specialised():
+    """If the spec decides it, Jinja; what is left is C++ without templates, conditions on features, or headers."""
+    offenders = {
+        origin: line
+        for _, _, line, origin in each_line()
+        if re.search(r"\btemplate\s*<|if constexpr|^\s*#(?!pragma unroll$)|\btypename\b|std::", line)
+    }
+    assert not offenders, report(offenders)
+
+
+def test_no_line_is_too_long():
+    offenders = {
+        origin: f"{len(line)} columns in {name}" for name, _, line, origin in each_line() if len(line) > MAX_COLUMNS
+    }
+    assert not offenders, report(offenders)
+
+
+def test_whitespace_is_tidy():
+    for name, rendered in renders().items():
+        source = rendered.source
+        assert source.endswith("}\n") and not source.startswith("\n"), name
+        assert "\n\n\n" not in source and "\t" not in source and source.isascii(), name
+        assert not re.search(r"[ ]\n", source), name
+        assert not re.search(r"\{\n\n|\n\n[ ]*\}", source), f"{name}: a blank line inside a brace"
+
+
+def test_no_jinja_is_left():
+    offenders = {origin: line for _, _, line, origin in each_line() if re.search(r"\{\{|\}\}|\{%|%\}|\{#|#\}", line)}
+    # `{%0, %1}` is PTX's vector operand, inside a string.
+    offenders = {origin: line for origin, line in offenders.items() if not re.search(r'"[^"]*\{%\d+', line)}
+    assert not offenders, report(offenders)
+
+
+def test_assembly_comes_from_ptx_only():
+    offenders = {origin: line for _, _, line, origin in each_line() if re.search(r"\basm\b", line.partition("//")[0])}
+    assert offenders and all(origin.startswith("ptx/") for origin in offenders), report(offenders)
+
+
+def test_braces_balance():
+    for name, rendered in renders().items():
+        code = re.sub(r'"(?:\\.|[^"\\])*"|//[^\n]*', "", rendered.source)
+        assert all(code.count(a) == code.count(b) for a, b in ("{}", "()", "[]")), name
+
+
+_DEFINED = re.compile(
+    r"constexpr \w+ (k[A-Z]\w*)|(?:__forceinline__ \w+|struct(?: alignas\(\d+\))?) (\w+)(?=[( ])|^ +(k[A-Z]\w*) = "
+)
+
+
+def test_nothing_is_unused():
+    """What an architecture's own templates define, each kernel uses; what all share, some kernel does.
+
+    A reader may trust that all of a kernel matters. Only ptx/ and common/ come in whole families.
+    """
+    unused, used = {}, set()
+    for name, rendered in renders().items():
+        code = [line.partition("//")[0] for line in rendered.source.splitlines()]
+        words = Counter(re.findall(r"\w+", "\n".join(code)))
+        for line, origin in zip(code, rendered.origins, strict=True):
+            for match in _DEFINED.finditer(line):
+                symbol = match[1] or match[2] or match[3]
+                shared = origin.startswith(("ptx/", "common/"))
+                if words[symbol] >= 2:
+                    used.add((origin, symbol))
+                elif symbol != name:
+                    unused[origin, symbol] = (shared, name)
+    offenders = {
+        origin: f"{symbol} is unused in {name}"
+        for (origin, symbol), (shared, name) in unused.items()
+        if not shared or (origin, symbol) not in used
+    }
+    assert len(used) > 60 and not offenders, report(offenders)
+
+
+def test_the_symbol_is_the_name():
+    for name, rendered in renders().items():
+        assert rendered.source.count('extern "C" __global__') == 1
+        assert re.search(rf'^extern "C" __global__ void __launch_bounds__\([^)]*\) {name}\(', rendered.source, re.M)
+
+
+# Coverage ------------------------------------------------------------------------------------------------------------
+
+
+def literal_lines(name: str) -> set[str]:
+    """`name:line` of every line of a template with text of its own outside tags and comments."""
+    found = set()
+    for number, kind, value in ENVIRONMENT.lex(text_of(name)):
+        if kind == "data":
+            found |= {f"{name}:{number + i}" for i, line in enumerate(value.split("\n")) if line.strip()}
+    return found
+
+
+def test_every_line_of_every_template_is_rendered_by_some_kernel():
+    """A line that no test renders is a line that no test compiles: a misspelt field could lie in it."""
+    covered = {origin for rendered in renders().values() for origin in rendered.origins}
+    wanted = {line for name in NAMES if not name.startswith("host/") for line in literal_lines(name)}
+    holes = wanted - covered
+    assert not holes, "no kernel shows\n" + "\n".join(sorted(holes))
+
+
+def test_every_line_of_the_host_primitives_is_rendered_too():
+    wanted = {line for name in NAMES if name.startswith("host/") for line in literal_lines(name)}
+    covered = {origin for plan in plans() for origin in render(plan, "host").origins}
+    holes = wanted - covered
+    assert not holes, "no kernel shows\n" + "\n".join(sorted(holes))
