@@ -13,7 +13,7 @@ It has to order tilings, not to predict TFLOP/s. Per block of keys, in cycles of
               w warpgroups, 0.18 r max(1, 2/w) + 0.2 max(0, r - 1) max(0, 3 - w)
 
 A tile costs its blocks, 2500 cycles for its first fetch, its epilogue and its hand-over, and 1000 more where O takes
-Q's place and the next Q has to wait for it. A ring of s stages costs 1 + 0.02 / (s - 1). Tiles are dealt to the SMs one
+Q's place and the next Q has to wait for it. A ring of s stages costs 1 + 0.02 / (s - 1), narrow panels cost PANELS. Tiles are dealt to the SMs one
 by one, so the last one is half idle. 310, `exposed` and 2500 were fitted to prototypes on an H200: the block model is
 within 6% of nine measured tilings of head dims 64, 128 and 256 (tests/unit/test_tune.py has them).
 
@@ -25,12 +25,13 @@ number.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import cast
 
-from fa2gen.layout import align_up, ceil_div
+from fa2gen.layout import ELEMENT_BYTES, align_up, ceil_div
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
 from fa2gen.spec import KernelSpec, Problem, Tiling
@@ -49,8 +50,15 @@ CYCLES_PER_BLOCK = 310
 CYCLES_PER_TILE = 2500
 CYCLES_O_IN_PLACE_OF_Q = 1000
 
-VARIANTS_PER_SHAPE = 3
+PANELS = {128: 1.0, 64: 1.03, 32: 1.2}
+"""What narrower panels cost: more copies (head dims 72, 80, 96 and 144 at 4k, H200)."""
+
+VARIANTS_PER_SHAPE = 2
 """So many stages and swizzles, which the model hardly tells apart, are kept of one (tile_m, tile_n, warps)."""
+
+
+HOPELESS = 1.25
+"""Times the best candidate's cycles: the model errs by a tenth of that."""
 
 
 def cycles(plan: KernelPlan, seqlen: int, num_sms: int | None = None) -> float:
@@ -71,25 +79,38 @@ def block_cycles(plan: KernelPlan) -> float:
 
 
 def prune(problem: Problem, tilings: Iterable[Tiling], seqlens: Sequence[int], keep: int) -> list[Tiling]:
-    """The `keep` tilings that the model likes best over the seqlens (geometric mean), best first.
+    """The `keep` tilings that the model likes best over the seqlens (geometric mean), in turns of their numbers of warps.
 
-    At most VARIANTS_PER_SHAPE of one shape and setting of the switches, so that a dozen depths and swizzles of the best
-    shape do not push out the second.
+    In turns, because how much of the softmax a further warpgroup hides is what the model knows least. At most
+    VARIANTS_PER_SHAPE of one shape and setting of the switches, so that a dozen depths and swizzles of the best shape do
+    not push out the second; none that the model gives HOPELESS times the best one's cycles; and none whose panels are
+    narrower than those of another without being smaller for it.
     """
     ranked = []
     for tiling in tilings:
         plan = make_plan(KernelSpec(problem=problem, tiling=tiling))
         cost = sum(math.log(cycles(plan, seqlen)) for seqlen in seqlens)
-        # Equal to the model: less padding first, then wider panels (fewer copies).
-        ranked.append((round(cost, 6), plan.shared_memory_bytes, -tiling.swizzle_bytes, plan.name, tiling))
+        # Equal to the model: wider panels first (d = 72: 380 TFLOP/s against 304 with 32-byte panels that hold no padding).
+        ranked.append((round(cost, 6), -tiling.swizzle_bytes, plan.name, tiling))
+    limit = min(cost for cost, *_ in ranked) + len(seqlens) * math.log(HOPELESS) if ranked else 0.0
     taken: Counter[tuple[object, ...]] = Counter()
-    kept: list[Tiling] = []
-    for *_, tiling in sorted(ranked, key=lambda item: item[:4]):
+    turns: dict[int, list[Tiling]] = {}
+    for cost, *_, tiling in sorted(ranked, key=lambda item: item[:3]):
+        if cost > limit or _narrow_for_nothing(problem, tiling):
+            continue
         shape = (tiling.tile_m, tiling.tile_n, tiling.num_mma_warps, settings(tiling))
         taken[shape] += 1
-        if taken[shape] <= VARIANTS_PER_SHAPE and len(kept) < keep:
-            kept.append(tiling)
-    return kept
+        if taken[shape] <= VARIANTS_PER_SHAPE:
+            turns.setdefault(tiling.num_mma_warps, []).append(tiling)
+    in_turns = itertools.chain.from_iterable(itertools.zip_longest(*turns.values()))
+    return [tiling for tiling in in_turns if tiling is not None][:keep]
+
+
+def _narrow_for_nothing(problem: Problem, tiling: Tiling) -> bool:
+    """Whether wider panels would hold a row in as many bytes: the narrow ones then only take more copies."""
+    row = problem.head_dim * ELEMENT_BYTES
+    mine = align_up(row, tiling.swizzle_bytes)
+    return any(span > tiling.swizzle_bytes and align_up(row, span) <= mine for span in (64, 128))
 
 
 def _blocks(plan: KernelPlan, seqlen: int) -> list[int]:
@@ -100,7 +121,7 @@ def _blocks(plan: KernelPlan, seqlen: int) -> list[int]:
 
 
 def _block_cycles_sm90(plan: Sm90FwdPlan) -> float:
-    groups, tile_n = plan.num_mma_warpgroups, plan.tile_n
+    groups, tile_n, span = plan.num_mma_warpgroups, plan.tile_n, plan.tiling.swizzle_bytes
     steps_qk, steps_pv, columns_o = plan.num_k_steps_qk, plan.num_k_steps_pv, align_up(plan.head_dim, 8)
     mma = groups * (steps_qk * tile_n / 2 + steps_pv * columns_o / 2)
     ex2 = plan.tile_m * tile_n / EX2_PER_CYCLE
@@ -111,7 +132,7 @@ def _block_cycles_sm90(plan: Sm90FwdPlan) -> float:
     l2 = 4 * tile_n * plan.head_dim / L2_BYTES_PER_CYCLE
     ratio = (ex2 + issue) / mma
     exposed = 0.18 * ratio * max(1.0, 2 / groups) + 0.2 * max(0.0, ratio - 1) * max(0, 3 - groups)
-    return max(CYCLES_PER_BLOCK + mma + exposed * (ex2 + issue), smem, l2) * _ring(plan.num_stages)
+    return max(CYCLES_PER_BLOCK + mma + exposed * (ex2 + issue), smem, l2) * _ring(plan.num_stages) * PANELS[span]
 
 
 def _block_cycles_sm80(plan: KernelPlan) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fa2gen.arch import ArchName
-from fa2gen.catalog import written_tilings
+from fa2gen.catalog import tuned_rows, written_tilings
 from fa2gen.compile import ResourceReport
 from fa2gen.errors import Fa2GenError
 from fa2gen.select import default_tiling
@@ -122,10 +122,12 @@ class Progress:
 
 
 def candidates(problem: Problem, arch: ArchName, seqlens: Sequence[int], keep: int) -> list[KernelSpec]:
-    """What will be timed: the tiling in use without tuning, then the `keep` best by the cost model."""
+    """What will be timed: the tiling in use without tuning, what won for the other dtype, then the cost model's best `keep`."""
     default = written_tilings().get((problem, arch)) or default_tiling(problem, arch)
+    sibling = problem.model_copy(update={"dtype": "fp16" if problem.dtype == "bf16" else "bf16"})
+    known = [row.spec.tiling for row in tuned_rows().get((sibling, arch), ())]
     pruned = prune(problem, tilings(problem, arch), seqlens, keep)
-    return [KernelSpec(problem=problem, tiling=tiling) for tiling in dict.fromkeys((default, *pruned))]
+    return [KernelSpec(problem=problem, tiling=tiling) for tiling in dict.fromkeys((default, *known, *pruned))]
 
 
 class Search:
