@@ -14,8 +14,8 @@ ArchName = Literal["sm80", "sm90"]
 class Arch:
     """One kernel family.
 
-    The name says which instructions its kernels use, not the one GPU that they run on: sm80 kernels (mma.sync, cp.async)
-    also serve 8.6 and 8.9, and 9.0 on request.
+    The name says which instructions its kernels use, not the one GPU that they run on: sm80 kernels (mma.sync,
+    cp.async) also serve 8.6 and 8.9, and 9.0 on request.
     """
 
     name: ArchName

@@ -41,7 +41,7 @@ HeadDims = Annotated[list[int] | None, typer.Option("--head-dim", help="May be r
 
 
 def _examples(*lines: str) -> str:
-    return "\n".join(("[bold]Examples[/]", *(f"  {line}" for line in lines)))
+    return "\n".join(("[bold]Examples[/]", *lines))  # as in fa2gen.cli
 
 
 def _note(text: str) -> None:
@@ -80,11 +80,11 @@ def _need_gpu(what: str) -> None:
 
 @app.command(
     epilog=_examples(
-        "fa2gen bench                                       the paper's grid beside every peer that is installed",
-        "fa2gen bench --preset odd --peer fa3 --fa3-library fa3.so --save h200-odd-fwd.json",
-        "fa2gen bench --preset paper --head-dim 128 --seqlen 4096 --json | jq .rows",
-        "fa2gen bench --preset host                         host time of one call, in microseconds",
-        "fa2gen bench --plot h200-odd-fwd.json --out .      figures from a result; needs no GPU",
+        "fa2gen bench                            the paper's grid, beside every peer",
+        "fa2gen bench --preset odd --peer fa3 --fa3-library fa3.so --save odd.json",
+        "fa2gen bench --head-dim 128 --seqlen 4096 --json | jq .rows",
+        "fa2gen bench --preset host              host time of a call, in microseconds",
+        "fa2gen bench --plot odd.json --out .    figures from a result; needs no GPU",
     )
 )
 def bench(
@@ -216,9 +216,9 @@ def _print_headlines(document: Mapping[str, Any]) -> None:
 
 @app.command(
     epilog=_examples(
-        "fa2gen tune --head-dim 80 --mask causal            one problem: seconds on an H200",
-        "fa2gen tune --head-dim 40 --head-dim 72 --dtype bf16 --dtype fp16 --budget 300",
-        "fa2gen tune --head-dim 80 --dry-run                what would be timed; needs no GPU",
+        "fa2gen tune --head-dim 80 --mask causal    one problem: a minute or two",
+        "fa2gen tune --head-dim 40 --head-dim 72 --dtype fp16 --budget 300",
+        "fa2gen tune --head-dim 80 --dry-run        what would be timed; needs no GPU",
         "fa2gen tune --head-dim 80 --dry-run --json | jq -r '.[].kernel'",
     )
 )
@@ -395,7 +395,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
 @app.command(
     epilog=_examples(
         "fa2gen explain --head-dim 80 --seqlen 4096 --causal",
-        "fa2gen explain --head-dim 80 --gpu h100            what another GPU would use",
+        "fa2gen explain --head-dim 80 --gpu h100    what another GPU would use",
         "fa2gen explain --head-dim 80 --json | jq .kernel",
     )
 )

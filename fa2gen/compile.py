@@ -45,8 +45,8 @@ __all__ = [
 # NVRTC's own cache is off: a hit in it has an empty log, and with it no registers, no spills and no notes.
 OPTIONS: Mapping[str, Any] = {"std": "c++17", "lineinfo": True, "ptxas_options": ["-v"], "no_cache": True}
 
-# cuda.core 1.2 puts itself together at its first import, and a second thread then finds it without `Program`: whoever may be
-# the first to import it holds this.
+# cuda.core 1.2 puts itself together at its first import, and a second thread then finds it without `Program`: whoever
+# may be the first to import it holds this.
 CUDA_CORE_IMPORT = threading.Lock()
 
 _SHOWN_ERRORS = 8

@@ -1,7 +1,7 @@
 """Every error that fa2gen raises on purpose.
 
-A message says what was asked, which rule it broke with numbers, and the nearest thing that works. Callers that only want
-to know "was it fa2gen" catch `Fa2GenError`.
+A message says what was asked, which rule it broke with numbers, and the nearest thing that works. Callers that only
+want to know "was it fa2gen" catch `Fa2GenError`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class InvalidInput(Fa2GenError, ValueError):
 
 
 class UnsupportedProblem(Fa2GenError, NotImplementedError):
-    """A meaningful problem that fa2gen does not compute (yet): the message names the feature and the nearest one that works."""
+    """A meaningful problem that fa2gen does not compute (yet): the message names it, and the nearest that works."""
 
 
 class InfeasibleSpec(Fa2GenError, ValueError):
-    """A kernel spec that does not fit its architecture: the message lists every broken rule and the nearest feasible choice."""
+    """A kernel spec that does not fit its architecture: the message lists every rule it breaks, and the nearest fit."""
 
 
 class RenderError(Fa2GenError):

@@ -1,4 +1,7 @@
-"""Launch facts of one call: grid and `Params` values, from a plan and run-time sizes. Pure integers, for GPU and host alike."""
+"""Launch facts of one call: grid and `Params` values, from a plan and run-time sizes.
+
+Pure integers, for GPU and host alike.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ SECTION_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class ForwardShape:
-    """Sizes of one forward call: q and out (batch, seqlen_q, num_heads, head_dim), k and v (batch, seqlen_k, num_heads_kv, head_dim)."""
+    """Sizes of one forward call.
+
+    q and out (batch, seqlen_q, num_heads, head_dim); k and v (batch, seqlen_k, num_heads_kv, head_dim).
+    """
 
     batch: int
     seqlen_q: int
@@ -29,7 +35,10 @@ class ForwardShape:
 
 @dataclass(frozen=True)
 class Launch:
-    """What to launch: `values` holds every field of Params that is known from sizes alone (pointers and strides are not)."""
+    """What to launch.
+
+    `values` holds every field of Params that is known from sizes alone (pointers and strides are not).
+    """
 
     grid: tuple[int, int, int]
     num_threads: int

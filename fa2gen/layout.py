@@ -1,7 +1,7 @@
 """Where elements live: shared-memory panels, swizzles and matrix-instruction fragments, as pure integer functions.
 
-Shared-memory tiles are stored as *panels*: `panel[rows][columns]` with 128, 64 or 32 bytes a row, panels back to back. That
-is the image that TMA writes and wgmma and ldmatrix read without bank conflicts (PTX ISA, "Swizzling modes").
+Shared-memory tiles are stored as *panels*: `panel[rows][columns]` with 128, 64 or 32 bytes a row, panels back to back.
+That is the image that TMA writes and wgmma and ldmatrix read without bank conflicts (PTX ISA, "Swizzling modes").
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def align_up(value: int, multiple: int) -> int:
 def swizzle(byte_address: int, span: int) -> int:
     """The address that holds what an unswizzled tile would hold at `byte_address`; `span` is 128, 64 or 32 bytes.
 
-    Address bits [4, 4+b) are xored with bits [7, 7+b), b = 3, 2, 1: the 16-byte chunk index with the row index, so that 8
-    rows of one chunk column fall into 8 different bank groups.
+    Address bits [4, 4+b) are xored with bits [7, 7+b), b = 3, 2, 1: the 16-byte chunk index with the row index, so that
+    8 rows of one chunk column fall into 8 different bank groups.
     """
     bits = {128: 3, 64: 2, 32: 1}[span]
     return byte_address ^ (((byte_address >> 7) & ((1 << bits) - 1)) << 4)

@@ -54,7 +54,7 @@ class Wgmma:
 
     @property
     def function(self) -> str:
-        """The wrapper's name. `wgmma_m64n128k16_ss_kk`: A and B shared and K-major; `rs_km`: A in registers, B MN-major."""
+        """The wrapper's name. `wgmma_m64n128k16_ss_kk`: both shared, K-major; `rs_km`: A in registers, B MN-major."""
         source = "ss" if self.a == "shared" else "rs"
         return f"wgmma_m64n{self.n}k16_{source}_k{'m' if self.b_transposed else 'k'}"
 

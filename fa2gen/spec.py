@@ -101,8 +101,8 @@ class Tiling(_Model):
     num_mma_warps  warps that multiply; sm90 adds one producer warpgroup (4 warps).
     swizzle_bytes  width of a shared-memory panel, 128, 64 or 32 bytes: a head dim that does not fill its last panel
                    wastes the rest of it, and narrower panels need more copies.
-    lazy_rescale   keep a row's old maximum while the new one is at most 2^8 times above it, so that O is seldom rescaled: the
-                   division at the end makes the result the same.
+    lazy_rescale   keep a row's old maximum while the new one is at most 2^8 times above it, so that O is seldom
+                   rescaled: the division at the end makes the result the same.
     """
 
     arch: ArchName

@@ -142,7 +142,7 @@ class KernelPlan:
 
     @property
     def params(self) -> tuple[Param, ...]:
-        """Fields of the kernel's Params struct in order; 8-byte fields come first, so that C++ adds no padding between them."""
+        """Fields of the kernel's Params struct in order; 8-byte fields come first, so that C++ adds no padding."""
         raise NotImplementedError
 
     @property

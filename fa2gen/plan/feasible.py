@@ -31,7 +31,7 @@ _SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 
 
 def make_plan(spec: KernelSpec) -> KernelPlan:
-    """The plan of a spec. Raises InfeasibleSpec with all broken rules, their numbers and the nearest tiling that fits."""
+    """The plan of a spec. Raises InfeasibleSpec with all broken rules, their numbers and the nearest that fits."""
     plan = _PLANS[spec.tiling.arch, spec.problem.direction](spec)
     broken = plan.broken_rules()
     if broken:

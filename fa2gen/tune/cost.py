@@ -13,9 +13,10 @@ It has to order tilings, not to predict TFLOP/s. Per block of keys, in cycles of
               w warpgroups, 0.18 r max(1, 2/w) + 0.2 max(0, r - 1) max(0, 3 - w)
 
 A tile costs its blocks, 2500 cycles for its first fetch, its epilogue and its hand-over, and 1000 more where O takes
-Q's place and the next Q has to wait for it. A ring of s stages costs 1 + 0.02 / (s - 1), narrow panels cost PANELS. Tiles are dealt to the SMs one
-by one, so the last one is half idle. 310, `exposed` and 2500 were fitted to prototypes on an H200: the block model is
-within 6% of nine measured tilings of head dims 64, 128 and 256 (tests/unit/test_tune.py has them).
+Q's place and the next Q has to wait for it. A ring of s stages costs 1 + 0.02 / (s - 1), narrow panels cost PANELS.
+Tiles are dealt to the SMs one by one, so the last one is half idle. 310, `exposed` and 2500 were fitted to prototypes
+on an H200: the block model is within 6% of nine measured tilings of head dims 64, 128 and 256 (tests/unit/test_tune.py
+has them).
 
 Schedule switches are all the same to the model: each setting of them is tried with the best shapes.
 
@@ -79,18 +80,18 @@ def block_cycles(plan: KernelPlan) -> float:
 
 
 def prune(problem: Problem, tilings: Iterable[Tiling], seqlens: Sequence[int], keep: int) -> list[Tiling]:
-    """The `keep` tilings that the model likes best over the seqlens (geometric mean), in turns of their numbers of warps.
+    """The `keep` tilings that the model likes best over the seqlens (geometric mean), numbers of warps taking turns.
 
     In turns, because how much of the softmax a further warpgroup hides is what the model knows least. At most
-    VARIANTS_PER_SHAPE of one shape and setting of the switches, so that a dozen depths and swizzles of the best shape do
-    not push out the second; none that the model gives HOPELESS times the best one's cycles; and none whose panels are
-    narrower than those of another without being smaller for it.
+    VARIANTS_PER_SHAPE of one shape and setting of the switches, so that a dozen depths and swizzles of the best shape
+    do not push out the second; none that the model gives HOPELESS times the best one's cycles; and none whose panels
+    are narrower than those of another without being smaller for it.
     """
     ranked = []
     for tiling in tilings:
         plan = make_plan(KernelSpec(problem=problem, tiling=tiling))
         cost = sum(math.log(cycles(plan, seqlen)) for seqlen in seqlens)
-        # Equal to the model: wider panels first (d = 72: 380 TFLOP/s against 304 with 32-byte panels that hold no padding).
+        # Equal to the model: wider panels first (d = 72: 380 TFLOP/s, and 304 with 32-byte panels without padding).
         ranked.append((round(cost, 6), -tiling.swizzle_bytes, plan.name, tiling))
     limit = min(cost for cost, *_ in ranked) + len(seqlens) * math.log(HOPELESS) if ranked else 0.0
     taken: Counter[tuple[object, ...]] = Counter()

@@ -122,7 +122,7 @@ class Progress:
 
 
 def candidates(problem: Problem, arch: ArchName, seqlens: Sequence[int], keep: int) -> list[KernelSpec]:
-    """What will be timed: the tiling in use without tuning, what won for the other dtype, then the cost model's best `keep`."""
+    """What will be timed: the tiling in use without tuning, what won for the other dtype, the model's best `keep`."""
     default = written_tilings().get((problem, arch)) or default_tiling(problem, arch)
     sibling = problem.model_copy(update={"dtype": "fp16" if problem.dtype == "bf16" else "bf16"})
     known = [row.spec.tiling for row in tuned_rows().get((sibling, arch), ())]

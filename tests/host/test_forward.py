@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 import pytest
@@ -39,18 +40,19 @@ TILINGS = (
 )
 
 
-def every_default():
-    """One kernel for each family, head dim and mask; the dtypes take turns."""
+def kernels():
+    """Each family, head dim and mask with the tilings that specs/ names for it, or its default; dtypes take turns."""
+    written = collections.defaultdict(dict)
+    for spec in catalogue():
+        problem = spec.problem
+        written[spec.tiling.arch, problem.head_dim, problem.mask][spec.tiling] = None
     dtypes = itertools.cycle(("bf16", "fp16", "fp16", "bf16"))
+    names = dict.fromkeys(TILINGS)
     for arch, head_dim, mask in itertools.product(ARCHES, HEAD_DIMS, ("full", "causal")):
         problem = Problem(head_dim=head_dim, dtype=next(dtypes), mask=mask)
-        yield KernelSpec(problem=problem, tiling=default_tiling(problem, arch)).name
-
-
-def kernels():
-    """The defaults, and whatever specs/ names beside them."""
-    written = (spec.name for spec in catalogue() if spec.problem.direction == "fwd")
-    return sorted({*every_default(), *written, *TILINGS})
+        for tiling in written[arch, head_dim, mask] or (default_tiling(problem, arch),):
+            names[KernelSpec(problem=problem, tiling=tiling).name] = None
+    return tuple(names)
 
 
 @pytest.mark.parametrize("name", kernels())

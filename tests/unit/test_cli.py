@@ -142,7 +142,7 @@ def test_shim_works_from_anywhere(tmp_path):
         ("render --set tile_q=64", "did you mean 'tile_"),
         ("render --set tile_n=100", "multiple of 16"),
         ("render --set swizzle_bytes=48", "128, 64 or 32"),
-        ("plan --head-dim 256 --set tile_n=128", "does not fit sm90"),
+        ("plan --head-dim 256 --set tile_n=256", "does not fit sm90"),
         ("build --arch sm75", "sm80"),
         ("build --head-dim 20", "nearest 24"),
         ("build --jobs 0", "--jobs"),
@@ -194,9 +194,10 @@ def test_render_by_name_and_by_options():
     by_name = fa2("render", NAME)
     assert by_name.status == ExitStatus.DONE
     assert f"{NAME}(" in by_name.stdout
-    by_options = ("--arch", "sm90", "--head-dim", "128", "--dtype", "bf16", "--mask", "full")
-    tiling = ("--set", "tile_m=128", "--set", "tile_n=128", "--set", "num_stages=2", "--set", "num_mma_warps=8")
-    assert fa2("render", *by_options, *tiling).stdout == by_name.stdout
+    by_options = ["--arch", "sm90", "--head-dim", "128", "--dtype", "bf16", "--mask", "full"]
+    for field, value in KernelSpec.from_name(NAME).tiling.model_dump(exclude={"arch"}).items():
+        by_options += ["--set", f"{field}={value}"]  # every one: what is left open is as in specs/
+    assert fa2("render", *by_options).stdout == by_name.stdout
 
 
 def test_render_is_what_the_library_renders():
@@ -232,7 +233,7 @@ def test_plan_of_one_kernel():
 
 
 def test_plan_says_why_not():
-    done = fa2("plan", "--head-dim", "256", "--set", "tile_n=128")
+    done = fa2("plan", "fa2_fwd_sm90_bf16_d256_m128_n128_s2_w8")
     assert "InfeasibleSpec: fa2_fwd_sm90_bf16_d256_m128_n128_s2_w8 does not fit sm90" in done.stderr
     assert "shared memory" in done.stderr and "nearest" in done.stderr
 
@@ -306,10 +307,18 @@ def test_build_reports_every_failure(cache, monkeypatch):
 
 
 def test_list_is_the_catalogue():
-    from fa2gen.catalog import catalogue
+    """Family by family: what specs/ writes, in its order, then what was tuned and is not among it."""
+    from fa2gen.catalog import catalogue, tuned_rows
 
-    assert [row["name"] for row in fa2("list", "--json").json] == [spec.name for spec in catalogue()]
-    assert all(row["arch"] == "sm80" for row in fa2("list", "--arch", "sm80", "--json").json)
+    rows = fa2("list", "--json").json
+    assert [row["arch"] for row in rows] == sorted(row["arch"] for row in rows)
+    for arch in ("sm80", "sm90"):
+        names = [row["name"] for row in fa2("list", "--arch", arch, "--json").json]
+        assert names == [row["name"] for row in rows if row["arch"] == arch]
+        written = [spec.name for spec in catalogue(arch)]
+        tuned = {row.kernel for (_, family), found in tuned_rows().items() for row in found if family == arch}
+        assert names[: len(written)] == written
+        assert sorted(names[len(written) :]) == sorted(tuned - {*written})
 
 
 # verify

@@ -28,11 +28,22 @@ def _no_gpu_and_no_compiler(monkeypatch):
     monkeypatch.setattr("fa2gen.explain._gpu_here", lambda: None)
 
 
+@pytest.fixture
+def tuned(monkeypatch):
+    """Nothing is in specs/ but the rows that a test puts into this dict."""
+    rows: dict[tuple[Problem, str], tuple[TunedRow, ...]] = {}
+    monkeypatch.setattr("fa2gen.select.tuned_rows", lambda: rows)
+    monkeypatch.setattr("fa2gen.select.written_tilings", dict)
+    select.cache_clear()
+    yield rows
+    select.cache_clear()
+
+
 def text_of(found):
     return "\n".join(f"{label:<14}{text}" for label, text in lines(found))
 
 
-def test_default_is_explained():
+def test_default_is_explained(tuned):
     found = explain(PROBLEM, H200, seqlen=4096)
     assert found.kernel == KernelSpec(problem=PROBLEM, tiling=default_tiling(PROBLEM, "sm90")).name
     text = text_of(found)
@@ -41,7 +52,7 @@ def test_default_is_explained():
     assert "shared memory" in text and f"{found.shared_memory_bytes:,} B of 232,448 B" in text
 
 
-def test_a_tuned_row_is_explained(monkeypatch):
+def test_a_tuned_row_is_explained(tuned):
     def kernel(tile_n):
         tiling = Tiling(arch="sm90", tile_m=128, tile_n=tile_n, num_mma_warps=8)
         return KernelSpec(problem=PROBLEM, tiling=tiling).name
@@ -50,10 +61,8 @@ def test_a_tuned_row_is_explained(monkeypatch):
     figures = ((2048, 8192), (600.0, 620.0), (550.0, 560.0), (590.0, 610.0), 33, origin)
     mine = TunedRow(kernel(96), 1024, None, kernel(128), kernel(112), *figures)
     short = TunedRow(kernel(64), 0, 1023, kernel(128), kernel(96), *figures)
-    monkeypatch.setattr("fa2gen.select.tuned_rows", lambda: {(PROBLEM, "sm90"): (short, mine)})
-    select.cache_clear()
+    tuned[PROBLEM, "sm90"] = (short, mine)
     found = explain(PROBLEM, H200, seqlen=4096)
-    select.cache_clear()
     assert found.kernel == kernel(96)
     why_not = {other.kernel: other.why_not for other in found.alternatives}
     assert why_not[kernel(64)] == "meant for seqlen 0 to 1023, not 4096"

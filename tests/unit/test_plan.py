@@ -48,6 +48,11 @@ def samples(arch: str) -> list[KernelPlan]:
 SM90, SM80 = samples("sm90"), samples("sm80")
 
 
+def shape_of(tiling: Tiling) -> tuple[int, ...]:
+    """A tiling without its schedule switches."""
+    return tiling.tile_m, tiling.tile_n, tiling.num_stages, tiling.num_mma_warps, tiling.swizzle_bytes
+
+
 def by_name(plan: KernelPlan) -> str:
     return plan.name
 
@@ -63,7 +68,8 @@ def test_every_head_dim_has_a_feasible_default(arch):
     for plan in plans:
         assert plan.arch == arch
     for plan in plans[::16]:
-        assert plan.tiling in set(feasible_tilings(plan.problem, arch)), f"{plan.name}: no tuner would try the default"
+        shapes = {shape_of(tiling) for tiling in feasible_tilings(plan.problem, arch)}
+        assert shape_of(plan.tiling) in shapes, f"{plan.name}: no tuner would try the default"
 
 
 @pytest.mark.parametrize(("arch", "limit"), [(arch, limit) for arch, limits in LIMITS.items() for limit in limits])

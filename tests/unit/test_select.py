@@ -42,7 +42,7 @@ def tuned(kernel, low=0, high=None, gpu="NVIDIA H200", nvrtc="13.0.88"):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """A list that is the whole catalogue of tuned rows."""
+    """A list that is the whole catalogue: its tuned rows, and nothing else is in specs/."""
     held: list[TunedRow] = []
 
     def tuned_rows():
@@ -53,6 +53,7 @@ def rows(monkeypatch):
         return found
 
     monkeypatch.setattr("fa2gen.select.tuned_rows", tuned_rows)
+    monkeypatch.setattr("fa2gen.select.written_tilings", dict)
     select.cache_clear()
     yield held
     select.cache_clear()

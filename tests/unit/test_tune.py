@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -23,6 +24,15 @@ from fa2gen.tune.search import ATTEMPTS, FINALISTS, Built, DeviceLost, Search, c
 
 SEQLENS = (512, 2048, 8192)
 PROBLEM = Problem(head_dim=80, mask="causal")
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """What the search knows beforehand, for a test to fill in: by itself nothing, whatever specs/ says today."""
+    found = SimpleNamespace(written={}, tuned={})
+    monkeypatch.setattr("fa2gen.tune.search.written_tilings", lambda: found.written)
+    monkeypatch.setattr("fa2gen.tune.search.tuned_rows", lambda: found.tuned)
+    return found
 
 
 # The space
@@ -68,6 +78,17 @@ def test_candidates_are_feasible_and_begin_with_the_default(head_dim, mask):
     assert len(specs) == len(set(specs)) and len(specs) <= 13
     for spec in specs:
         make_plan(spec)
+
+
+def test_what_is_known_is_tried_first(known):
+    """The tiling of specs/ is what the others are compared with; then comes what won for the other dtype."""
+    written, won = (Tiling(arch="sm90", tile_m=128, tile_n=tile_n, num_mma_warps=8) for tile_n in (32, 48))
+    known.written[PROBLEM, "sm90"] = written
+    sibling = PROBLEM.model_copy(update={"dtype": "fp16"})
+    known.tuned[sibling, "sm90"] = (SimpleNamespace(spec=KernelSpec(problem=sibling, tiling=won)),)
+    specs = candidates(PROBLEM, "sm90", SEQLENS, keep=12)
+    assert [spec.tiling for spec in specs[:2]] == [written, won]
+    assert len(specs) == len(set(specs)) <= 14 and {spec.problem for spec in specs} == {PROBLEM}
 
 
 def test_pruning_keeps_what_the_model_likes_and_some_variety():
@@ -289,7 +310,8 @@ def test_progress_tells_the_best_so_far():
     steps = []
     search(FakeRunner(favourite), keep=8, progress=steps.append).run(PROBLEM, "sm90")
     first = [step for step in steps if step.stage == steps[0].stage]
-    assert [step.done for step in first] == list(range(1, 9)) and first[-1].total == 8
+    total = len(candidates(PROBLEM, "sm90", SEQLENS, 8)) - 1  # the default is not compared with itself
+    assert [(step.done, step.total) for step in first] == [(done, total) for done in range(1, total + 1)]
     assert [step.ratio for step in first] == sorted(step.ratio for step in first)
 
 
