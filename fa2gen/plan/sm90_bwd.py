@@ -106,13 +106,13 @@ class Sm90BwdPlan(KernelPlan):
 
     @property
     def num_acc_dq_rest(self) -> int:
-        """Those of the second slice of columns, if there is one."""
-        return self.wgmma_dq_rest.num_accumulators
+        """Those of the second slice of columns, if there is one, without padding."""
+        return (self.head_dim - self.wgmma_dq.n) // 2
 
     @property
     def dq_accumulator_counts(self) -> tuple[int, ...]:
-        """num_acc_dq and num_acc_dq_rest, each once."""
-        rest = {self.num_acc_dq_rest} if self.has_dq_rest else set()
+        """The sizes of dQ's accumulator arrays, each once."""
+        rest = {self.wgmma_dq_rest.num_accumulators} if self.has_dq_rest else set()
         return tuple(sorted({self.num_acc_dq} | rest))
 
     @property
@@ -143,8 +143,18 @@ class Sm90BwdPlan(KernelPlan):
 
     @cached_property
     def wgmma_dq_rest(self) -> Wgmma:
-        """The columns of dQ that wgmma_dq leaves, where `has_dq_rest`."""
+        """The columns of dQ that wgmma_dq leaves, where `has_dq_rest`.
+
+        The same instruction where K has panels enough, though its last columns may be padding: into the same registers, since two
+        sets of them beside dV would not fit.
+        """
+        if self.kv_tile.count * self.kv_tile.columns == 2 * self.wgmma_dq.n:
+            return self.wgmma_dq
         return Wgmma(self.dtype, self.head_dim - self.wgmma_dq.n, "shared", b_transposed=True)
+
+    @property
+    def reuses_acc_dq(self) -> bool:
+        return self.wgmma_dq_rest == self.wgmma_dq
 
     @property
     def dq_columns_at_once(self) -> int:
