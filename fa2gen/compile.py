@@ -130,12 +130,19 @@ def plan_unit(plan: KernelPlan, target: str | None = None) -> Unit:
 
 def launch_facts(plan: KernelPlan) -> dict[str, Any]:
     """What a launch must know and the source text alone does not say: sizes, and the kernel's arguments in order."""
-    return {
+    facts = {
         "num_threads": plan.num_threads,
         "shared_memory_bytes": plan.shared_memory_bytes,
         "params": [asdict(param) for param in plan.params],
         "tensor_maps": [asdict(tensor_map) for tensor_map in plan.tensor_maps],
     }
+    if len(plan.entry_points) > 1:
+        # As JSON gives it back: lists, not tuples.
+        facts["entry_points"] = [
+            asdict(entry) | {"tensor_maps": [asdict(tensor_map) for tensor_map in entry.tensor_maps]}
+            for entry in plan.entry_points
+        ]
+    return facts
 
 
 def compile_unit(unit: Unit) -> Compiled:

@@ -18,14 +18,16 @@ from cuda.bindings import driver
 
 from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.launch import ForwardShape, Launch, forward_launch
+from fa2gen.launch import ForwardShape, Launch, backward_launch, forward_launch
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.plan import KernelPlan, TensorMapPlan
+from fa2gen.plan.base import EntryPoint
+from fa2gen.plan.sm90_bwd import Sm90BwdPlan
 
 with CUDA_CORE_IMPORT:
     from cuda.core import Device, ObjectCode
 
-__all__ = ["Kernel", "PreparedLaunch", "Strides", "argument_sizes"]
+__all__ = ["Kernel", "PreparedBackward", "PreparedLaunch", "Strides", "argument_sizes"]
 
 Strides = tuple[int, int, int]
 """Of a (batch, seqlen, heads, head_dim) tensor: elements from one batch, one row, one head to the next."""
@@ -38,6 +40,9 @@ _MAX_STRIDE_BYTES = 2**40 - 1
 _REMEMBERED_MAPS = 64  # encoded tensor maps kept for each argument of a launch; 128 bytes each
 
 _ADDRESSES = ("q", "k", "v", "o", "lse", "tile_counter")  # the order of PreparedLaunch's arguments
+# The order of PreparedBackward's arguments: what tensor maps point to, then what Params does.
+_BACKWARD_MAPS = ("q", "k", "v", "dout", "dk", "dv", "dq")
+_BACKWARD_POINTERS = ("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc")
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _SWIZZLE = {span: int(getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{span}B")) for span in (32, 64, 128)}
 _DATA_TYPE = {
@@ -46,9 +51,10 @@ _DATA_TYPE = {
 }
 
 
-def argument_sizes(plan: KernelPlan) -> tuple[int, ...]:
-    """Bytes of each kernel argument in order: the tensor maps, then Params."""
-    return (*(_MAP_BYTES for _ in plan.tensor_maps), struct.calcsize(plan.params_format))
+def argument_sizes(plan: KernelPlan, entry: EntryPoint | None = None) -> tuple[int, ...]:
+    """Bytes of each argument of a kernel (of the plan's main one) in order: the tensor maps, then Params."""
+    maps = (entry or plan).tensor_maps
+    return (*(_MAP_BYTES for _ in maps), struct.calcsize(plan.params_format))
 
 
 class Kernel:
@@ -83,23 +89,30 @@ class Kernel:
         name = self.plan.name
         try:
             self._code = ObjectCode.from_cubin(cubin, name=name)
-            self._kernel = self._code.get_kernel(name)
-            sizes = tuple(argument.size for argument in self._kernel.arguments_info)
+            kernels = [self._code.get_kernel(entry.symbol) for entry in self.plan.entry_points]
+            sizes = [tuple(argument.size for argument in kernel.arguments_info) for kernel in kernels]
         except Exception as error:
             raise Fa2GenError(f"device {self.device} does not load {name} ({len(cubin):,} B): {error}") from error
-        if sizes != argument_sizes(self.plan):
-            raise Fa2GenError(
-                f"{name} takes arguments of {sizes} B, its plan packs {argument_sizes(self.plan)} B: "
-                "the cubin was built by another version of fa2gen; build it again"
-            )
+        for entry, found in zip(self.plan.entry_points, sizes, strict=True):
+            if found != argument_sizes(self.plan, entry):
+                raise Fa2GenError(
+                    f"{entry.symbol} takes arguments of {found} B, its plan packs {argument_sizes(self.plan, entry)} B: "
+                    "the cubin was built by another version of fa2gen; build it again"
+                )
         # Always, not only above the 48 KiB that need it: the attribute is per kernel and device, and starts at 48 KiB.
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        handle = driver.CUkernel(int(self._kernel.handle))
-        shared, ordinal = self.plan.shared_memory_bytes, driver.CUdevice(self.device)
-        result = driver.cuKernelSetAttribute(attribute, shared, handle, ordinal)
-        _checked(f"{name}: {shared:,} B of dynamic shared memory on device {self.device}", result)
-        # The context's own function: forces the (lazy) load now rather than in the first launch.
-        self.function = _checked(f"{name}: cuKernelGetFunction", driver.cuKernelGetFunction(handle))
+        ordinal = driver.CUdevice(self.device)
+        self.functions: list[Any] = []  # of the plan's entry points
+        for entry, kernel in zip(self.plan.entry_points, kernels, strict=True):
+            handle = driver.CUkernel(int(kernel.handle))
+            shared = entry.shared_memory_bytes
+            result = driver.cuKernelSetAttribute(attribute, shared, handle, ordinal)
+            _checked(f"{entry.symbol}: {shared:,} B of dynamic shared memory on device {self.device}", result)
+            # The context's own function: forces the (lazy) load now rather than in the first launch.
+            function = _checked(f"{entry.symbol}: cuKernelGetFunction", driver.cuKernelGetFunction(handle))
+            self.functions.append(function)
+            if entry.symbol == name:
+                self._kernel, self.function = kernel, function
 
     @property
     def blocks_per_sm(self) -> int:
@@ -204,6 +217,88 @@ class PreparedLaunch:
             _checked(what, (result,))
 
 
+class PreparedBackward:
+    """The three kernels of a backward pass with their arguments packed; call it with addresses. Safe to call from several
+    threads, as PreparedLaunch is.
+
+    strides  of q, k, v, o, dout, dq, dk and dv, as Kernel.prepare takes them.
+
+    Sizes are at least 1. Raises UnsupportedProblem where a size exceeds what the grid, an int32 or a tensor map can hold.
+    """
+
+    def __init__(
+        self, kernel: Kernel, shape: ForwardShape, strides: dict[str, Strides], softmax_scale: float
+    ) -> None:
+        plan = kernel.plan
+        assert isinstance(plan, Sm90BwdPlan)
+        try:
+            launch = backward_launch(plan, shape, softmax_scale)
+        except OverflowError as error:
+            raise UnsupportedProblem(f"too large for one backward launch: {error}; split the batch over several calls") from error
+        self.kernel = kernel  # keeps the module loaded
+        self.statistics_floats = launch.statistics_floats
+        self.dq_acc_floats = launch.dq_acc_floats
+        self._lock = threading.Lock()
+
+        values: dict[str, Any] = {**dict.fromkeys(_BACKWARD_POINTERS, 0), **launch.values}
+        for name in ("o", "dout"):
+            values |= zip((f"{name}_{step}_stride" for step in ("batch", "row", "head")), strides[name], strict=True)
+        packed = struct.Struct(plan.params_format)
+        maps = [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps]
+        assert tuple(tensor_map.name for tensor_map in maps) == _BACKWARD_MAPS
+        assert tuple(param.name for param in plan.params[: len(_BACKWARD_POINTERS)]) == _BACKWARD_POINTERS
+        self._memory = (ctypes.c_char * (_ALIGNMENT + _MAP_BYTES * len(maps) + packed.size))()
+        start = -ctypes.addressof(self._memory) % _ALIGNMENT
+        base = ctypes.addressof(self._memory) + start
+        self._params_at = start + _MAP_BYTES * len(maps)
+        packed.pack_into(self._memory, self._params_at, *plan.pack_params(values))
+        self._pack = struct.Struct(f"<{len(_BACKWARD_POINTERS)}Q").pack_into
+        self._maps = tuple(
+            _TensorMap(plan, tensor_map, shape, strides[tensor_map.name], base + i * _MAP_BYTES)
+            for i, tensor_map in enumerate(maps)
+        )
+
+        # Every kernel's own maps, then the Params that all share.
+        self._pointers = []
+        self._launches = []
+        first = 0
+        for entry, function, blocks in zip(plan.entry_points, kernel.functions, launch.grids, strict=True):
+            places = [base + (first + i) * _MAP_BYTES for i in range(len(entry.tensor_maps))]
+            pointers = (ctypes.c_void_p * (len(places) + 1))(*places, base + _MAP_BYTES * len(maps))
+            self._pointers.append(pointers)
+            shared, at = entry.shared_memory_bytes, ctypes.addressof(pointers)
+            self._launches.append((entry.symbol, function, blocks, entry.num_threads, shared, at))
+            first += len(entry.tensor_maps)
+
+    def __call__(
+        self, *, q: int, k: int, v: int, o: int, dout: int, dq: int, dk: int, dv: int, lse: int, dlse: int, scratch: int,
+        stream: int,
+    ) -> None:  # fmt: skip
+        """Launch on the CUstream with handle `stream`, in the current context. Addresses in bytes, multiples of 16.
+
+        scratch  address of 2 * statistics_floats + dq_acc_floats fp32 numbers, of any content.
+        dlse     0 where LSE has no gradient.
+
+        Raises Fa2GenError with the driver's reason.
+        """
+        lse_log2, dpsum = scratch, scratch + 4 * self.statistics_floats
+        dq_acc = dpsum + 4 * self.statistics_floats
+        handle = _stream(stream)
+        with self._lock:
+            for tensor_map, address in zip(self._maps, (q, k, v, dout, dk, dv, dq), strict=True):
+                if address != tensor_map.address:
+                    tensor_map.point_to(address)
+            self._pack(self._memory, self._params_at, o, dout, lse, dlse, lse_log2, dpsum, dq_acc)
+            for symbol, function, blocks, threads, shared, pointers in self._launches:
+                launch = (function, blocks, 1, 1, threads, 1, 1, shared, handle, pointers, 0)
+                (result,) = driver.cuLaunchKernel(*launch)
+                if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not touched CUDA yet
+                    self.kernel._device.set_current()
+                    (result,) = driver.cuLaunchKernel(*launch)
+                if result != _SUCCESS:
+                    _checked(f"{symbol}: launch of {blocks:,} x {threads} threads with {shared:,} B of shared memory", (result,))
+
+
 class _TensorMap:
     """One tensor map of a launch: encoded in place, for one address after another; the rest of it never changes."""
 
@@ -213,7 +308,7 @@ class _TensorMap:
         self.address = 0
         self._destination = destination
         self._encoded: dict[int, bytes] = {}
-        of_query = tensor_map.name in ("q", "o")
+        of_query = tensor_map.name in ("q", "o", "dout", "dq")
         seqlen = shape.seqlen_q if of_query else shape.seqlen_k
         heads = shape.num_heads if of_query else shape.num_heads_kv
         batch_stride, row_stride, head_stride = strides

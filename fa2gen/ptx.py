@@ -45,18 +45,21 @@ class Wgmma:
     n            columns of the accumulator, a multiple of 8 up to 256.
     a            "shared" (through a matrix descriptor, K-major) or "registers" (four 32-bit registers of 16-bit pairs).
     b_transposed whether B lies MN-major in shared memory ([k][n] rows, as V does), not K-major ([n][k], as K does).
+    a_transposed likewise for A in shared memory: [k][m] rows. Registers are always K-major.
     """
 
     dtype: str
     n: int
     a: str
     b_transposed: bool
+    a_transposed: bool = False
 
     @property
     def function(self) -> str:
         """The wrapper's name. `wgmma_m64n128k16_ss_kk`: both shared, K-major; `rs_km`: A in registers, B MN-major."""
         source = "ss" if self.a == "shared" else "rs"
-        return f"wgmma_m64n{self.n}k16_{source}_k{'m' if self.b_transposed else 'k'}"
+        majors = "".join("m" if transposed else "k" for transposed in (self.a_transposed, self.b_transposed))
+        return f"wgmma_m64n{self.n}k16_{source}_{majors}"
 
     @property
     def num_accumulators(self) -> int:
@@ -72,9 +75,9 @@ class Wgmma:
     def operands(self) -> str:
         """Everything after the accumulator list: A, B, scale-d predicate, signs of A and B, transposes."""
         first = self.num_accumulators
-        transpose_b = int(self.b_transposed)
+        transpose_a, transpose_b = int(self.a_transposed), int(self.b_transposed)
         if self.a == "shared":
-            return f"%{first}, %{first + 1}, p, 1, 1, 0, {transpose_b}"
+            return f"%{first}, %{first + 1}, p, 1, 1, {transpose_a}, {transpose_b}"
         return f"{registers(4, first)}, %{first + 4}, p, 1, 1, {transpose_b}"
 
     @property

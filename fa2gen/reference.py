@@ -1,4 +1,4 @@
-"""What the kernels are measured against: attention in plain PyTorch, Algorithm 1 in PyTorch, and the tolerance rule.
+"""What the kernels are measured against: attention in plain PyTorch, Algorithms 1 and 2 in PyTorch, and the tolerance rule.
 
 All functions take q (B, Sq, H, D) and k, v (B, Sk, Hk, D) with H a multiple of Hk (query head h reads key head
 h // (H / Hk)), on any device and in any floating dtype, and return out (B, Sq, H, D) in q's dtype and lse (B, H, Sq),
@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Verdict", "attention_reference", "attention_tiled", "check"]
+__all__ = [
+    "GradientVerdict",
+    "Verdict",
+    "attention_backward_tiled",
+    "attention_reference",
+    "attention_tiled",
+    "check",
+    "check_gradients",
+]
 
 
 def attention_reference(
@@ -43,10 +51,15 @@ def attention_reference(
     else:
         q = q * scale
     scores = torch.einsum("bqngd,bknd->bngqk", _group_heads(q, k), k)  # n key heads, g query heads of each
-    if causal:
-        scores = scores.masked_fill(_hidden(q.shape[1], k.shape[1], scores.device), float("-inf"))
-    lse = torch.logsumexp(_at_least_fp32(scores), dim=-1)
-    probs = torch.softmax(scores, dim=-1).masked_fill(torch.isneginf(lse).unsqueeze(-1), 0.0)
+    if not causal:
+        lse, probs = torch.logsumexp(_at_least_fp32(scores), dim=-1), torch.softmax(scores, dim=-1)
+    else:
+        hidden = _hidden(q.shape[1], k.shape[1], scores.device)
+        # A row that sees no key keeps its scores until its results are replaced: autograd would make NaN of a row of -inf.
+        no_key = hidden.all(dim=-1)
+        scores = scores.masked_fill(hidden & ~no_key.unsqueeze(-1), float("-inf"))
+        lse = torch.logsumexp(_at_least_fp32(scores), dim=-1).masked_fill(no_key, float("-inf"))
+        probs = torch.softmax(scores, dim=-1).masked_fill(no_key.unsqueeze(-1), 0.0)
     out = torch.einsum("bngqk,bknd->bqngd", probs, v)
     return out.flatten(2, 3).to(dtype), lse.flatten(1, 2)
 
@@ -100,6 +113,61 @@ def attention_tiled(
         out[:, m0:m1] = (acc_o / row_sum.masked_fill(row_sum == 0, 1.0).unsqueeze(-1)).movedim(-2, 1)
         lse[..., m0:m1] = row_max + torch.log(row_sum)
     return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
+
+
+def attention_backward_tiled(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None = None,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    tile_m: int = 128,
+    tile_n: int = 128,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 2 of FlashAttention-2, in fp32 (fp64 for fp64 inputs), over all batches and heads at once.
+
+    dout  gradient of out, shaped as it; out and lse are what the forward pass returned.
+    dlse  gradient of lse, or None: lse was not used.
+
+    Keys are walked in blocks of `tile_n`, and for each of them the tiles of `tile_m` queries that see it. Returns (dq, dk, dv),
+    contiguous, in the dtypes of q, k and v; `softmax_scale=None` means D ** -0.5.
+    """
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    kf, vf = _at_least_fp32(k), _at_least_fp32(v)
+    qf, dof, of = (_group_heads(_at_least_fp32(x), k) for x in (q, dout, out))  # (B, Sq, Hk, H / Hk, D)
+    lsef = _at_least_fp32(lse).unflatten(1, qf.shape[2:4])  # (B, Hk, H / Hk, Sq)
+    no_key = torch.isneginf(lsef)
+    lsef = lsef.masked_fill(no_key, 0.0)  # all scores of such a row are hidden
+    dpsum = (dof * of).sum(dim=-1).permute(0, 2, 3, 1)
+    if dlse is not None:
+        dpsum = dpsum - _at_least_fp32(dlse).unflatten(1, qf.shape[2:4])
+    dpsum = dpsum.masked_fill(no_key, 0.0)
+    dq = qf.new_zeros(qf.shape)
+    dk, dv = kf.new_zeros(kf.shape), vf.new_zeros(vf.shape)
+
+    for n0 in range(0, seqlen_k, tile_n):
+        n1 = min(n0 + tile_n, seqlen_k)
+        first_query = max(0, n0 + seqlen_q - seqlen_k) if causal else 0
+        for m0 in range(first_query // tile_m * tile_m, seqlen_q, tile_m):
+            m1 = min(m0 + tile_m, seqlen_q)
+            q_tile, do_tile = qf[:, m0:m1], dof[:, m0:m1]
+            acc_s = torch.einsum("bqngd,bknd->bngqk", q_tile, kf[:, n0:n1]) * scale
+            if causal:
+                hidden = _hidden(seqlen_q, seqlen_k, q.device, rows=(m0, m1), cols=(n0, n1))
+                acc_s = acc_s.masked_fill(hidden, float("-inf"))
+            p = torch.exp(acc_s - lsef[..., m0:m1].unsqueeze(-1))
+            dp = torch.einsum("bqngd,bknd->bngqk", do_tile, vf[:, n0:n1])
+            ds = p * (dp - dpsum[..., m0:m1].unsqueeze(-1))
+            dv[:, n0:n1] += torch.einsum("bngqk,bqngd->bknd", p, do_tile)
+            dk[:, n0:n1] += torch.einsum("bngqk,bqngd->bknd", ds, q_tile) * scale
+            dq[:, m0:m1] += torch.einsum("bngqk,bknd->bqngd", ds, kf[:, n0:n1]) * scale
+    return dq.flatten(2, 3).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 @dataclass(frozen=True)
@@ -166,6 +234,72 @@ def check(
         lse_error=_max(lse_error),
         lse_allowed=1e-4 + 1e-5 * _max(finite_lse.abs()),
     )
+
+
+@dataclass(frozen=True)
+class GradientVerdict:
+    """How far gradients are from the truth, beside what is allowed; each field as (dq, dk, dv), as in Verdict."""
+
+    max_error: tuple[float, float, float]
+    max_allowed: tuple[float, float, float]
+    mean_error: tuple[float, float, float]
+    mean_allowed: tuple[float, float, float]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every error is within its bound. A NaN never is."""
+        pairs = (*zip(self.max_error, self.max_allowed), *zip(self.mean_error, self.mean_allowed))
+        return all(error <= allowed for error, allowed in pairs)
+
+    def __str__(self) -> str:
+        rows = zip(("dq", "dk", "dv"), self.max_error, self.max_allowed, self.mean_error, self.mean_allowed, strict=True)
+        parts = (f"{name} max {a:.3g} of {b:.3g}, mean {c:.3g} of {d:.3g}" for name, a, b, c, d in rows)
+        return f"{'ok' if self.ok else 'WRONG'}: {'; '.join(parts)}"
+
+
+def check_gradients(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    dlse: Tensor | None = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+) -> GradientVerdict:
+    """Judge (dq, dk, dv) by the rule of `check`, each for itself: the truth is autograd through attention in fp32, rounded; `pt`
+    is autograd through plain PyTorch attention in the inputs' dtype."""
+    options: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale}
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        truth = _gradients(dout, dlse, q, k, v, options)
+        plain = _gradients(dout, dlse, q, k, v, options | {"upcast": False, "reorder_ops": True})
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    rows = []
+    for x, ref, pt in zip(gradients, truth, plain, strict=True):
+        error, pt_error = _error(x, ref), _error(pt, ref)
+        floor = 2 * _max(_error(ref + 0.3 - 0.3, ref))
+        mean_allowed = 1.2 * _mean(pt_error) + torch.finfo(ref.dtype).eps / 8 * _mean(ref.float().abs())
+        rows.append((_max(error), 2 * _max(pt_error) + floor, _mean(error), mean_allowed))
+    return GradientVerdict(*zip(*rows, strict=True))
+
+
+def _gradients(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """Of q, k and v, by autograd."""
+    with torch.enable_grad():
+        leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        out, lse = attention_reference(*leaves, **options)
+        outputs, grads = [out], [dout]
+        if dlse is not None:  # a row without keys has a constant lse
+            no_key = torch.isneginf(lse)
+            outputs.append(lse.masked_fill(no_key, 0.0))
+            grads.append(dlse.masked_fill(no_key, 0.0))
+        return torch.autograd.grad(outputs, leaves, grads)
 
 
 def _in_full_fp32(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:

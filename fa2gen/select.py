@@ -131,9 +131,11 @@ def _misfit(problem: Problem, tiling: Tiling, device: Device) -> str | None:
 
 def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Tiling:
     """A good tiling for any supported problem, with no spec written by hand. Raises InfeasibleSpec if none fits."""
+    if arch == "sm80" and problem.direction == "bwd":
+        raise UnsupportedProblem("backward kernels are built for sm90 alone (compute capability 9.0)")
     if arch == "sm80":
         return default_tiling_sm80(problem, shared_memory_limit or ARCHES["sm80"].shared_memory_per_block)
-    return _default_tiling_sm90(problem)
+    return _default_tiling_sm90_bwd(problem) if problem.direction == "bwd" else _default_tiling_sm90(problem)
 
 
 def _default_tiling_sm90(problem: Problem) -> Tiling:
@@ -159,4 +161,21 @@ def _default_tiling_sm90(problem: Problem) -> Tiling:
             )
             if fits(KernelSpec(problem=problem, tiling=tiling)):
                 return tiling
+    raise InfeasibleSpec(f"no default tiling fits head dim {problem.head_dim} on sm90")
+
+
+def _default_tiling_sm90_bwd(problem: Problem) -> Tiling:
+    """Two warpgroups of 64 keys each where dK and dV of 64 keys fit one's registers, with as many queries as fit: the operand
+    reads of S, dP and dQ, which limit it, cost the less an element the more there are. Beyond head dim 128 one warpgroup
+    holds dV, the other dK. Causal kernels waste half of every tile on the diagonal, so 64 queries are better there."""
+    shapes = [(128, 128), (80, 128), (64, 128), (64, 64)]
+    if problem.mask == "causal":
+        shapes.remove((80, 128))
+    for tile_m, tile_n in shapes:
+        tiling = Tiling(arch="sm90", tile_m=tile_m, tile_n=tile_n, num_stages=2, num_mma_warps=8)
+        try:
+            make_plan(KernelSpec(problem=problem, tiling=tiling))
+        except InfeasibleSpec:
+            continue
+        return tiling
     raise InfeasibleSpec(f"no default tiling fits head dim {problem.head_dim} on sm90")

@@ -19,7 +19,7 @@ from fa2gen.errors import InvalidInput
 
 __all__ = ["DType", "Direction", "KernelSpec", "Mask", "Problem", "Tiling"]
 
-Direction = Literal["fwd"]
+Direction = Literal["fwd", "bwd"]
 DType = Literal["fp16", "bf16"]
 Mask = Literal["full", "causal"]
 
@@ -74,7 +74,7 @@ def _whole_number(value: int, step: int, least: int, most: int, why: str = "") -
 class Problem(_Model):
     """What is computed. Lengths, head counts, strides and the scale are run-time values and are not here.
 
-    direction  "fwd": Algorithm 1 of FlashAttention-2.
+    direction  "fwd": Algorithm 1 of FlashAttention-2; "bwd": Algorithm 2, the gradients of Q, K and V.
     head_dim   a multiple of 8 from 8 to 256, the same for Q, K and V.
     dtype      of Q, K, V and O: "fp16" or "bf16". Sums are kept in fp32.
     mask       "full", or "causal" aligned to the bottom right: query i sees key j iff j <= i + seqlen_k - seqlen_q.

@@ -66,12 +66,17 @@ def build_library(plan: KernelPlan, *, sanitize: bool = False, rendered: Rendere
 
     Raises RenderError, CompileError, or Fa2GenError when there is no compiler.
     """
-    return build_source(plan.name, rendered or render(plan, target="host"), sanitize=sanitize)
+    others = tuple(entry.symbol for entry in plan.entry_points if entry.symbol != plan.name)
+    return build_source(plan.name, rendered or render(plan, target="host"), sanitize=sanitize, others=others)
 
 
-def build_source(name: str, rendered: Rendered, *, sanitize: bool = False) -> Library:
-    """As build_library, for the source of any kernel called `name` that uses the primitives of templates/host/."""
-    source = f"{rendered.source}\nFA2GEN_HOST_ENTRY({name})\n"
+def build_source(name: str, rendered: Rendered, *, sanitize: bool = False, others: tuple[str, ...] = ()) -> Library:
+    """As build_library, for the source of any kernel called `name` that uses the primitives of templates/host/.
+
+    others  more kernels in the source: `Job.kernel` says which one runs.
+    """
+    entries = [f"FA2GEN_HOST_ENTRY({name})", *(f"FA2GEN_HOST_ENTRY_AS(fa2gen_host_launch_{x}, {x})" for x in others)]
+    source = "\n".join([rendered.source, *entries, ""])
     optimize = _SANITIZE if sanitize else (*_FAST, "-O2", "-ffp-contract=off")
     folder = _cache() / _key(source, *optimize, _runtime_key(sanitize))
     library = Library(name, folder / "kernel.so", rendered.origins, sanitize)

@@ -78,7 +78,10 @@ class Argument:
 
 @dataclass(frozen=True)
 class Job:
-    """One launch. seed 0 is the fixed schedule; any other draws one, on one OS thread, so that it can be repeated."""
+    """One launch. seed 0 is the fixed schedule; any other draws one, on one OS thread, so that it can be repeated.
+
+    kernel "" is the one that the library is named for; else the symbol of another one in it.
+    """
 
     grid: tuple[int, int, int]
     num_threads: int
@@ -91,6 +94,7 @@ class Job:
     resident: int = 1
     stats: bool = False
     time_limit: float = 60.0
+    kernel: str = ""
 
 
 class _Launch(ctypes.Structure):
@@ -133,7 +137,7 @@ def run(library: Library, job: Job, memories: Sequence[Memory]) -> dict[str, Cou
 
 def run_library(path: Path, job: Job, memories: Sequence[Memory]) -> tuple[str, list[Count]]:
     """(what went wrong, or "", and the counts in the order of PRIMITIVES); in this process, without the GIL."""
-    entry = _entry(path)
+    entry = _entry(path, job.kernel)
     storage, arguments = _pack(job.arguments, memories)
     buffers = (_Buffer * len(memories))(*(_Buffer(m.name.encode(), m.address, m.bytes) for m in memories))
     workers = job.workers or (1 if job.seed else env.jobs())
@@ -162,8 +166,8 @@ def run_library(path: Path, job: Job, memories: Sequence[Memory]) -> tuple[str, 
 
 
 @functools.lru_cache(maxsize=256)
-def _entry(path: Path) -> ctypes._NamedFuncPointer:
-    return ctypes.CDLL(str(path)).fa2gen_host_launch
+def _entry(path: Path, kernel: str) -> ctypes._NamedFuncPointer:
+    return getattr(ctypes.CDLL(str(path)), f"fa2gen_host_launch_{kernel}" if kernel else "fa2gen_host_launch")
 
 
 def _pack(

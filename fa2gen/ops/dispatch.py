@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ _calls: dict[tuple[Any, ...], _Call] = {}
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 _retired: list[Kernel] = []  # what `forget` dropped
 _counters: dict[tuple[int, int], Tensor] = {}  # (device, stream) -> one int32 that is 0 between launches
+_also_forgotten: list[Callable[[], None]] = []  # what other modules remember of calls
 _lock = threading.Lock()
 
 
@@ -148,6 +150,8 @@ def forget() -> None:
         _retired.extend(_kernels.values())
         _kernels.clear()
         _store.cache_clear()
+        for clear in _also_forgotten:
+            clear()
 
 
 def _launch(launch: PreparedLaunch, device: int, q: int, k: int, v: int, out: Tensor, lse: Tensor) -> None:

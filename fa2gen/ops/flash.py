@@ -38,24 +38,25 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """softmax(q k^T * softmax_scale) v, exactly. Forward only.
+    """softmax(q k^T * softmax_scale) v, exactly, and its gradients.
 
     q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim); fp16 or bf16.
 
     softmax_scale      default head_dim ** -0.5.
     causal             query i sees key j iff j <= i + seqlen_k - seqlen_q.
     window_size        (-1, -1), or a window that hides nothing, or one that means causal, such as (-1, 0).
-    deterministic      ignored: the forward pass always is.
-    return_attn_probs  return (out, lse, None) rather than out; lse (batch, heads, seqlen_q) fp32.
+    deterministic      gradients that are the same in every run: refused for CUDA tensors that require one. The forward pass
+                       always is.
+    return_attn_probs  return (out, lse, None) rather than out; lse (batch, heads, seqlen_q) fp32, differentiable.
 
-    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: gradients,
-    dropout, windows, softcap and ALiBi.
+    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout,
+    windows, softcap and ALiBi.
     """
     if dropout_p or softcap or alibi_slopes is not None:
         _refuse_options(dropout_p, softcap, alibi_slopes)
     if window_size != (-1, -1):
         causal = _window_is_causal(window_size, q, k, causal)
-    out, lse = attention(q, k, v, causal=causal, softmax_scale=softmax_scale)
+    out, lse = attention(q, k, v, causal=causal, softmax_scale=softmax_scale, deterministic=deterministic)
     return (out, lse, None) if return_attn_probs else out
 
 

@@ -1,22 +1,26 @@
-"""The `torch.library` operator `fa2gen::fwd`, and `attention`, which calls it.
+"""The `torch.library` operators `fa2gen::fwd` and `fa2gen::bwd`, and `attention`, which calls them.
 
-fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal) -> (Tensor out, Tensor lse): CUDA tensors run a
-generated kernel, CPU tensors the reference, fake tensors its shapes. `Library.define` and `impl` rather than
-`custom_op`: 4 microseconds a call instead of 11.
+fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal) -> (Tensor out, Tensor lse)
+bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool causal, bool deterministic) -> (dq, dk, dv)
+
+CUDA tensors run generated kernels, CPU tensors the reference, fake tensors its shapes. `Library.define` and `impl` rather
+than `custom_op`: 4 microseconds a call instead of 11; autograd is a Function around the operators for the same reason.
 """
 
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.ops.backward import backward_cuda, refuse_untrainable, validate_backward
 from fa2gen.ops.dispatch import forward_cuda
 from fa2gen.ops.validate import default_scale, describe, refuse_non_tensors, validate
-from fa2gen.reference import attention_tiled
+from fa2gen.reference import attention_backward_tiled, attention_tiled
 from fa2gen.spec import Tiling
 
 __all__ = ["attention"]
@@ -31,28 +35,36 @@ def attention(
     softmax_scale: float | None = None,
     arch: str | None = None,
     tiling: Tiling | None = None,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as (out, lse); shapes as in `fa2gen.ops`.
+    """Attention as (out, lse), both differentiable, once; shapes as in `fa2gen.ops`.
 
     softmax_scale  default head_dim ** -0.5.
     arch           "sm80" or "sm90": the kernel family, for CUDA tensors; by default the best that the device runs.
     tiling         one exact tiling, instead of the selected one.
+    deterministic  gradients that are the same in every run; CUDA tensors refuse it where an input requires a gradient.
 
     With `arch` or `tiling` the kernel is called directly, not through the operator: torch.compile cannot see into that.
     Raises InvalidInput, UnsupportedProblem, or InfeasibleSpec for a tiling that does not fit.
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise UnsupportedProblem(
-            "gradients are not built yet, and an input requires one: call under torch.no_grad(), or detach the inputs"
-        )
     if type(softmax_scale) is not float:
         softmax_scale = _scale(softmax_scale, q)
     if not isinstance(causal, bool | int):
         raise InvalidInput(f"causal must be True or False, not {describe(causal)}")
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if needs_grad and (arch is not None or tiling is not None):
+        raise UnsupportedProblem(
+            "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach the inputs"
+        )
     if arch is None and tiling is None:
         try:
+            if needs_grad:
+                if q.is_cuda and not (torch.compiler.is_compiling() or isinstance(q, FakeTensor)):
+                    refuse_untrainable(q, deterministic)
+                out, lse = _Attention.apply(q, k, v, softmax_scale, bool(causal), bool(deterministic))
+                return out, lse
             out, lse = _OPERATOR(q, k, v, softmax_scale, bool(causal))
             return out, lse
         except NotImplementedError:  # ours, or torch's two pages about a backend that has no kernel
@@ -89,6 +101,80 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal:
     return q.new_empty(q.shape), q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
 
 
+def _backward_cpu(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    validate_backward(dout, q, k, v, out, lse, dlse, softmax_scale)
+    return attention_backward_tiled(dout, q, k, v, out, lse, dlse, causal=causal, softmax_scale=softmax_scale)
+
+
+def _backward_fake(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    validate_backward(dout, q, k, v, out, lse, dlse, softmax_scale)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+class _Attention(torch.autograd.Function):
+    """(out, lse) of (q, k, v), with the operators' gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, deterministic: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _OPERATOR(q, k, v, softmax_scale, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.options = softmax_scale, causal, deterministic
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 6
+        if dout is None:
+            dout = torch.zeros_like(out)
+        # With grad mode (create_graph=True) the gradients must remember what they came from, if only to refuse.
+        run = _Gradients.apply if torch.is_grad_enabled() else _BACKWARD
+        dq, dk, dv = run(dout, q, k, v, out, lse, dlse, *ctx.options)
+        return dq, dk, dv, None, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The operator, with a refusal in the place of its own gradients: torch would take them for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = _BACKWARD(*arguments)
+        return dq, dk, dv
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise UnsupportedProblem(
+            "attention can be differentiated once: its gradients have none themselves. For second derivatives take "
+            "torch.nn.functional.scaled_dot_product_attention with its math backend"
+        )
+
+
 _LIBRARY = torch.library.Library("fa2gen", "DEF")
 _LIBRARY.define(
     "fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal) -> (Tensor out, Tensor lse)",
@@ -97,4 +183,13 @@ _LIBRARY.define(
 _LIBRARY.impl("fwd", _forward_cpu, "CPU")
 _LIBRARY.impl("fwd", forward_cuda, "CUDA")
 torch.library.register_fake("fa2gen::fwd", _forward_fake, lib=_LIBRARY)
+_LIBRARY.define(
+    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, float softmax_scale, bool causal, "
+    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
+    tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
+)
+_LIBRARY.impl("bwd", _backward_cpu, "CPU")
+_LIBRARY.impl("bwd", backward_cuda, "CUDA")
+torch.library.register_fake("fa2gen::bwd", _backward_fake, lib=_LIBRARY)
 _OPERATOR = torch.ops.fa2gen.fwd.default
+_BACKWARD = torch.ops.fa2gen.bwd.default

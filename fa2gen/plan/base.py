@@ -11,12 +11,13 @@ from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
-__all__ = ["BrokenRule", "KernelPlan", "Param", "TensorMapPlan", "bytes_text"]
+__all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "Param", "TensorMapPlan", "bytes_text"]
 
 _STRUCT_CODES = {
     "void const*": "Q",
     "void*": "Q",
     "float*": "Q",
+    "float const*": "Q",
     "int*": "Q",
     "int64_t": "q",
     "int": "i",
@@ -53,6 +54,16 @@ class TensorMapPlan:
     box_cols: int
     box_rows: int
     swizzle_bytes: int
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """One `extern "C"` kernel of a source: its symbol, and what a launch of it takes before the Params that all share."""
+
+    symbol: str
+    num_threads: int
+    shared_memory_bytes: int
+    tensor_maps: tuple[TensorMapPlan, ...]
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,11 @@ class KernelPlan:
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
         """The tensor maps that precede Params in the kernel's argument list."""
         return ()
+
+    @property
+    def entry_points(self) -> tuple[EntryPoint, ...]:
+        """The kernels of this source in the order of their launches; the one called `name` does the work."""
+        return (EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps),)
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         """Every feasibility rule that this plan breaks; empty when the kernel can be built."""

@@ -9,6 +9,7 @@ from fa2gen.arch import ArchName
 from fa2gen.errors import InfeasibleSpec
 from fa2gen.plan.base import BrokenRule, KernelPlan
 from fa2gen.plan.sm80_fwd import Sm80FwdPlan
+from fa2gen.plan.sm90_bwd import Sm90BwdPlan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
@@ -17,6 +18,7 @@ __all__ = ["feasible_tilings", "fits", "make_plan"]
 _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm80", "fwd"): Sm80FwdPlan,
     ("sm90", "fwd"): Sm90FwdPlan,
+    ("sm90", "bwd"): Sm90BwdPlan,
 }
 
 # The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.

@@ -66,6 +66,12 @@ void tma_store_commit(int line);
 void tma_store_wait(int pending, bool read_only, int line);
 void check_tensor_map(TensorMap const& map, int line);
 
+// Runs of bytes between global and shared memory; a reduction adds fp32 numbers and belongs to the groups of tma_store.
+void bulk_load(std::uint32_t destination, void const* source, std::uint32_t bytes, std::uint32_t barrier, int line);
+void bulk_reduce_add(float* destination, std::uint32_t source, std::uint32_t bytes, int line);
+// Atomically, one number at a time.
+void reduce_add(float* destination, float const* values, int count);
+
 void fence_proxy_async(int line);
 void fence_mbarrier_init(int line);
 void mbarrier_init(std::uint32_t barrier, std::uint32_t arrivals, int line);

@@ -25,9 +25,11 @@ void call(void (*kernel)(Arguments...), void* const* arguments) {
 
 }  // namespace host
 
-// The one symbol that a kernel's library exports. The message is empty after a clean run; the result says whether it was one.
-#define FA2GEN_HOST_ENTRY(kernel)                                                                                               \
-    extern "C" __attribute__((visibility("default"))) int fa2gen_host_launch(                                                   \
+// The symbols that a kernel's library exports, one for each kernel. The message is empty after a clean run; the result says whether
+// it was one.
+#define FA2GEN_HOST_ENTRY_AS(symbol, kernel)                                                                                    \
+    extern "C" __attribute__((visibility("default"))) int symbol(                                                               \
         host::Launch const* launch, void* const* arguments, char* message, std::size_t message_bytes, host::Stats* stats) {      \
         return host::launch(*launch, [](void* const* all) { host::call(kernel, all); }, arguments, message, message_bytes, stats); \
     }
+#define FA2GEN_HOST_ENTRY(kernel) FA2GEN_HOST_ENTRY_AS(fa2gen_host_launch, kernel)

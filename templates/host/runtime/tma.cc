@@ -56,7 +56,7 @@ void check_box(BoxCopy const& copy, int rank, int line) {
 }
 
 BoxCopy make_copy(TensorMap const& map, std::uint32_t address, std::uint32_t barrier, int const* coordinates, int line) {
-    BoxCopy copy{map, address, barrier, {}, 0, {}, current().index, line};
+    BoxCopy copy{map, address, barrier, {}, 0, {}, current().index, line, false};
     std::copy(coordinates, coordinates + map.rank, copy.coordinates);
     return copy;
 }
@@ -149,7 +149,13 @@ void write_destination(BoxCopy const& store) {
     for_each_chunk(store, [&](std::uint32_t, unsigned char* global) {
         if (global != nullptr) {
             check_inside(current().block->launch, global, kChunk, "stores", store.line);
-            std::memcpy(global, chunk, kChunk);
+            if (store.adds) {
+                float values[kChunk / sizeof(float)];
+                std::memcpy(values, chunk, kChunk);
+                reduce_add(reinterpret_cast<float*>(global), values, kChunk / sizeof(float));
+            } else {
+                std::memcpy(global, chunk, kChunk);
+            }
         }
         chunk += kChunk;
     });
@@ -172,6 +178,65 @@ void tma_store_wait(int pending, bool read_only, int) {
         groups.erase(groups.begin(), groups.begin() + done);
     }
     maybe_yield();
+}
+
+// Bulk copies: one row of chunks, as a map without a swizzle would describe it ------------------------------------------------
+
+namespace {
+
+BoxCopy make_bulk_copy(void const* global, std::uint32_t shared, std::uint32_t bytes, std::uint32_t barrier, int line) {
+    auto const address = reinterpret_cast<std::uint64_t>(global);
+    if (address % kChunk != 0 || bytes % kChunk != 0 || bytes == 0 || bytes / sizeof(float) > 0xffff) {
+        fail("kernel.cc:%d: a bulk copy of %u bytes at a global address that ends in 0x%x: multiples of 16 are needed", line, bytes,
+             static_cast<unsigned>(address % 256));
+    }
+    TensorMap map{};
+    map.address = address;
+    map.dims[0] = bytes / sizeof(float);
+    map.box[0] = static_cast<std::uint16_t>(map.dims[0]);
+    map.rank = 1;
+    map.element_bytes = sizeof(float);
+    int const origin = 0;
+    BoxCopy const copy = make_copy(map, shared, barrier, &origin, line);
+    current().block->shared.check_range(shared, bytes, kChunk, line);
+    return copy;
+}
+
+}  // namespace
+
+void bulk_load(std::uint32_t destination, void const* source, std::uint32_t bytes, std::uint32_t barrier, int line) {
+    Block& block = *current().block;
+    auto const found = block.mbarriers.find(barrier);
+    if (found == block.mbarriers.end() || !found->second.visible_to_tma) {
+        fail("kernel.cc:%d: the mbarrier at 0x%x of a bulk load is not initialised, or no fence.mbarrier_init followed", line, barrier);
+    }
+    block.loads.push_back(make_bulk_copy(source, destination, bytes, barrier, line));
+    block.shared.begin_copy(destination, bytes, true, current().index, line);
+    count(kTmaLoad, bytes);
+    maybe_yield();
+}
+
+void bulk_reduce_add(float* destination, std::uint32_t source, std::uint32_t bytes, int line) {
+    BoxCopy copy = make_bulk_copy(destination, source, bytes, 0, line);
+    copy.adds = true;
+    for_each_chunk(copy, [&](std::uint32_t shared, unsigned char*) { current().block->shared.async_read(shared, copy.versions, line); });
+    current().stores.open.push_back(std::move(copy));
+    count(kTmaStore, bytes);
+    maybe_yield();
+}
+
+void reduce_add(float* destination, float const* values, int count) {
+    for (int i = 0; i < count; ++i) {
+        auto* const bits = reinterpret_cast<std::uint32_t*>(destination + i);
+        std::uint32_t before = __atomic_load_n(bits, __ATOMIC_RELAXED);
+        std::uint32_t after;
+        do {
+            float sum;
+            std::memcpy(&sum, &before, sizeof sum);
+            sum += values[i];
+            std::memcpy(&after, &sum, sizeof after);
+        } while (!__atomic_compare_exchange_n(bits, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+    }
 }
 
 // A thread ends: stores that have read their source complete by themselves, others would read memory that is no longer theirs.

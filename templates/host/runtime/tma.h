@@ -19,6 +19,7 @@ struct BoxCopy {
     std::vector<unsigned char> image;  // stores: the box, once it has been read
     int thread;
     int line;
+    bool adds = false;  // a reduction: fp32 numbers are added to what is there
 
     std::uint32_t bytes() const {
         std::uint32_t product = map.element_bytes;

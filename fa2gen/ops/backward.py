@@ -1,0 +1,181 @@
+"""The gradients of CUDA tensors: as fa2gen.ops.dispatch, for the three backward kernels and their scratch memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fa2gen import env
+from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.launch import ForwardShape
+from fa2gen.ops.dispatch import _also_forgotten, _choose, _device, _has_aligned_strides, _kernel, _strides
+from fa2gen.ops.validate import DTYPES, describe, validate
+from fa2gen.select import kernel_arch
+from fa2gen.spec import Problem, Tiling
+
+if TYPE_CHECKING:
+    from fa2gen.kernel import PreparedBackward
+
+__all__ = ["backward_cuda", "refuse_untrainable", "validate_backward"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What all calls with one signature share; `launch` is None where there is no query or no key, so all gradients are 0."""
+
+    device: int
+    launch: PreparedBackward | None
+
+
+_REMEMBERED_CALLS = 1024
+_calls: dict[tuple[Any, ...], _Call] = {}
+_also_forgotten.append(_calls.clear)
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def backward_cuda(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    deterministic: bool,
+    tiling: Tiling | None = None,
+    into: Gradients | None = None,
+) -> Gradients:
+    """(dq, dk, dv) by generated kernels, contiguous, on the current stream of q's device.
+
+    dout, out  shaped as q, of any strides; lse, dlse (batch, heads, seqlen_q) fp32.
+    into       contiguous buffers to use.
+
+    Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel raises.
+    """
+    if deterministic:
+        _refuse_deterministic()
+    # TMA and 16-byte loads need 16-byte alignment, the row statistics dense rows.
+    q, k, v, dout, out = (_aligned(x) for x in (q, k, v, dout, out))
+    lse = lse.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    shapes = tuple((x.shape, x.stride(), x.dtype, x.get_device()) for x in (q, k, v, dout, out))
+    key = (*shapes, lse.shape, lse.dtype, softmax_scale, causal, tiling)
+    call = _calls.get(key)
+    if call is None:
+        call = _prepare(dout, q, k, v, out, lse, dlse, softmax_scale, causal, tiling)
+        if len(_calls) >= _REMEMBERED_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    launch = call.launch
+    if launch is None:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return dq, dk, dv
+    with torch.cuda.device(call.device):
+        # Freed for the allocator at return, when no later kernel of this stream can have started.
+        scratch = q.new_empty(2 * launch.statistics_floats + launch.dq_acc_floats, dtype=torch.float32)
+        launch(
+            q=q.data_ptr(),
+            k=k.data_ptr(),
+            v=v.data_ptr(),
+            o=out.data_ptr(),
+            dout=dout.data_ptr(),
+            dq=dq.data_ptr(),
+            dk=dk.data_ptr(),
+            dv=dv.data_ptr(),
+            lse=lse.data_ptr(),
+            dlse=0 if dlse is None else dlse.data_ptr(),
+            scratch=scratch.data_ptr(),
+            stream=torch._C._cuda_getCurrentRawStream(call.device),
+        )
+    return dq, dk, dv
+
+
+def refuse_untrainable(q: Tensor, deterministic: bool) -> None:
+    """Raise UnsupportedProblem where the gradients of CUDA tensors could not be computed: before the forward pass, not after."""
+    if deterministic:
+        _refuse_deterministic()
+    asked = env.arch()
+    family, _ = kernel_arch(_device(q.get_device()), "sm80" if asked == "sm80" else None)
+    if family != "sm90":
+        raise UnsupportedProblem(
+            f"gradients are built for sm90 kernels alone (compute capability 9.0, FA2GEN_ARCH not sm80), and an input requires "
+            f"one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach the inputs"
+        )
+
+
+def validate_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, softmax_scale: float
+) -> None:
+    """Raise InvalidInput or UnsupportedProblem unless gradients can be computed from these. Also for fake tensors."""
+    validate(q, k, v, softmax_scale)
+    batch, seqlen_q, num_heads, _ = q.shape
+    rows = (batch, num_heads, seqlen_q)
+    for name, x, shape, dtype in (
+        ("dout", dout, q.shape, q.dtype),
+        ("out", out, q.shape, q.dtype),
+        ("lse", lse, rows, torch.float32),
+        ("dlse", dlse, rows, torch.float32),
+    ):
+        if x is not None and (tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != q.device):
+            raise InvalidInput(f"{name} is {describe(x)}; it must be {tuple(shape)} {dtype} on {q.device}")
+
+
+def _refuse_deterministic() -> None:
+    raise UnsupportedProblem(
+        "deterministic gradients are not built yet: dq is a sum whose order varies from run to run (dk and dv are the same in "
+        "every run); pass deterministic=False"
+    )
+
+
+def _prepare(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    softmax_scale: float,
+    causal: bool,
+    tiling: Tiling | None,
+) -> _Call:
+    """Validate a signature; choose, load and pack its kernels."""
+    validate_backward(dout, q, k, v, out, lse, dlse, softmax_scale)
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    seqlen_k, num_heads_kv = k.shape[1:3]
+    device = q.get_device()
+    problem = Problem(
+        direction="bwd", head_dim=head_dim, dtype=DTYPES[q.dtype], mask="causal" if causal else "full"
+    )
+    plan, target = _choose(problem, _device(device), None, tiling)
+    if not (q.numel() and k.numel()):
+        return _Call(device, None)
+    from fa2gen.kernel import PreparedBackward
+
+    def dense(seqlen: int, heads: int) -> tuple[int, int, int]:
+        return seqlen * heads * head_dim, heads * head_dim, head_dim
+
+    of_query, of_key = dense(seqlen_q, num_heads), dense(seqlen_k, num_heads_kv)
+    strides = {name: _strides(x) for name, x in (("q", q), ("k", k), ("v", v), ("o", out), ("dout", dout))}
+    launch = PreparedBackward(
+        _kernel(plan, target, device),
+        ForwardShape(batch, seqlen_q, seqlen_k, num_heads, num_heads_kv),
+        strides | {"dq": of_query, "dk": of_key, "dv": of_key},
+        softmax_scale,
+    )
+    return _Call(device, launch)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    if x.data_ptr() % 16 == 0 and x.dim() == 4 and x.stride(3) == 1 and _has_aligned_strides(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

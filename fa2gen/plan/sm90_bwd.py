@@ -1,0 +1,423 @@
+"""The backward kernels of Hopper: preprocess, main and postprocess in one source.
+
+The main kernel has one block of threads for each block of keys, which walks the blocks of queries. Its mma warpgroups split
+the work in one of two ways, which the tiling decides:
+
+  by keys      64 keys each, tile_n = 64 a warpgroup: a warpgroup holds dK and dV of its keys. Head dims up to 128.
+  by products  tile_n = 64 for two warpgroups: the first holds dV and makes dQ, the second holds dK. Any head dim: only
+               one of the two 64 x head_dim accumulators has to fit a warpgroup's registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fa2gen.arch import ARCHES
+from fa2gen.layout import Panels, align_up, ceil_div
+from fa2gen.plan.base import BrokenRule, EntryPoint, KernelPlan, Param, TensorMapPlan, bytes_text
+from fa2gen.ptx import Wgmma
+
+__all__ = ["Sm90BwdPlan"]
+
+WARPGROUP_THREADS = 128
+ROWS_PER_WARPGROUP = 64  # wgmma's M
+WARP_ROWS = 16  # a warp's share of those
+BARRIER_BYTES = 8
+FLOAT_BYTES = 4
+
+# (producer, consumer) registers after setmaxnreg, by number of consumer warpgroups (see sm90_fwd).
+REGISTER_SPLIT = {1: (56, 256), 2: (24, 240)}
+
+# Registers that a thread needs beside the tiles: addresses, loop state. The least with which every default compiles without a
+# spill; ptxas has the last word (tests/compile).
+REGISTERS_BESIDE_TILES = 12
+
+NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
+DQ_COLUMNS_AT_ONCE = 128  # split by products: 64 accumulator registers beside the 64 x head_dim of dV
+PREPROCESS_THREADS = 128
+
+
+@dataclass(frozen=True)
+class Sm90BwdPlan(KernelPlan):
+    """Every number of templates/sm90/bwd.cu.j2."""
+
+    template: str = "sm90/bwd.cu.j2"
+
+    # How the work is split
+
+    @property
+    def num_mma_warpgroups(self) -> int:
+        return self.num_mma_warps // 4
+
+    @property
+    def splits_products(self) -> bool:
+        """The first mma warpgroup holds dV and makes dQ, the second holds dK; else each holds both for its own 64 keys."""
+        return self.num_mma_warpgroups == 2 and self.tile_n == ROWS_PER_WARPGROUP
+
+    @property
+    def swaps_dq(self) -> bool:
+        """dQ^T = K^T dS^T rather than dQ = dS K: the warpgroups then split the head dim, and tile_m is free."""
+        return not self.splits_products and self.head_dim > 64
+
+    @property
+    def split(self) -> str:
+        """Part of a template's name."""
+        return "products" if self.splits_products else "keys"
+
+    # Threads and registers
+
+    @property
+    def num_threads(self) -> int:
+        return WARPGROUP_THREADS * (1 + self.num_mma_warpgroups)
+
+    @property
+    def num_mma_threads(self) -> int:
+        return WARPGROUP_THREADS * self.num_mma_warpgroups
+
+    @property
+    def producer_registers(self) -> int:
+        return REGISTER_SPLIT[self.num_mma_warpgroups][0]
+
+    @property
+    def consumer_registers(self) -> int:
+        return REGISTER_SPLIT[self.num_mma_warpgroups][1]
+
+    @property
+    def num_acc_s(self) -> int:
+        """fp32 registers of S^T in one thread, and of dP^T."""
+        return self.wgmma_s.num_accumulators
+
+    @property
+    def num_p(self) -> int:
+        """32-bit registers of P^T, two elements each, in one thread, and of dS^T."""
+        return self.num_acc_s // 2
+
+    @property
+    def num_acc_dkv(self) -> int:
+        """fp32 registers of dK in one thread, and of dV."""
+        return self.wgmma_dkv.num_accumulators
+
+    @property
+    def num_acc_dq(self) -> int:
+        """fp32 registers of dQ in one thread: of one 64-row tile, in one slice of columns."""
+        return self.wgmma_dq.num_accumulators
+
+    @property
+    def num_acc_dq_rest(self) -> int:
+        """Those of the second slice of columns, if there is one, without padding."""
+        return (self.head_dim - self.wgmma_dq.n) // 2
+
+    @property
+    def dq_accumulator_counts(self) -> tuple[int, ...]:
+        """The sizes of dQ's accumulator arrays, each once."""
+        rest = {self.wgmma_dq_rest.num_accumulators} if self.has_dq_rest else set()
+        return tuple(sorted({self.num_acc_dq} | rest))
+
+    @property
+    def register_estimate(self) -> int:
+        """The most that is alive at one time, in the warpgroup that has the most."""
+        s, p, dkv, dq = self.num_acc_s, self.num_p, self.num_acc_dkv, self.num_acc_dq
+        tiles = dkv + p + max(2 * s, dq) if self.splits_products else 2 * dkv + p + max(2 * s, dq)
+        return tiles + REGISTERS_BESIDE_TILES
+
+    # Matrix instructions
+
+    @cached_property
+    def wgmma_s(self) -> Wgmma:
+        """S^T = K Q^T and dP^T = V dO^T: 64 keys x tile_m queries."""
+        return Wgmma(self.dtype, self.tile_m, "shared", b_transposed=False)
+
+    @cached_property
+    def wgmma_dkv(self) -> Wgmma:
+        """dV += P^T dO and dK += dS^T Q: 64 keys x head_dim."""
+        return Wgmma(self.dtype, self.head_dim, "registers", b_transposed=True)
+
+    @cached_property
+    def wgmma_dq(self) -> Wgmma:
+        """dQ = dS K: 64 queries x head_dim; or dQ^T = K^T dS^T: 64 columns of the head dim x tile_m queries."""
+        if self.swaps_dq:
+            return Wgmma(self.dtype, self.tile_m, "shared", b_transposed=False, a_transposed=True)
+        return Wgmma(self.dtype, min(self.head_dim, self.dq_columns_at_once), "shared", b_transposed=True)
+
+    @cached_property
+    def wgmma_dq_rest(self) -> Wgmma:
+        """The columns of dQ that wgmma_dq leaves, where `has_dq_rest`.
+
+        The same instruction where K has panels enough, though its last columns may be padding: into the same registers, since two
+        sets of them beside dV would not fit.
+        """
+        if self.kv_tile.count * self.kv_tile.columns == 2 * self.wgmma_dq.n:
+            return self.wgmma_dq
+        return Wgmma(self.dtype, self.head_dim - self.wgmma_dq.n, "shared", b_transposed=True)
+
+    @property
+    def reuses_acc_dq(self) -> bool:
+        return self.wgmma_dq_rest == self.wgmma_dq
+
+    @property
+    def dq_columns_at_once(self) -> int:
+        return DQ_COLUMNS_AT_ONCE if self.splits_products else self.head_dim
+
+    @property
+    def has_dq_rest(self) -> bool:
+        return not self.swaps_dq and self.head_dim > self.dq_columns_at_once
+
+    @property
+    def dq_rest_panel(self) -> int:
+        """The panel of K where the second slice of columns begins."""
+        return self.wgmma_dq.n // self.kv_tile.columns
+
+    @cached_property
+    def wgmmas(self) -> tuple[Wgmma, ...]:
+        """The instructions, each once."""
+        rest = (self.wgmma_dq_rest,) if self.has_dq_rest else ()
+        return tuple(dict.fromkeys((self.wgmma_s, self.wgmma_dkv, self.wgmma_dq, *rest)))
+
+    @property
+    def accumulator_counts(self) -> tuple[int, ...]:
+        """The sizes of accumulator arrays, each once."""
+        return tuple(sorted({wgmma.num_accumulators for wgmma in self.wgmmas}))
+
+    @property
+    def num_k_steps_head_dim(self) -> int:
+        """Steps of 16 along the head dim; the last reads zeros where the head dim is an odd multiple of 8."""
+        return align_up(self.head_dim, 16) // 16
+
+    @property
+    def num_k_steps_m(self) -> int:
+        return self.tile_m // 16
+
+    @property
+    def num_k_steps_n(self) -> int:
+        return self.tile_n // 16
+
+    @property
+    def k_steps_per_panel(self) -> int:
+        return self.kv_tile.columns // 16
+
+    # Shared memory, in the order of the map: K, V, Q stages, dO stages, dS stages, dQ, row statistics, barriers
+
+    @property
+    def ds_tile(self) -> Panels:
+        """dS [query][key]."""
+        return Panels(self.tile_m, self.tile_n, self.tiling.swizzle_bytes)
+
+    @property
+    def num_ds_stages(self) -> int:
+        return NUM_DS_STAGES
+
+    @property
+    def smem_k(self) -> int:
+        return 0
+
+    @property
+    def smem_v(self) -> int:
+        return self.smem_k + self.kv_tile.bytes
+
+    @property
+    def smem_q(self) -> int:
+        return self.smem_v + self.kv_tile.bytes
+
+    @property
+    def smem_dout(self) -> int:
+        return self.smem_q + self.num_stages * self.q_tile.bytes
+
+    @property
+    def smem_ds(self) -> int:
+        return self.smem_dout + self.num_stages * self.q_tile.bytes
+
+    @property
+    def smem_dq(self) -> int:
+        return self.smem_ds + self.num_ds_stages * self.ds_tile.bytes
+
+    @property
+    def stages_dq(self) -> bool:
+        """Whether dQ goes to global memory through shared memory; split by products, it has no room there."""
+        return not self.splits_products
+
+    @property
+    def smem_lse(self) -> int:
+        return self.smem_dq + (self.dq_block_floats * FLOAT_BYTES if self.stages_dq else 0)
+
+    @property
+    def statistics_bytes(self) -> int:
+        """LSE, or dPsum, of one block of queries."""
+        return self.tile_m * FLOAT_BYTES
+
+    @property
+    def smem_dpsum(self) -> int:
+        return self.smem_lse + self.num_stages * self.statistics_bytes
+
+    @property
+    def smem_barriers(self) -> int:
+        return self.smem_dpsum + self.num_stages * self.statistics_bytes
+
+    @property
+    def num_barriers(self) -> int:
+        """K, V; full and empty of each stage of Q and dO, and of dS where one warpgroup makes it for another."""
+        return 2 + 4 * self.num_stages + (2 * self.num_ds_stages if self.splits_products else 0)
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return self.smem_barriers + BARRIER_BYTES * self.num_barriers
+
+    # Matrix descriptors (see sm90_fwd)
+
+    @property
+    def desc_hi(self) -> int:
+        return (1 << 30) | (8 * self.tiling.swizzle_bytes >> 4)
+
+    @property
+    def desc_lo_q(self) -> int:
+        """Q and dO, MN-major: the leading byte offset is the step to the next panel of columns."""
+        return (self.q_tile.panel_bytes >> 4) << 16
+
+    @property
+    def desc_lo_k(self) -> int:
+        """K, MN-major, likewise."""
+        return (self.kv_tile.panel_bytes >> 4) << 16
+
+    # The dQ accumulator in global memory: for each block of queries `num_dq_slices` runs, each of one warp's registers in the
+    # order [register / 4][lane][register % 4], so that every access to it is linear.
+
+    @property
+    def num_dq_slices(self) -> int:
+        """Warps that hold 16 rows of dQ, or 16 columns of it where they hold dQ^T."""
+        return ceil_div(self.head_dim, WARP_ROWS) if self.swaps_dq else self.tile_m // WARP_ROWS
+
+    @property
+    def dq_slice_floats(self) -> int:
+        return WARP_ROWS * (self.tile_m if self.swaps_dq else self.head_dim)
+
+    @property
+    def dq_block_floats(self) -> int:
+        return self.num_dq_slices * self.dq_slice_floats
+
+    # Pre- and postprocess
+
+    @property
+    def chunks_per_row(self) -> int:
+        """16-byte chunks of a row of O."""
+        return self.head_dim // 8
+
+    @property
+    def lanes_per_row(self) -> int:
+        """Lanes that share a row: the power of two that has one for each chunk."""
+        return 1 << (self.chunks_per_row - 1).bit_length()
+
+    @property
+    def preprocess_threads(self) -> int:
+        return PREPROCESS_THREADS
+
+    @property
+    def postprocess_threads(self) -> int:
+        return 32 * self.num_dq_slices
+
+    # Launch
+
+    @property
+    def preprocess_name(self) -> str:
+        return f"{self.name}_preprocess"
+
+    @property
+    def postprocess_name(self) -> str:
+        return f"{self.name}_postprocess"
+
+    @property
+    def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
+        span, columns = self.tiling.swizzle_bytes, self.kv_tile.columns
+        return (
+            TensorMapPlan("q", columns, self.tile_m, span),
+            TensorMapPlan("k", columns, self.tile_n, span),
+            TensorMapPlan("v", columns, self.tile_n, span),
+            TensorMapPlan("dout", columns, self.tile_m, span),
+            TensorMapPlan("dk", columns, WARP_ROWS, span),
+            TensorMapPlan("dv", columns, WARP_ROWS, span),
+        )
+
+    @property
+    def postprocess_tensor_maps(self) -> tuple[TensorMapPlan, ...]:
+        return (TensorMapPlan("dq", self.q_tile.columns, self.tile_m, self.tiling.swizzle_bytes),)
+
+    @property
+    def entry_points(self) -> tuple[EntryPoint, ...]:
+        return (
+            EntryPoint(self.preprocess_name, self.preprocess_threads, 0, ()),
+            EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps),
+            EntryPoint(self.postprocess_name, self.postprocess_threads, self.q_tile.bytes, self.postprocess_tensor_maps),
+        )
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """Of all three kernels. dlse may be null: LSE has no gradient then."""
+        return (
+            *(Param(name, "void const*") for name in ("o", "dout")),
+            *(Param(name, "float const*") for name in ("lse", "dlse")),
+            *(Param(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")),
+            *(Param(f"{name}_{step}_stride", "int64_t") for name in ("o", "dout") for step in ("batch", "row", "head")),
+            *(
+                Param(name, "int")
+                for name in (
+                    "seqlen_q",
+                    "seqlen_k",
+                    "num_heads",
+                    "num_heads_kv",
+                    "num_heads_per_kv",
+                    "num_m_blocks",
+                    "num_n_blocks",
+                    *(("num_batch_heads_kv", "heads_per_section") if self.causal else ()),
+                )
+            ),
+            Param("softmax_scale", "float"),
+            Param("softmax_scale_log2", "float"),
+        )
+
+    def broken_rules(self) -> Sequence[BrokenRule]:
+        broken = []
+        arch = ARCHES["sm90"]
+        if self.num_mma_warps not in (4, 8):
+            broken.append(BrokenRule("mma warps", f"{self.num_mma_warps} given; one or two warpgroups: 4 or 8"))
+            return broken  # nothing else can be said without a warpgroup count
+        if self.tiling.swizzle_bytes != 128:
+            broken.append(BrokenRule("swizzle", f"{self.tiling.swizzle_bytes} given; backward kernels have 128-byte panels"))
+            return broken
+        keys = ROWS_PER_WARPGROUP * self.num_mma_warpgroups
+        if self.tile_n not in (keys, ROWS_PER_WARPGROUP):
+            broken.append(
+                BrokenRule(
+                    "keys",
+                    f"tile_n {self.tile_n}, but {self.num_mma_warps} warps take {keys} keys, or {ROWS_PER_WARPGROUP} if one "
+                    "warpgroup holds dV and another dK",
+                )
+            )
+            return broken
+        if self.splits_products and self.tile_m != ROWS_PER_WARPGROUP:
+            broken.append(BrokenRule("query rows", f"tile_m {self.tile_m}; one warpgroup makes dQ: {ROWS_PER_WARPGROUP}"))
+        elif not self.splits_products and not self.swaps_dq and self.tile_m != keys:
+            broken.append(
+                BrokenRule("query rows", f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows of dQ a warpgroup: {keys}")
+            )
+        if self.swaps_dq and self.head_dim > keys:
+            broken.append(
+                BrokenRule("head dim", f"{self.head_dim}, but {self.num_mma_warps} warps take 64 columns of dQ a warpgroup: {keys}")
+            )
+        if self.shared_memory_bytes > arch.shared_memory_per_block:
+            broken.append(
+                BrokenRule(
+                    "shared memory",
+                    f"{bytes_text(self.shared_memory_bytes)} needed (K and V {2 * self.kv_tile.bytes:,} + {self.num_stages} stages x "
+                    f"(Q {self.q_tile.bytes:,} + dO {self.q_tile.bytes:,}) + {self.num_ds_stages} x dS {self.ds_tile.bytes:,} + dQ "
+                    f"{self.smem_lse - self.smem_dq:,} + statistics, barriers), {bytes_text(arch.shared_memory_per_block)} available",
+                )
+            )
+        if self.register_estimate > self.consumer_registers:
+            broken.append(
+                BrokenRule(
+                    "registers",
+                    f"{self.register_estimate} a thread needed (S {self.num_acc_s}, dP {self.num_acc_s}, P {self.num_p}, dK and dV "
+                    f"{self.num_acc_dkv} each, dQ {self.num_acc_dq}), {self.consumer_registers} available to {self.num_mma_warps} warps",
+                )
+            )
+        return broken
