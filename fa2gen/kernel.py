@@ -35,7 +35,7 @@ Strides = tuple[int, int, int]
 _MAP_BYTES = 128  # sizeof(CUtensorMap); it must lie on a 64-byte boundary
 _ALIGNMENT = 64
 _MAX_GRID_YZ = 65_535
-_MAX_INT32 = 2**31 - 1
+_MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bits
 _MAX_STRIDE_BYTES = 2**40 - 1
 _REMEMBERED_MAPS = 64  # encoded tensor maps kept for each argument of a launch; 128 bytes each
 
@@ -135,8 +135,8 @@ class Kernel:
                 f"too large for one launch: {error}; split the batch over several calls"
             ) from error
         for what, size, limit in (
-            ("seqlen_q", shape.seqlen_q, _MAX_INT32),
-            ("seqlen_k", shape.seqlen_k, _MAX_INT32),
+            ("seqlen_q", shape.seqlen_q, _MAX_SEQLEN),
+            ("seqlen_k", shape.seqlen_k, _MAX_SEQLEN),
             ("heads", launch.grid[1], _MAX_GRID_YZ),
             ("batch", launch.grid[2], _MAX_GRID_YZ),
         ):

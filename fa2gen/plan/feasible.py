@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from fa2gen.arch import ArchName
-from fa2gen.errors import InfeasibleSpec
+from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
 from fa2gen.plan.base import BrokenRule, KernelPlan
 from fa2gen.plan.sm80_fwd import Sm80FwdPlan
 from fa2gen.plan.sm90_bwd import Sm90BwdPlan
@@ -32,9 +32,18 @@ _WARPS = {"sm80": (4, 8), "sm90": (4, 8, 12)}
 _SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 
 
+def _plan_of(spec: KernelSpec) -> KernelPlan:
+    """The plan, feasible or not."""
+    kind = _PLANS.get((spec.tiling.arch, spec.problem.direction))
+    if kind is None:
+        others = ", ".join(arch for arch, direction in _PLANS if direction == spec.problem.direction)
+        raise UnsupportedProblem(f"{spec.name}: {spec.problem.direction} kernels are built for {others} only")
+    return kind(spec)
+
+
 def make_plan(spec: KernelSpec) -> KernelPlan:
     """The plan of a spec. Raises InfeasibleSpec with all broken rules, their numbers and the nearest that fits."""
-    plan = _PLANS[spec.tiling.arch, spec.problem.direction](spec)
+    plan = _plan_of(spec)
     broken = plan.broken_rules()
     if broken:
         raise InfeasibleSpec(_explain(plan, list(broken)))
@@ -43,7 +52,7 @@ def make_plan(spec: KernelSpec) -> KernelPlan:
 
 def fits(spec: KernelSpec) -> bool:
     """Whether make_plan accepts the spec, without the search for the nearest that it does when it refuses (0.1 s)."""
-    return not _PLANS[spec.tiling.arch, spec.problem.direction](spec).broken_rules()
+    return not _plan_of(spec).broken_rules()
 
 
 def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
@@ -92,6 +101,6 @@ def _explain(plan: KernelPlan, broken: list[BrokenRule]) -> str:
             for field in type(nearest).model_fields
             if getattr(nearest, field) != getattr(asked, field)
         ]
-        fit = _PLANS[asked.arch, plan.problem.direction](KernelSpec(problem=plan.problem, tiling=nearest))
+        fit = _plan_of(KernelSpec(problem=plan.problem, tiling=nearest))
         rows.append(("nearest", f"{', '.join(changed)} ({fit.shared_memory_bytes:,} B). {command}"))
     return "\n".join([f"{plan.name} does not fit {plan.arch}", *(f"  {rule:<14} {detail}" for rule, detail in rows)])

@@ -34,8 +34,8 @@ WIDEST_WITHOUT_R2UR = 160
 """Up to this head dim the loop's descriptors fit the uniform registers; above, a few are moved there each time."""
 
 
-def default(arch: str, head_dim: int, dtype: str, mask: str) -> KernelSpec:
-    problem = Problem(head_dim=head_dim, dtype=dtype, mask=mask)
+def default(arch: str, head_dim: int, dtype: str, mask: str, direction: str = "fwd") -> KernelSpec:
+    problem = Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask=mask)
     return KernelSpec(problem=problem, tiling=default_tiling(problem, arch))
 
 
@@ -192,6 +192,19 @@ def test_kernel(name, compiled, tmp_path):
 def test_sm80_kernels_for_hopper(name):
     """On request they serve 9.0 too, where ptxas allocates registers anew."""
     report = compile_kernel(plan_of(name), "sm_90").report
+    assert (report.spill_bytes, report.stack_bytes, report.notes) == (0, 0, ())
+
+
+def backward_kernels() -> list[str]:
+    turns = itertools.cycle([("bf16", "causal"), ("fp16", "full"), ("fp16", "causal"), ("bf16", "full")])
+    return [default("sm90", d, dtype, mask, "bwd").name for d, (dtype, mask) in zip(HEAD_DIMS, turns, strict=False)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", backward_kernels())
+def test_backward_kernel(name):
+    """With the two small kernels before and after it, which are in the same source."""
+    report = compile_kernel(plan_of(name)).report
     assert (report.spill_bytes, report.stack_bytes, report.notes) == (0, 0, ())
 
 

@@ -30,6 +30,7 @@ def random_specs(count: int) -> list[KernelSpec]:
     return [
         KernelSpec(
             problem=Problem(
+                direction=rng.choice(["fwd", "bwd"]),
                 head_dim=rng.randrange(8, 257, 8),
                 dtype=rng.choice(["fp16", "bf16"]),
                 mask=rng.choice(["full", "causal"]),
@@ -131,7 +132,7 @@ def test_every_other_text_is_refused_or_is_the_name_of_what_it_gives():
         NAME + CUDA,
         NAME.replace("bf16", JINJA),
         NAME + "\0",
-        NAME.replace("bwd", "fwd").replace("fwd", "bwd"),
+        NAME.replace("fwd", "dgrad"),
         NAME.replace("sm90", "sm100"),
         NAME.replace("bf16", "fp8"),
         NAME.replace("d128", "d136x"),
