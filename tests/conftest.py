@@ -14,11 +14,16 @@ GPU_TESTS = Path(__file__).parent / "gpu"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests see no FA2GEN_* variable of the user's, and one kernel cache of their own for all xdist workers."""
+    """Tests see no FA2GEN_* variable of the user's, and one kernel cache of their own for all xdist workers.
+
+    Torch gets one thread: the workers share the cores already, and threads that wait for each other there made small
+    operators ten times as slow.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # inherits what the controller has set below
     for name in [name for name in os.environ if name.startswith("FA2GEN_")]:
         del os.environ[name]
+    os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["FA2GEN_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="fa2gen-tests-")
     config.add_cleanup(functools.partial(shutil.rmtree, folder, ignore_errors=True))
 

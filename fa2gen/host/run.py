@@ -167,7 +167,9 @@ def run_library(path: Path, job: Job, memories: Sequence[Memory]) -> tuple[str, 
 
 @functools.lru_cache(maxsize=256)
 def _entry(path: Path, kernel: str) -> ctypes._NamedFuncPointer:
-    return getattr(ctypes.CDLL(str(path)), f"fa2gen_host_launch_{kernel}" if kernel else "fa2gen_host_launch")
+    name = f"fa2gen_host_launch_{kernel}" if kernel else "fa2gen_host_launch"
+    entry: ctypes._NamedFuncPointer = getattr(ctypes.CDLL(str(path)), name)
+    return entry
 
 
 def _pack(

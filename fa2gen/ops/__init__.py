@@ -1,4 +1,4 @@
-"""The PyTorch door: the functions of flash_attn 2.8, the operators `fa2gen::fwd` and `fa2gen::bwd` behind them, validation and dispatch.
+"""The PyTorch door: the functions of flash_attn 2.8, and behind them the operators `fa2gen::fwd` and `fa2gen::bwd`.
 
 Shapes everywhere: q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim), heads a multiple of
 heads_kv; out like q, contiguous; lse (batch, heads, seqlen_q), fp32, the natural logarithm of the softmax sums. fp16 or

@@ -51,6 +51,10 @@ class _Call:
 
 
 _REMEMBERED_CALLS = 1024
+# torch.cuda's functions of these names without their Python, which costs as much again; a CPU build lacks them.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
+
 _calls: dict[tuple[Any, ...], _Call] = {}
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 _retired: list[Kernel] = []  # what `forget` dropped
@@ -95,7 +99,7 @@ def forward_cuda(
     if launch is None or (q_at | k_at | v_at) & 15:
         q, k, v = (x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         return forward_cuda(q, k, v, softmax_scale, causal, arch, tiling, (out, lse))
-    if torch.cuda.current_device() == call.device:
+    if _current_device() == call.device:
         _launch(launch, call.device, q_at, k_at, v_at, out, lse)
     else:
         with torch.cuda.device(call.device):
@@ -170,7 +174,7 @@ def _counter(device: int, stream: int) -> Tensor:
     Launches on one stream follow each other, and each leaves its counter 0: so there is one for each stream. A captured
     graph may be replayed on any stream, so it zeroes one of its own, from its own memory pool.
     """
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing():
         return torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
     counter = _counters.get((device, stream))
     if counter is None:

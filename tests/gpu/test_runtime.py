@@ -200,3 +200,22 @@ def test_mixed_devices_and_options_are_refused():
         attention(q, q, q, arch="sm70")
     with pytest.raises(fa2gen.UnsupportedProblem, match="head_dim is 12"):
         flash_attn_func(*(q[..., :12],) * 3)
+
+
+def test_a_dispatch_mode_sees_the_operator():
+    """Eager calls go past the dispatcher; whoever listens there (tracing, flop counting) must still see them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 64, 2, 64, device="cuda", dtype=torch.bfloat16)
+    expected = fa2gen.flash_attn_func(q, q, q)
+    with Listening():
+        out = fa2gen.flash_attn_func(q, q, q)
+    assert "fa2gen.fwd.default" in seen
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
