@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from fa2gen.arch import ArchName
-from fa2gen.errors import InfeasibleSpec
+from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
 from fa2gen.plan.base import BrokenRule, KernelPlan
 from fa2gen.plan.sm80_fwd import Sm80FwdPlan
 from fa2gen.plan.sm90_bwd import Sm90BwdPlan
@@ -21,6 +21,8 @@ _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm90", "bwd"): Sm90BwdPlan,
 }
 
+_BACKWARD_TILE_M = (64, 80, 96, 112, 128)
+
 # The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.
 _TILE_M = {"sm80": (64, 128, 192), "sm90": (64, 128, 192)}
 _TILE_N = {
@@ -34,7 +36,10 @@ _SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 
 def make_plan(spec: KernelSpec) -> KernelPlan:
     """The plan of a spec. Raises InfeasibleSpec with all broken rules, their numbers and the nearest tiling that fits."""
-    plan = _PLANS[spec.tiling.arch, spec.problem.direction](spec)
+    found = _PLANS.get((spec.tiling.arch, spec.problem.direction))
+    if found is None:
+        raise UnsupportedProblem(f"{spec.name}: backward kernels are built for sm90 alone")
+    plan = found(spec)
     broken = plan.broken_rules()
     if broken:
         raise InfeasibleSpec(_explain(plan, list(broken)))
@@ -43,13 +48,14 @@ def make_plan(spec: KernelSpec) -> KernelPlan:
 
 def fits(spec: KernelSpec) -> bool:
     """Whether make_plan accepts the spec, without the search for the nearest that it does when it refuses (0.1 s)."""
-    return not _PLANS[spec.tiling.arch, spec.problem.direction](spec).broken_rules()
+    found = _PLANS.get((spec.tiling.arch, spec.problem.direction))
+    return found is not None and not found(spec).broken_rules()
 
 
 def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
     """Every feasible tiling of a small grid, for `fa2gen plan`, error messages and tuning."""
     for warps in _WARPS[arch]:
-        for tile_m in _TILE_M[arch]:
+        for tile_m in _BACKWARD_TILE_M if problem.direction == "bwd" else _TILE_M[arch]:
             for tile_n in _TILE_N[arch]:
                 for stages in _STAGES[arch]:
                     for span in _SWIZZLES:

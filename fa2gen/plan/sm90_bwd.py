@@ -380,6 +380,8 @@ class Sm90BwdPlan(KernelPlan):
         if self.num_mma_warps not in (4, 8):
             broken.append(BrokenRule("mma warps", f"{self.num_mma_warps} given; one or two warpgroups: 4 or 8"))
             return broken  # nothing else can be said without a warpgroup count
+        if self.tiling.lazy_rescale:
+            broken.append(BrokenRule("lazy rescale", "1 given; a backward kernel has no running maximum: 0"))
         if self.tiling.swizzle_bytes != 128:
             broken.append(BrokenRule("swizzle", f"{self.tiling.swizzle_bytes} given; backward kernels have 128-byte panels"))
             return broken

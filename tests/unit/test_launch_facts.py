@@ -110,7 +110,7 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
     """Params, the mask's and the tile order's functions of a rendered kernel, compiled for this machine."""
     plan = plan_of(arch, mask)
     rendered = render(plan)
-    wanted = ("common/params.", "common/mask_", f"{arch}/tiles_", "sm90/pipeline.")
+    wanted = ("common/params.", "common/mask_", f"{arch}/tiles_", "sm90/pipeline.", "sm90/pipeline_state.")
     text = [
         line
         for line, origin in zip(rendered.source.splitlines(), rendered.origins, strict=True)
