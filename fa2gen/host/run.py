@@ -167,7 +167,8 @@ def run_library(path: Path, job: Job, memories: Sequence[Memory]) -> tuple[str, 
 
 @functools.lru_cache(maxsize=256)
 def _entry(path: Path, kernel: str) -> ctypes._NamedFuncPointer:
-    return getattr(ctypes.CDLL(str(path)), f"fa2gen_host_launch_{kernel}" if kernel else "fa2gen_host_launch")
+    library = ctypes.CDLL(str(path))
+    return library[f"fa2gen_host_launch_{kernel}" if kernel else "fa2gen_host_launch"]
 
 
 def _pack(

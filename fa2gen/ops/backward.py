@@ -24,7 +24,7 @@ __all__ = ["backward_cuda", "refuse_untrainable", "validate_backward"]
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What all calls with one signature share; `launch` is None where there is no query or no key, so all gradients are 0."""
+    """What all calls with one signature share; `launch` is None where there is no query or no key: all gradients are 0."""
 
     device: int
     launch: PreparedBackward | None
@@ -56,7 +56,8 @@ def backward_cuda(
     dout, out  shaped as q, of any strides; lse, dlse (batch, heads, seqlen_q) fp32.
     into       contiguous buffers to use.
 
-    Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel raises.
+    Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel
+    raises.
     """
     if deterministic:
         _refuse_deterministic()
@@ -66,7 +67,8 @@ def backward_cuda(
     if dlse is not None:
         dlse = dlse.contiguous()
     shapes = tuple((x.shape, x.stride(), x.dtype, x.get_device()) for x in (q, k, v, dout, out))
-    key = (*shapes, lse.shape, lse.dtype, softmax_scale, causal, tiling)
+    rows = tuple(None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse))
+    key = (*shapes, *rows, softmax_scale, causal, tiling)
     call = _calls.get(key)
     if call is None:
         call = _prepare(dout, q, k, v, out, lse, dlse, softmax_scale, causal, tiling)
@@ -100,15 +102,15 @@ def backward_cuda(
 
 
 def refuse_untrainable(q: Tensor, deterministic: bool) -> None:
-    """Raise UnsupportedProblem where the gradients of CUDA tensors could not be computed: before the forward pass, not after."""
+    """Raise UnsupportedProblem where gradients of CUDA tensors could not be computed: before the forward pass."""
     if deterministic:
         _refuse_deterministic()
     asked = env.arch()
     family, _ = kernel_arch(_device(q.get_device()), "sm80" if asked == "sm80" else None)
     if family != "sm90":
         raise UnsupportedProblem(
-            f"gradients are built for sm90 kernels alone (compute capability 9.0, FA2GEN_ARCH not sm80), and an input requires "
-            f"one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach the inputs"
+            "gradients are built for sm90 kernels alone (compute capability 9.0, FA2GEN_ARCH not sm80), and an input "
+            f"requires one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach the inputs"
         )
 
 
@@ -131,8 +133,8 @@ def validate_backward(
 
 def _refuse_deterministic() -> None:
     raise UnsupportedProblem(
-        "deterministic gradients are not built yet: dq is a sum whose order varies from run to run (dk and dv are the same in "
-        "every run); pass deterministic=False"
+        "deterministic gradients are not built yet: dq is a sum whose order varies from run to run (dk and dv are the "
+        "same in every run); pass deterministic=False"
     )
 
 
@@ -153,10 +155,8 @@ def _prepare(
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, num_heads_kv = k.shape[1:3]
     device = q.get_device()
-    problem = Problem(
-        direction="bwd", head_dim=head_dim, dtype=DTYPES[q.dtype], mask="causal" if causal else "full"
-    )
-    plan, target = _choose(problem, _device(device), None, tiling)
+    problem = Problem(direction="bwd", head_dim=head_dim, dtype=DTYPES[q.dtype], mask="causal" if causal else "full")
+    plan, target = _choose(problem, _device(device), None, tiling, seqlen_k)
     if not (q.numel() and k.numel()):
         return _Call(device, None)
     from fa2gen.kernel import PreparedBackward

@@ -3,8 +3,9 @@
 fwd(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal) -> (Tensor out, Tensor lse)
 bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool causal, bool deterministic) -> (dq, dk, dv)
 
-CUDA tensors run generated kernels, CPU tensors the reference, fake tensors its shapes. `Library.define` and `impl` rather
-than `custom_op`: 4 microseconds a call instead of 11; autograd is a Function around the operators for the same reason.
+CUDA tensors run generated kernels, CPU tensors the reference, fake tensors its shapes. `Library.define` and `impl`
+rather than `custom_op`: 4 microseconds a call instead of 11; autograd is a Function around the operators for the same
+reason.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def attention(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if needs_grad and (arch is not None or tiling is not None):
         raise UnsupportedProblem(
-            "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach the inputs"
+            "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach it"
         )
     if arch is None and tiling is None:
         try:
@@ -184,8 +185,8 @@ _LIBRARY.impl("fwd", _forward_cpu, "CPU")
 _LIBRARY.impl("fwd", forward_cuda, "CUDA")
 torch.library.register_fake("fa2gen::fwd", _forward_fake, lib=_LIBRARY)
 _LIBRARY.define(
-    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, float softmax_scale, bool causal, "
-    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, float softmax_scale, "
+    "bool causal, bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag),
 )
 _LIBRARY.impl("bwd", _backward_cpu, "CPU")

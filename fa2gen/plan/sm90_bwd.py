@@ -1,7 +1,7 @@
 """The backward kernels of Hopper: preprocess, main and postprocess in one source.
 
-The main kernel has one block of threads for each block of keys, which walks the blocks of queries. Its mma warpgroups split
-the work in one of two ways, which the tiling decides:
+The main kernel has one block of threads for each block of keys, which walks the blocks of queries. Its mma warpgroups
+split the work in one of two ways, which the tiling decides:
 
   by keys      64 keys each, tile_n = 64 a warpgroup: a warpgroup holds dK and dV of its keys. Head dims up to 128.
   by products  tile_n = 64 for two warpgroups: the first holds dV and makes dQ, the second holds dK. Any head dim: only
@@ -30,7 +30,7 @@ FLOAT_BYTES = 4
 # (producer, consumer) registers after setmaxnreg, by number of consumer warpgroups (see sm90_fwd).
 REGISTER_SPLIT = {1: (56, 256), 2: (24, 240)}
 
-# Registers that a thread needs beside the tiles: addresses, loop state. The least with which every default compiles without a
+# Registers that a thread needs beside the tiles: addresses, loop state. With these every default compiles without a
 # spill; ptxas has the last word (tests/compile).
 REGISTERS_BESIDE_TILES = 12
 
@@ -53,7 +53,7 @@ class Sm90BwdPlan(KernelPlan):
 
     @property
     def splits_products(self) -> bool:
-        """The first mma warpgroup holds dV and makes dQ, the second holds dK; else each holds both for its own 64 keys."""
+        """The first mma warpgroup holds dV and makes dQ, the second holds dK; else each holds both for its 64 keys."""
         return self.num_mma_warpgroups == 2 and self.tile_n == ROWS_PER_WARPGROUP
 
     @property
@@ -145,8 +145,8 @@ class Sm90BwdPlan(KernelPlan):
     def wgmma_dq_rest(self) -> Wgmma:
         """The columns of dQ that wgmma_dq leaves, where `has_dq_rest`.
 
-        The same instruction where K has panels enough, though its last columns may be padding: into the same registers, since two
-        sets of them beside dV would not fit.
+        The same instruction where K has panels enough, though its last columns may be padding: into the same registers,
+        since two sets of them beside dV would not fit.
         """
         if self.kv_tile.count * self.kv_tile.columns == 2 * self.wgmma_dq.n:
             return self.wgmma_dq
@@ -279,8 +279,8 @@ class Sm90BwdPlan(KernelPlan):
         """K, MN-major, likewise."""
         return (self.kv_tile.panel_bytes >> 4) << 16
 
-    # The dQ accumulator in global memory: for each block of queries `num_dq_slices` runs, each of one warp's registers in the
-    # order [register / 4][lane][register % 4], so that every access to it is linear.
+    # The dQ accumulator in global memory: for each block of queries `num_dq_slices` runs, each of one warp's registers
+    # in the order [register / 4][lane][register % 4], so that every access to it is linear.
 
     @property
     def num_dq_slices(self) -> int:
@@ -346,7 +346,9 @@ class Sm90BwdPlan(KernelPlan):
         return (
             EntryPoint(self.preprocess_name, self.preprocess_threads, 0, ()),
             EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps),
-            EntryPoint(self.postprocess_name, self.postprocess_threads, self.q_tile.bytes, self.postprocess_tensor_maps),
+            EntryPoint(
+                self.postprocess_name, self.postprocess_threads, self.q_tile.bytes, self.postprocess_tensor_maps
+            ),
         )
 
     @property
@@ -383,43 +385,55 @@ class Sm90BwdPlan(KernelPlan):
         if self.tiling.lazy_rescale:
             broken.append(BrokenRule("lazy rescale", "1 given; a backward kernel has no running maximum: 0"))
         if self.tiling.swizzle_bytes != 128:
-            broken.append(BrokenRule("swizzle", f"{self.tiling.swizzle_bytes} given; backward kernels have 128-byte panels"))
+            broken.append(
+                BrokenRule("swizzle", f"{self.tiling.swizzle_bytes} given; backward kernels have 128-byte panels")
+            )
             return broken
         keys = ROWS_PER_WARPGROUP * self.num_mma_warpgroups
         if self.tile_n not in (keys, ROWS_PER_WARPGROUP):
             broken.append(
                 BrokenRule(
                     "keys",
-                    f"tile_n {self.tile_n}, but {self.num_mma_warps} warps take {keys} keys, or {ROWS_PER_WARPGROUP} if one "
-                    "warpgroup holds dV and another dK",
+                    f"tile_n {self.tile_n}, but {self.num_mma_warps} warps take {keys} keys, or "
+                    f"{ROWS_PER_WARPGROUP} if one warpgroup holds dV and another dK",
                 )
             )
             return broken
         if self.splits_products and self.tile_m != ROWS_PER_WARPGROUP:
-            broken.append(BrokenRule("query rows", f"tile_m {self.tile_m}; one warpgroup makes dQ: {ROWS_PER_WARPGROUP}"))
+            broken.append(
+                BrokenRule("query rows", f"tile_m {self.tile_m}; one warpgroup makes dQ: {ROWS_PER_WARPGROUP}")
+            )
         elif not self.splits_products and not self.swaps_dq and self.tile_m != keys:
             broken.append(
-                BrokenRule("query rows", f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows of dQ a warpgroup: {keys}")
+                BrokenRule(
+                    "query rows",
+                    f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows of dQ a warpgroup: {keys}",
+                )
             )
         if self.swaps_dq and self.head_dim > keys:
             broken.append(
-                BrokenRule("head dim", f"{self.head_dim}, but {self.num_mma_warps} warps take 64 columns of dQ a warpgroup: {keys}")
+                BrokenRule(
+                    "head dim",
+                    f"{self.head_dim}, but {self.num_mma_warps} warps take 64 columns of dQ a warpgroup: {keys}",
+                )
             )
         if self.shared_memory_bytes > arch.shared_memory_per_block:
             broken.append(
                 BrokenRule(
                     "shared memory",
-                    f"{bytes_text(self.shared_memory_bytes)} needed (K and V {2 * self.kv_tile.bytes:,} + {self.num_stages} stages x "
-                    f"(Q {self.q_tile.bytes:,} + dO {self.q_tile.bytes:,}) + {self.num_ds_stages} x dS {self.ds_tile.bytes:,} + dQ "
-                    f"{self.smem_lse - self.smem_dq:,} + statistics, barriers), {bytes_text(arch.shared_memory_per_block)} available",
+                    f"{bytes_text(self.shared_memory_bytes)} needed (K and V {2 * self.kv_tile.bytes:,} + "
+                    f"{self.num_stages} stages x (Q {self.q_tile.bytes:,} + dO {self.q_tile.bytes:,}) + "
+                    f"{self.num_ds_stages} x dS {self.ds_tile.bytes:,} + dQ {self.smem_lse - self.smem_dq:,} + "
+                    f"statistics, barriers), {bytes_text(arch.shared_memory_per_block)} available",
                 )
             )
         if self.register_estimate > self.consumer_registers:
             broken.append(
                 BrokenRule(
                     "registers",
-                    f"{self.register_estimate} a thread needed (S {self.num_acc_s}, dP {self.num_acc_s}, P {self.num_p}, dK and dV "
-                    f"{self.num_acc_dkv} each, dQ {self.num_acc_dq}), {self.consumer_registers} available to {self.num_mma_warps} warps",
+                    f"{self.register_estimate} a thread needed (S {self.num_acc_s}, dP {self.num_acc_s}, "
+                    f"P {self.num_p}, dK and dV {self.num_acc_dkv} each, dQ {self.num_acc_dq}), {self.consumer_registers} available to "
+                    f"{self.num_mma_warps} warps",
                 )
             )
         return broken

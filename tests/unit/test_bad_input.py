@@ -165,7 +165,6 @@ CASES: dict[str, Case] = {
     "window of floats": Case(InvalidInput, "window_size is (1.5, 0)", lambda: run(window_size=(1.5, 0))),
     "window of text": Case(InvalidInput, "window_size is 'full'|(left, right)", lambda: run(window_size="full")),
     "window is a number": Case(InvalidInput, "window_size is 128|(left, right)", lambda: run(window_size=128)),
-    "second derivative": Case(UnsupportedProblem, "once|math backend", lambda: second_derivative()),
     "gradient and arch": Case(
         UnsupportedProblem, "arch|detach", lambda: fa2gen.attention(t(*Q).requires_grad_(), t(*K), t(*K), arch="sm90")
     ),

@@ -21,8 +21,8 @@ from fa2gen.spec import KernelSpec
 FOLDER = Path(__file__).resolve().parents[2] / "generated" / "golden"
 REFRESH = "python -m tests.unit.test_golden --write"
 
-# Together they show every template: both masks and dtypes, one stage and several, O beside Q and in its place, and the ways to
-# split the backward pass over warpgroups.
+# Together they show every template: both masks and dtypes, one stage and several, O beside Q and in its place, and the
+# ways to split the backward pass over warpgroups.
 NAMES = (
     "fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8",
