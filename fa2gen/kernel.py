@@ -97,7 +97,8 @@ class Kernel:
             if found != argument_sizes(self.plan, entry):
                 raise Fa2GenError(
                     f"{entry.symbol} takes arguments of {found} B, its plan packs "
-                    f"{argument_sizes(self.plan, entry)} B: the cubin was built by another version of fa2gen; build it again"
+                    f"{argument_sizes(self.plan, entry)} B: the cubin was built by another version of fa2gen; "
+                    "build it again"
                 )
         # Always, not only above the 48 KiB that need it: the attribute is per kernel and device, and starts at 48 KiB.
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

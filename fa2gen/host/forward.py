@@ -145,6 +145,8 @@ def run_forward(
     rendered: Rendered | None = None,
 ) -> Report:
     """As forward_into; `rendered` replaces the plan's own render (see build_library)."""
+    if plan.problem.direction != "fwd":
+        raise InvalidInput(f"{plan.name} is a backward kernel: fa2gen.host.backward.run_backward runs it")
     views = {name: checked(name, x) for name, x in (("q", q), ("k", k), ("v", v), ("o", out))}
     lse_view = view_of("lse", lse)
     (batch, seqlen_q, heads, _), (_, seqlen_k, heads_kv, _) = views["q"].shape, views["k"].shape

@@ -24,7 +24,7 @@ __all__ = ["backward_cuda", "refuse_untrainable", "validate_backward"]
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What all calls with one signature share; `launch` is None where there is no query or no key: all gradients are 0."""
+    """What all calls with one signature share; `launch` is None where there is no query or no key: gradients are 0."""
 
     device: int
     launch: PreparedBackward | None
@@ -110,7 +110,7 @@ def refuse_untrainable(q: Tensor, deterministic: bool) -> None:
     if family != "sm90":
         raise UnsupportedProblem(
             "gradients are built for sm90 kernels alone (compute capability 9.0, FA2GEN_ARCH not sm80), and an input "
-            f"requires one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach the inputs"
+            f"requires one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach it"
         )
 
 

@@ -432,8 +432,8 @@ class Sm90BwdPlan(KernelPlan):
                 BrokenRule(
                     "registers",
                     f"{self.register_estimate} a thread needed (S {self.num_acc_s}, dP {self.num_acc_s}, "
-                    f"P {self.num_p}, dK and dV {self.num_acc_dkv} each, dQ {self.num_acc_dq}), {self.consumer_registers} available to "
-                    f"{self.num_mma_warps} warps",
+                    f"P {self.num_p}, dK and dV {self.num_acc_dkv} each, dQ {self.num_acc_dq}), "
+                    f"{self.consumer_registers} available to {self.num_mma_warps} warps",
                 )
             )
         return broken
