@@ -96,9 +96,9 @@ class Kernel:
         for entry, found in zip(self.plan.entry_points, sizes, strict=True):
             if found != argument_sizes(self.plan, entry):
                 raise Fa2GenError(
-                    f"{entry.symbol} takes arguments of {found} B, "
-                    f"its plan packs {argument_sizes(self.plan, entry)} B: "
-                    "the cubin was built by another version of fa2gen; build it again"
+                    f"{entry.symbol} takes arguments of {found} B, its plan packs "
+                    f"{argument_sizes(self.plan, entry)} B: the cubin was built by another version of fa2gen; "
+                    "build it again"
                 )
         # Always, not only above the 48 KiB that need it: the attribute is per kernel and device, and starts at 48 KiB.
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -225,8 +225,7 @@ class PreparedBackward:
 
     strides  of q, k, v, o, dout, dq, dk and dv, as Kernel.prepare takes them.
 
-    Sizes are at least 1. Raises UnsupportedProblem where a size exceeds what the grid, an int32 or a tensor map can
-    hold.
+    Sizes are at least 1. Raises UnsupportedProblem where one exceeds what the grid, an int32 or a tensor map can hold.
     """
 
     def __init__(self, kernel: Kernel, shape: ForwardShape, strides: dict[str, Strides], softmax_scale: float) -> None:
@@ -274,9 +273,21 @@ class PreparedBackward:
             first += len(entry.tensor_maps)
 
     def __call__(
-        self, *, q: int, k: int, v: int, o: int, dout: int, dq: int, dk: int, dv: int, lse: int, dlse: int,
-        scratch: int, stream: int,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        q: int,
+        k: int,
+        v: int,
+        o: int,
+        dout: int,
+        dq: int,
+        dk: int,
+        dv: int,
+        lse: int,
+        dlse: int,
+        scratch: int,
+        stream: int,
+    ) -> None:
         """Launch on the CUstream with handle `stream`, in the current context. Addresses in bytes, multiples of 16.
 
         scratch  address of 2 * statistics_floats + dq_acc_floats fp32 numbers, of any content.

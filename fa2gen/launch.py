@@ -101,10 +101,7 @@ class BackwardLaunch:
 
 
 def backward_launch(plan: Sm90BwdPlan, shape: ForwardShape, softmax_scale: float) -> BackwardLaunch:
-    """Grids and Params of a backward kernel.
-
-    Raises OverflowError when a count does not fit the kernel's 32-bit integers.
-    """
+    """Grids and Params of a backward kernel. Raises OverflowError when a count does not fit a 32-bit integer."""
     num_m_blocks = ceil_div(shape.seqlen_q, plan.tile_m)
     num_n_blocks = ceil_div(shape.seqlen_k, plan.tile_n)
     query_blocks = num_m_blocks * shape.batch * shape.num_heads

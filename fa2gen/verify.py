@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fa2gen.arch import ArchName
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
+from fa2gen.plan import make_plan
 
 if TYPE_CHECKING:
     from fa2gen.spec import KernelSpec
@@ -137,6 +138,8 @@ def _verify_one(spec: KernelSpec, shape: Shape, place: Place) -> Outcome:
 
     q = random(shape.seqlen_q, shape.heads)
     k, v = random(shape.seqlen_k, shape.heads_kv), random(shape.seqlen_k, shape.heads_kv)
+    if spec.problem.direction == "bwd":
+        return _verify_gradients(spec, shape, place, q, k, v, random(shape.seqlen_q, shape.heads))
     out_buffer, out = _guarded(torch, (shape.batch, shape.seqlen_q, shape.heads, head_dim), dtype, device)
     lse_buffer, lse = _guarded(torch, (shape.batch, shape.heads, shape.seqlen_q), torch.float32, device)
 
@@ -153,6 +156,44 @@ def _verify_one(spec: KernelSpec, shape: Shape, place: Place) -> Outcome:
         if outside := int((~buffer.isnan()).sum()) - int((~view.isnan()).sum()):
             return Outcome(spec.name, shape, error=f"{outside} elements outside of {name} were written")
     return Outcome(spec.name, shape, **verdict.as_dict())
+
+
+def _verify_gradients(spec: KernelSpec, shape: Shape, place: Place, q: Any, k: Any, v: Any, dout: Any) -> Outcome:
+    """Of the three gradients the outcome has that which comes nearest to its bound, or is farthest beyond it."""
+    from fa2gen.reference import attention_reference, check_gradients
+
+    torch = import_module("torch")
+    causal = spec.problem.mask == "causal"
+    out, lse = attention_reference(q, k, v, causal=causal)
+    lse = lse.contiguous()
+    buffers, gradients = zip(*(_guarded(torch, tuple(x.shape), x.dtype, q.device.type) for x in (q, k, v)), strict=True)
+    if place == "gpu":
+        scale = q.shape[-1] ** -0.5
+        run = import_module("fa2gen.ops.backward").backward_cuda
+        run(dout, q, k, v, out, lse, None, scale, causal, False, spec.tiling, gradients)
+        torch.cuda.synchronize()
+    else:
+        import_module("fa2gen.host.backward").run_backward(make_plan(spec), *gradients, dout, q, k, v, out, lse)
+
+    verdict = check_gradients(gradients, dout, q, k, v, causal=causal)
+    for name, buffer, view in zip(("dq", "dk", "dv"), buffers, gradients, strict=True):
+        if outside := int((~buffer.isnan()).sum()) - int((~view.isnan()).sum()):
+            return Outcome(spec.name, shape, error=f"{outside} elements outside of {name} were written")
+
+    def excess(i: int) -> float:  # NaN errors are the worst
+        pairs = ((verdict.max_error[i], verdict.max_allowed[i]), (verdict.mean_error[i], verdict.mean_allowed[i]))
+        return max(math.inf if math.isnan(error) else error / bound if bound else error for error, bound in pairs)
+
+    worst = max(range(3), key=excess)
+    return Outcome(
+        spec.name,
+        shape,
+        max_error=verdict.max_error[worst],
+        max_allowed=verdict.max_allowed[worst],
+        mean_error=verdict.mean_error[worst],
+        mean_allowed=verdict.mean_allowed[worst],
+        ok=verdict.ok,
+    )
 
 
 _GUARD = 4096  # elements on either side; a multiple of 16 bytes, so that the view stays aligned

@@ -9,7 +9,7 @@ from typing import Any
 
 from fa2gen.errors import InvalidInput
 from fa2gen.host.build import build_library
-from fa2gen.host.forward import SHARED_BASE, Options, Report, _checked, _tensor_map, _view
+from fa2gen.host.forward import SHARED_BASE, Options, Report, checked, tensor_map, view_of
 from fa2gen.host.run import Argument, Job, Memory, run
 from fa2gen.launch import ForwardShape, backward_launch
 from fa2gen.plan.sm90_bwd import Sm90BwdPlan
@@ -40,18 +40,19 @@ def run_backward(
 ) -> Report:
     """Writes the gradients of q, k and v to dq, dk and dv.
 
-    dout, out and dq are shaped as q (batch, seqlen_q, heads, head_dim), dk and dv as k and v (batch, seqlen_k, heads_kv,
-    head_dim): torch CPU tensors or numpy arrays of two-byte elements, any 16-byte strides. lse and dlse, the gradient of LSE if
-    it has one, are (batch, heads, seqlen_q), fp32, contiguous. All scratch memory is NaN before. Raises as forward_into.
+    dout, out and dq are shaped as q (batch, seqlen_q, heads, head_dim), dk and dv as k and v (batch, seqlen_k,
+    heads_kv, head_dim): torch CPU tensors or numpy arrays of two-byte elements, any 16-byte strides. lse and dlse, the
+    gradient of LSE if it has one, are (batch, heads, seqlen_q), fp32, contiguous. All scratch memory is NaN before.
+    Raises as forward_into.
     """
     options = options or Options()
     names = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
-    views = {name: _checked(name, x) for name, x in zip(names, (q, k, v, out, dout, dq, dk, dv), strict=True)}
+    views = {name: checked(name, x) for name, x in zip(names, (q, k, v, out, dout, dq, dk, dv), strict=True)}
     (batch, seqlen_q, heads, _), (_, seqlen_k, heads_kv, _) = views["q"].shape, views["k"].shape
     memories = [view.memory(name) for name, view in views.items()]
     for name, x in (("lse", lse), ("dlse", dlse)):
         if x is not None:
-            view = _view(name, x)
+            view = view_of(name, x)
             if view.shape != (batch, heads, seqlen_q) or view.element_bytes != 4:
                 raise InvalidInput(f"{name} has shape {view.shape}: {(batch, heads, seqlen_q)} in fp32 is needed")
             memories.append(view.memory(name))
@@ -68,7 +69,9 @@ def run_backward(
         memories.append(memory)
         scratch.append(buffer)
 
-    values: dict[str, Any] = dict(launch.values) | dict.fromkeys(("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc"), 0)
+    values: dict[str, Any] = dict(launch.values) | dict.fromkeys(
+        ("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc"), 0
+    )
     for name in ("o", "dout"):
         steps = (f"{name}_{step}_stride" for step in ("batch", "row", "head"))
         values |= zip(steps, views[name].strides[:3], strict=True)
@@ -86,7 +89,7 @@ def run_backward(
     started = time.perf_counter()
     counts = {}
     for entry, grid in zip(plan.entry_points, launch.grids, strict=True):
-        maps = (_tensor_map(m, views[m.name], where[m.name]) for m in entry.tensor_maps)
+        maps = (tensor_map(m, views[m.name], where[m.name]) for m in entry.tensor_maps)
         job = Job(
             grid=(grid, 1, 1),
             num_threads=entry.num_threads,

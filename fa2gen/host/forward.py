@@ -18,7 +18,17 @@ from fa2gen.plan import KernelPlan, TensorMapPlan, make_plan
 from fa2gen.render import Rendered
 from fa2gen.spec import KernelSpec
 
-__all__ = ["SHARED_BASE", "Options", "Report", "View", "forward_into", "run_forward", "tensor_map", "view_of"]
+__all__ = [
+    "SHARED_BASE",
+    "Options",
+    "Report",
+    "View",
+    "checked",
+    "forward_into",
+    "run_forward",
+    "tensor_map",
+    "view_of",
+]
 
 # Where dynamic shared memory starts: the first KiB is the system's (measured on an H200).
 SHARED_BASE = 1024
@@ -81,7 +91,7 @@ def view_of(name: str, x: Any) -> View:
     return View(array["data"][0], tuple(x.shape), tuple(stride // item for stride in x.strides), item)
 
 
-def _checked(name: str, x: Any) -> View:
+def checked(name: str, x: Any) -> View:
     """A (batch, seqlen, heads, head_dim) tensor that a kernel can take: what fa2gen.ops would copy is refused here."""
     view = view_of(name, x)
     chunk = _ALIGNMENT // ELEMENT_BYTES
@@ -135,7 +145,9 @@ def run_forward(
     rendered: Rendered | None = None,
 ) -> Report:
     """As forward_into; `rendered` replaces the plan's own render (see build_library)."""
-    views = {name: _checked(name, x) for name, x in (("q", q), ("k", k), ("v", v), ("o", out))}
+    if plan.problem.direction != "fwd":
+        raise InvalidInput(f"{plan.name} is a backward kernel: fa2gen.host.backward.run_backward runs it")
+    views = {name: checked(name, x) for name, x in (("q", q), ("k", k), ("v", v), ("o", out))}
     lse_view = view_of("lse", lse)
     (batch, seqlen_q, heads, _), (_, seqlen_k, heads_kv, _) = views["q"].shape, views["k"].shape
     shape = ForwardShape(batch, seqlen_q, seqlen_k, heads, heads_kv)

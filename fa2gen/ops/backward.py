@@ -24,7 +24,7 @@ __all__ = ["backward_cuda", "refuse_untrainable", "validate_backward"]
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What all calls with one signature share; `launch` is None where no query or no key is: all gradients are 0."""
+    """What all calls with one signature share; `launch` is None where there is no query or no key: gradients are 0."""
 
     device: int
     launch: PreparedBackward | None
@@ -67,7 +67,8 @@ def backward_cuda(
     if dlse is not None:
         dlse = dlse.contiguous()
     shapes = tuple((x.shape, x.stride(), x.dtype, x.get_device()) for x in (q, k, v, dout, out))
-    key = (*shapes, lse.shape, lse.dtype, softmax_scale, causal, tiling)
+    rows = tuple(None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse))
+    key = (*shapes, *rows, softmax_scale, causal, tiling)
     call = _calls.get(key)
     if call is None:
         call = _prepare(dout, q, k, v, out, lse, dlse, softmax_scale, causal, tiling)
@@ -101,7 +102,7 @@ def backward_cuda(
 
 
 def refuse_untrainable(q: Tensor, deterministic: bool) -> None:
-    """Raise UnsupportedProblem where the gradients of CUDA tensors could not be computed: before the forward pass."""
+    """Raise UnsupportedProblem where gradients of CUDA tensors could not be computed: before the forward pass."""
     if deterministic:
         _refuse_deterministic()
     asked = env.arch()
@@ -109,8 +110,7 @@ def refuse_untrainable(q: Tensor, deterministic: bool) -> None:
     if family != "sm90":
         raise UnsupportedProblem(
             "gradients are built for sm90 kernels alone (compute capability 9.0, FA2GEN_ARCH not sm80), and an input "
-            f"requires one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach the "
-            "inputs"
+            f"requires one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach it"
         )
 
 

@@ -57,8 +57,7 @@ def attention(
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if needs_grad and (arch is not None or tiling is not None):
         raise UnsupportedProblem(
-            "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach the "
-            "inputs"
+            "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach it"
         )
     if not needs_grad and _is_eager_cuda(q, k, v):
         return forward_cuda(q, k, v, softmax_scale, bool(causal), arch, tiling)

@@ -58,7 +58,7 @@ class TensorMapPlan:
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """One `extern "C"` kernel of a source: its symbol, and what its launch takes before the Params that all share."""
+    """One `extern "C"` kernel of a source: its symbol, and what a launch of it takes before the shared Params."""
 
     symbol: str
     num_threads: int

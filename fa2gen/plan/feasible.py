@@ -21,6 +21,8 @@ _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm90", "bwd"): Sm90BwdPlan,
 }
 
+_BACKWARD_TILE_M = (64, 80, 96, 112, 128)
+
 # The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.
 _TILE_M = {"sm80": (64, 128, 192), "sm90": (64, 128, 192)}
 _TILE_N = {
@@ -58,7 +60,7 @@ def fits(spec: KernelSpec) -> bool:
 def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
     """Every feasible tiling of a small grid, for `fa2gen plan`, error messages and tuning."""
     for warps in _WARPS[arch]:
-        for tile_m in _TILE_M[arch]:
+        for tile_m in _BACKWARD_TILE_M if problem.direction == "bwd" else _TILE_M[arch]:
             for tile_n in _TILE_N[arch]:
                 for stages in _STAGES[arch]:
                     for span in _SWIZZLES:

@@ -30,8 +30,8 @@ FLOAT_BYTES = 4
 # (producer, consumer) registers after setmaxnreg, by number of consumer warpgroups (see sm90_fwd).
 REGISTER_SPLIT = {1: (56, 256), 2: (24, 240)}
 
-# Registers that a thread needs beside the tiles: addresses, loop state. The least with which every default compiles
-# without a spill; ptxas has the last word (tests/compile).
+# Registers that a thread needs beside the tiles: addresses, loop state. With these every default compiles without a
+# spill; ptxas has the last word (tests/compile).
 REGISTERS_BESIDE_TILES = 12
 
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
@@ -145,8 +145,8 @@ class Sm90BwdPlan(KernelPlan):
     def wgmma_dq_rest(self) -> Wgmma:
         """The columns of dQ that wgmma_dq leaves, where `has_dq_rest`.
 
-        The same instruction where K has panels enough, though its last columns may be padding: into the same
-        registers, since two sets of them beside dV would not fit.
+        The same instruction where K has panels enough, though its last columns may be padding: into the same registers,
+        since two sets of them beside dV would not fit.
         """
         if self.kv_tile.count * self.kv_tile.columns == 2 * self.wgmma_dq.n:
             return self.wgmma_dq
@@ -382,6 +382,8 @@ class Sm90BwdPlan(KernelPlan):
         if self.num_mma_warps not in (4, 8):
             broken.append(BrokenRule("mma warps", f"{self.num_mma_warps} given; one or two warpgroups: 4 or 8"))
             return broken  # nothing else can be said without a warpgroup count
+        if self.tiling.lazy_rescale:
+            broken.append(BrokenRule("lazy rescale", "1 given; a backward kernel has no running maximum: 0"))
         if self.tiling.swizzle_bytes != 128:
             broken.append(
                 BrokenRule("swizzle", f"{self.tiling.swizzle_bytes} given; backward kernels have 128-byte panels")
@@ -392,8 +394,8 @@ class Sm90BwdPlan(KernelPlan):
             broken.append(
                 BrokenRule(
                     "keys",
-                    f"tile_n {self.tile_n}, but {self.num_mma_warps} warps take {keys} keys, or {ROWS_PER_WARPGROUP} "
-                    "if one warpgroup holds dV and another dK",
+                    f"tile_n {self.tile_n}, but {self.num_mma_warps} warps take {keys} keys, or "
+                    f"{ROWS_PER_WARPGROUP} if one warpgroup holds dV and another dK",
                 )
             )
             return broken

@@ -68,8 +68,8 @@ constexpr uint32_t kSmemBarriers = 197632;
 constexpr uint32_t kDescHi = 0x40000040u;
 constexpr uint32_t kDescLoQ = 0x02000000u;
 
-// Global memory: the sums of dQ lie in register order, [batch][head][m_block][slice][register / 4][lane][register % 4]; a slice
-// is what one warp holds, 16 columns of the head dim of a block of queries.
+// Global memory: the sums of dQ lie in register order, [batch][head][m_block][slice][register / 4][lane][register % 4]; a
+// slice is what one warp holds, 16 columns of the head dim of a block of queries.
 constexpr int kDqSliceFloats = 1024;
 constexpr int kDqBlockFloats = 8192;
 
@@ -941,8 +941,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
             sum += shfl_xor(sum, lanes);
         }
         if (chunk == 0 && row_of_block < kTileM) {
-            // A row that does not exist has P = 0. One that sees no key has LSE = -inf, and nothing but masked scores: any
-            // number does.
+            // A row that does not exist has P = 0. One that sees no key has LSE = -inf, and masked scores: any number does.
             float lse_log2 = kInfinity;
             if (exists) {
                 float const lse = load_global_float(p.lse + of_head + row);

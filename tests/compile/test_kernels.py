@@ -50,7 +50,13 @@ def kernels() -> list[Any]:
         for head_dim in HEAD_DIMS
         for dtype, mask in (("bf16", "causal"), ("fp16", "full"))
     ]
+    beyond += [
+        default("sm90", head_dim, dtype, mask, "bwd").name
+        for head_dim in HEAD_DIMS
+        for dtype, mask in (("bf16", "causal"), ("fp16", "full"))
+    ]
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
+    quick |= {default("sm90", head_dim, "bf16", "causal", "bwd").name for head_dim in (64, 128, 256)}
     slow = [name for name in dict.fromkeys(beyond) if name not in written]
     return [
         *dict.fromkeys(written),
@@ -156,6 +162,29 @@ def check_sm90(plan: Any, sass: Sass) -> None:
         assert min(map(len, loops)) <= 465 + 20 * plan.tiling.lazy_rescale
 
 
+def check_sm90_bwd(plan: Any, sass: Sass) -> None:
+    adds = "REDG" if plan.splits_products else "UBLKRED"
+    for opcode in ("HGMMA", "UTMALDG", "UBLKCP", "UTMASTG", "SYNCS", "USETMAXREG", "STSM", adds):
+        assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
+    s, dkv, dq = plan.num_k_steps_head_dim, plan.num_k_steps_m, plan.num_k_steps_n
+    # The innermost loops: S, dP, dV, dQ and dK of one block of queries, each product there (ptxas drops one whose
+    # result is not used) and waited for as the template does.
+    if plan.splits_products:
+        slices = 2 if plan.has_dq_rest else 1
+        wanted = {s + dkv + slices * dq: [0, 1] + [0] * slices, 2 * s + dkv: [1, 0, 0]}
+    else:
+        wanted = {2 * s + 2 * dkv + dq: [1, 0, 1, 1, 0]}
+    loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
+    for count, waits in wanted.items():
+        pattern = [f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}" for n in waits]
+        assert any(
+            sum(line.startswith("HGMMA") for line in loop) == count
+            and [line for line in loop if line.startswith("WARPGROUP.DEPBAR")] == pattern
+            and not any(line.startswith("R2UR") for line in loop)
+            for loop in loops
+        ), f"no loop with {count} HGMMA and the waits {waits}"
+
+
 def check_sm80(plan: Any, sass: Sass) -> None:
     for opcode in ("HMMA", "LDSM", "LDGSTS", "LDGDEPBAR", "DEPBAR"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
@@ -186,7 +215,8 @@ def test_kernel(name, compiled, tmp_path):
         line for line in sass.code if line.startswith("CALL") and ".L_x_" not in line
     ]  # those are ptxas's own jumps
     assert not calls, "a function that was not inlined"
-    check_sm90(plan, sass) if plan.arch == "sm90" else check_sm80(plan, sass)
+    check = {"sm80": check_sm80, "sm90": check_sm90}[plan.arch]
+    (check_sm90_bwd if plan.problem.direction == "bwd" else check)(plan, sass)
 
 
 @pytest.mark.slow

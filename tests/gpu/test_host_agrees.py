@@ -44,9 +44,7 @@ def test_same_kernel_same_numbers(name):
         raise
     q, k, v = q.cuda(), k.cuda(), v.cuda()
     out, lse = torch.full_like(q, torch.nan), torch.full((2, 4, 203), torch.nan, device="cuda")
-    forward_into(
-        out, lse, q, k, v, causal=spec.problem.mask == "causal", tiling=spec.tiling, arch=spec.tiling.arch
-    )
+    forward_into(out, lse, q, k, v, causal=spec.problem.mask == "causal", tiling=spec.tiling, arch=spec.tiling.arch)
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(out.cpu(), expected, rtol=2 * rounding, atol=2 * rounding)
     torch.testing.assert_close(lse.cpu(), expected_lse, rtol=0, atol=1e-5)

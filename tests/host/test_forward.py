@@ -126,7 +126,9 @@ def test_numpy_memory(host):
     assert torch.equal(torch.from_numpy(lse_array), lse)
 
 
-@pytest.mark.parametrize("name", ["fa2_fwd_sm80_bf16_d16_m128_n64_s2_w4_z32", "fa2_fwd_sm90_bf16_d16_m128_n128_s2_w8_z32"])
+@pytest.mark.parametrize(
+    "name", ["fa2_fwd_sm80_bf16_d16_m128_n64_s2_w4_z32", "fa2_fwd_sm90_bf16_d16_m128_n128_s2_w8_z32"]
+)
 def test_lse_of_a_long_row(host, name):
     """An error made in each block, always the same way, shows in a long row: a correction of 1 + 1e-7 once did."""
     torch.manual_seed(0)

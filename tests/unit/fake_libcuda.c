@@ -24,9 +24,12 @@ struct Map {
 };
 
 struct Launch fake_launch;
+struct Launch fake_launches[4];               // the last ones; number n is at n % 4
 uint64_t fake_encodes;
 uint32_t fake_argument_sizes[MAX_ARGUMENTS];  // what the "loaded" kernel says of itself
 uint32_t fake_num_arguments;
+uint32_t fake_sizes_before[MAX_ARGUMENTS], fake_num_before;  // of kernels called *_preprocess
+uint32_t fake_sizes_after[MAX_ARGUMENTS], fake_num_after;    // and *_postprocess
 int32_t fake_shared_limit;                    // the attribute as last set
 CUresult fake_launch_result, fake_encode_result;
 uint32_t fake_wrong_context_launches;         // how many launches to refuse for want of a context
@@ -55,13 +58,28 @@ CUresult cuLibraryLoadData(void** library, void const* image, void* a, void* b, 
     return memcmp(image, "\x7f" "ELF", 4) ? 200 : 0;
 }
 CUresult cuLibraryUnload(void* library) { return 0; }
-CUresult cuLibraryGetKernel(void** kernel, void* library, char const* name) { *kernel = (void*)0x3000; return 0; }
+// Kernel 0x3000 + n is function 0x4000 + n: n is 0, or 1 and 2 for the kernels before and after the main one.
+CUresult cuLibraryGetKernel(void** kernel, void* library, char const* name) {
+    *kernel = (void*)(uintptr_t)(0x3000 + (strstr(name, "_preprocess") != NULL) + 2 * (strstr(name, "_postprocess") != NULL));
+    return 0;
+}
 CUresult cuKernelGetLibrary(void** library, void* kernel) { *library = (void*)0x2000; return 0; }
-CUresult cuKernelGetFunction(void** function, void* kernel) { *function = (void*)0x4000; return 0; }
+CUresult cuKernelGetFunction(void** function, void* kernel) {
+    *function = (void*)((uintptr_t)kernel + 0x1000);
+    return 0;
+}
+
+static uint32_t const* sizes_of(unsigned n, uint32_t* count) {
+    *count = n == 0 ? fake_num_arguments : n == 1 ? fake_num_before : fake_num_after;
+    return n == 0 ? fake_argument_sizes : n == 1 ? fake_sizes_before : fake_sizes_after;
+}
+
 CUresult cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* size) {
-    if (index >= fake_num_arguments) return 1;
+    uint32_t count;
+    uint32_t const* const sizes = sizes_of((unsigned)((uintptr_t)kernel - 0x3000), &count);
+    if (index >= count) return 1;
     *offset = 0;
-    *size = fake_argument_sizes[index];
+    *size = sizes[index];
     return 0;
 }
 CUresult cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
@@ -97,10 +115,13 @@ CUresult cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, u
     memcpy(fake_launch.grid, (uint32_t[3]){gx, gy, gz}, sizeof fake_launch.grid);
     memcpy(fake_launch.block, (uint32_t[3]){bx, by, bz}, sizeof fake_launch.block);
     fake_launch.shared_bytes = shared_bytes;
-    for (unsigned i = 0; i < fake_num_arguments; ++i) {
+    uint32_t count;
+    uint32_t const* const sizes = sizes_of((unsigned)((uintptr_t)function - 0x4000), &count);
+    for (unsigned i = 0; i < count; ++i) {
         fake_launch.misaligned += (uint64_t)arguments[i] % 64 != 0;
-        memcpy(fake_launch.arguments[i], arguments[i], fake_argument_sizes[i]);
+        memcpy(fake_launch.arguments[i], arguments[i], sizes[i]);
     }
+    fake_launches[fake_launch.count % 4] = fake_launch;
     return 0;
 }
 

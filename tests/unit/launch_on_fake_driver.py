@@ -12,7 +12,7 @@ import pytest
 
 from fa2gen.arch import ARCHES
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.kernel import Kernel, argument_sizes
+from fa2gen.kernel import Kernel, PreparedBackward, argument_sizes
 from fa2gen.launch import ForwardShape
 from fa2gen.plan import make_plan
 from fa2gen.select import default_tiling
@@ -256,3 +256,88 @@ def test_a_stride_that_no_tensor_map_can_hold():
 def test_every_head_dim_packs(arch, head_dim):
     prepare(make(arch, head_dim))(**ADDRESSES, stream=0)
     assert launched.count == 1 and launched.misaligned == 0
+
+
+# Backward ------------------------------------------------------------------------------------------------------------
+
+BACKWARD_ADDRESSES = {
+    name: 0x7F0000000000 + 0x10000 * i
+    for i, name in enumerate(("q", "k", "v", "o", "dout", "dq", "dk", "dv", "lse", "dlse", "scratch"))
+}
+
+
+def make_backward(head_dim, mask="causal"):
+    problem = Problem(direction="bwd", head_dim=head_dim, mask=mask)
+    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
+    for entry, sizes, count in zip(
+        plan.entry_points,
+        ("fake_sizes_before", "fake_argument_sizes", "fake_sizes_after"),
+        ("fake_num_before", "fake_num_arguments", "fake_num_after"),
+        strict=True,
+    ):
+        expected = argument_sizes(plan, entry)
+        U32.in_dll(fake, count).value = len(expected)
+        ((U32 * 8).in_dll(fake, sizes))[: len(expected)] = expected
+    return Kernel(plan, CUBIN, 0)
+
+
+def prepare_backward(kernel, shape=SHAPE, **changes):
+    d = kernel.plan.head_dim
+    q, kv = strides(shape.seqlen_q, shape.num_heads, d), strides(shape.seqlen_k, shape.num_heads_kv, d)
+    every = dict.fromkeys(("q", "o", "dout", "dq"), q) | dict.fromkeys(("k", "v", "dk", "dv"), kv)
+    return PreparedBackward(kernel, shape, every | changes, SCALE)
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_one_backward(head_dim):
+    """Three launches, in order, each with its own maps and all with the same Params."""
+    kernel = make_backward(head_dim)
+    plan = kernel.plan
+    launch = prepare_backward(kernel, dout=(7 * 2**20, 4096, 256))
+    launch(**BACKWARD_ADDRESSES, stream=0x77)
+    assert launched.count == 3 and launched.misaligned == 0
+    history = (Launch * 4).in_dll(fake, "fake_launches")
+    m_blocks, n_blocks = -(-300 // plan.tile_m), -(-200 // plan.tile_n)
+    scratch = BACKWARD_ADDRESSES["scratch"]
+    statistics = 4 * m_blocks * plan.tile_m * 8
+    assert launch.statistics_floats * 4 == statistics
+    for i, (entry, function, blocks) in enumerate(
+        zip(plan.entry_points, (0x4001, 0x4000, 0x4002), (m_blocks * 8, n_blocks * 4, m_blocks * 8), strict=True)
+    ):
+        one = history[i + 1]
+        assert (one.function, one.stream, tuple(one.grid)) == (function, 0x77, (blocks, 1, 1))
+        assert (tuple(one.block), one.shared_bytes) == ((entry.num_threads, 1, 1), entry.shared_memory_bytes)
+        for planned, raw in zip(entry.tensor_maps, one.arguments, strict=False):
+            found = Map.from_buffer_copy(raw)
+            of_query = planned.name in ("q", "dout", "dq")
+            seqlen, heads = (300, 4) if of_query else (200, 2)
+            assert found.address == BACKWARD_ADDRESSES[planned.name]
+            assert tuple(found.sizes) == (head_dim, seqlen, heads, 2)
+            batch, row, head = (7 * 2**20, 4096, 256) if planned.name == "dout" else strides(seqlen, heads, head_dim)
+            assert tuple(found.strides) == (row * 2, head * 2, batch * 2)
+            assert tuple(found.box) == (planned.box_cols, planned.box_rows, 1, 1)
+        raw = bytes(one.arguments[len(entry.tensor_maps)])[: struct.calcsize(plan.params_format)]
+        values = dict(zip((param.name for param in plan.params), struct.unpack(plan.params_format, raw), strict=True))
+        expected = {name: BACKWARD_ADDRESSES[name] for name in ("o", "dout", "lse", "dlse")} | {
+            "lse_log2": scratch,
+            "dpsum": scratch + statistics,
+            "dq_acc": scratch + 2 * statistics,
+            "dout_row_stride": 4096,
+            "o_row_stride": 4 * head_dim,
+            "num_n_blocks": n_blocks,
+            "num_heads_per_kv": 2,
+        }
+        assert {name: values[name] for name in expected} == expected
+
+
+def test_backward_of_another_version_is_refused():
+    plan = make_backward(64).plan
+    (U32 * 8).in_dll(fake, "fake_sizes_after")[1] += 8
+    with pytest.raises(Fa2GenError, match=r"postprocess.*another version of fa2gen; build it again"):
+        Kernel(plan, CUBIN, 0)
+
+
+def test_backward_that_no_launch_can_hold():
+    for sizes in ((2**22, 2**20, 8, 64, 64), (1, 2**31, 8, 1, 1), (1, 8, 2**31, 1, 1)):
+        with pytest.raises(UnsupportedProblem, match="split"):
+            prepare_backward(make_backward(64), ForwardShape(*sizes))

@@ -165,8 +165,9 @@ CASES: dict[str, Case] = {
     "window of floats": Case(InvalidInput, "window_size is (1.5, 0)", lambda: run(window_size=(1.5, 0))),
     "window of text": Case(InvalidInput, "window_size is 'full'|(left, right)", lambda: run(window_size="full")),
     "window is a number": Case(InvalidInput, "window_size is 128|(left, right)", lambda: run(window_size=128)),
-    "gradient of q": Case(UnsupportedProblem, "gradients|torch.no_grad()|detach", lambda: run(t(*Q).requires_grad_())),
-    "gradient of v": Case(UnsupportedProblem, "gradients|torch.no_grad()", lambda: run(v=t(*K).requires_grad_())),
+    "gradient and arch": Case(
+        UnsupportedProblem, "arch|detach", lambda: fa2gen.attention(t(*Q).requires_grad_(), t(*K), t(*K), arch="sm90")
+    ),
     "varlen": Case(UnsupportedProblem, "flash_attn_varlen_func|nearest: flash_attn_func", lambda: flash_attn_varlen_func(1, causal=True)),
     "varlen qkvpacked": Case(UnsupportedProblem, "flash_attn_varlen_qkvpacked_func", lambda: flash_attn_varlen_qkvpacked_func()),
     "varlen kvpacked": Case(UnsupportedProblem, "flash_attn_varlen_kvpacked_func", lambda: flash_attn_varlen_kvpacked_func()),
@@ -193,7 +194,7 @@ CASES: dict[str, Case] = {
     "spec: mask is CUDA": Case(InvalidInput, "mask|full|causal", lambda: Problem(head_dim=64, mask='full"); asm("trap;')),
     "spec: arch is CUDA": Case(InvalidInput, "arch|sm80|sm90", lambda: Tiling(**sm90(arch="sm90\n__device__ int x;"))),
     "spec: dtype fp8": Case(InvalidInput, "dtype|fp16|fp8", lambda: Problem(head_dim=64, dtype="fp8")),
-    "spec: direction bwd": Case(InvalidInput, "direction|fwd", lambda: Problem(head_dim=64, direction="bwd")),
+    "spec: direction": Case(InvalidInput, "direction|fwd", lambda: Problem(head_dim=64, direction="back")),
     "spec: arch sm100": Case(InvalidInput, "arch|sm80|sm90", lambda: Tiling(**sm90(arch="sm100"))),
     "spec: tile_n 24": Case(InvalidInput, "tile_n|multiple of 16|24", lambda: Tiling(**sm90(tile_n=24))),
     "spec: tile_n 0": Case(InvalidInput, "tile_n|16 to 256", lambda: Tiling(**sm90(tile_n=0))),

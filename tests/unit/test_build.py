@@ -38,6 +38,7 @@ class Plan:
     shared_memory_bytes: int = 1024
     params: tuple[Any, ...] = ()
     tensor_maps: tuple[Any, ...] = ()
+    entry_points: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops import dispatch
+from fa2gen.ops import backward, dispatch
 from fa2gen.plan import make_plan
 from fa2gen.select import Device, default_tiling
 from fa2gen.spec import KernelSpec, Problem
@@ -270,3 +270,72 @@ def test_errors_are_not_remembered(gpu):
         with pytest.raises(InvalidInput, match="heads"):
             dispatch.forward_cuda(q[:, :, :5], k, v, 0.1, False)
     assert not dispatch._calls
+
+
+# Backward dispatch ----------------------------------------------------------------------------------------------------
+
+
+class FakeBackward:
+    made: list[FakeBackward] = []  # noqa: RUF012
+
+    def __init__(self, kernel, shape, strides, softmax_scale):
+        self.kernel, self.shape, self.strides, self.scale = kernel, shape, strides, softmax_scale
+        self.statistics_floats, self.dq_acc_floats = 100, 1000
+        self.launched = []
+        self.made.append(self)
+
+    def __call__(self, **addresses):
+        self.launched.append(addresses)
+
+
+@pytest.fixture
+def gpu_backward(gpu, monkeypatch):
+    monkeypatch.setattr(backward, "_device", dispatch._device)
+    monkeypatch.setattr(backward, "_kernel", dispatch._kernel)
+    monkeypatch.setattr(backward, "_calls", {})
+    monkeypatch.setattr("fa2gen.kernel.PreparedBackward", FakeBackward)
+    FakeBackward.made.clear()
+    return gpu
+
+
+def test_one_backward_call(gpu_backward):
+    q, k, v = tensors()
+    out, dout = torch.zeros_like(q), torch.zeros_like(q).transpose(1, 2).contiguous().transpose(1, 2)
+    lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    for dlse in (None, lse.clone()):
+        dq, dk, dv = backward.backward_cuda(dout, q, k, v, out, lse, dlse, 0.1, True, False)
+        made = FakeBackward.made[-1]
+        (call,) = made.launched
+        given = {"q": q, "k": k, "v": v, "o": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv, "lse": lse}
+        assert {name: call[name] for name in given} == {name: x.data_ptr() for name, x in given.items()}
+        assert call["dlse"] == (0 if dlse is None else dlse.data_ptr()) and call["stream"] == 5
+        assert made.strides["dout"] == dout.stride()[:3] and made.strides["dq"] == dq.stride()[:3]
+        assert made.kernel.plan.problem.direction == "bwd" and made.kernel.plan.mask == "causal"
+    assert len(FakeBackward.made) == 2
+    backward.backward_cuda(dout, q, k, v, out, lse, None, 0.1, True, False)
+    assert len(FakeBackward.made) == 2, "a signature is prepared once"
+
+
+def test_backward_copies_what_tma_does_not_take(gpu_backward):
+    q, k, v = tensors()
+    out, lse = torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    one = torch.zeros(1, dtype=q.dtype).expand(q.shape)  # stride 0 also along the head dim: the gradient of a sum
+    backward.backward_cuda(one, q, k, v, out, lse, None, 0.1, False, False)
+    assert FakeBackward.made[-1].strides["dout"] == out.stride()[:3]
+
+
+def test_backward_of_nothing_launches_nothing(gpu_backward):
+    q, k, v = tensors(seqlen_q=0)
+    lse = torch.zeros(q.shape[0], q.shape[2], 0)
+    _, dk, dv = backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
+    assert not dk.any() and not dv.any() and not FakeBackward.made
+
+
+def test_backward_that_is_not_built(gpu_backward, monkeypatch):
+    q, k, v = tensors()
+    lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+    with pytest.raises(UnsupportedProblem, match="deterministic"):
+        backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, True)
+    monkeypatch.setenv("FA2GEN_ARCH", "sm80")
+    with pytest.raises(UnsupportedProblem, match="sm90 alone"):
+        backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)

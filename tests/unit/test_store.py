@@ -55,6 +55,7 @@ class Plan:
     shared_memory_bytes: int = 200_000
     params: tuple[Any, ...] = ()
     tensor_maps: tuple[Any, ...] = ()
+    entry_points: tuple[Any, ...] = ()
 
 
 PLAN: Any = Plan()

@@ -45,6 +45,13 @@ def plans() -> list[KernelPlan]:
         for m in ("full", "causal")
     ]
     specs = [*catalogue()]
+    backward = [problem.model_copy(update={"direction": "bwd"}) for problem in problems]
+    specs += [KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")) for problem in backward]
+    specs += [
+        KernelSpec(problem=problem, tiling=tiling)
+        for problem in (Problem(direction="bwd", head_dim=64), Problem(direction="bwd", head_dim=72, mask="causal"))
+        for tiling in feasible_tilings(problem, "sm90")
+    ]
     for arch in ("sm80", "sm90"):
         specs += [KernelSpec(problem=problem, tiling=default_tiling(problem, arch)) for problem in problems]
         for problem in (Problem(head_dim=128), Problem(head_dim=72, mask="causal")):
@@ -244,10 +251,11 @@ def test_nothing_is_unused():
 
 
 def test_the_symbol_is_the_name():
-    for name, rendered in renders().items():
+    for plan in plans():
+        name, rendered = plan.name, renders()[plan.name]
         symbols = re.findall(r'^extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(', rendered.source, re.M)
-        assert len(symbols) == rendered.source.count('extern "C"') == len(set(symbols))
-        assert name in symbols and all(symbol.startswith(name) for symbol in symbols)
+        assert symbols == [entry.symbol for entry in plan.entry_points]
+        assert re.search(rf'^extern "C" __global__ void __launch_bounds__\([^)]*\) {name}\(', rendered.source, re.M)
 
 
 # Coverage ------------------------------------------------------------------------------------------------------------

@@ -1,17 +1,17 @@
-// fa2_bwd_sm90_fp16_d256_m64_n64_s2_w8
+// fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8
 //
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
-//   problem  bwd, head dim 256, fp16, full mask
-//   tiling   64 query rows x 64 keys, 2 stages, 8 mma warps, 128-byte panels
-//   launch   384 threads, 214128 bytes of dynamic shared memory
+//   problem  bwd, head dim 64, fp16, full mask
+//   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
+//   launch   384 threads, 198736 bytes of dynamic shared memory
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
-//   main         dK and dV of 64 keys a block; dQ is the sum of what all blocks of keys add to it, in fp32
+//   main         dK and dV of 128 keys a block; dQ is the sum of what all blocks of keys add to it, in fp32
 //   postprocess  dQ scaled, rounded and put into rows
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T leave one product as the registers that the next
 // one takes; only dS goes through shared memory, for dQ.
-// One mma warpgroup holds dV and makes dQ, the other holds dK: dK and dV of 64 keys do not fit one warpgroup's registers.
+// Each mma warpgroup holds dK and dV of its own 64 keys.
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -21,59 +21,58 @@ constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 
 // Problem and tiling --------------------------------------------------------------------------------------------------
 
-constexpr int kHeadDim = 256;
-constexpr int kTileM = 64;  // queries
-constexpr int kTileN = 64;  // keys
+constexpr int kHeadDim = 64;
+constexpr int kTileM = 128;  // queries
+constexpr int kTileN = 128;  // keys
 constexpr int kNumStages = 2;
-constexpr int kNumDsStages = 2;
 constexpr int kNumMmaWarps = 8;
 constexpr int kNumMmaThreads = 256;
 constexpr int kNumThreads = 384;  // the first warpgroup produces, the others multiply
 
 // One thread's share of an mma warpgroup's tiles, in registers.
-constexpr int kNumAccS = 32;
-constexpr int kNumAccDkv = 128;
-constexpr int kNumAccDq = 64;
-constexpr int kNumAccDqRest = 64;
-constexpr int kNumP = 16;
+constexpr int kNumAccS = 64;
+constexpr int kNumAccDkv = 32;
+constexpr int kNumAccDq = 32;
+constexpr int kNumP = 32;
 
-constexpr int kStepsHeadDim = 16;
-constexpr int kStepsM = 4;
-constexpr int kStepsN = 4;
+constexpr int kStepsHeadDim = 4;
+constexpr int kStepsM = 8;
+constexpr int kStepsN = 8;
 
 // Shared memory: tiles are panels of 128 bytes a row, swizzled, as TMA writes them -------------------------------------------
 
 constexpr int kPanelRowBytes = 128;
 constexpr int kPanelColumns = 64;
-constexpr int kNumPanels = 4;
+constexpr int kNumPanels = 1;
 constexpr int kStepsPerPanel = 4;
-constexpr uint32_t kQPanelBytes = 8192;  // of dO too
-constexpr uint32_t kKvPanelBytes = 8192;
-constexpr uint32_t kDsPanelBytes = 8192;
-constexpr uint32_t kQBytes = 32768;
-constexpr uint32_t kKvBytes = 32768;
-constexpr uint32_t kDsBytes = 8192;
-constexpr uint32_t kStatisticsBytes = 256;
+constexpr uint32_t kQPanelBytes = 16384;  // of dO too
+constexpr uint32_t kKvPanelBytes = 16384;
+constexpr uint32_t kDsPanelBytes = 16384;
+constexpr uint32_t kQBytes = 16384;
+constexpr uint32_t kKvBytes = 16384;
+constexpr uint32_t kDsBytes = 32768;
+constexpr uint32_t kStatisticsBytes = 512;
 
 constexpr uint32_t kSmemK = 0;
-constexpr uint32_t kSmemV = 32768;
-constexpr uint32_t kSmemQ = 65536;
-constexpr uint32_t kSmemDout = 131072;
-constexpr uint32_t kSmemDs = 196608;
-constexpr uint32_t kSmemLse = 212992;
-constexpr uint32_t kSmemDpsum = 213504;
-constexpr uint32_t kSmemBarriers = 214016;
+constexpr uint32_t kSmemV = 16384;
+constexpr uint32_t kSmemQ = 32768;
+constexpr uint32_t kSmemDout = 65536;
+constexpr uint32_t kSmemDs = 98304;
+constexpr uint32_t kSmemDq = 163840;
+constexpr uint32_t kSmemLse = 196608;
+constexpr uint32_t kSmemDpsum = 197632;
+constexpr uint32_t kSmemBarriers = 198656;
 
 // Matrix descriptors: swizzle and stride between groups of 8 rows; for tiles whose columns are the result's also the step to
 // the next panel of columns.
 constexpr uint32_t kDescHi = 0x40000040u;
-constexpr uint32_t kDescLoQ = 0x02000000u;
-constexpr uint32_t kDescLoK = 0x02000000u;
+constexpr uint32_t kDescLoQ = 0x04000000u;
+constexpr uint32_t kDescLoK = 0x04000000u;
 
-// Global memory: the sums of dQ lie in register order, [batch][head][m_block][slice][register / 4][lane][register % 4]; a slice
-// is what one warp holds, 16 rows of a block of queries.
-constexpr int kDqSliceFloats = 4096;
-constexpr int kDqBlockFloats = 16384;
+// Global memory: the sums of dQ lie in register order, [batch][head][m_block][slice][register / 4][lane][register % 4]; a
+// slice is what one warp holds, 16 rows of a block of queries.
+constexpr int kDqSliceFloats = 1024;
+constexpr int kDqBlockFloats = 8192;
 
 // The kernel's scalar arguments; the order is the launcher's (KernelPlan.params).
 struct Params {
@@ -232,12 +231,6 @@ __device__ __forceinline__ float load_global_float(float const* address) {
 __device__ __forceinline__ void unpack_fp16(float (&values)[2], uint32_t packed) {
     asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
         : "=f"(values[0]), "=f"(values[1]) : "r"(packed));
-}
-
-// Adds four fp32 numbers to those at a multiple of 16 bytes; each addition is atomic.
-__device__ __forceinline__ void reduce_add_global_float4(float* address, float r0, float r1, float r2, float r3) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
 // mbarriers -----------------------------------------------------------------------------------------------------------
@@ -415,80 +408,16 @@ __device__ __forceinline__ void wgmma_touch(float (&d)[64]) {
     }
 }
 
-// Pins accumulators behind a wait: without it the compiler may read them before wgmma has written them.
-__device__ __forceinline__ void wgmma_touch(float (&d)[128]) {
-#pragma unroll
-    for (int i = 0; i < 128; ++i) {
-        asm volatile("" : "+f"(d[i])::"memory");
-    }
-}
-
 // Keeps A registers alive until the product that reads them has been waited for.
-__device__ __forceinline__ void wgmma_touch_a(uint32_t (&a)[16]) {
+__device__ __forceinline__ void wgmma_touch_a(uint32_t (&a)[32]) {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < 32; ++i) {
         asm volatile("" : "+r"(a[i])::"memory");
     }
 }
 
-// d[64 x 64] = a[64 x 16] b[16 x 64] + (accumulate ? d : 0); a and b in shared memory.
-__device__ __forceinline__ void wgmma_m64n64k16_ss_kk(
-    float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-        "%32, %33, p, 1, 1, 0, 0;\n"
-        "}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-        : "l"(a), "l"(b), "r"(accumulate));
-}
-
-// d[64 x 256] = a[64 x 16] b[16 x 256] + (accumulate ? d : 0); a in registers, b in shared memory.
-__device__ __forceinline__ void wgmma_m64n256k16_rs_km(
-    float (&d)[128], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int accumulate) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "setp.ne.b32 p, %133, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "{%128, %129, %130, %131}, %132, p, 1, 1, 1;\n"
-        "}"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-          "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-          "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-          "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-          "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
-          "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
-          "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
-          "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
-          "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
-          "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103]),
-          "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111]),
-          "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]),
-          "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
-}
-
 // d[64 x 128] = a[64 x 16] b[16 x 128] + (accumulate ? d : 0); a and b in shared memory.
-__device__ __forceinline__ void wgmma_m64n128k16_ss_km(
+__device__ __forceinline__ void wgmma_m64n128k16_ss_kk(
     float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
     asm volatile(
         "{\n"
@@ -499,7 +428,7 @@ __device__ __forceinline__ void wgmma_m64n128k16_ss_km(
         "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
         "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
         "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-        "%64, %65, p, 1, 1, 0, 1;\n"
+        "%64, %65, p, 1, 1, 0, 0;\n"
         "}"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
           "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
@@ -509,6 +438,44 @@ __device__ __forceinline__ void wgmma_m64n128k16_ss_km(
           "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
           "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+        : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// d[64 x 64] = a[64 x 16] b[16 x 64] + (accumulate ? d : 0); a in registers, b in shared memory.
+__device__ __forceinline__ void wgmma_m64n64k16_rs_km(
+    float (&d)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "{%32, %33, %34, %35}, %36, p, 1, 1, 1;\n"
+        "}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
+}
+
+// d[64 x 64] = a[64 x 16] b[16 x 64] + (accumulate ? d : 0); a and b in shared memory.
+__device__ __forceinline__ void wgmma_m64n64k16_ss_km(
+    float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, p, 1, 1, 0, 1;\n"
+        "}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+          "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
         : "l"(a), "l"(b), "r"(accumulate));
 }
 
@@ -621,8 +588,6 @@ struct Barriers {
     __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t ds_full(int stage) const { return q_full(4 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t ds_empty(int stage) const { return ds_full(kNumDsStages + stage); }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
@@ -632,10 +597,6 @@ struct Barriers {
             mbarrier_init(q_empty(stage), kNumMmaWarps);
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumDsStages; ++stage) {
-            mbarrier_init(ds_full(stage), kNumMmaWarps / 2);
-            mbarrier_init(ds_empty(stage), kNumMmaWarps / 2);
         }
     }
 };
@@ -683,7 +644,7 @@ __device__ __forceinline__ void gemm_s(float (&acc_s)[kNumAccS], uint32_t key_ro
         uint32_t const within = step % kStepsPerPanel * 32;
         uint32_t const key = key_rows + (panel * kKvPanelBytes + within) / kDescUnit;
         uint32_t const q = q_tile + (panel * kQPanelBytes + within) / kDescUnit;
-        wgmma_m64n64k16_ss_kk(acc_s, matrix_descriptor(kDescHi, key), matrix_descriptor(kDescHi, q), step != 0);
+        wgmma_m64n128k16_ss_kk(acc_s, matrix_descriptor(kDescHi, key), matrix_descriptor(kDescHi, q), step != 0);
     }
 }
 
@@ -692,18 +653,18 @@ __device__ __forceinline__ void gemm_dkv(float (&acc)[kNumAccDkv], uint32_t cons
 #pragma unroll
     for (int step = 0; step < kStepsM; ++step) {
         uint32_t const q = q_tile + kDescLoQ + step * 16 * kPanelRowBytes / kDescUnit;
-        wgmma_m64n256k16_rs_km(
+        wgmma_m64n64k16_rs_km(
             acc, p[4 * step], p[4 * step + 1], p[4 * step + 2], p[4 * step + 3], matrix_descriptor(kDescHi, q), 1);
     }
 }
 
-// dQ = dS K for 64 queries and one block of keys, 128 columns of it from the first panel of k_panel on.
+// dQ = dS K for 64 queries and one block of keys, 64 columns of it from the first panel of k_panel on.
 __device__ __forceinline__ void gemm_dq(float (&acc_dq)[kNumAccDq], uint32_t ds_rows, uint32_t k_panel) {
 #pragma unroll
     for (int step = 0; step < kStepsN; ++step) {
         uint32_t const ds = ds_rows + (step / kStepsPerPanel * kDsPanelBytes + step % kStepsPerPanel * 32) / kDescUnit;
         uint32_t const key = k_panel + kDescLoK + step * 16 * kPanelRowBytes / kDescUnit;
-        wgmma_m64n128k16_ss_km(acc_dq, matrix_descriptor(kDescHi, ds), matrix_descriptor(kDescHi, key), step != 0);
+        wgmma_m64n64k16_ss_km(acc_dq, matrix_descriptor(kDescHi, ds), matrix_descriptor(kDescHi, key), step != 0);
     }
 }
 
@@ -750,15 +711,19 @@ __device__ __forceinline__ void store_rows(CUtensorMap const& map, uint32_t rows
     }
 }
 
-// Adds a warp's share of dQ to the sums in global memory, straight from registers: shared memory has no room for it. The
-// registers from `count` on are columns past the head dim.
-__device__ __forceinline__ void add_dq(float const (&acc_dq)[64], float* dq_acc, int count) {
+// Adds a warp's share of dQ to the sums in global memory, when its previous share has left shared memory.
+__device__ __forceinline__ void add_dq(float const (&acc_dq)[kNumAccDq], float* dq_acc, uint32_t dq_slice) {
+    tma_store_wait_read();
+    sync_warp();
 #pragma unroll
-    for (int i = 0; i < 64; i += 4) {
-        if (i < count) {
-            reduce_add_global_float4(
-                dq_acc + i * 32 + lane_id() * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
-        }
+    for (int i = 0; i < kNumAccDq; i += 4) {
+        store_shared_float4(dq_slice + (i * 32 + lane_id() * 4) * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
+    }
+    fence_proxy_async();
+    sync_warp();
+    if (elect_one()) {
+        bulk_reduce_add(dq_acc, dq_slice, kDqSliceFloats * 4);
+        tma_store_commit();
     }
 }
 
@@ -798,201 +763,136 @@ __device__ __forceinline__ void produce(
     }
 }
 
-// Consumers: both have all 64 keys of the block and compute P; the first goes on to dV and dQ, the second to dP, dS and dK ----
+// Consumer: one of the mma warpgroups, 64 keys of the block --------------------------------------------------------------
 
-// What a warp of either knows of its block. Its steps are all query heads that share the keys, one after the other.
-struct Work {
-    KeyBlock block;
-    QueryBlocks blocks;
-    int firsts[2];
-    int num_steps;
-};
-
-__device__ __forceinline__ Work work_of_block(Params const& p, int warp) {
+__device__ __forceinline__ void consume(
+    CUtensorMap const& map_dk, CUtensorMap const& map_dv, Params const& p, uint32_t smem, Barriers const& barriers,
+    int warpgroup, int warp) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     QueryBlocks const blocks = visible_queries(p, block.n_block * kTileN);
-    int const key = block.n_block * kTileN + 16 * warp + lane_id() / 4;
-    int const num_steps = (p.num_m_blocks - blocks.first) * p.num_heads_per_kv;
-    return {block, blocks, {first_query(p, key), first_query(p, key + 8)}, num_steps};
-}
-
-__device__ __forceinline__ void clear(float (&acc)[kNumAccDkv]) {
-#pragma unroll
-    for (int i = 0; i < kNumAccDkv; ++i) {
-        acc[i] = 0.0f;
-    }
-}
-
-// dK or dV, to where K or V was: all warps must be done with them.
-__device__ __forceinline__ void finish(
-    CUtensorMap const& map, float const (&acc)[kNumAccDkv], uint32_t tile, float factor, Work const& work, int warp) {
-    named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
-    uint32_t const rows = tile + 16 * warp * kPanelRowBytes;
-    stage_rows(acc, rows, kKvPanelBytes, factor);
-    store_rows(map, rows, work.block.n_block * kTileN + 16 * warp, work.block);
-    tma_store_wait();
-}
-
-// dV += P^T dO, and dQ = dS K from the other warpgroup's dS.
-__device__ __forceinline__ void consume_dv_dq(
-    CUtensorMap const& map_dv, Params const& p, uint32_t smem, Barriers const& barriers, int warp) {
-    Work const work = work_of_block(p, warp);
-    uint32_t const k_tile = (smem + kSmemK) / kDescUnit;
+    int const warp_key = 64 * warpgroup + 16 * warp;  // of the block
+    int const key = block.n_block * kTileN + warp_key + lane_id() / 4;
+    int const firsts[2] = {first_query(p, key), first_query(p, key + 8)};
+    uint32_t const k_rows = (smem + kSmemK + 64 * warpgroup * kPanelRowBytes) / kDescUnit;
+    uint32_t const v_rows = (smem + kSmemV + 64 * warpgroup * kPanelRowBytes) / kDescUnit;
+    uint32_t const q_tiles = (smem + kSmemQ) / kDescUnit;
+    uint32_t const dout_tiles = (smem + kSmemDout) / kDescUnit;
+    uint32_t const ds_panel = smem + kSmemDs + warpgroup * kDsPanelBytes;
+    uint32_t const k_panel = (smem + kSmemK) / kDescUnit;
+    uint32_t const ds_operand = (smem + kSmemDs + 64 * warpgroup * kPanelRowBytes) / kDescUnit;
+    int const slice = 4 * warpgroup + warp;  // of dQ
+    uint32_t const dq_slice = smem + kSmemDq + slice * (kDqSliceFloats * 4);
     bool const leader = lane_id() == 0;
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
-    PipelineState ds_state = {0, 0};
-    float acc_dv[kNumAccDkv];
-    clear(acc_dv);
+    int ds_stage = 0;
 
-    int m_block = work.blocks.first;
-    int64_t const first_head = static_cast<int64_t>(work.block.bidb) * p.num_heads + work.block.head_kv * p.num_heads_per_kv;
-    float* dq_acc = p.dq_acc + (first_head * p.num_m_blocks + m_block) * kDqBlockFloats + warp * kDqSliceFloats;
-    if (work.num_steps > 0) {
-        mbarrier_wait(barriers.k_full(), 0);
+    float acc_dk[kNumAccDkv];
+    float acc_dv[kNumAccDkv];
+#pragma unroll
+    for (int i = 0; i < kNumAccDkv; ++i) {
+        acc_dk[i] = 0.0f;
+        acc_dv[i] = 0.0f;
     }
-    for (int remaining = work.num_steps; remaining > 0; --remaining) {
+
+    // All query heads that share these keys, one after the other.
+    int m_block = blocks.first;
+    int const blocks_per_head = p.num_m_blocks - blocks.first;
+    int64_t const first_head = static_cast<int64_t>(block.bidb) * p.num_heads + block.head_kv * p.num_heads_per_kv;
+    float* dq_acc = p.dq_acc + (first_head * p.num_m_blocks + m_block) * kDqBlockFloats + slice * kDqSliceFloats;
+    if (blocks_per_head > 0) {
+        mbarrier_wait(barriers.k_full(), 0);
+        mbarrier_wait(barriers.v_full(), 0);
+    }
+    for (int remaining = blocks_per_head * p.num_heads_per_kv; remaining > 0; --remaining) {
+        uint32_t const q_tile = q_tiles + q_state.stage * (kQBytes / kDescUnit);
+        uint32_t const dout_tile = dout_tiles + dout_state.stage * (kQBytes / kDescUnit);
         float acc_s[kNumAccS];
+        float acc_dp[kNumAccS];
         uint32_t p_tile[kNumP];
+        uint32_t ds_tile[kNumP];
+
         mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);
         wgmma_fence();
-        gemm_s(acc_s, k_tile, (smem + kSmemQ + q_state.stage * kQBytes) / kDescUnit);
+        gemm_s(acc_s, k_rows, q_tile);
         wgmma_commit();
-        wgmma_wait_0();
+        mbarrier_wait(barriers.dout_full(dout_state.stage), dout_state.phase);
+        wgmma_fence();
+        gemm_s(acc_dp, v_rows, dout_tile);
+        wgmma_commit();
+
+        // P under dP.
+        wgmma_wait_1();
         wgmma_touch(acc_s);
-        if (m_block < work.blocks.first_unmasked) {
-            apply_mask(acc_s, work.firsts, m_block * kTileM);
+        if (m_block < blocks.first_unmasked) {
+            apply_mask(acc_s, firsts, m_block * kTileM);
         }
         probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
         pack(p_tile, acc_s);
-        sync_warp();
-        mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
-        q_state.advance(kNumStages);
+        wgmma_wait_0();
+        wgmma_touch(acc_dp);
+        score_gradients(acc_dp, acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
+        pack(ds_tile, acc_dp);
 
-        mbarrier_wait(barriers.dout_full(dout_state.stage), dout_state.phase);
+        // dS to all warpgroups under dV. Two stages: who writes one has passed the barrier that followed its last use.
+        stage_ds(ds_tile, ds_panel + ds_stage * kDsBytes, warp);
         wgmma_fence();
-        gemm_dkv(acc_dv, p_tile, (smem + kSmemDout + dout_state.stage * kQBytes) / kDescUnit);
+        gemm_dkv(acc_dv, p_tile, dout_tile);
         wgmma_commit();
+        fence_proxy_async();
+        named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
 
         float acc_dq[kNumAccDq];
-        uint32_t const ds_tile = (smem + kSmemDs + ds_state.stage * kDsBytes) / kDescUnit;
-        mbarrier_wait(barriers.ds_full(ds_state.stage), ds_state.phase);
         wgmma_fence();
-        gemm_dq(acc_dq, ds_tile, k_tile);
+        gemm_dq(acc_dq, ds_operand + ds_stage * (kDsBytes / kDescUnit), k_panel);
         wgmma_commit();
         wgmma_wait_1();
         wgmma_touch(acc_dv);
         wgmma_touch_a(p_tile);
         mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
         dout_state.advance(kNumStages);
-        wgmma_wait_0();
-        wgmma_touch(acc_dq);
-        add_dq(acc_dq, dq_acc, kNumAccDq);
 
-        // The columns from 128 on.
-        uint32_t const k_rest = k_tile + 2 * (kKvPanelBytes / kDescUnit);
+        // dQ to global memory under dK: each warp its own registers, in their order.
         wgmma_fence();
-        gemm_dq(acc_dq, ds_tile, k_rest);
-        wgmma_commit();
-        wgmma_wait_0();
-        wgmma_touch(acc_dq);
-        mbarrier_arrive_if(barriers.ds_empty(ds_state.stage), leader);
-        add_dq(acc_dq, dq_acc + kNumAccDq * 32, kNumAccDqRest);
-        ds_state.advance(kNumDsStages);
-
-        m_block += 1;
-        dq_acc += kDqBlockFloats;
-        if (m_block == p.num_m_blocks) {
-            m_block = work.blocks.first;
-            dq_acc += static_cast<int64_t>(work.blocks.first) * kDqBlockFloats;
-        }
-    }
-    finish(map_dv, acc_dv, smem + kSmemV, 1.0f, work, warp);
-}
-
-// dP^T = V dO^T, dS, and dK += dS^T Q.
-__device__ __forceinline__ void consume_dk(
-    CUtensorMap const& map_dk, Params const& p, uint32_t smem, Barriers const& barriers, int warp) {
-    Work const work = work_of_block(p, warp);
-    uint32_t const k_tile = (smem + kSmemK) / kDescUnit;
-    uint32_t const v_tile = (smem + kSmemV) / kDescUnit;
-    bool const leader = lane_id() == 0;
-    PipelineState q_state = {0, 0};
-    PipelineState dout_state = {0, 0};
-    PipelineState ds_state = {0, 0};
-    float acc_dk[kNumAccDkv];
-    clear(acc_dk);
-
-    int m_block = work.blocks.first;
-    if (work.num_steps > 0) {
-        mbarrier_wait(barriers.k_full(), 0);
-        mbarrier_wait(barriers.v_full(), 0);
-    }
-    for (int remaining = work.num_steps; remaining > 0; --remaining) {
-        uint32_t const q_tile = (smem + kSmemQ + q_state.stage * kQBytes) / kDescUnit;
-        float acc_s[kNumAccS];
-        float acc_dp[kNumAccS];
-        uint32_t ds[kNumP];
-        mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);
-        wgmma_fence();
-        gemm_s(acc_s, k_tile, q_tile);
-        wgmma_commit();
-        mbarrier_wait(barriers.dout_full(dout_state.stage), dout_state.phase);
-        wgmma_fence();
-        gemm_s(acc_dp, v_tile, (smem + kSmemDout + dout_state.stage * kQBytes) / kDescUnit);
+        gemm_dkv(acc_dk, ds_tile, q_tile);
         wgmma_commit();
         wgmma_wait_1();
-        wgmma_touch(acc_s);
-        if (m_block < work.blocks.first_unmasked) {
-            apply_mask(acc_s, work.firsts, m_block * kTileM);
-        }
-        probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
-        wgmma_wait_0();
-        wgmma_touch(acc_dp);
-        score_gradients(acc_dp, acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
-        pack(ds, acc_dp);
-        sync_warp();
-        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-        dout_state.advance(kNumStages);
-
-        // dS to the other warpgroup under dK.
-        mbarrier_wait(barriers.ds_empty(ds_state.stage), ds_state.phase ^ 1);
-        stage_ds(ds, smem + kSmemDs + ds_state.stage * kDsBytes, warp);
-        wgmma_fence();
-        gemm_dkv(acc_dk, ds, q_tile);
-        wgmma_commit();
-        fence_proxy_async();
-        sync_warp();
-        mbarrier_arrive_if(barriers.ds_full(ds_state.stage), leader);
-        ds_state.advance(kNumDsStages);
+        wgmma_touch(acc_dq);
+        add_dq(acc_dq, dq_acc, dq_slice);
         wgmma_wait_0();
         wgmma_touch(acc_dk);
-        wgmma_touch_a(ds);
+        wgmma_touch_a(ds_tile);
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
         q_state.advance(kNumStages);
 
-        m_block = m_block + 1 == p.num_m_blocks ? work.blocks.first : m_block + 1;
+        ds_stage ^= 1;
+        m_block += 1;
+        dq_acc += kDqBlockFloats;
+        if (m_block == p.num_m_blocks) {
+            m_block = blocks.first;
+            dq_acc += static_cast<int64_t>(blocks.first) * kDqBlockFloats;
+        }
     }
-    finish(map_dk, acc_dk, smem + kSmemK, p.softmax_scale, work, warp);
-}
 
-__device__ __forceinline__ void consume(
-    CUtensorMap const& map_dk, CUtensorMap const& map_dv, Params const& p, uint32_t smem, Barriers const& barriers,
-    int warpgroup, int warp) {
-    if (warpgroup == 0) {
-        consume_dv_dq(map_dv, p, smem, barriers, warp);
-    } else {
-        consume_dk(map_dk, p, smem, barriers, warp);
-    }
+    // dK and dV go where K and V were: all warps must be done with them.
+    named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
+    uint32_t const dk_rows = smem + kSmemK + warp_key * kPanelRowBytes;
+    uint32_t const dv_rows = smem + kSmemV + warp_key * kPanelRowBytes;
+    int const row = block.n_block * kTileN + warp_key;
+    stage_rows(acc_dv, dv_rows, kKvPanelBytes, 1.0f);
+    store_rows(map_dv, dv_rows, row, block);
+    stage_rows(acc_dk, dk_rows, kKvPanelBytes, p.softmax_scale);
+    store_rows(map_dk, dk_rows, row, block);
+    tma_store_wait();
 }
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
-// Row statistics of one block of queries, and zeros for its dQ. 32 lanes share a row, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_fp16_d256_m64_n64_s2_w8_preprocess(
+// Row statistics of one block of queries, and zeros for its dQ. 8 lanes share a row, 16 bytes each.
+extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
     constexpr int kThreads = 128;
-    constexpr int kLanesPerRow = 32;
+    constexpr int kLanesPerRow = 8;
     constexpr float kLog2E = 1.44269504088896341f;
     int const m_block = static_cast<int>(blockIdx.x) % p.num_m_blocks;
     int const batch_head = static_cast<int>(blockIdx.x) / p.num_m_blocks;
@@ -1012,7 +912,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_fp16_d256_m64_n64
         int const row = m_block * kTileM + row_of_block;
         bool const exists = row_of_block < kTileM && row < p.seqlen_q;
         float sum = 0.0f;
-        if (exists && chunk < 32) {
+        if (exists && chunk < 8) {
             uint32_t o_chunk[4];
             uint32_t dout_chunk[4];
             load_global_128(o_chunk, o + 2 * row * p.o_row_stride);
@@ -1031,8 +931,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_fp16_d256_m64_n64
             sum += shfl_xor(sum, lanes);
         }
         if (chunk == 0 && row_of_block < kTileM) {
-            // A row that does not exist has P = 0. One that sees no key has LSE = -inf, and nothing but masked scores: any
-            // number does.
+            // A row that does not exist has P = 0. One that sees no key has LSE = -inf, and masked scores: any number does.
             float lse_log2 = kInfinity;
             if (exists) {
                 float const lse = load_global_float(p.lse + of_head + row);
@@ -1054,7 +953,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_fp16_d256_m64_n64
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_fp16_d256_m64_n64_s2_w8(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8(
     const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
     const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_dout,
     const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv,
@@ -1087,7 +986,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_fp16_d
 }
 
 // One block of queries of dQ: from sums in register order to rows, through shared memory.
-extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_fp16_d256_m64_n64_s2_w8_postprocess(
+extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const m_block = static_cast<int>(blockIdx.x) % p.num_m_blocks;

@@ -1,0 +1,228 @@
+"""Gradients on a GPU, by the project's rule: every head dim, dtype and mask, over shapes, layouts and scales."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from fa2gen import UnsupportedProblem, env, flash_attn_func
+from fa2gen.ops.backward import backward_cuda
+from fa2gen.ops.dispatch import _choose, _device, forward_cuda
+from fa2gen.reference import check_gradients
+from fa2gen.select import TYPICAL_SEQLEN
+from fa2gen.spec import Problem
+from fa2gen.store import Store
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+# (batch, seqlen_q, seqlen_k, heads, heads_kv)
+SHAPES = (
+    (2, 1, 1, 2, 2),
+    (2, 1, 1024, 4, 2),
+    (2, 113, 203, 6, 1),
+    (1, 203, 113, 6, 6),  # causal: the first 90 rows see no key
+    (2, 128, 217, 8, 2),
+    (1, 512, 40, 2, 2),  # causal: whole blocks of queries see no key
+    (1, 1023, 1024, 4, 2),
+    (1, 2048, 2048, 3, 1),
+    (1, 4096, 4096, 1, 1),
+    (2, 0, 64, 2, 2),
+    (2, 64, 0, 2, 1),
+    (0, 64, 64, 2, 1),
+)
+LAYOUTS = ("gaps", "dense", "bhsd")
+
+
+def families(head_dims, dtypes=("bf16", "fp16"), masks=("full", "causal")):
+    values = [("sm90", *rest) for rest in itertools.product(dtypes, head_dims, masks)]
+    return pytest.mark.parametrize("family", values, indirect=True, ids=lambda f: f"{f[1]}_d{f[2]}_{f[3]}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_built(request):
+    """Backward kernels of all selected tests at once, in threads. One that does not compile fails in its own test."""
+    wanted = {
+        Problem(direction="bwd", head_dim=f[2], dtype=f[1], mask=f[3])
+        for item in request.session.items
+        if item.path == request.path and (f := getattr(item, "callspec", None) and item.callspec.params.get("family"))
+    }
+    store, device = Store(), _device(torch.cuda.current_device())
+
+    def build(problem):
+        try:
+            store.get_or_compile(*_choose(problem, device, None, None, TYPICAL_SEQLEN))
+        except Exception as error:
+            print(error)
+
+    with ThreadPoolExecutor(env.jobs()) as pool:
+        list(pool.map(build, wanted))
+
+
+def gradients(harness, family, q, k, v, dout, dlse=None, scale=None):
+    """(dq, dk, dv) into poisoned buffers; asserts that nothing beside them was written."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    causal = family.mask == "causal"
+    out, lse = forward_cuda(q, k, v, scale, causal)
+    buffers, views = zip(*(harness.poisoned(tuple(x.shape), x.dtype) for x in (q, k, v)), strict=True)
+    backward_cuda(dout, q, k, v, harness.amid_nan(out), lse, dlse, scale, causal, False, None, views)
+    for name, buffer in zip(("dq", "dk", "dv"), buffers, strict=True):
+        outside = torch.cat([buffer[: harness.GUARD], buffer[-harness.GUARD :]])
+        assert outside.isnan().all(), f"{family}: something beside {name} was written"
+    return views
+
+
+def inputs(harness, family, sizes, layout="gaps", seed=0, gain=1.0):
+    sizes = harness.Sizes(*sizes)
+    q, k, v = harness.inputs(family, sizes, layout, seed, gain)
+    dout = harness.amid_nan(torch.randn(q.shape, generator=harness.generator, device="cuda").to(q.dtype), layout)
+    return q, k, v, dout
+
+
+def assert_right(harness, family, q, k, v, dout, dlse=None, scale=None):
+    found = gradients(harness, family, q, k, v, dout, dlse, scale)
+    verdict = check_gradients(found, dout, q, k, v, dlse=dlse, causal=family.mask == "causal", softmax_scale=scale)
+    assert verdict.ok, f"{family} {tuple(q.shape)} x {tuple(k.shape)}, scale {scale}: {verdict}"
+    return found
+
+
+@families(range(8, 257, 8))
+def test_every_kernel(harness, family):
+    for seed, (sizes, layout) in enumerate(zip(SHAPES, itertools.cycle(LAYOUTS), strict=False)):
+        assert_right(harness, family, *inputs(harness, family, sizes, layout, seed))
+
+
+LENGTHS = (1, 2, 7, 8, 15, 16, 17, 31, 63, 64, 65, 79, 80, 81, 127, 128, 129, 159, 160, 161, 191, 193, 255, 257, 385)
+
+
+@families((64, 80, 128, 192, 256), dtypes=("bf16",))
+def test_lengths_around_tile_edges(harness, family):
+    for length in LENGTHS:
+        for sizes in ((1, length, 200, 2, 1), (1, 200, length, 2, 2), (1, length, length, 2, 1)):
+            assert_right(harness, family, *inputs(harness, family, sizes, "gaps", length))
+
+
+@families((64, 128, 256), dtypes=("bf16",))
+def test_several_waves(harness, family):
+    for sizes in ((3, 700, 900, 14, 7), (7, 300, 300, 12, 4), (65, 130, 70, 3, 1)):
+        assert_right(harness, family, *inputs(harness, family, sizes))
+
+
+@families((40, 64, 128, 256))
+def test_gradient_of_lse(harness, family):
+    for sizes in ((2, 150, 300, 4, 2), (1, 300, 150, 4, 1)):
+        q, k, v, dout = inputs(harness, family, sizes)
+        dlse = torch.randn(sizes[0], sizes[3], sizes[1], generator=harness.generator, device="cuda")
+        assert_right(harness, family, q, k, v, dout, dlse)
+
+
+@families((40, 64, 128, 256))
+def test_softmax_scale(harness, family):
+    values = inputs(harness, family, (2, 150, 300, 4, 2))
+    for scale in (1e-3, 0.05, 0.5, 1.0):
+        assert_right(harness, family, *values, scale=scale)
+
+
+@families((64, 128, 192, 256))
+def test_large_magnitudes(harness, family):
+    """Almost one-hot: a key that does not exist would get an infinite probability without its mask."""
+    q, k, v, dout = inputs(harness, family, (2, 200, 333, 4, 2), gain=8.0)
+    for x in gradients(harness, family, q, k, v, dout):
+        assert x.isfinite().all()
+    assert_right(harness, family, *inputs(harness, family, (2, 200, 333, 4, 2), gain=3.0))
+
+
+@families((64, 128, 256), dtypes=("bf16",))
+def test_strides(harness, family):
+    """Packed tensors, expanded gradients (stride 0), and addresses that TMA does not take."""
+    q, k, v, dout = inputs(harness, family, (2, 333, 333, 4, 4), "dense")
+    expected = assert_right(harness, family, q, k, v, dout)
+    packed = torch.stack((q, k, v), dim=2).unbind(2)
+    for x, y in zip(gradients(harness, family, *packed, dout)[1:], expected[1:], strict=True):
+        assert torch.equal(x, y)
+    one = dout[:1, :1, :1].expand_as(dout)
+    assert_right(harness, family, q, k, v, one)
+    buffer = torch.empty(dout.numel() + 1, dtype=dout.dtype, device="cuda")
+    assert_right(harness, family, q, k, v, buffer[1:].view(dout.shape).copy_(dout))
+
+
+@families((64, 128, 256), dtypes=("bf16",), masks=("causal",))
+def test_dk_and_dv_are_the_same_in_every_run(harness, family):
+    """And dQ, whose order of summation varies, differs by roundings only."""
+    q, k, v, dout = inputs(harness, family, (2, 1000, 1300, 8, 2))
+    first = gradients(harness, family, q, k, v, dout)
+    for _ in range(20):
+        again = gradients(harness, family, q, k, v, dout)
+        assert torch.equal(again[1], first[1]) and torch.equal(again[2], first[2])
+        torch.testing.assert_close(again[0], first[0], rtol=2e-2, atol=2e-3)
+
+
+# Autograd ------------------------------------------------------------------------------------------------------------
+
+
+def leaves(sizes, head_dim=64, dtype=torch.bfloat16):
+    batch, seqlen_q, seqlen_k, heads, heads_kv = sizes
+    shapes = ((seqlen_q, heads), (seqlen_k, heads_kv), (seqlen_k, heads_kv))
+    generator = torch.Generator("cuda").manual_seed(1)
+    return [
+        torch.randn(batch, s, h, head_dim, device="cuda", dtype=dtype, generator=generator).requires_grad_()
+        for s, h in shapes
+    ]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_autograd(head_dim):
+    q, k, v = leaves((2, 300, 400, 8, 2), head_dim)
+    out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    found = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse), retain_graph=True)
+    verdict = check_gradients(found, dout, q, k, v, dlse=dlse, causal=True)
+    assert verdict.ok, verdict
+    assert check_gradients(torch.autograd.grad(out, (q, k, v), dout), dout, q, k, v, causal=True).ok
+
+
+def test_other_streams_and_graphs():
+    q, k, v = leaves((2, 512, 512, 8, 2), 128)
+    dout = torch.randn_like(q)
+    expected = torch.autograd.grad(flash_attn_func(q, k, v, causal=True), (q, k, v), dout)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = torch.autograd.grad(flash_attn_func(q, k, v, causal=True), (q, k, v), dout)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = torch.autograd.grad(flash_attn_func(q, k, v, causal=True), (q, k, v), dout)
+    for _ in range(3):
+        for x in captured:
+            x.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(captured[1], expected[1]) and torch.equal(captured[2], expected[2])
+        torch.testing.assert_close(captured[0], expected[0], rtol=2e-2, atol=2e-3)
+
+
+def test_compile_fullgraph():
+    q, k, v = leaves((2, 300, 300, 8, 2), 128)
+
+    def loss(q, k, v):
+        return (flash_attn_func(q, k, v, causal=True).float() ** 2).mean()
+
+    expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, k, v), (q, k, v))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=1e-5)
+
+
+def test_what_is_not_built_is_refused_before_the_forward_pass(monkeypatch):
+    q, k, v = leaves((1, 64, 64, 2, 2))
+    with pytest.raises(UnsupportedProblem, match="deterministic"):
+        flash_attn_func(q, k, v, deterministic=True)
+    monkeypatch.setenv("FA2GEN_ARCH", "sm80")
+    with pytest.raises(UnsupportedProblem, match="sm90"):
+        flash_attn_func(q, k, v)

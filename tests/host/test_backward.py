@@ -1,0 +1,151 @@
+"""Every backward kernel computes the gradients, by the project's rule, whatever the schedule."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fa2gen.host import Options, build_library
+from fa2gen.host.backward import run_backward
+from fa2gen.plan import make_plan
+from fa2gen.reference import attention_reference, check_gradients
+from fa2gen.select import default_tiling
+from fa2gen.spec import KernelSpec, Problem
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+NAN = float("nan")
+
+# (batch, seqlen_q, seqlen_k, heads, heads_kv)
+RAGGED = (2, 113, 203, 2, 1)
+NO_KEYS = (1, 203, 60, 4, 2)  # causal: the first 143 rows see no key
+ONE_BLOCK = (1, 60, 300, 2, 2)  # one ragged block of queries, and ragged keys
+ONE = (1, 1, 1, 1, 1)
+MANY_BLOCKS = (2, 260, 390, 4, 2)
+
+# Splits, stages and warps that no default may use.
+TILINGS = (
+    "fa2_bwd_sm90_bf16_d128_m80_n128_s2_w8",
+    "fa2_bwd_sm90_bf16_d128_causal_m80_n128_s2_w8",
+    "fa2_bwd_sm90_fp16_d128_causal_m64_n128_s3_w8",
+    "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8",
+    "fa2_bwd_sm90_fp16_d64_causal_m64_n64_s4_w4",
+    "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w8",
+    "fa2_bwd_sm90_bf16_d72_causal_m64_n64_s3_w8",
+    "fa2_bwd_sm90_fp16_d104_m80_n128_s2_w8",
+    "fa2_bwd_sm90_bf16_d168_m64_n64_s2_w8",
+    "fa2_bwd_sm90_fp16_d248_causal_m64_n64_s2_w8",
+)
+
+
+def every_default():
+    dtypes = itertools.cycle(("bf16", "fp16", "fp16", "bf16"))
+    for head_dim, mask in itertools.product(range(8, 257, 8), ("full", "causal")):
+        problem = Problem(direction="bwd", head_dim=head_dim, dtype=next(dtypes), mask=mask)
+        yield KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")).name
+
+
+def amid_nan(values: torch.Tensor) -> torch.Tensor:
+    """The same tensor with NaN behind the rows of each batch: a kernel that reads too far shows it."""
+    batch, seqlen, *rest = values.shape
+    buffer = values.new_full((batch, seqlen + 3, *rest), NAN)
+    buffer[:, :seqlen] = values
+    return buffer[:, :seqlen]
+
+
+def run(name, sizes, *, with_dlse=False, gain=1.0, scale=None, **options):
+    """(verdict, gradients)"""
+    plan = make_plan(KernelSpec.from_name(name))
+    batch, seqlen_q, seqlen_k, heads, heads_kv = sizes
+    generator = torch.Generator().manual_seed(plan.head_dim)
+
+    def random(seqlen, heads):
+        values = torch.randn(batch, seqlen, heads, plan.head_dim, generator=generator)
+        return amid_nan((gain * values).to(DTYPES[plan.dtype]))
+
+    q, k, v = random(seqlen_q, heads), random(seqlen_k, heads_kv), random(seqlen_k, heads_kv)
+    dout = random(seqlen_q, heads)
+    dlse = torch.randn(batch, heads, seqlen_q, generator=generator) if with_dlse else None
+    out, lse = attention_reference(q, k, v, causal=plan.causal, softmax_scale=scale)
+    gradients = tuple(amid_nan(torch.full_like(x, NAN)) for x in (q, k, v))
+    run_backward(
+        plan,
+        *gradients,
+        dout,
+        q,
+        k,
+        v,
+        amid_nan(out),
+        lse.contiguous(),
+        dlse,
+        softmax_scale=scale,
+        options=Options(**options),
+    )
+    for x in gradients:
+        whole = x.as_strided((x.stride(0) * batch,), (1,))  # with the guard rows, which must still be NaN
+        assert int((~whole.isnan()).sum()) == int((~x.isnan()).sum()), "rows behind a batch were written"
+    verdict = check_gradients(gradients, dout, q, k, v, dlse=dlse, causal=plan.causal, softmax_scale=scale)
+    return verdict, gradients
+
+
+def kernels():
+    """The tilings above, and the defaults; most of those are marked slow: together they take two minutes."""
+    quick = [
+        name for name in every_default() if name.split("_")[4] in ("d8", "d64", "d72", "d128", "d136", "d200", "d256")
+    ]
+    rest = [name for name in every_default() if name not in {*quick, *TILINGS}]
+    return [*dict.fromkeys((*TILINGS, *quick)), *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_every_kernel(name):
+    for sizes, seed in ((RAGGED, 0), (NO_KEYS, 1), (ONE, 0)):
+        verdict, _ = run(name, sizes, seed=seed)
+        assert verdict.ok, f"{sizes}, seed {seed}: {verdict}"
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_other_shapes(name):
+    for sizes in (MANY_BLOCKS, ONE_BLOCK, (1, 300, 515, 2, 2), (1, 1, 300, 3, 1), (1, 300, 1, 2, 1)):
+        verdict, _ = run(name, sizes)
+        assert verdict.ok, f"{sizes}: {verdict}"
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_gradient_of_lse(name):
+    for sizes in (RAGGED, NO_KEYS):
+        verdict, _ = run(name, sizes, with_dlse=True)
+        assert verdict.ok, f"{sizes}: {verdict}"
+
+
+@pytest.mark.parametrize("name", TILINGS[:6])
+def test_scales_and_magnitudes(name):
+    """Scores of hundreds: without its mask a key that does not exist would get an infinite probability."""
+    for gain, scale in ((8.0, None), (1.0, 0.5), (1.0, 1e-3)):
+        verdict, _ = run(name, RAGGED, gain=gain, scale=scale)
+        assert verdict.ok, f"gain {gain}, scale {scale}: {verdict}"
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_no_schedule_changes_dk_and_dv(name):
+    """Bit for bit; dQ is a sum over blocks of keys in the order in which they come, so it may differ by a rounding."""
+    verdict, (_, dk, dv) = run(name, MANY_BLOCKS)
+    assert verdict.ok, verdict
+    for seed in range(1, 7):
+        verdict, (_, dk_again, dv_again) = run(name, MANY_BLOCKS, seed=seed)
+        assert verdict.ok, f"seed {seed}: {verdict}"
+        assert torch.equal(dk_again, dk) and torch.equal(dv_again, dv), f"seed {seed}"
+
+
+@pytest.mark.parametrize("name", (TILINGS[1], TILINGS[3], TILINGS[8]))
+def test_sanitizers_are_silent(name):
+    for sizes in (RAGGED, NO_KEYS):
+        verdict, _ = run(name, sizes, sanitize=True)
+        assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_compiles_without_a_warning(name):
+    warnings = build_library(make_plan(KernelSpec.from_name(name))).path.with_name("warnings.txt")
+    assert warnings.read_text() == ""

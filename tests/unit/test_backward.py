@@ -1,0 +1,269 @@
+"""Gradients with no GPU: the reference, the operator, autograd, plans and launch facts of the backward kernels."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+from fa2gen import InfeasibleSpec, InvalidInput, UnsupportedProblem, attention, flash_attn_func
+from fa2gen.launch import ForwardShape, backward_launch
+from fa2gen.layout import accumulator_position
+from fa2gen.ops import flash_attn_qkvpacked_func
+from fa2gen.plan import feasible_tilings, make_plan
+from fa2gen.reference import attention_backward_tiled, attention_reference, attention_tiled, check_gradients
+from fa2gen.select import default_tiling
+from fa2gen.spec import KernelSpec, Problem, Tiling
+
+# (batch, seqlen_q, seqlen_k, heads, heads_kv)
+SHAPES = ((2, 50, 70, 4, 2), (1, 70, 50, 4, 1), (1, 33, 33, 2, 2), (1, 1, 40, 2, 1), (1, 40, 1, 2, 1))
+EMPTY = ((1, 5, 0, 2, 2), (1, 0, 5, 2, 1), (0, 5, 5, 2, 1))
+
+
+def inputs(sizes, head_dim=16, dtype=torch.bfloat16):
+    batch, seqlen_q, seqlen_k, heads, heads_kv = sizes
+    generator = torch.Generator().manual_seed(seqlen_q * 101 + seqlen_k)
+    shapes = ((seqlen_q, heads), (seqlen_k, heads_kv), (seqlen_k, heads_kv), (seqlen_q, heads))
+    values = [torch.randn(batch, s, h, head_dim, generator=generator, dtype=torch.float64).to(dtype) for s, h in shapes]
+    q, k, v = (x.requires_grad_() for x in values[:3])
+    return q, k, v, values[3], torch.randn(batch, heads, seqlen_q, generator=generator)
+
+
+# The reference -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sizes", [*SHAPES, *EMPTY])
+def test_algorithm_2_is_the_gradient_of_attention(sizes, causal):
+    """In fp64, against autograd through the definition."""
+    q, k, v, dout, dlse = inputs(sizes, dtype=torch.float64)
+    dlse = dlse.double()
+    out, lse = attention_reference(q, k, v, causal=causal)
+    no_key = lse.isneginf()
+    expected = torch.autograd.grad([out, lse.masked_fill(no_key, 0)], (q, k, v), [dout, dlse.masked_fill(no_key, 0)])
+    with torch.no_grad():
+        out, lse = attention_tiled(q, k, v, causal=causal)
+        found = attention_backward_tiled(dout, q, k, v, out, lse, dlse, causal=causal, tile_m=16, tile_n=24)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_the_rule_refuses_wrong_gradients():
+    q, k, v, dout, _ = inputs(SHAPES[0])
+    right = torch.autograd.grad(flash_attn_func(q, k, v, causal=True), (q, k, v), dout)
+    assert check_gradients(right, dout, q, k, v, causal=True).ok
+    for i in range(3):
+        for change in (lambda x: x * 1.02, lambda x: x.roll(1, 1), lambda x: x.masked_fill(x == x.max(), torch.nan)):
+            wrong = [change(x) if i == j else x for j, x in enumerate(right)]
+            assert not check_gradients(tuple(wrong), dout, q, k, v, causal=True).ok
+
+
+# Autograd ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_flash_attn_func_is_differentiable(sizes, causal):
+    q, k, v, dout, dlse = inputs(sizes)
+    out, lse, _ = flash_attn_func(q, k, v, softmax_scale=0.3, causal=causal, return_attn_probs=True)
+    options: dict[str, Any] = {"causal": causal, "softmax_scale": 0.3}
+    found = torch.autograd.grad((out, lse), (q, k, v), (dout, dlse), retain_graph=True)
+    verdict = check_gradients(found, dout, q, k, v, dlse=dlse, **options)
+    assert verdict.ok, verdict
+    of_out = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    assert check_gradients(of_out, dout, q, k, v, **options).ok
+    of_lse = torch.autograd.grad(lse, (q, k, v), dlse)
+    assert check_gradients(of_lse, torch.zeros_like(dout), q, k, v, dlse=dlse, **options).ok
+
+
+@pytest.mark.parametrize("sizes", EMPTY)
+def test_gradients_of_nothing_are_zero(sizes):
+    q, k, v, dout, _ = inputs(sizes)
+    for x in torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), dout):
+        assert not x.any()
+
+
+def test_only_what_requires_a_gradient_gets_one():
+    q, k, v, dout, _ = inputs(SHAPES[0])
+    whole = torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), dout)
+    (dk,) = torch.autograd.grad(flash_attn_func(q.detach(), k, v.detach()), (k,), dout)
+    assert torch.equal(dk, whole[1])
+
+
+def test_packed_and_strided_tensors():
+    qkv = torch.randn(2, 20, 3, 4, 16, dtype=torch.bfloat16, requires_grad=True)
+    out = flash_attn_qkvpacked_func(qkv, causal=True)
+    dout = torch.randn(2, 4, 20, 16, dtype=torch.bfloat16).transpose(1, 2)
+    (found,) = torch.autograd.grad(out, qkv, dout)
+    q, k, v = qkv.unbind(2)
+    assert check_gradients(found.unbind(2), dout, q, k, v, causal=True).ok
+
+
+def test_checkpointing_and_compile():
+    q, k, v, dout, _ = inputs(SHAPES[0])
+
+    def run(q, k, v):
+        return flash_attn_func(q, k, v, causal=True)
+
+    expected = torch.autograd.grad(run(q, k, v), (q, k, v), dout)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for out in (checkpoint(run, q, k, v, use_reentrant=False), compiled(q, k, v)):
+        found = torch.autograd.grad(out, (q, k, v), dout)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_second_derivatives_are_refused_where_they_are_taken():
+    """Not silently zero; and a graph that is kept for another part's second derivative is no error."""
+    q, k, v, dout, _ = inputs(SHAPES[0])
+    (dq,) = torch.autograd.grad(flash_attn_func(q, k, v), (q,), dout, create_graph=True)
+    with pytest.raises(UnsupportedProblem, match="differentiated once"):
+        torch.autograd.grad(dq.sum(), (k,))
+
+
+def test_deterministic_is_a_promise_that_the_cpu_keeps():
+    q, k, v, dout, _ = inputs(SHAPES[0])
+    runs = [torch.autograd.grad(flash_attn_func(q, k, v, deterministic=True), (q, k, v), dout) for _ in range(3)]
+    assert all(torch.equal(x, y) for again in runs for x, y in zip(again, runs[0], strict=True))
+
+
+def test_a_chosen_kernel_has_no_gradient():
+    q, k, v, *_ = inputs(SHAPES[0])
+    with pytest.raises(UnsupportedProblem, match="arch and tiling"):
+        attention(q, k, v, arch="sm90")
+
+
+# The operator --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_dlse", [False, True])
+def test_opcheck(with_dlse):
+    q, k, v, dout, dlse = (x.detach() for x in inputs(SHAPES[0]))
+    out, lse = torch.ops.fa2gen.fwd(q, k, v, 0.25, True)
+    arguments = (dout, q, k, v, out, lse, dlse if with_dlse else None, 0.25, True, False)
+    assert set(opcheck(torch.ops.fa2gen.bwd.default, arguments).values()) == {"SUCCESS"}
+
+
+def test_fake_cuda_tensors_get_shapes():
+    """The operator alone: a torch without CUDA does not survive autograd on a CUDA device, fake or not."""
+    with FakeTensorMode():
+        q, k = (torch.empty(2, s, h, 64, dtype=torch.bfloat16, device="cuda") for s, h in ((9, 4), (7, 2)))
+        out, lse = attention(q, k, k)
+        gradients = torch.ops.fa2gen.bwd(out, q, k, k, out, lse, None, 0.25, True, False)
+        assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+
+
+def test_bad_arguments_of_the_operator():
+    q, k, v, dout, _ = (x.detach() for x in inputs(SHAPES[0]))
+    out, lse = torch.ops.fa2gen.fwd(q, k, v, 0.25, True)
+    for position, bad, word in (
+        (0, dout[:, 1:], "dout"),
+        (4, out.float(), "out"),
+        (5, lse[:, :1], "lse"),
+        (6, lse.half(), "dlse"),
+    ):
+        arguments = [dout, q, k, v, out, lse, lse, 0.25, True, False]
+        arguments[position] = bad
+        with pytest.raises(InvalidInput, match=f"^{word} is"):
+            torch.ops.fa2gen.bwd(*arguments)
+
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+
+def plans():
+    for head_dim, mask in itertools.product(range(8, 257, 8), ("full", "causal")):
+        problem = Problem(direction="bwd", head_dim=head_dim, mask=mask)
+        tilings = {default_tiling(problem, "sm90")} | (
+            set(feasible_tilings(problem, "sm90")) if head_dim % 40 == 0 else set()
+        )
+        yield from (make_plan(KernelSpec(problem=problem, tiling=tiling)) for tiling in tilings)
+
+
+PLANS = {plan.name: plan for plan in plans()}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_shared_memory(name):
+    plan = PLANS[name]
+    statistics = plan.num_stages * plan.statistics_bytes
+    parts = [
+        (plan.smem_k, plan.kv_tile.bytes, 1024),
+        (plan.smem_v, plan.kv_tile.bytes, 1024),
+        (plan.smem_q, plan.num_stages * plan.q_tile.bytes, 1024),
+        (plan.smem_dout, plan.num_stages * plan.q_tile.bytes, 1024),
+        (plan.smem_ds, plan.num_ds_stages * plan.ds_tile.bytes, 1024),
+        *([(plan.smem_dq, 4 * plan.dq_block_floats, 16)] if plan.stages_dq else []),
+        (plan.smem_lse, statistics, 16),
+        (plan.smem_dpsum, statistics, 16),
+        (plan.smem_barriers, 8 * plan.num_barriers, 8),
+    ]
+    end = 0
+    for begin, size, alignment in parts:
+        assert begin == end and begin % alignment == 0
+        end = begin + size
+    assert end == plan.shared_memory_bytes <= 232_448
+    # Stages and panels keep to the 8-row pattern of the swizzle, bulk copies to 16 bytes.
+    assert (
+        not plan.q_tile.panel_bytes % 1024
+        and not plan.kv_tile.panel_bytes % 1024
+        and not plan.ds_tile.panel_bytes % 1024
+    )
+    assert not plan.statistics_bytes % 16 and not 4 * plan.dq_slice_floats % 16
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_sums_of_dq_hold_every_element_once(name):
+    """Where a warp puts register r of its lane l, and which element of dQ that is."""
+    plan = PLANS[name]
+    found = set()
+    rows = plan.dq_slice_floats // 32  # registers of one thread
+    for slice_, lane, register in itertools.product(range(plan.num_dq_slices), range(32), range(rows)):
+        warp, tile = slice_ % 4, slice_ // 4
+        row, column = accumulator_position(warp, lane, register)
+        row += 64 * tile
+        query, dimension = (column, row) if plan.swaps_dq else (row, column)
+        assert query < plan.tile_m
+        found.add((query, dimension))
+    assert len(found) == plan.dq_block_floats
+    assert found >= set(itertools.product(range(plan.tile_m), range(plan.head_dim)))
+
+
+def test_launch_facts():
+    problem = Problem(direction="bwd", head_dim=128, mask="causal")
+    plan: Any = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
+    launch = backward_launch(plan, ForwardShape(2, 300, 1000, 12, 4), 0.125)
+    blocks = -(-300 // plan.tile_m)
+    assert launch.grids == (blocks * 24, 8 * 8, blocks * 24)
+    assert launch.statistics_floats == blocks * plan.tile_m * 24
+    assert launch.dq_acc_floats == blocks * plan.tile_m * 128 * 24
+    assert {param.name for param in plan.params} - set(launch.values) == {
+        *("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc"),
+        *(f"{name}_{step}_stride" for name in ("o", "dout") for step in ("batch", "row", "head")),
+    }
+    for shape in (ForwardShape(1 << 20, 1 << 20, 8, 64, 64), ForwardShape(1, 1 << 30, 1 << 30, 1, 1)):
+        with pytest.raises(OverflowError):
+            backward_launch(plan, shape, 0.125)
+
+
+def test_what_does_not_fit_says_why():
+    problem = Problem(direction="bwd", head_dim=128)
+    for changes, words in (
+        ({"tile_m": 128}, "shared memory|registers"),
+        ({"tile_n": 96}, "keys"),
+        ({"num_mma_warps": 12}, "mma warps"),
+        ({"swizzle_bytes": 64}, "swizzle"),
+        ({"lazy_rescale": 1}, "lazy rescale"),
+        ({"tile_m": 80, "tile_n": 64}, "query rows"),
+    ):
+        tiling = Tiling(**{"arch": "sm90", "tile_m": 64, "tile_n": 128, "num_stages": 2, "num_mma_warps": 8} | changes)
+        with pytest.raises(InfeasibleSpec, match=f"(?s)({words}).*nearest"):
+            make_plan(KernelSpec(problem=problem, tiling=tiling))
+    with pytest.raises(UnsupportedProblem, match="sm90 alone"):
+        default_tiling(problem, "sm80")
+    with pytest.raises(UnsupportedProblem, match="sm90 alone"):
+        make_plan(KernelSpec.from_name("fa2_bwd_sm80_bf16_d128_m64_n128_s2_w8"))
