@@ -40,7 +40,8 @@ def contestants(q: Any, k: Any, v: Any, dout: Any, causal: bool, fa3: bool) -> d
     }
     if fa3:
         operator = torch.ops.flash_attn_3.bwd
-        found["fa3"] = lambda: operator(dout, q, k, v, out, lse, softmax_scale=scale, is_causal=causal)
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        found["fa3"] = lambda: operator(dout, q, k, v, out, lse, *gradients, softmax_scale=scale, is_causal=causal)
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     leaves = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]

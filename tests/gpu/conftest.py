@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fa2gen import env
+from fa2gen.errors import Fa2GenError
 from fa2gen.ops import dispatch, forward_into
 from fa2gen.reference import Verdict, check
 from fa2gen.spec import Problem
@@ -67,8 +68,9 @@ def kernels_are_built(request: pytest.FixtureRequest) -> None:
 
     def build(family: Family) -> None:
         problem = Problem(head_dim=family.head_dim, dtype=family.dtype, mask=family.mask)
-        with contextlib.suppress(Exception):
-            store.get_or_compile(*dispatch._choose(problem, device, family.arch, None))
+        for seqlen_k in SEQLENS_OF_ALL_ROWS:
+            with contextlib.suppress(Fa2GenError):
+                store.get_or_compile(*dispatch._choose(problem, device, family.arch, None, seqlen_k))
 
     with ThreadPoolExecutor(env.jobs()) as pool:
         list(pool.map(build, {family for item in request.session.items if (family := family_of(item))}))
@@ -80,6 +82,9 @@ def quiet_gpu() -> Iterator[None]:
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+SEQLENS_OF_ALL_ROWS = (1, 2048, 8192)  # a tuned row covers a range of lengths; between them these meet every range
 
 
 class Harness:

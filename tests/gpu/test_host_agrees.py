@@ -1,8 +1,8 @@
 """The CPU's model of the machine: the kernels that templates/host runs give what the GPU gives.
 
-The same rendered kernel, tiling and inputs. The two differ in ex2, lg2 and rcp, which the GPU approximates (2^-22 relative), and
-in the order in which a matrix product sums: so a rounded P or O may fall on the other side. The bound is two roundings of the
-output's dtype at its own size, and 1e-5 for LSE.
+The same rendered kernel, tiling and inputs. The two differ in ex2, lg2 and rcp, which the GPU approximates (2^-22
+relative), and in the order in which a matrix product sums: so a rounded P or O may fall on the other side. The bound is
+two roundings of the output's dtype at its own size, and 1e-5 for LSE.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fa2gen.ops import forward_into
 from fa2gen.spec import KernelSpec
 from fa2gen.testing import run_on_host
 
-# Every swizzle, panel count, fragment and copy that the templates use: head dims that fill their panels and that do not.
+# Every swizzle, fragment and copy that the templates use: head dims that fill their panels and that do not.
 NAMES = (
     "fa2_fwd_sm90_bf16_d64_causal_m192_n128_s3_w12",
     "fa2_fwd_sm90_fp16_d72_m128_n128_s2_w8_z32",
