@@ -119,8 +119,8 @@ def _refuse_unverified() -> None:
     if not env.unverified():
         raise UnsupportedProblem(
             "gradients of CUDA tensors: the backward kernels have been verified on the CPU's model of the machine "
-            "(fa2gen verify --on host), but not on a GPU yet, and an input requires one. FA2GEN_UNVERIFIED=1 uses them all "
-            "the same; torch.no_grad() or detached inputs need none; CPU tensors are differentiated by the reference"
+            "(fa2gen verify --on host), but not on a GPU yet, and an input requires one. FA2GEN_UNVERIFIED=1 uses them "
+            "all the same; torch.no_grad() or detached inputs need none; CPU tensors have the reference's"
         )
 
 
