@@ -346,6 +346,6 @@ def test_backward_that_no_gpu_has_verified_is_used_on_request_only(gpu_backward,
     q, k, v = tensors()
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     monkeypatch.delenv("FA2GEN_UNVERIFIED")
-    with pytest.raises(UnsupportedProblem, match="not on a GPU yet.*FA2GEN_UNVERIFIED=1"):
+    with pytest.raises(UnsupportedProblem, match=r"not on a GPU yet.*FA2GEN_UNVERIFIED=1"):
         backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
     assert not FakeBackward.made
