@@ -220,8 +220,8 @@ FAULTS = (
     Fault(
         "o-row-coordinate", SM90, "panel * kPanelColumns, row, tile.bidh", "panel * kPanelColumns, row + 1, tile.bidh"
     ),
-    Fault("diagonal-off-by-one", SM90, "row + 1 + p.seqlen_k", "row + p.seqlen_k"),
-    Fault("diagonal-off-by-one-up", SM90, "row + 1 + p.seqlen_k", "row + 2 + p.seqlen_k"),
+    Fault("diagonal-off-by-one", SM90, "row + 1 + (p.seqlen_k", "row + (p.seqlen_k"),
+    Fault("diagonal-off-by-one-up", SM90, "row + 1 + (p.seqlen_k", "row + 2 + (p.seqlen_k"),
     Fault("unmasked-blocks-off-by-one", SM90, "of_first / kTileN};", "of_first / kTileN + 1};"),
     Fault("mask-column", SM90, "+ 1 < limit ?", "+ 1 <= limit ?"),
     Fault("no-guard-for-empty-rows", SM90, "new_max == -kInfinity ? 0.0f : new_max", "new_max"),
@@ -311,7 +311,7 @@ FAULTS = (
     Fault("no-store-predicate", SINGLE, "if (first_row + row < p.seqlen_q) {", "if (true) {"),
     Fault("o-not-swizzled", SINGLE, "((lane_chunk ^ row_swizzle(row)) << 4)", "(lane_chunk << 4)"),
     Fault("store-before-warp-is-ready", SINGLE, "sync_warp();\n    store_o(", "store_o(", schedules=8),
-    Fault("diagonal-off-by-one", SINGLE, "row + 1 + p.seqlen_k", "row + p.seqlen_k"),
+    Fault("diagonal-off-by-one", SINGLE, "row + 1 + (p.seqlen_k", "row + (p.seqlen_k"),
     Fault("no-guard-for-empty-rows", SINGLE, "new_max == -kInfinity ? 0.0f : new_max", "new_max"),
     Fault("no-rescale", SINGLE, "rescale_o(acc_o[i], correction[i]);", ""),
 )

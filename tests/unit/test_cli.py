@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -97,13 +97,14 @@ def test_help_has_examples(command, monkeypatch):
 
 
 def test_help_is_quick():
-    """0.4 s, the best of five: other work may share the machine."""
+    """0.4 s, the best of five, in processor time: other work may share the machine."""
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert fa2_process("--help").returncode == 0
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) <= 0.4
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) <= 0.4, seconds
 
 
 def test_version():
@@ -339,8 +340,11 @@ def test_verify_without_a_gpu_is_status_3():
 
 
 def test_verify_on_host_without_a_compiler_is_status_3(monkeypatch):
+    from fa2gen.host import find_compiler
+
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
+    find_compiler.cache_clear()  # other tests of this process have found one
     done = fa2("verify", "--on", "host", "--json")
     assert (done.status, done.json) == (ExitStatus.NOTHING_TO_RUN_ON, [])
     assert "compiler" in done.stderr
@@ -486,6 +490,15 @@ def test_readme_excerpt_is_rendered():
 def test_readme_refusal_is_real():
     command, refusal = readme_block("refused with every\nrule that it breaks:").split("\n", 1)
     assert fa2(*command.removeprefix("$ fa2gen ").split()).stderr.rstrip() == refusal
+
+
+def test_readme_explains_as_the_command_does():
+    """Head dim 88 is not in specs/, so these change only with the defaults or the cost model."""
+    first, second = readme_block("lists what it would time and needs no GPU.").split("\n$ ")
+    for text in (first.removeprefix("$ "), second):
+        command, printed = text.split("\n", 1)
+        done = fa2(*command.split()[1:])
+        assert (done.stdout + done.stderr).rstrip() == printed, f"copy it anew into README.md: {command}"
 
 
 def test_readme_lists_every_variable():
