@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from fa2gen.arch import ARCHES
-from fa2gen.layout import Panels
+from fa2gen.layout import Panels, align_up
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
 __all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "Param", "TensorMapPlan", "bytes_text"]
@@ -135,6 +135,24 @@ class KernelPlan:
     @property
     def kv_tile(self) -> Panels:
         return Panels(self.tile_n, self.head_dim, self.tiling.swizzle_bytes)
+
+    @property
+    def num_k_steps_head_dim(self) -> int:
+        """Steps of 16 along the head dim; the last reads zeros where the head dim is an odd multiple of 8."""
+        return align_up(self.head_dim, 16) // 16
+
+    @property
+    def k_steps_per_panel(self) -> int:
+        return self.kv_tile.columns // 16
+
+    @property
+    def swizzle_shift(self) -> int:
+        """16-byte chunk c of row r lies at chunk c ^ ((r >> shift) & mask): see layout.swizzle."""
+        return {128: 0, 64: 1, 32: 2}[self.tiling.swizzle_bytes]
+
+    @property
+    def swizzle_mask(self) -> int:
+        return {128: 7, 64: 3, 32: 1}[self.tiling.swizzle_bytes]
 
     # What a subclass must give.
 

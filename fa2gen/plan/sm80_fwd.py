@@ -71,7 +71,7 @@ class Sm80FwdPlan(KernelPlan):
     @property
     def num_q(self) -> int:
         """32-bit registers of all of a warp's Q, two elements each, in one thread."""
-        return self.num_row_tiles * 4 * self.num_k_steps_qk
+        return self.num_row_tiles * 4 * self.num_k_steps_head_dim
 
     @property
     def num_accumulators(self) -> int:
@@ -101,17 +101,8 @@ class Sm80FwdPlan(KernelPlan):
     # Matrix instructions
 
     @property
-    def num_k_steps_qk(self) -> int:
-        """Steps of 16 along the head dim; the last reads zeros where the head dim is an odd multiple of 8."""
-        return align_up(self.head_dim, 16) // 16
-
-    @property
     def num_k_steps_pv(self) -> int:
         return self.tile_n // 16
-
-    @property
-    def k_steps_per_panel(self) -> int:
-        return self.kv_tile.columns // 16
 
     # Shared memory, in the order of the map: Q (later O), then stages of K and V
 
@@ -134,15 +125,6 @@ class Sm80FwdPlan(KernelPlan):
     @property
     def shared_memory_bytes(self) -> int:
         return self.q_tile.bytes + self.num_stages * self.stage_bytes
-
-    @property
-    def swizzle_shift(self) -> int:
-        """16-byte chunk c of row r lies at chunk c ^ ((r >> shift) & mask): see layout.swizzle."""
-        return {128: 0, 64: 1, 32: 2}[self.tiling.swizzle_bytes]
-
-    @property
-    def swizzle_mask(self) -> int:
-        return {128: 7, 64: 3, 32: 1}[self.tiling.swizzle_bytes]
 
     # Copies
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.arch import ARCHES
-from fa2gen.layout import Panels, align_up, ceil_div
+from fa2gen.layout import Panels, ceil_div
 from fa2gen.plan.base import BrokenRule, EntryPoint, KernelPlan, Param, TensorMapPlan, bytes_text
 from fa2gen.ptx import Wgmma
 
@@ -181,21 +181,12 @@ class Sm90BwdPlan(KernelPlan):
         return tuple(sorted({wgmma.num_accumulators for wgmma in self.wgmmas}))
 
     @property
-    def num_k_steps_head_dim(self) -> int:
-        """Steps of 16 along the head dim; the last reads zeros where the head dim is an odd multiple of 8."""
-        return align_up(self.head_dim, 16) // 16
-
-    @property
     def num_k_steps_m(self) -> int:
         return self.tile_m // 16
 
     @property
     def num_k_steps_n(self) -> int:
         return self.tile_n // 16
-
-    @property
-    def k_steps_per_panel(self) -> int:
-        return self.kv_tile.columns // 16
 
     # Shared memory, in the order of the map: K, V, Q stages, dO stages, dS stages, dQ, row statistics, barriers
 

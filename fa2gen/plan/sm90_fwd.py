@@ -82,17 +82,8 @@ class Sm90FwdPlan(KernelPlan):
         return Wgmma(self.dtype, self.head_dim, "registers", b_transposed=True)
 
     @property
-    def num_k_steps_qk(self) -> int:
-        """Steps of 16 along the head dim; the last reads zeros where the head dim is an odd multiple of 8."""
-        return align_up(self.head_dim, 16) // 16
-
-    @property
     def num_k_steps_pv(self) -> int:
         return self.tile_n // 16
-
-    @property
-    def k_steps_per_panel(self) -> int:
-        return self.kv_tile.columns // 16
 
     # Shared memory, in the order of the map: Q stages, K stages, V stages, O (unless it takes Q's place), barriers,
     # tile slots
@@ -159,15 +150,6 @@ class Sm90FwdPlan(KernelPlan):
     @property
     def shared_memory_bytes(self) -> int:
         return self.smem_barriers + self._barriers_bytes(self.num_q_stages)
-
-    @property
-    def swizzle_shift(self) -> int:
-        """16-byte chunk c of row r lies at chunk c ^ ((r >> shift) & mask): see layout.swizzle."""
-        return {128: 0, 64: 1, 32: 2}[self.tiling.swizzle_bytes]
-
-    @property
-    def swizzle_mask(self) -> int:
-        return {128: 7, 64: 3, 32: 1}[self.tiling.swizzle_bytes]
 
     # Matrix descriptors: constant upper halves; the lower half is the address (PTX ISA, "Matrix descriptor format")
 

@@ -123,7 +123,7 @@ def _blocks(plan: KernelPlan, seqlen: int) -> list[int]:
 
 def _block_cycles_sm90(plan: Sm90FwdPlan) -> float:
     groups, tile_n, span = plan.num_mma_warpgroups, plan.tile_n, plan.tiling.swizzle_bytes
-    steps_qk, steps_pv, columns_o = plan.num_k_steps_qk, plan.num_k_steps_pv, align_up(plan.head_dim, 8)
+    steps_qk, steps_pv, columns_o = plan.num_k_steps_head_dim, plan.num_k_steps_pv, align_up(plan.head_dim, 8)
     mma = groups * (steps_qk * tile_n / 2 + steps_pv * columns_o / 2)
     ex2 = plan.tile_m * tile_n / EX2_PER_CYCLE
     issue = plan.num_mma_warps / 4 * (INSTRUCTIONS_PER_SCORE * tile_n / 2 + columns_o / 2)

@@ -134,7 +134,7 @@ WAIT_S, WAIT_O = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0
 
 def main_loops(plan: Any, sass: Sass) -> list[tuple[str, ...]]:
     """The loops over blocks of keys: both products, each waited for once."""
-    products = plan.num_k_steps_qk + plan.num_k_steps_pv
+    products = plan.num_k_steps_head_dim + plan.num_k_steps_pv
     return [
         loop
         for loop in sass.loops()
@@ -188,7 +188,7 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
 def check_sm80(plan: Any, sass: Sass) -> None:
     for opcode in ("HMMA", "LDSM", "LDGSTS", "LDGDEPBAR", "DEPBAR"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
-    products = plan.num_row_tiles * (plan.num_k_steps_qk * plan.tile_n + plan.num_k_steps_pv * plan.head_dim) // 8
+    products = plan.num_row_tiles * (plan.num_k_steps_head_dim * plan.tile_n + plan.num_k_steps_pv * plan.head_dim) // 8
     loops = [loop for loop in sass.loops() if sum(line.startswith("HMMA") for line in loop) >= products]
     assert loops, f"no loop with the {products} HMMA of one block"
 

@@ -267,8 +267,8 @@ def test_accumulators_are_what_the_threads_hold():
         assert plan.num_acc_o * threads == plan.tile_m * plan.head_dim
         assert plan.num_p * 2 == plan.num_acc_s == 8 * plan.num_k_steps_pv
         assert (
-            0 <= 16 * plan.num_k_steps_qk - plan.head_dim < 16
-            and plan.num_k_steps_qk * 16 <= plan.kv_tile.count * plan.kv_tile.columns
+            0 <= 16 * plan.num_k_steps_head_dim - plan.head_dim < 16
+            and plan.num_k_steps_head_dim * 16 <= plan.kv_tile.count * plan.kv_tile.columns
         )
         assert (plan.wgmma_qk.n, plan.wgmma_pv.n) == (plan.tile_n, plan.head_dim)
 
@@ -301,7 +301,7 @@ def test_descriptors_lead_to_the_elements(plan):
     # S = Q K^T: K-major, 16 columns a step. As gemm_qk forms the addresses, in units of 16 bytes.
     for tile, base in ((plan.kv_tile, window + plan.smem_k), (plan.q_tile, window + plan.smem_q)):
         held = swizzled_tile(tile, base)
-        for step in range(plan.num_k_steps_qk):
+        for step in range(plan.num_k_steps_head_dim):
             panel, within = divmod(step, plan.k_steps_per_panel)
             fields = decode(plan.desc_hi, base // 16 + (panel * tile.panel_bytes + within * 32) // 16)
             assert fields["mode"] == {128: 1, 64: 2, 32: 3}[span] and fields["base offset"] == fields["rest"] == 0
@@ -343,7 +343,7 @@ def test_every_warp_owns_whole_row_tiles():
         assert plan.num_row_tiles * plan.num_acc_s * threads == plan.tile_m * plan.tile_n
         assert plan.num_row_tiles * plan.num_acc_o * threads == plan.tile_m * plan.head_dim
         assert plan.num_p * 2 == plan.num_acc_s == 8 * plan.num_k_steps_pv
-        assert 0 <= 16 * plan.num_k_steps_qk - plan.head_dim < 16
+        assert 0 <= 16 * plan.num_k_steps_head_dim - plan.head_dim < 16
 
 
 @pytest.mark.parametrize("plan", few(SM80), ids=by_name)
@@ -391,7 +391,7 @@ def test_ldmatrix_addresses_of_a_step_are_one_register_and_constants(plan):
     for lane in range(32):
         row = lane % 16
         start = row * tile.span + ((lane // 16 ^ (row >> plan.swizzle_shift & plan.swizzle_mask)) << 4)
-        for step in range(plan.num_k_steps_qk):
+        for step in range(plan.num_k_steps_head_dim):
             panel, within = divmod(step, plan.k_steps_per_panel)
             for rows in range(0, tile.rows, 16):
                 address = (start ^ 32 * within) + panel * tile.panel_bytes + rows * tile.span
