@@ -114,7 +114,7 @@ def _tuned(
 ) -> Choice:
     spec = row.spec
     where = "" if row.gpu == device.name else ", which has the same architecture"
-    reason = f"tuned on {row.gpu}{where}, for {row.range_text}: {row.over_default:.2f}x the default there"
+    reason = f"tuned on {row.gpu}{where}, for {row.range_text}: {row.over_default:.2f}x the default of that run"
     refused = None if row.covers(seqlen) else f"meant for {row.range_text}, not {seqlen}"
     return Choice(source, spec.tiling, reason, refused or _misfit(spec.problem, spec.tiling, device), row)
 
