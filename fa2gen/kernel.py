@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Sequence
 from functools import cache
 from operator import itemgetter
 from typing import Any
@@ -158,7 +159,6 @@ class PreparedLaunch:
     def __init__(self, kernel: Kernel, shape: ForwardShape, launch: Launch, strides: dict[str, Strides]) -> None:
         plan = kernel.plan
         self.kernel = kernel  # keeps the module loaded
-        self.grid = launch.grid
         self.needs_counter = any(param.name == "tile_counter" for param in plan.params)
         self._lock = threading.Lock()
         self._function = kernel.function
@@ -166,13 +166,7 @@ class PreparedLaunch:
         values: dict[str, Any] = {**dict.fromkeys(_ADDRESSES, 0), **launch.values}
         for name, steps in strides.items():
             values |= zip((f"{name}_batch_stride", f"{name}_row_stride", f"{name}_head_stride"), steps, strict=True)
-        packed = struct.Struct(plan.params_format)
-        maps_bytes = _MAP_BYTES * len(plan.tensor_maps)
-        self._memory = (ctypes.c_char * (_ALIGNMENT + maps_bytes + packed.size))()
-        start = -ctypes.addressof(self._memory) % _ALIGNMENT
-        base = ctypes.addressof(self._memory) + start
-        self._params_at = start + maps_bytes
-        packed.pack_into(self._memory, self._params_at, *plan.pack_params(values))
+        self._block = block = _ArgumentBlock(plan, shape, plan.tensor_maps, values, strides)
 
         # Addresses come first in Params (8-byte fields do), so that one short pack replaces them all.
         names = [param.name for param in plan.params if param.name in _ADDRESSES]
@@ -180,17 +174,12 @@ class PreparedLaunch:
         self._pack = struct.Struct(f"<{len(names)}Q").pack_into
         self._pick = itemgetter(*(_ADDRESSES.index(name) for name in names))
 
-        self._maps = tuple(
-            (
-                _ADDRESSES.index(tensor_map.name),
-                _TensorMap(plan, tensor_map, shape, strides[tensor_map.name], base + i * _MAP_BYTES),
-            )
-            for i, tensor_map in enumerate(plan.tensor_maps)
-        )
-        offsets = [i * _MAP_BYTES for i in range(len(plan.tensor_maps) + 1)]
-        self._pointers = (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
+        indices = (_ADDRESSES.index(tensor_map.name) for tensor_map in plan.tensor_maps)
+        self._maps = tuple(zip(indices, block.maps, strict=True))
+        self._pointers = block.pointers(0, len(plan.tensor_maps))
         self._arguments = (
-            *(*launch.grid, launch.num_threads, 1, 1),
+            *launch.grid,
+            launch.num_threads,
             launch.shared_memory_bytes,
             ctypes.addressof(self._pointers),
         )
@@ -202,20 +191,14 @@ class PreparedLaunch:
         `needs_counter`). Raises Fa2GenError with the driver's reason.
         """
         addresses = (q, k, v, o, lse, tile_counter)
-        gx, gy, gz, bx, by, bz, shared, pointers = self._arguments
+        block = self._block
         handle = _stream(stream)
         with self._lock:
             for index, tensor_map in self._maps:
                 if addresses[index] != tensor_map.address:
                     tensor_map.point_to(addresses[index])
-            self._pack(self._memory, self._params_at, *self._pick(addresses))
-            (result,) = driver.cuLaunchKernel(self._function, gx, gy, gz, bx, by, bz, shared, handle, pointers, 0)
-            if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not touched CUDA yet
-                self.kernel._device.set_current()
-                (result,) = driver.cuLaunchKernel(self._function, gx, gy, gz, bx, by, bz, shared, handle, pointers, 0)
-        if result != _SUCCESS:
-            what = f"{self.kernel.plan.name}: launch of {self.grid} x {bx} threads with {shared:,} B of shared memory"
-            _checked(what, (result,))
+            self._pack(block.memory, block.params_at, *self._pick(addresses))
+            _launch(self.kernel, self.kernel.plan.name, self._function, *self._arguments, handle)
 
 
 class PreparedBackward:
@@ -245,31 +228,21 @@ class PreparedBackward:
         values: dict[str, Any] = {**dict.fromkeys(_BACKWARD_POINTERS, 0), **launch.values}
         for name in ("o", "dout"):
             values |= zip((f"{name}_{step}_stride" for step in ("batch", "row", "head")), strides[name], strict=True)
-        packed = struct.Struct(plan.params_format)
         maps = [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps]
         assert tuple(tensor_map.name for tensor_map in maps) == _BACKWARD_MAPS
         assert tuple(param.name for param in plan.params[: len(_BACKWARD_POINTERS)]) == _BACKWARD_POINTERS
-        self._memory = (ctypes.c_char * (_ALIGNMENT + _MAP_BYTES * len(maps) + packed.size))()
-        start = -ctypes.addressof(self._memory) % _ALIGNMENT
-        base = ctypes.addressof(self._memory) + start
-        self._params_at = start + _MAP_BYTES * len(maps)
-        packed.pack_into(self._memory, self._params_at, *plan.pack_params(values))
+        self._block = block = _ArgumentBlock(plan, shape, maps, values, strides)
         self._pack = struct.Struct(f"<{len(_BACKWARD_POINTERS)}Q").pack_into
-        self._maps = tuple(
-            _TensorMap(plan, tensor_map, shape, strides[tensor_map.name], base + i * _MAP_BYTES)
-            for i, tensor_map in enumerate(maps)
-        )
 
         # Every kernel's own maps, then the Params that all share.
         self._pointers = []
         self._launches = []
         first = 0
         for entry, function, blocks in zip(plan.entry_points, kernel.functions, launch.grids, strict=True):
-            places = [base + (first + i) * _MAP_BYTES for i in range(len(entry.tensor_maps))]
-            pointers = (ctypes.c_void_p * (len(places) + 1))(*places, base + _MAP_BYTES * len(maps))
+            pointers = block.pointers(first, len(entry.tensor_maps))
             self._pointers.append(pointers)
             shared, at = entry.shared_memory_bytes, ctypes.addressof(pointers)
-            self._launches.append((entry.symbol, function, blocks, entry.num_threads, shared, at))
+            self._launches.append((entry.symbol, function, blocks, 1, 1, entry.num_threads, shared, at))
             first += len(entry.tensor_maps)
 
     def __call__(
@@ -299,21 +272,67 @@ class PreparedBackward:
         dq_acc = dpsum + 4 * self.statistics_floats
         handle = _stream(stream)
         with self._lock:
-            for tensor_map, address in zip(self._maps, (q, k, v, dout, dk, dv, dq), strict=True):
+            for tensor_map, address in zip(self._block.maps, (q, k, v, dout, dk, dv, dq), strict=True):
                 if address != tensor_map.address:
                     tensor_map.point_to(address)
-            self._pack(self._memory, self._params_at, o, dout, lse, dlse, lse_log2, dpsum, dq_acc)
-            for symbol, function, blocks, threads, shared, pointers in self._launches:
-                launch = (function, blocks, 1, 1, threads, 1, 1, shared, handle, pointers, 0)
-                (result,) = driver.cuLaunchKernel(*launch)
-                if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:  # a thread that has not touched CUDA yet
-                    self.kernel._device.set_current()
-                    (result,) = driver.cuLaunchKernel(*launch)
-                if result != _SUCCESS:
-                    _checked(
-                        f"{symbol}: launch of {blocks:,} x {threads} threads with {shared:,} B of shared memory",
-                        (result,),
-                    )
+            self._pack(self._block.memory, self._block.params_at, o, dout, lse, dlse, lse_log2, dpsum, dq_acc)
+            for launch in self._launches:
+                _launch(self.kernel, *launch, handle)
+
+
+class _ArgumentBlock:
+    """Tensor maps, then Params, in one block on the 64-byte grid that the maps need.
+
+    memory     the block, for struct's pack_into; Params begin at `params_at`.
+    maps       one for each plan, each encoded in its place.
+    """
+
+    def __init__(
+        self,
+        plan: KernelPlan,
+        shape: ForwardShape,
+        maps: Sequence[TensorMapPlan],
+        values: dict[str, Any],
+        strides: dict[str, Strides],
+    ) -> None:
+        packed = struct.Struct(plan.params_format)
+        maps_bytes = _MAP_BYTES * len(maps)
+        self.memory = (ctypes.c_char * (_ALIGNMENT + maps_bytes + packed.size))()
+        start = -ctypes.addressof(self.memory) % _ALIGNMENT
+        self._base = ctypes.addressof(self.memory) + start
+        self.params_at = start + maps_bytes
+        packed.pack_into(self.memory, self.params_at, *plan.pack_params(values))
+        self.maps = tuple(
+            _TensorMap(plan, tensor_map, shape, strides[tensor_map.name], self._base + i * _MAP_BYTES)
+            for i, tensor_map in enumerate(maps)
+        )
+
+    def pointers(self, first: int, count: int) -> Any:
+        """What cuLaunchKernel takes as kernelParams: `count` maps from the first on, and Params."""
+        places = (self._base + i * _MAP_BYTES for i in (*range(first, first + count), len(self.maps)))
+        return (ctypes.c_void_p * (count + 1))(*places)
+
+
+def _launch(
+    kernel: Kernel,
+    symbol: str,
+    function: Any,
+    gx: int,
+    gy: int,
+    gz: int,
+    threads: int,
+    shared: int,
+    pointers: int,
+    stream: Any,
+) -> None:
+    """cuLaunchKernel, also in a thread that has not touched CUDA yet. Raises Fa2GenError with the driver's reason."""
+    (result,) = driver.cuLaunchKernel(function, gx, gy, gz, threads, 1, 1, shared, stream, pointers, 0)
+    if result == _SUCCESS:
+        return
+    if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        kernel._device.set_current()
+        (result,) = driver.cuLaunchKernel(function, gx, gy, gz, threads, 1, 1, shared, stream, pointers, 0)
+    _checked(f"{symbol}: launch of {(gx, gy, gz)} x {threads} threads with {shared:,} B of shared memory", (result,))
 
 
 class _TensorMap:

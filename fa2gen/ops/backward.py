@@ -11,7 +11,7 @@ from torch import Tensor
 from fa2gen import env
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.launch import ForwardShape
-from fa2gen.ops.dispatch import _also_forgotten, _choose, _device, _has_aligned_strides, _kernel, _strides
+from fa2gen.ops.dispatch import _also_forgotten, _choose, _device, _kernel, _strides, aligned
 from fa2gen.ops.validate import DTYPES, describe, validate
 from fa2gen.select import kernel_arch
 from fa2gen.spec import Problem, Tiling
@@ -62,7 +62,7 @@ def backward_cuda(
     if deterministic:
         _refuse_deterministic()
     # TMA and 16-byte loads need 16-byte alignment, the row statistics dense rows.
-    q, k, v, dout, out = (_aligned(x) for x in (q, k, v, dout, out))
+    q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
@@ -184,9 +184,3 @@ def _prepare(
         softmax_scale,
     )
     return _Call(device, launch)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    if x.data_ptr() % 16 == 0 and x.dim() == 4 and x.stride(3) == 1 and _has_aligned_strides(x):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)

@@ -97,7 +97,7 @@ def forward_cuda(
         return out, lse
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if launch is None or (q_at | k_at | v_at) & 15:
-        q, k, v = (x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        q, k, v = (aligned(x) for x in (q, k, v))
         return forward_cuda(q, k, v, softmax_scale, causal, arch, tiling, (out, lse))
     if _current_device() == call.device:
         _launch(launch, call.device, q_at, k_at, v_at, out, lse)
@@ -269,5 +269,8 @@ def _has_aligned_strides(x: Tensor) -> bool:
     return all(size == 1 or stride % 8 == 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
 
 
-def _is_aligned(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and _has_aligned_strides(x)
+def aligned(x: Tensor) -> Tensor:
+    """A (batch, seqlen, heads, head_dim) tensor as 16-byte loads and TMA can read it: itself, or else a copy."""
+    if x.data_ptr() % 16 == 0 and x.dim() == 4 and x.stride(3) == 1 and _has_aligned_strides(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -16,19 +16,13 @@ from functools import cached_property
 
 from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels, ceil_div
-from fa2gen.plan.base import BrokenRule, EntryPoint, KernelPlan, Param, TensorMapPlan, bytes_text
+from fa2gen.plan.base import BrokenRule, EntryPoint, Param, TensorMapPlan, bytes_text
+from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, WARPGROUP_THREADS, Sm90Plan
 from fa2gen.ptx import Wgmma
 
 __all__ = ["Sm90BwdPlan"]
 
-WARPGROUP_THREADS = 128
-ROWS_PER_WARPGROUP = 64  # wgmma's M
-WARP_ROWS = 16  # a warp's share of those
-BARRIER_BYTES = 8
 FLOAT_BYTES = 4
-
-# (producer, consumer) registers after setmaxnreg, by number of consumer warpgroups (see sm90_fwd).
-REGISTER_SPLIT = {1: (56, 256), 2: (24, 240)}
 
 # Registers that a thread needs beside the tiles: addresses, loop state. With these every default compiles without a
 # spill; ptxas has the last word (tests/compile).
@@ -40,16 +34,12 @@ PREPROCESS_THREADS = 128
 
 
 @dataclass(frozen=True)
-class Sm90BwdPlan(KernelPlan):
+class Sm90BwdPlan(Sm90Plan):
     """Every number of templates/sm90/bwd.cu.j2."""
 
     template: str = "sm90/bwd.cu.j2"
 
     # How the work is split
-
-    @property
-    def num_mma_warpgroups(self) -> int:
-        return self.num_mma_warps // 4
 
     @property
     def splits_products(self) -> bool:
@@ -69,20 +59,8 @@ class Sm90BwdPlan(KernelPlan):
     # Threads and registers
 
     @property
-    def num_threads(self) -> int:
-        return WARPGROUP_THREADS * (1 + self.num_mma_warpgroups)
-
-    @property
     def num_mma_threads(self) -> int:
         return WARPGROUP_THREADS * self.num_mma_warpgroups
-
-    @property
-    def producer_registers(self) -> int:
-        return REGISTER_SPLIT[self.num_mma_warpgroups][0]
-
-    @property
-    def consumer_registers(self) -> int:
-        return REGISTER_SPLIT[self.num_mma_warpgroups][1]
 
     @property
     def num_acc_s(self) -> int:
@@ -254,11 +232,7 @@ class Sm90BwdPlan(KernelPlan):
     def shared_memory_bytes(self) -> int:
         return self.smem_barriers + BARRIER_BYTES * self.num_barriers
 
-    # Matrix descriptors (see sm90_fwd)
-
-    @property
-    def desc_hi(self) -> int:
-        return (1 << 30) | (8 * self.tiling.swizzle_bytes >> 4)
+    # Matrix descriptors: lower halves
 
     @property
     def desc_lo_q(self) -> int:

@@ -8,19 +8,11 @@ from functools import cached_property
 
 from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels, align_up
-from fa2gen.plan.base import BrokenRule, KernelPlan, Param, TensorMapPlan, bytes_text
+from fa2gen.plan.base import BrokenRule, Param, TensorMapPlan, bytes_text
+from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, Sm90Plan
 from fa2gen.ptx import Wgmma
 
 __all__ = ["Sm90FwdPlan"]
-
-WARPGROUP_THREADS = 128
-ROWS_PER_WARPGROUP = 64  # wgmma's M
-WARP_ROWS = 16  # a warp's share of those
-BARRIER_BYTES = 8
-
-# (producer, consumer) registers after setmaxnreg, by number of consumer warpgroups. A block starts with
-# 65,536 / threads registers a thread, rounded down to 8; the split must not exceed that pool (all rows ran on an H200).
-REGISTER_SPLIT = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
 
 # Registers that a thread needs beside S, O and P: addresses, row statistics, loop state. With 160 registers 28 separate
 # the tilings that compile clean (head dim 144 with 80 keys, 72 with 128) from those that spill (128 with 96, 80 with
@@ -29,28 +21,12 @@ REGISTERS_BESIDE_TILES = 28
 
 
 @dataclass(frozen=True)
-class Sm90FwdPlan(KernelPlan):
+class Sm90FwdPlan(Sm90Plan):
     """Every number of templates/sm90/fwd.cu.j2."""
 
     template: str = "sm90/fwd.cu.j2"
 
     # Threads and registers
-
-    @property
-    def num_mma_warpgroups(self) -> int:
-        return self.num_mma_warps // 4
-
-    @property
-    def num_threads(self) -> int:
-        return WARPGROUP_THREADS * (1 + self.num_mma_warpgroups)
-
-    @property
-    def producer_registers(self) -> int:
-        return REGISTER_SPLIT[self.num_mma_warpgroups][0]
-
-    @property
-    def consumer_registers(self) -> int:
-        return REGISTER_SPLIT[self.num_mma_warpgroups][1]
 
     @property
     def num_acc_s(self) -> int:
@@ -151,17 +127,7 @@ class Sm90FwdPlan(KernelPlan):
     def shared_memory_bytes(self) -> int:
         return self.smem_barriers + self._barriers_bytes(self.num_q_stages)
 
-    # Matrix descriptors: constant upper halves; the lower half is the address (PTX ISA, "Matrix descriptor format")
-
-    @property
-    def swizzle_mode(self) -> int:
-        """Bits 62-63 of a descriptor."""
-        return {128: 1, 64: 2, 32: 3}[self.tiling.swizzle_bytes]
-
-    @property
-    def desc_hi(self) -> int:
-        """Upper half of every descriptor: 8 rows are 8 * span bytes apart in K-major and in MN-major tiles alike."""
-        return (self.swizzle_mode << 30) | (8 * self.tiling.swizzle_bytes >> 4)
+    # Matrix descriptors: what the lower half holds beside the address
 
     @property
     def desc_lo_v(self) -> int:

@@ -1,0 +1,49 @@
+"""What the plans of both Hopper passes share: warpgroups, their registers, and matrix descriptors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fa2gen.plan.base import KernelPlan
+
+__all__ = ["BARRIER_BYTES", "REGISTER_SPLIT", "ROWS_PER_WARPGROUP", "WARPGROUP_THREADS", "WARP_ROWS", "Sm90Plan"]
+
+WARPGROUP_THREADS = 128
+ROWS_PER_WARPGROUP = 64  # wgmma's M
+WARP_ROWS = 16  # a warp's share of those
+BARRIER_BYTES = 8
+
+# (producer, consumer) registers after setmaxnreg, by number of consumer warpgroups. A block starts with
+# 65,536 / threads registers a thread, rounded down to 8; the split must not exceed that pool (all rows ran on an H200).
+REGISTER_SPLIT = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
+
+
+@dataclass(frozen=True)
+class Sm90Plan(KernelPlan):
+    """One producer warpgroup and num_mma_warpgroups that multiply with wgmma."""
+
+    @property
+    def num_mma_warpgroups(self) -> int:
+        return self.num_mma_warps // 4
+
+    @property
+    def num_threads(self) -> int:
+        return WARPGROUP_THREADS * (1 + self.num_mma_warpgroups)
+
+    @property
+    def producer_registers(self) -> int:
+        return REGISTER_SPLIT[self.num_mma_warpgroups][0]
+
+    @property
+    def consumer_registers(self) -> int:
+        return REGISTER_SPLIT[self.num_mma_warpgroups][1]
+
+    @property
+    def swizzle_mode(self) -> int:
+        """Bits 62-63 of a descriptor (PTX ISA, "Matrix descriptor format")."""
+        return {128: 1, 64: 2, 32: 3}[self.tiling.swizzle_bytes]
+
+    @property
+    def desc_hi(self) -> int:
+        """Upper half of every descriptor: 8 rows are 8 * span bytes apart in K-major and in MN-major tiles alike."""
+        return (self.swizzle_mode << 30) | (8 * self.tiling.swizzle_bytes >> 4)
