@@ -14,7 +14,7 @@ from pathlib import Path
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput
 
-__all__ = ["VARIABLES", "aot_dir", "arch", "cache_dir", "disable_jit", "jobs", "log_level", "unknown", "unverified"]
+__all__ = ["VARIABLES", "aot_dir", "arch", "cache_dir", "disable_jit", "jobs", "log_level", "unknown"]
 
 _PREFIX = "FA2GEN_"
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -50,12 +50,11 @@ _DISABLE_JIT = Variable(
 _JOBS = Variable("FA2GEN_JOBS", "the usable CPU cores", "how many kernels are compiled at once")
 _ARCH = Variable("FA2GEN_ARCH", "by the device", "force a kernel family: " + " or ".join(ARCHES))
 _LOG_LEVEL = Variable("FA2GEN_LOG_LEVEL", "WARNING", "what is logged: " + ", ".join(_LOG_LEVELS))
-_UNVERIFIED = Variable("FA2GEN_UNVERIFIED", "0", "1: also run kernels that no GPU has verified yet: the backward pass")
 _FA3_LIBRARY = Variable(
     "FA2GEN_FA3_LIBRARY", "an installed package", "`fa2gen bench`: FlashAttention-3's operator library"
 )
 
-VARIABLES = (_CACHE_DIR, _AOT_DIR, _DISABLE_JIT, _JOBS, _ARCH, _LOG_LEVEL, _UNVERIFIED, _FA3_LIBRARY)
+VARIABLES = (_CACHE_DIR, _AOT_DIR, _DISABLE_JIT, _JOBS, _ARCH, _LOG_LEVEL, _FA3_LIBRARY)
 
 
 def cache_dir() -> Path:
@@ -75,11 +74,6 @@ def aot_dir() -> Path | None:
 def disable_jit() -> bool:
     """Whether only kernels that are already compiled may be used."""
     return _flag(_DISABLE_JIT)
-
-
-def unverified() -> bool:
-    """Whether kernels may run that have been verified on the CPU's model of the machine only."""
-    return _flag(_UNVERIFIED)
 
 
 def _flag(variable: Variable) -> bool:

@@ -103,7 +103,6 @@ def backward_cuda(
 
 def refuse_untrainable(q: Tensor, deterministic: bool) -> None:
     """Raise UnsupportedProblem where gradients of CUDA tensors could not be computed: before the forward pass."""
-    _refuse_unverified()
     if deterministic:
         _refuse_deterministic()
     asked = env.arch()
@@ -112,15 +111,6 @@ def refuse_untrainable(q: Tensor, deterministic: bool) -> None:
         raise UnsupportedProblem(
             "gradients are built for sm90 kernels alone (compute capability 9.0, FA2GEN_ARCH not sm80), and an input "
             f"requires one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach it"
-        )
-
-
-def _refuse_unverified() -> None:
-    if not env.unverified():
-        raise UnsupportedProblem(
-            "gradients of CUDA tensors: the backward kernels have been verified on the CPU's model of the machine "
-            "(fa2gen verify --on host), but not on a GPU yet, and an input requires one. FA2GEN_UNVERIFIED=1 uses them "
-            "all the same; torch.no_grad() or detached inputs need none; CPU tensors have the reference's"
         )
 
 
@@ -161,7 +151,6 @@ def _prepare(
     tiling: Tiling | None,
 ) -> _Call:
     """Validate a signature; choose, load and pack its kernels."""
-    _refuse_unverified()  # compiled code has not been through refuse_untrainable
     validate_backward(dout, q, k, v, out, lse, dlse, softmax_scale)
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, num_heads_kv = k.shape[1:3]

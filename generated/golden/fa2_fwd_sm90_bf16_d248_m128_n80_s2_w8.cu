@@ -764,6 +764,7 @@ __device__ __forceinline__ void consume(
         v_state.advance(kNumStages);
     };
     auto release_q = [&]() {
+        sync_warp();  // every lane has read the tile's number; where O lies over Q, its store has read it
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
         q_state.advance(kNumQStages);
     };
@@ -871,7 +872,6 @@ __device__ __forceinline__ void consume(
         stage_o(acc_o, o_rows);
         store_o(map_o, o_rows, row, tile);
         tma_store_wait_read();
-        sync_warp();
         release_q();
     }
     tma_store_wait();

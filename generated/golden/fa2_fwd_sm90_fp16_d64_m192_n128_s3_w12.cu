@@ -734,6 +734,7 @@ __device__ __forceinline__ void consume(
         v_state.advance(kNumStages);
     };
     auto release_q = [&]() {
+        sync_warp();  // every lane has read the tile's number; where O lies over Q, its store has read it
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
         q_state.advance(kNumQStages);
     };
@@ -831,7 +832,6 @@ __device__ __forceinline__ void consume(
             release_v();
         }
         else {
-            sync_warp();  // every lane has read the tile's number, which lies beside Q
             release_q();
         }
 

@@ -43,11 +43,6 @@ def families(head_dims, dtypes=("bf16", "fp16"), masks=("full", "causal")):
     return pytest.mark.parametrize("family", values, indirect=True, ids=lambda f: f"{f[1]}_d{f[2]}_{f[3]}")
 
 
-@pytest.fixture(autouse=True)
-def these_tests_verify(monkeypatch):
-    monkeypatch.setenv("FA2GEN_UNVERIFIED", "1")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def kernels_are_built(request):
     """Backward kernels of all selected tests at once, in threads. One that does not compile fails in its own test."""

@@ -235,10 +235,8 @@ FAULTS = (
         "named_barrier_sync(kFirstMmaWarpgroup + warpgroup, 128);",
         "named_barrier_sync(kFirstMmaWarpgroup + warpgroup, 256);",
     ),
-    Fault(
-        "q-loaded-over-o", ALIAS, "tma_store_wait_read();\n        sync_warp();\n        release_q();", "release_q();"
-    ),
-    Fault("q-never-released", ALIAS, "sync_warp();\n        release_q();", "sync_warp();"),
+    Fault("q-loaded-over-o", ALIAS, "tma_store_wait_read();\n        release_q();", "release_q();"),
+    Fault("q-never-released", ALIAS, "tma_store_wait_read();\n        release_q();", "tma_store_wait_read();"),
     # SM80: waiting for cp.async
     Fault(
         "no-wait-for-k",

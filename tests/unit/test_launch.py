@@ -290,7 +290,6 @@ class FakeBackward:
 
 @pytest.fixture
 def gpu_backward(gpu, monkeypatch):
-    monkeypatch.setenv("FA2GEN_UNVERIFIED", "1")
     monkeypatch.setattr(backward, "_device", dispatch._device)
     monkeypatch.setattr(backward, "_kernel", dispatch._kernel)
     monkeypatch.setattr(backward, "_calls", {})
@@ -340,12 +339,3 @@ def test_backward_that_is_not_built(gpu_backward, monkeypatch):
     monkeypatch.setenv("FA2GEN_ARCH", "sm80")
     with pytest.raises(UnsupportedProblem, match="sm90 alone"):
         backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
-
-
-def test_backward_that_no_gpu_has_verified_is_used_on_request_only(gpu_backward, monkeypatch):
-    q, k, v = tensors()
-    lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
-    monkeypatch.delenv("FA2GEN_UNVERIFIED")
-    with pytest.raises(UnsupportedProblem, match=r"not on a GPU yet.*FA2GEN_UNVERIFIED=1"):
-        backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
-    assert not FakeBackward.made
