@@ -223,16 +223,18 @@ class PreparedBackward:
         self.kernel = kernel  # keeps the module loaded
         self.statistics_floats = launch.statistics_floats
         self.dq_acc_floats = launch.dq_acc_floats
+        self.num_dq_turns = launch.num_dq_turns
         self._lock = threading.Lock()
 
-        values: dict[str, Any] = {**dict.fromkeys(_BACKWARD_POINTERS, 0), **launch.values}
+        names = (*_BACKWARD_POINTERS, *(("dq_turns",) if plan.deterministic else ()))
+        values: dict[str, Any] = {**dict.fromkeys(names, 0), **launch.values}
         for name in ("o", "dout"):
             values |= zip((f"{name}_{step}_stride" for step in ("batch", "row", "head")), strides[name], strict=True)
         maps = [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps]
         assert tuple(tensor_map.name for tensor_map in maps) == _BACKWARD_MAPS
-        assert tuple(param.name for param in plan.params[: len(_BACKWARD_POINTERS)]) == _BACKWARD_POINTERS
+        assert tuple(param.name for param in plan.params[: len(names)]) == names
         self._block = block = _ArgumentBlock(plan, shape, maps, values, strides)
-        self._pack = struct.Struct(f"<{len(_BACKWARD_POINTERS)}Q").pack_into
+        self._pack = struct.Struct(f"<{len(names)}Q").pack_into
 
         # Every kernel's own maps, then the Params that all share.
         self._pointers = []
@@ -263,19 +265,20 @@ class PreparedBackward:
     ) -> None:
         """Launch on the CUstream with handle `stream`, in the current context. Addresses in bytes, multiples of 16.
 
-        scratch  address of 2 * statistics_floats + dq_acc_floats fp32 numbers, of any content.
+        scratch  address of 2 * statistics_floats + dq_acc_floats fp32 and num_dq_turns int32 numbers, of any content.
         dlse     0 where LSE has no gradient.
 
         Raises Fa2GenError with the driver's reason.
         """
         lse_log2, dpsum = scratch, scratch + 4 * self.statistics_floats
         dq_acc = dpsum + 4 * self.statistics_floats
+        dq_turns = (dq_acc + 4 * self.dq_acc_floats,) if self.num_dq_turns else ()
         handle = _stream(stream)
         with self._lock:
             for tensor_map, address in zip(self._block.maps, (q, k, v, dout, dk, dv, dq), strict=True):
                 if address != tensor_map.address:
                     tensor_map.point_to(address)
-            self._pack(self._block.memory, self._block.params_at, o, dout, lse, dlse, lse_log2, dpsum, dq_acc)
+            self._pack(self._block.memory, self._block.params_at, o, dout, lse, dlse, lse_log2, dpsum, dq_acc, *dq_turns)
             for launch in self._launches:
                 _launch(self.kernel, *launch, handle)
 

@@ -60,17 +60,20 @@ def run_backward(
     scale = plan.head_dim**-0.5 if softmax_scale is None else softmax_scale
     launch = backward_launch(plan, ForwardShape(batch, seqlen_q, seqlen_k, heads, heads_kv), scale)
     scratch = []
-    for name, floats in (
-        ("lse_log2", launch.statistics_floats),
-        ("dpsum", launch.statistics_floats),
-        ("dq_acc", launch.dq_acc_floats),
-    ):
-        memory, buffer = _scratch(name, 4 * floats)
+    scratch_numbers = {
+        "lse_log2": launch.statistics_floats,
+        "dpsum": launch.statistics_floats,
+        "dq_acc": launch.dq_acc_floats,
+    }
+    if plan.deterministic:
+        scratch_numbers["dq_turns"] = launch.num_dq_turns
+    for name, numbers in scratch_numbers.items():
+        memory, buffer = _scratch(name, 4 * numbers)
         memories.append(memory)
         scratch.append(buffer)
 
     values: dict[str, Any] = dict(launch.values) | dict.fromkeys(
-        ("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc"), 0
+        ("o", "dout", "lse", "dlse", *scratch_numbers), 0
     )
     for name in ("o", "dout"):
         steps = (f"{name}_{step}_stride" for step in ("batch", "row", "head"))

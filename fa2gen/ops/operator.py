@@ -43,7 +43,7 @@ def attention(
     softmax_scale  default head_dim ** -0.5.
     arch           "sm80" or "sm90": the kernel family, for CUDA tensors; by default the best that the device runs.
     tiling         one exact tiling, instead of the selected one.
-    deterministic  gradients that are the same in every run; CUDA tensors refuse it where an input requires a gradient.
+    deterministic  gradients that are the same bits in every run, at some cost in speed; the forward pass always is.
 
     With `arch` or `tiling` the kernel is called directly, not through the operator: torch.compile cannot see into that.
     Raises InvalidInput, UnsupportedProblem, or InfeasibleSpec for a tiling that does not fit.
@@ -65,7 +65,7 @@ def attention(
         try:
             if needs_grad:
                 if q.is_cuda and not (torch.compiler.is_compiling() or isinstance(q, FakeTensor)):
-                    refuse_untrainable(q, deterministic)
+                    refuse_untrainable(q)
                 out, lse = _Attention.apply(q, k, v, softmax_scale, bool(causal), bool(deterministic))
                 return out, lse
             out, lse = _OPERATOR(q, k, v, softmax_scale, bool(causal))

@@ -225,8 +225,10 @@ class Sm90BwdPlan(Sm90Plan):
 
     @property
     def num_barriers(self) -> int:
-        """K, V; full and empty of each stage of Q and dO, and of dS where one warpgroup makes it for another."""
-        return 2 + 4 * self.num_stages + (2 * self.num_ds_stages if self.splits_products else 0)
+        """K, V; full and empty of each stage of Q and dO, and of dS where one warpgroup makes it for another; and two
+        between the mma warps and the warp that keeps the order of additions to dQ."""
+        of_ds = 2 * self.num_ds_stages if self.splits_products else 0
+        return 2 + 4 * self.num_stages + of_ds + (2 if self.deterministic else 0)
 
     @property
     def shared_memory_bytes(self) -> int:
@@ -259,6 +261,23 @@ class Sm90BwdPlan(Sm90Plan):
     @property
     def dq_block_floats(self) -> int:
         return self.num_dq_slices * self.dq_slice_floats
+
+    @property
+    def key_block_order(self) -> str:
+        """Part of a template's name."""
+        return "full_in_turn" if self.deterministic and not self.causal else self.mask
+
+    @property
+    def dq_addition(self) -> str:
+        """Part of a template's name."""
+        staged = "hand_over_dq" if self.deterministic else "add_dq_staged"
+        return staged if self.stages_dq else "add_dq_direct"
+
+    @property
+    def walks_sections(self) -> bool:
+        """Blocks of keys start section by section of heads: causal ones the longest first, deterministic ones so that few
+        that run at a time belong to one head and wait for each other."""
+        return self.causal or self.deterministic
 
     # Pre- and postprocess
 
@@ -323,6 +342,7 @@ class Sm90BwdPlan(Sm90Plan):
             *(Param(name, "void const*") for name in ("o", "dout")),
             *(Param(name, "float const*") for name in ("lse", "dlse")),
             *(Param(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")),
+            *([Param("dq_turns", "int*")] if self.deterministic else []),
             *(Param(f"{name}_{step}_stride", "int64_t") for name in ("o", "dout") for step in ("batch", "row", "head")),
             *(
                 Param(name, "int")
@@ -334,7 +354,7 @@ class Sm90BwdPlan(Sm90Plan):
                     "num_heads_per_kv",
                     "num_m_blocks",
                     "num_n_blocks",
-                    *(("num_batch_heads_kv", "heads_per_section") if self.causal else ()),
+                    *(("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()),
                 )
             ),
             Param("softmax_scale", "float"),
