@@ -278,7 +278,9 @@ class PreparedBackward:
             for tensor_map, address in zip(self._block.maps, (q, k, v, dout, dk, dv, dq), strict=True):
                 if address != tensor_map.address:
                     tensor_map.point_to(address)
-            self._pack(self._block.memory, self._block.params_at, o, dout, lse, dlse, lse_log2, dpsum, dq_acc, *dq_turns)
+            self._pack(
+                self._block.memory, self._block.params_at, o, dout, lse, dlse, lse_log2, dpsum, dq_acc, *dq_turns
+            )
             for launch in self._launches:
                 _launch(self.kernel, *launch, handle)
 

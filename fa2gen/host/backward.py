@@ -72,9 +72,7 @@ def run_backward(
         memories.append(memory)
         scratch.append(buffer)
 
-    values: dict[str, Any] = dict(launch.values) | dict.fromkeys(
-        ("o", "dout", "lse", "dlse", *scratch_numbers), 0
-    )
+    values: dict[str, Any] = dict(launch.values) | dict.fromkeys(("o", "dout", "lse", "dlse", *scratch_numbers), 0)
     for name in ("o", "dout"):
         steps = (f"{name}_{step}_stride" for step in ("batch", "row", "head"))
         values |= zip(steps, views[name].strides[:3], strict=True)

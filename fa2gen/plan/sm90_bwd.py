@@ -265,18 +265,18 @@ class Sm90BwdPlan(Sm90Plan):
     @property
     def key_block_order(self) -> str:
         """Part of a template's name."""
-        return "full_in_turn" if self.deterministic and not self.causal else self.mask
+        return "ordered" if self.deterministic and not self.causal else self.mask
 
     @property
     def dq_addition(self) -> str:
         """Part of a template's name."""
-        staged = "hand_over_dq" if self.deterministic else "add_dq_staged"
-        return staged if self.stages_dq else "add_dq_direct"
+        staged = "ordered" if self.deterministic else "staged"
+        return staged if self.stages_dq else "direct"
 
     @property
     def walks_sections(self) -> bool:
-        """Blocks of keys start section by section of heads: causal ones the longest first, deterministic ones so that few
-        that run at a time belong to one head and wait for each other."""
+        """Blocks of keys start section by section of heads: causal ones the longest first, deterministic ones so that
+        few that run at a time belong to one head and wait for each other."""
         return self.causal or self.deterministic
 
     # Pre- and postprocess

@@ -280,7 +280,7 @@ class FakeBackward:
 
     def __init__(self, kernel, shape, strides, softmax_scale):
         self.kernel, self.shape, self.strides, self.scale = kernel, shape, strides, softmax_scale
-        self.statistics_floats, self.dq_acc_floats = 100, 1000
+        self.statistics_floats, self.dq_acc_floats, self.num_dq_turns = 100, 1000, 10
         self.launched = []
         self.made.append(self)
 
@@ -314,6 +314,8 @@ def test_one_backward_call(gpu_backward):
     assert len(FakeBackward.made) == 2
     backward.backward_cuda(dout, q, k, v, out, lse, None, 0.1, True, False)
     assert len(FakeBackward.made) == 2, "a signature is prepared once"
+    backward.backward_cuda(dout, q, k, v, out, lse, None, 0.1, True, True)
+    assert [made.kernel.plan.deterministic for made in FakeBackward.made] == [False, False, True]
 
 
 def test_backward_copies_what_tma_does_not_take(gpu_backward):
@@ -334,8 +336,6 @@ def test_backward_of_nothing_launches_nothing(gpu_backward):
 def test_backward_that_is_not_built(gpu_backward, monkeypatch):
     q, k, v = tensors()
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
-    with pytest.raises(UnsupportedProblem, match="deterministic"):
-        backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, True)
     monkeypatch.setenv("FA2GEN_ARCH", "sm80")
     with pytest.raises(UnsupportedProblem, match="sm90 alone"):
         backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
