@@ -804,7 +804,8 @@ __device__ __forceinline__ void produce(
 // Turns: blocks of keys add to a block of queries in their order -----------------------------------------------------------
 //
 // A number for each block of queries counts the blocks of keys that have added to it. No deadlock: a block waits for blocks of
-// lower index alone, and those have started before it. So the lowest that has not ended waits for nobody, and ends.
+// lower index alone, and those have started before it (as GPUs do it; CUDA does not promise that). So the lowest that has not
+// ended waits for nobody, and ends.
 
 // Until all blocks of keys before n_block have added; an addition that follows comes after theirs.
 __device__ __forceinline__ void wait_for_turn(int const* turn, int n_block) {
