@@ -752,7 +752,7 @@ __device__ __forceinline__ void store_rows(CUtensorMap const& map, uint32_t rows
     }
 }
 
-// Leaves a warp's share of dQ in shared memory for add_in_turn, when the share before has left it.
+// Leaves a warp's share of dQ in shared memory for write_dq, when the share before has left it.
 __device__ __forceinline__ void hand_over_dq(
     float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, Barriers const& barriers, uint32_t phase) {
     mbarrier_wait(barriers.dq_empty(), phase ^ 1);
@@ -819,7 +819,7 @@ __device__ __forceinline__ void pass_turn(int* turn, int n_block) {
 
 // Adds dQ of one block of queries after the other to the sums in global memory, each when it is this block's turn. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
-__device__ __forceinline__ void add_in_turn(Params const& p, uint32_t smem, Barriers const& barriers) {
+__device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     QueryBlocks const blocks = visible_queries(p, block.n_block * kTileN);
     uint32_t phase = 0;
@@ -918,17 +918,21 @@ __device__ __forceinline__ void consume(
         gemm_dkv(acc_dv, p_tile, dout_tile);
         wgmma_commit();
         fence_proxy_async();
+        auto release_dout = [&]() {
+            wgmma_touch(acc_dv);
+            wgmma_touch_a(p_tile);
+            mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
+            dout_state.advance(kNumStages);
+        };
         named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
 
         float acc_dq[kNumAccDq];
+        uint32_t const ds_rows = ds_operand + ds_stage * (kDsBytes / kDescUnit);
         wgmma_fence();
-        gemm_dq(acc_dq, ds_operand + ds_stage * (kDsBytes / kDescUnit), k_panel);
+        gemm_dq(acc_dq, ds_rows, k_panel);
         wgmma_commit();
         wgmma_wait_1();
-        wgmma_touch(acc_dv);
-        wgmma_touch_a(p_tile);
-        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-        dout_state.advance(kNumStages);
+        release_dout();
 
         // dQ to shared memory under dK: each warp its own registers, in their order.
         wgmma_fence();
@@ -937,6 +941,7 @@ __device__ __forceinline__ void consume(
         wgmma_wait_1();
         wgmma_touch(acc_dq);
         hand_over_dq(acc_dq, dq_slice, barriers, dq_phase);
+        dq_phase ^= 1;
         wgmma_wait_0();
         wgmma_touch(acc_dk);
         wgmma_touch_a(ds_tile);
@@ -944,8 +949,10 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
-        dq_phase ^= 1;
-        m_block = m_block == blocks.first ? p.num_m_blocks - 1 : m_block - 1;
+        m_block -= 1;
+        if (m_block < blocks.first) {
+            m_block = p.num_m_blocks - 1;
+        }
     }
 
     // dK and dV go where K and V were: all warps must be done with them.
@@ -1057,7 +1064,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
             produce(map_q, map_k, map_v, map_dout, p, smem, barriers);
         }
         if (warp == 1 && elect_one()) {
-            add_in_turn(p, smem, barriers);
+            write_dq(p, smem, barriers);
         }
     } else {
         setmaxnreg_inc_240();

@@ -63,7 +63,7 @@ def kernels() -> list[Any]:
         for mask in ("causal", "full")
     ]
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
-    quick |= {default("sm90", head_dim, "bf16", "causal", "bwd").name for head_dim in (64, 128, 256)}
+    quick |= {default("sm90", head_dim, "bf16", "causal", "bwd").name for head_dim in (64, 128, 160, 256)}
     quick |= {default("sm90", head_dim, "bf16", "full", "bwd", deterministic=True).name for head_dim in (128, 256)}
     slow = [name for name in dict.fromkeys(beyond) if name not in written]
     return [
@@ -175,7 +175,7 @@ ORDER_BETWEEN_BLOCKS = (r"LD\S*\.STRONG\.GPU", r"MEMBAR\S*\.GPU", r"ST\S*\.STRON
 
 
 def check_sm90_bwd(plan: Any, sass: Sass) -> None:
-    adds = "REDG" if plan.splits_products else "UBLKRED"
+    adds = "UBLKRED" if plan.stages_dq else "REDG"
     for opcode in ("HGMMA", "UTMALDG", "UBLKCP", "UTMASTG", "SYNCS", "USETMAXREG", "STSM", adds):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
     if plan.deterministic:
@@ -187,6 +187,8 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
     if plan.splits_products:
         slices = 2 if plan.has_dq_rest else 1
         wanted = {s + dkv + slices * dq: [0, 1] + [0] * slices, 2 * s + dkv: [1, 0, 0]}
+    elif plan.has_dq_rest:
+        wanted = {2 * s + 2 * dkv + 2 * dq: [1, 0, 0, 1, 0]}
     else:
         wanted = {2 * s + 2 * dkv + dq: [1, 0, 1, 1, 0]}
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
