@@ -58,7 +58,7 @@ class Config:
 
 
 MODELS: Mapping[ModelName, Config] = {
-    "small": Config(layers=4, hidden=256, heads=4, vocabulary=256, seqlen=256, batch=4, learning_rate=1e-3),
+    "small": Config(layers=4, hidden=256, heads=4, vocabulary=256, seqlen=256, batch=4, learning_rate=5e-4),
     # Table 1. GPT-2's vocabulary of 50,257, rounded up to a multiple of 128; 16k tokens a step.
     "gpt3-1.3b": Config(layers=24, hidden=2048, heads=16, vocabulary=50_304, seqlen=2048, batch=8, learning_rate=2e-4),
     "gpt3-2.7b": Config(
