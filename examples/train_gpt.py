@@ -363,7 +363,8 @@ def interleaved(trainer: Trainer, attentions: Mapping[str, Attention], steps: in
     tokens = next(batches)
     for name, attention in attentions.items():
         timings[name] = None
-        with contextlib.suppress(torch.OutOfMemoryError), torch.no_grad():
+        # With gradients, though nobody wants them: a compiled block would be compiled once more without.
+        with contextlib.suppress(torch.OutOfMemoryError):
             timings[name] = Timing(trainer.loss(attention, tokens).item(), [])
     for number in range(WARMUP_STEPS + steps):
         tokens = next(batches)
@@ -409,7 +410,7 @@ def main(
         int | None, typer.Option(min=1, help="Default: 200; 20 for --compare.", show_default=False)
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Sequences. Default: the model's.", show_default=False)
+        int | None, typer.Option(min=1, help="Sequences. Default: the model's tokens.", show_default=False)
     ] = None,
     seqlen: Annotated[int | None, typer.Option(min=2, help="Default: the model's.", show_default=False)] = None,
     compiles: Annotated[bool, typer.Option("--compile", help="torch.compile each block.")] = False,
@@ -436,10 +437,11 @@ def main(
         _fail("--curves compares losses: say with what, as in --compare standard", USAGE)
     if plot is not None and len(names) > 1 and not curves:
         _fail("--plot draws losses: with --compare it needs --curves", USAGE)
+    seqlen = seqlen or config.seqlen
     setup = Setup(
         config,
-        batch or config.batch,
-        seqlen or config.seqlen,
+        batch or max(1, config.batch * config.seqlen // seqlen),
+        seqlen,
         device,
         compiles=compiles,
         checkpoints=checkpoints,

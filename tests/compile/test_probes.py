@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+from dataclasses import replace
+
 import pytest
 from machine_probes import Probe, probes
 
@@ -21,7 +24,9 @@ def cases() -> list[pytest.param]:
 
 @pytest.mark.parametrize(("probe", "target"), cases())
 def test_probe(probe: Probe, target: str) -> None:
-    report = compile_unit(probe.unit(target)).report
+    unit = probe.unit(target)
+    size = struct.calcsize(probe.params_format)  # what tests/gpu packs
+    report = compile_unit(replace(unit, source=f"{unit.source}static_assert(sizeof(Params) == {size});\n")).report
     # A probe uses a part of what the files of templates/ptx/ define.
     notes = [note for note in report.notes if "was declared but never referenced" not in note]
     assert not notes and not report.spill_bytes

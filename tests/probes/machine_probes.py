@@ -68,8 +68,9 @@ class Probe:
 
     @property
     def params_format(self) -> str:
+        """As C++ lays it out: on a multiple of 8 bytes where there is a pointer."""
         codes = "".join(param.code for param in self.k.params)
-        return f"<{codes}" + ("4x" if sum(code == "i" for code in codes) % 2 else "")
+        return f"<{codes}" + ("4x" if "Q" in codes and codes.count("i") % 2 else "")
 
     @property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
@@ -449,21 +450,19 @@ def _forms(plan: KernelPlan) -> Iterator[str]:
         # Both K-major: products over the head dim. Else over a block of queries or keys, whole steps of both.
         yield wgmma_form(op, plan.tile_n if "m" in (a_major, b_major) else plan.head_dim, span)
         yield f"wgmma {plan.dtype}"
+    yield from (box_form(*box) for box in _boxes_of(plan))
+
+
+def _boxes_of(plan: KernelPlan) -> Iterator[tuple[str, int, int]]:
+    """(load or store, rows, bytes of a row) of each tensor map."""
     for entry in plan.entry_points:
         for box in entry.tensor_maps:
             assert box.box_cols * 2 == box.swizzle_bytes, f"{plan.name}: a box of {box.box_cols} columns has no probe"
-            yield box_form("store" if box.name in _STORED else "load", box.box_rows, box.swizzle_bytes)
+            yield "store" if box.name in _STORED else "load", box.box_rows, box.swizzle_bytes
 
 
 def _rendered(plan: KernelPlan) -> str:
     return "\n".join(line.partition("//")[0] for line in render(plan).source.splitlines())
-
-
-def _boxes() -> list[tuple[str, int, int]]:
-    """Of every plan: these probes' text is the same, and the boxes are data."""
-    pattern = re.compile(r"tma_(load|store) of (\d+) rows, (\d+)-byte swizzle")
-    found = (pattern.fullmatch(form) for form in used_forms())
-    return sorted((match[1], int(match[2]), int(match[3])) for match in found if match)
 
 
 @functools.cache
@@ -479,6 +478,7 @@ def probes() -> tuple[Probe, ...]:
         ),
         *(_store(span, head_dim, rows) for span in (128, 64, 32) for head_dim in (8, 72, 128) for rows in (16, 9)),
         *(_stage(dtype, queries) for dtype, queries in (("bf16", 64), ("fp16", 80), ("bf16", 128))),
-        *(_box(*box) for box in _boxes()),
+        # Of every plan: the text of these is the same, and the boxes are data.
+        *(_box(*box) for box in sorted({box for plan in plans() for box in _boxes_of(plan)})),
         _bulk(),
     )

@@ -213,6 +213,11 @@ def test_train(tiny):
     assert "TFLOP/s" in run("--steps", "1").stdout
 
 
+def test_longer_sequences_are_fewer(tiny):
+    document = json.loads(run("--steps", "1", "--seqlen", "256", "--json").stdout)
+    assert (document["batch"], document["seqlen"]) == (4, 256)
+
+
 def test_compare_speed(tiny):
     done = run("--steps", "1", "--compare", "sdpa", "--compare", "standard")
     assert done.exit_code == 0
