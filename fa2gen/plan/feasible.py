@@ -8,6 +8,7 @@ from typing import Literal
 from fa2gen.arch import ArchName
 from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
 from fa2gen.plan.base import BrokenRule, KernelPlan
+from fa2gen.plan.sm80_bwd import Sm80BwdPlan
 from fa2gen.plan.sm80_fwd import Sm80FwdPlan
 from fa2gen.plan.sm90_bwd import Sm90BwdPlan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
@@ -18,10 +19,11 @@ __all__ = ["feasible_tilings", "fits", "make_plan"]
 _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm80", "fwd"): Sm80FwdPlan,
     ("sm90", "fwd"): Sm90FwdPlan,
+    ("sm80", "bwd"): Sm80BwdPlan,
     ("sm90", "bwd"): Sm90BwdPlan,
 }
 
-_BACKWARD_TILE_M = (64, 80, 96, 112, 128)
+_BACKWARD_TILE_M = {"sm80": (32, 64, 128), "sm90": (64, 80, 96, 112, 128)}
 
 # The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.
 _TILE_M = {"sm80": (64, 128, 192), "sm90": (64, 128, 192)}
@@ -60,7 +62,7 @@ def fits(spec: KernelSpec) -> bool:
 def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
     """Every feasible tiling of a small grid, for `fa2gen plan`, error messages and tuning."""
     for warps in _WARPS[arch]:
-        for tile_m in _BACKWARD_TILE_M if problem.direction == "bwd" else _TILE_M[arch]:
+        for tile_m in (_BACKWARD_TILE_M if problem.direction == "bwd" else _TILE_M)[arch]:
             for tile_n in _TILE_N[arch]:
                 for stages in _STAGES[arch]:
                     for span in _SWIZZLES:
