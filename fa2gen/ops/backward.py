@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fa2gen import env
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.launch import ForwardShape
 from fa2gen.ops.dispatch import _also_forgotten, _choose, _device, _kernel, _strides, aligned
 from fa2gen.ops.validate import DTYPES, describe, validate
-from fa2gen.select import kernel_arch
 from fa2gen.spec import Problem, Tiling
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ def backward_cuda(
     """
     if deterministic:
         _refuse_deterministic()
-    # TMA and 16-byte loads need 16-byte alignment, the row statistics dense rows.
+    # TMA, cp.async and 16-byte loads need 16-byte alignment, the row statistics dense rows.
     q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
     if dlse is not None:
@@ -101,17 +99,10 @@ def backward_cuda(
     return dq, dk, dv
 
 
-def refuse_untrainable(q: Tensor, deterministic: bool) -> None:
+def refuse_untrainable(deterministic: bool) -> None:
     """Raise UnsupportedProblem where gradients of CUDA tensors could not be computed: before the forward pass."""
     if deterministic:
         _refuse_deterministic()
-    asked = env.arch()
-    family, _ = kernel_arch(_device(q.get_device()), "sm80" if asked == "sm80" else None)
-    if family != "sm90":
-        raise UnsupportedProblem(
-            "gradients are built for sm90 kernels alone (compute capability 9.0, FA2GEN_ARCH not sm80), and an input "
-            f"requires one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach it"
-        )
 
 
 def validate_backward(

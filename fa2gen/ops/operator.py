@@ -65,7 +65,7 @@ def attention(
         try:
             if needs_grad:
                 if q.is_cuda and not (torch.compiler.is_compiling() or isinstance(q, FakeTensor)):
-                    refuse_untrainable(q, deterministic)
+                    refuse_untrainable(deterministic)
                 out, lse = _Attention.apply(q, k, v, softmax_scale, bool(causal), bool(deterministic))
                 return out, lse
             out, lse = _OPERATOR(q, k, v, softmax_scale, bool(causal))

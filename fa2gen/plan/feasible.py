@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from fa2gen.arch import ArchName
-from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
+from fa2gen.errors import InfeasibleSpec
 from fa2gen.plan.base import BrokenRule, KernelPlan
 from fa2gen.plan.sm80_bwd import Sm80BwdPlan
 from fa2gen.plan.sm80_fwd import Sm80FwdPlan
@@ -38,11 +38,7 @@ _SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 
 def _plan_of(spec: KernelSpec) -> KernelPlan:
     """The plan, feasible or not."""
-    kind = _PLANS.get((spec.tiling.arch, spec.problem.direction))
-    if kind is None:
-        others = ", ".join(arch for arch, direction in _PLANS if direction == spec.problem.direction)
-        raise UnsupportedProblem(f"{spec.name}: {spec.problem.direction} kernels are built for {others} only")
-    return kind(spec)
+    return _PLANS[spec.tiling.arch, spec.problem.direction](spec)
 
 
 def make_plan(spec: KernelSpec) -> KernelPlan:

@@ -37,13 +37,27 @@ TILINGS = (
     "fa2_bwd_sm90_bf16_d168_m64_n64_s2_w8",
     "fa2_bwd_sm90_fp16_d248_causal_m64_n64_s2_w8",
 )
+# One stage and two, 16 and 32 keys a warp, one to eight peers, 16 and 32 rows of dQ a warp, all widths of panels, and
+# columns that the warps share unevenly.
+SM80_TILINGS = (
+    "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
+    "fa2_bwd_sm80_bf16_d64_m128_n128_s2_w8",
+    "fa2_bwd_sm80_fp16_d256_causal_m64_n64_s1_w8",
+    "fa2_bwd_sm80_fp16_d72_causal_m64_n128_s1_w8_z64",
+    "fa2_bwd_sm80_bf16_d40_m128_n64_s2_w4",
+    "fa2_bwd_sm80_bf16_d32_causal_m64_n128_s2_w4_z64",
+    "fa2_bwd_sm80_fp16_d8_m128_n32_s2_w8_z32",
+    "fa2_bwd_sm80_bf16_d200_m32_n64_s1_w8_z64",
+    "fa2_bwd_sm80_bf16_d248_causal_m32_n32_s1_w4",
+)
+ALL_TILINGS = (*TILINGS, *SM80_TILINGS)
 
 
 def every_default():
     dtypes = itertools.cycle(("bf16", "fp16", "fp16", "bf16"))
-    for head_dim, mask in itertools.product(range(8, 257, 8), ("full", "causal")):
+    for arch, head_dim, mask in itertools.product(("sm90", "sm80"), range(8, 257, 8), ("full", "causal")):
         problem = Problem(direction="bwd", head_dim=head_dim, dtype=next(dtypes), mask=mask)
-        yield KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")).name
+        yield KernelSpec(problem=problem, tiling=default_tiling(problem, arch)).name
 
 
 def amid_nan(values: torch.Tensor) -> torch.Tensor:
@@ -94,8 +108,8 @@ def kernels():
     quick = [
         name for name in every_default() if name.split("_")[4] in ("d8", "d64", "d72", "d128", "d136", "d200", "d256")
     ]
-    rest = [name for name in every_default() if name not in {*quick, *TILINGS}]
-    return [*dict.fromkeys((*TILINGS, *quick)), *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]
+    rest = [name for name in every_default() if name not in {*quick, *ALL_TILINGS}]
+    return [*dict.fromkeys((*ALL_TILINGS, *quick)), *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]
 
 
 @pytest.mark.parametrize("name", kernels())
@@ -105,21 +119,21 @@ def test_every_kernel(name):
         assert verdict.ok, f"{sizes}, seed {seed}: {verdict}"
 
 
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("name", ALL_TILINGS)
 def test_other_shapes(name):
     for sizes in (MANY_BLOCKS, ONE_BLOCK, (1, 300, 515, 2, 2), (1, 1, 300, 3, 1), (1, 300, 1, 2, 1)):
         verdict, _ = run(name, sizes)
         assert verdict.ok, f"{sizes}: {verdict}"
 
 
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("name", ALL_TILINGS)
 def test_gradient_of_lse(name):
     for sizes in (RAGGED, NO_KEYS):
         verdict, _ = run(name, sizes, with_dlse=True)
         assert verdict.ok, f"{sizes}: {verdict}"
 
 
-@pytest.mark.parametrize("name", TILINGS[:6])
+@pytest.mark.parametrize("name", (*TILINGS[:6], *SM80_TILINGS[:4]))
 def test_scales_and_magnitudes(name):
     """Scores of hundreds: without its mask a key that does not exist would get an infinite probability."""
     for gain, scale in ((8.0, None), (1.0, 0.5), (1.0, 1e-3)):
@@ -127,7 +141,7 @@ def test_scales_and_magnitudes(name):
         assert verdict.ok, f"gain {gain}, scale {scale}: {verdict}"
 
 
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("name", ALL_TILINGS)
 def test_no_schedule_changes_dk_and_dv(name):
     """Bit for bit; dQ is a sum over blocks of keys in the order in which they come, so it may differ by a rounding."""
     verdict, (_, dk, dv) = run(name, MANY_BLOCKS)
@@ -138,14 +152,14 @@ def test_no_schedule_changes_dk_and_dv(name):
         assert torch.equal(dk_again, dk) and torch.equal(dv_again, dv), f"seed {seed}"
 
 
-@pytest.mark.parametrize("name", (TILINGS[1], TILINGS[3], TILINGS[8]))
+@pytest.mark.parametrize("name", (TILINGS[1], TILINGS[3], TILINGS[8], *SM80_TILINGS[2:4]))
 def test_sanitizers_are_silent(name):
     for sizes in (RAGGED, NO_KEYS):
         verdict, _ = run(name, sizes, sanitize=True)
         assert verdict.ok, verdict
 
 
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("name", ALL_TILINGS)
 def test_compiles_without_a_warning(name):
     warnings = build_library(make_plan(KernelSpec.from_name(name))).path.with_name("warnings.txt")
     assert warnings.read_text() == ""
