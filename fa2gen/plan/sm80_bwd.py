@@ -210,8 +210,8 @@ class Sm80BwdPlan(BackwardPlan):
         """Panel rows that all threads copy at once."""
         return self.num_threads // self.chunks_per_panel_row
 
-    # The dQ accumulator in global memory: for each block of queries one run for each warp, of its registers in the order
-    # [register][lane], so that every addition of a warp is one line.
+    # The dQ accumulator in global memory: for each block of queries one run for each warp, of its registers in the
+    # order [register][lane], so that every addition of a warp is one line.
 
     @property
     def dq_slice_floats(self) -> int:

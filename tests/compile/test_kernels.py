@@ -196,7 +196,7 @@ def check_sm80(plan: Any, sass: Sass) -> None:
 
 
 def check_sm80_bwd(plan: Any, sass: Sass) -> None:
-    for opcode in ("HMMA", "LDSM", "LDGSTS", "REDG"):
+    for opcode in ("HMMA", "LDSM", "LDGSTS", "RED"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
     # Of one block of queries, each product there, and every fragment in shared memory read once by each warp.
     s = plan.num_k_steps_head_dim * plan.queries_per_warp // 8

@@ -23,6 +23,7 @@ NO_KEYS = (1, 203, 60, 4, 2)  # causal: the first 143 rows see no key
 ONE_BLOCK = (1, 60, 300, 2, 2)  # one ragged block of queries, and ragged keys
 ONE = (1, 1, 1, 1, 1)
 MANY_BLOCKS = (2, 260, 390, 4, 2)
+SOME_BLOCKS = (1, 140, 200, 2, 1)  # of two heads; the CPU takes ten times as long for an SM80 kernel
 
 # Splits, stages and warps that no default may use.
 TILINGS = (
@@ -54,9 +55,12 @@ ALL_TILINGS = (*TILINGS, *SM80_TILINGS)
 
 
 def every_default():
+    """Of every head dim; for SM80, which takes the CPU longer, with one of the masks each."""
     dtypes = itertools.cycle(("bf16", "fp16", "fp16", "bf16"))
     for arch, head_dim, mask in itertools.product(("sm90", "sm80"), range(8, 257, 8), ("full", "causal")):
         problem = Problem(direction="bwd", head_dim=head_dim, dtype=next(dtypes), mask=mask)
+        if arch == "sm80" and mask == ("full", "causal")[head_dim // 8 % 2]:
+            continue
         yield KernelSpec(problem=problem, tiling=default_tiling(problem, arch)).name
 
 
@@ -121,7 +125,8 @@ def test_every_kernel(name):
 
 @pytest.mark.parametrize("name", ALL_TILINGS)
 def test_other_shapes(name):
-    for sizes in (MANY_BLOCKS, ONE_BLOCK, (1, 300, 515, 2, 2), (1, 1, 300, 3, 1), (1, 300, 1, 2, 1)):
+    large = (SOME_BLOCKS,) if name in SM80_TILINGS else (MANY_BLOCKS, (1, 300, 515, 2, 2))
+    for sizes in (*large, ONE_BLOCK, (1, 1, 300, 3, 1), (1, 300, 1, 2, 1)):
         verdict, _ = run(name, sizes)
         assert verdict.ok, f"{sizes}: {verdict}"
 
@@ -133,7 +138,7 @@ def test_gradient_of_lse(name):
         assert verdict.ok, f"{sizes}: {verdict}"
 
 
-@pytest.mark.parametrize("name", (*TILINGS[:6], *SM80_TILINGS[:4]))
+@pytest.mark.parametrize("name", (*TILINGS[:6], SM80_TILINGS[1]))
 def test_scales_and_magnitudes(name):
     """Scores of hundreds: without its mask a key that does not exist would get an infinite probability."""
     for gain, scale in ((8.0, None), (1.0, 0.5), (1.0, 1e-3)):
@@ -144,17 +149,18 @@ def test_scales_and_magnitudes(name):
 @pytest.mark.parametrize("name", ALL_TILINGS)
 def test_no_schedule_changes_dk_and_dv(name):
     """Bit for bit; dQ is a sum over blocks of keys in the order in which they come, so it may differ by a rounding."""
-    verdict, (_, dk, dv) = run(name, MANY_BLOCKS)
+    sizes, seeds = (SOME_BLOCKS, 4) if name in SM80_TILINGS else (MANY_BLOCKS, 6)
+    verdict, (_, dk, dv) = run(name, sizes)
     assert verdict.ok, verdict
-    for seed in range(1, 7):
-        verdict, (_, dk_again, dv_again) = run(name, MANY_BLOCKS, seed=seed)
+    for seed in range(1, seeds + 1):
+        verdict, (_, dk_again, dv_again) = run(name, sizes, seed=seed)
         assert verdict.ok, f"seed {seed}: {verdict}"
         assert torch.equal(dk_again, dk) and torch.equal(dv_again, dv), f"seed {seed}"
 
 
-@pytest.mark.parametrize("name", (TILINGS[1], TILINGS[3], TILINGS[8], *SM80_TILINGS[2:4]))
+@pytest.mark.parametrize("name", (TILINGS[1], TILINGS[3], TILINGS[8], SM80_TILINGS[6]))
 def test_sanitizers_are_silent(name):
-    for sizes in (RAGGED, NO_KEYS):
+    for sizes in (SOME_BLOCKS,) if name in SM80_TILINGS else (RAGGED, NO_KEYS):
         verdict, _ = run(name, sizes, sanitize=True)
         assert verdict.ok, verdict
 

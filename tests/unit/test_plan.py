@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from fa2gen.arch import ARCHES
-from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
+from fa2gen.errors import InfeasibleSpec
 from fa2gen.layout import Panels, ceil_div, swizzle
-from fa2gen.plan import KernelPlan, feasible_tilings, fits, make_plan
+from fa2gen.plan import KernelPlan, feasible_tilings, make_plan
 from fa2gen.plan.base import Param
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem, Tiling
