@@ -72,7 +72,7 @@ def amid_nan(values: torch.Tensor) -> torch.Tensor:
     return buffer[:, :seqlen]
 
 
-def run(name, sizes, *, with_dlse=False, gain=1.0, scale=None, **options):
+def run(name, sizes, *, with_dlse=False, gain=1.0, scale=None, rendered=None, **options):
     """(verdict, gradients)"""
     plan = make_plan(KernelSpec.from_name(name))
     batch, seqlen_q, seqlen_k, heads, heads_kv = sizes
@@ -99,6 +99,7 @@ def run(name, sizes, *, with_dlse=False, gain=1.0, scale=None, **options):
         dlse,
         softmax_scale=scale,
         options=Options(**options),
+        rendered=rendered,
     )
     for x in gradients:
         whole = x.as_strided((x.stride(0) * batch,), (1,))  # with the guard rows, which must still be NaN
