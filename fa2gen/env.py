@@ -51,7 +51,7 @@ _JOBS = Variable("FA2GEN_JOBS", "the usable CPU cores", "how many kernels are co
 _ARCH = Variable("FA2GEN_ARCH", "by the device", "force a kernel family: " + " or ".join(ARCHES))
 _LOG_LEVEL = Variable("FA2GEN_LOG_LEVEL", "WARNING", "what is logged: " + ", ".join(_LOG_LEVELS))
 _FA3_LIBRARY = Variable(
-    "FA2GEN_FA3_LIBRARY", "an installed package", "`fa2gen bench`: FlashAttention-3's operator library"
+    "FA2GEN_FA3_LIBRARY", "an installed package", "`fa2gen bench` and `examples/`: FlashAttention-3's operator library"
 )
 
 VARIABLES = (_CACHE_DIR, _AOT_DIR, _DISABLE_JIT, _JOBS, _ARCH, _LOG_LEVEL, _FA3_LIBRARY)

@@ -43,7 +43,7 @@ _REMEMBERED_MAPS = 64  # encoded tensor maps kept for each argument of a launch;
 _ADDRESSES = ("q", "k", "v", "o", "lse", "tile_counter")  # the order of PreparedLaunch's arguments
 # What tensor maps and Params of backward kernels point to, in the order of PreparedBackward's addresses.
 _BACKWARD_TENSORS = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
-_BACKWARD_ADDRESSES = (*_BACKWARD_TENSORS, "lse", "dlse", "lse_log2", "dpsum", "dq_acc")
+_BACKWARD_ADDRESSES = (*_BACKWARD_TENSORS, "lse", "dlse", "lse_log2", "dpsum", "dq_acc", "dq_turns")
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _SWIZZLE = {span: int(getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{span}B")) for span in (32, 64, 128)}
 _DATA_TYPE = {
@@ -223,6 +223,7 @@ class PreparedBackward:
         self.kernel = kernel  # keeps the module loaded
         self.statistics_floats = launch.statistics_floats
         self.dq_acc_floats = launch.dq_acc_floats
+        self.num_dq_turns = launch.num_dq_turns
         self._lock = threading.Lock()
 
         values: dict[str, Any] = {**dict.fromkeys(_BACKWARD_ADDRESSES, 0), **launch.values}
@@ -267,14 +268,14 @@ class PreparedBackward:
     ) -> None:
         """Launch on the CUstream with handle `stream`, in the current context. Addresses in bytes, multiples of 16.
 
-        scratch  address of 2 * statistics_floats + dq_acc_floats fp32 numbers, of any content.
+        scratch  address of 2 * statistics_floats + dq_acc_floats fp32 and num_dq_turns int32 numbers, of any content.
         dlse     0 where LSE has no gradient.
 
         Raises Fa2GenError with the driver's reason.
         """
         lse_log2, dpsum = scratch, scratch + 4 * self.statistics_floats
         dq_acc = dpsum + 4 * self.statistics_floats
-        addresses = (q, k, v, o, dout, dq, dk, dv, lse, dlse, lse_log2, dpsum, dq_acc)
+        addresses = (q, k, v, o, dout, dq, dk, dv, lse, dlse, lse_log2, dpsum, dq_acc, dq_acc + 4 * self.dq_acc_floats)
         handle = _stream(stream)
         with self._lock:
             for index, tensor_map in self._maps:

@@ -91,6 +91,7 @@ class BackwardLaunch:
     values            as Launch.values; the three kernels share their Params.
     statistics_floats fp32 numbers of lse_log2, and of dpsum: the query rows of every head, up to whole blocks.
     dq_acc_floats     fp32 numbers of the sums of dQ.
+    num_dq_turns      int32 numbers of dq_turns, one for each block of queries; 0 where the plan is not deterministic.
     None of that memory needs to be initialised.
     """
 
@@ -98,6 +99,7 @@ class BackwardLaunch:
     values: dict[str, Any]
     statistics_floats: int
     dq_acc_floats: int
+    num_dq_turns: int
 
 
 def backward_launch(plan: BackwardPlan, shape: ForwardShape, softmax_scale: float) -> BackwardLaunch:
@@ -135,4 +137,5 @@ def backward_launch(plan: BackwardPlan, shape: ForwardShape, softmax_scale: floa
         values=values,
         statistics_floats=query_blocks * plan.tile_m,
         dq_acc_floats=query_blocks * plan.dq_block_floats,
+        num_dq_turns=query_blocks if plan.deterministic else 0,
     )

@@ -12,7 +12,7 @@ import re
 import reprlib
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fa2gen.arch import ArchName
 from fa2gen.errors import InvalidInput
@@ -78,17 +78,27 @@ class Problem(_Model):
     head_dim   a multiple of 8 from 8 to 256, the same for Q, K and V.
     dtype      of Q, K, V and O: "fp16" or "bf16". Sums are kept in fp32.
     mask       "full", or "causal" aligned to the bottom right: query i sees key j iff j <= i + seqlen_k - seqlen_q.
+    deterministic
+               "bwd" only: blocks of keys add to dQ in one order, so that gradients are the same bits in every run.
     """
 
     direction: Direction = "fwd"
     head_dim: int
     dtype: DType = "bf16"
     mask: Mask = "full"
+    deterministic: bool = False
 
     @field_validator("head_dim")
     @classmethod
     def _head_dim_is_supported(cls, head_dim: int) -> int:
         return _whole_number(head_dim, HEAD_DIM_STEP, HEAD_DIM_STEP, MAX_HEAD_DIM)
+
+    @field_validator("deterministic")
+    @classmethod
+    def _backward_alone_has_a_choice(cls, deterministic: bool, info: ValidationInfo) -> bool:
+        if deterministic and info.data.get("direction") == "fwd":
+            raise ValueError('is for direction "bwd": a forward kernel always is; nearest False')
+        return deterministic
 
 
 class Tiling(_Model):
@@ -134,7 +144,7 @@ _NAMED = (("m", "tile_m"), ("n", "tile_n"), ("s", "num_stages"), ("w", "num_mma_
 _OPTIONAL = (("z", "swizzle_bytes"), ("r", "lazy_rescale"))
 _NUMBER = "[0-9]{1,9}"
 _NAME = re.compile(
-    rf"fa2_(?P<direction>[a-z]+)_(?P<arch>sm{_NUMBER})_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>{_NUMBER})(?P<causal>_causal)?"
+    rf"fa2_(?P<direction>[a-z]+)_(?P<arch>sm{_NUMBER})_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>{_NUMBER})(?P<causal>_causal)?(?P<det>_det)?"
     + "".join(rf"_{letter}(?P<{field}>{_NUMBER})" for letter, field in _NAMED)
     + "".join(rf"(?:_{letter}(?P<{field}>{_NUMBER}))?" for letter, field in _OPTIONAL)
 )
@@ -164,6 +174,8 @@ class KernelSpec(_Model):
         parts = ["fa2", problem.direction, tiling.arch, problem.dtype, f"d{problem.head_dim}"]
         if problem.mask == "causal":
             parts.append("causal")
+        if problem.deterministic:
+            parts.append("det")
         parts += [f"{letter}{getattr(tiling, field)}" for letter, field in _NAMED]
         parts += [
             f"{letter}{getattr(tiling, field)}"
@@ -195,6 +207,7 @@ class KernelSpec(_Model):
                 head_dim=int(found["head_dim"]),
                 dtype=found["dtype"],
                 mask="causal" if found["causal"] else "full",
+                deterministic=found["det"] is not None,
             ),
             tiling=Tiling(arch=found["arch"], **numbers),
         )

@@ -60,12 +60,15 @@ def run_backward(
     scale = plan.head_dim**-0.5 if softmax_scale is None else softmax_scale
     launch = backward_launch(plan, ForwardShape(batch, seqlen_q, seqlen_k, heads, heads_kv), scale)
     scratch = []
-    for name, floats in (
-        ("lse_log2", launch.statistics_floats),
-        ("dpsum", launch.statistics_floats),
-        ("dq_acc", launch.dq_acc_floats),
-    ):
-        memory, buffer = _scratch(name, 4 * floats)
+    scratch_numbers = {
+        "lse_log2": launch.statistics_floats,
+        "dpsum": launch.statistics_floats,
+        "dq_acc": launch.dq_acc_floats,
+    }
+    if plan.deterministic:
+        scratch_numbers["dq_turns"] = launch.num_dq_turns
+    for name, numbers in scratch_numbers.items():
+        memory, buffer = _scratch(name, 4 * numbers)
         memories.append(memory)
         scratch.append(buffer)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.errors import InvalidInput
 from fa2gen.launch import ForwardShape
 from fa2gen.ops.dispatch import _also_forgotten, _choose, _device, _kernel, _strides, aligned
 from fa2gen.ops.validate import DTYPES, describe, validate
@@ -17,7 +17,7 @@ from fa2gen.spec import Problem, Tiling
 if TYPE_CHECKING:
     from fa2gen.kernel import PreparedBackward
 
-__all__ = ["backward_cuda", "refuse_untrainable", "validate_backward"]
+__all__ = ["backward_cuda", "validate_backward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,13 @@ def backward_cuda(
 ) -> Gradients:
     """(dq, dk, dv) by generated kernels, contiguous, on the current stream of q's device.
 
-    dout, out  shaped as q, of any strides; lse, dlse (batch, heads, seqlen_q) fp32.
-    into       contiguous buffers to use.
+    dout, out      shaped as q, of any strides; lse, dlse (batch, heads, seqlen_q) fp32.
+    deterministic  the same bits in every run: dq is summed in one order. dk and dv always are.
+    into           contiguous buffers to use.
 
     Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel
     raises.
     """
-    if deterministic:
-        _refuse_deterministic()
     # TMA, cp.async and 16-byte loads need 16-byte alignment, the row statistics dense rows.
     q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
@@ -66,10 +65,10 @@ def backward_cuda(
         dlse = dlse.contiguous()
     shapes = tuple((x.shape, x.stride(), x.dtype, x.get_device()) for x in (q, k, v, dout, out))
     rows = tuple(None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse))
-    key = (*shapes, *rows, softmax_scale, causal, tiling)
+    key = (*shapes, *rows, softmax_scale, causal, deterministic, tiling)
     call = _calls.get(key)
     if call is None:
-        call = _prepare(dout, q, k, v, out, lse, dlse, softmax_scale, causal, tiling)
+        call = _prepare(dout, q, k, v, out, lse, dlse, softmax_scale, causal, deterministic, tiling)
         if len(_calls) >= _REMEMBERED_CALLS:
             _calls.clear()
         _calls[key] = call
@@ -81,7 +80,8 @@ def backward_cuda(
         return dq, dk, dv
     with torch.cuda.device(call.device):
         # Freed for the allocator at return, when no later kernel of this stream can have started.
-        scratch = q.new_empty(2 * launch.statistics_floats + launch.dq_acc_floats, dtype=torch.float32)
+        numbers = 2 * launch.statistics_floats + launch.dq_acc_floats + launch.num_dq_turns
+        scratch = q.new_empty(numbers, dtype=torch.float32)
         launch(
             q=q.data_ptr(),
             k=k.data_ptr(),
@@ -97,12 +97,6 @@ def backward_cuda(
             stream=torch._C._cuda_getCurrentRawStream(call.device),
         )
     return dq, dk, dv
-
-
-def refuse_untrainable(deterministic: bool) -> None:
-    """Raise UnsupportedProblem where gradients of CUDA tensors could not be computed: before the forward pass."""
-    if deterministic:
-        _refuse_deterministic()
 
 
 def validate_backward(
@@ -122,13 +116,6 @@ def validate_backward(
             raise InvalidInput(f"{name} is {describe(x)}; it must be {tuple(shape)} {dtype} on {q.device}")
 
 
-def _refuse_deterministic() -> None:
-    raise UnsupportedProblem(
-        "deterministic gradients are not built yet: dq is a sum whose order varies from run to run (dk and dv are the "
-        "same in every run); pass deterministic=False"
-    )
-
-
 def _prepare(
     dout: Tensor,
     q: Tensor,
@@ -139,6 +126,7 @@ def _prepare(
     dlse: Tensor | None,
     softmax_scale: float,
     causal: bool,
+    deterministic: bool,
     tiling: Tiling | None,
 ) -> _Call:
     """Validate a signature; choose, load and pack its kernels."""
@@ -146,7 +134,13 @@ def _prepare(
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, num_heads_kv = k.shape[1:3]
     device = q.get_device()
-    problem = Problem(direction="bwd", head_dim=head_dim, dtype=DTYPES[q.dtype], mask="causal" if causal else "full")
+    problem = Problem(
+        direction="bwd",
+        head_dim=head_dim,
+        dtype=DTYPES[q.dtype],
+        mask="causal" if causal else "full",
+        deterministic=deterministic,
+    )
     plan, target = _choose(problem, _device(device), None, tiling, seqlen_k)
     if not (q.numel() and k.numel()):
         return _Call(device, None)

@@ -45,8 +45,7 @@ def flash_attn_func(
     softmax_scale      default head_dim ** -0.5.
     causal             query i sees key j iff j <= i + seqlen_k - seqlen_q.
     window_size        (-1, -1), or a window that hides nothing, or one that means causal, such as (-1, 0).
-    deterministic      gradients that are the same in every run: refused for CUDA tensors that require one. The
-                       forward pass always is.
+    deterministic      gradients that are the same bits in every run, at some cost in speed. The forward pass always is.
     return_attn_probs  return (out, lse, None) rather than out; lse (batch, heads, seqlen_q) fp32, differentiable.
 
     CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout,

@@ -15,10 +15,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.backward import backward_cuda, refuse_untrainable, validate_backward
+from fa2gen.ops.backward import backward_cuda, validate_backward
 from fa2gen.ops.dispatch import forward_cuda
 from fa2gen.ops.validate import default_scale, describe, refuse_non_tensors, validate
 from fa2gen.reference import attention_backward_tiled, attention_tiled
@@ -43,7 +42,7 @@ def attention(
     softmax_scale  default head_dim ** -0.5.
     arch           "sm80" or "sm90": the kernel family, for CUDA tensors; by default the best that the device runs.
     tiling         one exact tiling, instead of the selected one.
-    deterministic  gradients that are the same in every run; CUDA tensors refuse it where an input requires a gradient.
+    deterministic  gradients that are the same bits in every run, at some cost in speed; the forward pass always is.
 
     With `arch` or `tiling` the kernel is called directly, not through the operator: torch.compile cannot see into that.
     Raises InvalidInput, UnsupportedProblem, or InfeasibleSpec for a tiling that does not fit.
@@ -64,8 +63,6 @@ def attention(
     if arch is None and tiling is None:
         try:
             if needs_grad:
-                if q.is_cuda and not (torch.compiler.is_compiling() or isinstance(q, FakeTensor)):
-                    refuse_untrainable(deterministic)
                 out, lse = _Attention.apply(q, k, v, softmax_scale, bool(causal), bool(deterministic))
                 return out, lse
             out, lse = _OPERATOR(q, k, v, softmax_scale, bool(causal))

@@ -113,6 +113,10 @@ class KernelPlan:
         return self.problem.mask == "causal"
 
     @property
+    def deterministic(self) -> bool:
+        return self.problem.deterministic
+
+    @property
     def tile_m(self) -> int:
         return self.tiling.tile_m
 

@@ -21,6 +21,17 @@ class BackwardPlan(KernelPlan):
         raise NotImplementedError
 
     @property
+    def key_block_order(self) -> str:
+        """Part of a template's name."""
+        return "ordered" if self.deterministic and not self.causal else self.mask
+
+    @property
+    def walks_sections(self) -> bool:
+        """Blocks of keys start section by section of heads: causal ones the longest first, deterministic ones so that
+        few that run at a time belong to one head and wait for each other."""
+        return self.causal or self.deterministic
+
+    @property
     def chunks_per_row(self) -> int:
         """16-byte chunks of a row of O."""
         return self.head_dim // 8

@@ -23,7 +23,7 @@ _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm90", "bwd"): Sm90BwdPlan,
 }
 
-_BACKWARD_TILE_M = {"sm80": (32, 64, 128), "sm90": (64, 80, 96, 112, 128)}
+_BACKWARD_TILE_M = {"sm80": (32, 64, 128), "sm90": (48, 64, 80, 96, 112, 128)}
 
 # The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.
 _TILE_M = {"sm80": (64, 128, 192), "sm90": (64, 128, 192)}

@@ -247,6 +247,7 @@ class Sm80BwdPlan(BackwardPlan):
             *(Param(name, "void*") for name in strided[5:]),
             *(Param(name, "float const*") for name in ("lse", "dlse")),
             *(Param(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")),
+            *([Param("dq_turns", "int*")] if self.deterministic else []),
             *(Param(f"{name}_{step}_stride", "int64_t") for name in strided for step in ("batch", "row", "head")),
             *(
                 Param(name, "int")
@@ -258,7 +259,7 @@ class Sm80BwdPlan(BackwardPlan):
                     "num_heads_per_kv",
                     "num_m_blocks",
                     "num_n_blocks",
-                    *(("num_batch_heads_kv", "heads_per_section") if self.causal else ()),
+                    *(("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()),
                 )
             ),
             Param("softmax_scale", "float"),

@@ -3,9 +3,10 @@
 The main kernel has one block of threads for each block of keys, which walks the blocks of queries. Its mma warpgroups
 split the work in one of two ways, which the tiling decides:
 
-  by keys      64 keys each, tile_n = 64 a warpgroup: a warpgroup holds dK and dV of its keys. Head dims up to 128.
+  by keys      64 keys each, tile_n = 64 a warpgroup: a warpgroup holds dK and dV of its keys. Head dims up to 160.
   by products  tile_n = 64 for two warpgroups: the first holds dV and makes dQ, the second holds dK. Any head dim: only
-               one of the two 64 x head_dim accumulators has to fit a warpgroup's registers.
+               one of the two 64 x head_dim accumulators has to fit a warpgroup's registers. Both compute S: six
+               products instead of five.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FLOAT_BYTES = 4
 # Registers that a thread needs beside the tiles: addresses, loop state. With these every default compiles without a
 # spill; ptxas has the last word (tests/compile).
 REGISTERS_BESIDE_TILES = 12
+REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the other columns
 
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
 DQ_COLUMNS_AT_ONCE = 128  # split by products: 64 accumulator registers beside the 64 x head_dim of dV
@@ -48,8 +50,15 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def swaps_dq(self) -> bool:
-        """dQ^T = K^T dS^T rather than dQ = dS K: the warpgroups then split the head dim, and tile_m is free."""
+        """dQ^T = K^T dS^T rather than dQ = dS K: the warpgroups then split the head dim, and tile_m is free.
+
+        Each takes one panel of 64 columns; what is left beyond the second they split by queries.
+        """
         return not self.splits_products and self.head_dim > 64
+
+    @property
+    def splits_dq_rest(self) -> bool:
+        return self.swaps_dq and self.head_dim > ROWS_PER_WARPGROUP * self.num_mma_warpgroups
 
     @property
     def split(self) -> str:
@@ -84,8 +93,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def num_acc_dq_rest(self) -> int:
-        """Those of the second slice of columns, if there is one, without padding."""
-        return (self.head_dim - self.wgmma_dq.n) // 2
+        """Those of the columns that wgmma_dq leaves, if it leaves any, without padding."""
+        return self.wgmma_dq_rest.num_accumulators if self.swaps_dq else (self.head_dim - self.wgmma_dq.n) // 2
 
     @property
     def dq_accumulator_counts(self) -> tuple[int, ...]:
@@ -97,8 +106,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def register_estimate(self) -> int:
         """The most that is alive at one time, in the warpgroup that has the most."""
         s, p, dkv, dq = self.num_acc_s, self.num_p, self.num_acc_dkv, self.num_acc_dq
-        tiles = dkv + p + max(2 * s, dq) if self.splits_products else 2 * dkv + p + max(2 * s, dq)
-        return tiles + REGISTERS_BESIDE_TILES
+        if self.splits_products:
+            return dkv + p + max(2 * s, dq) + REGISTERS_BESIDE_TILES
+        rest = self.num_acc_dq_rest + REGISTERS_OF_DQ_REST if self.splits_dq_rest else 0
+        return 2 * dkv + p + max(2 * s + REGISTERS_OF_DQ_REST * self.splits_dq_rest, dq + rest) + REGISTERS_BESIDE_TILES
 
     # Matrix instructions
 
@@ -123,9 +134,13 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def wgmma_dq_rest(self) -> Wgmma:
         """The columns of dQ that wgmma_dq leaves, where `has_dq_rest`.
 
+        dQ^T: one panel, of which each warpgroup takes half the queries.
+
         The same instruction where K has panels enough, though its last columns may be padding: into the same registers,
         since two sets of them beside dV would not fit.
         """
+        if self.swaps_dq:
+            return Wgmma(self.dtype, self.tile_m // 2, "shared", b_transposed=False, a_transposed=True)
         if self.kv_tile.count * self.kv_tile.columns == 2 * self.wgmma_dq.n:
             return self.wgmma_dq
         return Wgmma(self.dtype, self.head_dim - self.wgmma_dq.n, "shared", b_transposed=True)
@@ -140,12 +155,12 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def has_dq_rest(self) -> bool:
-        return not self.swaps_dq and self.head_dim > self.dq_columns_at_once
+        return self.splits_dq_rest if self.swaps_dq else self.head_dim > self.dq_columns_at_once
 
     @property
     def dq_rest_panel(self) -> int:
-        """The panel of K where the second slice of columns begins."""
-        return self.wgmma_dq.n // self.kv_tile.columns
+        """The panel of K where those columns begin."""
+        return self.num_mma_warpgroups if self.swaps_dq else self.wgmma_dq.n // self.kv_tile.columns
 
     @cached_property
     def wgmmas(self) -> tuple[Wgmma, ...]:
@@ -203,8 +218,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def stages_dq(self) -> bool:
-        """Whether dQ goes to global memory through shared memory; split by products, it has no room there."""
-        return not self.splits_products
+        """Whether dQ goes to global memory through shared memory; beyond head dim 128 it has no room there."""
+        return not self.splits_products and not self.splits_dq_rest
 
     @property
     def smem_lse(self) -> int:
@@ -225,8 +240,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def num_barriers(self) -> int:
-        """K, V; full and empty of each stage of Q and dO, and of dS where one warpgroup makes it for another."""
-        return 2 + 4 * self.num_stages + (2 * self.num_ds_stages if self.splits_products else 0)
+        """K, V; full and empty of each stage of Q and dO, and of dS where one warpgroup makes it for another; and two
+        between the mma warps and the warp that keeps the order of additions to dQ."""
+        of_ds = 2 * self.num_ds_stages if self.splits_products else 0
+        return 2 + 4 * self.num_stages + of_ds + (2 if self.writes_dq else 0)
 
     @property
     def shared_memory_bytes(self) -> int:
@@ -259,6 +276,16 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def dq_block_floats(self) -> int:
         return self.num_dq_slices * self.dq_slice_floats
+
+    @property
+    def num_dq_warps(self) -> int:
+        """Warps that add to a block of queries."""
+        return self.num_mma_warps if self.splits_dq_rest else self.num_dq_slices
+
+    @property
+    def writes_dq(self) -> bool:
+        """Whether a thread of the producer warpgroup stands between these warps and global memory."""
+        return self.stages_dq or self.deterministic
 
     # Launch
 
@@ -299,6 +326,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             *(Param(name, "void const*") for name in ("o", "dout")),
             *(Param(name, "float const*") for name in ("lse", "dlse")),
             *(Param(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")),
+            *([Param("dq_turns", "int*")] if self.deterministic else []),
             *(Param(f"{name}_{step}_stride", "int64_t") for name in ("o", "dout") for step in ("batch", "row", "head")),
             *(
                 Param(name, "int")
@@ -310,7 +338,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                     "num_heads_per_kv",
                     "num_m_blocks",
                     "num_n_blocks",
-                    *(("num_batch_heads_kv", "heads_per_section") if self.causal else ()),
+                    *(("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()),
                 )
             ),
             Param("softmax_scale", "float"),
@@ -351,11 +379,13 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                     f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows of dQ a warpgroup: {keys}",
                 )
             )
-        if self.swaps_dq and self.head_dim > keys:
+        columns = keys + (ROWS_PER_WARPGROUP if self.num_mma_warpgroups == 2 else 0)
+        if self.swaps_dq and self.head_dim > columns:
             broken.append(
                 BrokenRule(
                     "head dim",
-                    f"{self.head_dim}, but {self.num_mma_warps} warps take 64 columns of dQ a warpgroup: {keys}",
+                    f"{self.head_dim}, but {self.num_mma_warps} warps that split keys make up to {columns} columns "
+                    "of dQ",
                 )
             )
         if self.shared_memory_bytes > arch.shared_memory_per_block:

@@ -3,7 +3,7 @@
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
-//   launch   384 threads, 198736 bytes of dynamic shared memory
+//   launch   384 threads, 198752 bytes of dynamic shared memory
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -588,6 +588,8 @@ struct Barriers {
     __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kNumStages + stage); }
+    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumStages); }
+    __device__ __forceinline__ uint32_t dq_empty() const { return dq_full() + 8; }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
@@ -598,6 +600,8 @@ struct Barriers {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
+        mbarrier_init(dq_full(), 8);
+        mbarrier_init(dq_empty(), 1);
     }
 };
 
@@ -711,20 +715,17 @@ __device__ __forceinline__ void store_rows(CUtensorMap const& map, uint32_t rows
     }
 }
 
-// Adds a warp's share of dQ to the sums in global memory, when its previous share has left shared memory.
-__device__ __forceinline__ void add_dq(float const (&acc_dq)[kNumAccDq], float* dq_acc, uint32_t dq_slice) {
-    tma_store_wait_read();
-    sync_warp();
+// Leaves a warp's share of dQ in shared memory for write_dq, when the share before has left it.
+__device__ __forceinline__ void hand_over_dq(
+    float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, Barriers const& barriers, uint32_t phase) {
+    mbarrier_wait(barriers.dq_empty(), phase ^ 1);
 #pragma unroll
     for (int i = 0; i < kNumAccDq; i += 4) {
         store_shared_float4(dq_slice + (i * 32 + lane_id() * 4) * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
     }
     fence_proxy_async();
     sync_warp();
-    if (elect_one()) {
-        bulk_reduce_add(dq_acc, dq_slice, kDqSliceFloats * 4);
-        tma_store_commit();
-    }
+    mbarrier_arrive_if(barriers.dq_full(), lane_id() == 0);
 }
 
 // Producer: one warp. K and V once, then Q and dO of every block of queries, each with its row statistics --------------------
@@ -763,6 +764,27 @@ __device__ __forceinline__ void produce(
     }
 }
 
+// Adds dQ of one block of queries after the other to the sums in global memory. Under the
+// next block's products: they need shared memory's copy gone, and not yet the sums complete.
+__device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barriers const& barriers) {
+    KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlocks const blocks = visible_queries(p, block.n_block * kTileN);
+    uint32_t phase = 0;
+    int const first_head = block.head_kv * p.num_heads_per_kv;
+    for (int bidh = first_head; bidh < first_head + p.num_heads_per_kv; ++bidh) {
+        int64_t const first_block = (static_cast<int64_t>(block.bidb) * p.num_heads + bidh) * p.num_m_blocks;
+        for (int m_block = blocks.first; m_block < p.num_m_blocks; ++m_block) {
+            mbarrier_wait(barriers.dq_full(), phase);
+            bulk_reduce_add(p.dq_acc + (first_block + m_block) * kDqBlockFloats, smem + kSmemDq, kDqBlockFloats * 4);
+            tma_store_commit();
+            tma_store_wait_read();
+            mbarrier_arrive(barriers.dq_empty());
+            phase ^= 1;
+        }
+    }
+    tma_store_wait();
+}
+
 // Consumer: one of the mma warpgroups, 64 keys of the block --------------------------------------------------------------
 
 __device__ __forceinline__ void consume(
@@ -798,8 +820,7 @@ __device__ __forceinline__ void consume(
     // All query heads that share these keys, one after the other.
     int m_block = blocks.first;
     int const blocks_per_head = p.num_m_blocks - blocks.first;
-    int64_t const first_head = static_cast<int64_t>(block.bidb) * p.num_heads + block.head_kv * p.num_heads_per_kv;
-    float* dq_acc = p.dq_acc + (first_head * p.num_m_blocks + m_block) * kDqBlockFloats + slice * kDqSliceFloats;
+    uint32_t dq_phase = 0;
     if (blocks_per_head > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
@@ -840,25 +861,30 @@ __device__ __forceinline__ void consume(
         gemm_dkv(acc_dv, p_tile, dout_tile);
         wgmma_commit();
         fence_proxy_async();
+        auto release_dout = [&]() {
+            wgmma_touch(acc_dv);
+            wgmma_touch_a(p_tile);
+            mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
+            dout_state.advance(kNumStages);
+        };
         named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
 
         float acc_dq[kNumAccDq];
+        uint32_t const ds_rows = ds_operand + ds_stage * (kDsBytes / kDescUnit);
         wgmma_fence();
-        gemm_dq(acc_dq, ds_operand + ds_stage * (kDsBytes / kDescUnit), k_panel);
+        gemm_dq(acc_dq, ds_rows, k_panel);
         wgmma_commit();
         wgmma_wait_1();
-        wgmma_touch(acc_dv);
-        wgmma_touch_a(p_tile);
-        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-        dout_state.advance(kNumStages);
+        release_dout();
 
-        // dQ to global memory under dK: each warp its own registers, in their order.
+        // dQ to shared memory under dK: each warp its own registers, in their order.
         wgmma_fence();
         gemm_dkv(acc_dk, ds_tile, q_tile);
         wgmma_commit();
         wgmma_wait_1();
         wgmma_touch(acc_dq);
-        add_dq(acc_dq, dq_acc, dq_slice);
+        hand_over_dq(acc_dq, dq_slice, barriers, dq_phase);
+        dq_phase ^= 1;
         wgmma_wait_0();
         wgmma_touch(acc_dk);
         wgmma_touch_a(ds_tile);
@@ -867,10 +893,8 @@ __device__ __forceinline__ void consume(
 
         ds_stage ^= 1;
         m_block += 1;
-        dq_acc += kDqBlockFloats;
         if (m_block == p.num_m_blocks) {
             m_block = blocks.first;
-            dq_acc += static_cast<int64_t>(blocks.first) * kDqBlockFloats;
         }
     }
 
@@ -978,6 +1002,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_fp16_d
         setmaxnreg_dec_24();
         if (warp == 0) {
             produce(map_q, map_k, map_v, map_dout, p, smem, barriers);
+        }
+        if (warp == 1 && elect_one()) {
+            write_dq(p, smem, barriers);
         }
     } else {
         setmaxnreg_inc_240();

@@ -35,8 +35,10 @@ WIDEST_WITHOUT_R2UR = 160
 """Up to this head dim the loop's descriptors fit the uniform registers; above, a few are moved there each time."""
 
 
-def default(arch: str, head_dim: int, dtype: str, mask: str, direction: str = "fwd") -> KernelSpec:
-    problem = Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask=mask)
+def default(
+    arch: str, head_dim: int, dtype: str, mask: str, direction: str = "fwd", deterministic: bool = False
+) -> KernelSpec:
+    problem = Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask=mask, deterministic=deterministic)
     return KernelSpec(problem=problem, tiling=default_tiling(problem, arch))
 
 
@@ -56,9 +58,17 @@ def kernels() -> list[Any]:
         for head_dim in HEAD_DIMS
         for dtype, mask in (("bf16", "causal"), ("fp16", "full"))
     ]
+    beyond += [
+        default("sm90", head_dim, "bf16", mask, "bwd", deterministic=True).name
+        for head_dim in HEAD_DIMS
+        for mask in ("causal", "full")
+    ]
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
     backward = itertools.product(("sm90", "sm80"), (64, 128, 256))
     quick |= {default(arch, head_dim, "bf16", "causal", "bwd").name for arch, head_dim in backward}
+    quick.add(default("sm90", 160, "bf16", "causal", "bwd").name)
+    quick |= {default("sm90", head_dim, "bf16", "full", "bwd", deterministic=True).name for head_dim in (128, 256)}
+    quick.add(default("sm80", 128, "bf16", "full", "bwd", deterministic=True).name)
     slow = [name for name in dict.fromkeys(beyond) if name not in written]
     return [
         *dict.fromkeys(written),
@@ -164,16 +174,25 @@ def check_sm90(plan: Any, sass: Sass) -> None:
         assert min(map(len, loops)) <= 465 + 20 * plan.tiling.lazy_rescale
 
 
+# A turn (templates/common/turns.cuh.j2): its acquire and its release, which no mma warp waits for.
+ORDER_BETWEEN_BLOCKS = (r"LD\S*\.STRONG\.GPU", r"MEMBAR\S*\.GPU", r"ST\S*\.STRONG\.GPU")
+
+
 def check_sm90_bwd(plan: Any, sass: Sass) -> None:
-    adds = "REDG" if plan.splits_products else "UBLKRED"
+    adds = "UBLKRED" if plan.stages_dq else "REDG"
     for opcode in ("HGMMA", "UTMALDG", "UBLKCP", "UTMASTG", "SYNCS", "USETMAXREG", "STSM", adds):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
+    if plan.deterministic:
+        for pattern in ORDER_BETWEEN_BLOCKS:
+            assert any(re.match(pattern, line) for line in sass.code), f"no {pattern}"
     s, dkv, dq = plan.num_k_steps_head_dim, plan.num_k_steps_m, plan.num_k_steps_n
     # The innermost loops: S, dP, dV, dQ and dK of one block of queries, each product there (ptxas drops one whose
     # result is not used) and waited for as the template does.
     if plan.splits_products:
         slices = 2 if plan.has_dq_rest else 1
         wanted = {s + dkv + slices * dq: [0, 1] + [0] * slices, 2 * s + dkv: [1, 0, 0]}
+    elif plan.has_dq_rest:
+        wanted = {2 * s + 2 * dkv + 2 * dq: [1, 0, 0, 1, 0]}
     else:
         wanted = {2 * s + 2 * dkv + dq: [1, 0, 1, 1, 0]}
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
@@ -183,6 +202,7 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
             sum(line.startswith("HGMMA") for line in loop) == count
             and [line for line in loop if line.startswith("WARPGROUP.DEPBAR")] == pattern
             and not any(line.startswith("R2UR") for line in loop)
+            and not any(re.match(pattern, line) for pattern in ORDER_BETWEEN_BLOCKS for line in loop)
             for loop in loops
         ), f"no loop with {count} HGMMA and the waits {waits}"
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fa2gen import UnsupportedProblem, env, flash_attn_func
+from fa2gen import env, flash_attn_func
 from fa2gen.ops.backward import backward_cuda
 from fa2gen.ops.dispatch import _device, forget, forward_cuda
 from fa2gen.reference import check_gradients
@@ -36,14 +36,17 @@ SHAPES = (
 LAYOUTS = ("gaps", "dense", "bhsd")
 
 
+DETERMINISTIC = (64, 80, 128, 256)
+
+
 def families(head_dims, dtypes=("bf16", "fp16"), masks=("full", "causal")):
     values = list(itertools.product(("sm90", "sm80"), dtypes, head_dims, masks))
     return pytest.mark.parametrize("family", values, indirect=True, ids=lambda f: f"{f[0]}_{f[1]}_d{f[2]}_{f[3]}")
 
 
-def selected(arch, dtype, head_dim, mask, seqlen_k=TYPICAL_SEQLEN):
+def selected(arch, dtype, head_dim, mask, deterministic=False, seqlen_k=TYPICAL_SEQLEN):
     """The kernel that a call with FA2GEN_ARCH=arch gets on this GPU."""
-    problem = Problem(direction="bwd", head_dim=head_dim, dtype=dtype, mask=mask)
+    problem = Problem(direction="bwd", head_dim=head_dim, dtype=dtype, mask=mask, deterministic=deterministic)
     return select(problem, _device(torch.cuda.current_device()), arch, seqlen_k)
 
 
@@ -55,6 +58,7 @@ def kernels_are_built(request):
         for item in request.session.items
         if item.path == request.path and (f := getattr(item, "callspec", None) and item.callspec.params.get("family"))
     }
+    wanted |= {(*f, True) for f in wanted if f[2] in DETERMINISTIC}
     store = Store()
 
     def build(family):
@@ -68,14 +72,14 @@ def kernels_are_built(request):
         list(pool.map(build, wanted))
 
 
-def gradients(harness, family, q, k, v, dout, dlse=None, scale=None):
+def gradients(harness, family, q, k, v, dout, dlse=None, scale=None, deterministic=False):
     """(dq, dk, dv) into poisoned buffers; asserts that nothing beside them was written."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     causal = family.mask == "causal"
     out, lse = forward_cuda(q, k, v, scale, causal)
-    tiling = selected(*family, k.shape[1]).plan.tiling
+    tiling = selected(*family, deterministic, k.shape[1]).plan.tiling
     buffers, views = zip(*(harness.poisoned(tuple(x.shape), x.dtype) for x in (q, k, v)), strict=True)
-    backward_cuda(dout, q, k, v, harness.amid_nan(out), lse, dlse, scale, causal, False, tiling, views)
+    backward_cuda(dout, q, k, v, harness.amid_nan(out), lse, dlse, scale, causal, deterministic, tiling, views)
     for name, buffer in zip(("dq", "dk", "dv"), buffers, strict=True):
         outside = torch.cat([buffer[: harness.GUARD], buffer[-harness.GUARD :]])
         assert outside.isnan().all(), f"{family}: something beside {name} was written"
@@ -89,8 +93,8 @@ def inputs(harness, family, sizes, layout="gaps", seed=0, gain=1.0):
     return q, k, v, dout
 
 
-def assert_right(harness, family, q, k, v, dout, dlse=None, scale=None):
-    found = gradients(harness, family, q, k, v, dout, dlse, scale)
+def assert_right(harness, family, q, k, v, dout, dlse=None, scale=None, deterministic=False):
+    found = gradients(harness, family, q, k, v, dout, dlse, scale, deterministic)
     verdict = check_gradients(found, dout, q, k, v, dlse=dlse, causal=family.mask == "causal", softmax_scale=scale)
     assert verdict.ok, f"{family} {tuple(q.shape)} x {tuple(k.shape)}, scale {scale}: {verdict}"
     return found
@@ -167,6 +171,32 @@ def test_dk_and_dv_are_the_same_in_every_run(harness, family):
         torch.testing.assert_close(again[0], first[0], rtol=2e-2, atol=2e-3)
 
 
+# Deterministic -------------------------------------------------------------------------------------------------------
+
+
+@families(DETERMINISTIC)
+def test_deterministic_kernels(harness, family):
+    for seed, (sizes, layout) in enumerate(zip(SHAPES, itertools.cycle(LAYOUTS), strict=False)):
+        assert_right(harness, family, *inputs(harness, family, sizes, layout, seed), deterministic=True)
+
+
+@families(DETERMINISTIC, dtypes=("bf16",))
+def test_deterministic_gradients_are_the_same_bits_in_every_run(harness, family):
+    """Heads for themselves, grouped heads, several waves of blocks, and a load beside it that shifts their times."""
+    noise = torch.randn(2048, 2048, device="cuda")
+    other = torch.cuda.Stream()
+    for sizes in ((2, 1000, 1300, 8, 2), (1, 4096, 4096, 4, 4), (3, 700, 2500, 14, 7)):
+        values = inputs(harness, family, sizes)
+        first = assert_right(harness, family, *values, deterministic=True)
+        for run in range(50):
+            if run % 2:
+                other.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(other):
+                    torch.mm(noise, noise)
+            again = gradients(harness, family, *values, deterministic=True)
+            assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True)), f"{sizes}, run {run}"
+
+
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +267,20 @@ def test_autograd_by_sm80_kernels(monkeypatch):
     assert verdict.ok, verdict
 
 
-def test_what_is_not_built_is_refused_before_the_forward_pass():
-    q, k, v = leaves((1, 64, 64, 2, 2))
-    with pytest.raises(UnsupportedProblem, match="deterministic"):
-        flash_attn_func(q, k, v, deterministic=True)
+@pytest.mark.parametrize("causal", [False, True])
+def test_deterministic_autograd_and_graphs(causal):
+    q, k, v = leaves((2, 700, 900, 8, 2), 128)
+    dout = torch.randn_like(q)
+
+    def run():
+        return torch.autograd.grad(flash_attn_func(q, k, v, causal=causal, deterministic=True), (q, k, v), dout)
+
+    expected = run()
+    assert check_gradients(expected, dout, q, k, v, causal=causal).ok
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(5):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))

@@ -35,6 +35,7 @@ TILINGS = (
     "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w8",
     "fa2_bwd_sm90_bf16_d72_causal_m64_n64_s3_w8",
     "fa2_bwd_sm90_fp16_d104_m80_n128_s2_w8",
+    "fa2_bwd_sm90_bf16_d144_causal_m64_n64_s2_w8",
     "fa2_bwd_sm90_bf16_d168_m64_n64_s2_w8",
     "fa2_bwd_sm90_fp16_d248_causal_m64_n64_s2_w8",
 )
@@ -111,7 +112,9 @@ def run(name, sizes, *, with_dlse=False, gain=1.0, scale=None, rendered=None, **
 def kernels():
     """The tilings above, and the defaults; most of those are marked slow: together they take two minutes."""
     quick = [
-        name for name in every_default() if name.split("_")[4] in ("d8", "d64", "d72", "d128", "d136", "d200", "d256")
+        name
+        for name in every_default()
+        if name.split("_")[4] in ("d8", "d64", "d72", "d128", "d136", "d160", "d200", "d256")
     ]
     rest = [name for name in every_default() if name not in {*quick, *ALL_TILINGS}]
     return [*dict.fromkeys((*ALL_TILINGS, *quick)), *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]

@@ -15,6 +15,7 @@ from tests.host.test_backward import run
 DOUBLE = "fa2_bwd_sm80_bf16_d64_causal_m64_n64_s2_w4"  # two peers
 SINGLE = "fa2_bwd_sm80_bf16_d72_causal_m64_n64_s1_w8_z64"  # four peers that share columns unevenly
 
+
 # Ragged, GQA, several blocks each way; then two batches, and rows that see no key.
 SHAPES = ((1, 110, 150, 4, 2), (2, 150, 60, 2, 1))
 

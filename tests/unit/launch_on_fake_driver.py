@@ -266,8 +266,8 @@ BACKWARD_ADDRESSES = {
 }
 
 
-def make_backward(head_dim, mask="causal", arch="sm90"):
-    problem = Problem(direction="bwd", head_dim=head_dim, mask=mask)
+def make_backward(head_dim, mask="causal", arch="sm90", deterministic=False):
+    problem = Problem(direction="bwd", head_dim=head_dim, mask=mask, deterministic=deterministic)
     plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
     for entry, sizes, count in zip(
         plan.entry_points,
@@ -288,10 +288,16 @@ def prepare_backward(kernel, shape=SHAPE, **changes):
     return PreparedBackward(kernel, shape, every | changes, SCALE)
 
 
-@pytest.mark.parametrize(("arch", "head_dim"), itertools.product(ARCHES, range(8, 257, 8)))
-def test_one_backward(arch, head_dim):
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "deterministic"),
+    [
+        *itertools.product(ARCHES, range(8, 257, 8), (False,)),
+        *itertools.product(ARCHES, (64, 128, 256), (True,)),
+    ],
+)
+def test_one_backward(arch, head_dim, deterministic):
     """Three launches, in order, each with its own maps and all with the same Params."""
-    kernel = make_backward(head_dim, arch=arch)
+    kernel = make_backward(head_dim, arch=arch, deterministic=deterministic)
     plan = kernel.plan
     launch = prepare_backward(kernel, dout=(7 * 2**20, 4096, 256))
     launch(**BACKWARD_ADDRESSES, stream=0x77)
@@ -330,6 +336,9 @@ def test_one_backward(arch, head_dim):
             "num_n_blocks": n_blocks,
             "num_heads_per_kv": 2,
         }
+        if deterministic:
+            assert launch.num_dq_turns == m_blocks * 8
+            expected["dq_turns"] = scratch + 2 * statistics + 4 * launch.dq_acc_floats
         assert {name: values[name] for name in expected} == expected
 
 

@@ -144,7 +144,7 @@ def test_a_chosen_kernel_has_no_gradient():
 def test_opcheck(with_dlse):
     q, k, v, dout, dlse = (x.detach() for x in inputs(SHAPES[0]))
     out, lse = torch.ops.fa2gen.fwd(q, k, v, 0.25, True)
-    arguments = (dout, q, k, v, out, lse, dlse if with_dlse else None, 0.25, True, False)
+    arguments = (dout, q, k, v, out, lse, dlse if with_dlse else None, 0.25, True, with_dlse)
     assert set(opcheck(torch.ops.fa2gen.bwd.default, arguments).values()) == {"SUCCESS"}
 
 
@@ -176,10 +176,12 @@ def test_bad_arguments_of_the_operator():
 
 
 def plans():
-    for head_dim, mask in itertools.product(range(8, 257, 8), ("full", "causal")):
-        problem = Problem(direction="bwd", head_dim=head_dim, mask=mask)
+    for head_dim, (mask, deterministic) in itertools.product(
+        range(8, 257, 8), (("full", False), ("causal", False), ("full", True))
+    ):
+        problem = Problem(direction="bwd", head_dim=head_dim, mask=mask, deterministic=deterministic)
         # In an order that is the same in every process: xdist compares what its workers collect.
-        others = feasible_tilings(problem, "sm90") if head_dim % 40 == 0 else ()
+        others = feasible_tilings(problem, "sm90") if head_dim % 40 == 0 and not deterministic else ()
         tilings = dict.fromkeys((default_tiling(problem, "sm90"), *others))
         yield from (make_plan(KernelSpec(problem=problem, tiling=tiling)) for tiling in tilings)
 
@@ -245,9 +247,26 @@ def test_launch_facts():
         *("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc"),
         *(f"{name}_{step}_stride" for name in ("o", "dout") for step in ("batch", "row", "head")),
     }
+    assert launch.num_dq_turns == 0
     for shape in (ForwardShape(1 << 20, 1 << 20, 8, 64, 64), ForwardShape(1, 1 << 30, 1 << 30, 1, 1)):
         with pytest.raises(OverflowError):
             backward_launch(plan, shape, 0.125)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_launch_facts_of_deterministic_kernels(mask):
+    """A turn for each block of queries; and sections of heads, also where the mask alone would not ask for them."""
+    problem = Problem(direction="bwd", head_dim=128, mask=mask, deterministic=True)
+    plan: Any = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
+    launch = backward_launch(plan, ForwardShape(2, 8192, 8192, 16, 16), 0.125)
+    assert launch.num_dq_turns == launch.grids[0] == -(-8192 // plan.tile_m) * 32
+    assert launch.values["heads_per_section"] == 4  # of 8 MiB of Q, dO and dQ each, in 32 MiB
+    assert plan.pack_params(launch.values | dict.fromkeys({param.name for param in plan.params} - {*launch.values}, 0))
+    names = [param.name for param in plan.params]
+    assert names.index("dq_turns") == names.index("dq_acc") + 1 and "heads_per_section" in names
+    usual: Any = make_plan(KernelSpec(problem=problem.model_copy(update={"deterministic": False}), tiling=plan.tiling))
+    assert plan.num_barriers == usual.num_barriers  # the pair of dQ
+    assert {param.name for param in usual.params}.isdisjoint({"dq_turns"})
 
 
 def test_what_does_not_fit_says_why():

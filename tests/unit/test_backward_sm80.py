@@ -147,16 +147,19 @@ def test_every_head_dim_has_a_default(limit):
         default_tiling(Problem(direction="bwd", head_dim=256), "sm80", 48 << 10)
 
 
-def test_launch_facts():
-    problem = Problem(direction="bwd", head_dim=128, mask="causal")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_launch_facts(deterministic):
+    problem = Problem(direction="bwd", head_dim=128, mask="causal", deterministic=deterministic)
     plan: Any = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm80")))
     launch = backward_launch(plan, ForwardShape(2, 300, 1000, 12, 4), 0.125)
     assert (plan.tile_m, plan.tile_n) == (64, 128)
     assert launch.grids == (5 * 24, 8 * 8, 5 * 24)
     assert launch.statistics_floats == 5 * 64 * 24 and launch.dq_acc_floats == 5 * 64 * 128 * 24
+    assert launch.num_dq_turns == (5 * 24 if deterministic else 0)
     tensors = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
     assert {param.name for param in plan.params} - set(launch.values) == {
         *(*tensors, "lse", "dlse", "lse_log2", "dpsum", "dq_acc"),
+        *(["dq_turns"] if deterministic else []),
         *(f"{name}_{step}_stride" for name in tensors for step in ("batch", "row", "head")),
     }
 

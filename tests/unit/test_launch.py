@@ -280,7 +280,7 @@ class FakeBackward:
 
     def __init__(self, kernel, shape, strides, softmax_scale):
         self.kernel, self.shape, self.strides, self.scale = kernel, shape, strides, softmax_scale
-        self.statistics_floats, self.dq_acc_floats = 100, 1000
+        self.statistics_floats, self.dq_acc_floats, self.num_dq_turns = 100, 1000, 10
         self.launched = []
         self.made.append(self)
 
@@ -314,6 +314,8 @@ def test_one_backward_call(gpu_backward):
     assert len(FakeBackward.made) == 2
     backward.backward_cuda(dout, q, k, v, out, lse, None, 0.1, True, False)
     assert len(FakeBackward.made) == 2, "a signature is prepared once"
+    backward.backward_cuda(dout, q, k, v, out, lse, None, 0.1, True, True)
+    assert [made.kernel.plan.deterministic for made in FakeBackward.made] == [False, False, True]
 
 
 def test_backward_copies_what_tma_does_not_take(gpu_backward):
@@ -329,13 +331,6 @@ def test_backward_of_nothing_launches_nothing(gpu_backward):
     lse = torch.zeros(q.shape[0], q.shape[2], 0)
     _, dk, dv = backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
     assert not dk.any() and not dv.any() and not FakeBackward.made
-
-
-def test_backward_that_is_not_built(gpu_backward):
-    q, k, v = tensors()
-    lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
-    with pytest.raises(UnsupportedProblem, match="deterministic"):
-        backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, True)
 
 
 def test_backward_by_another_family(gpu_backward, monkeypatch):

@@ -164,3 +164,12 @@ def test_committed_rows_are_sound():
             own = sorted((row for row in found if row.gpu == gpu), key=lambda row: row.seqlen_min)
             assert own[0].seqlen_min == 0 and own[-1].seqlen_max is None, (problem, arch)
             assert all(a.seqlen_max + 1 == b.seqlen_min for a, b in itertools.pairwise(own)), (problem, arch)
+
+
+def test_deterministic_kernels_take_the_tilings_that_were_measured_without(rows):
+    problem = Problem(direction="bwd", head_dim=128)
+    tiling = Tiling(arch="sm90", tile_m=64, tile_n=128, num_stages=2, num_mma_warps=8)
+    rows.append(tuned(KernelSpec(problem=problem, tiling=tiling).name))
+    ordered = problem.model_copy(update={"deterministic": True})
+    assert default_tiling(ordered, "sm90") != tiling
+    assert select(ordered, H200).plan.spec == KernelSpec(problem=ordered, tiling=tiling)

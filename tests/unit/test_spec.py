@@ -30,7 +30,8 @@ def random_specs(count: int) -> list[KernelSpec]:
     return [
         KernelSpec(
             problem=Problem(
-                direction=rng.choice(["fwd", "bwd"]),
+                direction=(direction := rng.choice(["fwd", "bwd"])),
+                deterministic=direction == "bwd" and rng.random() < 0.5,
                 head_dim=rng.randrange(8, 257, 8),
                 dtype=rng.choice(["fp16", "bf16"]),
                 mask=rng.choice(["full", "causal"]),
@@ -80,6 +81,18 @@ def test_a_name_is_what_the_documents_show():
     assert spec.name == NAME
     narrow = KernelSpec(problem=Problem(head_dim=96, dtype="fp16"), tiling=Tiling(**TILING, swizzle_bytes=64))
     assert narrow.name == "fa2_fwd_sm90_fp16_d96_m128_n128_s2_w8_z64"
+    ordered = Problem(direction="bwd", head_dim=64, mask="causal", deterministic=True)
+    assert (
+        KernelSpec(problem=ordered, tiling=Tiling(**TILING)).name == "fa2_bwd_sm90_bf16_d64_causal_det_m128_n128_s2_w8"
+    )
+
+
+def test_a_forward_kernel_has_no_other_way_than_deterministic():
+    for make in (
+        lambda: Problem(head_dim=64, deterministic=True),
+        lambda: KernelSpec.from_name(NAME.replace("_causal", "_causal_det")),
+    ):
+        assert re.search(r"deterministic +is for direction \"bwd\".*nearest False", refusal(make))
 
 
 def edited(name: str, rng: random.Random) -> str:
@@ -278,7 +291,7 @@ def test_canonical_json_is_stable():
     """Sorted keys, no spaces, every field: what is stored must change with neither pydantic nor the order of fields."""
     text = KernelSpec.from_name(NAME).canonical_json()
     assert text.startswith(
-        '{"problem":{"direction":"fwd","dtype":"bf16","head_dim":128,"mask":"causal"},"tiling":{"arch":"sm90",'
+        '{"problem":{"deterministic":false,"direction":"fwd","dtype":"bf16","head_dim":128,"mask":"causal"},"tiling":{"arch":"sm90",'
     )
     assert text.endswith('"num_mma_warps":8,"num_stages":2,"swizzle_bytes":128,"tile_m":128,"tile_n":128}}')
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))

@@ -38,6 +38,7 @@ void work(Launch const& launch, Kernel kernel, void* const* arguments, Progress&
     std::vector<std::unique_ptr<Block>> running;
     std::mt19937_64 rng(launch.seed);
     std::uint64_t steps = 0;
+    std::vector<Block*> stalled;  // since a block last moved or ended
     while (!progress.failed) {
         while (running.size() < launch.num_resident) {
             std::uint64_t const block = progress.next_block++;
@@ -57,7 +58,18 @@ void work(Launch const& launch, Kernel kernel, void* const* arguments, Progress&
             break;
         }
         std::size_t const i = launch.seed == 0 ? 0 : rng() % running.size();
-        if (!running[i]->step()) {
+        Block::Step const step = running[i]->step();
+        if (step != Block::Step::stalled) {
+            stalled.clear();
+        } else if (std::find(stalled.begin(), stalled.end(), running[i].get()) == stalled.end()) {
+            stalled.push_back(running[i].get());
+            // Another OS thread's blocks may still help; then the time limit decides.
+            if (stalled.size() == running.size() && launch.num_workers == 1) {
+                running.front()->report_deadlock(stalled.size() - 1);
+            }
+            std::this_thread::yield();
+        }
+        if (step == Block::Step::ended) {
             std::lock_guard<std::mutex> const lock(progress.mutex);
             progress.stats.add(running[i]->stats);
             running[i]->stats = {};

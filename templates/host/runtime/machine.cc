@@ -99,6 +99,7 @@ void Block::start(Index3 block_index) {
         barrier = {};
     }
     loads.clear();
+    global_waiters.clear();
     free_registers = 0;
     register_waiters.clear();
     warpgroups.clear();
@@ -132,7 +133,20 @@ void Block::start(Index3 block_index) {
     }
 }
 
-bool Block::step() {
+void Block::wake_global_waiters() {
+    for (std::size_t i = 0; i < global_waiters.size();) {
+        GlobalWaiter const& waiter = global_waiters[i];
+        if (__atomic_load_n(waiter.address, __ATOMIC_ACQUIRE) != waiter.value) {
+            ++i;
+            continue;
+        }
+        wake(*waiter.thread);
+        global_waiters.erase(global_waiters.begin() + static_cast<std::ptrdiff_t>(i));
+    }
+}
+
+Block::Step Block::step() {
+    wake_global_waiters();
     int const num_warps = static_cast<int>(warps.size());
     Warp* next = nullptr;
     if (!random()) {
@@ -157,11 +171,14 @@ bool Block::step() {
             next->priority = draw_priority();
         }
         run(*next);
-        return true;
+        return Step::moved;
     }
     if (!loads.empty()) {
         land_one_copy();
-        return true;
+        return Step::moved;
+    }
+    if (!global_waiters.empty()) {
+        return Step::stalled;
     }
     for (Thread const& thread : threads) {
         if (!thread.done) {
@@ -169,7 +186,7 @@ bool Block::step() {
         }
     }
     check_end();
-    return false;
+    return Step::ended;
 }
 
 void Block::run(Warp& warp) {
@@ -219,7 +236,7 @@ void Block::check_end() {
     }
 }
 
-void Block::report_deadlock() {
+void Block::report_deadlock(std::size_t others) {
     struct Group {
         int first, last, count;
     };
@@ -251,6 +268,9 @@ void Block::report_deadlock() {
                            group.instructions[static_cast<std::size_t>(group.computed - group.first)].issued);
                 break;
             }
+            case Waiting::global:
+                why = text("%u in global memory, where %u is: another block's to write", w.number, w.detail);
+                break;
             default:
                 why = text("%s %u", w.what, w.number);
         }
@@ -261,6 +281,10 @@ void Block::report_deadlock() {
         where->second.count += 1;
     }
     std::string report = text("deadlock in block (%u, %u, %u), with no copy in flight:", index.x, index.y, index.z);
+    if (others != 0) {
+        report = text("deadlock of %zu blocks, of which no other starts before one ends; in block (%u, %u, %u):", others + 1, index.x,
+                      index.y, index.z);
+    }
     for (auto const& [why, group] : groups) {
         report += group.count == 1 ? text("\n  thread %d waits for ", group.first)
                                    : text("\n  %d threads (%d to %d) wait for ", group.count, group.first, group.last);

@@ -35,7 +35,7 @@ struct Warp;
 
 // What a thread waits for; `what` and the numbers are for the report of a deadlock.
 struct Waiting {
-    enum Kind : std::uint8_t { nothing, collective, mbarrier, named_barrier, wgmma, registers } kind = nothing;
+    enum Kind : std::uint8_t { nothing, collective, mbarrier, named_barrier, wgmma, registers, global } kind = nothing;
     char const* what = "";
     std::uint32_t number = 0;
     std::uint32_t detail = 0;
@@ -54,6 +54,7 @@ struct Thread : ThreadView {
     std::vector<std::uint32_t> unpublished;  // granules of shared memory
     SmallCopies small_copies;
     BulkStores stores;
+    bool unfenced_global_wait = false;  // has waited for another block, and no proxy fence followed
     WgmmaThread wgmma;
 };
 
@@ -91,6 +92,13 @@ struct NamedBarrier {
     std::vector<Thread*> waiters;
 };
 
+// A thread that waits for a number in global memory, which another block writes.
+struct GlobalWaiter {
+    Thread* thread;
+    int const* address;
+    int value;
+};
+
 struct Buffer {
     char const* name;
     unsigned char* address;
@@ -119,8 +127,11 @@ struct Block {
     Block(Launch const& launch, Kernel kernel, void* const* arguments);
 
     void start(Index3 index);
-    // One decision of the schedule. False when all threads have ended.
-    bool step();
+    // One decision of the schedule: whether a thread or a copy has moved; else all have ended, or only another block can help.
+    enum class Step { moved, ended, stalled };
+    Step step();
+    // Its threads that can not go on; with `others` blocks of this launch that can not either.
+    [[noreturn]] void report_deadlock(std::size_t others = 0);
 
     Launch const& launch;
     Kernel kernel;
@@ -130,6 +141,7 @@ struct Block {
     Mbarriers mbarriers;
     NamedBarrier named_barriers[kNumNamedBarriers];
     std::vector<BoxCopy> loads;  // in flight
+    std::vector<GlobalWaiter> global_waiters;
     int free_registers = 0;
     std::vector<Thread*> register_waiters;
     std::vector<Warpgroup> warpgroups;
@@ -146,7 +158,7 @@ struct Block {
   private:
     void run(Warp& warp);
     void land_one_copy();
-    [[noreturn]] void report_deadlock();
+    void wake_global_waiters();
     void check_end();
     double draw_priority() { return static_cast<double>(rng_() >> 11) * 0x1p-53; }
 

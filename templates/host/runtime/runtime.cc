@@ -1,5 +1,6 @@
 // All of the machine in one translation unit: compiled once for a compiler and its options, then linked to every kernel.
 
+#include "global.cc"
 #include "launch.cc"
 #include "machine.cc"
 #include "matrix.cc"

@@ -217,6 +217,10 @@ void bulk_load(std::uint32_t destination, void const* source, std::uint32_t byte
 }
 
 void bulk_reduce_add(float* destination, std::uint32_t source, std::uint32_t bytes, int line) {
+    if (current().unfenced_global_wait) {
+        fail("kernel.cc:%d: a bulk copy to global memory, with no fence.proxy.async.global since this thread waited for another block",
+             line);
+    }
     BoxCopy copy = make_bulk_copy(destination, source, bytes, 0, line);
     copy.adds = true;
     for_each_chunk(copy, [&](std::uint32_t shared, unsigned char*) { current().block->shared.async_read(shared, copy.versions, line); });

@@ -1,7 +1,7 @@
-// fa2_bwd_sm80_fp16_d256_m64_n64_s1_w8
+// fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8
 //
 // Rendered by fa2gen from sm80/bwd.cu.j2; edit the template or the spec, not this file.
-//   problem  bwd, head dim 256, fp16, full mask
+//   problem  bwd, head dim 256, fp16, full mask, deterministic
 //   tiling   64 query rows x 64 keys, 1 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 147968 bytes of dynamic shared memory
 //
@@ -92,6 +92,7 @@ struct Params {
     float* lse_log2;
     float* dpsum;
     float* dq_acc;
+    int* dq_turns;
     int64_t q_batch_stride;
     int64_t q_row_stride;
     int64_t q_head_stride;
@@ -123,6 +124,8 @@ struct Params {
     int num_heads_per_kv;
     int num_m_blocks;
     int num_n_blocks;
+    int num_batch_heads_kv;
+    int heads_per_section;
     float softmax_scale;
     float softmax_scale_log2;
 };
@@ -269,6 +272,25 @@ __device__ __forceinline__ void reduce_add_global_float(float* address, float va
     asm volatile("red.global.add.f32 [%0], %1;" :: "l"(address), "f"(value) : "memory");
 }
 
+// Waits until the number at `address` is `value`; what its writer did before is then done.
+__device__ __forceinline__ void wait_global(int const* address, int value) {
+    asm volatile(
+        "{\n"
+        ".reg .pred waits;\n"
+        ".reg .s32 found;\n"
+        "wait_%=:\n"
+        "ld.acquire.gpu.global.s32 found, [%0];\n"
+        "setp.ne.s32 waits, found, %1;\n"
+        "@waits bra wait_%=;\n"
+        "}"
+        :: "l"(address), "r"(value) : "memory");
+}
+
+// Publishes what this thread knows to be done, and `value`.
+__device__ __forceinline__ void store_global_release(int* address, int value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(address), "r"(value) : "memory");
+}
+
 // The same value, but nothing that derives from it is known from before: the compiler computes that again here instead of
 // keeping it in registers, which the loop in between needs.
 __device__ __forceinline__ uint32_t recompute(uint32_t value) {
@@ -351,7 +373,8 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
     }
 }
 
-// Order of blocks: head by head, so that neighbours share Q, dO and dQ in L2.
+// Order of blocks: of each head the first keys first, since the others wait for them in every sum of dQ; round all heads of a
+// section, so that few blocks that run at a time wait for each other. Q, dO and dQ of a section fit in L2 together.
 struct KeyBlock {
     int n_block;
     int head_kv;
@@ -359,8 +382,12 @@ struct KeyBlock {
 };
 
 __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
-    int const batch_head = index / p.num_n_blocks;
-    return {index % p.num_n_blocks, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv};
+    int const section_blocks = p.heads_per_section * p.num_n_blocks;
+    int const first_batch_head = index / section_blocks * p.heads_per_section;
+    int const width = min(p.heads_per_section, p.num_batch_heads_kv - first_batch_head);
+    int const within = index % section_blocks;
+    int const batch_head = first_batch_head + within % width;
+    return {within / width, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv};
 }
 
 __device__ __forceinline__ int row_swizzle(int row) {
@@ -752,6 +779,37 @@ __device__ __forceinline__ void add_dq(float const (&acc_dq)[kNumDqRowTiles][kNu
     }
 }
 
+// Turns: blocks of keys add to a block of queries in their order -----------------------------------------------------------
+//
+// A number for each block of queries counts the blocks of keys that have added to it. No deadlock: a block waits for blocks of
+// lower index alone, and those have started before it (as GPUs do it; CUDA does not promise that). So the lowest that has not
+// ended waits for nobody, and ends.
+
+// Until all blocks of keys before n_block have added; an addition that follows comes after theirs.
+__device__ __forceinline__ void wait_for_turn(int const* turn, int n_block) {
+    wait_global(turn, n_block);
+}
+
+// This thread's additions must be complete, and others' known to it by a barrier.
+__device__ __forceinline__ void pass_turn(int* turn, int n_block) {
+    store_global_release(turn, n_block + 1);
+}
+
+// As add_dq, but after the blocks of keys before n_block. Barriers: nobody adds before the turn, all have added when it passes.
+__device__ __forceinline__ void add_dq_in_turn(
+    Params const& p, float const (&acc_dq)[kNumDqRowTiles][kNumAccDq], int query_block, int n_block, int thread,
+    int column_warp) {
+    if (thread == 0) {
+        wait_for_turn(p.dq_turns + query_block, n_block);
+    }
+    sync_block();
+    add_dq(acc_dq, dq_slice(p, query_block, thread), column_warp);
+    sync_block();
+    if (thread == 0) {
+        pass_turn(p.dq_turns + query_block, n_block);
+    }
+}
+
 // A block in which not every query sees every key.
 __device__ __forceinline__ void mask_scores(
     Params const& p, float (&acc_s)[kNumRowTiles][kNumAccS], int warp_key, int warp_query, int lane) {
@@ -791,8 +849,8 @@ __device__ __forceinline__ void finish(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
-// Row statistics of one block of queries, and zeros for its dQ. 32 lanes share a row, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_fp16_d256_m64_n64_s1_w8_preprocess(
+// Row statistics of one block of queries, and zeros for its dQ and its turn. 32 lanes share a row, 16 bytes each.
+extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8_preprocess(
     const __grid_constant__ Params p) {
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 32;
@@ -850,13 +908,16 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_fp16_d256_m64_n64
         }
     }
 
+    if (thread == 0) {
+        store_global_int(p.dq_turns + blockIdx.x, 0);
+    }
     float* const dq_acc = p.dq_acc + (static_cast<int64_t>(batch_head) * p.num_m_blocks + m_block) * kDqBlockFloats;
     for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d256_m64_n64_s1_w8(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8(
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
@@ -943,7 +1004,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d
 
             float acc_dq[kNumDqRowTiles][kNumAccDq];
             gemm_dq(acc_dq, recompute(ds_lane), recompute(k_columns), dq_column_warp);
-            add_dq(acc_dq, dq_slice(p, query_block, recompute(thread)), dq_column_warp);
+            add_dq_in_turn(p, acc_dq, query_block, first_key / kTileN, recompute(thread), dq_column_warp);
 
             m_block += 1;
             query_block += 1;
@@ -960,7 +1021,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d
 }
 
 // One block of queries of dQ: from sums in register order to rows, through shared memory.
-extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_fp16_d256_m64_n64_s1_w8_postprocess(
+extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8_postprocess(
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const m_block = static_cast<int>(blockIdx.x) % p.num_m_blocks;
