@@ -806,7 +806,7 @@ __device__ __forceinline__ void add_dq_in_turn(
     add_dq(acc_dq, dq_slice(p, query_block, thread), column_warp);
     sync_block();
     if (thread == 0) {
-        pass_turn(p.dq_turns + query_block, n_block);
+        pass_turn(p.dq_turns + recompute(query_block), recompute(n_block));
     }
 }
 
