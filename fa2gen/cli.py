@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fa2gen.plan import KernelPlan
-    from fa2gen.spec import DType, KernelSpec, Mask, Problem, Tiling
-    from fa2gen.verify import Outcome
+    from fa2gen.spec import Direction, DType, KernelSpec, Mask, Problem, Tiling
+    from fa2gen.verify import Outcome, Shape
 
 __all__ = ["ExitStatus", "app", "main"]
 
@@ -105,9 +105,13 @@ Arches = Annotated[
     list[_ArchChoice] | None, typer.Option("--arch", help="Kernel family; may be repeated. Default: all.")
 ]
 HeadDims = Annotated[list[int] | None, typer.Option("--head-dim", help="Multiple of 8 up to 256; may be repeated.")]
+Directions = Annotated[Literal["fwd", "bwd", "both"], typer.Option("--direction", help="Which pass's kernels.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Name = Annotated[str | None, typer.Argument(help="A kernel's name, instead of options.", show_default=False)]
 Arch = Annotated[ArchName | None, typer.Option(help="Kernel family. Default: sm90.")]
+DirectionOption = Annotated[
+    Literal["fwd", "bwd"] | None, typer.Option("--direction", help="Forward or backward. Default: fwd.")
+]
 HeadDim = Annotated[int | None, typer.Option(help="Multiple of 8 from 8 to 256. Default: 128.")]
 DTypeOption = Annotated[Literal["fp16", "bf16"] | None, typer.Option("--dtype", help="Default: bf16.")]
 MaskOption = Annotated[Literal["full", "causal"] | None, typer.Option("--mask", help="Default: full.")]
@@ -201,6 +205,7 @@ def _bytes(count: int | None) -> str:
 def _one_spec(
     name: str | None,
     arch: ArchName | None = None,
+    direction: Direction | None = None,
     head_dim: int | None = None,
     dtype: DType | None = None,
     mask: Mask | None = None,
@@ -210,10 +215,15 @@ def _one_spec(
     from fa2gen.spec import KernelSpec, Problem, Tiling
 
     if name is not None:
-        if overrides or any(option is not None for option in (arch, head_dim, dtype, mask)):
+        if overrides or any(option is not None for option in (arch, direction, head_dim, dtype, mask)):
             raise typer.BadParameter("give a kernel's name or options, not both")
         return KernelSpec.from_name(name)
-    problem = Problem(head_dim=128 if head_dim is None else head_dim, dtype=dtype or "bf16", mask=mask or "full")
+    problem = Problem(
+        direction=direction or "fwd",
+        head_dim=128 if head_dim is None else head_dim,
+        dtype=dtype or "bf16",
+        mask=mask or "full",
+    )
     tiling = _tiling(problem, arch or "sm90").model_dump()
     for override in overrides or ():
         field, _, value = override.partition("=")
@@ -232,16 +242,27 @@ def _tiling(problem: Problem, arch: ArchName) -> Tiling:
     return written_tilings().get((problem, arch)) or default_tiling(problem, arch)
 
 
-def _specs(arches: list[_ArchChoice] | None, head_dims: list[int] | None) -> list[KernelSpec]:
-    """The kernels of specs/, families and tuned rows, narrowed; a head dim that it lacks is taken with its defaults."""
+def _specs(
+    arches: list[_ArchChoice] | None, head_dims: list[int] | None, asked: Literal["fwd", "bwd", "both"]
+) -> list[KernelSpec]:
+    """The kernels of specs/, families and tuned rows, narrowed; a head dim that it lacks is taken with its defaults.
+
+    Family by family, each forward first. Raises InvalidInput where no family that is asked for has that pass.
+    """
     from fa2gen.arch import ARCHES
     from fa2gen.catalog import catalogue, tuned_rows
+    from fa2gen.plan import directions
     from fa2gen.spec import DType, KernelSpec, Mask, Problem
 
     specs: list[KernelSpec] = []
-    for arch in (arch for arch in ARCHES if not arches or arch in arches):
+    families = [arch for arch in ARCHES if not arches or arch in arches]
+    chosen = [(arch, way) for arch in families for way in directions(arch) if asked in (way, "both")]
+    if not chosen:
+        others = " and ".join(arch for arch in ARCHES if asked in directions(arch))
+        raise InvalidInput(f"{' and '.join(families)} has no {asked} kernels; {others} has")
+    for arch, direction in chosen:
         tuned = [row.spec for (_, family), rows in tuned_rows().items() for row in rows if family == arch]
-        listed = list(dict.fromkeys([*catalogue(arch), *tuned]))
+        listed = [s for s in dict.fromkeys([*catalogue(arch), *tuned]) if s.problem.direction == direction]
         if not head_dims:
             specs += listed
         for head_dim in dict.fromkeys(head_dims or ()):
@@ -249,7 +270,7 @@ def _specs(arches: list[_ArchChoice] | None, head_dims: list[int] | None) -> lis
                 KernelSpec(problem=problem, tiling=_tiling(problem, arch))
                 for dtype in get_args(DType)
                 for mask in get_args(Mask)
-                for problem in [Problem(head_dim=head_dim, dtype=dtype, mask=mask)]
+                for problem in [Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask=mask)]
             ]
     return specs
 
@@ -261,6 +282,7 @@ def _specs(arches: list[_ArchChoice] | None, head_dims: list[int] | None) -> lis
     epilog=_examples(
         "fa2gen render --head-dim 128 --mask causal > kernel.cu",
         "fa2gen render --arch sm80 --head-dim 64 --dtype fp16 --set tile_n=64",
+        "fa2gen render --head-dim 128 --direction bwd",
         "fa2gen render fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8 --origins",
         "fa2gen render --head-dim 128 --target host    the same, for a C++ compiler",
     )
@@ -268,6 +290,7 @@ def _specs(arches: list[_ArchChoice] | None, head_dims: list[int] | None) -> lis
 def render(
     name: Name = None,
     arch: Arch = None,
+    direction: DirectionOption = None,
     head_dim: HeadDim = None,
     dtype: DTypeOption = None,
     mask: MaskOption = None,
@@ -279,7 +302,7 @@ def render(
     from fa2gen.plan import make_plan
     from fa2gen.render import render as render_plan
 
-    rendered = render_plan(make_plan(_one_spec(name, arch, head_dim, dtype, mask, overrides)), target)
+    rendered = render_plan(make_plan(_one_spec(name, arch, direction, head_dim, dtype, mask, overrides)), target)
     lines = rendered.source.splitlines()
     if origins:
         width = max(map(len, rendered.origins))
@@ -292,12 +315,14 @@ def render(
         "fa2gen plan --head-dim 256                    what fits; the default is first",
         "fa2gen plan --head-dim 256 --set tile_n=128   why this does not fit",
         "fa2gen plan fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8",
+        "fa2gen plan --head-dim 128 --direction bwd",
         "fa2gen plan --arch sm80 --head-dim 64 --json",
     )
 )
 def plan(
     name: Name = None,
     arch: Arch = None,
+    direction: DirectionOption = None,
     head_dim: HeadDim = None,
     dtype: DTypeOption = None,
     mask: MaskOption = None,
@@ -311,7 +336,7 @@ def plan(
     from fa2gen.plan import feasible_tilings, make_plan
     from fa2gen.spec import KernelSpec
 
-    chosen = _one_spec(name, arch, head_dim, dtype, mask, overrides)
+    chosen = _one_spec(name, arch, direction, head_dim, dtype, mask, overrides)
     specs = [chosen]
     if name is None and not overrides:
         fits = feasible_tilings(chosen.problem, chosen.tiling.arch)
@@ -357,10 +382,13 @@ def _plan_row(plan: KernelPlan) -> dict[str, Any]:
     epilog=_examples(
         "fa2gen list                             the whole catalogue",
         "fa2gen list --arch sm90 --head-dim 128",
+        "fa2gen list --direction bwd",
         "fa2gen list --json | jq -r '.[] | select(.cached | not).name'",
     ),
 )
-def list_kernels(arch: Arches = None, head_dim: HeadDims = None, as_json: AsJson = False) -> None:
+def list_kernels(
+    arch: Arches = None, direction: Directions = "both", head_dim: HeadDims = None, as_json: AsJson = False
+) -> None:
     """List the catalogue, and what of it is in the cache."""
     from fa2gen.compile import plan_unit
     from fa2gen.plan import make_plan
@@ -368,7 +396,7 @@ def list_kernels(arch: Arches = None, head_dim: HeadDims = None, as_json: AsJson
 
     store = Store()
     rows = []
-    for spec in _specs(arch, head_dim):
+    for spec in _specs(arch, head_dim, direction):
         entry = store.try_load(key_of(plan_unit(make_plan(spec))))
         rows.append({**_identity(spec), "cached": entry is not None})
     if as_json:
@@ -396,6 +424,7 @@ def _identity(spec: KernelSpec) -> dict[str, Any]:
 @app.command(
     epilog=_examples(
         "fa2gen build --arch sm90                   the catalogue, into the cache",
+        "fa2gen build --arch sm90 --direction fwd   without the backward kernels",
         "fa2gen build --head-dim 40                 default tilings, if it has none",
         "fa2gen build --arch sm90 --out kernels     a folder for FA2GEN_AOT_DIR",
         "fa2gen build --json | jq '.[] | select(.spill_bytes > 0)'",
@@ -403,6 +432,7 @@ def _identity(spec: KernelSpec) -> dict[str, Any]:
 )
 def build(
     arch: Arches = None,
+    direction: Directions = "both",
     head_dim: HeadDims = None,
     out: Annotated[Path | None, typer.Option(help="Also put the kernels into this folder.", show_default=False)] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Kernels compiled at once. Default: the cores.")] = None,
@@ -411,11 +441,12 @@ def build(
 ) -> None:
     """Compile kernels; no GPU needed.
 
-    The catalogue, or the head dims asked for in every dtype and mask. What is compiled already is not compiled again.
+    The catalogue, or the head dims asked for in every dtype and mask; forward and backward kernels. What is compiled
+    already is not compiled again.
     """
     from fa2gen.build import build as build_all
 
-    specs = _specs(arch, head_dim)
+    specs = _specs(arch, head_dim, direction)
     started = time.perf_counter()
     with _progress("building", len(specs)) as advance:
         results = build_all(specs, out, jobs, target=target, progress=lambda result: advance(result.name))
@@ -459,26 +490,32 @@ def build(
         "fa2gen verify                          the catalogue, on the GPU",
         "fa2gen verify --arch sm80 --head-dim 64",
         "fa2gen verify fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8",
+        "fa2gen verify --direction bwd          gradients only",
         "fa2gen verify --on host                the same kernels on the CPU",
+        "fa2gen verify --on host --head-dim 64 --stats   and what they moved",
         "fa2gen verify --json | jq 'all(.ok)'",
     )
 )
 def verify(
     name: Name = None,
     arch: Arches = None,
+    direction: Directions = "both",
     head_dim: HeadDims = None,
     place: Annotated[Literal["gpu", "host"], typer.Option("--on", help="Where to run the kernels.")] = "gpu",
+    stats: Annotated[bool, typer.Option("--stats", help="Count what each primitive moves; on the host.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run kernels and compare them with attention in fp32.
+    """Run kernels and compare them with attention in fp32, or with its gradients.
 
     Each at several shapes: max and mean error against PyTorch's own in the same dtype, LSE, and writes out of bounds.
     """
     from fa2gen import verify as verification
 
-    if name and (arch or head_dim):
+    if name and (arch or head_dim or direction != "both"):
         raise typer.BadParameter("give a kernel's name or options, not both")
-    specs = [_one_spec(name)] if name else _specs(arch, head_dim)
+    if stats and place != "host":
+        raise typer.BadParameter("--stats counts what kernels do on the host: add --on host")
+    specs = [_one_spec(name)] if name else _specs(arch, head_dim, direction)
     why = verification.nothing_to_run_on(place)
     if not why:
         specs = [spec for spec in specs if verification.runnable(spec.tiling.arch, place)]
@@ -491,7 +528,7 @@ def verify(
 
     outcomes = []
     with _progress("verifying", len(specs) * len(verification.SHAPES[place])) as advance:
-        for outcome in verification.verify(specs, place):
+        for outcome in verification.verify(specs, place, stats=stats):
             outcomes.append(outcome)
             advance(outcome.name)
     failed = [outcome for outcome in outcomes if not outcome.ok]
@@ -499,6 +536,8 @@ def verify(
         _print_json([outcome.to_json() for outcome in outcomes])
     else:
         _print_verdicts(outcomes)
+        if stats:
+            _print_counts(outcomes)
     _note(f"{len(specs)} kernels, {len(outcomes)} checks: " + (f"{len(failed)} WRONG" if failed else "all right"))
     if failed:
         raise typer.Exit(ExitStatus.FAILED)
@@ -513,8 +552,7 @@ def _print_verdicts(outcomes: list[Outcome]) -> None:
         return max(outcome.max_error / (outcome.max_allowed or 1), outcome.mean_error / (outcome.mean_allowed or 1))
 
     def row(outcome: Outcome) -> tuple[str, ...]:
-        s = outcome.shape
-        sizes = f"{s.batch} x {s.seqlen_q} x {s.seqlen_k}, heads {s.heads}:{s.heads_kv}"
+        sizes = _sizes(outcome.shape)
         if outcome.max_error is None:
             return (outcome.name, sizes, "-", "-", "-", "-", f"WRONG: {outcome.error}")
         errors = (outcome.max_error, outcome.max_allowed, outcome.mean_error, outcome.mean_allowed)
@@ -526,6 +564,19 @@ def _print_verdicts(outcomes: list[Outcome]) -> None:
         shown += [outcome for outcome in group if not outcome.ok] or [max(group, key=share)]
     titles = ("kernel", "worst shape (batch x queries x keys)", ">max", ">allowed", ">mean", ">allowed", "")
     _print_table(titles, map(row, shown))
+
+
+def _print_counts(outcomes: list[Outcome]) -> None:
+    """What each kernel's primitives moved at its largest shape."""
+    from fa2gen.host import counts_table
+
+    for name, of_kernel in groupby(outcomes, key=lambda outcome: outcome.name):
+        largest = max(of_kernel, key=lambda o: o.shape.batch * o.shape.heads * o.shape.seqlen_q * o.shape.seqlen_k)
+        typer.echo(f"\n{name}, {_sizes(largest.shape)}\n{counts_table(largest.counts)}")
+
+
+def _sizes(shape: Shape) -> str:
+    return f"{shape.batch} x {shape.seqlen_q} x {shape.seqlen_k}, heads {shape.heads}:{shape.heads_kv}"
 
 
 # The cache

@@ -34,6 +34,7 @@ FAILED, NOTHING_TO_RUN_ON = 1, 3  # as fa2gen.cli.ExitStatus
 app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Direction = Annotated[Literal["fwd", "bwd"], typer.Option(help="Forward, or gradients alone.")]
 DTypes = Annotated[list[str] | None, typer.Option("--dtype", help="fp16 or bf16; may be repeated. Default: bf16.")]
 Masks = Annotated[list[str] | None, typer.Option("--mask", help="full or causal; may be repeated. Default: both.")]
 Seqlens = Annotated[list[int] | None, typer.Option("--seqlen", min=1, help="May be repeated.", show_default=False)]
@@ -81,6 +82,7 @@ def _need_gpu(what: str) -> None:
 @app.command(
     epilog=_examples(
         "fa2gen bench                            the paper's grid, beside every peer",
+        "fa2gen bench --direction bwd            gradients alone",
         "fa2gen bench --preset odd --peer fa3 --fa3-library fa3.so --save odd.json",
         "fa2gen bench --head-dim 128 --seqlen 4096 --json | jq .rows",
         "fa2gen bench --preset host              host time of a call, in microseconds",
@@ -89,6 +91,7 @@ def _need_gpu(what: str) -> None:
 )
 def bench(
     preset: Annotated[Literal["paper", "odd", "gqa", "host"], typer.Option(help="Which points.")] = "paper",
+    direction: Direction = "fwd",
     dtype: Annotated[Literal["fp16", "bf16"], typer.Option(help="Of all tensors.")] = "bf16",
     head_dim: HeadDims = None,
     seqlen: Seqlens = None,
@@ -99,6 +102,9 @@ def bench(
         ),
     ] = None,
     ours: Annotated[list[str] | None, typer.Option("--arch", help="Our sm90 or sm80 kernels; default: both.")] = None,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Also ours with gradients of the same bits in every run (bwd).")
+    ] = False,
     fa3_library: Annotated[
         Path | None,
         typer.Option(
@@ -106,6 +112,9 @@ def bench(
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="GPU time spent at one point.")] = 0.5,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Also the time of each kernel of ours, by torch's profiler.")
+    ] = False,
     save: Annotated[
         Path | None, typer.Option(help="Write the result here, point by point.", show_default=False)
     ] = None,
@@ -134,21 +143,25 @@ def bench(
     from fa2gen.bench import peers
     from fa2gen.bench.points import preset_points
 
-    points = preset_points(preset, dtype, head_dim or (), seqlen or ())
+    points = preset_points(preset, dtype, head_dim or (), seqlen or (), direction)
     _need_gpu("bench")
     from fa2gen.bench.run import Bench
 
     mine = [f"fa2gen-{arch}" for arch in ours] if ours else list(peers.OURS)
+    if deterministic:
+        mine += [name + peers.DETERMINISTIC for name in mine]
     others = peer or [name for name in peers.DEFAULT if not peers.is_ours(name)]
-    contestants, missing = peers.find([*mine, *others], fa3_library)
+    contestants, missing = peers.find([*mine, *others], fa3_library, direction)
     for name, why in missing.items():
         _note(f"{name} is missing: {why}")
-    run = Bench(contestants, missing, _command())
+    run = Bench(contestants, missing, _command(), parts=parts)
     console = _console(stderr=as_json)
     names = [one.name for one in contestants]
     console.print(_cells(("point", *names, "ours / best peer")), style="bold")
     for row in run.rows(points, seconds):
         console.print(_cells(_row_cells(row, names)))
+        for kernel, took in (pair for of_one in row.get("parts", {}).values() for pair in of_one.items()):
+            console.print(f"    {kernel:<72}{took:>9.1f} us")
         if save is not None:
             report.save(run.result(), save)
     document = run.result()
@@ -169,7 +182,7 @@ def _row_cells(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     figures = row.get("microseconds") or row["tflops"]
     mask = "causal" if row["causal"] else "full"
     heads = f"{row['heads']}" if row["heads"] == row["heads_kv"] else f"{row['heads']}:{row['heads_kv']}"
-    point = f"d{row['head_dim']} {row['dtype']} {mask} {row['batch']}x{row['seqlen']} h{heads}"
+    point = f"{row['direction']} d{row['head_dim']} {row['dtype']} {mask} {row['batch']}x{row['seqlen']} h{heads}"
     cells = [f"{figures[name]:.1f}" if name in figures else "-" for name in names]
     ours = next((name for name in figures if name.startswith("fa2gen-")), None)
     over = None if ours is None else ratio(row, ours)
@@ -217,6 +230,7 @@ def _print_headlines(document: Mapping[str, Any]) -> None:
 @app.command(
     epilog=_examples(
         "fa2gen tune --head-dim 80 --mask causal    one problem: a minute or two",
+        "fa2gen tune --head-dim 128 --direction bwd",
         "fa2gen tune --head-dim 40 --head-dim 72 --dtype fp16 --budget 300",
         "fa2gen tune --head-dim 80 --dry-run        what would be timed; needs no GPU",
         "fa2gen tune --head-dim 80 --dry-run --json | jq -r '.[].kernel'",
@@ -224,6 +238,7 @@ def _print_headlines(document: Mapping[str, Any]) -> None:
 )
 def tune(
     head_dim: Annotated[list[int], typer.Option(help="Multiple of 8 up to 256; may be repeated.")],
+    direction: Direction = "fwd",
     dtype: DTypes = None,
     mask: Masks = None,
     arch: Annotated[ArchName | None, typer.Option(help="Kernel family. Default: the device's own.")] = None,
@@ -252,7 +267,7 @@ def tune(
     from fa2gen import env
     from fa2gen.tune import batch
 
-    todo = batch.problems(head_dim, _dtypes(dtype), _masks(mask))
+    todo = batch.problems(head_dim, _dtypes(dtype), _masks(mask), direction)
     seqlens = tuple(sorted(set(seqlen or batch.SEQLENS)))
     if dry_run:
         _dry_run(todo, arch or "sm90", seqlens, keep, as_json)
@@ -345,10 +360,7 @@ class _Show:
             return
         self._last = now
         p = step.problem
-        text = (
-            f"d{p.head_dim} {p.dtype} {p.mask}, {step.stage}: {step.done} of {step.total}, "
-            f"best {step.ratio:.3f}x the default: {step.best}"
-        )
+        text = f"{_head(p)}, {step.stage}: {step.done} of {step.total}, best {step.ratio:.3f}x the default: {step.best}"
         if sys.stderr.isatty():
             sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if last_of_stage else ""))
             sys.stderr.flush()
@@ -356,9 +368,12 @@ class _Show:
             _note(text)
 
 
+def _head(problem: Problem) -> str:
+    return f"{problem.direction} d{problem.head_dim} {problem.dtype} {problem.mask}"
+
+
 def _show_outcome(outcome: Outcome) -> None:
-    p = outcome.problem
-    head = f"d{p.head_dim} {p.dtype} {p.mask}"
+    head = _head(outcome.problem)
     if outcome.error is not None:
         _note(f"{head}: {outcome.error}")
         return
@@ -396,11 +411,13 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     epilog=_examples(
         "fa2gen explain --head-dim 80 --seqlen 4096 --causal",
         "fa2gen explain --head-dim 80 --gpu h100    what another GPU would use",
+        "fa2gen explain --head-dim 80 --direction bwd",
         "fa2gen explain --head-dim 80 --json | jq .kernel",
     )
 )
 def explain(
     head_dim: Annotated[int, typer.Option(help="Multiple of 8 from 8 to 256.")],
+    direction: Direction = "fwd",
     seqlen: Annotated[
         int | None, typer.Option(min=1, help="Number of keys. Default: 4096.", show_default=False)
     ] = None,
@@ -418,7 +435,7 @@ def explain(
     from fa2gen.explain import explain as explained
     from fa2gen.spec import Problem
 
-    problem = Problem(head_dim=head_dim, dtype=dtype, mask="causal" if causal else "full")
+    problem = Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask="causal" if causal else "full")
     found = explained(problem, device_named(gpu, arch), arch, seqlen)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))

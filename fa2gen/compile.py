@@ -19,7 +19,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +87,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class ResourceReport:
-    """What a kernel costs: bytes are per thread, except shared memory, which is the dynamic bytes of one block."""
+    """What a kernel costs: bytes are per thread, except shared memory, which is the dynamic bytes of one block.
+
+    Of a source with several kernels: the most registers and stack of any, all spills, shared memory of the main one.
+    registers_of  by kernel (C symbol).
+    """
 
     registers: int
     spill_store_bytes: int
@@ -96,6 +100,7 @@ class ResourceReport:
     shared_memory_bytes: int
     compile_seconds: float
     notes: tuple[str, ...]
+    registers_of: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def spill_bytes(self) -> int:
@@ -214,24 +219,25 @@ def _text(log: str) -> str:
 # The report ----------------------------------------------------------------------------------------------------------
 
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_REGISTERS = re.compile(r"Used (\d+) registers")
+_REGISTERS = re.compile(r"Compiling entry function '(\w+)'.*?Used (\d+) registers", re.DOTALL)
 _NOTE = re.compile(r"\bC75\d\d\b|^ptxas\s+warning\b|^\S+\(\d+\): warning\b")
 
 
 def _report(unit: Unit, log: str, seconds: float) -> ResourceReport:
-    registers = [int(count) for count in _REGISTERS.findall(log)]
-    if f"Compiling entry function '{unit.name}'" not in log or not registers:
+    registers_of = {symbol: int(count) for symbol, count in _REGISTERS.findall(log)}
+    if unit.name not in registers_of:
         raise CompileError(f"{unit.name}: the source does not define a kernel of that name. ptxas said:\n{log.strip()}")
     # A device function that was not inlined has a frame of its own: it counts like the kernel's.
     frames = [tuple(map(int, frame)) for frame in _FRAME.findall(log)]
     return ResourceReport(
-        registers=max(registers),
+        registers=max(registers_of.values()),
         spill_store_bytes=sum(stores for _, stores, _ in frames),
         spill_load_bytes=sum(loads for _, _, loads in frames),
         stack_bytes=max((stack for stack, _, _ in frames), default=0),
         shared_memory_bytes=unit.launch["shared_memory_bytes"],
         compile_seconds=round(seconds, 3),
         notes=tuple(_located(unit, line) for line in log.splitlines() if _NOTE.search(line)),
+        registers_of=registers_of,
     )
 
 

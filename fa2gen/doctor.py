@@ -11,8 +11,9 @@ import platform
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import fa2gen
 from fa2gen import _paths, env
@@ -79,8 +80,11 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if value is not None:
             yield name, value
     for index, kernel in enumerate(found["kernels"]):
-        what = f"{kernel['device']}: {kernel['dtype']}, head dim {kernel['head_dim']}, {kernel['mask']}"
-        yield "" if index else "kernels", f"{what:<36}  {kernel['name'] or 'none'}  ({kernel['reason']})"
+        problem = f"{kernel['direction']}, {kernel['dtype']}, head dim {kernel['head_dim']}, {kernel['mask']}"
+        yield (
+            "" if index else "kernels",
+            f"{kernel['device'] + ': ' + problem:<41}  {kernel['name'] or 'none'}  ({kernel['reason']})",
+        )
     for index, problem in enumerate(found["problems"] or ["none"]):
         yield "" if index else "problems", problem
 
@@ -174,24 +178,30 @@ def _cache() -> dict[str, Any]:
 
 
 def _kernels(gpus: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What will be used for the usual head dims on each GPU; where there is none, on one of each family."""
+    """What will be used for the usual head dims on each GPU; where there is none, on one of each family. Passes that
+    the family has no kernels for are left out."""
     from fa2gen.arch import ARCHES
     from fa2gen.errors import Fa2GenError
-    from fa2gen.select import Device, select
-    from fa2gen.spec import Problem
+    from fa2gen.plan import directions
+    from fa2gen.select import Device, kernel_arch, select
+    from fa2gen.spec import Mask, Problem
 
     devices = [
         Device(gpu["name"], tuple(gpu["compute_capability"]), gpu["shared_memory_per_block"], gpu["multiprocessors"])
         for gpu in gpus
     ] or [Device(name, (int(name[2]), 0), arch.shared_memory_per_block, 1) for name, arch in ARCHES.items()]
+    asked = next((name for name in ARCHES if name == env.arch()), None)
     for device in dict.fromkeys(devices):  # eight equal GPUs are one
-        for head_dim in (64, 128, 256):
-            for mask in ("full", "causal"):
-                problem = Problem(head_dim=head_dim, dtype="bf16", mask=mask)
-                row = {"device": device.name, "head_dim": head_dim, "dtype": "bf16", "mask": mask}
-                try:
-                    selection = select(problem, device, env.arch())
-                except Fa2GenError as error:  # a GPU without kernels, or with too little shared memory
-                    yield {**row, "name": None, "reason": str(error)}
-                else:
-                    yield {**row, "name": selection.plan.name, "reason": selection.reason}
+        try:
+            passes = directions(kernel_arch(device, asked)[0])
+        except Fa2GenError:  # the forward pass then says why
+            passes = ("fwd",)
+        for direction, head_dim, mask in product(passes, (64, 128, 256), get_args(Mask)):
+            problem = Problem(direction=direction, head_dim=head_dim, dtype="bf16", mask=mask)
+            row = {"device": device.name, **problem.model_dump()}
+            try:
+                selection = select(problem, device, asked)
+            except Fa2GenError as error:  # a GPU without kernels, or with too little shared memory
+                yield {**row, "name": None, "reason": str(error)}
+            else:
+                yield {**row, "name": selection.plan.name, "reason": selection.reason}

@@ -41,7 +41,10 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Everything that `fa2gen explain` prints; `report_error` in place of `report` where there is no compiler."""
+    """Everything that `fa2gen explain` prints; `report_error` in place of `report` where there is no compiler.
+
+    kernels  the entry points of the source, in the order of their launches.
+    """
 
     problem: dict[str, Any]
     seqlen: int
@@ -55,6 +58,7 @@ class Explanation:
     shared_memory: tuple[tuple[str, int, int], ...]
     shared_memory_bytes: int
     shared_memory_limit: int
+    kernels: tuple[dict[str, Any], ...]
     report: dict[str, Any] | None
     report_error: str | None
 
@@ -102,6 +106,7 @@ def explain(problem: Problem, device: Device, arch: ArchName | None = None, seql
         shared_memory=tuple(shared_memory_map(selection.plan)),
         shared_memory_bytes=selection.plan.shared_memory_bytes,
         shared_memory_limit=device.shared_memory_per_block,
+        kernels=tuple(_launched(selection.plan)),
         report=report,
         report_error=report_error,
     )
@@ -118,7 +123,8 @@ def shared_memory_map(plan: KernelPlan) -> Iterator[tuple[str, int, int]]:
     ring = next((offset for offset, names in begins.items() if "k" in names), 0)
     for offset, end in zip(sorted(begins), ends, strict=True):
         names = sorted(begins[offset], key=lambda name: (name != "q", name))
-        if names == ["v"] and plan.num_stages > 1 and offset - ring < plan.num_stages * plan.kv_tile.bytes:
+        tile = plan.kv_tile.bytes
+        if names == ["v"] and end - offset > tile and offset - ring < plan.num_stages * tile:
             names = ["v", "k and v of the other stages"]
         yield ", then ".join(names), offset, end - offset
 
@@ -150,6 +156,15 @@ def _alternatives(
         spec = KernelSpec(problem=problem, tiling=tiling)
         if spec.name not in seen:
             yield alternative(spec, "cost model", "not measured here" if row is None else "not better in `fa2gen tune`")
+
+
+def _launched(plan: KernelPlan) -> Iterator[dict[str, Any]]:
+    for entry in plan.entry_points:
+        yield {
+            "symbol": entry.symbol,
+            "num_threads": entry.num_threads,
+            "shared_memory_bytes": entry.shared_memory_bytes,
+        }
 
 
 def _report(selection: Selection) -> tuple[dict[str, Any] | None, str | None]:
@@ -209,10 +224,23 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
     spills = r["spill_store_bytes"] + r["spill_load_bytes"]
     yield (
         "resources",
-        f"{r['registers']} registers a thread at the launch, {spills} B of spills, {r['stack_bytes']} B of stack",
+        f"{_registers(r, found.kernel)} registers a thread at the launch, {spills} B of spills, "
+        f"{r['stack_bytes']} B of stack",
     )
+    for entry in found.kernels:
+        if entry["symbol"] != found.kernel:
+            yield (
+                "",
+                f"{entry['symbol'].removeprefix(found.kernel + '_')}: {_registers(r, entry['symbol'])} registers a "
+                f"thread, {entry['num_threads']} threads, {entry['shared_memory_bytes']:,} B of shared memory",
+            )
     for note in r["notes"]:
         yield "", note
+
+
+def _registers(report: dict[str, Any], kernel: str) -> int:
+    """Of one kernel; of them all where an older version compiled them, which kept no more."""
+    return int(report["registers_of"].get(kernel, report["registers"]))
 
 
 def _text(problem: dict[str, Any]) -> str:

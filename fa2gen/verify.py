@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ from fa2gen.errors import Fa2GenError, UnsupportedProblem
 from fa2gen.plan import make_plan
 
 if TYPE_CHECKING:
+    from fa2gen.host import Count
     from fa2gen.spec import KernelSpec
 
 __all__ = ["SHAPES", "Outcome", "Place", "Shape", "nothing_to_run_on", "runnable", "verify"]
@@ -53,7 +54,10 @@ SHAPES: dict[Place, tuple[Shape, ...]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One kernel at one shape. Errors are absolute; `error` is why there are none."""
+    """One kernel at one shape. Errors are absolute; `error` is why there are none.
+
+    counts  what its primitives moved on the host, where that was asked for.
+    """
 
     name: str
     shape: Shape
@@ -65,6 +69,7 @@ class Outcome:
     lse_allowed: float | None = None
     ok: bool = False
     error: str | None = None
+    counts: Mapping[str, Count] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only: a NaN or an infinity, which JSON has not, is None."""
@@ -113,52 +118,64 @@ def runnable(arch: ArchName, place: Place) -> bool:
     return True
 
 
-def verify(specs: Sequence[KernelSpec], place: Place, shapes: Sequence[Shape] | None = None) -> Iterator[Outcome]:
-    """Runs every kernel at every shape, and yields each outcome as it comes. A kernel that fails is an outcome too."""
+def verify(
+    specs: Sequence[KernelSpec], place: Place, shapes: Sequence[Shape] | None = None, *, stats: bool = False
+) -> Iterator[Outcome]:
+    """Runs every kernel at every shape, and yields each outcome as it comes. A kernel that fails is an outcome too.
+
+    stats  count what each primitive moves, on the host; of a backward pass that of its main kernel.
+    """
     for spec in specs:
         for shape in shapes or SHAPES[place]:
             try:
-                yield _verify_one(spec, shape, place)
+                yield _verify_one(spec, shape, place, stats)
             except Fa2GenError as error:
                 yield Outcome(spec.name, shape, error=str(error))
 
 
-def _verify_one(spec: KernelSpec, shape: Shape, place: Place) -> Outcome:
-    from fa2gen.reference import check
-
+def _verify_one(spec: KernelSpec, shape: Shape, place: Place, stats: bool) -> Outcome:
     torch = import_module("torch")
     device = "cuda" if place == "gpu" else "cpu"
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[spec.problem.dtype]
-    head_dim, causal = spec.problem.head_dim, spec.problem.mask == "causal"
     # The same numbers everywhere: CPU generator, seeded by the shape alone.
     generator = torch.Generator().manual_seed(shape.seqlen_q * 4099 + shape.seqlen_k)
 
     def random(seqlen: int, heads: int) -> Any:
-        return torch.randn(shape.batch, seqlen, heads, head_dim, generator=generator).to(dtype).to(device)
+        return torch.randn(shape.batch, seqlen, heads, spec.problem.head_dim, generator=generator).to(dtype).to(device)
 
     q = random(shape.seqlen_q, shape.heads)
     k, v = random(shape.seqlen_k, shape.heads_kv), random(shape.seqlen_k, shape.heads_kv)
     if spec.problem.direction == "bwd":
-        return _verify_gradients(spec, shape, place, q, k, v, random(shape.seqlen_q, shape.heads))
-    out_buffer, out = _guarded(torch, (shape.batch, shape.seqlen_q, shape.heads, head_dim), dtype, device)
-    lse_buffer, lse = _guarded(torch, (shape.batch, shape.heads, shape.seqlen_q), torch.float32, device)
+        return _verify_gradients(spec, shape, place, stats, q, k, v, random(shape.seqlen_q, shape.heads))
+    return _verify_output(spec, shape, place, stats, q, k, v)
 
+
+def _verify_output(spec: KernelSpec, shape: Shape, place: Place, stats: bool, q: Any, k: Any, v: Any) -> Outcome:
+    from fa2gen.reference import check
+
+    torch = import_module("torch")
+    device, causal = q.device.type, spec.problem.mask == "causal"
+    out_buffer, out = _guarded(torch, tuple(q.shape), q.dtype, device)
+    lse_buffer, lse = _guarded(torch, (shape.batch, shape.heads, shape.seqlen_q), torch.float32, device)
+    counts: Mapping[str, Count] = {}
     if place == "gpu":
         from fa2gen.ops import forward_into
 
         forward_into(out, lse, q, k, v, causal=causal, arch=spec.tiling.arch, tiling=spec.tiling)
         torch.cuda.synchronize()
     else:
-        import_module("fa2gen.host").forward_into(spec, out, lse, q, k, v)
+        host = import_module("fa2gen.host")
+        counts = host.forward_into(spec, out, lse, q, k, v, options=host.Options(stats=stats)).counts
 
     verdict = check(out, lse, q, k, v, causal=causal)
-    for name, buffer, view in (("out", out_buffer, out), ("lse", lse_buffer, lse)):
-        if outside := int((~buffer.isnan()).sum()) - int((~view.isnan()).sum()):
-            return Outcome(spec.name, shape, error=f"{outside} elements outside of {name} were written")
-    return Outcome(spec.name, shape, **verdict.as_dict())
+    if error := _written_outside({"out": (out_buffer, out), "lse": (lse_buffer, lse)}):
+        return Outcome(spec.name, shape, error=error)
+    return Outcome(spec.name, shape, **verdict.as_dict(), counts=counts)
 
 
-def _verify_gradients(spec: KernelSpec, shape: Shape, place: Place, q: Any, k: Any, v: Any, dout: Any) -> Outcome:
+def _verify_gradients(
+    spec: KernelSpec, shape: Shape, place: Place, stats: bool, q: Any, k: Any, v: Any, dout: Any
+) -> Outcome:
     """Of the three gradients the outcome has that which comes nearest to its bound, or is farthest beyond it."""
     from fa2gen.reference import attention_reference, check_gradients
 
@@ -167,18 +184,21 @@ def _verify_gradients(spec: KernelSpec, shape: Shape, place: Place, q: Any, k: A
     out, lse = attention_reference(q, k, v, causal=causal)
     lse = lse.contiguous()
     buffers, gradients = zip(*(_guarded(torch, tuple(x.shape), x.dtype, q.device.type) for x in (q, k, v)), strict=True)
+    counts: Mapping[str, Count] = {}
     if place == "gpu":
         scale = q.shape[-1] ** -0.5
         run = import_module("fa2gen.ops.backward").backward_cuda
-        run(dout, q, k, v, out, lse, None, scale, causal, False, spec.tiling, gradients)
+        run(dout, q, k, v, out, lse, None, scale, causal, spec.problem.deterministic, spec.tiling, gradients)
         torch.cuda.synchronize()
     else:
-        import_module("fa2gen.host.backward").run_backward(make_plan(spec), *gradients, dout, q, k, v, out, lse)
+        host = import_module("fa2gen.host")
+        options = host.Options(stats=stats)
+        counts = host.run_backward(make_plan(spec), *gradients, dout, q, k, v, out, lse, options=options).counts
 
     verdict = check_gradients(gradients, dout, q, k, v, causal=causal)
-    for name, buffer, view in zip(("dq", "dk", "dv"), buffers, gradients, strict=True):
-        if outside := int((~buffer.isnan()).sum()) - int((~view.isnan()).sum()):
-            return Outcome(spec.name, shape, error=f"{outside} elements outside of {name} were written")
+    pairs = zip(buffers, gradients, strict=True)
+    if error := _written_outside(dict(zip(("dq", "dk", "dv"), pairs, strict=True))):
+        return Outcome(spec.name, shape, error=error)
 
     def excess(i: int) -> float:  # NaN errors are the worst
         pairs = ((verdict.max_error[i], verdict.max_allowed[i]), (verdict.mean_error[i], verdict.mean_allowed[i]))
@@ -193,7 +213,16 @@ def _verify_gradients(spec: KernelSpec, shape: Shape, place: Place, q: Any, k: A
         mean_error=verdict.mean_error[worst],
         mean_allowed=verdict.mean_allowed[worst],
         ok=verdict.ok,
+        counts=counts,
     )
+
+
+def _written_outside(outputs: Mapping[str, tuple[Any, Any]]) -> str | None:
+    """What is wrong beside the views (name -> buffer full of NaN, view in it)."""
+    for name, (buffer, view) in outputs.items():
+        if outside := int((~buffer.isnan()).sum()) - int((~view.isnan()).sum()):
+            return f"{outside} elements outside of {name} were written"
+    return None
 
 
 _GUARD = 4096  # elements on either side; a multiple of 16 bytes, so that the view stays aligned

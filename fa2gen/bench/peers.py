@@ -1,8 +1,8 @@
 """Who is measured: every contestant behind one callable, and the reason for each that is missing.
 
-A contestant's `prepare(point, q, k, v)` gives a callable without arguments that computes attention forward, from
-tensors (batch, seqlen, heads, head_dim), and returns the output in the same layout. Layout changes are views, made
-beforehand.
+A contestant's `prepare(point, q, k, v, dout)`, of tensors (batch, seqlen, heads, head_dim), gives a callable without
+arguments that returns tensors of the same layout: at a forward point (out,), at a backward one (dq, dk, dv) alone, from
+a forward pass that is made beforehand. Layout changes are views, made beforehand too.
 """
 
 from __future__ import annotations
@@ -16,17 +16,29 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fa2gen.arch import ARCHES
+from fa2gen.arch import ARCHES, ArchName
 from fa2gen.bench.points import Point
+from fa2gen.bench.provenance import current_device
 from fa2gen.errors import InvalidInput
+from fa2gen.layout import ELEMENT_BYTES
+from fa2gen.plan import directions
+from fa2gen.select import select
+from fa2gen.spec import Direction
 
-__all__ = ["DEFAULT", "NAMES", "OURS", "Contestant", "Missing", "find", "in_order", "is_ours"]
+__all__ = ["DEFAULT", "DETERMINISTIC", "NAMES", "OURS", "Contestant", "Missing", "find", "in_order", "is_ours"]
 
+DETERMINISTIC = "-det"  # ends the names of those of ours whose gradients have the same bits in every run
 OURS = tuple(f"fa2gen-{arch}" for arch in reversed(ARCHES))
 DEFAULT = (*OURS, "cudnn", "fa2", "fa3", "fa4")
 """`math` and `flex` only when asked for: one keeps the S x S matrix in memory, the other compiles at each point."""
 
-Prepare = Callable[[Point, Any, Any, Any], Callable[[], Any]]
+Call = Callable[[], Any]
+Prepare = Callable[[Point, Any, Any, Any, Any], Call]
+Forward = Callable[[Point, Any, Any, Any], Call]
+"""As Prepare, of the forward pass alone, and its call returns out itself."""
+
+
+MATH_MATRICES = {"fwd": 2, "bwd": 4}
 
 
 class Missing(Exception):
@@ -46,10 +58,12 @@ def is_ours(name: str) -> bool:
     return name.startswith("fa2gen-")
 
 
-def find(names: Sequence[str], fa3_library: Path | None = None) -> tuple[list[Contestant], dict[str, str]]:
-    """The contestants of those names that can run on the current device, and why the others can not.
+def find(
+    names: Sequence[str], fa3_library: Path | None = None, direction: Direction = "fwd"
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The contestants of those names that can run in a direction on the current device, and why the others can not.
 
-    fa3_library  a file that registers the operators `flash_attn_3::fwd`; else an installed package is looked for.
+    fa3_library  a file that registers the operators flash_attn_3::*; else an installed package is looked for.
 
     Raises InvalidInput for an unknown name.
     """
@@ -59,41 +73,76 @@ def find(names: Sequence[str], fa3_library: Path | None = None) -> tuple[list[Co
         if name not in NAMES:
             raise InvalidInput(f"no contestant {name!r}; there are {', '.join(NAMES)}")
         try:
-            found.append(_FACTORIES[name](fa3_library))
+            found.append(_FACTORIES[name](direction, fa3_library))
         except Missing as error:
             missing[name] = str(error)
     return found, missing
 
 
+def _by_autograd(forward: Forward) -> Prepare:
+    """Gradients of a graph that is made beforehand, and kept: what is timed is the backward pass alone."""
+    torch = import_module("torch")
+
+    def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        if point.direction == "fwd":
+            call = forward(point, q, k, v)
+            return lambda: (call(),)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.enable_grad():
+            out = forward(point, *leaves)()
+        return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+
+    return prepare
+
+
 # Ours ----------------------------------------------------------------------------------------------------------------
 
 
-def _fa2gen(arch: str, _: Path | None) -> Contestant:
-    """The public function; where the device's own family is meant, without any option, as a user calls it."""
+def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path | None) -> Contestant:
+    """What a user calls; backward what autograd calls. Where the device's own family is meant, without any option."""
     torch = import_module("torch")
     from fa2gen.ops import attention, flash_attn_func
+    from fa2gen.ops.backward import backward_cuda
+    from fa2gen.ops.dispatch import forward_cuda
 
+    if direction not in directions(arch):
+        raise Missing(f"there are no {direction} kernels of {arch}")
+    if deterministic and direction == "fwd":
+        raise Missing("the forward pass is always deterministic")
     capability = torch.cuda.get_device_capability()
     if arch == "sm90" and capability != (9, 0):
         raise Missing(f"its kernels run on compute capability 9.0, this GPU has {capability[0]}.{capability[1]}")
     native = "sm90" if capability == (9, 0) else "sm80"
 
-    def prepare(point: Point, q: Any, k: Any, v: Any) -> Callable[[], Any]:
+    def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        if point.direction == "bwd":
+            scale = point.head_dim**-0.5
+            out, lse = forward_cuda(q, k, v, scale, point.causal)
+            tiling = None
+            if arch != native:
+                tiling = select(point.problem, current_device(), arch, point.seqlen).plan.tiling
+            return lambda: backward_cuda(dout, q, k, v, out, lse, None, scale, point.causal, deterministic, tiling)
         if arch == native:
-            return lambda: flash_attn_func(q, k, v, causal=point.causal)
-        return lambda: attention(q, k, v, causal=point.causal, arch=arch)[0]
+            return lambda: (flash_attn_func(q, k, v, causal=point.causal),)
+        return lambda: attention(q, k, v, causal=point.causal, arch=arch)[:1]
 
-    return Contestant(f"fa2gen-{arch}", prepare)
+    return Contestant(f"fa2gen-{arch}{DETERMINISTIC if deterministic else ''}", prepare)
 
 
 # Peers ---------------------------------------------------------------------------------------------------------------
 
 
-def _math(_: Path | None) -> Contestant:
-    """Standard attention: the score matrix in memory, in the dtype of the inputs."""
+def _math(*_: Any) -> Contestant:
+    """Standard attention: the score matrix in memory, in the dtype of the inputs. Only where that fits."""
     torch = import_module("torch")
 
-    def prepare(point: Point, q: Any, k: Any, v: Any) -> Callable[[], Any]:
+    def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
+        if q.is_cuda:
+            # Scores and probabilities; backward those of the graph and the gradients of both.
+            needed = MATH_MATRICES[point.direction] * point.batch * point.heads * point.seqlen**2 * ELEMENT_BYTES
+            held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            if needed > (free := torch.cuda.mem_get_info()[0] + held):
+                raise Missing(f"needs {needed / 2**30:.0f} GiB for its score matrices; {free / 2**30:.0f} GiB are free")
         groups = point.heads // point.heads_kv
         hidden = None
         if point.causal:
@@ -110,16 +159,16 @@ def _math(_: Path | None) -> Contestant:
 
         return call
 
-    return Contestant("math", prepare)
+    return Contestant("math", _by_autograd(forward))
 
 
-def _sdpa(name: str, backend: str, _: Path | None) -> Contestant:
+def _sdpa(name: str, backend: str, *_: Any) -> Contestant:
     """torch.nn.functional.scaled_dot_product_attention, held to one backend."""
     torch = import_module("torch")
     attention = import_module("torch.nn.attention")
     allowed = getattr(attention.SDPBackend, backend)
 
-    def prepare(point: Point, q: Any, k: Any, v: Any) -> Callable[[], Any]:
+    def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         options: dict[str, Any] = {"is_causal": point.causal}
         if point.heads != point.heads_kv:
@@ -127,11 +176,11 @@ def _sdpa(name: str, backend: str, _: Path | None) -> Contestant:
         sdpa = torch.nn.functional.scaled_dot_product_attention
         return lambda: sdpa(qt, kt, vt, **options).transpose(1, 2)
 
-    return Contestant(name, prepare, partial(attention.sdpa_kernel, allowed))
+    return Contestant(name, _by_autograd(forward), partial(attention.sdpa_kernel, allowed))
 
 
-def _fa3(library: Path | None) -> Contestant:
-    """FlashAttention-3: the operator of a library file, or of an installed package."""
+def _fa3(direction: Direction, library: Path | None) -> Contestant:
+    """FlashAttention-3: the operators of a library file, or of an installed package."""
     torch = import_module("torch")
     if library is None:
         for package in ("flash_attn_3._C", "flash_attn_interface"):
@@ -150,36 +199,45 @@ def _fa3(library: Path | None) -> Contestant:
             torch.ops.load_library(str(library))
         except OSError as error:
             raise Missing(f"{library.name} does not load: {error}") from error
-    try:
-        operator = torch.ops.flash_attn_3.fwd
-    except AttributeError:
-        raise Missing("what was loaded registers no operator flash_attn_3::fwd") from None
+    operators = torch.ops.flash_attn_3
+    for needed in dict.fromkeys(("fwd", direction)):
+        if not hasattr(operators, needed):
+            raise Missing(f"what was loaded registers no operator flash_attn_3::{needed}")
 
-    def prepare(point: Point, q: Any, k: Any, v: Any) -> Callable[[], Any]:
-        scale = point.head_dim**-0.5
-        return lambda: operator(q, k, v, softmax_scale=scale, is_causal=point.causal, num_splits=1)[0]
+    def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        options: dict[str, Any] = {"softmax_scale": point.head_dim**-0.5, "is_causal": point.causal}
+        if point.direction == "fwd":
+            return lambda: operators.fwd(q, k, v, **options, num_splits=1)[:1]
+        out, lse = operators.fwd(q, k, v, **options, num_splits=1)[:2]
+        gradients = tuple(torch.empty_like(x) for x in (q, k, v))
+
+        def call() -> Any:
+            operators.bwd(dout, q, k, v, out, lse, *gradients, **options)
+            return gradients
+
+        return call
 
     return Contestant("fa3", prepare)
 
 
-def _fa4(_: Path | None) -> Contestant:
+def _fa4(*_: Any) -> Contestant:
     """FlashAttention-4's CuTe kernels. They compile at a shape's first call, outside of the timed region."""
     try:
         flash_attn_func = import_module("flash_attn.cute").flash_attn_func
     except (ImportError, AttributeError, OSError) as error:
         raise Missing(f"flash_attn.cute cannot be imported: {error}") from error
 
-    def prepare(point: Point, q: Any, k: Any, v: Any) -> Callable[[], Any]:
+    def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
         def call() -> Any:
             result = flash_attn_func(q, k, v, causal=point.causal)
             return result[0] if isinstance(result, tuple) else result
 
         return call
 
-    return Contestant("fa4", prepare)
+    return Contestant("fa4", _by_autograd(forward))
 
 
-def _flex(_: Path | None) -> Contestant:
+def _flex(*_: Any) -> Contestant:
     """FlexAttention, compiled, with a block mask where causal."""
     torch = import_module("torch")
     try:
@@ -188,22 +246,25 @@ def _flex(_: Path | None) -> Contestant:
     except ImportError as error:
         raise Missing(f"FlexAttention cannot be compiled: {error}") from error
     compiled = torch.compile(flex.flex_attention, dynamic=False)
+    # A compiled graph may give its buffers away in its backward pass, which is then refused a second time.
+    keeps_graph = partial(import_module("torch._functorch.config").patch, donated_buffer=False)
 
     def visible(batch: Any, head: Any, i: Any, j: Any) -> Any:
         return i >= j
 
-    def prepare(point: Point, q: Any, k: Any, v: Any) -> Callable[[], Any]:
+    def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         options: dict[str, Any] = {"enable_gqa": point.heads != point.heads_kv}
         if point.causal:
             options["block_mask"] = flex.create_block_mask(visible, None, None, point.seqlen, point.seqlen, q.device)
         return lambda: compiled(qt, kt, vt, **options).transpose(1, 2)
 
-    return Contestant("flex", prepare)
+    return Contestant("flex", _by_autograd(forward), keeps_graph)
 
 
-_FACTORIES: dict[str, Callable[[Path | None], Contestant]] = {
-    **{f"fa2gen-{arch}": partial(_fa2gen, arch) for arch in reversed(ARCHES)},
+_FACTORIES: dict[str, Callable[[Direction, Path | None], Contestant]] = {
+    **{f"fa2gen-{arch}": partial(_fa2gen, arch, False) for arch in reversed(ARCHES)},
+    **{f"fa2gen-{arch}{DETERMINISTIC}": partial(_fa2gen, arch, True) for arch in reversed(ARCHES)},
     "cudnn": partial(_sdpa, "cudnn", "CUDNN_ATTENTION"),
     "fa2": partial(_sdpa, "fa2", "FLASH_ATTENTION"),
     "fa3": _fa3,

@@ -19,7 +19,9 @@ __all__ = ["plot"]
 # A peer keeps its colour in every figure; ours are the strong ones.
 _COLOURS = {
     "fa2gen-sm90": "#c0392b",
+    "fa2gen-sm90-det": "#922b21",
     "fa2gen-sm80": "#e59866",
+    "fa2gen-sm80-det": "#ca6f1e",
     "cudnn": "#6aa84f",
     "fa2": "#7f8fa6",
     "fa3": "#3d6fb6",

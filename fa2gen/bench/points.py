@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fa2gen.errors import InvalidInput
-from fa2gen.spec import DType
+from fa2gen.spec import Direction, DType, Problem
 
 __all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "preset_points"]
 
@@ -20,9 +20,9 @@ class Point:
     """One measurement: q (batch, seqlen, heads, head_dim), k and v (batch, seqlen, heads_kv, head_dim)."""
 
     preset: str
-    direction: str
+    direction: Direction
     head_dim: int
-    dtype: str
+    dtype: DType
     causal: bool
     batch: int
     seqlen: int
@@ -34,6 +34,16 @@ class Point:
         """As the FlashAttention-2 paper counts: 4 S^2 D H B forward, half of it if causal, 2.5 times that backward."""
         forward = 4.0 * self.seqlen**2 * self.head_dim * self.heads * self.batch
         return forward * (0.5 if self.causal else 1.0) * (BACKWARD_FLOPS if self.direction == "bwd" else 1.0)
+
+    @property
+    def problem(self) -> Problem:
+        """What a kernel for it computes."""
+        return Problem(
+            direction=self.direction,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            mask="causal" if self.causal else "full",
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,15 +109,26 @@ def _host(dtype: DType) -> list[Point]:
 
 
 PRESETS: dict[str, Callable[[DType], list[Point]]] = {"paper": _paper, "odd": _odd, "gqa": _gqa, "host": _host}
+FORWARD_ONLY = {"host"}  # what autograd adds to a call is torch's
 
 
 def preset_points(
-    preset: str, dtype: DType = "bf16", head_dims: Sequence[int] = (), seqlens: Sequence[int] = ()
+    preset: str,
+    dtype: DType = "bf16",
+    head_dims: Sequence[int] = (),
+    seqlens: Sequence[int] = (),
+    direction: Direction = "fwd",
 ) -> list[Point]:
-    """The points of a preset, narrowed to some head dims and seqlens. Raises InvalidInput where nothing is left."""
+    """The points of a preset in one direction, narrowed to some head dims and seqlens.
+
+    Raises InvalidInput where nothing is left.
+    """
     if preset not in PRESETS:
         raise InvalidInput(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    points = PRESETS[preset](dtype)
+    if direction != "fwd" and preset in FORWARD_ONLY:
+        others = ", ".join(name for name in PRESETS if name not in FORWARD_ONLY)
+        raise InvalidInput(f"preset {preset} is forward only; {direction} has {others}")
+    points = [replace(point, direction=direction) for point in PRESETS[preset](dtype)]
     left = [
         point
         for point in points

@@ -28,6 +28,7 @@ __all__ = [
     "Timer",
     "host_microseconds",
     "interleaved",
+    "kernel_microseconds",
     "rounds_for",
     "significant",
 ]
@@ -112,6 +113,28 @@ def rounds_for(calls: Mapping[str, Call], timer: Timer, seconds: float) -> int:
     timer.synchronize()
     one_round = max(timer.milliseconds(start, stop), 1e-3)
     return max(MIN_ROUNDS, min(MAX_ROUNDS, int(1e3 * seconds / one_round) - WARMUP_ROUNDS))
+
+
+_PROFILED_CALLS = 7
+
+
+def kernel_microseconds(call: Call, timer: Timer) -> dict[str, float]:
+    """Time of each kernel that a call launches, by name, as torch's profiler has it: the mean over a few calls.
+
+    Only kernels of ours. L2 is flushed before each call, not between its kernels.
+    """
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(_PROFILED_CALLS):
+            timer.flush()
+            call()
+        timer.synchronize()
+    return {
+        event.key: significant(event.device_time_total / event.count)
+        for event in profile.key_averages()
+        if event.key.startswith("fa2_")
+    }
 
 
 def significant(figure: float) -> float:

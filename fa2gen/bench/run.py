@@ -15,13 +15,12 @@ from fa2gen.bench.peers import Contestant, is_ours
 from fa2gen.bench.points import Point
 from fa2gen.bench.protocol import significant
 from fa2gen.select import select
-from fa2gen.spec import Problem
 
 __all__ = ["SECONDS_PER_POINT", "Bench"]
 
 SECONDS_PER_POINT = 0.5
 AGREEMENT = 0.02
-"""Largest ||a - b|| / ||b|| between two contestants' outputs; bf16 and fp16 kernels differ by 2e-3 to 5e-3."""
+"""Largest ||a - b|| / ||b|| between two contestants' results; bf16 and fp16 kernels differ by 2e-3 to 5e-3."""
 
 _MATMUL = 8192
 _MATMUL_ROUNDS = 10
@@ -30,14 +29,18 @@ _MATMUL_ROUNDS = 10
 class Bench:
     """One run. `rows` yields a row as each point is done; `result` is the document of all rows so far.
 
-    contestants  who is measured; of those whose output differs from the first one's, no figure is given.
+    contestants  who is measured; of those whose results differ from the first one's, no figure is given.
     missing      name -> reason, for the provenance; grows when a contestant fails at a point.
+    parts        also measure each kernel of ours by itself.
     """
 
-    def __init__(self, contestants: Sequence[Contestant], missing: dict[str, str], command: str) -> None:
+    def __init__(
+        self, contestants: Sequence[Contestant], missing: dict[str, str], command: str, *, parts: bool = False
+    ) -> None:
         self.contestants = list(contestants)
         self.missing = dict(missing)
         self.command = command
+        self.parts = parts
         self._torch = import_module("torch")
         self._timer = protocol.CudaTimer()
         self._rows: list[dict[str, Any]] = []
@@ -78,7 +81,7 @@ class Bench:
             shape = (point.batch, point.seqlen, heads, point.head_dim)
             return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
 
-        inputs = random(point.heads), random(point.heads_kv), random(point.heads_kv)
+        inputs = random(point.heads), random(point.heads_kv), random(point.heads_kv), random(point.heads)
         with torch.no_grad():
             calls = self._tried(point, inputs)
             row: dict[str, Any] = {**point.to_json(), "tflops": {}}
@@ -94,13 +97,19 @@ class Bench:
                 row["tflops"] = {
                     name: significant(point.flops / statistics.median(times) / 1e9) for name, times in times_ms.items()
                 }
+                if self.parts:
+                    row["parts"] = {
+                        name: protocol.kernel_microseconds(call, self._timer)
+                        for name, call in timed.items()
+                        if is_ours(name)
+                    }
         self._note_kernels(point)
         calls = {}
         gc.collect()  # contestants may hold buffers of this point
         return row
 
     def _tried(
-        self, point: Point, inputs: tuple[Any, Any, Any]
+        self, point: Point, inputs: tuple[Any, Any, Any, Any]
     ) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         """name -> (bare call, call in its context) of the contestants that run here and agree with the first one."""
         torch = self._torch
@@ -110,18 +119,16 @@ class Bench:
             try:
                 with one.context():
                     call = one.prepare(point, *inputs)
-                    out = call()
+                    results = call()
                 torch.cuda.synchronize()
             except Exception as error:  # peers raise whatever they like; one that fails must not stop the others
                 self._miss(one.name, point, str(error).strip().split("\n")[0] or type(error).__name__)
                 continue
             if truth is None:
-                truth = out.float()
-            else:
-                difference = ((out.float() - truth).norm() / truth.norm()).item()
-                if not difference <= AGREEMENT:
-                    self._miss(one.name, point, f"its output is {difference:.3g} away from the others'")
-                    continue
+                truth = [x.float() for x in results]
+            elif wrong := _disagreement(results, truth):
+                self._miss(one.name, point, wrong)
+                continue
             calls[one.name] = call, _in_context(one, call)
         return {one.name: calls[one.name] for one in self.contestants if one.name in calls}
 
@@ -130,15 +137,10 @@ class Bench:
 
     def _note_kernels(self, point: Point) -> None:
         """Which of our kernels ran: what the selector gives for this point."""
-        problem = Problem(
-            head_dim=point.head_dim,
-            dtype="fp16" if point.dtype == "fp16" else "bf16",
-            mask="causal" if point.causal else "full",
-        )
         for one in self.contestants:
             for arch in ARCHES:
                 if one.name == f"fa2gen-{arch}" and f"{one.name} at {point}" not in self.missing:
-                    self._kernels.add(select(problem, provenance.current_device(), arch, point.seqlen).plan.name)
+                    self._kernels.add(select(point.problem, provenance.current_device(), arch, point.seqlen).plan.name)
 
     def _matmul(self) -> float:
         """TFLOP/s of an 8192^3 bf16 matrix product of random data."""
@@ -146,6 +148,16 @@ class Bench:
         a, b = (torch.randn(_MATMUL, _MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         times = protocol.interleaved({"matmul": lambda: a @ b}, self._timer, _MATMUL_ROUNDS)["matmul"]
         return significant(2.0 * _MATMUL**3 / statistics.median(times) / 1e9)
+
+
+def _disagreement(results: Sequence[Any], truth: Sequence[Any]) -> str | None:
+    """Which tensor of a contestant's results is another than the others', or None."""
+    names = ("output",) if len(truth) == 1 else ("dq", "dk", "dv")
+    for name, x, expected in zip(names, results, truth, strict=True):
+        difference = ((x.float() - expected).norm() / expected.norm()).item()
+        if not difference <= AGREEMENT:
+            return f"its {name} is {difference:.3g} away from the others'"
+    return None
 
 
 def _in_context(one: Contestant, call: Callable[[], Any]) -> Callable[[], Any]:

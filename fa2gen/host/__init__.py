@@ -1,10 +1,12 @@
 """Kernels on the CPU: the same templates over templates/host/, which models the machine (see its README).
 
-`forward_into` runs one forward kernel; `Options` says how: schedule seed, sanitizers, counters. Needs g++ or clang++.
+`forward_into` runs a forward kernel, `run_backward` the three of a backward pass; `Options` says how: schedule seed,
+sanitizers, counters. Needs g++ or clang++.
 """
 
 from __future__ import annotations
 
+from fa2gen.host.backward import run_backward
 from fa2gen.host.build import Library, build_library, find_compiler
 from fa2gen.host.forward import Options, Report, forward_into, run_forward
 from fa2gen.host.run import PRIMITIVES, Count, KernelFault
@@ -21,5 +23,6 @@ __all__ = [
     "counts_table",
     "find_compiler",
     "forward_into",
+    "run_backward",
     "run_forward",
 ]

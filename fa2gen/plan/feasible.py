@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from fa2gen.arch import ArchName
 from fa2gen.errors import InfeasibleSpec
@@ -12,9 +12,9 @@ from fa2gen.plan.sm80_bwd import Sm80BwdPlan
 from fa2gen.plan.sm80_fwd import Sm80FwdPlan
 from fa2gen.plan.sm90_bwd import Sm90BwdPlan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
 
-__all__ = ["feasible_tilings", "fits", "make_plan"]
+__all__ = ["directions", "feasible_tilings", "fits", "make_plan"]
 
 _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm80", "fwd"): Sm80FwdPlan,
@@ -24,6 +24,7 @@ _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
 }
 
 _BACKWARD_TILE_M = {"sm80": (32, 64, 128), "sm90": (48, 64, 80, 96, 112, 128)}
+_BACKWARD_STAGES = (1, 2, 3, 4)  # with one, 96 queries fit above head dim 64
 
 # The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.
 _TILE_M = {"sm80": (64, 128, 192), "sm90": (64, 128, 192)}
@@ -34,6 +35,11 @@ _TILE_N = {
 _STAGES = {"sm80": (1, 2, 3, 4), "sm90": (2, 3, 4)}
 _WARPS = {"sm80": (4, 8), "sm90": (4, 8, 12)}
 _SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
+
+
+def directions(arch: ArchName) -> tuple[Direction, ...]:
+    """The passes that there are kernels for on an architecture."""
+    return tuple(direction for direction in get_args(Direction) if (arch, direction) in _PLANS)
 
 
 def _plan_of(spec: KernelSpec) -> KernelPlan:
@@ -60,7 +66,7 @@ def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
     for warps in _WARPS[arch]:
         for tile_m in (_BACKWARD_TILE_M if problem.direction == "bwd" else _TILE_M)[arch]:
             for tile_n in _TILE_N[arch]:
-                for stages in _STAGES[arch]:
+                for stages in _BACKWARD_STAGES if problem.direction == "bwd" else _STAGES[arch]:
                     for span in _SWIZZLES:
                         tiling = Tiling(
                             arch=arch,
@@ -92,7 +98,8 @@ def _explain(plan: KernelPlan, broken: list[BrokenRule]) -> str:
     asked = plan.tiling
     rows = [(rule.rule, rule.detail) for rule in broken]
     nearest = _nearest(plan.spec)
-    command = f"List every fit: fa2gen plan --head-dim {plan.head_dim} --arch {plan.arch}"
+    direction = "" if plan.problem.direction == "fwd" else f" --direction {plan.problem.direction}"
+    command = f"List every fit: fa2gen plan --head-dim {plan.head_dim} --arch {plan.arch}{direction}"
     if nearest is None:
         rows.append(("nearest", f"none of the usual tilings fits. {command}"))
     else:

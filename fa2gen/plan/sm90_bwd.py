@@ -213,7 +213,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return self.smem_dout + self.num_stages * self.q_tile.bytes
 
     @property
-    def smem_dq(self) -> int:
+    def _smem_after_ds(self) -> int:
         return self.smem_ds + self.num_ds_stages * self.ds_tile.bytes
 
     @property
@@ -222,8 +222,16 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return not self.splits_products and not self.splits_dq_rest
 
     @property
+    def smem_dq(self) -> int | None:
+        return self._smem_after_ds if self.stages_dq else None
+
+    @property
+    def staged_dq_bytes(self) -> int:
+        return self.dq_block_floats * FLOAT_BYTES if self.stages_dq else 0
+
+    @property
     def smem_lse(self) -> int:
-        return self.smem_dq + (self.dq_block_floats * FLOAT_BYTES if self.stages_dq else 0)
+        return self._smem_after_ds + self.staged_dq_bytes
 
     @property
     def statistics_bytes(self) -> int:
@@ -384,8 +392,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             broken.append(
                 BrokenRule(
                     "head dim",
-                    f"{self.head_dim}, but {self.num_mma_warps} warps that split keys make up to {columns} columns "
-                    "of dQ",
+                    f"{self.head_dim}, but {self.num_mma_warps} warps that split keys make up to {columns} columns",
                 )
             )
         if self.shared_memory_bytes > arch.shared_memory_per_block:
@@ -394,7 +401,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                     "shared memory",
                     f"{bytes_text(self.shared_memory_bytes)} needed (K and V {2 * self.kv_tile.bytes:,} + "
                     f"{self.num_stages} stages x (Q {self.q_tile.bytes:,} + dO {self.q_tile.bytes:,}) + "
-                    f"{self.num_ds_stages} x dS {self.ds_tile.bytes:,} + dQ {self.smem_lse - self.smem_dq:,} + "
+                    f"{self.num_ds_stages} x dS {self.ds_tile.bytes:,} + dQ {self.staged_dq_bytes:,} + "
                     f"statistics, barriers), {bytes_text(arch.shared_memory_per_block)} available",
                 )
             )

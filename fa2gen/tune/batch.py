@@ -13,7 +13,7 @@ from typing import Any
 from fa2gen.arch import ArchName
 from fa2gen.catalog import TunedRow, tuned_folders
 from fa2gen.errors import Fa2GenError
-from fa2gen.spec import DType, Mask, Problem
+from fa2gen.spec import Direction, DType, Mask, Problem
 from fa2gen.tune.record import rows_of, write
 from fa2gen.tune.search import DeviceLost, Found, Search, candidates
 
@@ -37,10 +37,12 @@ class Outcome:
     seconds: float = 0.0
 
 
-def problems(head_dims: Sequence[int], dtypes: Sequence[DType], masks: Sequence[Mask]) -> list[Problem]:
+def problems(
+    head_dims: Sequence[int], dtypes: Sequence[DType], masks: Sequence[Mask], direction: Direction = "fwd"
+) -> list[Problem]:
     """Every combination. Raises InvalidInput for a head dim that is not supported."""
     return [
-        Problem(head_dim=head_dim, dtype=dtype, mask=mask)
+        Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask=mask)
         for head_dim, dtype, mask in product(dict.fromkeys(head_dims), dict.fromkeys(dtypes), dict.fromkeys(masks))
     ]
 

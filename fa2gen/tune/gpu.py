@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +26,13 @@ from fa2gen.errors import Fa2GenError
 from fa2gen.launch import ForwardShape
 from fa2gen.plan import make_plan
 from fa2gen.select import kernel_arch
-from fa2gen.spec import KernelSpec
+from fa2gen.spec import KernelSpec, Problem
 from fa2gen.store import Entry, Store
 from fa2gen.tune.search import Built, DeviceLost
 
 if TYPE_CHECKING:
     from fa2gen.kernel import Kernel
+    from fa2gen.reference import GradientVerdict, Verdict
 
 __all__ = ["GpuRunner"]
 
@@ -39,8 +41,25 @@ __all__ = ["GpuRunner"]
 CHECKS = (ForwardShape(2, 337, 523, 4, 2), ForwardShape(1, 1024, 768, 2, 2))
 
 
+@dataclass(frozen=True)
+class _Tensors:
+    """Inputs and results of a pass: (q, k, v) and (out, lse); or (q, k, v, dout, out, lse) and (dq, dk, dv)."""
+
+    inputs: tuple[Any, ...]
+    results: tuple[Any, ...]
+
+
+def _scale(problem: Problem) -> float:
+    scale: float = problem.head_dim**-0.5
+    return scale
+
+
 class GpuRunner:
-    """A `Runner` on torch's current CUDA device and stream. One problem's kernels at a time are kept loaded."""
+    """A `Runner` on torch's current CUDA device and stream.
+
+    One problem's forward kernels at a time are kept loaded. Backward kernels go through fa2gen.ops, which keeps them:
+    they need scratch memory, and there are a dozen a problem.
+    """
 
     def __init__(self, arch: ArchName, jobs: int | None = None, store: Store | None = None) -> None:
         torch = self._torch = import_module("torch")
@@ -53,7 +72,7 @@ class GpuRunner:
         self._futures: dict[KernelSpec, Future[Entry]] = {}
         self._timer = CudaTimer()
         self._counter = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self._inputs: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # of one head dim and dtype at a time
+        self._known: dict[tuple[Problem, ForwardShape], _Tensors] = {}  # of one problem at a time
 
     def close(self) -> None:
         """Stop compiling what is not needed any more."""
@@ -71,20 +90,25 @@ class GpuRunner:
         return Built(spec, digest, entry.report, functools.cache(lambda: self._load(spec, entry.cubin)))
 
     def check(self, built: Built) -> str | None:
-        from fa2gen.reference import check
+        from fa2gen.reference import check, check_gradients
 
-        torch = self._torch
-        causal = built.spec.problem.mask == "causal"
+        torch, problem = self._torch, built.spec.problem
+        causal = problem.mask == "causal"
         for shape in CHECKS:
-            q, k, v, out, lse = self._tensors(built.spec, shape)
-            out.fill_(math.nan)
-            lse.fill_(math.nan)
-            call = self._call(built, shape, (q, k, v, out, lse))
+            tensors = self._tensors(problem, shape)
+            for x in tensors.results:
+                x.fill_(math.nan)
+            call = self._call(built, shape, tensors)
             with self._judged(built):
                 call()
                 torch.cuda.synchronize()
+            verdict: Verdict | GradientVerdict
             with torch.no_grad():
-                verdict = check(out, lse, q, k, v, causal=causal)
+                if problem.direction == "bwd":
+                    q, k, v, dout, *_ = tensors.inputs
+                    verdict = check_gradients(tensors.results, dout, q, k, v, causal=causal)
+                else:
+                    verdict = check(*tensors.results, *tensors.inputs, causal=causal)
             if not verdict.ok:
                 return f"{shape}: {verdict}"
         return None
@@ -93,9 +117,18 @@ class GpuRunner:
         problem = kernels[0].spec.problem
         heads = max(1, HIDDEN // problem.head_dim)
         shape = ForwardShape(max(1, TOKENS // seqlen), seqlen, seqlen, heads, heads)
-        causal = problem.mask == "causal"
-        point = Point("tune", "fwd", problem.head_dim, problem.dtype, causal, shape.batch, seqlen, heads, heads)
-        tensors = self._tensors(kernels[0].spec, shape)
+        point = Point(
+            preset="tune",
+            direction=problem.direction,
+            head_dim=problem.head_dim,
+            dtype=problem.dtype,
+            causal=problem.mask == "causal",
+            batch=shape.batch,
+            seqlen=seqlen,
+            heads=heads,
+            heads_kv=heads,
+        )
+        tensors = self._tensors(problem, shape)
         calls = {built.spec.name: self._call(built, shape, tensors) for built in kernels}
         with self._judged(kernels[0]):
             times = interleaved(calls, self._timer, rounds)
@@ -108,34 +141,55 @@ class GpuRunner:
 
         return Kernel(make_plan(spec), cubin, self._torch.cuda.current_device())
 
-    def _tensors(self, spec: KernelSpec, shape: ForwardShape) -> tuple[Any, ...]:
-        """q, k, v, out and lse of a shape: random, and the same for all candidates of a problem."""
-        torch, problem = self._torch, spec.problem
-        owner = (problem.head_dim, problem.dtype)
-        if any(key[:2] != owner for key in self._inputs):
-            self._inputs.clear()
-        if (*owner, shape) not in self._inputs:
-            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
-            generator = torch.Generator(device="cuda").manual_seed(shape.seqlen_q * 4099 + problem.head_dim)
-            q_size = (shape.batch, shape.seqlen_q, shape.num_heads, problem.head_dim)
-            kv_size = (shape.batch, shape.seqlen_k, shape.num_heads_kv, problem.head_dim)
-            q, k, v = (
-                torch.randn(size, generator=generator, device="cuda", dtype=dtype)
-                for size in (q_size, kv_size, kv_size)
-            )
-            lse = torch.empty(shape.batch, shape.num_heads, shape.seqlen_q, device="cuda", dtype=torch.float32)
-            self._inputs[*owner, shape] = (q, k, v, torch.empty_like(q), lse)
-        return self._inputs[*owner, shape]
+    def _tensors(self, problem: Problem, shape: ForwardShape) -> _Tensors:
+        """Of a shape: random, and the same for all candidates of a problem."""
+        if any(owner != problem for owner, _ in self._known):
+            self._known.clear()
+        if (problem, shape) not in self._known:
+            self._known[problem, shape] = self._fresh(problem, shape)
+        return self._known[problem, shape]
 
-    def _call(self, built: Built, shape: ForwardShape, tensors: tuple[Any, ...]) -> Any:
-        """The launch, with nothing left to do but to enqueue it."""
-        q, k, v, out, lse = tensors
+    def _fresh(self, problem: Problem, shape: ForwardShape) -> _Tensors:
+        torch = self._torch
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
+        generator = torch.Generator(device="cuda").manual_seed(shape.seqlen_q * 4099 + problem.head_dim)
+
+        def random(seqlen: int, heads: int) -> Any:
+            size = (shape.batch, seqlen, heads, problem.head_dim)
+            return torch.randn(size, generator=generator, device="cuda", dtype=dtype)
+
+        q = random(shape.seqlen_q, shape.num_heads)
+        k, v = random(shape.seqlen_k, shape.num_heads_kv), random(shape.seqlen_k, shape.num_heads_kv)
+        if problem.direction == "bwd":
+            from fa2gen.ops.dispatch import forward_cuda
+
+            dout = random(shape.seqlen_q, shape.num_heads)
+            out, lse = forward_cuda(q, k, v, _scale(problem), problem.mask == "causal")
+            return _Tensors((q, k, v, dout, out, lse), tuple(torch.empty_like(x) for x in (q, k, v)))
+        lse = torch.empty(shape.batch, shape.num_heads, shape.seqlen_q, device="cuda", dtype=torch.float32)
+        return _Tensors((q, k, v), (torch.empty_like(q), lse))
+
+    def _call(self, built: Built, shape: ForwardShape, tensors: _Tensors) -> Any:
+        """What is timed: with nothing left to do but to enqueue it."""
+        if built.spec.problem.direction == "bwd":
+            return self._backward(built, tensors)
+        (q, k, v), (out, lse) = tensors.inputs, tensors.results
         kernel: Kernel = built.handle()
         strides = {name: x.stride()[:3] for name, x in zip("qkvo", (q, k, v, out), strict=True)}
-        launch = kernel.prepare(shape, softmax_scale=built.spec.problem.head_dim**-0.5, **strides)
+        launch = kernel.prepare(shape, softmax_scale=_scale(built.spec.problem), **strides)
         at_q, at_k, at_v, at_out, at_lse, at_counter = (x.data_ptr() for x in (q, k, v, out, lse, self._counter))
         stream = self._torch.cuda.current_stream().cuda_stream
         return lambda: launch(at_q, at_k, at_v, at_out, at_lse, at_counter, stream)
+
+    def _backward(self, built: Built, tensors: _Tensors) -> Any:
+        from fa2gen.ops.backward import backward_cuda
+
+        q, k, v, dout, out, lse = tensors.inputs
+        problem, tiling = built.spec.problem, built.spec.tiling
+        scale, causal = _scale(problem), problem.mask == "causal"
+        return lambda: backward_cuda(
+            dout, q, k, v, out, lse, None, scale, causal, problem.deterministic, tiling, tensors.results
+        )
 
     @contextmanager
     def _judged(self, built: Built) -> Iterator[None]:

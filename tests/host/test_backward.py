@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fa2gen.cli import app
 from fa2gen.host import Options, build_library
 from fa2gen.host.backward import run_backward
 from fa2gen.plan import make_plan
@@ -39,6 +42,7 @@ TILINGS = (
     "fa2_bwd_sm90_bf16_d168_m64_n64_s2_w8",
     "fa2_bwd_sm90_fp16_d248_causal_m64_n64_s2_w8",
 )
+ONE_STAGE = ("fa2_bwd_sm90_fp16_d80_causal_m112_n128_s1_w8", "fa2_bwd_sm90_bf16_d136_causal_m64_n64_s1_w8")
 # One stage and two, 16 and 32 keys a warp, one to eight peers, 16 and 32 rows of dQ a warp, all widths of panels, and
 # columns that the warps share unevenly.
 SM80_TILINGS = (
@@ -117,7 +121,10 @@ def kernels():
         if name.split("_")[4] in ("d8", "d64", "d72", "d128", "d136", "d160", "d200", "d256")
     ]
     rest = [name for name in every_default() if name not in {*quick, *ALL_TILINGS}]
-    return [*dict.fromkeys((*ALL_TILINGS, *quick)), *(pytest.param(name, marks=pytest.mark.slow) for name in rest)]
+    return [
+        *dict.fromkeys((*ALL_TILINGS, *ONE_STAGE, *quick)),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in rest),
+    ]
 
 
 @pytest.mark.parametrize("name", kernels())
@@ -167,6 +174,19 @@ def test_sanitizers_are_silent(name):
     for sizes in (SOME_BLOCKS,) if name in SM80_TILINGS else (RAGGED, NO_KEYS):
         verdict, _ = run(name, sizes, sanitize=True)
         assert verdict.ok, verdict
+
+
+def test_verify_counts_what_moves():
+    """The command, with a kernel of each pass: the five products read more than the two do."""
+    moved = {}
+    for direction in ("fwd", "bwd"):
+        name = f"fa2_{direction}_sm90_bf16_d64_m128_n128_s2_w8"
+        done = CliRunner().invoke(app, ["verify", name, "--on", "host", "--stats", "--json"])
+        assert done.exit_code == 0, done.output
+        moved[direction] = [row["counts"]["wgmma"]["bytes"] for row in json.loads(done.stdout)]
+        table = CliRunner().invoke(app, ["verify", name, "--on", "host", "--stats"]).stdout
+        assert f"{name}, 1 x 113 x 203, heads 2:1" in table and "wavefronts" in table
+    assert all(b > 1.5 * f for f, b in zip(moved["fwd"], moved["bwd"], strict=True))
 
 
 @pytest.mark.parametrize("name", ALL_TILINGS)

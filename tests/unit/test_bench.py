@@ -6,22 +6,25 @@ import contextlib
 import itertools
 import math
 import os
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from fa2gen import cli_measure
-from fa2gen.bench import peers, protocol, provenance, report
+from fa2gen.bench import peers, protocol, provenance, report, run
 from fa2gen.bench.plot import plot
 from fa2gen.bench.points import PRESETS, Point, preset_points
 from fa2gen.errors import InvalidInput
 
 
-def row(preset="paper", head_dim=64, causal=False, seqlen=4096, heads_kv=None, **tflops):
+def row(preset="paper", head_dim=64, causal=False, seqlen=4096, heads_kv=None, direction="fwd", **tflops):
     heads = 2048 // head_dim
     return {
         "preset": preset,
-        "direction": "fwd",
+        "direction": direction,
         "head_dim": head_dim,
         "dtype": "bf16",
         "causal": causal,
@@ -61,6 +64,16 @@ def test_presets_can_be_narrowed():
         preset_points("paper", head_dims=[80])
     with pytest.raises(InvalidInput, match="no preset"):
         preset_points("papers")
+
+
+def test_backward_points_are_the_forward_ones():
+    for preset in ("paper", "odd", "gqa"):
+        forward, backward = preset_points(preset), preset_points(preset, direction="bwd")
+        assert [replace(point, direction="bwd") for point in forward] == backward
+        assert [point.flops for point in backward] == [2.5 * point.flops for point in forward]
+        assert {point.problem.direction for point in backward} == {"bwd"}
+    with pytest.raises(InvalidInput, match="forward only; bwd has paper, odd, gqa"):
+        preset_points("host", direction="bwd")
 
 
 def test_flops_as_the_paper_counts():
@@ -151,17 +164,92 @@ def test_missing_peers_are_named_with_the_reason(tmp_path):
     assert missing["fa3"].startswith("fa3.so does not load") and "flash_attn.cute" in missing["fa4"]
 
 
-def test_math_is_attention():
+@pytest.fixture
+def libraries(monkeypatch):
+    """FlashAttention-3 and -4 stand in, with the calls that theirs take, on the CPU."""
+    torch = pytest.importorskip("torch")
+    from fa2gen.reference import attention_backward_tiled, attention_reference
+
+    def fwd(q, k, v, *, softmax_scale, is_causal, num_splits):
+        return (*attention_reference(q, k, v, causal=is_causal, softmax_scale=softmax_scale), None, None)
+
+    def bwd(dout, q, k, v, out, lse, dq, dk, dv, *, softmax_scale, is_causal):
+        options = {"causal": is_causal, "softmax_scale": softmax_scale}
+        for x, right in zip((dq, dk, dv), attention_backward_tiled(dout, q, k, v, out, lse, **options), strict=True):
+            x.copy_(right)
+        return [lse]
+
+    def flash_attn_func(q, k, v, causal):
+        return attention_reference(q, k, v, causal=causal)
+
+    operators = SimpleNamespace(fwd=fwd, bwd=bwd)
+    monkeypatch.setattr(torch.ops, "flash_attn_3", operators, raising=False)
+    monkeypatch.setitem(sys.modules, "flash_attn_3", ModuleType("flash_attn_3"))
+    monkeypatch.setitem(sys.modules, "flash_attn_3._C", ModuleType("flash_attn_3._C"))
+    fa4 = ModuleType("flash_attn.cute")
+    fa4.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", fa4)
+    return operators
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_peers_compute_attention_and_its_gradients(libraries, direction, causal):
+    """fa2 is torch's own on the CPU too. A call can be repeated, and returns nothing but what is timed."""
+    torch = pytest.importorskip("torch")
+    from fa2gen.reference import attention_reference
+
+    found, missing = peers.find(["math", "fa2", "fa3", "fa4"], direction=direction)
+    assert not missing
+    point = Point("gqa", direction, 32, "bf16", causal, 2, 48, 4, 4)
+    q, k, v, dout = (torch.randn(2, 48, 4, 32) for _ in range(4))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out, _ = attention_reference(*leaves, causal=causal)
+    expected = (out.detach(),) if direction == "fwd" else torch.autograd.grad(out, leaves, dout)
+    for one in found:
+        with torch.no_grad(), one.context():
+            call = one.prepare(point, q, k, v, dout)
+            for results in (call(), call()):
+                torch.testing.assert_close(tuple(results), expected, msg=lambda text, one=one: f"{one.name}: {text}")
+    assert not any(x.requires_grad for x in (q, k, v))
+
+
+def test_math_of_grouped_heads():
     torch = pytest.importorskip("torch")
     from fa2gen.reference import attention_reference
 
     (math_peer,), _ = peers.find(["math"])
-    for causal in (False, True):
-        point = Point("gqa", "fwd", 32, "bf16", causal, 2, 48, 4, 2)
-        q = torch.randn(2, 48, 4, 32)
-        k, v = (torch.randn(2, 48, 2, 32) for _ in range(2))
-        expected, _ = attention_reference(q, k, v, causal=causal)
-        torch.testing.assert_close(math_peer.prepare(point, q, k, v)(), expected)
+    q, k, v = (torch.randn(2, 48, heads, 32) for heads in (4, 2, 2))
+    expected, _ = attention_reference(q, k, v, causal=True)
+    (out,) = math_peer.prepare(Point("gqa", "fwd", 32, "bf16", True, 2, 48, 4, 2), q, k, v, q)()
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_peer_without_a_backward_pass_is_missing(libraries):
+    del libraries.bwd
+    assert not peers.find(["fa3"])[1]
+    assert "registers no operator flash_attn_3::bwd" in peers.find(["fa3"], direction="bwd")[1]["fa3"]
+
+
+def test_a_family_without_a_backward_pass_is_missing(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(peers, "directions", lambda arch: ("fwd",))
+    _, missing = peers.find(["fa2gen-sm80"], direction="bwd")
+    assert missing == {"fa2gen-sm80": "there are no bwd kernels of sm80"}
+
+
+def test_only_gradients_have_a_deterministic_contestant():
+    assert "always deterministic" in peers.find(["fa2gen-sm90-det"])[1]["fa2gen-sm90-det"]
+
+
+def test_results_that_disagree_are_named():
+    torch = pytest.importorskip("torch")
+    truth = [torch.randn(4, 4) for _ in range(3)]
+    assert run._disagreement(truth, truth) is None
+    assert "its dk is 0.1 away" in run._disagreement([truth[0], truth[1] * 1.1, truth[2]], truth)
+    assert "its dv is nan away" in run._disagreement([truth[0], truth[1], truth[2] * math.nan], truth)
+    assert "its output is 1 away" in run._disagreement([truth[0] * 2], truth[:1])
 
 
 def test_clocks_as_nvidia_smi_prints_them():
@@ -221,6 +309,13 @@ def test_figures_from_a_result(document, tmp_path):
         plot({"provenance": {}, "rows": []}, tmp_path, "none")
 
 
+def test_figures_of_the_backward_pass(document, tmp_path):
+    pytest.importorskip("matplotlib")
+    document["rows"] = [{**one, "direction": "bwd"} for one in document["rows"] if one["preset"] == "paper"]
+    assert [path.name for path in plot(document, tmp_path, "h200-paper-bwd")] == ["h200-paper-bwd-bf16.png"]
+    assert [path.name for path in plot(document, tmp_path, "h200")] == ["h200-paper-bwd-bf16.png"]
+
+
 def test_bench_plot_command(document, tmp_path):
     pytest.importorskip("matplotlib")
     report.save(document, tmp_path / "h200-all.json")
@@ -249,7 +344,8 @@ def test_bench_without_a_gpu_says_so():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = CliRunner().invoke(cli_measure.app, ["bench", "--preset", "odd"])
-    assert done.exit_code == 3
-    assert "no NVIDIA GPU" in done.stderr
-    assert done.stdout == ""
+    for direction in ("fwd", "bwd"):
+        done = CliRunner().invoke(cli_measure.app, ["bench", "--preset", "odd", "--direction", direction])
+        assert done.exit_code == 3
+        assert "no NVIDIA GPU" in done.stderr
+        assert done.stdout == ""

@@ -134,6 +134,13 @@ def test_the_catalogue_is_what_the_issue_asks_for():
     assert catalogue() == [*catalogue()] and {*catalogue("sm80"), *catalogue("sm90")} == {*catalogue()}
 
 
+def test_backward_kernels_of_the_same_problems():
+    """Whoever builds the catalogue can train with what it serves."""
+    forward = {spec.problem for spec in catalogue("sm90") if spec.problem.direction == "fwd"}
+    backward = {spec.problem for spec in catalogue("sm90") if spec.problem.direction == "bwd"}
+    assert backward >= {problem.model_copy(update={"direction": "bwd"}) for problem in forward}
+
+
 def test_the_first_row_of_a_problem_wins():
     first: dict[tuple[Problem, str], Tiling] = {}
     for spec in catalogue():

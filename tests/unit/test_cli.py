@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 import fa2gen
 from fa2gen import env, verify
+from fa2gen.arch import ARCHES
 from fa2gen.cli import ExitStatus, app
 from fa2gen.errors import CompileError
-from fa2gen.plan import make_plan
+from fa2gen.plan import directions, make_plan
 from fa2gen.spec import KernelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +139,8 @@ def test_shim_works_from_anywhere(tmp_path):
         ("render fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8;exit", "is not a kernel name"),
         (f"render {NAME} --head-dim 64", "not both"),
         (f"render {NAME} --set tile_n=64", "not both"),
+        (f"render {NAME} --direction bwd", "not both"),
+        ("render --direction sideways", "bwd"),
         ("render --set tile_n", "FIELD=VALUE"),
         ("render --set tile_n=many", "FIELD=VALUE"),
         ("render --set tile_q=64", "did you mean 'tile_"),
@@ -151,6 +154,9 @@ def test_shim_works_from_anywhere(tmp_path):
         ("verify --on tpu", "gpu"),
         ("verify fa2", "is not a kernel name"),
         (f"verify {NAME} --arch sm80", "not both"),
+        (f"verify {NAME} --direction fwd", "not both"),
+        ("verify --stats", "add --on host"),
+        ("build --direction forward", "both"),
         ("cache nonsense", "nonsense"),
     ],
 )
@@ -201,6 +207,11 @@ def test_render_by_name_and_by_options():
     assert fa2("render", *by_options).stdout == by_name.stdout
 
 
+def test_render_of_a_backward_kernel():
+    shown = fa2("render", "--direction", "bwd", "--head-dim", "64").stdout
+    assert all(f"fa2_bwd_sm90_bf16_d64_m128_n128_s2_w8{part}(" in shown for part in ("_preprocess", "", "_postprocess"))
+
+
 def test_render_is_what_the_library_renders():
     from fa2gen.render import render
 
@@ -213,13 +224,13 @@ def test_render_origins():
     assert any(line.startswith("sm90/fwd.cu.j2:") for line in lines)
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm90"])
-def test_plan_lists_what_fits_with_the_default_first(arch):
+@pytest.mark.parametrize(("arch", "direction"), [(arch, way) for arch in ARCHES for way in directions(arch)])
+def test_plan_lists_what_fits_with_the_default_first(arch, direction):
     from fa2gen.cli import _tiling
     from fa2gen.spec import Problem
 
-    rows = fa2("plan", "--arch", arch, "--head-dim", "256", "--json").json
-    problem = Problem(head_dim=256)
+    rows = fa2("plan", "--arch", arch, "--direction", direction, "--head-dim", "256", "--json").json
+    problem = Problem(direction=direction, head_dim=256)
     assert rows[0]["name"] == KernelSpec(problem=problem, tiling=_tiling(problem, arch)).name
     assert len({row["name"] for row in rows}) == len(rows) > 1
     assert all(0 < row["shared_memory_bytes"] <= row["shared_memory_limit"] for row in rows)
@@ -237,6 +248,8 @@ def test_plan_says_why_not():
     done = fa2("plan", "fa2_fwd_sm90_bf16_d256_m128_n128_s2_w8")
     assert "InfeasibleSpec: fa2_fwd_sm90_bf16_d256_m128_n128_s2_w8 does not fit sm90" in done.stderr
     assert "shared memory" in done.stderr and "nearest" in done.stderr
+    backward = fa2("plan", "fa2_bwd_sm90_bf16_d256_m128_n128_s2_w8").stderr.split("List every fit: fa2gen ")[1]
+    assert len(fa2(*backward.split(), "--json").json) > 1  # what it says can be typed
 
 
 # build, list, cache
@@ -249,23 +262,20 @@ def test_build_then_list_then_clear(cache, tmp_path):
     assert not any(row["cached"] for row in fa2("list", *wanted, "--json").json)
     built = fa2("build", *wanted, "--out", str(out), "--jobs", "2", "--json")
     assert built.status == ExitStatus.DONE
-    assert [(row["dtype"], row["mask"]) for row in built.json] == [
-        ("fp16", "full"),
-        ("fp16", "causal"),
-        ("bf16", "full"),
-        ("bf16", "causal"),
-    ]
+    kinds = [(way, dtype, mask) for way in ("fwd", "bwd") for dtype in ("fp16", "bf16") for mask in ("full", "causal")]
+    assert [(row["direction"], row["dtype"], row["mask"]) for row in built.json] == kinds
     for row in built.json:
         assert row.keys() >= BUILD_KEYS
-        assert (row["arch"], row["direction"], row["head_dim"]) == ("sm90", "fwd", 8)
+        assert (row["arch"], row["head_dim"]) == ("sm90", 8)
         assert row["registers"] > 0 and row["shared_memory_bytes"] > 0 and row["compile_seconds"] > 0
         assert (row["spill_bytes"], row["notes"]) == (0, [])
-    assert "4 kernels in" in built.stderr and "(0 from the cache)" in built.stderr
+    assert "8 kernels in" in built.stderr and "(0 from the cache)" in built.stderr
     assert (out / "manifest.json").is_file()
 
     again = fa2("build", *wanted)
-    assert "(4 from the cache)" in again.stderr
+    assert "(8 from the cache)" in again.stderr
     assert all(row["name"] in again.stdout for row in built.json)
+    assert "(4 from the cache)" in fa2("build", *wanted, "--direction", "bwd").stderr
     assert all(row["cached"] for row in fa2("list", *wanted, "--json").json)
 
     names = {row["name"] for row in built.json}
@@ -273,9 +283,37 @@ def test_build_then_list_then_clear(cache, tmp_path):
     assert {meta["name"] for meta in fa2("cache", "list", "--json").json} == names
     assert all(name in fa2("cache", "list").stdout for name in names)
     size = fa2("cache", "size", "--json").json
-    assert (size["kernels"], size["dir"]) == (4, str(cache)) and size["bytes"] > 0
+    assert (size["kernels"], size["dir"]) == (8, str(cache)) and size["bytes"] > 0
     assert fa2("cache", "clear").status == ExitStatus.DONE
     assert fa2("cache", "size", "--json").json["kernels"] == 0
+
+
+def test_a_built_folder_serves_both_passes(cache, tmp_path, monkeypatch):
+    """What the selector asks for at run time is in it, and nothing is generated or compiled."""
+    from fa2gen import store
+    from fa2gen.explain import KNOWN_DEVICES
+    from fa2gen.select import select
+    from fa2gen.spec import Problem
+
+    out = tmp_path / "out"
+    assert fa2("build", "--arch", "sm90", "--head-dim", "8", "--out", str(out)).status == ExitStatus.DONE
+    monkeypatch.setenv("FA2GEN_CACHE_DIR", str(tmp_path / "empty"))
+    monkeypatch.setenv("FA2GEN_AOT_DIR", str(out))
+    monkeypatch.setenv("FA2GEN_DISABLE_JIT", "1")
+    monkeypatch.setattr(store, "plan_unit", None)
+    for direction in directions("sm90"):
+        chosen = select(Problem(direction=direction, head_dim=8, mask="causal"), KNOWN_DEVICES[0])
+        entry = store.Store().get_or_compile(chosen.plan, chosen.target)
+        assert entry.name == chosen.plan.name and entry.cubin.startswith(b"\x7fELF")
+
+
+def test_a_pass_that_a_family_lacks_is_refused(cache, monkeypatch):
+    monkeypatch.setattr("fa2gen.plan.directions", lambda arch: ("fwd", "bwd") if arch == "sm90" else ("fwd",))
+    for command in ("build", "list", "verify --on host"):
+        done = fa2(*command.split(), "--arch", "sm80", "--direction", "bwd")
+        assert done.status == ExitStatus.USAGE
+        assert "sm80 has no bwd kernels; sm90 has" in done.stderr
+    assert {row["direction"] for row in fa2("list", "--arch", "sm80", "--json").json} == {"fwd"}
 
 
 def test_build_needs_no_torch(cache):
@@ -287,7 +325,7 @@ def test_build_needs_no_torch(cache):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)) == 4
+    assert len(json.loads(done.stdout)) == 8
 
 
 def test_build_reports_every_failure(cache, monkeypatch):
@@ -302,22 +340,27 @@ def test_build_reports_every_failure(cache, monkeypatch):
     monkeypatch.setattr("fa2gen.store.compile_unit", flaky)
     done = fa2("build", "--arch", "sm90", "--head-dim", "8", "--json")
     assert done.status == ExitStatus.FAILED
-    assert [row["error"] is None for row in done.json] == [True, False, True, False]
-    assert done.stderr.count("does not compile") == 2
-    assert "2 failed" in done.stderr
+    assert [row["error"] is None for row in done.json] == [True, False] * 4
+    assert done.stderr.count("does not compile") == 4
+    assert "4 failed" in done.stderr
 
 
 def test_list_is_the_catalogue():
-    """Family by family: what specs/ writes, in its order, then what was tuned and is not among it."""
+    """Family by family and pass by pass: what specs/ writes, in its order, then what was tuned and is not among it."""
     from fa2gen.catalog import catalogue, tuned_rows
 
     rows = fa2("list", "--json").json
     assert [row["arch"] for row in rows] == sorted(row["arch"] for row in rows)
-    for arch in ("sm80", "sm90"):
-        names = [row["name"] for row in fa2("list", "--arch", arch, "--json").json]
-        assert names == [row["name"] for row in rows if row["arch"] == arch]
-        written = [spec.name for spec in catalogue(arch)]
-        tuned = {row.kernel for (_, family), found in tuned_rows().items() for row in found if family == arch}
+    for arch, direction in ((name, way) for name in ARCHES for way in directions(name)):
+        names = [row["name"] for row in fa2("list", "--arch", arch, "--direction", direction, "--json").json]
+        assert names == [row["name"] for row in rows if (row["arch"], row["direction"]) == (arch, direction)]
+        written = [spec.name for spec in catalogue(arch) if spec.problem.direction == direction]
+        tuned = {
+            row.kernel
+            for (problem, family), found in tuned_rows().items()
+            for row in found
+            if (family, problem.direction) == (arch, direction)
+        }
         assert names[: len(written)] == written
         assert sorted(names[len(written) :]) == sorted(tuned - {*written})
 
@@ -352,16 +395,25 @@ def test_verify_on_host_without_a_compiler_is_status_3(monkeypatch):
 
 @pytest.fixture
 def host(monkeypatch):
-    """fa2gen.host stands in: `host.forward_into` computes right answers until a test replaces it."""
-    from fa2gen.reference import attention_reference
+    """fa2gen.host stands in: its two functions compute right answers until a test replaces them."""
+    from fa2gen.host import Options, Report
+    from fa2gen.reference import attention_backward_tiled, attention_reference
 
-    def forward_into(spec: KernelSpec, out: Any, lse: Any, q: Any, k: Any, v: Any) -> None:
+    def forward_into(spec: KernelSpec, out: Any, lse: Any, q: Any, k: Any, v: Any, options: Options) -> Report:
         right_out, right_lse = attention_reference(q, k, v, causal=spec.problem.mask == "causal")
         out.copy_(right_out)
         lse.copy_(right_lse)
+        return Report(0.0)
+
+    def run_backward(plan: Any, dq: Any, dk: Any, dv: Any, *tensors: Any, options: Options) -> Report:
+        for x, right in zip((dq, dk, dv), attention_backward_tiled(*tensors, causal=plan.causal), strict=True):
+            x.copy_(right)
+        return Report(0.0)
 
     module = types.ModuleType("fa2gen.host")
+    module.Options = Options
     module.forward_into = forward_into
+    module.run_backward = run_backward
     monkeypatch.setitem(sys.modules, "fa2gen.host", module)
     monkeypatch.setattr(fa2gen, "host", module, raising=False)
     monkeypatch.setattr(verify, "nothing_to_run_on", lambda place: None)
@@ -369,19 +421,28 @@ def host(monkeypatch):
 
 
 CAUSAL = "fa2_fwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
+BACKWARD = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
 
 
-def test_verify_right_answers(host):
-    done = fa2("verify", CAUSAL, "--on", "host", "--json")
+@pytest.mark.parametrize("name", [CAUSAL, BACKWARD])
+def test_verify_right_answers(host, name):
+    done = fa2("verify", name, "--on", "host", "--json")
     assert done.status == ExitStatus.DONE
     assert len(done.json) == len(verify.SHAPES["host"])
     for row in done.json:
         assert row.keys() >= VERIFY_KEYS
-        assert (row["name"], row["ok"], row["error"]) == (CAUSAL, True, None)
+        assert (row["name"], row["ok"], row["error"], row["counts"]) == (name, True, None, {})
         assert row["max_error"] <= row["max_allowed"] and row["mean_error"] <= row["mean_allowed"]
         assert row["shape"].keys() == {"batch", "seqlen_q", "seqlen_k", "heads", "heads_kv"}
-    human = fa2("verify", CAUSAL, "--on", "host")
-    assert CAUSAL in human.stdout and "all right" in human.stderr
+    human = fa2("verify", name, "--on", "host")
+    assert name in human.stdout and "all right" in human.stderr
+
+
+def test_verify_of_one_direction(host):
+    wanted = ("verify", "--on", "host", "--arch", "sm90", "--head-dim", "64", "--json")
+    names = {way: {row["name"] for row in fa2(*wanted, "--direction", way).json} for way in ("fwd", "bwd", "both")}
+    assert names["both"] == names["fwd"] | names["bwd"] and BACKWARD in names["bwd"]
+    assert all(name.startswith(f"fa2_{way}_") for way in ("fwd", "bwd") for name in names[way])
 
 
 def wrong_value(out: Any, lse: Any) -> None:
@@ -408,9 +469,10 @@ def one_too_early(out: Any, lse: Any) -> None:
 def test_verify_catches(host, fault):
     right = host.forward_into
 
-    def faulty(spec: KernelSpec, out: Any, lse: Any, *qkv: Any) -> None:
-        right(spec, out, lse, *qkv)
+    def faulty(spec: KernelSpec, out: Any, lse: Any, *qkv: Any, **options: Any) -> Any:
+        report = right(spec, out, lse, *qkv, **options)
         fault(out, lse)
+        return report
 
     host.forward_into = faulty
     done = fa2("verify", CAUSAL, "--on", "host", "--json")
@@ -420,8 +482,24 @@ def test_verify_catches(host, fault):
     assert "WRONG" in fa2("verify", CAUSAL, "--on", "host").stdout
 
 
+@pytest.mark.parametrize("fault", [wrong_value, unwritten, one_too_many])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_verify_catches_in_each_gradient(host, fault, which):
+    right = host.run_backward
+
+    def faulty(plan: Any, *tensors: Any, **options: Any) -> Any:
+        report = right(plan, *tensors, **options)
+        fault(tensors[which], None)
+        return report
+
+    host.run_backward = faulty
+    done = fa2("verify", BACKWARD, "--on", "host", "--json")
+    assert done.status == ExitStatus.FAILED
+    assert not any(row["ok"] for row in done.json)
+
+
 def test_verify_of_a_kernel_that_does_not_run(host):
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise CompileError("no compiler")
 
     host.forward_into = fail
@@ -445,6 +523,10 @@ def test_doctor(cache):
     assert found["compiler"]["nvrtc"] and found["compiler"]["error"] is None
     assert found["cache"]["dir"] == str(cache)
     assert {row["head_dim"] for row in found["kernels"]} == {64, 128, 256}
+    if not found["driver"]["gpus"]:  # one of each family then, with the passes that it has
+        shown = {(row["device"], row["direction"]) for row in found["kernels"]}
+        assert shown == {(arch, direction) for arch in ARCHES for direction in directions(arch)}
+        assert all(row["name"] for row in found["kernels"])
     human = fa2("doctor").stdout
     assert all(label in human for label in ("fa2gen", "compiler", "driver", "torch", "cache", "kernels", "problems"))
 

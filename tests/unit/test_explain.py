@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from fa2gen import cli_measure
 from fa2gen.catalog import TunedRow
+from fa2gen.compile import ResourceReport
 from fa2gen.errors import CompileError, InvalidInput
 from fa2gen.explain import KNOWN_DEVICES, device_named, explain, lines, shared_memory_map
 from fa2gen.plan import make_plan
@@ -74,6 +77,38 @@ def test_a_tuned_row_is_explained(tuned):
     json.dumps(found.to_json(), allow_nan=False)
 
 
+def test_a_backward_choice_is_explained(tuned, monkeypatch):
+    problem = Problem(direction="bwd", head_dim=80, mask="causal")
+    name = KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")).name
+    counts = {name: 168, f"{name}_preprocess": 38, f"{name}_postprocess": 34}
+    compiled = SimpleNamespace(report=ResourceReport(168, 0, 0, 0, 1, 0.5, (), counts))
+    monkeypatch.setattr("fa2gen.store.Store.get_or_compile", lambda *_: compiled)
+    found = explain(problem, H200, seqlen=4096)
+    assert found.kernel == name and [kernel["symbol"] for kernel in found.kernels] == [
+        f"{name}_preprocess",
+        name,
+        f"{name}_postprocess",
+    ]
+    text = text_of(found)
+    assert text.startswith("problem       bwd, head dim 80, bf16, causal mask, seqlen 4096, on NVIDIA H200")
+    assert "168 registers a thread at the launch" in text
+    assert "preprocess: 38 registers a thread, 128 threads, 0 B of shared memory" in text
+    assert "postprocess: 34 registers a thread, 160 threads, 16,384 B of shared memory" in text
+    assert any(other.cycles for other in found.alternatives)
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 144, 256])
+def test_the_backward_map_is_gapless(head_dim):
+    problem = Problem(direction="bwd", head_dim=head_dim)
+    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
+    spans = list(shared_memory_map(plan))
+    assert [offset for _, offset, _ in spans] == list(itertools.accumulate([0, *(size for *_, size in spans[:-1])]))
+    assert sum(size for *_, size in spans) == plan.shared_memory_bytes
+    staged = ["dq"] if head_dim <= 128 else []  # else it has no place there
+    assert [name for name, *_ in spans] == ["k", "v", "q", "dout", "ds", *staged, "lse", "dpsum", "barriers"]
+
+
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 def test_the_map_is_gapless(head_dim):
     problem = Problem(head_dim=head_dim)
@@ -102,5 +137,7 @@ def test_command():
     )
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("problem       fwd, head dim 80, bf16, causal mask, seqlen 4096, on NVIDIA H200")
+    done = runner.invoke(cli_measure.app, ["explain", "--head-dim", "72", "--direction", "bwd"])
+    assert done.exit_code == 0 and done.stdout.startswith("problem       bwd, head dim 72")
     done = runner.invoke(cli_measure.app, ["explain", "--head-dim", "72", "--json"])
     assert json.loads(done.stdout)["problem"]["head_dim"] == 72

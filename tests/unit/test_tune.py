@@ -17,7 +17,7 @@ from fa2gen.errors import Fa2GenError, InvalidInput
 from fa2gen.plan import feasible, feasible_tilings, fits, make_plan
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem, Tiling
-from fa2gen.tune import batch, record, space
+from fa2gen.tune import batch, cost_bwd, record, space
 from fa2gen.tune.cost import VARIANTS_PER_SHAPE, block_cycles, cycles, prune
 from fa2gen.tune.journal import Journal, key_of
 from fa2gen.tune.search import ATTEMPTS, FINALISTS, Built, DeviceLost, Search, candidates, ranges
@@ -53,6 +53,17 @@ def test_enumeration_is_brute_force(head_dim):
     assert set(found) == expected
 
 
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 144, 256])
+def test_backward_enumeration_is_brute_force(head_dim):
+    problem = Problem(direction="bwd", head_dim=head_dim)
+    grid = itertools.product(range(48, 129, 16), range(16, 257, 16), range(1, 5), (4, 8, 12), (128, 64, 32), (0, 1))
+    names = ("tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes", "lazy_rescale")
+    tilings = [Tiling(arch="sm90", **dict(zip(names, values, strict=True))) for values in grid]
+    expected = {tiling for tiling in tilings if fits(KernelSpec(problem=problem, tiling=tiling))}
+    found = list(space.tilings(problem, "sm90"))
+    assert len(found) == len(set(found)) and set(found) == expected
+
+
 def test_every_setting_of_every_switch_is_tried():
     """Brute force over the fields themselves: any Literal of Tiling that is not a shape, a depth or a swizzle."""
     problem = Problem(head_dim=256)
@@ -71,8 +82,9 @@ def test_every_setting_of_every_switch_is_tried():
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 24))
 @pytest.mark.parametrize("mask", ["full", "causal"])
-def test_candidates_are_feasible_and_begin_with_the_default(head_dim, mask):
-    problem = Problem(head_dim=head_dim, mask=mask)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_candidates_are_feasible_and_begin_with_the_default(head_dim, mask, direction):
+    problem = Problem(direction=direction, head_dim=head_dim, mask=mask)
     specs = candidates(problem, "sm90", SEQLENS, keep=12)
     assert specs[0].tiling == default_tiling(problem, "sm90")
     assert len(specs) == len(set(specs)) and len(specs) <= 13
@@ -106,28 +118,68 @@ def test_pruning_keeps_what_the_model_likes_and_some_variety():
     assert cost(kept[0]) == pytest.approx(min(map(cost, tilings)))
 
 
-# Fraction of the tensor cores' peak in SM cycles, measured with prototypes on an H200 at seqlen 8192, full mask:
-# (head dim, tile_m, tile_n, warps).
+# Fraction of the tensor cores' peak in SM cycles, measured with prototypes on an H200 at seqlen 8192, full mask; of the
+# main kernel backward: (direction, head dim, tile_m, tile_n, warps).
 MEASURED = {
-    (128, 128, 128, 8): 0.770,
-    (128, 128, 160, 8): 0.779,
-    (128, 128, 176, 8): 0.785,
-    (128, 128, 192, 8): 0.801,
-    (64, 192, 128, 12): 0.560,
-    (64, 128, 128, 8): 0.485,
-    (64, 128, 192, 8): 0.468,
-    (256, 128, 80, 8): 0.857,
-    (256, 128, 64, 8): 0.827,
+    ("fwd", 128, 128, 128, 8): 0.770,
+    ("fwd", 128, 128, 160, 8): 0.779,
+    ("fwd", 128, 128, 176, 8): 0.785,
+    ("fwd", 128, 128, 192, 8): 0.801,
+    ("fwd", 64, 192, 128, 12): 0.560,
+    ("fwd", 64, 128, 128, 8): 0.485,
+    ("fwd", 64, 128, 192, 8): 0.468,
+    ("fwd", 256, 128, 80, 8): 0.857,
+    ("fwd", 256, 128, 64, 8): 0.827,
+    ("bwd", 128, 64, 128, 8): 0.691,
+    ("bwd", 128, 80, 128, 8): 0.721,
+    ("bwd", 64, 128, 128, 8): 0.591,
 }
 
 
 @pytest.mark.parametrize("shape", MEASURED, ids=str)
 def test_the_model_is_near_what_was_measured(shape):
-    head_dim, tile_m, tile_n, warps = shape
+    direction, head_dim, tile_m, tile_n, warps = shape
     tiling = Tiling(arch="sm90", tile_m=tile_m, tile_n=tile_n, num_stages=2, num_mma_warps=warps)
-    plan = make_plan(KernelSpec(problem=Problem(head_dim=head_dim), tiling=tiling))
-    ideal = 4 * tile_m * tile_n * head_dim / 4096  # FLOPs of an SM in one cycle
+    plan = make_plan(KernelSpec(problem=Problem(direction=direction, head_dim=head_dim), tiling=tiling))
+    products = {"fwd": 2, "bwd": 5}[direction]
+    ideal = products * 2 * tile_m * tile_n * head_dim / 4096  # FLOPs of an SM in one cycle
     assert ideal / block_cycles(plan) == pytest.approx(MEASURED[shape], rel=0.07)
+
+
+def test_the_backward_model_counts_operand_reads():
+    """A from shared memory and every B, 128 bytes a cycle: counted by hand; with 2.5 times the forward's products."""
+    for name, cycles_of_reads in (
+        ("fa2_bwd_sm90_bf16_d64_m128_n128_s2_w8", 1792),
+        ("fa2_bwd_sm90_bf16_d128_m64_n128_s2_w8", 2048),
+        ("fa2_bwd_sm90_bf16_d128_m80_n128_s2_w8", 2368),
+    ):
+        plan = make_plan(KernelSpec.from_name(name))
+        read = sum(count * (a_bytes + 32 * n) for count, n, a_bytes in cost_bwd._wgmmas(plan))
+        assert read / 128 == cycles_of_reads
+        assert sum(count * n / 2 for count, n, _ in cost_bwd._wgmmas(plan)) == (
+            10 * plan.tile_m * plan.tile_n * plan.head_dim / 4096
+        )
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize(("tile_m", "tile_n"), [(64, 128), (80, 128), (64, 64)])
+def test_blocks_of_queries_by_brute_force(mask, tile_m, tile_n):
+    tiling = Tiling(arch="sm90", tile_m=tile_m, tile_n=tile_n, num_mma_warps=8)
+    plan = make_plan(KernelSpec(problem=Problem(direction="bwd", head_dim=128, mask=mask), tiling=tiling))
+    for seqlen in (1, 100, 128, 600, 1024):
+        expected = []
+        for first_key in range(0, seqlen, tile_n):
+            seen = [i for i in range(seqlen) if mask == "full" or i >= first_key]
+            expected.append(len({i // tile_m for i in seen}))
+        assert cost_bwd.blocks(plan, seqlen) == expected
+
+
+def test_both_families_have_a_backward_model():
+    """Of sm80 by the facts that every plan has: more work than the forward pass, and more for a single stage."""
+    one, two = (Tiling(arch="sm80", tile_m=64, tile_n=64, num_stages=s, num_mma_warps=4) for s in (1, 2))
+    plans = [make_plan(KernelSpec(problem=Problem(head_dim=64), tiling=tiling)) for tiling in (one, two)]
+    single, ring = (cost_bwd.block_cycles(plan) for plan in plans)
+    assert single > ring > 2.5 * 4 * 64 * 64 * 64 / 2048
 
 
 def test_the_model_counts_ragged_tiles_and_causal_blocks():
@@ -363,6 +415,18 @@ def test_rows_survive_the_disk(tmp_path):
     assert read_tuned(path) == [*rows, *other]
 
 
+def test_backward_rows_have_a_file_of_their_own(tmp_path):
+    problem = Problem(direction="bwd", head_dim=80, mask="causal")
+    runner = FakeRunner(lambda tiling, _: tiling.tile_m)
+    found = search(runner).run(problem, "sm90")
+    rows = record.rows_of(found, ORIGIN)
+    path = record.write(rows, tmp_path)
+    assert path.name == "nvidia-h200-sm90-bwd-d80.toml" and read_tuned(path) == rows
+    assert found.winners[0].spec.tiling.tile_m == 112  # with one stage, beside what the default has with two
+    record.write(record.rows_of(search(FakeRunner(favourite)).run(PROBLEM, "sm90"), ORIGIN), tmp_path)
+    assert read_tuned(path) == rows
+
+
 def test_another_gpus_rows_have_another_file(tmp_path):
     found = search(FakeRunner(favourite)).run(PROBLEM, "sm90")
     first = record.write(record.rows_of(found, ORIGIN), tmp_path)
@@ -419,6 +483,12 @@ def test_a_batch_without_budget_measures_nothing(tmp_path):
     assert "run again" in outcomes[0].error and not runner.calls and not list(tmp_path.iterdir())
 
 
+def test_problems_of_a_direction():
+    todo = batch.problems([40, 80], ["bf16"], ["causal"], "bwd")
+    assert todo == [Problem(direction="bwd", head_dim=d, mask="causal") for d in (40, 80)]
+    assert {problem.direction for problem in batch.problems([40], ["bf16"], ["full"])} == {"fwd"}
+
+
 def test_one_problems_failure_is_its_own(tmp_path):
     todo = batch.problems([72, 80], ["bf16"], ["causal"])
     wrong = {candidates(todo[0], "sm90", SEQLENS, 8)[0].name}
@@ -459,7 +529,17 @@ def test_dry_run_needs_no_gpu():
     assert text.exit_code == 0 and "of 4 problems; nothing was measured" in text.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--head-dim", "80", "--mask", "window"], []])
+def test_dry_run_of_the_backward_pass():
+    problem = Problem(direction="bwd", head_dim=80, mask="causal")
+    arguments = ["tune", "--direction", "bwd", "--head-dim", "80", "--mask", "causal", "--dry-run", "--json"]
+    done = CliRunner().invoke(cli_measure.app, arguments)
+    assert done.exit_code == 0, done.output
+    names = [row["kernel"] for row in json.loads(done.stdout)]
+    assert names == [spec.name for spec in candidates(problem, "sm90", SEQLENS, 40)]
+    assert len(names) > 4 and all(name.startswith("fa2_bwd_sm90_bf16_d80_causal_") for name in names)
+
+
+@pytest.mark.parametrize("arguments", [["--head-dim", "80", "--mask", "window"], [], ["--direction", "both"]])
 def test_tune_usage(arguments):
     assert CliRunner().invoke(cli_measure.app, ["tune", *arguments]).exit_code == 2
 
@@ -468,5 +548,6 @@ def test_tune_without_a_gpu_says_so():
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = CliRunner().invoke(cli_measure.app, ["tune", "--head-dim", "80"])
-    assert done.exit_code == 3 and "no NVIDIA GPU" in done.stderr
+    for direction in ("fwd", "bwd"):
+        done = CliRunner().invoke(cli_measure.app, ["tune", "--head-dim", "80", "--direction", direction])
+        assert done.exit_code == 3 and "no NVIDIA GPU" in done.stderr

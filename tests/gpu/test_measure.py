@@ -1,0 +1,47 @@
+"""`bench` and `tune` with a device: everybody runs and agrees, whatever the time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fa2gen.bench import peers
+from fa2gen.bench.points import preset_points
+from fa2gen.bench.run import Bench
+from fa2gen.plan import directions
+from fa2gen.spec import Problem
+from fa2gen.tune.gpu import GpuRunner
+from fa2gen.tune.journal import Journal
+from fa2gen.tune.search import Search
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+
+@pytest.mark.parametrize("direction", directions("sm90"))
+def test_bench(direction):
+    """Ours and torch's own at the shortest point: all agree, and each kernel of ours has a time."""
+    found, missing = peers.find(["fa2gen-sm90", "cudnn", "fa2", "math"], direction=direction)
+    assert not missing
+    run = Bench(found, missing, "fa2gen bench", parts=True)
+    for row in run.rows(preset_points("paper", head_dims=[64], seqlens=[512], direction=direction), seconds=0.05):
+        assert row["tflops"].keys() == {one.name for one in found} and min(row["tflops"].values()) > 0
+        assert len(row["parts"]["fa2gen-sm90"]) == (1 if direction == "fwd" else 3)
+    document = run.result()
+    assert not document["provenance"]["missing"]
+    assert all(name.startswith(f"fa2_{direction}_sm90_") for name in document["provenance"]["kernels"])
+
+
+@pytest.mark.parametrize("direction", directions("sm90"))
+def test_tune(direction):
+    """Candidates are built, checked and timed, and a second run finds all of it in the journal."""
+    problem, journal = Problem(direction=direction, head_dim=80, mask="causal"), Journal(None)
+    runner = GpuRunner("sm90")
+    try:
+        found = Search(runner, journal, (512,), keep=3).run(problem, "sm90")
+        assert found.complete and found.num_candidates >= 2
+        assert all(min(winner.tflops) > 0 for winner in found.winners)
+        assert Search(runner, journal, (512,), keep=3).run(problem, "sm90") == found
+    finally:
+        runner.close()
