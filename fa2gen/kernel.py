@@ -23,7 +23,7 @@ from fa2gen.launch import ForwardShape, Launch, backward_launch, forward_launch
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.plan import KernelPlan, TensorMapPlan
 from fa2gen.plan.base import EntryPoint
-from fa2gen.plan.sm90_bwd import Sm90BwdPlan
+from fa2gen.plan.bwd import BackwardPlan
 
 with CUDA_CORE_IMPORT:
     from cuda.core import Device, ObjectCode
@@ -41,9 +41,9 @@ _MAX_STRIDE_BYTES = 2**40 - 1
 _REMEMBERED_MAPS = 64  # encoded tensor maps kept for each argument of a launch; 128 bytes each
 
 _ADDRESSES = ("q", "k", "v", "o", "lse", "tile_counter")  # the order of PreparedLaunch's arguments
-# The order of PreparedBackward's arguments: what tensor maps point to, then what Params does.
-_BACKWARD_MAPS = ("q", "k", "v", "dout", "dk", "dv", "dq")
-_BACKWARD_POINTERS = ("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc")
+# What tensor maps and Params of backward kernels point to, in the order of PreparedBackward's addresses.
+_BACKWARD_TENSORS = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
+_BACKWARD_ADDRESSES = (*_BACKWARD_TENSORS, "lse", "dlse", "lse_log2", "dpsum", "dq_acc", "dq_turns")
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _SWIZZLE = {span: int(getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{span}B")) for span in (32, 64, 128)}
 _DATA_TYPE = {
@@ -213,7 +213,7 @@ class PreparedBackward:
 
     def __init__(self, kernel: Kernel, shape: ForwardShape, strides: dict[str, Strides], softmax_scale: float) -> None:
         plan = kernel.plan
-        assert isinstance(plan, Sm90BwdPlan)
+        assert isinstance(plan, BackwardPlan)
         try:
             launch = backward_launch(plan, shape, softmax_scale)
         except OverflowError as error:
@@ -226,15 +226,18 @@ class PreparedBackward:
         self.num_dq_turns = launch.num_dq_turns
         self._lock = threading.Lock()
 
-        names = (*_BACKWARD_POINTERS, *(("dq_turns",) if plan.deterministic else ()))
-        values: dict[str, Any] = {**dict.fromkeys(names, 0), **launch.values}
-        for name in ("o", "dout"):
+        values: dict[str, Any] = {**dict.fromkeys(_BACKWARD_ADDRESSES, 0), **launch.values}
+        for name in _BACKWARD_TENSORS:
             values |= zip((f"{name}_{step}_stride" for step in ("batch", "row", "head")), strides[name], strict=True)
         maps = [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps]
-        assert tuple(tensor_map.name for tensor_map in maps) == _BACKWARD_MAPS
-        assert tuple(param.name for param in plan.params[: len(names)]) == names
         self._block = block = _ArgumentBlock(plan, shape, maps, values, strides)
+        indices = (_BACKWARD_ADDRESSES.index(tensor_map.name) for tensor_map in maps)
+        self._maps = tuple(zip(indices, block.maps, strict=True))
+
+        names = [param.name for param in plan.params if param.name in _BACKWARD_ADDRESSES]
+        assert names == [param.name for param in plan.params[: len(names)]], "addresses must lead Params"
         self._pack = struct.Struct(f"<{len(names)}Q").pack_into
+        self._pick = itemgetter(*(_BACKWARD_ADDRESSES.index(name) for name in names))
 
         # Every kernel's own maps, then the Params that all share.
         self._pointers = []
@@ -272,15 +275,13 @@ class PreparedBackward:
         """
         lse_log2, dpsum = scratch, scratch + 4 * self.statistics_floats
         dq_acc = dpsum + 4 * self.statistics_floats
-        dq_turns = (dq_acc + 4 * self.dq_acc_floats,) if self.num_dq_turns else ()
+        addresses = (q, k, v, o, dout, dq, dk, dv, lse, dlse, lse_log2, dpsum, dq_acc, dq_acc + 4 * self.dq_acc_floats)
         handle = _stream(stream)
         with self._lock:
-            for tensor_map, address in zip(self._block.maps, (q, k, v, dout, dk, dv, dq), strict=True):
-                if address != tensor_map.address:
-                    tensor_map.point_to(address)
-            self._pack(
-                self._block.memory, self._block.params_at, o, dout, lse, dlse, lse_log2, dpsum, dq_acc, *dq_turns
-            )
+            for index, tensor_map in self._maps:
+                if addresses[index] != tensor_map.address:
+                    tensor_map.point_to(addresses[index])
+            self._pack(self._block.memory, self._block.params_at, *self._pick(addresses))
             for launch in self._launches:
                 _launch(self.kernel, *launch, handle)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fa2gen.layout import ELEMENT_BYTES, ceil_div
 from fa2gen.plan import KernelPlan
-from fa2gen.plan.sm90_bwd import Sm90BwdPlan
+from fa2gen.plan.bwd import BackwardPlan
 
 __all__ = ["BackwardLaunch", "ForwardShape", "Launch", "backward_launch", "forward_launch"]
 
@@ -102,7 +102,7 @@ class BackwardLaunch:
     num_dq_turns: int
 
 
-def backward_launch(plan: Sm90BwdPlan, shape: ForwardShape, softmax_scale: float) -> BackwardLaunch:
+def backward_launch(plan: BackwardPlan, shape: ForwardShape, softmax_scale: float) -> BackwardLaunch:
     """Grids and Params of a backward kernel. Raises OverflowError when a count does not fit a 32-bit integer."""
     num_m_blocks = ceil_div(shape.seqlen_q, plan.tile_m)
     num_n_blocks = ceil_div(shape.seqlen_k, plan.tile_n)

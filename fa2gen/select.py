@@ -15,6 +15,7 @@ from fa2gen.arch import ARCHES, ArchName
 from fa2gen.catalog import TunedRow, tuned_rows, written_tilings
 from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
 from fa2gen.plan import KernelPlan, fits, make_plan
+from fa2gen.plan.sm80_bwd import default_tiling_sm80_bwd
 from fa2gen.plan.sm80_fwd import default_tiling_sm80
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
@@ -141,10 +142,9 @@ def _misfit(problem: Problem, tiling: Tiling, device: Device) -> str | None:
 
 def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Tiling:
     """A good tiling for any supported problem, with no spec written by hand. Raises InfeasibleSpec if none fits."""
-    if arch == "sm80" and problem.direction == "bwd":
-        raise UnsupportedProblem("backward kernels are built for sm90 alone (compute capability 9.0)")
     if arch == "sm80":
-        return default_tiling_sm80(problem, shared_memory_limit or ARCHES["sm80"].shared_memory_per_block)
+        of_direction = default_tiling_sm80_bwd if problem.direction == "bwd" else default_tiling_sm80
+        return of_direction(problem, shared_memory_limit or ARCHES["sm80"].shared_memory_per_block)
     return _default_tiling_sm90_bwd(problem) if problem.direction == "bwd" else _default_tiling_sm90(problem)
 
 

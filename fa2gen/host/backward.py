@@ -12,7 +12,7 @@ from fa2gen.host.build import build_library
 from fa2gen.host.forward import SHARED_BASE, Options, Report, checked, tensor_map, view_of
 from fa2gen.host.run import Argument, Job, Memory, run
 from fa2gen.launch import ForwardShape, backward_launch
-from fa2gen.plan.sm90_bwd import Sm90BwdPlan
+from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.render import Rendered
 
 __all__ = ["run_backward"]
@@ -22,7 +22,7 @@ _NAN_BYTE = 0xFF
 
 
 def run_backward(
-    plan: Sm90BwdPlan,
+    plan: BackwardPlan,
     dq: Any,
     dk: Any,
     dv: Any,
@@ -72,10 +72,10 @@ def run_backward(
         memories.append(memory)
         scratch.append(buffer)
 
-    values: dict[str, Any] = dict(launch.values) | dict.fromkeys(("o", "dout", "lse", "dlse", *scratch_numbers), 0)
-    for name in ("o", "dout"):
+    values: dict[str, Any] = dict.fromkeys((param.name for param in plan.params), 0) | launch.values
+    for name, view in views.items():
         steps = (f"{name}_{step}_stride" for step in ("batch", "row", "head"))
-        values |= zip(steps, views[name].strides[:3], strict=True)
+        values |= zip(steps, view.strides[:3], strict=True)
     where = {memory.name: i for i, memory in enumerate(memories)}
     pointers = []
     offset = 0
@@ -96,7 +96,7 @@ def run_backward(
             num_threads=entry.num_threads,
             shared_base=SHARED_BASE,
             shared_bytes=entry.shared_memory_bytes,
-            has_async_proxy=True,
+            has_async_proxy=plan.arch == "sm90",
             arguments=(*maps, params),
             seed=options.seed,
             resident=2 if options.seed else 1,

@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fa2gen import env
-from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.errors import InvalidInput
 from fa2gen.launch import ForwardShape
 from fa2gen.ops.dispatch import _also_forgotten, _choose, _device, _kernel, _strides, aligned
 from fa2gen.ops.validate import DTYPES, describe, validate
-from fa2gen.select import kernel_arch
 from fa2gen.spec import Problem, Tiling
 
 if TYPE_CHECKING:
     from fa2gen.kernel import PreparedBackward
 
-__all__ = ["backward_cuda", "refuse_untrainable", "validate_backward"]
+__all__ = ["backward_cuda", "validate_backward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ def backward_cuda(
     Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel
     raises.
     """
-    # TMA and 16-byte loads need 16-byte alignment, the row statistics dense rows.
+    # TMA, cp.async and 16-byte loads need 16-byte alignment, the row statistics dense rows.
     q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
     lse = lse.contiguous()
     if dlse is not None:
@@ -99,17 +97,6 @@ def backward_cuda(
             stream=torch._C._cuda_getCurrentRawStream(call.device),
         )
     return dq, dk, dv
-
-
-def refuse_untrainable(q: Tensor) -> None:
-    """Raise UnsupportedProblem where gradients of CUDA tensors could not be computed: before the forward pass."""
-    asked = env.arch()
-    family, _ = kernel_arch(_device(q.get_device()), "sm80" if asked == "sm80" else None)
-    if family != "sm90":
-        raise UnsupportedProblem(
-            "gradients are built for sm90 kernels alone (compute capability 9.0, FA2GEN_ARCH not sm80), and an input "
-            f"requires one on {torch.cuda.get_device_name(q.get_device())}: call under torch.no_grad(), or detach it"
-        )
 
 
 def validate_backward(

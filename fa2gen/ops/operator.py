@@ -15,10 +15,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.backward import backward_cuda, refuse_untrainable, validate_backward
+from fa2gen.ops.backward import backward_cuda, validate_backward
 from fa2gen.ops.dispatch import forward_cuda
 from fa2gen.ops.validate import default_scale, describe, refuse_non_tensors, validate
 from fa2gen.reference import attention_backward_tiled, attention_tiled
@@ -64,8 +63,6 @@ def attention(
     if arch is None and tiling is None:
         try:
             if needs_grad:
-                if q.is_cuda and not (torch.compiler.is_compiling() or isinstance(q, FakeTensor)):
-                    refuse_untrainable(q)
                 out, lse = _Attention.apply(q, k, v, softmax_scale, bool(causal), bool(deterministic))
                 return out, lse
             out, lse = _OPERATOR(q, k, v, softmax_scale, bool(causal))

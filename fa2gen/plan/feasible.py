@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 from fa2gen.arch import ArchName
-from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
+from fa2gen.errors import InfeasibleSpec
 from fa2gen.plan.base import BrokenRule, KernelPlan
+from fa2gen.plan.sm80_bwd import Sm80BwdPlan
 from fa2gen.plan.sm80_fwd import Sm80FwdPlan
 from fa2gen.plan.sm90_bwd import Sm90BwdPlan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
@@ -18,10 +19,11 @@ __all__ = ["directions", "feasible_tilings", "fits", "make_plan"]
 _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm80", "fwd"): Sm80FwdPlan,
     ("sm90", "fwd"): Sm90FwdPlan,
+    ("sm80", "bwd"): Sm80BwdPlan,
     ("sm90", "bwd"): Sm90BwdPlan,
 }
 
-_BACKWARD_TILE_M = (48, 64, 80, 96, 112, 128)
+_BACKWARD_TILE_M = {"sm80": (32, 64, 128), "sm90": (48, 64, 80, 96, 112, 128)}
 _BACKWARD_STAGES = (1, 2, 3, 4)  # with one, 96 queries fit above head dim 64
 
 # The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.
@@ -42,11 +44,7 @@ def directions(arch: ArchName) -> tuple[Direction, ...]:
 
 def _plan_of(spec: KernelSpec) -> KernelPlan:
     """The plan, feasible or not."""
-    kind = _PLANS.get((spec.tiling.arch, spec.problem.direction))
-    if kind is None:
-        others = ", ".join(arch for arch, direction in _PLANS if direction == spec.problem.direction)
-        raise UnsupportedProblem(f"{spec.name}: {spec.problem.direction} kernels are built for {others} only")
-    return kind(spec)
+    return _PLANS[spec.tiling.arch, spec.problem.direction](spec)
 
 
 def make_plan(spec: KernelSpec) -> KernelPlan:
@@ -66,7 +64,7 @@ def fits(spec: KernelSpec) -> bool:
 def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
     """Every feasible tiling of a small grid, for `fa2gen plan`, error messages and tuning."""
     for warps in _WARPS[arch]:
-        for tile_m in _BACKWARD_TILE_M if problem.direction == "bwd" else _TILE_M[arch]:
+        for tile_m in (_BACKWARD_TILE_M if problem.direction == "bwd" else _TILE_M)[arch]:
             for tile_n in _TILE_N[arch]:
                 for stages in _BACKWARD_STAGES if problem.direction == "bwd" else _STAGES[arch]:
                     for span in _SWIZZLES:

@@ -12,7 +12,7 @@ from fa2gen.layout import align_up
 from fa2gen.plan.base import BrokenRule, KernelPlan, Param, bytes_text
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
-__all__ = ["Sm80FwdPlan", "default_tiling_sm80"]
+__all__ = ["Sm80FwdPlan", "default_swizzle", "default_tiling_sm80"]
 
 MMA_ROWS = 16  # of one mma.sync m16n8k16
 CHUNK_BYTES = 16  # of one cp.async, one ldmatrix row, one vector store
@@ -237,7 +237,7 @@ _TWO_BLOCKS_FROM_HEAD_DIM = 232
 _TWO_BLOCKS_FROM_BYTES = 200 << 10
 
 
-def _default_swizzle(head_dim: int) -> Literal[128, 64, 32]:
+def default_swizzle(head_dim: int) -> Literal[128, 64, 32]:
     """The widest panels that waste no more than 64-byte ones do; 32 bytes where those would be half empty."""
     if head_dim <= 16:
         return 32
@@ -264,7 +264,7 @@ def default_tiling_sm80(problem: Problem, shared_memory_limit: int) -> Tiling:
             tile_n=tile_n,
             num_stages=stages,
             num_mma_warps=warps,
-            swizzle_bytes=_default_swizzle(head_dim),
+            swizzle_bytes=default_swizzle(head_dim),
         )
         plan = Sm80FwdPlan(KernelSpec(problem=problem, tiling=tiling))
         needed = plan.shared_memory_bytes

@@ -18,6 +18,7 @@ from functools import cached_property
 from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels, ceil_div
 from fa2gen.plan.base import BrokenRule, EntryPoint, Param, TensorMapPlan, bytes_text
+from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, WARPGROUP_THREADS, Sm90Plan
 from fa2gen.ptx import Wgmma
 
@@ -32,11 +33,10 @@ REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the 
 
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
 DQ_COLUMNS_AT_ONCE = 128  # split by products: 64 accumulator registers beside the 64 x head_dim of dV
-PREPROCESS_THREADS = 128
 
 
 @dataclass(frozen=True)
-class Sm90BwdPlan(Sm90Plan):
+class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     """Every number of templates/sm90/bwd.cu.j2."""
 
     template: str = "sm90/bwd.cu.j2"
@@ -286,11 +286,6 @@ class Sm90BwdPlan(Sm90Plan):
         return self.num_dq_slices * self.dq_slice_floats
 
     @property
-    def key_block_order(self) -> str:
-        """Part of a template's name."""
-        return "ordered" if self.deterministic and not self.causal else self.mask
-
-    @property
     def num_dq_warps(self) -> int:
         """Warps that add to a block of queries."""
         return self.num_mma_warps if self.splits_dq_rest else self.num_dq_slices
@@ -300,41 +295,11 @@ class Sm90BwdPlan(Sm90Plan):
         """Whether a thread of the producer warpgroup stands between these warps and global memory."""
         return self.stages_dq or self.deterministic
 
-    @property
-    def walks_sections(self) -> bool:
-        """Blocks of keys start section by section of heads: causal ones the longest first, deterministic ones so that
-        few that run at a time belong to one head and wait for each other."""
-        return self.causal or self.deterministic
-
-    # Pre- and postprocess
-
-    @property
-    def chunks_per_row(self) -> int:
-        """16-byte chunks of a row of O."""
-        return self.head_dim // 8
-
-    @property
-    def lanes_per_row(self) -> int:
-        """Lanes that share a row: the power of two that has one for each chunk."""
-        return 1 << (self.chunks_per_row - 1).bit_length()
-
-    @property
-    def preprocess_threads(self) -> int:
-        return PREPROCESS_THREADS
+    # Launch
 
     @property
     def postprocess_threads(self) -> int:
         return 32 * self.num_dq_slices
-
-    # Launch
-
-    @property
-    def preprocess_name(self) -> str:
-        return f"{self.name}_preprocess"
-
-    @property
-    def postprocess_name(self) -> str:
-        return f"{self.name}_postprocess"
 
     @property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:

@@ -53,7 +53,8 @@ def kernels() -> list[Any]:
         for dtype, mask in (("bf16", "causal"), ("fp16", "full"))
     ]
     beyond += [
-        default("sm90", head_dim, dtype, mask, "bwd").name
+        default(arch, head_dim, dtype, mask, "bwd").name
+        for arch in ("sm90", "sm80")
         for head_dim in HEAD_DIMS
         for dtype, mask in (("bf16", "causal"), ("fp16", "full"))
     ]
@@ -62,8 +63,11 @@ def kernels() -> list[Any]:
         for head_dim in HEAD_DIMS
         for mask in ("causal", "full")
     ]
+    beyond += [default("sm80", head_dim, "bf16", "causal", "bwd", deterministic=True).name for head_dim in HEAD_DIMS]
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
+    quick |= {default("sm80", head_dim, "bf16", "causal", "bwd").name for head_dim in (64, 128, 256)}
     quick |= {default("sm90", head_dim, "bf16", "full", "bwd", deterministic=True).name for head_dim in (128, 256)}
+    quick.add(default("sm80", 128, "bf16", "causal", "bwd", deterministic=True).name)
     slow = [name for name in dict.fromkeys(beyond) if name not in written]
     return [
         *dict.fromkeys(written),
@@ -210,6 +214,23 @@ def check_sm80(plan: Any, sass: Sass) -> None:
     assert loops, f"no loop with the {products} HMMA of one block"
 
 
+def check_sm80_bwd(plan: Any, sass: Sass) -> None:
+    for opcode in ("HMMA", "LDSM", "LDGSTS", "RED"):
+        assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
+    # Of one block of queries, each product there, and every fragment in shared memory read once by each warp.
+    s = plan.num_k_steps_head_dim * plan.queries_per_warp // 8
+    dkv = plan.tile_m // 16 * 2 * plan.num_column_steps_dkv
+    dq = plan.num_k_steps_n * 2 * plan.num_column_steps_dq
+    products = plan.num_row_tiles * (2 * s + 2 * dkv) + plan.num_dq_row_tiles * dq
+    of_peers = plan.num_row_tiles * (plan.tile_m - plan.queries_per_warp) // 16
+    loads = 2 * (plan.num_row_tiles * plan.num_k_steps_head_dim + s // 2 + of_peers + dkv // 2)
+    loads += plan.num_k_steps_n * plan.num_dq_row_tiles + dq // 2
+    counts = [Counter(line.split(".")[0].split()[0] for line in loop) for loop in sass.loops()]
+    assert any((c["HMMA"], c["LDSM"]) == (products, loads) for c in counts), (
+        f"no loop with {products} HMMA and {loads} LDSM: {[(c['HMMA'], c['LDSM']) for c in counts]}"
+    )
+
+
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
@@ -234,12 +255,14 @@ def test_kernel(name, compiled, tmp_path):
         line for line in sass.code if line.startswith("CALL") and ".L_x_" not in line
     ]  # those are ptxas's own jumps
     assert not calls, "a function that was not inlined"
-    check = {"sm80": check_sm80, "sm90": check_sm90}[plan.arch]
-    (check_sm90_bwd if plan.problem.direction == "bwd" else check)(plan, sass)
+    checks = {"fwd": {"sm80": check_sm80, "sm90": check_sm90}, "bwd": {"sm80": check_sm80_bwd, "sm90": check_sm90_bwd}}
+    checks[plan.problem.direction][plan.arch](plan, sass)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [default("sm80", head_dim, "bf16", "causal").name for head_dim in HEAD_DIMS])
+@pytest.mark.parametrize(
+    "name", [default("sm80", d, "bf16", "causal", direction).name for direction in ("fwd", "bwd") for d in HEAD_DIMS]
+)
 def test_sm80_kernels_for_hopper(name):
     """On request they serve 9.0 too, where ptxas allocates registers anew."""
     report = compile_kernel(plan_of(name), "sm_90").report

@@ -26,6 +26,7 @@ NO_KEYS = (1, 203, 60, 4, 2)  # causal: the first 143 rows see no key
 ONE_BLOCK = (1, 60, 300, 2, 2)  # one ragged block of queries, and ragged keys
 ONE = (1, 1, 1, 1, 1)
 MANY_BLOCKS = (2, 260, 390, 4, 2)
+SOME_BLOCKS = (1, 140, 200, 2, 1)  # of two heads; the CPU takes ten times as long for an SM80 kernel
 
 # Splits, stages and warps that no default may use.
 TILINGS = (
@@ -42,13 +43,30 @@ TILINGS = (
     "fa2_bwd_sm90_fp16_d248_causal_m64_n64_s2_w8",
 )
 ONE_STAGE = ("fa2_bwd_sm90_fp16_d80_causal_m112_n128_s1_w8", "fa2_bwd_sm90_bf16_d136_causal_m64_n64_s1_w8")
+# One stage and two, 16 and 32 keys a warp, one to eight peers, 16 and 32 rows of dQ a warp, all widths of panels, and
+# columns that the warps share unevenly.
+SM80_TILINGS = (
+    "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
+    "fa2_bwd_sm80_bf16_d64_m128_n128_s2_w8",
+    "fa2_bwd_sm80_fp16_d256_causal_m64_n64_s1_w8",
+    "fa2_bwd_sm80_fp16_d72_causal_m64_n128_s1_w8_z64",
+    "fa2_bwd_sm80_bf16_d40_m128_n64_s2_w4",
+    "fa2_bwd_sm80_bf16_d32_causal_m64_n128_s2_w4_z64",
+    "fa2_bwd_sm80_fp16_d8_m128_n32_s2_w8_z32",
+    "fa2_bwd_sm80_bf16_d200_m32_n64_s1_w8_z64",
+    "fa2_bwd_sm80_bf16_d248_causal_m32_n32_s1_w4",
+)
+ALL_TILINGS = (*TILINGS, *SM80_TILINGS)
 
 
 def every_default():
+    """Of every head dim; for SM80, which takes the CPU longer, with one of the masks each."""
     dtypes = itertools.cycle(("bf16", "fp16", "fp16", "bf16"))
-    for head_dim, mask in itertools.product(range(8, 257, 8), ("full", "causal")):
+    for arch, head_dim, mask in itertools.product(("sm90", "sm80"), range(8, 257, 8), ("full", "causal")):
         problem = Problem(direction="bwd", head_dim=head_dim, dtype=next(dtypes), mask=mask)
-        yield KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")).name
+        if arch == "sm80" and mask == ("full", "causal")[head_dim // 8 % 2]:
+            continue
+        yield KernelSpec(problem=problem, tiling=default_tiling(problem, arch)).name
 
 
 def amid_nan(values: torch.Tensor) -> torch.Tensor:
@@ -102,9 +120,9 @@ def kernels():
         for name in every_default()
         if name.split("_")[4] in ("d8", "d64", "d72", "d128", "d136", "d160", "d200", "d256")
     ]
-    rest = [name for name in every_default() if name not in {*quick, *TILINGS}]
+    rest = [name for name in every_default() if name not in {*quick, *ALL_TILINGS}]
     return [
-        *dict.fromkeys((*TILINGS, *ONE_STAGE, *quick)),
+        *dict.fromkeys((*ALL_TILINGS, *ONE_STAGE, *quick)),
         *(pytest.param(name, marks=pytest.mark.slow) for name in rest),
     ]
 
@@ -116,21 +134,22 @@ def test_every_kernel(name):
         assert verdict.ok, f"{sizes}, seed {seed}: {verdict}"
 
 
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("name", ALL_TILINGS)
 def test_other_shapes(name):
-    for sizes in (MANY_BLOCKS, ONE_BLOCK, (1, 300, 515, 2, 2), (1, 1, 300, 3, 1), (1, 300, 1, 2, 1)):
+    large = (SOME_BLOCKS,) if name in SM80_TILINGS else (MANY_BLOCKS, (1, 300, 515, 2, 2))
+    for sizes in (*large, ONE_BLOCK, (1, 1, 300, 3, 1), (1, 300, 1, 2, 1)):
         verdict, _ = run(name, sizes)
         assert verdict.ok, f"{sizes}: {verdict}"
 
 
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("name", ALL_TILINGS)
 def test_gradient_of_lse(name):
     for sizes in (RAGGED, NO_KEYS):
         verdict, _ = run(name, sizes, with_dlse=True)
         assert verdict.ok, f"{sizes}: {verdict}"
 
 
-@pytest.mark.parametrize("name", TILINGS[:6])
+@pytest.mark.parametrize("name", (*TILINGS[:6], SM80_TILINGS[1]))
 def test_scales_and_magnitudes(name):
     """Scores of hundreds: without its mask a key that does not exist would get an infinite probability."""
     for gain, scale in ((8.0, None), (1.0, 0.5), (1.0, 1e-3)):
@@ -138,20 +157,21 @@ def test_scales_and_magnitudes(name):
         assert verdict.ok, f"gain {gain}, scale {scale}: {verdict}"
 
 
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("name", ALL_TILINGS)
 def test_no_schedule_changes_dk_and_dv(name):
     """Bit for bit; dQ is a sum over blocks of keys in the order in which they come, so it may differ by a rounding."""
-    verdict, (_, dk, dv) = run(name, MANY_BLOCKS)
+    sizes, seeds = (SOME_BLOCKS, 4) if name in SM80_TILINGS else (MANY_BLOCKS, 6)
+    verdict, (_, dk, dv) = run(name, sizes)
     assert verdict.ok, verdict
-    for seed in range(1, 7):
-        verdict, (_, dk_again, dv_again) = run(name, MANY_BLOCKS, seed=seed)
+    for seed in range(1, seeds + 1):
+        verdict, (_, dk_again, dv_again) = run(name, sizes, seed=seed)
         assert verdict.ok, f"seed {seed}: {verdict}"
         assert torch.equal(dk_again, dk) and torch.equal(dv_again, dv), f"seed {seed}"
 
 
-@pytest.mark.parametrize("name", (TILINGS[1], TILINGS[3], TILINGS[8]))
+@pytest.mark.parametrize("name", (TILINGS[1], TILINGS[3], TILINGS[8], SM80_TILINGS[6]))
 def test_sanitizers_are_silent(name):
-    for sizes in (RAGGED, NO_KEYS):
+    for sizes in (SOME_BLOCKS,) if name in SM80_TILINGS else (RAGGED, NO_KEYS):
         verdict, _ = run(name, sizes, sanitize=True)
         assert verdict.ok, verdict
 
@@ -169,7 +189,7 @@ def test_verify_counts_what_moves():
     assert all(b > 1.5 * f for f, b in zip(moved["fwd"], moved["bwd"], strict=True))
 
 
-@pytest.mark.parametrize("name", TILINGS)
+@pytest.mark.parametrize("name", ALL_TILINGS)
 def test_compiles_without_a_warning(name):
     warnings = build_library(make_plan(KernelSpec.from_name(name))).path.with_name("warnings.txt")
     assert warnings.read_text() == ""

@@ -18,6 +18,8 @@ from tests.host.test_backward import MANY_BLOCKS, NO_KEYS, ONE, ONE_BLOCK, RAGGE
 STAGED = "fa2_bwd_sm90_fp16_d64_det_m64_n64_s2_w4"  # dQ through shared memory, added by one thread
 DIRECT = "fa2_bwd_sm90_fp16_d136_causal_det_m64_n64_s2_w8"  # dQ from registers, one thread gives the word
 
+SM80 = "fa2_bwd_sm80_fp16_d72_det_m64_n64_s1_w4_z64"  # dQ from registers, by all threads between two barriers
+
 # Six blocks of keys and more: enough orders of addition for one of them to round differently in fp16.
 LONG = (1, 200, 400, 2, 1)
 
@@ -34,6 +36,8 @@ KERNELS = (
     DIRECT,
     "fa2_bwd_sm90_fp16_d104_det_m80_n128_s2_w8",  # a warpgroup with warps that hold no dQ
     "fa2_bwd_sm90_bf16_d128_causal_det_m64_n128_s3_w8",
+    SM80,
+    "fa2_bwd_sm80_bf16_d64_causal_det_m64_n128_s2_w8",
     *defaults(),
 )
 
@@ -45,7 +49,7 @@ def test_every_kernel(name):
         assert verdict.ok, f"{sizes}, seed {seed}: {verdict}"
 
 
-@pytest.mark.parametrize("name", KERNELS[:7])
+@pytest.mark.parametrize("name", KERNELS[:9])
 def test_no_schedule_changes_a_bit(name):
     verdict, first = run(name, MANY_BLOCKS)
     assert verdict.ok, verdict
@@ -124,6 +128,17 @@ FAULTS = (
         "(2 * static_cast<int64_t>(p.num_m_blocks) - work.blocks.first)",
         "(static_cast<int64_t>(p.num_m_blocks) - work.blocks.first)",
     ),
+    Fault("no-wait-for-the-turn", SM80, "wait_for_turn(p.dq_turns + query_block, n_block);", ""),
+    Fault(
+        "turn-not-passed",
+        SM80,
+        "pass_turn(p.dq_turns + recompute(query_block), recompute(n_block));",
+        "",
+        "deadlock of 2 blocks",
+    ),
+    Fault("turn-of-another-block", SM80, "wait_for_turn(p.dq_turns + query_block, ", "wait_for_turn(p.dq_turns + 1, "),
+    Fault("others-add-before-the-turn", SM80, "    sync_block();\n    add_dq(", "    add_dq("),
+    Fault("passed-on-before-others-have-added", SM80, "column_warp);\n    sync_block();", "column_warp);"),
 )
 
 

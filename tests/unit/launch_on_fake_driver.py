@@ -266,9 +266,9 @@ BACKWARD_ADDRESSES = {
 }
 
 
-def make_backward(head_dim, mask="causal", deterministic=False):
+def make_backward(head_dim, mask="causal", arch="sm90", deterministic=False):
     problem = Problem(direction="bwd", head_dim=head_dim, mask=mask, deterministic=deterministic)
-    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
+    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
     for entry, sizes, count in zip(
         plan.entry_points,
         ("fake_sizes_before", "fake_argument_sizes", "fake_sizes_after"),
@@ -289,11 +289,15 @@ def prepare_backward(kernel, shape=SHAPE, **changes):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "deterministic"), [*((d, False) for d in range(8, 257, 8)), *((d, True) for d in (64, 128, 256))]
+    ("arch", "head_dim", "deterministic"),
+    [
+        *itertools.product(ARCHES, range(8, 257, 8), (False,)),
+        *itertools.product(ARCHES, (64, 128, 256), (True,)),
+    ],
 )
-def test_one_backward(head_dim, deterministic):
+def test_one_backward(arch, head_dim, deterministic):
     """Three launches, in order, each with its own maps and all with the same Params."""
-    kernel = make_backward(head_dim, deterministic=deterministic)
+    kernel = make_backward(head_dim, arch=arch, deterministic=deterministic)
     plan = kernel.plan
     launch = prepare_backward(kernel, dout=(7 * 2**20, 4096, 256))
     launch(**BACKWARD_ADDRESSES, stream=0x77)
@@ -320,7 +324,10 @@ def test_one_backward(head_dim, deterministic):
             assert tuple(found.box) == (planned.box_cols, planned.box_rows, 1, 1)
         raw = bytes(one.arguments[len(entry.tensor_maps)])[: struct.calcsize(plan.params_format)]
         values = dict(zip((param.name for param in plan.params), struct.unpack(plan.params_format, raw), strict=True))
-        expected = {name: BACKWARD_ADDRESSES[name] for name in ("o", "dout", "lse", "dlse")} | {
+        direct = [name for name in values if name in BACKWARD_ADDRESSES]  # what no tensor map points to
+        mapped = {"q", "k", "v", "dq", "dk", "dv"} if arch == "sm90" else set()
+        assert set(direct) == BACKWARD_ADDRESSES.keys() - {"scratch"} - mapped
+        expected = {name: BACKWARD_ADDRESSES[name] for name in direct} | {
             "lse_log2": scratch,
             "dpsum": scratch + statistics,
             "dq_acc": scratch + 2 * statistics,

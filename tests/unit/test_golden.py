@@ -24,6 +24,8 @@ REFRESH = "python -m tests.unit.test_golden --write"
 # Together they show every template: both masks and dtypes, one stage and several, O beside Q and in its place, and the
 # ways to split the backward pass over warpgroups.
 NAMES = (
+    "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
+    "fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8",
     "fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8",

@@ -333,9 +333,12 @@ def test_backward_of_nothing_launches_nothing(gpu_backward):
     assert not dk.any() and not dv.any() and not FakeBackward.made
 
 
-def test_backward_that_is_not_built(gpu_backward, monkeypatch):
+def test_backward_by_another_family(gpu_backward, monkeypatch):
     q, k, v = tensors()
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
-    monkeypatch.setenv("FA2GEN_ARCH", "sm80")
-    with pytest.raises(UnsupportedProblem, match="sm90 alone"):
+    for arch in (None, "sm80", "sm90"):
+        if arch is not None:
+            monkeypatch.setenv("FA2GEN_ARCH", arch)
+        backward._calls.clear()
         backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
+        assert FakeBackward.made[-1].kernel.plan.arch == (arch or "sm90")

@@ -47,11 +47,14 @@ def plans() -> list[KernelPlan]:
     specs = [*catalogue()]
     backward = [problem.model_copy(update={"direction": "bwd"}) for problem in problems]
     ordered = [problem.model_copy(update={"deterministic": True}) for problem in backward if problem.head_dim % 40 == 0]
-    specs += [KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")) for problem in backward + ordered]
+    specs += [
+        KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in backward + ordered for arch in ("sm80", "sm90")
+    ]
     specs += [
         KernelSpec(problem=problem, tiling=tiling)
         for problem in (Problem(direction="bwd", head_dim=64), Problem(direction="bwd", head_dim=72, mask="causal"))
-        for tiling in feasible_tilings(problem, "sm90")
+        for arch in ("sm80", "sm90")
+        for tiling in feasible_tilings(problem, arch)
     ]
     for arch in ("sm80", "sm90"):
         specs += [KernelSpec(problem=problem, tiling=default_tiling(problem, arch)) for problem in problems]

@@ -1,0 +1,54 @@
+"""What the plans of backward kernels share, whatever the architecture: preprocess, main, postprocess in one source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fa2gen.plan.base import KernelPlan
+
+__all__ = ["BackwardPlan"]
+
+PREPROCESS_THREADS = 128
+
+
+@dataclass(frozen=True)
+class BackwardPlan(KernelPlan):
+    """Three kernels: row statistics and dQ = 0; dK, dV and sums of dQ; dQ rounded and in rows."""
+
+    @property
+    def dq_block_floats(self) -> int:
+        """fp32 numbers in the sums of dQ for one block of queries of one head."""
+        raise NotImplementedError
+
+    @property
+    def key_block_order(self) -> str:
+        """Part of a template's name."""
+        return "ordered" if self.deterministic and not self.causal else self.mask
+
+    @property
+    def walks_sections(self) -> bool:
+        """Blocks of keys start section by section of heads: causal ones the longest first, deterministic ones so that
+        few that run at a time belong to one head and wait for each other."""
+        return self.causal or self.deterministic
+
+    @property
+    def chunks_per_row(self) -> int:
+        """16-byte chunks of a row of O."""
+        return self.head_dim // 8
+
+    @property
+    def lanes_per_row(self) -> int:
+        """Lanes that share a row: the power of two that has one for each chunk."""
+        return 1 << (self.chunks_per_row - 1).bit_length()
+
+    @property
+    def preprocess_threads(self) -> int:
+        return PREPROCESS_THREADS
+
+    @property
+    def preprocess_name(self) -> str:
+        return f"{self.name}_preprocess"
+
+    @property
+    def postprocess_name(self) -> str:
+        return f"{self.name}_postprocess"

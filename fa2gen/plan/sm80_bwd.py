@@ -1,0 +1,357 @@
+"""The backward kernels of Ampere: preprocess, main and postprocess in one source, with mma.sync and cp.async.
+
+The main kernel has one block of threads for each block of keys, which walks the blocks of queries. Warps split S^T by
+keys and by queries; the warps of the same keys, "peers", then split the columns of dK and dV. dQ is split by queries
+and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fa2gen.arch import ARCHES
+from fa2gen.errors import InfeasibleSpec
+from fa2gen.layout import Panels, align_up, ceil_div
+from fa2gen.plan.base import BrokenRule, EntryPoint, Param, bytes_text
+from fa2gen.plan.bwd import BackwardPlan
+from fa2gen.plan.sm80_fwd import (
+    CHUNK_BYTES,
+    MMA_ROWS,
+    SHARED_MEMORY_PER_SM,
+    SHARED_MEMORY_RESERVED,
+    SWIZZLE_ROWS,
+    WARP_THREADS,
+    default_swizzle,
+)
+from fa2gen.spec import KernelSpec, Problem, Tiling
+
+__all__ = ["Sm80BwdPlan", "default_tiling_sm80_bwd"]
+
+FLOAT_BYTES = 4
+QUERIES = (32, 64, 128)  # powers of two, so that addresses of a warp's steps have no carry into those of another
+
+# Registers that a thread needs beside the accumulators: fragments in flight, addresses, P as 16-bit numbers. The least
+# with which every default compiles without a spill; ptxas has the last word (tests/compile).
+REGISTERS_BESIDE_TILES = 56
+
+
+@dataclass(frozen=True)
+class Sm80BwdPlan(BackwardPlan):
+    """Every number of templates/sm80/bwd.cu.j2."""
+
+    template: str = "sm80/bwd.cu.j2"
+
+    # How warps share the work
+
+    @property
+    def num_threads(self) -> int:
+        return WARP_THREADS * self.num_mma_warps
+
+    @property
+    def num_row_tiles(self) -> int:
+        """16-key tiles of S^T in one warp: two, so that each fragment of Q, dO and K serves two products, or one where
+        a warp would then have fewer than 16 queries."""
+        for tiles in (2, 1):
+            key_warps = self.tile_n // (tiles * MMA_ROWS)
+            if self.tile_n % (tiles * MMA_ROWS) == 0 and self.num_mma_warps % key_warps == 0:
+                peers = self.num_mma_warps // key_warps
+                if self.tile_m % (peers * MMA_ROWS) == 0:
+                    return tiles
+        return 0
+
+    @property
+    def keys_per_warp(self) -> int:
+        return self.num_row_tiles * MMA_ROWS
+
+    @property
+    def num_peers(self) -> int:
+        """Warps of the same keys: they split the queries of S^T, and the columns of dK and dV."""
+        return self.num_mma_warps * self.keys_per_warp // self.tile_n
+
+    @property
+    def queries_per_warp(self) -> int:
+        return self.tile_m // self.num_peers
+
+    @cached_property
+    def _dq_split(self) -> tuple[int, int]:
+        """(16-row tiles of dQ in one warp, warps that share its columns): the fewest products for the busiest warp,
+        then the fewest fragments to load."""
+        splits = []
+        for tiles in (2, 1):
+            row_warps = self.tile_m // (tiles * MMA_ROWS)
+            if row_warps and self.num_mma_warps % row_warps == 0:
+                column_warps = self.num_mma_warps // row_warps
+                steps = ceil_div(self.num_k_steps_head_dim, column_warps)
+                splits.append((tiles * steps, tiles + steps, tiles, column_warps))
+        return min(splits)[2:] if splits else (0, 0)
+
+    @property
+    def num_dq_row_tiles(self) -> int:
+        """16-query tiles of dQ in one warp."""
+        return self._dq_split[0]
+
+    @property
+    def num_dq_column_warps(self) -> int:
+        """Warps of the same rows of dQ."""
+        return self._dq_split[1]
+
+    # Matrix instructions
+
+    @property
+    def num_k_steps_warp_queries(self) -> int:
+        return self.queries_per_warp // MMA_ROWS
+
+    @property
+    def num_k_steps_n(self) -> int:
+        return self.tile_n // MMA_ROWS
+
+    @property
+    def num_column_steps_dkv(self) -> int:
+        """16-column steps of dK in one warp, and of dV; some warps may have one fewer."""
+        return ceil_div(self.num_k_steps_head_dim, self.num_peers)
+
+    @property
+    def num_column_steps_dq(self) -> int:
+        """16-column steps of dQ in one warp; some warps may have one fewer."""
+        return ceil_div(self.num_k_steps_head_dim, self.num_dq_column_warps)
+
+    # Registers, of 16 rows in one thread
+
+    @property
+    def num_acc_s(self) -> int:
+        """fp32 registers of S^T, and of dP^T."""
+        return self.queries_per_warp // 2
+
+    @property
+    def num_p(self) -> int:
+        """32-bit registers of P^T, two elements each, and of dS^T."""
+        return self.num_acc_s // 2
+
+    @property
+    def num_acc_dkv(self) -> int:
+        """fp32 registers of dK, and of dV."""
+        return 8 * self.num_column_steps_dkv
+
+    @property
+    def num_acc_dq(self) -> int:
+        """fp32 registers of dQ."""
+        return 8 * self.num_column_steps_dq
+
+    @property
+    def register_estimate(self) -> int:
+        """The most that is alive at one time: dK and dV, and either P and dP or dQ."""
+        scores = 2 * self.num_row_tiles * self.num_acc_s
+        sums = 2 * self.num_row_tiles * self.num_acc_dkv
+        return sums + max(scores, self.num_dq_row_tiles * self.num_acc_dq) + REGISTERS_BESIDE_TILES
+
+    @property
+    def registers_available(self) -> int:
+        """Of one thread: the instruction set's limit, or this block's share of the SM."""
+        arch = ARCHES["sm80"]
+        return min(arch.max_registers_per_thread, arch.registers_per_sm // self.num_threads // 8 * 8)
+
+    # Shared memory, in the order of the map: K, V, P, dS, stages; in a stage: Q, dO, LSE, dPsum
+
+    @property
+    def p_tile(self) -> Panels:
+        """P^T [key][query], and dS^T."""
+        return Panels(self.tile_n, self.tile_m, self.tiling.swizzle_bytes)
+
+    @property
+    def smem_k(self) -> int:
+        return 0
+
+    @property
+    def smem_v(self) -> int:
+        return self.smem_k + self.kv_tile.bytes
+
+    @property
+    def smem_p(self) -> int:
+        return self.smem_v + self.kv_tile.bytes
+
+    @property
+    def smem_ds(self) -> int:
+        return self.smem_p + self.p_tile.bytes
+
+    @property
+    def smem_stages(self) -> int:
+        return self.smem_ds + self.p_tile.bytes
+
+    @property
+    def stage_dout(self) -> int:
+        return self.q_tile.bytes
+
+    @property
+    def stage_lse(self) -> int:
+        return self.stage_dout + self.q_tile.bytes
+
+    @property
+    def stage_dpsum(self) -> int:
+        return self.stage_lse + FLOAT_BYTES * self.tile_m
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.stage_dpsum + FLOAT_BYTES * self.tile_m
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        return self.smem_stages + self.num_stages * self.stage_bytes
+
+    # Copies
+
+    @property
+    def chunks_per_panel_row(self) -> int:
+        return self.tiling.swizzle_bytes // CHUNK_BYTES
+
+    @property
+    def copy_rows(self) -> int:
+        """Panel rows that all threads copy at once."""
+        return self.num_threads // self.chunks_per_panel_row
+
+    # The dQ accumulator in global memory: for each block of queries one run for each warp, of its registers in the
+    # order [register][lane], so that every addition of a warp is one line.
+
+    @property
+    def dq_slice_floats(self) -> int:
+        return WARP_THREADS * self.num_dq_row_tiles * self.num_acc_dq
+
+    @property
+    def dq_block_floats(self) -> int:
+        return self.num_mma_warps * self.dq_slice_floats
+
+    # Launch
+
+    @property
+    def min_ctas_per_sm(self) -> int:
+        """Blocks that an A100's SM holds by shared memory and register estimate; ptxas then stays within them."""
+        by_registers = ARCHES["sm80"].registers_per_sm // (self.num_threads * align_up(self.register_estimate, 8))
+        by_shared_memory = SHARED_MEMORY_PER_SM // (self.shared_memory_bytes + SHARED_MEMORY_RESERVED)
+        return max(1, min(by_registers, by_shared_memory))
+
+    @property
+    def entry_points(self) -> tuple[EntryPoint, ...]:
+        return (
+            EntryPoint(self.preprocess_name, self.preprocess_threads, 0, ()),
+            EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, ()),
+            EntryPoint(self.postprocess_name, self.num_threads, self.q_tile.bytes, ()),
+        )
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """Of all three kernels. dlse may be null: LSE has no gradient then."""
+        strided = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
+        return (
+            *(Param(name, "void const*") for name in strided[:5]),
+            *(Param(name, "void*") for name in strided[5:]),
+            *(Param(name, "float const*") for name in ("lse", "dlse")),
+            *(Param(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")),
+            *([Param("dq_turns", "int*")] if self.deterministic else []),
+            *(Param(f"{name}_{step}_stride", "int64_t") for name in strided for step in ("batch", "row", "head")),
+            *(
+                Param(name, "int")
+                for name in (
+                    "seqlen_q",
+                    "seqlen_k",
+                    "num_heads",
+                    "num_heads_kv",
+                    "num_heads_per_kv",
+                    "num_m_blocks",
+                    "num_n_blocks",
+                    *(("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()),
+                )
+            ),
+            Param("softmax_scale", "float"),
+            Param("softmax_scale_log2", "float"),
+        )
+
+    def broken_rules(self) -> Sequence[BrokenRule]:
+        broken = []
+        if self.num_mma_warps not in (4, 8):
+            broken.append(BrokenRule("mma warps", f"{self.num_mma_warps} given; 4 or 8"))
+        if self.tile_m not in QUERIES:
+            broken.append(
+                BrokenRule("query rows", f"tile_m {self.tile_m} given; one of {', '.join(map(str, QUERIES))}")
+            )
+        if self.tiling.lazy_rescale:
+            broken.append(BrokenRule("lazy rescale", "1 given; a backward kernel has no running maximum: 0"))
+        if self.num_stages > 2:
+            broken.append(BrokenRule("stages", f"{self.num_stages} given; 1, or 2"))
+        if self.copy_rows % SWIZZLE_ROWS:
+            broken.append(
+                BrokenRule(
+                    "swizzle",
+                    f"{self.num_threads} threads must copy a multiple of 8 rows of {self.tiling.swizzle_bytes} B",
+                )
+            )
+        if broken:
+            return broken  # nothing else can be said of how the warps share the work
+        if not self.num_row_tiles or not self.num_dq_row_tiles:
+            broken.append(
+                BrokenRule(
+                    "keys",
+                    f"tile_n {self.tile_n} with tile_m {self.tile_m}: {self.num_mma_warps} warps must take 16 or 32 "
+                    "keys and a multiple of 16 queries each, and 16 or 32 rows of dQ",
+                )
+            )
+            return broken
+        available = ARCHES["sm80"].shared_memory_per_block
+        if self.shared_memory_bytes > available:
+            broken.append(
+                BrokenRule(
+                    "shared memory",
+                    f"{bytes_text(self.shared_memory_bytes)} needed (K and V {2 * self.kv_tile.bytes:,} + P and dS "
+                    f"{2 * self.p_tile.bytes:,} + {self.num_stages} stages x (Q {self.q_tile.bytes:,} + dO "
+                    f"{self.q_tile.bytes:,} + statistics {2 * FLOAT_BYTES * self.tile_m:,})), "
+                    f"{bytes_text(available)} available",
+                )
+            )
+        if self.register_estimate > self.registers_available:
+            broken.append(
+                BrokenRule(
+                    "registers",
+                    f"{self.register_estimate} a thread needed ({self.num_row_tiles} x (dK {self.num_acc_dkv} + dV "
+                    f"{self.num_acc_dkv}) + the more of {self.num_row_tiles} x (P {self.num_acc_s} + dP "
+                    f"{self.num_acc_s}) and dQ {self.num_dq_row_tiles * self.num_acc_dq} + {REGISTERS_BESIDE_TILES}), "
+                    f"{self.registers_available} available to {self.num_mma_warps} warps",
+                )
+            )
+        return broken
+
+
+# Default tilings: (largest head dim, rows of (tile_m, tile_n, num_stages, num_mma_warps) in order of preference); later
+# ones are for devices with less shared memory, the last of all for any.
+_SMALL = (32, 32, 1, 4)
+_DEFAULTS: tuple[tuple[int, tuple[tuple[int, int, int, int], ...]], ...] = (
+    (64, ((128, 128, 2, 8), (64, 128, 2, 8))),
+    (128, ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8))),
+    (256, ((64, 64, 2, 8), (64, 64, 1, 8), (32, 64, 1, 8))),
+)
+
+
+def default_tiling_sm80_bwd(problem: Problem, shared_memory_limit: int) -> Tiling:
+    """The best feasible tiling known for the gradients of any supported problem; the limit is default_tiling_sm80's.
+
+    Raises InfeasibleSpec where not even the smallest tiling fits the limit.
+    """
+    head_dim = problem.head_dim
+    needed = 0
+    for tile_m, tile_n, stages, warps in (*next(shapes for d, shapes in _DEFAULTS if head_dim <= d), _SMALL):
+        tiling = Tiling(
+            arch="sm80",
+            tile_m=tile_m,
+            tile_n=tile_n,
+            num_stages=stages,
+            num_mma_warps=warps,
+            swizzle_bytes=default_swizzle(head_dim),
+        )
+        plan = Sm80BwdPlan(KernelSpec(problem=problem, tiling=tiling))
+        needed = plan.shared_memory_bytes
+        if needed <= shared_memory_limit and not plan.broken_rules():
+            return tiling
+    raise InfeasibleSpec(
+        f"no tiling for the gradients of head dim {head_dim} fits sm80 with {bytes_text(shared_memory_limit)} of "
+        f"shared memory\n  nearest        {bytes_text(needed)} (tile_m {_SMALL[0]}, tile_n {_SMALL[1]}, num_stages "
+        f"{_SMALL[2]})"
+    )
