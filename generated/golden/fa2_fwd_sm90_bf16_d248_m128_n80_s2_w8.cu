@@ -764,14 +764,14 @@ __device__ __forceinline__ void consume(
         v_state.advance(kNumStages);
     };
     auto release_q = [&]() {
+        sync_warp();  // every lane has read the tile's number; where O lies over Q, its store has read it
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
         q_state.advance(kNumQStages);
     };
 
     while (true) {
         mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);
-        // Read by the lane that will release the stage: no other lane's read then has to come before that.
-        int const index = shfl_from_lane_0(leader ? load_shared_int(smem + kSmemTileSlots + 4 * q_state.stage) : 0);
+        int const index = load_shared_int(smem + kSmemTileSlots + 4 * q_state.stage);
         if (index < 0) {
             break;
         }
@@ -872,7 +872,6 @@ __device__ __forceinline__ void consume(
         stage_o(acc_o, o_rows);
         store_o(map_o, o_rows, row, tile);
         tma_store_wait_read();
-        sync_warp();
         release_q();
     }
     tma_store_wait();

@@ -235,10 +235,8 @@ FAULTS = (
         "named_barrier_sync(kFirstMmaWarpgroup + warpgroup, 128);",
         "named_barrier_sync(kFirstMmaWarpgroup + warpgroup, 256);",
     ),
-    Fault(
-        "q-loaded-over-o", ALIAS, "tma_store_wait_read();\n        sync_warp();\n        release_q();", "release_q();"
-    ),
-    Fault("q-never-released", ALIAS, "sync_warp();\n        release_q();", "sync_warp();"),
+    Fault("q-loaded-over-o", ALIAS, "tma_store_wait_read();\n        release_q();", "release_q();"),
+    Fault("q-never-released", ALIAS, "tma_store_wait_read();\n        release_q();", "tma_store_wait_read();"),
     # SM80: waiting for cp.async
     Fault(
         "no-wait-for-k",
@@ -329,8 +327,8 @@ HARMLESS = (
     Fault(
         "one-more-warp-barrier",
         SM90,
-        "        int const index = shfl_from_lane_0",
-        "        sync_warp();\n        int const index = shfl_from_lane_0",
+        "        int const index = load_shared_int",
+        "        sync_warp();\n        int const index = load_shared_int",
     ),
     Fault("waits-for-everything", RING, "host::cp_async_wait(1, line);", "host::cp_async_wait(0, line);"),
     Fault(

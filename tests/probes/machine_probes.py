@@ -388,23 +388,24 @@ def _box(direction: str, rows: int, span: int) -> Probe:
 
 
 def _bulk() -> Probe:
-    k = _k({"source": "float const*", "from_registers": "float*", "from_shared": "float*"})
+    k = _k({"source": "float const*", "from_registers": "float*", "one_by_one": "float*", "from_shared": "float*"})
 
     def case() -> tuple[Values, Values]:
         numbers, sums = integers(128, most=1000).float(), integers(128, seed=1, most=1000).float()
         pairs = numbers.view(16, 2, 4).sum(1).flatten()
-        return [numbers, sums[:64].clone(), sums], [numbers, sums[:64] + pairs, sums + 2 * numbers]
+        some = sums[:64]
+        return [numbers, some.clone(), some.clone(), sums], [numbers, some + pairs, some + pairs, sums + 2 * numbers]
 
     return Probe(
         name="bulk",
         template="bulk",
         k=k,
         maps=(),
-        values={"source": 0, "from_registers": 1, "from_shared": 2},
+        values={"source": 0, "from_registers": 1, "one_by_one": 2, "from_shared": 3},
         case=case,
         num_threads=32,
         shared_bytes=1040,
-        forms=frozenset({"bulk_load", "bulk_reduce_add", "reduce_add_global_float4"}),
+        forms=frozenset({"bulk_load", "bulk_reduce_add", "reduce_add_global_float4", "reduce_add_global_float"}),
     )
 
 
