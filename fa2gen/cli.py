@@ -105,6 +105,7 @@ Arches = Annotated[
     list[_ArchChoice] | None, typer.Option("--arch", help="Kernel family; may be repeated. Default: all.")
 ]
 HeadDims = Annotated[list[int] | None, typer.Option("--head-dim", help="Multiple of 8 up to 256; may be repeated.")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="Also gradients with the same bits in every run.")]
 Directions = Annotated[Literal["fwd", "bwd", "both"], typer.Option("--direction", help="Which pass's kernels.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Name = Annotated[str | None, typer.Argument(help="A kernel's name, instead of options.", show_default=False)]
@@ -243,11 +244,15 @@ def _tiling(problem: Problem, arch: ArchName) -> Tiling:
 
 
 def _specs(
-    arches: list[_ArchChoice] | None, head_dims: list[int] | None, asked: Literal["fwd", "bwd", "both"]
+    arches: list[_ArchChoice] | None,
+    head_dims: list[int] | None,
+    asked: Literal["fwd", "bwd", "both"],
+    deterministic: bool,
 ) -> list[KernelSpec]:
     """The kernels of specs/, families and tuned rows, narrowed; a head dim that it lacks is taken with its defaults.
 
-    Family by family, each forward first. Raises InvalidInput where no family that is asked for has that pass.
+    Family by family, each forward first; of deterministic gradients only if asked for. Raises InvalidInput where no
+    family that is asked for has that pass.
     """
     from fa2gen.arch import ARCHES
     from fa2gen.catalog import catalogue, tuned_rows
@@ -262,7 +267,12 @@ def _specs(
         raise InvalidInput(f"{' and '.join(families)} has no {asked} kernels; {others} has")
     for arch, direction in chosen:
         tuned = [row.spec for (_, family), rows in tuned_rows().items() for row in rows if family == arch]
-        listed = [s for s in dict.fromkeys([*catalogue(arch), *tuned]) if s.problem.direction == direction]
+        listed = [
+            spec
+            for spec in dict.fromkeys([*catalogue(arch), *tuned])
+            if spec.problem.direction == direction and (deterministic or not spec.problem.deterministic)
+        ]
+        modes = (False, True) if deterministic and direction == "bwd" else (False,)
         if not head_dims:
             specs += listed
         for head_dim in dict.fromkeys(head_dims or ()):
@@ -270,7 +280,10 @@ def _specs(
                 KernelSpec(problem=problem, tiling=_tiling(problem, arch))
                 for dtype in get_args(DType)
                 for mask in get_args(Mask)
-                for problem in [Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask=mask)]
+                for mode in modes
+                for problem in [
+                    Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask=mask, deterministic=mode)
+                ]
             ]
     return specs
 
@@ -387,7 +400,11 @@ def _plan_row(plan: KernelPlan) -> dict[str, Any]:
     ),
 )
 def list_kernels(
-    arch: Arches = None, direction: Directions = "both", head_dim: HeadDims = None, as_json: AsJson = False
+    arch: Arches = None,
+    direction: Directions = "both",
+    deterministic: Deterministic = False,
+    head_dim: HeadDims = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the catalogue, and what of it is in the cache."""
     from fa2gen.compile import plan_unit
@@ -396,7 +413,7 @@ def list_kernels(
 
     store = Store()
     rows = []
-    for spec in _specs(arch, head_dim, direction):
+    for spec in _specs(arch, head_dim, direction, deterministic):
         entry = store.try_load(key_of(plan_unit(make_plan(spec))))
         rows.append({**_identity(spec), "cached": entry is not None})
     if as_json:
@@ -433,6 +450,7 @@ def _identity(spec: KernelSpec) -> dict[str, Any]:
 def build(
     arch: Arches = None,
     direction: Directions = "both",
+    deterministic: Deterministic = False,
     head_dim: HeadDims = None,
     out: Annotated[Path | None, typer.Option(help="Also put the kernels into this folder.", show_default=False)] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Kernels compiled at once. Default: the cores.")] = None,
@@ -446,7 +464,7 @@ def build(
     """
     from fa2gen.build import build as build_all
 
-    specs = _specs(arch, head_dim, direction)
+    specs = _specs(arch, head_dim, direction, deterministic)
     started = time.perf_counter()
     with _progress("building", len(specs)) as advance:
         results = build_all(specs, out, jobs, target=target, progress=lambda result: advance(result.name))
@@ -500,6 +518,7 @@ def verify(
     name: Name = None,
     arch: Arches = None,
     direction: Directions = "both",
+    deterministic: Deterministic = False,
     head_dim: HeadDims = None,
     place: Annotated[Literal["gpu", "host"], typer.Option("--on", help="Where to run the kernels.")] = "gpu",
     stats: Annotated[bool, typer.Option("--stats", help="Count what each primitive moves; on the host.")] = False,
@@ -515,7 +534,7 @@ def verify(
         raise typer.BadParameter("give a kernel's name or options, not both")
     if stats and place != "host":
         raise typer.BadParameter("--stats counts what kernels do on the host: add --on host")
-    specs = [_one_spec(name)] if name else _specs(arch, head_dim, direction)
+    specs = [_one_spec(name)] if name else _specs(arch, head_dim, direction, deterministic)
     why = verification.nothing_to_run_on(place)
     if not why:
         specs = [spec for spec in specs if verification.runnable(spec.tiling.arch, place)]
