@@ -11,7 +11,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from operator import itemgetter
 from typing import Any
 
@@ -241,13 +241,17 @@ class PreparedBackward:
 
         # Every kernel's own maps, then the Params that all share.
         self._pointers = []
-        self._launches = []
+        self._launches: list[partial[None]] = []  # each takes the stream
         first = 0
         for entry, function, blocks in zip(plan.entry_points, kernel.functions, launch.grids, strict=True):
             pointers = block.pointers(first, len(entry.tensor_maps))
             self._pointers.append(pointers)
-            shared, at = entry.shared_memory_bytes, ctypes.addressof(pointers)
-            self._launches.append((entry.symbol, function, blocks, 1, 1, entry.num_threads, shared, at))
+            what, at = (kernel, entry.symbol, function), ctypes.addressof(pointers)
+            if entry.starts_early:
+                self._launches.append(partial(_launch_early, *what, _early_config(entry, blocks), at))
+            else:
+                sizes = (blocks, 1, 1, entry.num_threads, entry.shared_memory_bytes)
+                self._launches.append(partial(_launch, *what, *sizes, at))
             first += len(entry.tensor_maps)
 
     def __call__(
@@ -283,7 +287,7 @@ class PreparedBackward:
                     tensor_map.point_to(addresses[index])
             self._pack(self._block.memory, self._block.params_at, *self._pick(addresses))
             for launch in self._launches:
-                _launch(self.kernel, *launch, handle)
+                launch(handle)
 
 
 class _ArgumentBlock:
@@ -338,7 +342,36 @@ def _launch(
     if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
         kernel._device.set_current()
         (result,) = driver.cuLaunchKernel(function, gx, gy, gz, threads, 1, 1, shared, stream, pointers, 0)
-    _checked(f"{symbol}: launch of {(gx, gy, gz)} x {threads} threads with {shared:,} B of shared memory", (result,))
+    _checked(_launch_text(symbol, (gx, gy, gz), threads, shared), (result,))
+
+
+def _early_config(entry: EntryPoint, blocks: int) -> Any:
+    """What cuLaunchKernelEx takes for a kernel that may start before the one before has ended: all but the stream."""
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = entry.num_threads, 1, 1
+    config.sharedMemBytes = entry.shared_memory_bytes
+    config.attrs = [attribute]
+    config.numAttrs = 1
+    return config
+
+
+def _launch_early(kernel: Kernel, symbol: str, function: Any, config: Any, pointers: int, stream: Any) -> None:
+    """cuLaunchKernelEx behind another launch, which has seen to the context. Captured, it becomes a programmatic edge.
+
+    Raises Fa2GenError with the driver's reason.
+    """
+    config.hStream = stream
+    result = driver.cuLaunchKernelEx(config, function, pointers, 0)
+    if result[0] != _SUCCESS:
+        _checked(_launch_text(symbol, (config.gridDimX, 1, 1), config.blockDimX, config.sharedMemBytes), result)
+
+
+def _launch_text(symbol: str, grid: tuple[int, int, int], threads: int, shared: int) -> str:
+    return f"{symbol}: launch of {grid} x {threads} threads with {shared:,} B of shared memory"
 
 
 class _TensorMap:

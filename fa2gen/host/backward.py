@@ -103,6 +103,7 @@ def run_backward(
             stats=options.stats,
             time_limit=options.time_limit,
             kernel="" if entry.symbol == plan.name else entry.symbol,
+            awaited=tuple(scratch_numbers) if entry.starts_early else (),
         )
         found = run(library, job, memories)
         if entry.symbol == plan.name:

@@ -81,6 +81,8 @@ class Job:
     """One launch. seed 0 is the fixed schedule; any other draws one, on one OS thread, so that it can be repeated.
 
     kernel "" is the one that the library is named for; else the symbol of another one in it.
+    awaited names the memories that the launch before writes, where this one may start before that has ended: a thread
+    that uses them has executed griddepcontrol.wait, and some thread of each block has.
     """
 
     grid: tuple[int, int, int]
@@ -95,6 +97,7 @@ class Job:
     stats: bool = False
     time_limit: float = 60.0
     kernel: str = ""
+    awaited: tuple[str, ...] = ()
 
 
 class _Launch(ctypes.Structure):
@@ -115,7 +118,10 @@ class _Launch(ctypes.Structure):
 
 
 class _Buffer(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char_p), ("address", ctypes.c_uint64), ("bytes", ctypes.c_uint64))
+    _fields_ = (
+        *(("name", ctypes.c_char_p), ("address", ctypes.c_uint64), ("bytes", ctypes.c_uint64)),
+        ("awaited", ctypes.c_uint32),
+    )
 
 
 class _Count(ctypes.Structure):
@@ -139,7 +145,9 @@ def run_library(path: Path, job: Job, memories: Sequence[Memory]) -> tuple[str, 
     """(what went wrong, or "", and the counts in the order of PRIMITIVES); in this process, without the GIL."""
     entry = _entry(path, job.kernel)
     storage, arguments = _pack(job.arguments, memories)
-    buffers = (_Buffer * len(memories))(*(_Buffer(m.name.encode(), m.address, m.bytes) for m in memories))
+    buffers = (_Buffer * len(memories))(
+        *(_Buffer(m.name.encode(), m.address, m.bytes, m.name in job.awaited) for m in memories)
+    )
     workers = job.workers or (1 if job.seed else env.jobs())
     launch = _Launch(
         grid=job.grid,

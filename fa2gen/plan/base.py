@@ -58,12 +58,17 @@ class TensorMapPlan:
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """One `extern "C"` kernel of a source: its symbol, and what a launch of it takes before the shared Params."""
+    """One `extern "C"` kernel of a source: its symbol, and what a launch of it takes before the shared Params.
+
+    starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
+                  executes griddepcontrol.wait before it uses what that one writes.
+    """
 
     symbol: str
     num_threads: int
     shared_memory_bytes: int
     tensor_maps: tuple[TensorMapPlan, ...]
+    starts_early: bool = False
 
 
 @dataclass(frozen=True)

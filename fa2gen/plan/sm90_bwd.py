@@ -34,6 +34,10 @@ REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the 
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
 DQ_COLUMNS_AT_ONCE = 128  # split by products: 64 accumulator registers beside the 64 x head_dim of dV
 
+# Programmatic dependent launch of the main and the postprocess kernel. False launches them in the usual way: the source
+# is the same, and its griddepcontrol instructions then do nothing.
+STARTS_EARLY = True
+
 
 @dataclass(frozen=True)
 class Sm90BwdPlan(Sm90Plan, BackwardPlan):
@@ -321,9 +325,13 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (
             EntryPoint(self.preprocess_name, self.preprocess_threads, 0, ()),
-            EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps),
+            EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps, STARTS_EARLY),
             EntryPoint(
-                self.postprocess_name, self.postprocess_threads, self.q_tile.bytes, self.postprocess_tensor_maps
+                self.postprocess_name,
+                self.postprocess_threads,
+                self.q_tile.bytes,
+                self.postprocess_tensor_maps,
+                STARTS_EARLY,
             ),
         )
 

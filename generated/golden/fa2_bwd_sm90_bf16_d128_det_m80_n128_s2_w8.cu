@@ -5,7 +5,9 @@
 //   tiling   80 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230752 bytes of dynamic shared memory
 //
-// Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
+// Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
+// of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
+// use what it wrote.
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
 //   main         dK and dV of 128 keys a block; dQ is the sum of what all blocks of keys add to it, in fp32
 //                and in their order, so that its bits are the same in every run
@@ -355,6 +357,16 @@ __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t sou
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Waits until the grid before has ended and what it wrote is visible.
+__device__ __forceinline__ void griddepcontrol_wait() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets the grid behind start when all blocks of this one have come here or ended. Promises nothing about memory.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;");
 }
 
 // Orders this thread's later bulk copies to global memory (the async proxy) after what it has waited for there.
@@ -789,6 +801,7 @@ __device__ __forceinline__ void produce(
             };
             if (!has_kv) {
                 load_key_block(map_k, smem + kSmemK, barriers.k_full(), block);
+                griddepcontrol_wait();  // the preprocess kernel writes what comes with Q and dO
             }
             load(map_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state);
             if (!has_kv) {
@@ -972,6 +985,7 @@ __device__ __forceinline__ void consume(
 // Row statistics of one block of queries, and zeros for its dQ and its turn. 16 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
+    griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
     constexpr float kLog2E = 1.44269504088896341f;
@@ -1062,12 +1076,15 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
         setmaxnreg_dec_24();
         if (warp == 0) {
             produce(map_q, map_k, map_v, map_dout, p, smem, barriers);
+            griddepcontrol_launch_dependents();  // takes effect when the last blocks have issued their loads
         }
         if (warp == 1 && elect_one()) {
+            griddepcontrol_wait();
             write_dq(p, smem, barriers);
         }
     } else {
         setmaxnreg_inc_240();
+        griddepcontrol_wait();  // here in every block: the postprocess kernel waits for this grid alone
         consume(map_dk, map_dv, p, smem, barriers, warp / 4 - 1, warp % 4);
     }
 }
@@ -1081,6 +1098,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_det_m80
     int const warp = warp_id();
     float const* const slice = p.dq_acc + (static_cast<int64_t>(batch_head) * p.num_m_blocks + m_block) * kDqBlockFloats +
                                warp * kDqSliceFloats + lane_id() * 4;
+    griddepcontrol_wait();
     int const row = lane_id() % 8;
     int const chunk = warp % 4 * 2 + lane_id() / 8 % 2;
     uint32_t const first = smem + warp / 4 * kQPanelBytes + (row + lane_id() / 16 * 8) * kPanelRowBytes +

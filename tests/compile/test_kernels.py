@@ -99,10 +99,16 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Compile
 
 @dataclass(frozen=True)
 class Sass:
-    """A kernel's instructions, `OPCODE operands`, and the index that each label stands for."""
+    """A source's instructions, `OPCODE operands`, and the index that each label stands for, and each kernel's name."""
 
     code: tuple[str, ...]
     labels: dict[str, int]
+
+    def kernel(self, symbol: str) -> tuple[str, ...]:
+        """The instructions of one of several kernels."""
+        first = self.labels[symbol]
+        behind = [at for label, at in self.labels.items() if at > first and not label.startswith(".L_x_")]
+        return self.code[first : min(behind, default=len(self.code))]
 
     @functools.cached_property
     def opcodes(self) -> Counter[str]:
@@ -133,7 +139,7 @@ def sass_of(cubin: bytes, folder: Path) -> Sass:
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
+        if label := re.match(r"(?:\.text\.(?=\w+:))?(\.L_x_\d+|\w+):", line):
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?)\s*;", line):
             code.append(instruction[1])
@@ -177,7 +183,28 @@ def check_sm90(plan: Any, sass: Sass) -> None:
 ORDER_BETWEEN_BLOCKS = (r"LD\S*\.STRONG\.GPU", r"MEMBAR\S*\.GPU", r"ST\S*\.STRONG\.GPU")
 
 
+# griddepcontrol.wait and griddepcontrol.launch_dependents
+WAIT_FOR_GRID, LAUNCH_DEPENDENTS = "ACQBULK", "PREEXIT"
+
+
+def check_early_starts(plan: Any, sass: Sass) -> None:
+    """Each kernel lets the next one start, and waits for the one before ahead of its first access to what it wrote."""
+
+    def first(code: tuple[str, ...], *opcodes: str) -> int:
+        return next(i for i, line in enumerate(code) if line.startswith(opcodes))
+
+    before, main, behind = (sass.kernel(entry.symbol) for entry in plan.entry_points)
+    assert before.count(LAUNCH_DEPENDENTS) == main.count(LAUNCH_DEPENDENTS) == 1
+    assert WAIT_FOR_GRID not in before and LAUNCH_DEPENDENTS not in behind
+    assert first(before, LAUNCH_DEPENDENTS) < first(before, "LDG")
+    assert first(behind, WAIT_FOR_GRID) < first(behind, "LDG")
+    # The mma warps, the producer behind its load of K, and the thread that adds dQ; a peeled loop may have another.
+    assert main.count(WAIT_FOR_GRID) >= 2 + plan.writes_dq
+    assert WAIT_FOR_GRID in main[first(main, "UTMALDG") : first(main, "UBLKCP")]
+
+
 def check_sm90_bwd(plan: Any, sass: Sass) -> None:
+    check_early_starts(plan, sass)
     adds = "UBLKRED" if plan.stages_dq else "REDG"
     for opcode in ("HGMMA", "UTMALDG", "UBLKCP", "UTMASTG", "SYNCS", "USETMAXREG", "STSM", adds):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"

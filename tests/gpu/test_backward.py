@@ -171,6 +171,92 @@ def test_dk_and_dv_are_the_same_in_every_run(harness, family):
         torch.testing.assert_close(again[0], first[0], rtol=2e-2, atol=2e-3)
 
 
+# Back to back: kernels of one call start under the end of the one before ---------------------------------------------
+
+
+def assert_the_same(found, expected, deterministic, what):
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2]), f"dk or dv of {what}"
+    if deterministic:
+        assert torch.equal(found[0], expected[0]), f"dq of {what}"
+    else:
+        atol = 1e-3 * float(expected[0].abs().max())
+        torch.testing.assert_close(found[0], expected[0], rtol=2e-2, atol=atol, msg=lambda m: f"dq of {what}: {m}")
+
+
+# A few blocks, less than a wave, several; the preprocess kernel has more blocks than the main one, and fewer.
+BACK_TO_BACK = ((1, 100, 130, 2, 1), (1, 2048, 512, 8, 2), (2, 512, 2048, 8, 8), (2, 1500, 1500, 16, 16))
+
+
+def variants(harness, family, sizes, count=3):
+    """Arguments of backward_cuda and its checked gradients, for inputs of one shape: they use the same scratch memory.
+
+    Their magnitudes differ, so that what another call left there shows.
+    """
+    causal, scale = family.mask == "causal", family.head_dim**-0.5
+    found = []
+    for i in range(count):
+        q, k, v, dout = inputs(harness, family, sizes, "dense", seed=i)
+        dout = dout * 0.1**i
+        out, lse = forward_cuda(q, k, v, scale, causal)
+        found.append((dout, q, k, v, out, lse, None, scale, causal))
+    return found
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "det"])
+@families((64, 128, 256), dtypes=("bf16",))
+def test_back_to_back(harness, family, deterministic):
+    """200 calls that nobody waits for, on changing inputs, beside two busy streams."""
+    noise = torch.randn(1024, 1024, device="cuda")
+    others = [torch.cuda.Stream(), torch.cuda.Stream(priority=-1)]
+    for sizes in BACK_TO_BACK:
+        values = variants(harness, family, sizes)
+        expected = [backward_cuda(*arguments, deterministic) for arguments in values]
+        for (dout, q, k, v, *_), gradients_ in zip(values, expected, strict=True):
+            verdict = check_gradients(gradients_, dout, q, k, v, causal=family.mask == "causal")
+            assert verdict.ok, f"{family} {sizes}: {verdict}"
+        torch.cuda.synchronize()
+        for first in range(0, 200, 50):
+            found = []
+            for run in range(first, first + 50):
+                if run % 3 == 0:
+                    with torch.cuda.stream(others[run % 2]):
+                        torch.mm(noise, noise)
+                found.append(backward_cuda(*values[run % len(values)], deterministic))
+            for run, gradients_ in enumerate(found, first):
+                what = f"{family} {sizes}, run {run}"
+                assert_the_same(gradients_, expected[run % len(values)], deterministic, what)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "det"])
+@families((64, 128, 256), dtypes=("bf16",), masks=("causal",))
+def test_back_to_back_in_a_graph(harness, family, deterministic):
+    """20 calls in one captured graph, 10 replays of it on changing inputs."""
+    noise = torch.randn(1024, 1024, device="cuda")
+    other = torch.cuda.Stream()
+    for sizes in BACK_TO_BACK:
+        values = variants(harness, family, sizes)
+        expected = [backward_cuda(*arguments, deterministic) for arguments in values]
+        places = [[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments] for arguments in values]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = [backward_cuda(*places[run % len(places)], deterministic) for run in range(20)]
+        for replay in range(10):
+            for i, place in enumerate(places):
+                for to, source in zip(place, values[(i + replay) % len(values)], strict=True):
+                    if isinstance(to, torch.Tensor):
+                        to.copy_(source)
+            for gradients_ in captured:
+                for x in gradients_:
+                    x.fill_(float("nan"))
+            with torch.cuda.stream(other):
+                torch.mm(noise, noise)
+            graph.replay()
+            for run, gradients_ in enumerate(captured):
+                what = f"{family} {sizes}, replay {replay}, run {run}"
+                assert_the_same(gradients_, expected[(run % len(values) + replay) % len(values)], deterministic, what)
+
+
 # Deterministic -------------------------------------------------------------------------------------------------------
 
 

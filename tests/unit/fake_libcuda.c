@@ -13,6 +13,7 @@ struct Launch {
     uint64_t count, function, stream;
     uint32_t grid[3], block[3], shared_bytes;
     uint32_t misaligned;  // arguments that are not on the 64-byte grid
+    uint32_t starts_early;  // programmatic stream serialization
     uint8_t arguments[MAX_ARGUMENTS][ARGUMENT_BYTES];
 };
 
@@ -32,6 +33,7 @@ uint32_t fake_sizes_before[MAX_ARGUMENTS], fake_num_before;  // of kernels calle
 uint32_t fake_sizes_after[MAX_ARGUMENTS], fake_num_after;    // and *_postprocess
 int32_t fake_shared_limit;                    // the attribute as last set
 CUresult fake_launch_result, fake_encode_result;
+uint32_t fake_launches_before_failure;        // how many succeed before fake_launch_result is given
 uint32_t fake_wrong_context_launches;         // how many launches to refuse for want of a context
 
 CUresult cuInit(unsigned flags) { return 0; }
@@ -102,19 +104,21 @@ CUresult cuTensorMapEncodeTiled(struct Map* map, int data_type, uint32_t rank, u
     return 0;
 }
 
-CUresult cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-                        unsigned shared_bytes, void* stream, void** arguments, void** extra) {
+static CUresult launch(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                       unsigned shared_bytes, void* stream, void** arguments, unsigned starts_early) {
     if (fake_wrong_context_launches) {
         --fake_wrong_context_launches;
         return 201;
     }
-    if (fake_launch_result) return fake_launch_result;
+    if (fake_launch_result && !fake_launches_before_failure) return fake_launch_result;
+    if (fake_launch_result) --fake_launches_before_failure;
     ++fake_launch.count;
     fake_launch.function = (uint64_t)function;
     fake_launch.stream = (uint64_t)stream;
     memcpy(fake_launch.grid, (uint32_t[3]){gx, gy, gz}, sizeof fake_launch.grid);
     memcpy(fake_launch.block, (uint32_t[3]){bx, by, bz}, sizeof fake_launch.block);
     fake_launch.shared_bytes = shared_bytes;
+    fake_launch.starts_early = starts_early;
     uint32_t count;
     uint32_t const* const sizes = sizes_of((unsigned)((uintptr_t)function - 0x4000), &count);
     for (unsigned i = 0; i < count; ++i) {
@@ -123,6 +127,37 @@ CUresult cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, u
     }
     fake_launches[fake_launch.count % 4] = fake_launch;
     return 0;
+}
+
+CUresult cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+                        unsigned shared_bytes, void* stream, void** arguments, void** extra) {
+    return launch(function, gx, gy, gz, bx, by, bz, shared_bytes, stream, arguments, 0);
+}
+
+struct LaunchAttribute {
+    int32_t id;
+    union {
+        uint32_t number;
+        uint64_t all[8];
+    } value;
+};
+
+struct LaunchConfig {
+    uint32_t grid[3], block[3], shared_bytes;
+    void* stream;
+    struct LaunchAttribute const* attributes;
+    uint32_t num_attributes;
+};
+
+CUresult cuLaunchKernelEx(struct LaunchConfig const* config, void* function, void** arguments, void** extra) {
+    uint32_t starts_early = 0;
+    for (uint32_t i = 0; i < config->num_attributes; ++i) {
+        if (config->attributes[i].id != 6) return 1;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        starts_early = config->attributes[i].value.number;
+    }
+    uint32_t const *const grid = config->grid, *const block = config->block;
+    return launch(function, grid[0], grid[1], grid[2], block[0], block[1], block[2], config->shared_bytes, config->stream,
+                  arguments, starts_early);
 }
 
 CUresult cuGetProcAddress_v2(char const* name, void** address, int version, uint64_t flags, int* status) {

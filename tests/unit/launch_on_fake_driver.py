@@ -31,6 +31,7 @@ class Launch(ctypes.Structure):
     _fields_ = (
         *((name, U64) for name in ("count", "function", "stream")),
         *(("grid", U32 * 3), ("block", U32 * 3), ("shared_bytes", U32), ("misaligned", U32)),
+        ("starts_early", U32),
         ("arguments", (ctypes.c_uint8 * 512) * 8),
     )
 
@@ -56,6 +57,7 @@ def reset():
     encodes.value = 0
     set_result("fake_launch_result", 0)
     set_result("fake_encode_result", 0)
+    U32.in_dll(fake, "fake_launches_before_failure").value = 0
 
 
 def make(arch, head_dim=64, mask="causal", dtype="bf16"):
@@ -94,7 +96,7 @@ def test_one_launch(arch, mask):
     prepare(kernel)(**ADDRESSES, stream=0x77)
     m_blocks = -(-300 // plan.tile_m)
     assert launched.count == 1 and launched.stream == 0x77 and launched.function == 0x4000
-    assert launched.misaligned == 0
+    assert launched.misaligned == 0 and not launched.starts_early
     assert tuple(launched.block) == (plan.num_threads, 1, 1)
     assert launched.shared_bytes == plan.shared_memory_bytes == I32.in_dll(fake, "fake_shared_limit").value
     assert tuple(launched.grid) == ((min(132, m_blocks * 8), 1, 1) if arch == "sm90" else (m_blocks, 4, 2))
@@ -313,6 +315,7 @@ def test_one_backward(arch, head_dim, deterministic):
         one = history[i + 1]
         assert (one.function, one.stream, tuple(one.grid)) == (function, 0x77, (blocks, 1, 1))
         assert (tuple(one.block), one.shared_bytes) == ((entry.num_threads, 1, 1), entry.shared_memory_bytes)
+        assert one.starts_early == (i > 0)
         for planned, raw in zip(entry.tensor_maps, one.arguments, strict=False):
             found = Map.from_buffer_copy(raw)
             of_query = planned.name in ("q", "dout", "dq")
@@ -340,6 +343,40 @@ def test_one_backward(arch, head_dim, deterministic):
             assert launch.num_dq_turns == m_blocks * 8
             expected["dq_turns"] = scratch + 2 * statistics + 4 * launch.dq_acc_floats
         assert {name: values[name] for name in expected} == expected
+
+
+def test_kernels_of_a_backward_in_turns_on_two_streams():
+    """The stream of a launch that may start early lies in a struct that lives on."""
+    first, second = (prepare_backward(make_backward(64), ForwardShape(1, n, n, 2, 2)) for n in (100, 2000))
+    history = (Launch * 4).in_dll(fake, "fake_launches")
+    for i in range(8):
+        backward, stream = ((first, 0x11), (second, 0x22), (first, 0x33))[i % 3]
+        backward(**BACKWARD_ADDRESSES, stream=stream)
+        latest = [history[(launched.count - behind) % 4] for behind in (2, 1, 0)]
+        assert [one.stream for one in latest] == [stream] * 3
+        assert [one.starts_early for one in latest] == [0, 1, 1]
+        assert latest[0].grid[0] == latest[2].grid[0] == backward.statistics_floats // backward.kernel.plan.tile_m
+
+
+def test_plain_launches_of_a_backward(monkeypatch):
+    monkeypatch.setattr("fa2gen.plan.sm90_bwd.STARTS_EARLY", False)
+    prepare_backward(make_backward(64))(**BACKWARD_ADDRESSES, stream=0)
+    history = (Launch * 4).in_dll(fake, "fake_launches")
+    assert [history[i].starts_early for i in (1, 2, 3)] == [0, 0, 0] and launched.count == 3
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2])
+def test_a_failing_launch_of_a_backward_says_which_and_why(refused):
+    launch = prepare_backward(make_backward(64))
+    plan = launch.kernel.plan
+    U32.in_dll(fake, "fake_launches_before_failure").value = refused
+    set_result("fake_launch_result", 701)
+    with pytest.raises(Fa2GenError, match=r"threads.*CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES.*as the test") as e:
+        launch(**BACKWARD_ADDRESSES, stream=0)
+    entry = plan.entry_points[refused]
+    assert str(e.value).startswith(f"{entry.symbol}: launch of (")
+    assert f" x {entry.num_threads} threads with {entry.shared_memory_bytes:,} B" in str(e.value)
+    assert launched.count == refused
 
 
 def test_backward_of_another_version_is_refused():

@@ -12,11 +12,13 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from fa2gen import InfeasibleSpec, InvalidInput, UnsupportedProblem, attention, flash_attn_func
+from fa2gen.compile import launch_facts
 from fa2gen.launch import ForwardShape, backward_launch
 from fa2gen.layout import accumulator_position
 from fa2gen.ops import flash_attn_qkvpacked_func
 from fa2gen.plan import feasible_tilings, make_plan
 from fa2gen.reference import attention_backward_tiled, attention_reference, attention_tiled, check_gradients
+from fa2gen.render import render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
@@ -267,6 +269,19 @@ def test_launch_facts_of_deterministic_kernels(mask):
     usual: Any = make_plan(KernelSpec(problem=problem.model_copy(update={"deterministic": False}), tiling=plan.tiling))
     assert plan.num_barriers == usual.num_barriers  # the pair of dQ
     assert {param.name for param in usual.params}.isdisjoint({"dq_turns"})
+
+
+def test_which_kernels_start_early():
+    """Behind another kernel of the same call only. A stored cubin says so: one without the waits must not be used."""
+    problem = Problem(direction="bwd", head_dim=128)
+    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
+    assert [entry.starts_early for entry in plan.entry_points] == [False, True, True]
+    assert [entry["starts_early"] for entry in launch_facts(plan)["entry_points"]] == [False, True, True]
+    for arch in ("sm80", "sm90"):
+        problem = Problem(head_dim=128)
+        forward = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
+        assert [entry.starts_early for entry in forward.entry_points] == [False]
+        assert "griddepcontrol" not in render(forward).source
 
 
 def test_what_does_not_fit_says_why():

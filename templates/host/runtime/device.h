@@ -41,6 +41,8 @@ void set_max_registers(int count, bool increase, int line);
 // Global memory: addresses must lie in one of the launch's buffers -------------------------------------------------------
 
 void check_global(void const* address, int bytes, bool write, int line);
+// From here on this thread may use what the grid before wrote.
+void griddepcontrol_wait();
 
 // Copies that are not waited for -----------------------------------------------------------------------------------------
 

@@ -225,6 +225,12 @@ void Block::land_one_copy() {
 
 void Block::check_end() {
     count_leftovers(*this);
+    bool const starts_early = std::any_of(launch.buffers, launch.buffers + launch.num_buffers,
+                                          [](Buffer const& buffer) { return buffer.awaited != 0; });
+    if (starts_early && std::none_of(threads.begin(), threads.end(), [](Thread const& thread) { return thread.waited_for_grid; })) {
+        throw Failure(text("block (%u, %u, %u) ends with no griddepcontrol.wait: the grid behind could start before the one before "
+                           "has ended", index.x, index.y, index.z));
+    }
     for (std::size_t group = 0; group < warpgroups.size(); ++group) {
         for (std::size_t i = 4 * group; i < std::min(4 * group + 4, warps.size()); ++i) {
             if (warps[i].register_moves != warps[4 * group].register_moves) {

@@ -54,6 +54,7 @@ struct Thread : ThreadView {
     std::vector<std::uint32_t> unpublished;  // granules of shared memory
     SmallCopies small_copies;
     BulkStores stores;
+    bool waited_for_grid = false;
     bool unfenced_global_wait = false;  // has waited for another block, and no proxy fence followed
     WgmmaThread wgmma;
 };
@@ -103,6 +104,7 @@ struct Buffer {
     char const* name;
     unsigned char* address;
     std::uint64_t bytes;
+    std::uint32_t awaited;  // the grid before writes it, and this one may start before that has ended
 };
 
 // What Python asks for (fa2gen/host/run.py has the same fields).
@@ -180,7 +182,9 @@ void wake_all(std::vector<Thread*>& threads);
 void maybe_yield();
 
 // Global memory of the kernel is that of the launch's buffers.
-void check_inside(Launch const& launch, void const* address, std::uint64_t bytes, char const* verb, int line);
+Buffer const& check_inside(Launch const& launch, void const* address, std::uint64_t bytes, char const* verb, int line);
+// Likewise; and the running thread has waited for the grid that writes there.
+void check_awaited(void const* address, std::uint64_t bytes, char const* verb, int line);
 
 // Waits for all 32 lanes; the last one to come calls `compute` with the operands of all.
 template <class Operands, class Compute>

@@ -23,7 +23,7 @@ void store_shared(std::uint32_t address, void const* value, int bytes, int line)
     count_lane(kStoreShared, address, bytes, line);
 }
 
-void check_inside(Launch const& launch, void const* address, std::uint64_t bytes, char const* verb, int line) {
+Buffer const& check_inside(Launch const& launch, void const* address, std::uint64_t bytes, char const* verb, int line) {
     auto const* first = static_cast<unsigned char const*>(address);
     Buffer const* nearest = nullptr;
     auto distance = [&](Buffer const& buffer) {
@@ -32,7 +32,7 @@ void check_inside(Launch const& launch, void const* address, std::uint64_t bytes
     for (std::uint32_t i = 0; i < launch.num_buffers; ++i) {
         Buffer const& buffer = launch.buffers[i];
         if (first >= buffer.address && first + bytes <= buffer.address + buffer.bytes) {
-            return;
+            return buffer;
         }
         if (nearest == nullptr || distance(buffer) < distance(*nearest)) {
             nearest = &buffer;
@@ -44,12 +44,25 @@ void check_inside(Launch const& launch, void const* address, std::uint64_t bytes
          nearest == nullptr ? 0ll : static_cast<long long>(first - nearest->address));
 }
 
+void check_awaited(void const* address, std::uint64_t bytes, char const* verb, int line) {
+    Thread const& thread = current();
+    Buffer const& buffer = check_inside(thread.block->launch, address, bytes, verb, line);
+    if (buffer.awaited != 0 && !thread.waited_for_grid) {
+        fail("kernel.cc:%d %s %s, which the grid before writes, with no griddepcontrol.wait before it in this thread", line, verb,
+             buffer.name);
+    }
+}
+
+void griddepcontrol_wait() {
+    current().waited_for_grid = true;
+}
+
 void check_global(void const* address, int bytes, bool write, int line) {
     if (reinterpret_cast<std::uintptr_t>(address) % static_cast<std::uintptr_t>(bytes) != 0) {
         fail("kernel.cc:%d: a global access of %d bytes at an address that is not a multiple of them", line, bytes);
     }
     auto const size = static_cast<std::uint64_t>(bytes);
-    check_inside(current().block->launch, address, size, write ? "writes" : "reads", line);
+    check_awaited(address, size, write ? "writes" : "reads", line);
     count(write ? kStoreGlobal : kLoadGlobal, size);
 }
 

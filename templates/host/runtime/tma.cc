@@ -190,6 +190,7 @@ BoxCopy make_bulk_copy(void const* global, std::uint32_t shared, std::uint32_t b
         fail("kernel.cc:%d: a bulk copy of %u bytes at a global address that ends in 0x%x: multiples of 16 are needed", line, bytes,
              static_cast<unsigned>(address % 256));
     }
+    check_awaited(global, bytes, barrier != 0 ? "loads" : "adds to", line);
     TensorMap map{};
     map.address = address;
     map.dims[0] = bytes / sizeof(float);
