@@ -21,6 +21,11 @@ class BackwardPlan(KernelPlan):
         raise NotImplementedError
 
     @property
+    def has_griddepcontrol(self) -> bool:
+        """Whether a kernel's blocks can start before the kernel before it has ended: an instruction of sm_90."""
+        return self.arch == "sm90"
+
+    @property
     def key_block_order(self) -> str:
         """Part of a template's name."""
         return "ordered" if self.deterministic and not self.causal else self.mask
