@@ -15,11 +15,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops.backward import backward_cuda, validate_backward
 from fa2gen.ops.dispatch import forward_cuda
-from fa2gen.ops.validate import default_scale, describe, refuse_non_tensors, validate
+from fa2gen.ops.validate import DTYPES, default_scale, describe, refuse_non_tensors, validate
 from fa2gen.reference import attention_backward_tiled, attention_tiled
 from fa2gen.spec import Tiling
 
@@ -44,11 +45,17 @@ def attention(
     tiling         one exact tiling, instead of the selected one.
     deterministic  gradients that are the same bits in every run, at some cost in speed; the forward pass always is.
 
+    Under torch.autocast q, k and v are cast to its dtype, as torch's scaled_dot_product_attention casts them; gradients
+    come back in the dtypes of the inputs.
     With `arch` or `tiling` the kernel is called directly, not through the operator: torch.compile cannot see into that.
     Raises InvalidInput, UnsupportedProblem, or InfeasibleSpec for a tiling that does not fit.
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
+    if (q.is_cuda or q.is_cpu) and torch.is_autocast_enabled(q.device.type):
+        q, k, v = _autocast(q, k, v)
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(q, k, v)
     if type(softmax_scale) is not float:
         softmax_scale = _scale(softmax_scale, q)
     if not isinstance(causal, bool | int):
@@ -63,7 +70,9 @@ def attention(
     if arch is None and tiling is None:
         try:
             if needs_grad:
-                out, lse = _Attention.apply(q, k, v, softmax_scale, bool(causal), bool(deterministic))
+                transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+                function = _TransformedAttention if transformed else _Attention
+                out, lse = function.apply(q, k, v, softmax_scale, bool(causal), bool(deterministic))
                 return out, lse
             out, lse = _OPERATOR(q, k, v, softmax_scale, bool(causal))
             return out, lse
@@ -73,6 +82,26 @@ def attention(
     if not q.is_cuda:
         raise InvalidInput(f"arch and tiling choose a CUDA kernel, but q is on {q.device}: leave them out")
     return forward_cuda(q, k, v, softmax_scale, bool(causal), arch, tiling)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In the dtype of the autocast region, by torch's rule: all but fp64 and integers, which validation refuses."""
+    dtype = torch.get_autocast_dtype(q.device.type)
+    if dtype not in DTYPES:
+        return q, k, v
+    eligible = (torch.float32, *DTYPES)
+    q, k, v = (x.to(dtype) if x.dtype in eligible else x for x in (q, k, v))
+    return q, k, v
+
+
+def _refuse_tangents(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise UnsupportedProblem for forward-mode derivatives: a kernel would drop them without a word."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise UnsupportedProblem(
+            "a forward-mode derivative (torch.func.jvp, dual tensors) was asked for, and attention has reverse mode "
+            "alone: take torch.func.vjp or backward(), or torch.nn.functional.scaled_dot_product_attention with its "
+            "math backend"
+        )
 
 
 def _is_eager_cuda(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -112,7 +141,8 @@ def _scale(softmax_scale: Any, q: Tensor) -> Any:
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     validate(q, k, v, softmax_scale)
-    return attention_tiled(q, k, v, causal=causal, softmax_scale=softmax_scale)
+    with torch.autocast("cpu", enabled=False):  # which would round the fp32 products
+        return attention_tiled(q, k, v, causal=causal, softmax_scale=softmax_scale)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool) -> tuple[Tensor, Tensor]:
@@ -134,7 +164,8 @@ def _backward_cpu(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     validate_backward(dout, q, k, v, out, lse, dlse, softmax_scale)
-    return attention_backward_tiled(dout, q, k, v, out, lse, dlse, causal=causal, softmax_scale=softmax_scale)
+    with torch.autocast("cpu", enabled=False):
+        return attention_backward_tiled(dout, q, k, v, out, lse, dlse, causal=causal, softmax_scale=softmax_scale)
 
 
 def _backward_fake(
@@ -179,18 +210,44 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None
 
 
+class _TransformedAttention(_Attention):
+    """The same in the form that torch.func asks for, whose calls cost 40 microseconds more."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, causal: bool, deterministic: bool
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _OPERATOR(q, k, v, softmax_scale, causal)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:3], *output)
+        ctx.set_materialize_grads(False)
+        ctx.options = inputs[3:]
+
+
 class _Gradients(torch.autograd.Function):
     """The operator, with a refusal in the place of its own gradients: torch would take them for zero."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = _BACKWARD(*arguments)
         return dq, dk, dv
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing to keep: there is no gradient."""
+
+    @staticmethod
     def backward(ctx: Any, *_: Any) -> NoReturn:
         raise UnsupportedProblem(
-            "attention can be differentiated once: its gradients have none themselves. For second derivatives take "
+            "a second derivative of attention was asked for (double backward, gradgradcheck, hessian), and it can be "
+            "differentiated once: its gradients have none themselves. For second derivatives take "
             "torch.nn.functional.scaled_dot_product_attention with its math backend"
         )
 

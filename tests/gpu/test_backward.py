@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from fa2gen import env, flash_attn_func
+from fa2gen import UnsupportedProblem, env, flash_attn_func
 from fa2gen.ops.backward import backward_cuda
 from fa2gen.ops.dispatch import _device, forget, forward_cuda
 from fa2gen.reference import check_gradients
@@ -351,6 +352,106 @@ def test_autograd_by_sm80_kernels(monkeypatch):
     forget()
     verdict = check_gradients(found, dout, q, k, v, dlse=dlse, causal=True)
     assert verdict.ok, verdict
+
+
+def loss_of_both(q, k, v):
+    out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    return (out.float() ** 2).mean() + torch.logsumexp(lse, -1).mean()
+
+
+def assert_close(found, expected):
+    """dQ is summed in an order that varies."""
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-3)
+
+
+def test_compile_fullgraph_with_gradients_of_lse():
+    leaves_ = leaves((2, 300, 400, 8, 2), 128)
+    expected = torch.autograd.grad(loss_of_both(*leaves_), leaves_)
+    assert_close(torch.autograd.grad(torch.compile(loss_of_both, fullgraph=True)(*leaves_), leaves_), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_autocast(dtype):
+    """fp32 in, the region's dtype out, gradients in fp32; also with a backward pass inside the region."""
+    leaves_ = leaves((2, 300, 400, 8, 2), 128, torch.float32)
+    cast = [x.detach().to(dtype).requires_grad_() for x in leaves_]
+    dout = torch.randn_like(cast[0])
+    expected = torch.autograd.grad(flash_attn_func(*cast, causal=True), cast, dout)
+    with torch.autocast("cuda", dtype):
+        out = flash_attn_func(*leaves_, causal=True)
+        assert out.dtype == dtype
+        inside = torch.autograd.grad(out, leaves_, dout, retain_graph=True)
+        with torch.no_grad():
+            assert torch.equal(flash_attn_func(*leaves_, causal=True), out)
+    for found in (inside, torch.autograd.grad(out, leaves_, dout)):
+        assert_close(found, [x.float() for x in expected])
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (2,)], ids=str)
+def test_gradients_of_some_inputs(wanted):
+    leaves_ = leaves((2, 300, 400, 8, 2), 128)
+    whole = torch.autograd.grad(flash_attn_func(*leaves_).sum(), leaves_)  # of strides 0
+    some = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(leaves_)]
+    found = torch.autograd.grad(flash_attn_func(*some).sum(), [some[i] for i in wanted])
+    assert_close(found, [whole[i] for i in wanted])
+
+
+def test_outputs_used_twice():
+    leaves_ = leaves((2, 300, 400, 8, 2), 128)
+    dout = torch.randn_like(leaves_[0])
+    expected = torch.autograd.grad(flash_attn_func(*leaves_), leaves_, 2 * dout)
+    out = flash_attn_func(*leaves_)
+    assert_close(torch.autograd.grad((out, out), leaves_, (dout, dout)), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant):
+    leaves_ = leaves((2, 300, 400, 8, 2), 128)
+    dout = torch.randn_like(leaves_[0])
+    expected = torch.autograd.grad(flash_attn_func(*leaves_), leaves_, dout)
+    checkpoint(flash_attn_func, *leaves_, use_reentrant=use_reentrant).backward(dout)
+    assert_close([x.grad for x in leaves_], expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_torch_func():
+    leaves_ = leaves((2, 300, 400, 8, 2), 128)
+    expected = torch.autograd.grad(loss_of_both(*leaves_), leaves_)
+    plain = [x.detach() for x in leaves_]
+    gradients = torch.func.grad(loss_of_both, (0, 1, 2))
+    assert_close(gradients(*plain), expected)
+    assert_close([x[1] for x in torch.func.vmap(gradients)(*(torch.stack((x, x)) for x in plain))], expected)
+    with pytest.raises(UnsupportedProblem, match="forward-mode"):
+        torch.func.jvp(flash_attn_func, tuple(plain), tuple(plain))
+
+
+def test_second_derivatives_are_refused():
+    leaves_ = leaves((1, 64, 64, 2, 2))
+    gradients = torch.autograd.grad(loss_of_both(*leaves_), leaves_, create_graph=True)
+    with pytest.raises(UnsupportedProblem, match="second derivative"):
+        torch.autograd.grad(gradients[0].sum(), leaves_)
+
+
+def test_what_the_backward_pass_needs_may_not_change():
+    leaves_ = leaves((1, 64, 64, 2, 2))
+    k = leaves_[1] * 1
+    loss = flash_attn_func(leaves_[0], k, leaves_[2]).sum()
+    with torch.no_grad():
+        k.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("with_dlse", [False, True])
+def test_opcheck(with_dlse):
+    q, k, v = (x.detach() for x in leaves((2, 150, 200, 4, 2)))
+    out, lse = torch.ops.fa2gen.fwd(q, k, v, 0.125, True)
+    dlse = torch.randn_like(lse) if with_dlse else None
+    # Deterministic: two runs are compared.
+    arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, 0.125, True, True)
+    assert set(torch.library.opcheck(torch.ops.fa2gen.bwd.default, arguments).values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -106,25 +106,139 @@ def test_packed_and_strided_tensors():
     assert check_gradients(found.unbind(2), dout, q, k, v, causal=True).ok
 
 
-def test_checkpointing_and_compile():
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (2,), (0, 1)], ids=str)
+def test_gradients_of_some_inputs(wanted):
+    q, k, v, dout, dlse = inputs(SHAPES[0])
+    whole = torch.autograd.grad(attention(q, k, v), (q, k, v), (dout, dlse))
+    some = [x.requires_grad_(i in wanted) for i, x in enumerate(x.detach() for x in (q, k, v))]
+    found = torch.autograd.grad(attention(*some), [some[i] for i in wanted], (dout, dlse))
+    assert all(torch.equal(x, whole[i]) for x, i in zip(found, wanted, strict=True))
+
+
+def test_gradients_of_sums_and_of_outputs_used_twice():
+    """The gradient of a sum has strides of 0; two uses add theirs."""
     q, k, v, dout, _ = inputs(SHAPES[0])
+    expected = torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), torch.ones_like(dout))
+    found = torch.autograd.grad(flash_attn_func(q, k, v).sum(), (q, k, v))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    expected = torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), 2 * dout)
+    out = flash_attn_func(q, k, v)
+    found = torch.autograd.grad((out, out), (q, k, v), (dout, dout))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("changed", ["q", "k", "v", "out"])
+def test_what_the_backward_pass_needs_may_not_change(changed):
+    tensors = dict(zip("qkv", (1 * x for x in inputs(SHAPES[0])[:3]), strict=True))
+    tensors["out"] = out = flash_attn_func(tensors["q"], tensors["k"], tensors["v"])
+    loss = out.sum()
+    with torch.no_grad():
+        tensors[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant):
+    q, k, v, dout, _ = inputs(SHAPES[0])
+    expected = torch.autograd.grad(flash_attn_func(q, k, v), (q, k, v), dout)
+    checkpoint(flash_attn_func, q, k, v, use_reentrant=use_reentrant).backward(dout)
+    assert all(torch.equal(x.grad, y) for x, y in zip((q, k, v), expected, strict=True))
+
+
+def loss_of_both(q, k, v):
+    out, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    return (out.float() ** 2).sum() + torch.logsumexp(lse, -1).sum()
+
+
+def test_compiles_to_one_graph_with_gradients_of_lse():
+    q, k, v, *_ = inputs(SHAPES[0])
+    expected = torch.autograd.grad(loss_of_both(q, k, v), (q, k, v))
+    compiled = torch.compile(loss_of_both, fullgraph=True, backend="aot_eager", dynamic=True)
+    found = torch.autograd.grad(compiled(q, k, v), (q, k, v))
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_torch_func():
+    q, k, v = (x.detach() for x in inputs(SHAPES[0])[:3])
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(loss_of_both(*leaves), leaves)
+    gradients = torch.func.grad(loss_of_both, (0, 1, 2))
+    for found in (gradients(q, k, v), torch.func.jacrev(loss_of_both, (0, 1, 2))(q, k, v)):
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    twice = torch.func.vmap(gradients)(*(torch.stack((x, x)) for x in (q, k, v)))
+    for x, y in zip(twice, expected, strict=True):
+        torch.testing.assert_close(x, torch.stack((y, y)), rtol=1e-2, atol=1e-3)
+
+
+def test_forward_mode_is_refused():
+    """A kernel would drop the tangents."""
+    q, k, v = (x.detach() for x in inputs(SHAPES[0])[:3])
+    with pytest.raises(UnsupportedProblem, match=r"forward-mode.*torch\.func\.vjp"):
+        torch.func.jvp(flash_attn_func, (q, k, v), (q, k, v))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(k, k)
+        with pytest.raises(UnsupportedProblem, match="forward-mode"):
+            flash_attn_func(q, dual, v)
+        assert flash_attn_func(q, k, v).shape == q.shape
+
+
+# Autocast ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_casts_as_torch_does(dtype, compiled):
+    """Also of mixed dtypes; the gradients have those of the inputs."""
+    q, k, v, dout, _ = inputs(SHAPES[0], dtype=torch.float32)
+    k = k.detach().to(torch.float16).requires_grad_()
 
     def run(q, k, v):
-        return flash_attn_func(q, k, v, causal=True)
+        with torch.autocast("cpu", dtype):
+            return flash_attn_func(q, k, v, causal=True)
 
-    expected = torch.autograd.grad(run(q, k, v), (q, k, v), dout)
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
-    for out in (checkpoint(run, q, k, v, use_reentrant=False), compiled(q, k, v)):
-        found = torch.autograd.grad(out, (q, k, v), dout)
-        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    out = (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(q, k, v)
+    assert out.dtype == dtype
+    found = torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+    cast = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(flash_attn_func(*cast, causal=True), cast, dout.to(dtype))
+    for x, y, leaf in zip(found, expected, (q, k, v), strict=True):
+        assert x.dtype == leaf.dtype and torch.equal(x, y.to(leaf.dtype))
+    with torch.autocast("cpu", dtype):
+        assert torch.nn.functional.scaled_dot_product_attention(q, q.half(), q).dtype == dtype
 
 
+def test_autocast_leaves_the_reference_exact():
+    """Its products are in fp32: autocast would round their operands, in the backward pass too."""
+    q, k, v, dout, _ = inputs(SHAPES[0])
+    expected = torch.autograd.grad(out := flash_attn_func(q, k, v), (q, k, v), dout)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = flash_attn_func(q, k, v)
+        found = torch.autograd.grad(again, (q, k, v), dout)
+    assert torch.equal(again, out)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_autocast_does_not_take_fp64():
+    q, k, v, *_ = inputs(SHAPES[0], dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UnsupportedProblem, match="float64"):
+        flash_attn_func(q, k, v)
+    with pytest.raises(UnsupportedProblem, match="float32"):
+        flash_attn_func(*(x.float() for x in (q, k, v)))
+
+
+@pytest.mark.filterwarnings("ignore:Input #")
 def test_second_derivatives_are_refused_where_they_are_taken():
     """Not silently zero; and a graph that is kept for another part's second derivative is no error."""
     q, k, v, dout, _ = inputs(SHAPES[0])
     (dq,) = torch.autograd.grad(flash_attn_func(q, k, v), (q,), dout, create_graph=True)
     with pytest.raises(UnsupportedProblem, match="differentiated once"):
         torch.autograd.grad(dq.sum(), (k,))
+    small = [x.detach()[:1, :1, :1, :8].clone().requires_grad_() for x in (q, k, v)]
+    with pytest.raises(UnsupportedProblem, match=r"second derivative.*gradgradcheck.*math backend"):
+        torch.autograd.gradgradcheck(flash_attn_func, small)
 
 
 def test_deterministic_is_a_promise_that_the_cpu_keeps():
