@@ -878,14 +878,15 @@ __device__ __forceinline__ void consume_dv_dq(
         }
         probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
         pack(p_tile, acc_s);
-        sync_warp();
-        mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
-        q_state.advance(kNumStages);
 
+        // Q is released behind a product that needs P, so when LSE has arrived in registers. An arrival may overtake loads that
+        // are still queued, behind the additions to dQ for long: dV was wrong at head dims 208 to 248 on an H200.
         mbarrier_wait(barriers.dout_full(dout_state.stage), dout_state.phase);
         wgmma_fence();
         gemm_dkv(acc_dv, p_tile, (smem + kSmemDout + dout_state.stage * kQBytes) / kDescUnit);
         wgmma_commit();
+        mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
+        q_state.advance(kNumStages);
 
         float acc_dq[kNumAccDq];
         uint32_t const ds_tile = (smem + kSmemDs + ds_state.stage * kDsBytes) / kDescUnit;
@@ -964,9 +965,6 @@ __device__ __forceinline__ void consume_dk(
         wgmma_touch(acc_dp);
         score_gradients(acc_dp, acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
         pack(ds, acc_dp);
-        sync_warp();
-        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-        dout_state.advance(kNumStages);
 
         // dS to the other warpgroup under dK.
         mbarrier_wait(barriers.ds_empty(ds_state.stage), ds_state.phase ^ 1);
@@ -974,6 +972,8 @@ __device__ __forceinline__ void consume_dk(
         wgmma_fence();
         gemm_dkv(acc_dk, ds, q_tile);
         wgmma_commit();
+        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);  // dPsum too has been used
+        dout_state.advance(kNumStages);
         fence_proxy_async();
         sync_warp();
         mbarrier_arrive_if(barriers.ds_full(ds_state.stage), leader);

@@ -73,13 +73,6 @@ FAULTS = (
     Fault("overwritten-early", STAGED, WAIT_EMPTY, ""),
     Fault("producer-parity", SMALL, WAIT_EMPTY, "mbarrier_wait(empty, state.phase);"),
     Fault("q-released-early", STAGED, DK_DONE, f"{RELEASE_Q} wgmma_wait_0();", schedules=4),
-    Fault(
-        "q-released-before-lse-is-read",
-        PRODUCTS,
-        f"pack(p_tile, acc_s);\n        sync_warp();\n        {RELEASE_Q}",
-        f"pack(p_tile, acc_s); {RELEASE_Q}",
-        schedules=4,
-    ),
     Fault("q-never-released", SMALL, RELEASE_Q, ""),
     Fault(
         "q-empty-count-too-small",
