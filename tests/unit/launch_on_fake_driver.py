@@ -315,7 +315,7 @@ def test_one_backward(arch, head_dim, deterministic):
         one = history[i + 1]
         assert (one.function, one.stream, tuple(one.grid)) == (function, 0x77, (blocks, 1, 1))
         assert (tuple(one.block), one.shared_bytes) == ((entry.num_threads, 1, 1), entry.shared_memory_bytes)
-        assert one.starts_early == (i > 0)
+        assert one.starts_early == (arch == "sm90" and i > 0)  # an instruction of sm_90
         for planned, raw in zip(entry.tensor_maps, one.arguments, strict=False):
             found = Map.from_buffer_copy(raw)
             of_query = planned.name in ("q", "dout", "dq")
