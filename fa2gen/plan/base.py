@@ -204,7 +204,7 @@ class KernelPlan:
         return f"<{codes}" + ("4x" if sum(code in "if" for code in codes) % 2 else "")
 
     def pack_params(self, values: dict[str, Any]) -> tuple[Any, ...]:
-        """The values of Params in struct order, from a dict with exactly those names."""
+        """The values of Params in struct order, from a dict with those names; it may have others."""
         return tuple(values[param.name] for param in self.params)
 
 

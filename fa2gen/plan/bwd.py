@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fa2gen.plan.base import KernelPlan
+from fa2gen.plan.base import KernelPlan, Param
 
-__all__ = ["BackwardPlan"]
+__all__ = ["GRADIENTS", "BackwardPlan"]
 
 PREPROCESS_THREADS = 128
+GRADIENTS = ("dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,34 @@ class BackwardPlan(KernelPlan):
     @property
     def postprocess_name(self) -> str:
         return f"{self.name}_postprocess"
+
+    @property
+    def strided_tensors(self) -> tuple[str, ...]:
+        """The (batch, seqlen, heads, head_dim) tensors that kernels read or write without a tensor map."""
+        raise NotImplementedError
+
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """Of all three kernels. dlse may be null: LSE has no gradient then."""
+        tensors = self.strided_tensors
+        strides = (f"{name}_{step}_stride" for name in tensors for step in ("batch", "row", "head"))
+        ints = (
+            "seqlen_q",
+            "seqlen_k",
+            "num_heads",
+            "num_heads_kv",
+            "num_heads_per_kv",
+            "num_m_blocks",
+            "num_n_blocks",
+            *(("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()),
+        )
+        return (
+            *(Param(name, "void*" if name in GRADIENTS else "void const*") for name in tensors),
+            *(Param(name, "float const*") for name in ("lse", "dlse")),
+            *(Param(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")),
+            *([Param("dq_turns", "int*")] if self.deterministic else []),
+            *(Param(name, "int64_t") for name in strides),
+            *(Param(name, "int") for name in ints),
+            Param("softmax_scale", "float"),
+            Param("softmax_scale_log2", "float"),
+        )

@@ -12,20 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.arch import ARCHES
-from fa2gen.errors import InfeasibleSpec
-from fa2gen.layout import Panels, align_up, ceil_div
-from fa2gen.plan.base import BrokenRule, EntryPoint, Param, bytes_text
-from fa2gen.plan.bwd import BackwardPlan
-from fa2gen.plan.sm80_fwd import (
-    CHUNK_BYTES,
-    MMA_ROWS,
-    SHARED_MEMORY_PER_SM,
-    SHARED_MEMORY_RESERVED,
-    SWIZZLE_ROWS,
-    WARP_THREADS,
-    default_swizzle,
-)
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.layout import Panels, ceil_div
+from fa2gen.plan.base import BrokenRule, EntryPoint, bytes_text
+from fa2gen.plan.bwd import GRADIENTS, BackwardPlan
+from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan, first_that_fits
+from fa2gen.spec import Problem, Tiling
 
 __all__ = ["Sm80BwdPlan", "default_tiling_sm80_bwd"]
 
@@ -38,16 +29,12 @@ REGISTERS_BESIDE_TILES = 56
 
 
 @dataclass(frozen=True)
-class Sm80BwdPlan(BackwardPlan):
+class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     """Every number of templates/sm80/bwd.cu.j2."""
 
     template: str = "sm80/bwd.cu.j2"
 
     # How warps share the work
-
-    @property
-    def num_threads(self) -> int:
-        return WARP_THREADS * self.num_mma_warps
 
     @property
     def num_row_tiles(self) -> int:
@@ -146,12 +133,6 @@ class Sm80BwdPlan(BackwardPlan):
         sums = 2 * self.num_row_tiles * self.num_acc_dkv
         return sums + max(scores, self.num_dq_row_tiles * self.num_acc_dq) + REGISTERS_BESIDE_TILES
 
-    @property
-    def registers_available(self) -> int:
-        """Of one thread: the instruction set's limit, or this block's share of the SM."""
-        arch = ARCHES["sm80"]
-        return min(arch.max_registers_per_thread, arch.registers_per_sm // self.num_threads // 8 * 8)
-
     # Shared memory, in the order of the map: K, V, P, dS, stages; in a stage: Q, dO, LSE, dPsum
 
     @property
@@ -199,17 +180,6 @@ class Sm80BwdPlan(BackwardPlan):
     def shared_memory_bytes(self) -> int:
         return self.smem_stages + self.num_stages * self.stage_bytes
 
-    # Copies
-
-    @property
-    def chunks_per_panel_row(self) -> int:
-        return self.tiling.swizzle_bytes // CHUNK_BYTES
-
-    @property
-    def copy_rows(self) -> int:
-        """Panel rows that all threads copy at once."""
-        return self.num_threads // self.chunks_per_panel_row
-
     # The dQ accumulator in global memory: for each block of queries one run for each warp, of its registers in the
     # order [register][lane], so that every addition of a warp is one line.
 
@@ -224,13 +194,6 @@ class Sm80BwdPlan(BackwardPlan):
     # Launch
 
     @property
-    def min_ctas_per_sm(self) -> int:
-        """Blocks that an A100's SM holds by shared memory and register estimate; ptxas then stays within them."""
-        by_registers = ARCHES["sm80"].registers_per_sm // (self.num_threads * align_up(self.register_estimate, 8))
-        by_shared_memory = SHARED_MEMORY_PER_SM // (self.shared_memory_bytes + SHARED_MEMORY_RESERVED)
-        return max(1, min(by_registers, by_shared_memory))
-
-    @property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (
             EntryPoint(self.preprocess_name, self.preprocess_threads, 0, ()),
@@ -239,32 +202,8 @@ class Sm80BwdPlan(BackwardPlan):
         )
 
     @property
-    def params(self) -> tuple[Param, ...]:
-        """Of all three kernels. dlse may be null: LSE has no gradient then."""
-        strided = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
-        return (
-            *(Param(name, "void const*") for name in strided[:5]),
-            *(Param(name, "void*") for name in strided[5:]),
-            *(Param(name, "float const*") for name in ("lse", "dlse")),
-            *(Param(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")),
-            *([Param("dq_turns", "int*")] if self.deterministic else []),
-            *(Param(f"{name}_{step}_stride", "int64_t") for name in strided for step in ("batch", "row", "head")),
-            *(
-                Param(name, "int")
-                for name in (
-                    "seqlen_q",
-                    "seqlen_k",
-                    "num_heads",
-                    "num_heads_kv",
-                    "num_heads_per_kv",
-                    "num_m_blocks",
-                    "num_n_blocks",
-                    *(("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()),
-                )
-            ),
-            Param("softmax_scale", "float"),
-            Param("softmax_scale_log2", "float"),
-        )
+    def strided_tensors(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "o", "dout", *GRADIENTS)
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []
@@ -331,27 +270,6 @@ _DEFAULTS: tuple[tuple[int, tuple[tuple[int, int, int, int], ...]], ...] = (
 
 
 def default_tiling_sm80_bwd(problem: Problem, shared_memory_limit: int) -> Tiling:
-    """The best feasible tiling known for the gradients of any supported problem; the limit is default_tiling_sm80's.
-
-    Raises InfeasibleSpec where not even the smallest tiling fits the limit.
-    """
-    head_dim = problem.head_dim
-    needed = 0
-    for tile_m, tile_n, stages, warps in (*next(shapes for d, shapes in _DEFAULTS if head_dim <= d), _SMALL):
-        tiling = Tiling(
-            arch="sm80",
-            tile_m=tile_m,
-            tile_n=tile_n,
-            num_stages=stages,
-            num_mma_warps=warps,
-            swizzle_bytes=default_swizzle(head_dim),
-        )
-        plan = Sm80BwdPlan(KernelSpec(problem=problem, tiling=tiling))
-        needed = plan.shared_memory_bytes
-        if needed <= shared_memory_limit and not plan.broken_rules():
-            return tiling
-    raise InfeasibleSpec(
-        f"no tiling for the gradients of head dim {head_dim} fits sm80 with {bytes_text(shared_memory_limit)} of "
-        f"shared memory\n  nearest        {bytes_text(needed)} (tile_m {_SMALL[0]}, tile_n {_SMALL[1]}, num_stages "
-        f"{_SMALL[2]})"
-    )
+    """The best feasible tiling known for the gradients of any supported problem; the rest as default_tiling_sm80."""
+    shapes = next(shapes for largest, shapes in _DEFAULTS if problem.head_dim <= largest)
+    return first_that_fits(Sm80BwdPlan, problem, (*shapes, _SMALL), shared_memory_limit)

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from fa2gen.arch import ARCHES
-from fa2gen.errors import InfeasibleSpec
-from fa2gen.layout import align_up
-from fa2gen.plan.base import BrokenRule, KernelPlan, Param, bytes_text
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.plan.base import BrokenRule, Param, bytes_text
+from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan, first_that_fits
+from fa2gen.spec import Problem, Tiling
 
-__all__ = ["Sm80FwdPlan", "default_swizzle", "default_tiling_sm80"]
-
-MMA_ROWS = 16  # of one mma.sync m16n8k16
-CHUNK_BYTES = 16  # of one cp.async, one ldmatrix row, one vector store
-WARP_THREADS = 32
-SWIZZLE_ROWS = 8  # after so many rows every swizzle repeats
-
-# Of one A100 SM (CUDA C++ Programming Guide, technical specifications), and what the driver keeps of it for each block.
-SHARED_MEMORY_PER_SM = 164 << 10
-SHARED_MEMORY_RESERVED = 1 << 10
-THREADS_PER_SM = 2048
+__all__ = ["Sm80FwdPlan", "default_tiling_sm80"]
 
 # Registers that a thread needs beside S, O and Q: fragments of K and V in flight, addresses, row statistics. The least
 # with which some kernel compiles without a spill; a ring keeps more addresses. ptxas has the last word (tests/compile).
@@ -33,16 +21,12 @@ REGISTERS_WITH_Q = 208
 
 
 @dataclass(frozen=True)
-class Sm80FwdPlan(KernelPlan):
+class Sm80FwdPlan(Sm80Plan):
     """Every number of templates/sm80/fwd.cu.j2."""
 
     template: str = "sm80/fwd.cu.j2"
 
     # Threads and registers
-
-    @property
-    def num_threads(self) -> int:
-        return WARP_THREADS * self.num_mma_warps
 
     @property
     def rows_per_warp(self) -> int:
@@ -92,12 +76,6 @@ class Sm80FwdPlan(KernelPlan):
         q = self.num_q if self.q_in_registers else 0
         return self.num_accumulators + q + self.registers_beside_tiles
 
-    @property
-    def registers_available(self) -> int:
-        """Of one thread: the instruction set's limit, or this block's share of the SM."""
-        arch = ARCHES["sm80"]
-        return min(arch.max_registers_per_thread, arch.registers_per_sm // self.num_threads // 8 * 8)
-
     # Matrix instructions
 
     @property
@@ -129,15 +107,6 @@ class Sm80FwdPlan(KernelPlan):
     # Copies
 
     @property
-    def chunks_per_panel_row(self) -> int:
-        return self.tiling.swizzle_bytes // CHUNK_BYTES
-
-    @property
-    def copy_rows(self) -> int:
-        """Panel rows that all threads copy at once."""
-        return self.num_threads // self.chunks_per_panel_row
-
-    @property
     def store_rows(self) -> int:
         """Panel rows that one warp stores at once."""
         return WARP_THREADS // self.chunks_per_panel_row
@@ -148,13 +117,6 @@ class Sm80FwdPlan(KernelPlan):
         return max(self.num_stages - 2, 0)
 
     # Launch
-
-    @property
-    def min_ctas_per_sm(self) -> int:
-        """Blocks that an A100's SM holds by shared memory and register estimate; ptxas then stays within them."""
-        by_registers = ARCHES["sm80"].registers_per_sm // (self.num_threads * align_up(self.register_estimate, 8))
-        by_shared_memory = SHARED_MEMORY_PER_SM // (self.shared_memory_bytes + SHARED_MEMORY_RESERVED)
-        return max(1, min(by_registers, by_shared_memory, THREADS_PER_SM // self.num_threads))
 
     @property
     def params(self) -> tuple[Param, ...]:
@@ -237,40 +199,9 @@ _TWO_BLOCKS_FROM_HEAD_DIM = 232
 _TWO_BLOCKS_FROM_BYTES = 200 << 10
 
 
-def default_swizzle(head_dim: int) -> Literal[128, 64, 32]:
-    """The widest panels that waste no more than 64-byte ones do; 32 bytes where those would be half empty."""
-    if head_dim <= 16:
-        return 32
-    return 128 if align_up(head_dim, 64) == align_up(head_dim, 32) else 64
-
-
 def default_tiling_sm80(problem: Problem, shared_memory_limit: int) -> Tiling:
-    """The best feasible tiling known for any supported problem.
-
-    shared_memory_limit  bytes that one block may have on the device: 166,912 on 8.0, 101,376 on 8.6 and 8.9, 232,448
-                         on 9.0.
-
-    Raises InfeasibleSpec where not even the smallest tiling fits the limit.
-    """
-    head_dim = problem.head_dim
-    shapes = next(shapes for largest, shapes in _DEFAULTS if head_dim <= largest)
-    if head_dim >= _TWO_BLOCKS_FROM_HEAD_DIM and shared_memory_limit >= _TWO_BLOCKS_FROM_BYTES:
+    """The best feasible tiling known for any supported problem; the limit and what is raised are first_that_fits's."""
+    shapes = next(shapes for largest, shapes in _DEFAULTS if problem.head_dim <= largest)
+    if problem.head_dim >= _TWO_BLOCKS_FROM_HEAD_DIM and shared_memory_limit >= _TWO_BLOCKS_FROM_BYTES:
         shapes = shapes[::-1]
-    needed = 0
-    for tile_m, tile_n, stages, warps in (*shapes, _SMALL):
-        tiling = Tiling(
-            arch="sm80",
-            tile_m=tile_m,
-            tile_n=tile_n,
-            num_stages=stages,
-            num_mma_warps=warps,
-            swizzle_bytes=default_swizzle(head_dim),
-        )
-        plan = Sm80FwdPlan(KernelSpec(problem=problem, tiling=tiling))
-        needed = plan.shared_memory_bytes
-        if needed <= shared_memory_limit and not plan.broken_rules():
-            return tiling
-    raise InfeasibleSpec(
-        f"no tiling for head dim {head_dim} fits sm80 with {bytes_text(shared_memory_limit)} of shared memory\n"
-        f"  nearest        {bytes_text(needed)} (tile_m {_SMALL[0]}, tile_n {_SMALL[1]}, num_stages {_SMALL[2]})"
-    )
+    return first_that_fits(Sm80FwdPlan, problem, (*shapes, _SMALL), shared_memory_limit)

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels, ceil_div
-from fa2gen.plan.base import BrokenRule, EntryPoint, Param, TensorMapPlan, bytes_text
+from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, bytes_text
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, WARPGROUP_THREADS, Sm90Plan
 from fa2gen.ptx import Wgmma
@@ -253,7 +253,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def num_barriers(self) -> int:
         """K, V; full and empty of each stage of Q and dO, and of dS where one warpgroup makes it for another; and two
-        between the mma warps and the warp that keeps the order of additions to dQ."""
+        between the mma warps and the thread that stands between them and the sums of dQ, if there is one."""
         of_ds = 2 * self.num_ds_stages if self.splits_products else 0
         return 2 + 4 * self.num_stages + of_ds + (2 if self.writes_dq else 0)
 
@@ -336,30 +336,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         )
 
     @property
-    def params(self) -> tuple[Param, ...]:
-        """Of all three kernels. dlse may be null: LSE has no gradient then."""
-        return (
-            *(Param(name, "void const*") for name in ("o", "dout")),
-            *(Param(name, "float const*") for name in ("lse", "dlse")),
-            *(Param(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")),
-            *([Param("dq_turns", "int*")] if self.deterministic else []),
-            *(Param(f"{name}_{step}_stride", "int64_t") for name in ("o", "dout") for step in ("batch", "row", "head")),
-            *(
-                Param(name, "int")
-                for name in (
-                    "seqlen_q",
-                    "seqlen_k",
-                    "num_heads",
-                    "num_heads_kv",
-                    "num_heads_per_kv",
-                    "num_m_blocks",
-                    "num_n_blocks",
-                    *(("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()),
-                )
-            ),
-            Param("softmax_scale", "float"),
-            Param("softmax_scale_log2", "float"),
-        )
+    def strided_tensors(self) -> tuple[str, ...]:
+        return ("o", "dout")
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []
