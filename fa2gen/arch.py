@@ -25,13 +25,11 @@ class Arch:
     """Bytes of dynamic shared memory one block can ask for (CUDA C++ Programming Guide, technical specifications)."""
     registers_per_sm: int
     max_registers_per_thread: int
-    l2_bytes: int
-    """Bytes of L2 that K and V of the heads in flight should fit, for the order of tiles."""
 
 
 ARCHES: dict[ArchName, Arch] = {
     # 163 KiB of the 164 KiB of an A100 SM: one KiB per block is reserved by the driver.
-    "sm80": Arch("sm80", "sm_80", 166_912, 65_536, 255, 40 << 20),
+    "sm80": Arch("sm80", "sm_80", 166_912, 65_536, 255),
     # 227 KiB of the 228 KiB of an H100/H200 SM. wgmma and setmaxnreg exist only on the architecture-specific target.
-    "sm90": Arch("sm90", "sm_90a", 232_448, 65_536, 255, 50 << 20),
+    "sm90": Arch("sm90", "sm_90a", 232_448, 65_536, 255),
 }

@@ -73,13 +73,9 @@ def aot_dir() -> Path | None:
 
 def disable_jit() -> bool:
     """Whether only kernels that are already compiled may be used."""
-    return _flag(_DISABLE_JIT)
-
-
-def _flag(variable: Variable) -> bool:
-    flag = _FLAGS.get((variable.text() or "0").lower())
+    flag = _FLAGS.get((_DISABLE_JIT.text() or "0").lower())
     if flag is None:
-        raise variable.refuse("0 or 1")
+        raise _DISABLE_JIT.refuse("0 or 1")
     return flag
 
 
