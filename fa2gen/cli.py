@@ -257,6 +257,7 @@ def _specs(
     from fa2gen.arch import ARCHES
     from fa2gen.catalog import catalogue, tuned_rows
     from fa2gen.plan import directions
+    from fa2gen.select import served_by
     from fa2gen.spec import DType, KernelSpec, Mask, Problem
 
     specs: list[KernelSpec] = []
@@ -266,7 +267,8 @@ def _specs(
         others = " and ".join(arch for arch in ARCHES if asked in directions(arch))
         raise InvalidInput(f"{' and '.join(families)} has no {asked} kernels; {others} has")
     for arch, direction in chosen:
-        tuned = [row.spec for (_, family), rows in tuned_rows().items() for row in rows if family == arch]
+        rows = [row for (_, family), found in tuned_rows().items() if family == arch for row in found]
+        tuned = [spec for row in rows for spec in served_by(row)]
         listed = [
             spec
             for spec in dict.fromkeys([*catalogue(arch), *tuned])

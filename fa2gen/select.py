@@ -19,7 +19,17 @@ from fa2gen.plan.sm80_bwd import default_tiling_sm80_bwd
 from fa2gen.plan.sm80_fwd import default_tiling_sm80
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
-__all__ = ["TYPICAL_SEQLEN", "Choice", "Device", "Selection", "choices", "default_tiling", "kernel_arch", "select"]
+__all__ = [
+    "TYPICAL_SEQLEN",
+    "Choice",
+    "Device",
+    "Selection",
+    "choices",
+    "default_tiling",
+    "kernel_arch",
+    "select",
+    "served_by",
+]
 
 TYPICAL_SEQLEN = 4096
 """Keys that a caller who does not say how many is taken to have."""
@@ -114,6 +124,16 @@ def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> It
 def _as_tuned(problem: Problem) -> Problem:
     """The problem whose measured tilings serve this one: what keeps an order of additions costs every tiling alike."""
     return problem.model_copy(update={"deterministic": False})
+
+
+def served_by(row: TunedRow) -> Iterator[KernelSpec]:
+    """The kernels that `select` takes from a tuned row: its own and, backward, the deterministic one, if it fits."""
+    yield row.spec
+    if row.spec.problem.direction == "bwd":
+        ordered = row.spec.problem.model_copy(update={"deterministic": True})
+        spec = KernelSpec(problem=ordered, tiling=row.spec.tiling)
+        if fits(spec):
+            yield spec
 
 
 def _tuned(

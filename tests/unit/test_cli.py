@@ -9,7 +9,7 @@ import sys
 import types
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from typer.main import get_command
@@ -21,7 +21,7 @@ from fa2gen.arch import ARCHES
 from fa2gen.cli import ExitStatus, app
 from fa2gen.errors import CompileError
 from fa2gen.plan import directions, make_plan
-from fa2gen.spec import KernelSpec
+from fa2gen.spec import Direction, KernelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8"
@@ -346,7 +346,8 @@ def test_build_reports_every_failure(cache, monkeypatch):
 
 
 def test_list_is_the_catalogue():
-    """Family by family and pass by pass: what specs/ writes, in its order, then what was tuned and is not among it."""
+    """Family by family and pass by pass: what specs/ writes, in its order, then what was tuned and is not among it,
+    also with deterministic gradients."""
     from fa2gen.catalog import catalogue, tuned_rows
 
     usual = fa2("list", "--json").json
@@ -367,7 +368,28 @@ def test_list_is_the_catalogue():
             if (family, problem.direction) == (arch, direction)
         }
         assert names[: len(written)] == written
+        kernels = {KernelSpec.from_name(name) for name in tuned}
+        if direction == "bwd":
+            ordered = {(spec.problem.model_copy(update={"deterministic": True}), spec.tiling) for spec in kernels}
+            tuned |= {KernelSpec(problem=problem, tiling=tiling).name for problem, tiling in ordered}
         assert sorted(names[len(written) :]) == sorted(tuned - {*written})
+
+
+@pytest.mark.parametrize("direction", get_args(Direction))
+def test_list_has_what_the_selector_takes(cache, direction):
+    """At every length, of every head dim that specs/ names, on GPUs with tuned rows and without."""
+    from fa2gen.catalog import catalogue
+    from fa2gen.cli import _specs
+    from fa2gen.explain import device_named
+    from fa2gen.select import select
+
+    listed = {spec.name for spec in _specs(None, None, direction, deterministic=True)}
+    problems = {spec.problem for spec in catalogue() if spec.problem.direction == direction}
+    assert any(problem.deterministic for problem in problems) == (direction == "bwd")
+    for problem in problems:
+        for gpu in ("h200", "h100", "a100"):
+            for seqlen in (512, 2048, 8192):
+                assert select(problem, device_named(gpu), None, seqlen).plan.name in listed
 
 
 # verify
