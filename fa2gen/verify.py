@@ -1,4 +1,4 @@
-"""Are the kernels right on this machine? The rule of `fa2gen.reference.check`, kernel by kernel, shape by shape.
+"""Are the kernels right on this machine? By the rules of `fa2gen.reference`, kernel by kernel, shape by shape.
 
 Short on purpose, for a user's machine and for `make demo`; tests/gpu asks much more. Outputs lie in the middle of a
 buffer that is filled with NaN: an element that is not written, or one that is and should not be, is a failure.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import struct
 import time
 from typing import Any
 
 from fa2gen.errors import InvalidInput
 from fa2gen.host.build import build_library
-from fa2gen.host.forward import SHARED_BASE, Options, Report, checked, tensor_map, view_of
-from fa2gen.host.run import Argument, Job, Memory, run
+from fa2gen.host.forward import SHARED_BASE, Options, Report, checked, params_argument, tensor_map, view_of
+from fa2gen.host.run import Job, Memory, run
 from fa2gen.launch import ForwardShape, backward_launch
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.render import Rendered
@@ -72,19 +71,12 @@ def run_backward(
         memories.append(memory)
         scratch.append(buffer)
 
-    values: dict[str, Any] = dict.fromkeys((param.name for param in plan.params), 0) | launch.values
+    values = dict(launch.values)
     for name, view in views.items():
         steps = (f"{name}_{step}_stride" for step in ("batch", "row", "head"))
         values |= zip(steps, view.strides[:3], strict=True)
+    params = params_argument(plan, values, memories)
     where = {memory.name: i for i, memory in enumerate(memories)}
-    pointers = []
-    offset = 0
-    for param in plan.params:
-        if param.name in where:
-            pointers.append((offset, where[param.name], 0))
-        offset += struct.calcsize(f"<{param.code}")
-    packed = struct.pack(plan.params_format, *plan.pack_params({p.name: values[p.name] for p in plan.params}))
-    params = Argument(packed, tuple(pointers))
 
     library = build_library(plan, sanitize=options.sanitize, rendered=rendered)
     started = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ __all__ = [
     "View",
     "checked",
     "forward_into",
+    "params_argument",
     "run_forward",
     "tensor_map",
     "view_of",
@@ -166,18 +167,8 @@ def run_forward(
         values |= zip(
             (f"{name}_batch_stride", f"{name}_row_stride", f"{name}_head_stride"), view.strides[:3], strict=True
         )
+    params = params_argument(plan, values, memories)
     names = [memory.name for memory in memories]
-    values |= dict.fromkeys(names, 0)
-    pointers = []
-    offset = 0
-    for param in plan.params:
-        if param.name in names:
-            pointers.append((offset, names.index(param.name), 0))
-        offset += struct.calcsize(f"<{param.code}")
-    params = Argument(
-        struct.pack(plan.params_format, *plan.pack_params({p.name: values[p.name] for p in plan.params})),
-        tuple(pointers),
-    )
     maps = (tensor_map(box, views[box.name], names.index(box.name)) for box in plan.tensor_maps)
 
     library = build_library(plan, sanitize=options.sanitize, rendered=rendered)
@@ -199,6 +190,19 @@ def run_forward(
     if tile_counter.value:
         raise KernelFault(f"{plan.name}: leaves tile_counter at {tile_counter.value}; the next launch needs it to be 0")
     return Report(seconds, counts)
+
+
+def params_argument(plan: KernelPlan, values: Mapping[str, Any], memories: Sequence[Memory]) -> Argument:
+    """Params with these values. A field that is called like a memory points to it; any other pointer is null."""
+    places = {memory.name: i for i, memory in enumerate(memories)}
+    pointers = []
+    offset = 0
+    for param in plan.params:
+        if param.name in places:
+            pointers.append((offset, places[param.name], 0))
+        offset += struct.calcsize(f"<{param.code}")
+    null = {param.name: 0 for param in plan.params if param.ctype.endswith("*")}
+    return Argument(struct.pack(plan.params_format, *plan.pack_params({**null, **values})), tuple(pointers))
 
 
 def tensor_map(plan: TensorMapPlan, view: View, memory: int) -> Argument:

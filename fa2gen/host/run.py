@@ -1,6 +1,6 @@
 """Calls a kernel's library: packs what templates/host/runtime/launch.cc wants, in this process or in a child.
 
-Numbers and addresses only; which arguments a kernel takes is the business of fa2gen.host.forward.
+Numbers and addresses only; which arguments a kernel takes is the business of fa2gen.host.forward and .backward.
 """
 
 from __future__ import annotations
