@@ -47,13 +47,8 @@ def kernels() -> list[Any]:
     written = [spec.name for spec in catalogue()]
     written += [row.kernel for rows in tuned_rows().values() for row in rows]
     beyond = [
-        default(arch, head_dim, dtype, mask).name
-        for arch in ("sm90", "sm80")
-        for head_dim in HEAD_DIMS
-        for dtype, mask in (("bf16", "causal"), ("fp16", "full"))
-    ]
-    beyond += [
-        default(arch, head_dim, dtype, mask, "bwd").name
+        default(arch, head_dim, dtype, mask, direction).name
+        for direction in ("fwd", "bwd")
         for arch in ("sm90", "sm80")
         for head_dim in HEAD_DIMS
         for dtype, mask in (("bf16", "causal"), ("fp16", "full"))

@@ -68,7 +68,7 @@ def kernels_are_built(request: pytest.FixtureRequest) -> None:
 
     def build(family: Family) -> None:
         problem = Problem(head_dim=family.head_dim, dtype=family.dtype, mask=family.mask)
-        for seqlen_k in SEQLENS_OF_ALL_ROWS:
+        for seqlen_k in Harness.SEQLENS_OF_ALL_ROWS:
             with contextlib.suppress(Fa2GenError):
                 store.get_or_compile(*dispatch._choose(problem, device, family.arch, None, seqlen_k))
 
@@ -84,15 +84,13 @@ def quiet_gpu() -> Iterator[None]:
         torch.cuda.synchronize()
 
 
-SEQLENS_OF_ALL_ROWS = (1, 2048, 8192)  # a tuned row covers a range of lengths; between them these meet every range
-
-
 class Harness:
     """Builds inputs, runs one kernel into poisoned buffers, and judges."""
 
     Family = Family
     Sizes = Sizes
     DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}  # noqa: RUF012
+    SEQLENS_OF_ALL_ROWS = (1, 2048, 8192)  # a tuned row covers a range of lengths; these meet every range
     GUARD = 1024  # elements before and after an output; a multiple of 16 bytes
 
     def __init__(self) -> None:

@@ -39,12 +39,11 @@ def forward(problem: Problem, arch: str, q: Any, k: Any, v: Any) -> tuple[Any, A
 def run(problem: Problem, arch: str, q: Any, k: Any, v: Any) -> Verdict | GradientVerdict:
     """One pass; the backward one with a gradient of LSE too. Raises UnsupportedProblem."""
     causal = problem.mask == "causal"
-    if problem.direction == "fwd":
-        result = forward(problem, arch, q, k, v)
-        torch.cuda.synchronize()
-        return check(*result, q, k, v, causal=causal)
-    tiling = default_tiling(problem, arch)
     out, lse = forward(problem, arch, q, k, v)
+    if problem.direction == "fwd":
+        torch.cuda.synchronize()
+        return check(out, lse, q, k, v, causal=causal)
+    tiling = default_tiling(problem, arch)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     scale = problem.head_dim**-0.5
     gradients = backward_cuda(dout, q, k, v, out, lse, dlse, scale, causal, False, tiling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,10 +11,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fa2gen import UnsupportedProblem, env, flash_attn_func
+from fa2gen.errors import Fa2GenError
 from fa2gen.ops.backward import backward_cuda
 from fa2gen.ops.dispatch import _device, forget, forward_cuda
 from fa2gen.reference import check_gradients
-from fa2gen.select import TYPICAL_SEQLEN, select
+from fa2gen.select import select
 from fa2gen.spec import Problem
 from fa2gen.store import Store
 
@@ -35,8 +37,6 @@ SHAPES = (
     (0, 64, 64, 2, 1),
 )
 LAYOUTS = ("gaps", "dense", "bhsd")
-
-
 DETERMINISTIC = (64, 80, 128, 256)
 
 
@@ -45,14 +45,14 @@ def families(head_dims, dtypes=("bf16", "fp16"), masks=("full", "causal")):
     return pytest.mark.parametrize("family", values, indirect=True, ids=lambda f: f"{f[0]}_{f[1]}_d{f[2]}_{f[3]}")
 
 
-def selected(arch, dtype, head_dim, mask, deterministic=False, seqlen_k=TYPICAL_SEQLEN):
+def selected(arch, dtype, head_dim, mask, deterministic=False, *, seqlen_k):
     """The kernel that a call with FA2GEN_ARCH=arch gets on this GPU."""
     problem = Problem(direction="bwd", head_dim=head_dim, dtype=dtype, mask=mask, deterministic=deterministic)
     return select(problem, _device(torch.cuda.current_device()), arch, seqlen_k)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels_are_built(request):
+def backward_kernels_are_built(request, harness):
     """Backward kernels of all selected tests at once, in threads. One that does not compile fails in its own test."""
     wanted = {
         f
@@ -63,11 +63,10 @@ def kernels_are_built(request):
     store = Store()
 
     def build(family):
-        try:
-            selection = selected(*family)
-            store.get_or_compile(selection.plan, selection.target)
-        except Exception as error:
-            print(error)
+        for seqlen_k in harness.SEQLENS_OF_ALL_ROWS:
+            with contextlib.suppress(Fa2GenError):
+                selection = selected(*family, seqlen_k=seqlen_k)
+                store.get_or_compile(selection.plan, selection.target)
 
     with ThreadPoolExecutor(env.jobs()) as pool:
         list(pool.map(build, wanted))
@@ -78,7 +77,7 @@ def gradients(harness, family, q, k, v, dout, dlse=None, scale=None, determinist
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     causal = family.mask == "causal"
     out, lse = forward_cuda(q, k, v, scale, causal)
-    tiling = selected(*family, deterministic, k.shape[1]).plan.tiling
+    tiling = selected(*family, deterministic, seqlen_k=k.shape[1]).plan.tiling
     buffers, views = zip(*(harness.poisoned(tuple(x.shape), x.dtype) for x in (q, k, v)), strict=True)
     backward_cuda(dout, q, k, v, harness.amid_nan(out), lse, dlse, scale, causal, deterministic, tiling, views)
     for name, buffer in zip(("dq", "dk", "dv"), buffers, strict=True):

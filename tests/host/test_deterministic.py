@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from fa2gen.host import KernelFault
-from fa2gen.plan import make_plan
-from fa2gen.render import Rendered, render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
+from tests.host.faults import Fault, seeded
 from tests.host.test_backward import MANY_BLOCKS, NO_KEYS, ONE, ONE_BLOCK, RAGGED, run
 
 STAGED = "fa2_bwd_sm90_fp16_d64_det_m64_n64_s2_w4"  # dQ through shared memory, added by one thread
@@ -66,62 +64,64 @@ def test_sanitizers_are_silent(name):
 
 # Seeded faults -------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Fault:
-    """`old`, which is there once, becomes `new`; a run must show `symptom`, or other bits than another schedule."""
-
-    id: str
-    kernel: str
-    old: str
-    new: str
-    symptom: str = ""
-
-
 WAIT, PASS = "wait_for_turn(turn, block.n_block);", "pass_turn(turn, block.n_block);"
 FAULTS = (
     *(Fault(f"no-wait-for-the-turn-{i}", kernel, WAIT, "") for i, kernel in enumerate((STAGED, DIRECT))),
-    Fault("turn-not-passed", STAGED, PASS, "", "deadlock of 2 blocks"),
-    Fault("turn-not-passed", DIRECT, PASS, "", "deadlock of 2 blocks"),
+    Fault("turn-not-passed", STAGED, PASS, "", message="deadlock of 2 blocks"),
+    Fault("turn-not-passed", DIRECT, PASS, "", message="deadlock of 2 blocks"),
     Fault(
-        "passes-to-the-next-but-one", STAGED, "release(turn, n_block + 1);", "release(turn, n_block + 2);", "deadlock"
+        "passes-to-the-next-but-one",
+        STAGED,
+        "release(turn, n_block + 1);",
+        "release(turn, n_block + 2);",
+        message="deadlock",
     ),
-    Fault("waits-for-itself", STAGED, "wait_global(turn, n_block);", "wait_global(turn, n_block + 1);", "deadlock"),
+    Fault(
+        "waits-for-itself", STAGED, "wait_global(turn, n_block);", "wait_global(turn, n_block + 1);", message="deadlock"
+    ),
     Fault(
         "waits-for-blocks-that-start-later",
         STAGED,
         WAIT,
         "wait_for_turn(turn, p.num_n_blocks - 1 - block.n_block);",
-        "deadlock of 2 blocks, of which no other starts before one ends",
+        message="deadlock of 2 blocks, of which no other starts before one ends",
     ),
-    Fault("turns-not-zeroed", STAGED, "store_global_int(p.dq_turns + blockIdx.x, 0);", "", "deadlock"),
+    Fault("turns-not-zeroed", STAGED, "store_global_int(p.dq_turns + blockIdx.x, 0);", "", message="deadlock"),
     Fault(
-        "turn-of-another-block", DIRECT, "p.dq_turns + first_block + m_block;", "p.dq_turns + first_block;", "deadlock"
+        "turn-of-another-block",
+        DIRECT,
+        "p.dq_turns + first_block + m_block;",
+        "p.dq_turns + first_block;",
+        message="deadlock",
     ),
     Fault(
         "passed-on-before-the-sums-are-complete",
         STAGED,
         "tma_store_wait();\n            pass_turn",
         "pass_turn",
-        "bulk copy of kernel.cc:",
+        message="bulk copy of kernel.cc:",
     ),
     Fault(
-        "no-proxy-fence", STAGED, "fence_proxy_async_global();\n            bulk", "bulk", "fence.proxy.async.global"
+        "no-proxy-fence",
+        STAGED,
+        "fence_proxy_async_global();\n            bulk",
+        "bulk",
+        message="fence.proxy.async.global",
     ),
     Fault(
         "dq-not-published",
         STAGED,
         "    }\n    fence_proxy_async();\n    sync_warp();\n    mbarrier_arrive_if(barriers.dq_full",
         "    }\n    sync_warp();\n    mbarrier_arrive_if(barriers.dq_full",
-        "has no fence.proxy.async behind it",
+        message="has no fence.proxy.async behind it",
     ),
     Fault("dq-added-before-it-is-there", STAGED, "mbarrier_wait(barriers.dq_full(), phase);", ""),
     Fault("dq-overwritten", STAGED, "mbarrier_wait(barriers.dq_empty(), phase ^ 1);", ""),
     Fault("place-given-back-before-it-is-read", STAGED, "tma_store_wait_read();\n            mbarrier", "mbarrier"),
-    Fault("place-never-given-back", STAGED, "mbarrier_arrive(barriers.dq_empty());", "", "deadlock"),
+    Fault("place-never-given-back", STAGED, "mbarrier_arrive(barriers.dq_empty());", "", message="deadlock"),
     Fault("added-before-the-turn", DIRECT, "mbarrier_wait(barriers.dq_turn(), dq_phase);", ""),
     Fault("passed-on-before-it-is-added", DIRECT, "mbarrier_wait(barriers.dq_added(), phase);", ""),
-    Fault("additions-not-told", DIRECT, "mbarrier_arrive_if(barriers.dq_added(), leader);", "", "deadlock"),
+    Fault("additions-not-told", DIRECT, "mbarrier_arrive_if(barriers.dq_added(), leader);", "", message="deadlock"),
     Fault(
         "next-head-begins-elsewhere",
         DIRECT,
@@ -134,7 +134,7 @@ FAULTS = (
         SM80,
         "pass_turn(p.dq_turns + recompute(query_block), recompute(n_block));",
         "",
-        "deadlock of 2 blocks",
+        message="deadlock of 2 blocks",
     ),
     Fault("turn-of-another-block", SM80, "wait_for_turn(p.dq_turns + query_block, ", "wait_for_turn(p.dq_turns + 1, "),
     Fault("others-add-before-the-turn", SM80, "    sync_block();\n    add_dq(", "    add_dq("),
@@ -142,20 +142,18 @@ FAULTS = (
 )
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.kernel.split('_')[4]}-{fault.id}")
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_fault_is_seen(fault):
-    rendered = render(make_plan(KernelSpec.from_name(fault.kernel)), target="host")
-    assert rendered.source.count(fault.old) == 1, f"the template has changed: {fault.old!r}"
-    wrong = Rendered(rendered.source.replace(fault.old, fault.new), rendered.origins)
+    wrong = seeded(fault)
     dq = None
     for seed in range(1, 25):
         try:
             verdict, (again, *_) = run(fault.kernel, LONG, rendered=wrong, seed=seed, time_limit=20.0)
         except KernelFault as error:
-            assert fault.symptom in str(error)
+            assert fault.message in str(error)
             return
         dq = again if dq is None else dq
         if not (verdict.ok and torch.equal(again, dq)):
-            assert not fault.symptom, f"seen by its result, not by {fault.symptom!r}"
+            assert not fault.message, f"seen by its result, not by {fault.message!r}"
             return
     pytest.fail("not seen on 24 schedules")

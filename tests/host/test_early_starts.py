@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
 from fa2gen.host import KernelFault
-from fa2gen.plan import make_plan
-from fa2gen.render import Rendered, render
-from fa2gen.spec import KernelSpec
+from tests.host.faults import Fault, seeded
 from tests.host.test_backward import RAGGED, run
 
 STAGED = "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w4"  # one thread adds dQ
@@ -21,44 +17,42 @@ PRODUCER = f"{WAIT}  // the preprocess kernel"
 WRITER = f"{WAIT}\n            write_dq"
 CONSUMER = f"{WAIT}  // here in every block"
 
-
-@dataclass(frozen=True)
-class Fault:
-    """`old`, which is there once, becomes `new`; a run says `symptom`."""
-
-    id: str
-    kernel: str
-    old: str
-    new: str
-    symptom: str
-
-
 FAULTS = (
-    Fault("producer", STAGED, PRODUCER, "//", "loads lse_log2, which the grid before writes"),
-    Fault("writer", STAGED, WRITER, "write_dq", "adds to dq_acc, which the grid before writes"),
-    Fault("turns", TURNS, WRITER, "write_dq", "reads dq_turns, which the grid before writes"),
-    Fault("mma-warps", DIRECT, CONSUMER, "//", "writes dq_acc, which the grid before writes"),
-    Fault("one-lane", DIRECT, CONSUMER, f"if (elect_one()) {WAIT}  //", "writes dq_acc, which the grid before writes"),
+    Fault("producer", STAGED, PRODUCER, "//", message="loads lse_log2, which the grid before writes"),
+    Fault("writer", STAGED, WRITER, "write_dq", message="adds to dq_acc, which the grid before writes"),
+    Fault("turns", TURNS, WRITER, "write_dq", message="reads dq_turns, which the grid before writes"),
+    Fault("mma-warps", DIRECT, CONSUMER, "//", message="writes dq_acc, which the grid before writes"),
     Fault(
-        "postprocess", STAGED, f"lane_id() * 4;\n    {WAIT}", "lane_id() * 4;", "reads dq_acc, which the grid before"
+        "one-lane",
+        DIRECT,
+        CONSUMER,
+        f"if (elect_one()) {WAIT}  //",
+        message="writes dq_acc, which the grid before writes",
     ),
-    Fault("no-thread", STAGED, "if (warp < 4) {", "if (blockIdx.x == 1) return;\n    if (warp < 4) {", "ends with no"),
+    Fault(
+        "postprocess",
+        STAGED,
+        f"lane_id() * 4;\n    {WAIT}",
+        "lane_id() * 4;",
+        message="reads dq_acc, which the grid before",
+    ),
+    Fault(
+        "no-thread",
+        STAGED,
+        "if (warp < 4) {",
+        "if (blockIdx.x == 1) return;\n    if (warp < 4) {",
+        message="ends with no",
+    ),
 )
 
 
-def with_fault(fault: Fault) -> Rendered:
-    rendered = render(make_plan(KernelSpec.from_name(fault.kernel)), target="host")
-    assert rendered.source.count(fault.old) == 1, f"the template has changed: {fault.old!r}"
-    return Rendered(rendered.source.replace(fault.old, fault.new), rendered.origins)
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_missing_wait_is_seen(fault):
-    with pytest.raises(KernelFault, match=fault.symptom):
-        run(fault.kernel, RAGGED, rendered=with_fault(fault))
+    with pytest.raises(KernelFault, match=fault.message):
+        run(fault.kernel, RAGGED, rendered=seeded(fault))
 
 
 def test_plain_launches_need_no_wait(monkeypatch):
     monkeypatch.setattr("fa2gen.plan.sm90_bwd.STARTS_EARLY", False)
-    verdict, _ = run(STAGED, RAGGED, rendered=with_fault(FAULTS[0]))
+    verdict, _ = run(STAGED, RAGGED, rendered=seeded(FAULTS[0]))
     assert verdict.ok, verdict

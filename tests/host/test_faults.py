@@ -7,14 +7,9 @@ second table: they must pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
-from fa2gen.host import KernelFault
-from fa2gen.plan import make_plan
-from fa2gen.render import Rendered, render
-from fa2gen.spec import KernelSpec
+from tests.host.faults import Fault, symptom
 
 SM90 = "fa2_fwd_sm90_bf16_d128_causal_m128_n64_s2_w8"
 ALIAS = "fa2_fwd_sm90_bf16_d256_causal_m128_n64_s2_w8"  # O takes the place of Q
@@ -23,22 +18,6 @@ RING = "fa2_fwd_sm80_bf16_d128_causal_m64_n64_s3_w4"
 
 # Ragged, two batches, GQA, several tiles for each block; then rows that see no key.
 SHAPES = ((2, 300, 395, 2, 1), (1, 500, 90, 2, 1))
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`old` occurs `count` times and becomes `new`."""
-
-    id: str
-    kernel: str
-    old: str
-    new: str
-    schedules: int = 1
-    count: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.kernel.split('_')[2]}-{self.id}"
-
 
 FAULTS = (
     # SM90: waiting for wgmma
@@ -341,39 +320,16 @@ HARMLESS = (
 )
 
 
-def seeded(fault: Fault) -> Rendered:
-    """The kernel's host render with the fault in it. Line numbers keep their meaning up to the fault."""
-    rendered = render(make_plan(KernelSpec.from_name(fault.kernel)), target="host")
-    found = rendered.source.count(fault.old)
-    assert found == fault.count, f"the template has changed: {fault.old!r} is there {found} times"
-    return Rendered(rendered.source.replace(fault.old, fault.new), rendered.origins)
-
-
-def symptom(host, fault: Fault, seed: int) -> str:
-    """What a run shows, or "" when nothing."""
-    rendered = seeded(fault)
-    for sizes in SHAPES:
-        try:
-            verdict, *_ = host.run(fault.kernel, sizes, rendered=rendered, seed=seed, time_limit=20.0)
-        except KernelFault as error:
-            return str(error)
-        except AssertionError as error:
-            return str(error)
-        if not verdict.ok:
-            return str(verdict)
-    return ""
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_fault_is_seen(host, fault):
-    seen = (symptom(host, fault, seed) for seed in range(fault.schedules))
+    seen = (symptom(host.run, fault, SHAPES, seed) for seed in range(fault.schedules))
     assert any(seen), f"not seen on {fault.schedules} schedules"
 
 
 @pytest.mark.parametrize("change", HARMLESS, ids=str)
 def test_harmless_change_passes(host, change):
     for seed in range(4):
-        assert symptom(host, change, seed) == ""
+        assert symptom(host.run, change, SHAPES, seed) == ""
 
 
 def test_there_are_enough():

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
-from fa2gen.host import KernelFault
-from fa2gen.plan import make_plan
-from fa2gen.render import Rendered, render
-from fa2gen.spec import KernelSpec
+from tests.host.faults import Fault, symptom
 from tests.host.test_backward import run
 
 DOUBLE = "fa2_bwd_sm80_bf16_d64_causal_m64_n64_s2_w4"  # two peers
 SINGLE = "fa2_bwd_sm80_bf16_d72_causal_m64_n64_s1_w8_z64"  # four peers that share columns unevenly
 
-
 # Ragged, GQA, several blocks each way; then two batches, and rows that see no key.
 SHAPES = ((1, 110, 150, 4, 2), (2, 150, 60, 2, 1))
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`old`, which is there once, becomes `new`; `schedules` is how many it may take to see it."""
-
-    id: str
-    kernel: str
-    old: str
-    new: str
-    schedules: int = 1
-
 
 FAULTS = (
     # Waiting for cp.async, and for each other
@@ -144,36 +126,13 @@ HARMLESS = (
 )
 
 
-def symptom(fault: Fault, seed: int) -> str:
-    """What a run shows, or "" when nothing."""
-    rendered = render(make_plan(KernelSpec.from_name(fault.kernel)), target="host")
-    assert rendered.source.count(fault.old) == 1, (
-        f"the template has changed: {fault.old!r} is there {rendered.source.count(fault.old)} times"
-    )
-    wrong = Rendered(rendered.source.replace(fault.old, fault.new), rendered.origins)
-    for sizes in SHAPES:
-        try:
-            verdict, _ = run(fault.kernel, sizes, rendered=wrong, seed=seed, time_limit=20.0)
-        except KernelFault as error:
-            return str(error)
-        except AssertionError as error:
-            return str(error)
-        if not verdict.ok:
-            return str(verdict)
-    return ""
-
-
-def name_of(fault: Fault) -> str:
-    return f"{'double' if fault.kernel == DOUBLE else 'single'}-{fault.id}"
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=name_of)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_fault_is_seen(fault):
-    seen = (symptom(fault, seed) for seed in range(fault.schedules))
+    seen = (symptom(run, fault, SHAPES, seed) for seed in range(fault.schedules))
     assert any(seen), f"not seen on {fault.schedules} schedules"
 
 
-@pytest.mark.parametrize("change", HARMLESS, ids=name_of)
+@pytest.mark.parametrize("change", HARMLESS, ids=str)
 def test_harmless_change_passes(change):
     for seed in range(2):
-        assert symptom(change, seed) == ""
+        assert symptom(run, change, SHAPES, seed) == ""

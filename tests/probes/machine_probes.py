@@ -9,6 +9,7 @@ form that no probe shows fails tests/unit/test_probes.py.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -422,7 +423,7 @@ def plans() -> tuple[KernelPlan, ...]:
     """The catalogue, what was tuned, every default, and every width of panels that a tiling may have."""
     names = [row.kernel for rows in tuned_rows().values() for row in rows]
     specs = [*catalogue(), *(KernelSpec.from_name(name) for name in names)]
-    for arch, direction in (("sm80", "fwd"), ("sm90", "fwd"), ("sm90", "bwd")):
+    for arch, direction in itertools.product(("sm80", "sm90"), ("fwd", "bwd")):
         for number, head_dim in enumerate(range(8, 257, 8)):
             dtype, mask = (("bf16", "causal"), ("fp16", "full"))[number % 2]
             problem = Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask=mask)

@@ -67,13 +67,9 @@ def plans() -> list[KernelPlan]:
                 tiling.model_copy(update={field: value}) for field, values in switches.items() for value in values
             ]
             specs += [spec for spec in (KernelSpec(problem=problem, tiling=t) for t in varied) if fits(spec)]
-    for number, problem in enumerate(problems):
-        if number % 4 in (0, 3):  # both dtypes and both masks of each head dim, in two kernels
-            backward = problem.model_copy(update={"direction": "bwd"})
-            specs.append(KernelSpec(problem=backward, tiling=default_tiling(backward, "sm90")))
-    for problem in (Problem(direction="bwd", head_dim=128), Problem(direction="bwd", head_dim=72, mask="causal")):
-        kinds = {(t.tile_m, t.tile_n, t.num_stages, t.num_mma_warps): t for t in feasible_tilings(problem, "sm90")}
-        specs += [KernelSpec(problem=problem, tiling=tiling) for tiling in kinds.values()]
+    problem = Problem(direction="bwd", head_dim=128)
+    kinds = {(t.tile_m, t.tile_n, t.num_stages, t.num_mma_warps): t for t in feasible_tilings(problem, "sm90")}
+    specs += [KernelSpec(problem=problem, tiling=tiling) for tiling in kinds.values()]
     return [make_plan(spec) for spec in dict.fromkeys(specs)]
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import pytest
 
-from fa2gen.host import KernelFault
+from tests.host.faults import Fault, symptom
 from tests.host.test_backward import NO_KEYS, run
-from tests.host.test_faults import Fault, seeded
 
 SMALL = "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w4"  # dQ in its rows, one mma warpgroup
 STAGED = "fa2_bwd_sm90_bf16_d128_causal_m80_n128_s2_w8"  # split by keys, dQ through shared memory
@@ -277,38 +276,19 @@ HARMLESS = (
 )
 
 
-def name(fault: Fault) -> str:
-    return f"{fault.kernel.split('_')[4]}-{fault.id}"
-
-
-def symptom(fault: Fault, seed: int) -> str:
-    """What a run shows, or "" when nothing."""
-    rendered = seeded(fault)
-    for sizes in SHAPES:
-        try:
-            verdict, _ = run(fault.kernel, sizes, with_dlse=True, rendered=rendered, seed=seed, time_limit=20.0)
-        except KernelFault as error:
-            return str(error)
-        except AssertionError as error:
-            return str(error)
-        if not verdict.ok:
-            return str(verdict)
-    return ""
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=name)
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_fault_is_seen(fault):
-    seen = (symptom(fault, seed) for seed in range(fault.schedules))
+    seen = (symptom(run, fault, SHAPES, seed, with_dlse=True) for seed in range(fault.schedules))
     assert any(seen), f"not seen on {fault.schedules} schedules"
 
 
-@pytest.mark.parametrize("change", HARMLESS, ids=name)
+@pytest.mark.parametrize("change", HARMLESS, ids=str)
 def test_harmless_change_passes(change):
     for seed in range(2):
-        assert symptom(change, seed) == ""
+        assert symptom(run, change, SHAPES, seed, with_dlse=True) == ""
 
 
 def test_there_are_enough():
-    names = [name(fault) for fault in FAULTS]
-    assert len(names) == len(set(names)) >= 80
+    ids = [str(fault) for fault in FAULTS]
+    assert len(ids) == len(set(ids)) >= 80
     assert {fault.kernel for fault in FAULTS} == {SMALL, STAGED, PANEL, PRODUCTS}
