@@ -68,3 +68,13 @@ class Panels:
     @property
     def bytes(self) -> int:
         return self.count * self.panel_bytes
+
+    @property
+    def last_columns(self) -> int:
+        """Columns of the last panel that a product reads: to head_dim, in whole k-steps of 16 elements."""
+        return align_up(self.head_dim - (self.count - 1) * self.columns, 16)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the tile that a product reads: of the last panel `last_columns` alone."""
+        return ((self.count - 1) * self.columns + self.last_columns) * self.rows * ELEMENT_BYTES

@@ -48,12 +48,23 @@ class Param:
 
 @dataclass(frozen=True)
 class TensorMapPlan:
-    """How TMA sees one (batch, seqlen, heads, head_dim) tensor: a box of box_rows x box_cols elements of one head."""
+    """How TMA sees one (batch, seqlen, heads, head_dim) tensor: a box of box_rows x box_cols elements of one head.
+
+    The rows of a box lie swizzle_bytes apart in shared memory, also where they are narrower.
+
+    last_panel  whether it is for the last panel of columns alone, beside a map of the same tensor for the others.
+    """
 
     name: str
     box_cols: int
     box_rows: int
     swizzle_bytes: int
+    last_panel: bool = False
+
+    @property
+    def argument(self) -> str:
+        """What the kernel calls it."""
+        return f"map_{self.name}_last" if self.last_panel else f"map_{self.name}"
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,13 @@ _BACKWARD_TILE_M = {"sm80": (32, 64, 128), "sm90": (48, 64, 80, 96, 112, 128)}
 _BACKWARD_STAGES = (1, 2, 3, 4)  # with one, 96 queries fit above head dim 64
 
 # The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.
-_TILE_M = {"sm80": (64, 128, 192), "sm90": (64, 128, 192)}
+_TILE_M = {"sm80": (64, 128, 192), "sm90": (64, 128, 192, 256)}
 _TILE_N = {
     "sm80": (32, 48, 64, 80, 96, 112, 128, 160, 192),
     "sm90": (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
 }
 _STAGES = {"sm80": (1, 2, 3, 4), "sm90": (2, 3, 4)}
-_WARPS = {"sm80": (4, 8), "sm90": (4, 8, 12)}
+_WARPS = {"sm80": (4, 8), "sm90": (4, 8, 12, 16)}
 _SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fa2gen.plan.base import KernelPlan
+from fa2gen.layout import Panels
+from fa2gen.plan.base import KernelPlan, TensorMapPlan
 
 __all__ = ["BARRIER_BYTES", "REGISTER_SPLIT", "ROWS_PER_WARPGROUP", "WARPGROUP_THREADS", "WARP_ROWS", "Sm90Plan"]
 
@@ -15,7 +16,7 @@ BARRIER_BYTES = 8
 
 # (producer, consumer) registers after setmaxnreg, by number of consumer warpgroups. A block starts with
 # 65,536 / threads registers a thread, rounded down to 8; the split must not exceed that pool (all rows ran on an H200).
-REGISTER_SPLIT = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
+REGISTER_SPLIT = {1: (56, 256), 2: (24, 240), 3: (32, 160), 4: (32, 112)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,24 @@ class Sm90Plan(KernelPlan):
     @property
     def consumer_registers(self) -> int:
         return REGISTER_SPLIT[self.num_mma_warpgroups][1]
+
+    @staticmethod
+    def streamed_maps(name: str, tile: Panels) -> tuple[TensorMapPlan, ...]:
+        """The maps of a tensor that the loop loads: no box is wider than what the products read.
+
+        TMA fetches a box's columns beyond the head dim from L2 like any other, before it puts zeros in their place: at
+        head dim 72 full boxes of 64 columns brought 311 bytes for each row of 144, narrow ones 213 (ncu, H200).
+        """
+        whole = TensorMapPlan(name, tile.columns, tile.rows, tile.span)
+        last = replace(whole, box_cols=tile.last_columns)
+        if tile.count == 1:
+            return (last,)
+        return (whole,) if last == whole else (whole, replace(last, last_panel=True))
+
+    @property
+    def has_last_maps(self) -> bool:
+        """Whether streamed tensors have a second map, for the last panel."""
+        return len(self.streamed_maps("", self.kv_tile)) > 1
 
     @property
     def swizzle_mode(self) -> int:

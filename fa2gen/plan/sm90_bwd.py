@@ -309,10 +309,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
         span, columns = self.tiling.swizzle_bytes, self.kv_tile.columns
         return (
-            TensorMapPlan("q", columns, self.tile_m, span),
+            *self.streamed_maps("q", self.q_tile),
             TensorMapPlan("k", columns, self.tile_n, span),
             TensorMapPlan("v", columns, self.tile_n, span),
-            TensorMapPlan("dout", columns, self.tile_m, span),
+            *self.streamed_maps("dout", self.q_tile),
             TensorMapPlan("dk", columns, WARP_ROWS, span),
             TensorMapPlan("dv", columns, WARP_ROWS, span),
         )

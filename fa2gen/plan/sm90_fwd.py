@@ -16,7 +16,7 @@ __all__ = ["Sm90FwdPlan"]
 
 # Registers that a thread needs beside S, O and P: addresses, row statistics, loop state. With 160 registers 28 separate
 # the tilings that compile clean (head dim 144 with 80 keys, 72 with 128) from those that spill (128 with 96, 80 with
-# 128).
+# 128); with 112, head dim 72 with 64 keys from 64 with 80.
 REGISTERS_BESIDE_TILES = 28
 
 
@@ -141,8 +141,8 @@ class Sm90FwdPlan(Sm90Plan):
         span, columns = self.tiling.swizzle_bytes, self.kv_tile.columns
         return (
             TensorMapPlan("q", columns, self.tile_m, span),
-            TensorMapPlan("k", columns, self.tile_n, span),
-            TensorMapPlan("v", columns, self.tile_n, span),
+            *self.streamed_maps("k", self.kv_tile),
+            *self.streamed_maps("v", self.kv_tile),
             TensorMapPlan("o", columns, WARP_ROWS, span),
         )
 
@@ -168,9 +168,9 @@ class Sm90FwdPlan(Sm90Plan):
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []
         arch = ARCHES["sm90"]
-        if self.num_mma_warps not in (4, 8, 12):
+        if self.num_mma_warps not in (4, 8, 12, 16):
             broken.append(
-                BrokenRule("mma warps", f"{self.num_mma_warps} given; one, two or three warpgroups: 4, 8 or 12")
+                BrokenRule("mma warps", f"{self.num_mma_warps} given; one to four warpgroups: 4, 8, 12 or 16")
             )
             return broken  # nothing else can be said without a warpgroup count
         rows = ROWS_PER_WARPGROUP * self.num_mma_warpgroups

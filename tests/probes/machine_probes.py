@@ -45,7 +45,7 @@ class Probe:
     """One launch of one block.
 
     k         what the template is rendered with; `k.params` are the fields of its Params.
-    maps      (box_rows, bytes of a box's row, tensor): the tensor maps that it takes, in order.
+    maps      (box_rows, box_columns, bytes of a panel's row, tensor): the tensor maps that it takes, in order.
     values    of Params: a number, or for a pointer the tensor that it leads to.
     case      (what tensors hold before, and what after); CPU tensors, of four dimensions where a map leads to them.
     forms     what the probe shows, of `used_forms`.
@@ -54,7 +54,7 @@ class Probe:
     name: str
     template: str
     k: SimpleNamespace
-    maps: tuple[tuple[int, int, int], ...]
+    maps: tuple[tuple[int, int, int, int], ...]
     values: Mapping[str, int]
     case: Callable[[], tuple[Values, Values]]
     num_threads: int
@@ -76,7 +76,7 @@ class Probe:
     @property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
         """Named after their tensors' numbers."""
-        return tuple(TensorMapPlan(str(tensor), span // 2, rows, span) for rows, span, tensor in self.maps)
+        return tuple(TensorMapPlan(str(tensor), columns, rows, span) for rows, columns, span, tensor in self.maps)
 
     def unit(self, target: str) -> Unit:
         """For NVRTC."""
@@ -221,7 +221,7 @@ def _wgmma(op: Wgmma, span: int, depth: int, *, head_dim: int = 0, first: int = 
         name=f"{op.function}_{op.dtype}_z{span}_k{depth}" + (f"_d{head_dim}_p{first}" if head_dim else ""),
         template="wgmma",
         k=k,
-        maps=((a_tile.rows, span, 0), (b_tile.rows, span, 1)),
+        maps=((a_tile.rows, span // 2, span, 0), (b_tile.rows, span // 2, span, 1)),
         values={"d": 2},
         case=case,
         num_threads=128,
@@ -312,7 +312,7 @@ def _store(span: int, head_dim: int, rows: int) -> Probe:
         name=f"store_z{span}_d{head_dim}_r{rows}",
         template="store",
         k=k,
-        maps=((16, span, 0),),
+        maps=((16, span // 2, span, 0),),
         values={"first_row": first_row},
         case=case,
         num_threads=32,
@@ -346,22 +346,25 @@ def _stage(dtype: str, queries: int) -> Probe:
 # TMA ------------------------------------------------------------------------------------------------------------------
 
 
-def box_form(direction: str, rows: int, span: int) -> str:
-    return f"tma_{direction} of {rows} rows, {span}-byte swizzle"
+def box_form(direction: str, rows: int, columns: int, span: int) -> str:
+    return f"tma_{direction} of {rows} rows of {columns} columns, {span}-byte swizzle"
 
 
-def _box(direction: str, rows: int, span: int) -> Probe:
-    """Two boxes side by side, at the end of the rows and of the head dim: behind, zeros are read, nothing written."""
-    columns, row, head, batch = span // 2, 9, 1, 1
+def _box(direction: str, rows: int, columns: int, span: int) -> Probe:
+    """Two boxes side by side, at the end of the rows and of the head dim: behind, zeros are read, nothing written.
+
+    What lies beside the rows of a narrow box in shared memory stays as it was.
+    """
+    row, head, batch = 9, 1, 1
     head_dim, seqlen = columns + 8, row + rows - 4
-    numbers = ("row", "head", "batch", "box_bytes", "box_columns")
+    numbers = ("row", "head", "batch", "tile_bytes", "box_bytes", "box_columns")
     k = _k({"image": "void*" if direction == "load" else "void const*", **dict.fromkeys(numbers, "int")}, dtype="fp16")
 
     def case() -> tuple[Values, Values]:
         tensor = integers(2, seqlen, 3, head_dim, most=2000).half()
-        boxes = torch.zeros(2, rows, columns, dtype=torch.float16)
+        boxes = torch.zeros(2, rows, span // 2, dtype=torch.float16)
         there = tensor[batch, row:, head]
-        boxes[0, : rows - 4] = there[:, :columns]
+        boxes[0, : rows - 4, :columns] = there[:, :columns]
         boxes[1, : rows - 4, :8] = there[:, columns:]
         laid_out = image(boxes.flatten(0, 1), span)
         if direction == "load":
@@ -376,15 +379,23 @@ def _box(direction: str, rows: int, span: int) -> Probe:
         return [before, dirty], [after, dirty]
 
     return Probe(
-        name=f"box_{direction}_r{rows}_z{span}",
+        name=f"box_{direction}_r{rows}_c{columns}_z{span}",
         template=f"box_{direction}",
         k=k,
-        maps=((rows, span, 0),),
-        values={"image": 1, "row": row, "head": head, "batch": batch, "box_bytes": rows * span, "box_columns": columns},
+        maps=((rows, columns, span, 0),),
+        values={
+            "image": 1,
+            "row": row,
+            "head": head,
+            "batch": batch,
+            "tile_bytes": rows * span,
+            "box_bytes": rows * columns * 2,
+            "box_columns": columns,
+        },
         case=case,
         num_threads=32,
         shared_bytes=2 * rows * span + 16,
-        forms=frozenset({box_form(direction, rows, span)}),
+        forms=frozenset({box_form(direction, rows, columns, span)}),
     )
 
 
@@ -455,12 +466,12 @@ def _forms(plan: KernelPlan) -> Iterator[str]:
     yield from (box_form(*box) for box in _boxes_of(plan))
 
 
-def _boxes_of(plan: KernelPlan) -> Iterator[tuple[str, int, int]]:
-    """(load or store, rows, bytes of a row) of each tensor map."""
+def _boxes_of(plan: KernelPlan) -> Iterator[tuple[str, int, int, int]]:
+    """(load or store, rows, columns, bytes of a panel's row) of each tensor map."""
     for entry in plan.entry_points:
         for box in entry.tensor_maps:
-            assert box.box_cols * 2 == box.swizzle_bytes, f"{plan.name}: a box of {box.box_cols} columns has no probe"
-            yield "store" if box.name in _STORED else "load", box.box_rows, box.swizzle_bytes
+            direction = "store" if box.name in _STORED else "load"
+            yield direction, box.box_rows, box.box_cols, box.swizzle_bytes
 
 
 def _rendered(plan: KernelPlan) -> str:

@@ -7,7 +7,7 @@
 #include <string.h>
 
 typedef int CUresult;
-enum { MAX_ARGUMENTS = 8, MAP_BYTES = 128, ARGUMENT_BYTES = 512 };
+enum { MAX_ARGUMENTS = 12, MAP_BYTES = 128, ARGUMENT_BYTES = 512 };
 
 struct Launch {
     uint64_t count, function, stream;

@@ -235,15 +235,19 @@ def test_boxes_are_what_the_barriers_expect():
     for plan in SM90:
         tiles = {"q": plan.q_tile, "k": plan.kv_tile, "v": plan.kv_tile, "o": plan.o_tile}
         boxes_a_panel = {"q": 1, "k": 1, "v": 1, "o": plan.num_mma_warps}
-        assert [box.name for box in plan.tensor_maps] == list(tiles)
-        for box in plan.tensor_maps:
-            tile = tiles[box.name]
-            box_bytes = box.box_cols * box.box_rows * ELEMENT
-            assert tile.count * boxes_a_panel[box.name] * box_bytes == tile.bytes
-            assert box_bytes * boxes_a_panel[box.name] == tile.panel_bytes
-            # cuTensorMapEncodeTiled's own rules
-            assert box.box_cols * ELEMENT == box.swizzle_bytes == plan.tiling.swizzle_bytes
-            assert box.box_rows <= 256 and box.box_cols <= 256
+        expected = {"q": plan.q_tile.bytes, "k": plan.kv_tile.read_bytes, "v": plan.kv_tile.read_bytes}
+        for name, tile in tiles.items():
+            maps = [box for box in plan.tensor_maps if box.name == name]
+            of_panels = [maps[0]] * (tile.count - 1) + [maps[-1]]
+            assert [box.last_panel for box in maps] == [False, True][: len(maps)]
+            boxes = [box.box_cols * box.box_rows * ELEMENT * boxes_a_panel[name] for box in of_panels]
+            assert sum(boxes) == expected.get(name, tile.bytes)
+            assert all(part == tile.panel_bytes for part in boxes[:-1])
+            assert sum(box.box_cols for box in of_panels) >= -(-plan.head_dim // 16) * 16
+            for box in maps:  # cuTensorMapEncodeTiled's own rules
+                assert box.box_cols * ELEMENT <= box.swizzle_bytes == plan.tiling.swizzle_bytes
+                assert box.box_rows <= 256 and box.box_cols <= 256
+        assert list(dict.fromkeys(box.name for box in plan.tensor_maps)) == list(tiles)
         # expect-tx counts 20 bits: PTX ISA, "mbarrier".
         assert max(plan.q_tile.bytes, plan.kv_tile.bytes) < 1 << 20
 
@@ -471,7 +475,9 @@ def test_sm90_rules():
 
     assert without_nearest(broken(64, 128, 128, 2, 8)) == set()
     found = broken(64, 96, 64, 2, 6)
-    assert without_nearest(found) == {"mma warps"} and "6" in found["mma warps"] and "4, 8 or 12" in found["mma warps"]
+    assert (
+        without_nearest(found) == {"mma warps"} and "6" in found["mma warps"] and "4, 8, 12 or 16" in found["mma warps"]
+    )
     found = broken(64, 64, 64, 2, 8)
     assert without_nearest(found) == {"query rows"} and "64" in found["query rows"] and "128" in found["query rows"]
     found = broken(128, 128, 128, 4, 8)

@@ -30,9 +30,10 @@ def test_used_forms_are_read_off_the_kernels():
         "bulk_load",
         "bulk_reduce_add",
         "reduce_add_global_float4",
-        "tma_load of 192 rows, 128-byte swizzle",
-        "tma_store of 16 rows, 32-byte swizzle",
-        "tma_store of 80 rows, 128-byte swizzle",  # dQ
+        "tma_load of 192 rows of 64 columns, 128-byte swizzle",
+        "tma_load of 128 rows of 16 columns, 128-byte swizzle",  # the last panel of head dim 72
+        "tma_store of 16 rows of 16 columns, 32-byte swizzle",
+        "tma_store of 80 rows of 64 columns, 128-byte swizzle",  # dQ
     ):
         assert form in used_forms()
 

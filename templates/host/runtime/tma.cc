@@ -19,9 +19,7 @@ constexpr std::uint32_t kChunk = 16;
 template <class Visit>
 void for_each_chunk(BoxCopy const& copy, Visit visit) {
     TensorMap const& map = copy.map;
-    std::uint32_t const row_bytes = map.box[0] * map.element_bytes;
-    std::uint32_t const rows = copy.bytes() / row_bytes;
-    for (std::uint32_t row = 0; row < rows; ++row) {
+    for (std::uint32_t row = 0; row < copy.rows(); ++row) {
         bool inside = true;
         std::uint64_t global = map.address;
         std::uint32_t rest = row;
@@ -31,12 +29,12 @@ void for_each_chunk(BoxCopy const& copy, Visit visit) {
             inside = inside && position >= 0 && position < static_cast<std::int64_t>(map.dims[i]);
             global += static_cast<std::uint64_t>(position) * map.strides[i - 1];
         }
-        for (std::uint32_t at = 0; at < row_bytes; at += kChunk) {
+        for (std::uint32_t at = 0; at < copy.row_bytes(); at += kChunk) {
             // Clipping cuts whole 16-byte chunks as long as the innermost size is a multiple of them: checked in check_box.
             std::int64_t const column = copy.coordinates[0] + static_cast<std::int64_t>(at / map.element_bytes);
             bool const chunk_inside = inside && column >= 0 && column < static_cast<std::int64_t>(map.dims[0]);
             std::uint64_t const address = global + static_cast<std::uint64_t>(column) * map.element_bytes;
-            visit(swizzle(copy.address + row * row_bytes + at, map.swizzle_bytes),
+            visit(swizzle(copy.address + row * copy.pitch() + at, map.swizzle_bytes),
                   chunk_inside ? reinterpret_cast<unsigned char*>(address) : nullptr);
         }
     }
@@ -52,7 +50,7 @@ void check_box(BoxCopy const& copy, int rank, int line) {
     if (copy.coordinates[0] % static_cast<int>(elements) != 0 || map.dims[0] % elements != 0) {
         fail("kernel.cc:%d: column %d of %u: boxes that cut a 16-byte chunk are not modelled", line, copy.coordinates[0], map.dims[0]);
     }
-    current().block->shared.check_range(copy.address, copy.bytes(), 128, line);
+    current().block->shared.check_range(copy.address, copy.footprint(), 128, line);
 }
 
 BoxCopy make_copy(TensorMap const& map, std::uint32_t address, std::uint32_t barrier, int const* coordinates, int line) {
@@ -70,13 +68,13 @@ void check_tensor_map(TensorMap const& map, int line) {
     }
     std::uint32_t const row_bytes = map.box[0] * map.element_bytes;
     bool valid = map.rank >= 1 && map.rank <= 5 && map.address % 16 == 0 && row_bytes % 16 == 0 &&
-                 (map.swizzle_bytes == 0 || row_bytes == map.swizzle_bytes);
+                 (map.swizzle_bytes == 0 || row_bytes <= map.swizzle_bytes);
     for (int i = 0; i < map.rank; ++i) {
         valid = valid && map.box[i] >= 1 && map.box[i] <= 256 && map.dims[i] >= 1;
         valid = valid && (i == 0 || map.strides[i - 1] % 16 == 0);
     }
     if (!valid) {
-        fail("kernel.cc:%d: the tensor map is not one that the driver would encode (or a box narrower than its swizzle)", line);
+        fail("kernel.cc:%d: the tensor map is not one that the driver would encode", line);
     }
 }
 
@@ -89,7 +87,9 @@ void tma_load(std::uint32_t destination, TensorMap const& map, std::uint32_t bar
     if (found == thread.block->mbarriers.end() || !found->second.visible_to_tma) {
         fail("kernel.cc:%d: the mbarrier at 0x%x of a TMA load is not initialised, or no fence.mbarrier_init followed", line, barrier);
     }
-    thread.block->shared.begin_copy(destination, copy.bytes(), true, thread.index, line);
+    for_each_chunk(copy, [&](std::uint32_t shared, unsigned char const*) {
+        thread.block->shared.begin_copy(shared, kChunk, true, thread.index, line);
+    });
     thread.block->loads.push_back(copy);
     count(kTmaLoad, copy.bytes());
     maybe_yield();
@@ -104,8 +104,8 @@ void land(Block& block, BoxCopy const& load) {
         } else {
             std::memset(destination, 0, kChunk);
         }
+        block.shared.end_copy(shared, kChunk);
     });
-    block.shared.end_copy(load.address, load.bytes());
     complete_bytes(block, load.barrier, load.bytes());
 }
 

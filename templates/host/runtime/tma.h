@@ -21,12 +21,29 @@ struct BoxCopy {
     int line;
     bool adds = false;  // a reduction: fp32 numbers are added to what is there
 
-    std::uint32_t bytes() const {
-        std::uint32_t product = map.element_bytes;
-        for (int i = 0; i < map.rank; ++i) {
+    std::uint32_t row_bytes() const {
+        return map.box[0] * map.element_bytes;
+    }
+
+    std::uint32_t rows() const {
+        std::uint32_t product = 1;
+        for (int i = 1; i < map.rank; ++i) {
             product *= map.box[i];
         }
         return product;
+    }
+
+    std::uint32_t bytes() const {
+        return rows() * row_bytes();
+    }
+
+    // From one row to the next in shared memory: a box narrower than its swizzle leaves the rest of each row as it was.
+    std::uint32_t pitch() const {
+        return map.swizzle_bytes != 0 ? map.swizzle_bytes : row_bytes();
+    }
+
+    std::uint32_t footprint() const {
+        return rows() * pitch();
     }
 };
 
