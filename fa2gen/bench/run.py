@@ -48,7 +48,7 @@ class Bench:
         self._provenance: dict[str, Any] = {}
 
     def rows(self, points: Sequence[Point], seconds: float = SECONDS_PER_POINT) -> Iterator[dict[str, Any]]:
-        """Measures the points of one preset; the matrix product before and after, for the practical ceiling and its drift."""
+        """Measures a preset's points; the matrix product before and after, for the practical ceiling and its drift."""
         self._provenance = {
             **provenance.gpu_facts(),
             **provenance.versions(),
