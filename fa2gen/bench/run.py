@@ -48,13 +48,13 @@ class Bench:
         self._provenance: dict[str, Any] = {}
 
     def rows(self, points: Sequence[Point], seconds: float = SECONDS_PER_POINT) -> Iterator[dict[str, Any]]:
-        """Measures point by point; the matrix product before and after, for the practical ceiling and its drift."""
+        """Measures a preset's points; the matrix product before and after, for the practical ceiling and its drift."""
         self._provenance = {
             **provenance.gpu_facts(),
             **provenance.versions(),
             "measured": datetime.now(UTC).strftime("%Y-%m-%d"),
             "command": self.command,
-            "protocol": protocol.PROTOCOL,
+            "protocol": protocol.HOST_PROTOCOL if _is_host_time(points[0]) else protocol.PROTOCOL,
             "matmul_8192_bf16_tflops": [self._matmul()],
             "clocks_under_load": [provenance.clocks()],
         }
@@ -85,7 +85,7 @@ class Bench:
         with torch.no_grad():
             calls = self._tried(point, inputs)
             row: dict[str, Any] = {**point.to_json(), "tflops": {}}
-            if point.preset == "host":
+            if _is_host_time(point):
                 contexts = {one.name: one.context for one in self.contestants}
                 bare = {name: call for name, (call, _) in calls.items()}
                 times = protocol.host_microseconds(bare, torch.cuda.synchronize, contexts)
@@ -148,6 +148,10 @@ class Bench:
         a, b = (torch.randn(_MATMUL, _MATMUL, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         times = protocol.interleaved({"matmul": lambda: a @ b}, self._timer, _MATMUL_ROUNDS)["matmul"]
         return significant(2.0 * _MATMUL**3 / statistics.median(times) / 1e9)
+
+
+def _is_host_time(point: Point) -> bool:
+    return point.preset == "host"
 
 
 def _disagreement(results: Sequence[Any], truth: Sequence[Any]) -> str | None:

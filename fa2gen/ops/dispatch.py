@@ -4,6 +4,9 @@ Everything that a call's signature decides (validation, the kernel, its packed a
 a dict afterwards; a call then allocates the outputs, replaces the addresses and launches on the current stream. TMA and
 cp.async need 16-byte alignment: a tensor whose address or strides are no multiples of 16 bytes is copied, at each call.
 
+What a repeated call does is spelt out, as few reads of a tensor's attributes as will do (each 40 to 80 ns) and no
+helper that only forwards: a tiny problem is done sooner than the host has called for it.
+
 FA2GEN_ARCH and the specs are looked at when a signature is first met; `forget` makes them be looked at again.
 """
 
@@ -32,25 +35,46 @@ if TYPE_CHECKING:
     from fa2gen.kernel import Kernel, PreparedLaunch, Strides
     from fa2gen.store import Store
 
-__all__ = ["forget", "forward_cuda", "forward_into"]
+__all__ = ["forget", "forward_cuda", "forward_into", "forward_out"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
     """What all calls with one signature share.
 
-    `launch` is None where there is nothing to compute, and where a stride is no multiple of 16 bytes (`misaligned`):
-    such a call goes on with copies, which have a signature of their own.
+    num_rows       of lse.
+    out_is_like_q  whether torch.empty_like(q), which takes two thirds of q.new_empty's time, has out's strides.
+    launch         None where there is nothing to compute, and where a stride is no multiple of 16 bytes (`misaligned`):
+                   such a call goes on with copies, which have a signature of their own.
     """
 
     device: int
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
+    num_rows: int
+    out_is_like_q: bool
     launch: PreparedLaunch | None
     misaligned: bool
 
+    def new_out(self, q: Tensor) -> Tensor:
+        return torch.empty_like(q) if self.out_is_like_q else q.new_empty(self.out_shape)
+
+
+class _Scratch:
+    """Memory of a stream's launches: `counter`, an int32 that is 0 between them, and `lse`, rows that nobody reads."""
+
+    __slots__ = ("_memory", "counter", "lse")
+
+    def __init__(self, device: int, rows: int) -> None:
+        self._memory = torch.zeros(_SCRATCH_LSE_AT // 4 + rows, dtype=torch.int32, device=f"cuda:{device}")
+        self.counter = self._memory.data_ptr()
+        self.lse = self.counter + _SCRATCH_LSE_AT
+
 
 _REMEMBERED_CALLS = 1024
+_SCRATCH_LSE_AT = 16
+# What each stream keeps for an lse that is not asked for: 64 KiB. With more rows a kernel outlasts the host's call.
+_SCRATCH_ROWS = 1 << 14
 # torch.cuda's functions of these names without their Python, which costs as much again; a CPU build lacks them.
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
@@ -58,7 +82,7 @@ _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.i
 _calls: dict[tuple[Any, ...], _Call] = {}
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 _retired: list[Kernel] = []  # what `forget` dropped
-_counters: dict[tuple[int, int], Tensor] = {}  # (device, stream) -> one int32 that is 0 between launches
+_scratches: dict[tuple[int, int], _Scratch] = {}  # (device, stream) -> what its launches use
 _also_forgotten: list[Callable[[], None]] = []  # what other modules remember of calls
 _lock = threading.Lock()
 
@@ -67,7 +91,7 @@ def forward_cuda(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    softmax_scale: float,
+    softmax_scale: float | None,
     causal: bool,
     arch: str | None = None,
     tiling: Tiling | None = None,
@@ -75,21 +99,13 @@ def forward_cuda(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
 
+    softmax_scale  None: head_dim ** -0.5.
+
     Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel
     raises.
     """
-    key = (
-        *(q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride()),
-        *(q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device()),
-        *(softmax_scale, causal, arch, tiling),
-    )
-    call = _calls.get(key)
-    if call is None:
-        call = _prepare(q, k, v, softmax_scale, causal, arch, tiling)
-        if len(_calls) >= _REMEMBERED_CALLS:
-            _calls.clear()
-        _calls[key] = call
-    out, lse = into or (q.new_empty(call.out_shape), q.new_empty(call.lse_shape, dtype=torch.float32))
+    call = _find(q, k, v, softmax_scale, causal, arch, tiling)
+    out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
     launch = call.launch
     if launch is None and not call.misaligned:  # no query, or no key for any
         out.zero_()
@@ -99,12 +115,44 @@ def forward_cuda(
     if launch is None or (q_at | k_at | v_at) & 15:
         q, k, v = (aligned(x) for x in (q, k, v))
         return forward_cuda(q, k, v, softmax_scale, causal, arch, tiling, (out, lse))
-    if _current_device() == call.device:
-        _launch(launch, call.device, q_at, k_at, v_at, out, lse)
-    else:
-        with torch.cuda.device(call.device):
-            _launch(launch, call.device, q_at, k_at, v_at, out, lse)
+    _launch(call, q_at, k_at, v_at, out, lse)
     return out, lse
+
+
+def forward_out(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None, causal: bool) -> Tensor:
+    """`out` of `forward_cuda`, for who does not ask for lse: where it is small, no memory is allocated for it."""
+    call = _find(q, k, v, softmax_scale, causal, None, None)
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if call.launch is None or (q_at | k_at | v_at) & 15 or call.num_rows > _SCRATCH_ROWS:
+        return forward_cuda(q, k, v, softmax_scale, causal)[0]
+    out = call.new_out(q)
+    _launch(call, q_at, k_at, v_at, out, None)
+    return out
+
+
+def _find(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None,
+    causal: bool,
+    arch: str | None,
+    tiling: Tiling | None,
+) -> _Call:
+    """What calls with this signature share: remembered, or prepared now."""
+    key = (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+        q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
+        softmax_scale, causal, arch, tiling,
+    )  # fmt: skip
+    call = _calls.get(key)
+    if call is None:
+        scale = default_scale(q) if softmax_scale is None else softmax_scale
+        call = _prepare(q, k, v, scale, causal, arch, tiling)
+        if len(_calls) >= _REMEMBERED_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    return call
 
 
 def forward_into(
@@ -158,29 +206,32 @@ def forget() -> None:
             clear()
 
 
-def _launch(launch: PreparedLaunch, device: int, q: int, k: int, v: int, out: Tensor, lse: Tensor) -> None:
-    """Launch on the current stream of the current device, which is `device`."""
-    stream: int = torch._C._cuda_getCurrentRawStream(device)
-    if launch.needs_counter:
-        counter = _counter(device, stream)  # a name, so that it lives until the launch
-        launch(q, k, v, out.data_ptr(), lse.data_ptr(), counter.data_ptr(), stream)
-    else:
-        launch(q, k, v, out.data_ptr(), lse.data_ptr(), 0, stream)
+def _launch(call: _Call, q: int, k: int, v: int, out: Tensor, lse: Tensor | None) -> None:
+    """Launch on the current stream of the call's device; an lse that nobody wants is written to the stream's scratch.
 
-
-def _counter(device: int, stream: int) -> Tensor:
-    """An int32 on the device that is 0 and that no launch running at the same time uses.
-
-    Launches on one stream follow each other, and each leaves its counter 0: so there is one for each stream. A captured
-    graph may be replayed on any stream, so it zeroes one of its own, from its own memory pool.
+    Launches on one stream follow each other, and each leaves its counter 0: so there is one scratch for each stream. A
+    captured graph may be replayed on any stream, so it zeroes one of its own, from its own memory pool.
     """
-    if _is_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
-    counter = _counters.get((device, stream))
-    if counter is None:
-        fresh = torch.zeros(1, dtype=torch.int32, device=f"cuda:{device}")
-        counter = _counters.setdefault((device, stream), fresh)  # another thread may have been quicker
-    return counter
+    device, launch = call.device, call.launch
+    assert launch is not None
+    if _current_device() != device:
+        with torch.cuda.device(device):
+            _launch(call, q, k, v, out, lse)
+        return
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    counter_at, lse_at = 0, 0 if lse is None else lse.data_ptr()
+    if launch.needs_counter or lse is None:
+        if _is_capturing():
+            scratch = _Scratch(device, call.num_rows if lse is None else 0)
+        else:
+            scratch = _scratches.get((device, stream)) or _first_scratch(device, stream)
+        counter_at = scratch.counter if launch.needs_counter else 0
+        lse_at = lse_at or scratch.lse
+    launch(q, k, v, out.data_ptr(), lse_at, counter_at, stream)
+
+
+def _first_scratch(device: int, stream: int) -> _Scratch:
+    return _scratches.setdefault((device, stream), _Scratch(device, _SCRATCH_ROWS))  # another thread may be quicker
 
 
 # Once for each signature ------------------------------------------------------------------------------------------
@@ -198,6 +249,7 @@ def _prepare(
         problem, _device(device), arch, tiling, k.shape[1]
     )  # even for no query: wrong is wrong at any length
     launch, misaligned = None, False
+    dense = (seqlen_q * num_heads * head_dim, num_heads * head_dim, head_dim, 1)
     if q.numel() and k.numel():
         misaligned = not all(_has_aligned_strides(x) for x in (q, k, v))
         if not misaligned:
@@ -206,10 +258,18 @@ def _prepare(
                 q=_strides(q),
                 k=_strides(k),
                 v=_strides(v),
-                o=(seqlen_q * num_heads * head_dim, num_heads * head_dim, head_dim),
+                o=dense[:3],
                 softmax_scale=softmax_scale,
             )
-    return _Call(device, (batch, seqlen_q, num_heads, head_dim), (batch, num_heads, seqlen_q), launch, misaligned)
+    return _Call(
+        device=device,
+        out_shape=(batch, seqlen_q, num_heads, head_dim),
+        lse_shape=(batch, num_heads, seqlen_q),
+        num_rows=batch * num_heads * seqlen_q,
+        out_is_like_q=q.stride() == dense,
+        launch=launch,
+        misaligned=misaligned,
+    )
 
 
 def _choose(

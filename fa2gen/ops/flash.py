@@ -8,7 +8,8 @@ from typing import Any, NoReturn, TypeAlias
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.operator import attention
+from fa2gen.ops.dispatch import forward_out
+from fa2gen.ops.operator import attention, is_plain_call
 from fa2gen.ops.validate import refuse_non_tensors
 
 __all__ = [
@@ -55,6 +56,8 @@ def flash_attn_func(
         _refuse_options(dropout_p, softcap, alibi_slopes)
     if window_size != (-1, -1):
         causal = _window_is_causal(window_size, q, k, causal)
+    if not return_attn_probs and is_plain_call(q, k, v, softmax_scale, causal):
+        return forward_out(q, k, v, softmax_scale, causal)
     out, lse = attention(q, k, v, causal=causal, softmax_scale=softmax_scale, deterministic=deterministic)
     return (out, lse, None) if return_attn_probs else out
 

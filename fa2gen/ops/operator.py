@@ -24,7 +24,7 @@ from fa2gen.ops.validate import DTYPES, default_scale, describe, refuse_non_tens
 from fa2gen.reference import attention_backward_tiled, attention_tiled
 from fa2gen.spec import Tiling
 
-__all__ = ["attention"]
+__all__ = ["attention", "is_plain_call"]
 
 
 def attention(
@@ -50,6 +50,8 @@ def attention(
     With `arch` or `tiling` the kernel is called directly, not through the operator: torch.compile cannot see into that.
     Raises InvalidInput, UnsupportedProblem, or InfeasibleSpec for a tiling that does not fit.
     """
+    if is_plain_call(q, k, v, softmax_scale, causal):
+        return forward_cuda(q, k, v, softmax_scale, causal, arch, tiling)
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
     if (q.is_cuda or q.is_cpu) and torch.is_autocast_enabled(q.device.type):
@@ -65,8 +67,6 @@ def attention(
         raise UnsupportedProblem(
             "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach it"
         )
-    if not needs_grad and _is_eager_cuda(q, k, v):
-        return forward_cuda(q, k, v, softmax_scale, bool(causal), arch, tiling)
     if arch is None and tiling is None:
         try:
             if needs_grad:
@@ -104,12 +104,20 @@ def _refuse_tangents(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _is_eager_cuda(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether nothing but the kernel would see a call of the operator: its dispatch (4 of 20 microseconds) is then left
-    out.
+# Bound here, as a lookup through torch's modules costs a third of what these do.
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_tracing = torch._C._is_tracing
 
-    Others that may look: torch.compile, tensor subclasses (fake, distributed), dispatch modes (tracing, flop counting),
-    function transforms (vmap), autocast and torch.jit.trace.
+
+def is_plain_call(q: Tensor, k: Tensor, v: Tensor, softmax_scale: object, causal: object) -> bool:
+    """Whether nothing but a kernel would see this call, whose options need no conversion: the operator's dispatch (4
+    microseconds) is then left out.
+
+    Others that may look: torch.compile, tensor subclasses (fake, distributed), autograd in both modes, dispatch modes
+    (tracing, flop counting), function transforms (vmap), autocast and torch.jit.trace. Whatever `attention` refuses is
+    no plain call either, but for what the tensors' own signature decides.
     """
     return (
         not torch.compiler.is_compiling()
@@ -117,10 +125,14 @@ def _is_eager_cuda(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and type(k) is Tensor
         and type(v) is Tensor
         and q.is_cuda
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.is_autocast_enabled("cuda")
-        and torch._C._get_tracing_state() is None
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and (causal is True or causal is False)
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and not _is_any_autocast_enabled()
+        and not _num_dispatch_modes()
+        and _innermost_transform() is None
+        and forward_ad._current_level < 0
+        and not _is_tracing()
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fa2gen.bench import peers
+from fa2gen.bench import peers, protocol
 from fa2gen.bench.points import preset_points
 from fa2gen.bench.run import Bench
 from fa2gen.plan import directions
@@ -31,6 +31,16 @@ def test_bench(direction):
     document = run.result()
     assert not document["provenance"]["missing"]
     assert all(name.startswith(f"fa2_{direction}_sm90_") for name in document["provenance"]["kernels"])
+
+
+def test_bench_of_the_host(monkeypatch):
+    monkeypatch.setattr(protocol, "HOST_WARMUP_SECONDS", 0.1)
+    found, _ = peers.find(["fa2gen-sm90", "fa2gen-sm80", "cudnn"])
+    run = Bench(found, {}, "fa2gen bench --preset host")
+    for row in run.rows(preset_points("host")):
+        assert row["microseconds"].keys() == {one.name for one in found} and not row["tflops"]
+        assert min(row["microseconds"].values()) > 1
+    assert run.result()["provenance"]["protocol"] == protocol.HOST_PROTOCOL
 
 
 @pytest.mark.parametrize("direction", directions("sm90"))

@@ -190,6 +190,46 @@ def test_flash_attn_func(harness, family, monkeypatch):
     forget()
 
 
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_out_alone(arch, monkeypatch):
+    """Without lse, which then goes to memory of the stream: the same bits, on streams at once, replayed, for more rows
+    than that memory has, and from tensors that move."""
+    monkeypatch.setenv("FA2GEN_ARCH", arch)
+    if arch == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    forget()
+    generator = torch.Generator(device="cuda").manual_seed(1)
+
+    def case(seqlen):
+        shape = (3, 2, seqlen, 4, 64)
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16).unbind(0)
+
+    cases = [case(seqlen) for seqlen in (1, 300, 300, 300, 2048, 2049)]
+    assert dispatch._SCRATCH_ROWS == 2 * 4 * 2048
+    expected = [flash_attn_func(*one, causal=True, return_attn_probs=True)[0] for one in cases]
+    torch.cuda.synchronize()
+    found = []
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(25):
+        for stream, one in zip(streams, cases, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(flash_attn_func(*one, causal=True))
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        captured = [flash_attn_func(*one, causal=True) for one in cases]
+    for _ in range(3):
+        for out in captured:
+            out.fill_(float("nan"))
+        graph.replay()
+        found += [flash_attn_func(*one, causal=True) for one in cases]
+    torch.cuda.synchronize()
+    for i, out in enumerate(found):
+        assert torch.equal(out, expected[i % len(cases)])
+    assert all(torch.equal(out, right) for out, right in zip(captured, expected, strict=True))
+    forget()
+
+
 def test_mixed_devices_and_options_are_refused():
     q = torch.zeros(1, 8, 2, 64, dtype=torch.float16, device="cuda")
     with pytest.raises(fa2gen.InvalidInput, match=r"q is on cuda:0, k on cpu"):

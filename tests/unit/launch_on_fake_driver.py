@@ -168,6 +168,36 @@ def test_only_new_addresses_are_encoded():
     assert encodes.value == 5 and launched.misaligned == 0
 
 
+@pytest.mark.parametrize("arch", list(ARCHES))
+def test_each_launch_has_its_own_addresses(arch):
+    """Every address moves by itself, and back: nothing of the launch before may be left."""
+    launch = prepare(make(arch))
+    plan = launch.kernel.plan
+    given = {param.name for param in plan.params} | {tensor_map.name for tensor_map in plan.tensor_maps}
+    for name in (*ADDRESSES, *ADDRESSES):
+        for addresses in ({**ADDRESSES, name: 0x99000}, ADDRESSES, ADDRESSES):
+            launch(**addresses, stream=0)
+            found = {tensor_map: found.address for tensor_map, found in tensor_maps(plan).items()}
+            found |= {param: value for param, value in params(plan).items() if param in ADDRESSES}
+            assert found == {name: at for name, at in addresses.items() if name in given}
+
+
+@pytest.mark.parametrize("refused", ["q", "k", "v", "o"])
+def test_the_launch_after_a_refused_one_has_its_own_addresses(refused):
+    """The refused one has moved some of the maps already, to addresses that need no encoding."""
+    launch = prepare(make("sm90"))
+    others = {name: at + 0x100000 for name, at in ADDRESSES.items()}
+    for addresses in (others, ADDRESSES):
+        launch(**addresses, stream=0)
+    set_result("fake_encode_result", 1)
+    with pytest.raises(Fa2GenError, match=f"tensor map of {refused}"):
+        launch(**{**others, refused: 0x990000}, stream=0)
+    set_result("fake_encode_result", 0)
+    launch(**ADDRESSES, stream=0)
+    maps = tensor_maps(launch.kernel.plan)
+    assert {name: found.address for name, found in maps.items()} == {name: ADDRESSES[name] for name in maps}
+
+
 def test_many_addresses():
     launch = prepare(make("sm90"))
     for i in [*range(1, 500), *range(1, 500)]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops import backward, dispatch
+from fa2gen.ops import attention, backward, dispatch, flash_attn_func
 from fa2gen.plan import make_plan
+from fa2gen.reference import attention_tiled
 from fa2gen.select import Device, default_tiling
 from fa2gen.spec import KernelSpec, Problem
 
@@ -132,7 +136,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(dispatch, "_device", lambda index: h200)
     monkeypatch.setattr(dispatch, "_kernel", kernel)
     monkeypatch.setattr(dispatch, "_calls", {})
-    monkeypatch.setattr(dispatch, "_counters", {})
+    monkeypatch.setattr(dispatch, "_scratches", {})
     monkeypatch.setattr(dispatch, "_current_device", lambda: -1)
     monkeypatch.setattr(dispatch, "_is_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: state.stream, raising=False)
@@ -226,9 +230,107 @@ def test_each_stream_has_a_counter_and_each_captured_call_its_own(gpu):
     assert first and counter() == first and only(gpu).launched[-1][6] == 5
     gpu.stream = 6
     assert counter() != first
-    kept = len(dispatch._counters)
+    kept = len(dispatch._scratches)
     gpu.capturing = True
-    assert counter() not in (0, first) and len(dispatch._counters) == kept == 2
+    assert counter() not in (0, first) and len(dispatch._scratches) == kept == 2
+
+
+def test_out_alone_is_that_of_the_whole_call(gpu, monkeypatch):
+    """Its lse goes to memory of the stream that no tensor has; where that is too small, to fresh memory."""
+    q, k, v = tensors()
+    for arch in ("sm90", "sm80"):
+        if arch == "sm80":
+            gpu.kernels.clear()
+            dispatch._calls.clear()
+            monkeypatch.setenv("FA2GEN_ARCH", "sm80")
+        out = dispatch.forward_out(q, k, v, 0.1, True)
+        *addresses, lse, counter, stream = only(gpu).launched[-1]
+        assert addresses == [x.data_ptr() for x in (q, k, v, out)] and out.shape == q.shape and out.is_contiguous()
+        scratch = dispatch._scratches[-1, 5]
+        assert (lse, counter, stream) == (scratch.lse, scratch.counter if arch == "sm90" else 0, 5)
+        assert scratch.lse % 16 == 0 and scratch.lse >= scratch.counter + 4
+        assert scratch.lse + 4 * dispatch._SCRATCH_ROWS <= scratch._memory.data_ptr() + scratch._memory.nbytes
+    assert len(only(gpu).prepared) == 1 and len(dispatch._scratches) == 1
+
+
+def test_out_alone_of_many_rows_has_an_lse_of_its_own(gpu, monkeypatch):
+    q, k, v = tensors()
+    monkeypatch.setattr(dispatch, "_SCRATCH_ROWS", 2 * 6 * 37)
+    dispatch.forward_out(q, k, v, 0.1, True)
+    scratch = dispatch._scratches[-1, 5]
+    assert only(gpu).launched[-1][4] == scratch.lse
+    monkeypatch.setattr(dispatch, "_SCRATCH_ROWS", 2 * 6 * 37 - 1)
+    dispatch.forward_out(q, k, v, 0.1, True)
+    assert only(gpu).launched[-1][4] != scratch.lse
+
+
+def test_a_captured_call_shares_no_memory_with_a_stream(gpu, monkeypatch):
+    q, k, v = tensors()
+    dispatch.forward_out(q, k, v, 0.1, True)
+    kept = dispatch._scratches[-1, 5]
+    made = []
+    new = dispatch._Scratch
+    monkeypatch.setattr(dispatch, "_Scratch", lambda device, rows: made.append(new(device, rows)) or made[-1])
+    gpu.capturing = True
+    dispatch.forward_out(q, k, v, 0.1, True)
+    (own,) = made
+    assert only(gpu).launched[-1][4:6] == (own.lse, own.counter) != (kept.lse, kept.counter)
+    assert own._memory.nbytes == 16 + 4 * 2 * 6 * 37 and len(dispatch._scratches) == 1
+    _, lse = dispatch.forward_cuda(q, k, v, 0.1, True)
+    assert only(gpu).launched[-1][4] == lse.data_ptr() and made[-1]._memory.nbytes == 16
+
+
+def test_out_alone_of_what_needs_more_than_a_launch(gpu):
+    q, k, v = tensors()
+    odd_base = torch.cat((k.flatten(), k.flatten()))[1 : 1 + k.numel()].view(k.shape)
+    dispatch.forward_out(q, odd_base, v, 0.1, False)
+    assert all(address % 16 == 0 for address in only(gpu).launched[-1][:3])
+    assert only(gpu).launched[-1][1] != odd_base.data_ptr()
+    assert not dispatch.forward_out(q, k[:, :0], v[:, :0], 0.1, True).any() and len(only(gpu).launched) == 1
+
+
+@pytest.mark.parametrize("layout", ["dense", "transposed", "slice", "one row", "expanded"])
+def test_out_is_contiguous_whatever_q_is(gpu, layout):
+    """Down to the strides of single elements."""
+    q, k, v = tensors(seqlen_q=1 if layout == "one row" else 37)
+    if layout == "transposed":
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    elif layout == "slice":
+        q = torch.stack((q, q, q), 2)[:, :, 1]
+    elif layout == "one row":  # contiguous to torch, with strides that no fresh tensor has
+        q = torch.stack((q, q), 1)[:, 1]
+        assert q[:1].is_contiguous()
+        q, k, v = q[:1], k[:1], v[:1]
+    elif layout == "expanded":
+        q = q[:1].expand(2, -1, -1, -1)
+    for out in (dispatch.forward_cuda(q, k, v, 0.1, True)[0], dispatch.forward_out(q, k, v, 0.1, True)):
+        assert out.stride() == torch.empty(q.shape).stride() and (out.shape, out.dtype) == (q.shape, q.dtype)
+
+
+def test_the_default_scale_is_prepared_as_the_number_it_is(gpu):
+    q, k, v = tensors()
+    for scale in (None, 64**-0.5):
+        dispatch.forward_out(q, k, v, scale, True)
+        assert only(gpu).prepared[-1][1]["softmax_scale"] == 64**-0.5
+
+
+def test_another_device_is_made_current_for_the_launch(gpu, monkeypatch):
+    current = [3]
+
+    @contextlib.contextmanager
+    def guard(device):
+        before, current[0] = current[0], device
+        gpu.guarded += 1
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(dispatch, "_current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    q, k, v = tensors()
+    for number, call in enumerate((dispatch.forward_cuda, dispatch.forward_out), 1):
+        call(q, k, v, 0.1, True)
+        assert (gpu.guarded, current, len(only(gpu).launched)) == (number, [3], number)
+        assert only(gpu).launched[-1][5] == dispatch._scratches[-1, 5].counter
 
 
 def test_sm80_kernels_need_no_counter(gpu):
@@ -270,6 +372,149 @@ def test_errors_are_not_remembered(gpu):
         with pytest.raises(InvalidInput, match="heads"):
             dispatch.forward_cuda(q[:, :, :5], k, v, 0.1, False)
     assert not dispatch._calls
+
+
+# Plain calls go past the operator -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda(gpu, monkeypatch):
+    """To their is_cuda too, CPU tensors are on a GPU; where a call goes through the operator, the reference runs."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    return gpu
+
+
+def launches(state):
+    return sum(len(kernel.launched) for kernel in state.kernels.values())
+
+
+def test_plain_calls_are_launched(cuda):
+    q, k, v = tensors()
+    calls = [
+        lambda: flash_attn_func(q, k, v),
+        lambda: flash_attn_func(q, k, v, causal=True, softmax_scale=0.2),
+        lambda: flash_attn_func(q, k, v, window_size=(-1, 0)),
+        lambda: flash_attn_func(q, k, v, return_attn_probs=True)[0],
+        lambda: flash_attn_func(q, k, v, deterministic=True),
+        lambda: attention(q, k, v, causal=True)[0],
+        lambda: attention(q, k, v, arch="sm80")[0],
+    ]
+    for number, call in enumerate(calls, 1):
+        assert call().shape == q.shape and launches(cuda) == number
+    with torch.no_grad():
+        flash_attn_func(q.requires_grad_(), k, v)
+    with torch.inference_mode():
+        flash_attn_func(q, k, v)
+    assert launches(cuda) == len(calls) + 2
+    assert len({id(kernel.prepared) for kernel in cuda.kernels.values()}) == 3  # full, causal, sm80
+
+
+def test_lse_is_only_made_where_it_is_asked_for(cuda):
+    q, k, v = tensors()
+    flash_attn_func(q, k, v)
+    assert only(cuda).launched[-1][4] == dispatch._scratches[-1, 5].lse
+    for call in (lambda: flash_attn_func(q, k, v, return_attn_probs=True)[:2], lambda: attention(q, k, v)):
+        out, lse = call()
+        assert lse.shape == (2, 6, 37) and lse.dtype == torch.float32 and lse.is_contiguous()
+        assert only(cuda).launched[-1][3:5] == (out.data_ptr(), lse.data_ptr())
+
+
+class Listening(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+OTHERS_LOOK = {
+    "autocast": lambda q, k, v: _in(torch.autocast("cpu", torch.bfloat16), q, k, v),
+    "dispatch mode": lambda q, k, v: _in(Listening(), q, k, v),
+    "dual level": lambda q, k, v: _in(torch.autograd.forward_ad.dual_level(), q, k, v),
+    "vmap": lambda q, k, v: torch.func.vmap(flash_attn_func)(*(x.unsqueeze(1) for x in (q, k, v))).squeeze(1),
+    "vjp": lambda q, k, v: torch.func.vjp(flash_attn_func, q, k, v)[0],
+    "trace": lambda q, k, v: torch.jit.trace(flash_attn_func, (q, k, v), check_trace=False)(q, k, v),
+    "compile": lambda q, k, v: torch.compile(flash_attn_func, fullgraph=True, backend="aot_eager")(q, k, v),
+    "gradient of q": lambda q, k, v: flash_attn_func(q.clone().requires_grad_(), k, v).detach(),
+    "gradient of v": lambda q, k, v: flash_attn_func(q, k, v.clone().requires_grad_()).detach(),
+    "parameter": lambda q, k, v: flash_attn_func(q, torch.nn.Parameter(k, requires_grad=False), v),
+    "subclass of q": lambda q, k, v: flash_attn_func(q.as_subclass(Subclass), k, v).as_subclass(torch.Tensor),
+    "subclass of v": lambda q, k, v: flash_attn_func(q, k, v.as_subclass(Subclass)).as_subclass(torch.Tensor),
+    "whole scale": lambda q, k, v: flash_attn_func(q / 8, k, v, softmax_scale=1),
+    "mask by number": lambda q, k, v: flash_attn_func(q, k, v, causal=0),
+}
+
+
+def _in(context, q, k, v):
+    with context:
+        return flash_attn_func(q, k, v)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace speaks of its age
+@pytest.mark.parametrize("who", OTHERS_LOOK)
+def test_what_others_look_at_goes_through_the_operator(cuda, who):
+    q, k, v = tensors()
+    expected = attention_tiled(q, k, v, causal=False, softmax_scale=0.125)[0]
+    flash_attn_func(q, k, v)  # a plain call of that signature is remembered
+    flash_attn_func(q / 8, k, v, softmax_scale=1.0)
+    before = launches(cuda)
+    torch.testing.assert_close(OTHERS_LOOK[who](q, k, v), expected, rtol=0, atol=0)
+    assert launches(cuda) == before
+    torch.compiler.reset()
+
+
+def test_what_is_being_compiled_goes_through_the_operator(cuda, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    flash_attn_func(*tensors())
+    assert not launches(cuda)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"softmax_scale": True}, "softmax_scale must be a number"),  # equal to 1.0, which is remembered
+        ({"softmax_scale": float("nan")}, "nan"),
+        ({"softmax_scale": [1.0]}, "softmax_scale must be a number"),
+        ({"causal": 1.0}, "causal must be True or False"),  # equal to True
+        ({"causal": None}, "causal must be True or False"),
+        ({"causal": torch.ones(2)}, "causal must be True or False"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_though_equal_ones_are_remembered(cuda, options, words):
+    q, k, v = tensors()
+    flash_attn_func(q, k, v, softmax_scale=1.0, causal=True)
+    for _ in range(2):
+        with pytest.raises((InvalidInput, UnsupportedProblem), match=words):
+            flash_attn_func(q, k, v, **{"softmax_scale": 1.0, "causal": True} | options)
+    assert launches(cuda) == 1
+
+
+def test_plain_calls_in_threads(cuda, monkeypatch):
+    """Each on a stream of its own, in turns that the interpreter picks: no call has another's tensors or scratch."""
+    stream = threading.local()
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: stream.handle)
+    seen, wrong = [], []
+
+    def work(handle):
+        stream.handle = handle
+        for i in range(200):
+            q, k, v = tensors(seqlen_q=1 + i % 3)
+            out = flash_attn_func(q, k, v)
+            seen.append((handle, *(x.data_ptr() for x in (q, k, v, out)), q, k, v, out))
+            if out.shape != q.shape:
+                wrong.append(out.shape)
+
+    workers = [threading.Thread(target=work, args=(handle,)) for handle in (11, 12, 13, 14)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    scratches = {stream: (scratch.lse, scratch.counter) for (_, stream), scratch in dispatch._scratches.items()}
+    assert not wrong and len(set(scratches.values())) == len(scratches) == 4
+    expected = {(*addresses, *scratches[handle], handle) for handle, *addresses in (one[:5] for one in seen)}
+    assert set(only(cuda).launched) == expected and len(only(cuda).prepared) <= 3 * 4
 
 
 # Backward dispatch ----------------------------------------------------------------------------------------------------
