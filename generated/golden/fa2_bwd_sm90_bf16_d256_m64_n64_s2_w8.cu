@@ -53,6 +53,7 @@ constexpr uint32_t kQPanelBytes = 8192;  // of dO too
 constexpr uint32_t kKvPanelBytes = 8192;
 constexpr uint32_t kDsPanelBytes = 8192;
 constexpr uint32_t kQBytes = 32768;
+constexpr uint32_t kQReadBytes = 32768;
 constexpr uint32_t kKvBytes = 32768;
 constexpr uint32_t kDsBytes = 8192;
 constexpr uint32_t kStatisticsBytes = 256;
@@ -654,29 +655,36 @@ struct Barriers {
 
 // Loads ---------------------------------------------------------------------------------------------------------------
 
+// How TMA sees the panels of a tensor. The last may be narrower: columns beyond the head dim would cost as much as others.
+struct TileMaps {
+    CUtensorMap const& panel;
+    CUtensorMap const& last_panel;
+};
+
 __device__ __forceinline__ void load_tile(
-    CUtensorMap const& map, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, int row, int head, int batch) {
+    TileMaps const& maps, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, int row, int head, int batch) {
 #pragma unroll
     for (int panel = 0; panel < kNumPanels; ++panel) {
-        tma_load(destination + panel * panel_bytes, map, barrier, panel * kPanelColumns, row, head, batch);
+        tma_load(destination + panel * panel_bytes, panel + 1 < kNumPanels ? maps.panel : maps.last_panel, barrier,
+                 panel * kPanelColumns, row, head, batch);
     }
 }
 
 __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t tile, uint32_t full, KeyBlock const& block) {
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvBytes);
-        load_tile(map, tile, kKvPanelBytes, full, block.n_block * kTileN, block.head_kv, block.bidb);
+        load_tile({map, map}, tile, kKvPanelBytes, full, block.n_block * kTileN, block.head_kv, block.bidb);
     }
 }
 
 // A block of Q or dO and one number for each of its rows, when the stage is free.
 __device__ __forceinline__ void load_query_block(
-    CUtensorMap const& map, uint32_t tile, float const* statistics, uint32_t rows, uint32_t full, uint32_t empty,
+    TileMaps const& maps, uint32_t tile, float const* statistics, uint32_t rows, uint32_t full, uint32_t empty,
     PipelineState& state, int m_block, int head, int batch) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
-        mbarrier_arrive_expect_tx(full, kQBytes + kStatisticsBytes);
-        load_tile(map, tile, kQPanelBytes, full, m_block * kTileM, head, batch);
+        mbarrier_arrive_expect_tx(full, kQReadBytes + kStatisticsBytes);
+        load_tile(maps, tile, kQPanelBytes, full, m_block * kTileM, head, batch);
         bulk_load(rows, statistics, kStatisticsBytes, full);
     }
     state.advance(kNumStages);
@@ -777,8 +785,8 @@ __device__ __forceinline__ void add_dq(float const (&acc_dq)[64], float* dq_acc,
 // Producer: one warp. K and V once, then Q and dO of every block of queries, each with its row statistics --------------------
 
 __device__ __forceinline__ void produce(
-    CUtensorMap const& map_q, CUtensorMap const& map_k, CUtensorMap const& map_v, CUtensorMap const& map_dout, Params const& p,
-    uint32_t smem, Barriers const& barriers) {
+    TileMaps const& maps_q, CUtensorMap const& map_k, CUtensorMap const& map_v, TileMaps const& maps_dout,
+    Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     QueryBlocks const blocks = visible_queries(p, block.n_block * kTileN);
     if (blocks.first == p.num_m_blocks) {
@@ -791,21 +799,22 @@ __device__ __forceinline__ void produce(
     for (int bidh = first_head; bidh < first_head + p.num_heads_per_kv; ++bidh) {
         int64_t const first_row = (static_cast<int64_t>(block.bidb) * p.num_heads + bidh) * p.num_m_blocks * kTileM;
         for (int m_block = blocks.first; m_block < p.num_m_blocks; ++m_block) {
-            auto load = [&](CUtensorMap const& map, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
+            auto load = [&](TileMaps const& maps, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
                             uint32_t empty, PipelineState& state) {
-                load_query_block(map, smem + tiles + state.stage * kQBytes, statistics + first_row + m_block * kTileM,
+                load_query_block(maps, smem + tiles + state.stage * kQBytes, statistics + first_row + m_block * kTileM,
                                  smem + rows + state.stage * kStatisticsBytes, full, empty, state, m_block, bidh, block.bidb);
             };
             if (!has_kv) {
                 load_key_block(map_k, smem + kSmemK, barriers.k_full(), block);
                 griddepcontrol_wait();  // the preprocess kernel writes what comes with Q and dO
             }
-            load(map_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state);
+            load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage),
+                 q_state);
             if (!has_kv) {
                 load_key_block(map_v, smem + kSmemV, barriers.v_full(), block);
                 has_kv = true;
             }
-            load(map_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
+            load(maps_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
                  barriers.dout_empty(dout_state.stage), dout_state);
         }
     }
@@ -1091,7 +1100,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
     if (warp < 4) {
         setmaxnreg_dec_24();
         if (warp == 0) {
-            produce(map_q, map_k, map_v, map_dout, p, smem, barriers);
+            produce({map_q, map_q}, map_k, map_v, {map_dout, map_dout}, p, smem, barriers);
             griddepcontrol_launch_dependents();  // takes effect when the last blocks have issued their loads
         }
     } else {

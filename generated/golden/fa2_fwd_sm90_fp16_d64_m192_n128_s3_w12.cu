@@ -47,7 +47,7 @@ constexpr uint32_t kOPanelBytes = 24576;
 constexpr uint32_t kKvPanelBytes = 16384;
 constexpr uint32_t kQBytes = 24576;
 constexpr uint32_t kQStageBytes = 24576;
-constexpr uint32_t kKvBytes = 16384;
+constexpr uint32_t kKvReadBytes = 16384;
 constexpr uint32_t kStageBytes = 16384;
 
 constexpr uint32_t kSmemQ = 0;
@@ -550,11 +550,18 @@ struct Barriers {
 
 // Loads ---------------------------------------------------------------------------------------------------------------
 
+// How TMA sees the panels of a tensor. The last may be narrower: columns beyond the head dim would cost as much as others.
+struct TileMaps {
+    CUtensorMap const& panel;
+    CUtensorMap const& last_panel;
+};
+
 __device__ __forceinline__ void load_tile(
-    CUtensorMap const& map, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, int row, int head, int batch) {
+    TileMaps const& maps, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, int row, int head, int batch) {
 #pragma unroll
     for (int panel = 0; panel < kNumPanels; ++panel) {
-        tma_load(destination + panel * panel_bytes, map, barrier, panel * kPanelColumns, row, head, batch);
+        tma_load(destination + panel * panel_bytes, panel + 1 < kNumPanels ? maps.panel : maps.last_panel, barrier,
+                 panel * kPanelColumns, row, head, batch);
     }
 }
 
@@ -567,8 +574,8 @@ __device__ __forceinline__ void load_q(
         store_shared_int(smem + kSmemTileSlots + 4 * state.stage, index);
         if (index >= 0) {
             mbarrier_arrive_expect_tx(full, kQBytes);
-            load_tile(map_q, smem + kSmemQ + state.stage * kQStageBytes, kQPanelBytes, full, tile.m_block * kTileM, tile.bidh,
-                      tile.bidb);
+            load_tile({map_q, map_q}, smem + kSmemQ + state.stage * kQStageBytes, kQPanelBytes, full,
+                      tile.m_block * kTileM, tile.bidh, tile.bidb);
         } else {
             mbarrier_arrive(full);
         }
@@ -577,12 +584,12 @@ __device__ __forceinline__ void load_q(
 }
 
 __device__ __forceinline__ void load_kv_block(
-    CUtensorMap const& map, uint32_t tiles, uint32_t full, uint32_t empty, PipelineState& state, int n_block, int head,
+    TileMaps const& maps, uint32_t tiles, uint32_t full, uint32_t empty, PipelineState& state, int n_block, int head,
     int batch) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
-        mbarrier_arrive_expect_tx(full, kKvBytes);
-        load_tile(map, tiles + state.stage * kStageBytes, kKvPanelBytes, full, n_block * kTileN, head, batch);
+        mbarrier_arrive_expect_tx(full, kKvReadBytes);
+        load_tile(maps, tiles + state.stage * kStageBytes, kKvPanelBytes, full, n_block * kTileN, head, batch);
     }
     state.advance(kNumStages);
 }
@@ -661,7 +668,7 @@ __device__ __forceinline__ void store_lse(Params const& p, float const (&lse)[2]
 // Producer: one warp. V runs one block behind K, as the mma warps use them ---------------------------------------------
 
 __device__ __forceinline__ void produce(
-    CUtensorMap const& map_q, CUtensorMap const& map_k, CUtensorMap const& map_v, Params const& p, uint32_t smem,
+    CUtensorMap const& map_q, TileMaps const& maps_k, TileMaps const& maps_v, Params const& p, uint32_t smem,
     Barriers const& barriers) {
     PipelineState q_state = {0, 0};
     PipelineState k_state = {0, 0};
@@ -671,11 +678,11 @@ __device__ __forceinline__ void produce(
         Tile const tile = tile_at(p, index);
         int const head_kv = tile.bidh / p.num_heads_per_kv;
         auto load_k = [&](int n_block) {
-            load_kv_block(map_k, smem + kSmemK, barriers.k_full(k_state.stage), barriers.k_empty(k_state.stage), k_state,
+            load_kv_block(maps_k, smem + kSmemK, barriers.k_full(k_state.stage), barriers.k_empty(k_state.stage), k_state,
                           n_block, head_kv, tile.bidb);
         };
         auto load_v = [&](int n_block) {
-            load_kv_block(map_v, smem + kSmemV, barriers.v_full(v_state.stage), barriers.v_empty(v_state.stage), v_state,
+            load_kv_block(maps_v, smem + kSmemV, barriers.v_full(v_state.stage), barriers.v_empty(v_state.stage), v_state,
                           n_block, head_kv, tile.bidb);
         };
         int const num_blocks = visible_blocks(p, tile.m_block * kTileM, kTileM).num_blocks;
@@ -882,7 +889,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_fp16_d
     if (warp < 4) {
         setmaxnreg_dec_32();
         if (warp == 0) {
-            produce(map_q, map_k, map_v, p, smem, barriers);
+            produce(map_q, {map_k, map_k}, {map_v, map_v}, p, smem, barriers);
         }
     } else {
         setmaxnreg_inc_160();

@@ -12,6 +12,7 @@ import pytest
 from tests.host.faults import Fault, symptom
 
 SM90 = "fa2_fwd_sm90_bf16_d128_causal_m128_n64_s2_w8"
+RAGGED = "fa2_fwd_sm90_bf16_d72_m64_n64_s2_w4"  # 16 columns of its second panel are loaded
 ALIAS = "fa2_fwd_sm90_bf16_d256_causal_m128_n64_s2_w8"  # O takes the place of Q
 SINGLE = "fa2_fwd_sm80_bf16_d128_causal_m64_n64_s1_w4"
 RING = "fa2_fwd_sm80_bf16_d128_causal_m64_n64_s3_w4"
@@ -136,9 +137,11 @@ FAULTS = (
     Fault(
         "expects-too-few-bytes",
         SM90,
-        "mbarrier_arrive_expect_tx(full, kKvBytes);",
-        "mbarrier_arrive_expect_tx(full, kKvBytes / 2);",
+        "mbarrier_arrive_expect_tx(full, kKvReadBytes);",
+        "mbarrier_arrive_expect_tx(full, kKvReadBytes / 2);",
     ),
+    Fault("last-panel-by-the-map-of-the-others", RAGGED, "maps.panel : maps.last_panel", "maps.panel : maps.panel"),
+    Fault("last-panel-of-another-tensor", RAGGED, "{map_v, map_v_last}", "{map_v, map_k_last}"),
     Fault(
         "expects-too-many-bytes",
         SM90,
@@ -188,11 +191,11 @@ FAULTS = (
     ),
     # SM90: coordinates, masks, numbers
     Fault("key-row-coordinate", SM90, "n_block * kTileN, head, batch);", "n_block * kTileN + 1, head, batch);"),
-    Fault("panel-coordinate", SM90, "barrier, panel * kPanelColumns, row", "barrier, 0 * panel * kPanelColumns, row"),
+    Fault("panel-coordinate", SM90, "panel * kPanelColumns, row, head", "0 * panel * kPanelColumns, row, head"),
     Fault(
         "query-batch-coordinate",
         SM90,
-        "tile.m_block * kTileM, tile.bidh,\n                      tile.bidb);",
+        "tile.m_block * kTileM, tile.bidh, tile.bidb);",
         "tile.m_block * kTileM, tile.bidh, 0);",
     ),
     Fault("kv-head", SM90, "tile.bidh / p.num_heads_per_kv;", "tile.bidh;"),
@@ -335,4 +338,4 @@ def test_harmless_change_passes(host, change):
 def test_there_are_enough():
     ids = [str(fault) for fault in FAULTS]
     assert len(ids) == len(set(ids)) >= 40
-    assert {fault.kernel for fault in FAULTS} == {SM90, ALIAS, SINGLE, RING}
+    assert {fault.kernel for fault in FAULTS} == {SM90, RAGGED, ALIAS, SINGLE, RING}

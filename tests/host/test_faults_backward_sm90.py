@@ -86,7 +86,7 @@ FAULTS = (
         "mbarrier_init(dout_empty(stage), kNumMmaWarps);",
         "mbarrier_init(dout_empty(stage), kNumMmaWarps + 1);",
     ),
-    Fault("statistics-not-expected", STAGED, "kQBytes + kStatisticsBytes);", "kQBytes);"),
+    Fault("statistics-not-expected", STAGED, "kQReadBytes + kStatisticsBytes);", "kQReadBytes);"),
     Fault("barriers-not-published-to-tma", SMALL, "        fence_mbarrier_init();\n", ""),
     Fault("barriers-used-before-init", SMALL, "sync_block();\n\n    if (warp < 4)", "if (warp < 4)", schedules=4),
     Fault("registers-overcommitted", STAGED, "host::set_max_registers(240,", "host::set_max_registers(248,"),
