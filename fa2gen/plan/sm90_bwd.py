@@ -391,6 +391,14 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                     f"statistics, barriers), {bytes_text(arch.shared_memory_per_block)} available",
                 )
             )
+        if self.deterministic and self.splits_products and self.num_stages == 1:
+            broken.append(
+                BrokenRule(
+                    "stages",
+                    f"1 given; a deterministic kernel above head dim 160 needs 2: with one, its producer warpgroup "
+                    f"spills out of its {self.producer_registers} registers",
+                )
+            )
         if self.register_estimate > self.consumer_registers:
             broken.append(
                 BrokenRule(

@@ -27,7 +27,7 @@ from fa2gen.arch import ARCHES
 from fa2gen.catalog import catalogue, tuned_rows
 from fa2gen.compile import Compiled, compile_kernel
 from fa2gen.plan import KernelPlan, make_plan
-from fa2gen.select import default_tiling
+from fa2gen.select import default_tiling, served_by
 from fa2gen.spec import KernelSpec, Problem
 
 HEAD_DIMS = range(8, 257, 8)
@@ -45,7 +45,7 @@ def default(
 def kernels() -> list[Any]:
     """Kernel names; those of the defaults beyond the catalogue are marked slow: together they take a minute."""
     written = [spec.name for spec in catalogue()]
-    written += [row.kernel for rows in tuned_rows().values() for row in rows]
+    written += [spec.name for rows in tuned_rows().values() for row in rows for spec in served_by(row)]
     beyond = [
         default(arch, head_dim, dtype, mask, direction).name
         for direction in ("fwd", "bwd")
