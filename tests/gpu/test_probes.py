@@ -51,13 +51,14 @@ def run_on_gpu(probe: Probe, target: str) -> list[Any]:
     params = struct.pack(probe.params_format, *values)
     maps = len(entry.tensor_maps)
     memory = ctypes.create_string_buffer(128 * maps + len(params) + 64)
-    base = ctypes.addressof(memory) + -ctypes.addressof(memory) % 64
+    start = -ctypes.addressof(memory) % 64
+    base = ctypes.addressof(memory) + start
     for number, tensor_map in enumerate(entry.tensor_maps):
         tensor = tensors[int(tensor_map.name)]
         batch, seqlen, heads, head_dim = tensor.shape
         of_tensor = SimpleNamespace(name="probe", head_dim=head_dim, dtype=probe.k.dtype)
         shape = ForwardShape(batch, seqlen, seqlen, heads, heads)
-        encoded = launcher._TensorMap(of_tensor, tensor_map, shape, tensor.stride()[:3], base + 128 * number)
+        encoded = launcher._TensorMap(of_tensor, tensor_map, shape, tensor.stride()[:3], memory, start + 128 * number)
         encoded.point_to(tensor.data_ptr())
     ctypes.memmove(base + 128 * maps, params, len(params))
     pointers = (ctypes.c_void_p * (maps + 1))(*(base + 128 * number for number in range(maps + 1)))
