@@ -411,3 +411,12 @@ def test_what_does_not_fit_says_why():
         tiling = Tiling(**{"arch": "sm90", "tile_m": 64, "tile_n": 128, "num_stages": 2, "num_mma_warps": 8} | changes)
         with pytest.raises(InfeasibleSpec, match=f"(?s)({words}).*nearest"):
             make_plan(KernelSpec(problem=problem, tiling=tiling))
+
+
+def test_deterministic_gradients_by_products_need_two_stages():
+    """With one they compile, and spill; a tuned row with one stage, made without, must then be passed over."""
+    name = "fa2_bwd_sm90_bf16_d256_causal{}_m64_n64_s{}_w8"
+    for made in (name.format("", 1), name.format("_det", 2)):
+        assert make_plan(KernelSpec.from_name(made)).name == made
+    with pytest.raises(InfeasibleSpec, match=r"(?s)stages +1 given.*needs 2.*nearest +num_stages 2"):
+        make_plan(KernelSpec.from_name(name.format("_det", 1)))
