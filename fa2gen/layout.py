@@ -58,7 +58,7 @@ class Panels:
 
     @property
     def count(self) -> int:
-        """Panels that hold all head_dim columns; the last may be partly padding (zeros)."""
+        """Panels that hold all head_dim columns; the last may be partly padding (zeros to `last_columns`)."""
         return ceil_div(self.head_dim, self.columns)
 
     @property
