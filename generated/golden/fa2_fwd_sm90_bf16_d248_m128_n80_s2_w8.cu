@@ -452,13 +452,12 @@ __device__ __forceinline__ float quad_sum(float value) {
 }
 
 // Turns scores into unnormalised probabilities in place. row_sum is this thread's share; the quad is summed only at the end.
-// correction is what the output accumulated so far must be multiplied with. `offset` is the scaled maximum of each row.
+// `offset` is the scaled maximum of each row.
 __device__ __forceinline__ void exponentiate(
-    float (&acc_s)[kNumAccS], float const (&offset)[2], float const (&correction)[2], float (&row_sum)[2],
-    float softmax_scale_log2) {
+    float (&acc_s)[kNumAccS], float const (&offset)[2], float (&row_sum)[2], float softmax_scale_log2) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        float sum = row_sum[row] * correction[row];
+        float sum = row_sum[row];
 #pragma unroll
         for (int i = 2 * row; i < kNumAccS; i += 4) {
             acc_s[i] = exp2_approx(fmaf(acc_s[i], softmax_scale_log2, -offset[row]));
@@ -469,45 +468,50 @@ __device__ __forceinline__ void exponentiate(
     }
 }
 
-// The maximum of a row's scores, and `maximum`. Two chains: one alone waits for itself (d = 128 full 4k: 1.02, H200).
-__device__ __forceinline__ float score_max(float const (&acc_s)[kNumAccS], int row, float maximum) {
+// The maximum of this thread's scores of a row, and `maximum`. Two chains: one alone waits for itself (d = 128 full 4k: 1.02, H200).
+__device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int row, float maximum) {
     float other = acc_s[2 * row + 1];
 #pragma unroll
     for (int i = 2 * row; i < kNumAccS; i += 4) {
         maximum = fmaxf(maximum, acc_s[i]);
         other = fmaxf(other, acc_s[i + 1]);
     }
-    return quad_max(fmaxf(maximum, other));
+    return fmaxf(maximum, other);
 }
 
+// The softmax of a block: P in place of S, and whether the output accumulated so far must be multiplied with `correction`.
 // A block in which every row sees at least one key. The correction is taken from the difference of the maxima, so that it is
 // exactly 1 where the maximum stays: from their rounded products it would be off by 1e-7 in each block, always the same way.
-__device__ __forceinline__ void online_softmax(
+__device__ __forceinline__ bool online_softmax(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
     float offset[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        float const new_max = score_max(acc_s, row, row_max[row]);
+        float const new_max = quad_max(thread_max(acc_s, row, row_max[row]));
         offset[row] = new_max * softmax_scale_log2;
         correction[row] = exp2_approx((row_max[row] - new_max) * softmax_scale_log2);
         row_max[row] = new_max;
+        row_sum[row] *= correction[row];
     }
-    exponentiate(acc_s, offset, correction, row_sum, softmax_scale_log2);
+    exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
+    return true;
 }
 
 // A block in which a row may have seen no key yet: its maximum is -inf, and (-inf) - (-inf) would be NaN.
-__device__ __forceinline__ void online_softmax_masked(
+__device__ __forceinline__ bool online_softmax_masked(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
     float offset[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        float const new_max = score_max(acc_s, row, row_max[row]);
+        float const new_max = quad_max(thread_max(acc_s, row, row_max[row]));
         float const base = new_max == -kInfinity ? 0.0f : new_max;
         offset[row] = base * softmax_scale_log2;
         correction[row] = exp2_approx((row_max[row] - base) * softmax_scale_log2);
         row_max[row] = new_max;
+        row_sum[row] *= correction[row];
     }
-    exponentiate(acc_s, offset, correction, row_sum, softmax_scale_log2);
+    exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
+    return true;
 }
 
 __device__ __forceinline__ void rescale_o(float (&acc_o)[kNumAccO], float const (&factor)[2]) {
@@ -845,19 +849,20 @@ __device__ __forceinline__ void consume(
             // K is released by an arrival that depends on the row sums (which are never -0, nor any NaN of that pattern): it
             // can not be issued before the exponentials, and the wait behind it neither. Left to itself ptxas waits for P V
             // right after the row maximum, and the softmax runs under nothing (d = 64 causal: 438 against 417 TFLOP/s, H200).
-            auto accumulate = [&]() {
+            auto accumulate = [&](bool rescale) {
                 release_k(leader && is_not_negative_zero(row_sum[0]) && is_not_negative_zero(row_sum[1]));
                 wgmma_wait_0();
                 wgmma_touch(acc_o);
                 wgmma_touch_a(p_tile);
                 release_v();
-                rescale_o(acc_o, correction);
+                if (rescale) {
+                    rescale_o(acc_o, correction);
+                }
                 pack_p(p_tile, acc_s);
             };
             for (; n_block >= 0; --n_block) {
                 multiply();
-                online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2);
-                accumulate();
+                accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
             }
 
             // The last block's P.
