@@ -293,7 +293,8 @@ __device__ __forceinline__ void exponentiate(
     }
 }
 
-// The maximum of this thread's scores of a row, and `maximum`. Two chains: one alone waits for itself (d = 128 full 4k: 1.02, H200).
+// The maximum of this thread's scores of a row, and `maximum`. Two chains: one alone waits for itself
+// (d = 128 full 4k: 1.02, H200).
 __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int row, float maximum) {
     float other = acc_s[2 * row + 1];
 #pragma unroll
