@@ -299,7 +299,7 @@ def _specs(
         "fa2gen render --arch sm80 --head-dim 64 --dtype fp16 --set tile_n=64",
         "fa2gen render --head-dim 128 --direction bwd",
         "fa2gen render fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8 --origins",
-        "fa2gen render --head-dim 128 --target host    the same, for a C++ compiler",
+        "fa2gen render --head-dim 128 --target cpu    the same, for a C++ compiler",
     )
 )
 def render(
@@ -310,7 +310,7 @@ def render(
     dtype: DTypeOption = None,
     mask: MaskOption = None,
     overrides: Overrides = None,
-    target: Annotated[Literal["cuda", "host"], typer.Option(help="Which compiler it is for.")] = "cuda",
+    target: Annotated[Literal["cuda", "cpu"], typer.Option(help="Which compiler it is for.")] = "cuda",
     origins: Annotated[bool, typer.Option("--origins", help="Show which template line each line came from.")] = False,
 ) -> None:
     """Print a kernel's source."""
@@ -511,8 +511,8 @@ def build(
         "fa2gen verify --arch sm80 --head-dim 64",
         "fa2gen verify fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8",
         "fa2gen verify --direction bwd          gradients only",
-        "fa2gen verify --on host                the same kernels on the CPU",
-        "fa2gen verify --on host --head-dim 64 --stats   and what they moved",
+        "fa2gen verify --on cpu                the same kernels on the CPU",
+        "fa2gen verify --on cpu --head-dim 64 --stats   and what they moved",
         "fa2gen verify --json | jq 'all(.ok)'",
     )
 )
@@ -522,8 +522,8 @@ def verify(
     direction: Directions = "both",
     deterministic: Deterministic = False,
     head_dim: HeadDims = None,
-    place: Annotated[Literal["gpu", "host"], typer.Option("--on", help="Where to run the kernels.")] = "gpu",
-    stats: Annotated[bool, typer.Option("--stats", help="Count what each primitive moves; on the host.")] = False,
+    place: Annotated[Literal["gpu", "cpu"], typer.Option("--on", help="Where to run the kernels.")] = "gpu",
+    stats: Annotated[bool, typer.Option("--stats", help="Count what each primitive moves; on the CPU.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run kernels and compare them with attention in fp32, or with its gradients.
@@ -534,8 +534,8 @@ def verify(
 
     if name and (arch or head_dim or direction != "both"):
         raise typer.BadParameter("give a kernel's name or options, not both")
-    if stats and place != "host":
-        raise typer.BadParameter("--stats counts what kernels do on the host: add --on host")
+    if stats and place != "cpu":
+        raise typer.BadParameter("--stats counts what kernels do on the CPU: add --on cpu")
     specs = [_one_spec(name)] if name else _specs(arch, head_dim, direction, deterministic)
     why = verification.nothing_to_run_on(place)
     if not why:
@@ -589,7 +589,7 @@ def _print_verdicts(outcomes: list[Outcome]) -> None:
 
 def _print_counts(outcomes: list[Outcome]) -> None:
     """What each kernel's primitives moved at its largest shape."""
-    from fa2gen.host import counts_table
+    from fa2gen.cpu import counts_table
 
     for name, of_kernel in groupby(outcomes, key=lambda outcome: outcome.name):
         largest = max(of_kernel, key=lambda o: o.shape.batch * o.shape.heads * o.shape.seqlen_q * o.shape.seqlen_k)

@@ -1,6 +1,6 @@
 """Launch facts of one call: grid and `Params` values, from a plan and run-time sizes.
 
-Pure integers, for GPU and host alike.
+Pure integers, for GPU and CPU alike.
 """
 
 from __future__ import annotations

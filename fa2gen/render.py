@@ -1,7 +1,7 @@
 """From a plan to CUDA text: the one Jinja environment of fa2gen, and the map from rendered lines to template lines.
 
-`render(plan)` is a pure function of the plan: no date, version or host reaches the text. With `target="host"` the same
-spine is rendered over templates/host/, which offers the names of templates/ptx/ to a C++ compiler.
+`render(plan)` is a pure function of the plan: no date, version or machine reaches the text. With `target="cpu"` the
+same spine is rendered over templates/cpu/, which offers the names of templates/ptx/ to a C++ compiler.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fa2gen.plan import KernelPlan
 
 __all__ = ["Rendered", "Target", "render", "template_names"]
 
-Target = Literal["cuda", "host"]
+Target = Literal["cuda", "cpu"]
 
 _MARK = "\x02{name}:{line}\x03"
 _MARK_PATTERN = re.compile("\x02([^\x03]*)\x03")
@@ -45,7 +45,7 @@ class _MarkOrigins(Extension):
     """Writes `\\x02template:line\\x03` before each line of literal template text; `_strip_marks` takes it out again."""
 
     def filter_stream(self, stream: TokenStream) -> Iterator[Token]:
-        # The file, not the name: for the host, the name ptx/... stands for a file of host/.
+        # The file, not the name: for the CPU, the name ptx/... stands for a file of cpu/.
         name = _relative(stream.filename) if stream.filename else stream.name
         for token in stream:
             if token.type == "data":
@@ -100,7 +100,7 @@ def _environment(target: Target) -> jinja2.Environment:
     root = Path(data_dir("templates"))
 
     def load(name: str) -> tuple[str, str, Callable[[], bool]]:
-        path = root / (f"host/{name.removeprefix('ptx/')}" if target == "host" and name.startswith("ptx/") else name)
+        path = root / (f"cpu/{name.removeprefix('ptx/')}" if target == "cpu" and name.startswith("ptx/") else name)
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from fa2gen.host import Options, Report, run_forward
+from fa2gen.cpu import Options, Report, run_forward
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.render import Rendered
 from fa2gen.spec import KernelSpec
 
-__all__ = ["run_on_host"]
+__all__ = ["run_on_cpu"]
 
 
-def run_on_host(
+def run_on_cpu(
     kernel: KernelSpec | KernelPlan,
     q: Any,
     k: Any,
@@ -29,8 +29,8 @@ def run_on_host(
 
     q (batch, seqlen_q, heads, head_dim), k, v (batch, seqlen_k, heads_kv, head_dim): torch CPU tensors in the kernel's
     dtype, or numpy arrays of two-byte elements that hold its bits. out has q's kind, shape and dtype; lse (batch,
-    heads, seqlen_q) is fp32. Both are NaN before the kernel runs. Keywords are those of fa2gen.host.Options; `rendered`
-    replaces the kernel's own host render. Raises as fa2gen.host.forward_into.
+    heads, seqlen_q) is fp32. Both are NaN before the kernel runs. Keywords are those of fa2gen.cpu.Options; `rendered`
+    replaces the kernel's own CPU render. Raises as fa2gen.cpu.forward_into.
     """
     plan = kernel if isinstance(kernel, KernelPlan) else make_plan(kernel)
     batch, seqlen_q, heads, _ = q.shape

@@ -19,12 +19,12 @@ from fa2gen.errors import Fa2GenError, UnsupportedProblem
 from fa2gen.plan import make_plan
 
 if TYPE_CHECKING:
-    from fa2gen.host import Count
+    from fa2gen.cpu import Count
     from fa2gen.spec import KernelSpec
 
 __all__ = ["SHAPES", "Outcome", "Place", "Shape", "nothing_to_run_on", "runnable", "verify"]
 
-Place = Literal["gpu", "host"]
+Place = Literal["gpu", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ SHAPES: dict[Place, tuple[Shape, ...]] = {
         Shape(1, 1023, 1024, 8, 2),
         Shape(2, 2048, 2048, 4, 4),
     ),
-    "host": (Shape(1, 1, 1, 1, 1), Shape(1, 113, 203, 2, 1), Shape(1, 217, 128, 1, 1)),
+    "cpu": (Shape(1, 1, 1, 1, 1), Shape(1, 113, 203, 2, 1), Shape(1, 217, 128, 1, 1)),
 }
 
 
@@ -56,7 +56,7 @@ SHAPES: dict[Place, tuple[Shape, ...]] = {
 class Outcome:
     """One kernel at one shape. Errors are absolute; `error` is why there are none.
 
-    counts  what its primitives moved on the host, where that was asked for.
+    counts  what its primitives moved on the CPU, where that was asked for.
     """
 
     name: str
@@ -79,8 +79,8 @@ class Outcome:
 
 def nothing_to_run_on(place: Place) -> str | None:
     """Why nothing can be verified in that place; None when something can."""
-    if place == "host":
-        from fa2gen.host import find_compiler
+    if place == "cpu":
+        from fa2gen.cpu import find_compiler
 
         try:
             find_compiler()
@@ -104,7 +104,7 @@ def nothing_to_run_on(place: Place) -> str | None:
 
 def runnable(arch: ArchName, place: Place) -> bool:
     """Whether the current device runs a family's kernels. The CPU runs all of them."""
-    if place == "host":
+    if place == "cpu":
         return True
     from fa2gen.select import Device, kernel_arch
 
@@ -123,7 +123,7 @@ def verify(
 ) -> Iterator[Outcome]:
     """Runs every kernel at every shape, and yields each outcome as it comes. A kernel that fails is an outcome too.
 
-    stats  count what each primitive moves, on the host; of a backward pass that of its main kernel.
+    stats  count what each primitive moves, on the CPU; of a backward pass that of its main kernel.
     """
     for spec in specs:
         for shape in shapes or SHAPES[place]:
@@ -164,8 +164,8 @@ def _verify_output(spec: KernelSpec, shape: Shape, place: Place, stats: bool, q:
         forward_into(out, lse, q, k, v, causal=causal, arch=spec.tiling.arch, tiling=spec.tiling)
         torch.cuda.synchronize()
     else:
-        host = import_module("fa2gen.host")
-        counts = host.forward_into(spec, out, lse, q, k, v, options=host.Options(stats=stats)).counts
+        machine = import_module("fa2gen.cpu")
+        counts = machine.forward_into(spec, out, lse, q, k, v, options=machine.Options(stats=stats)).counts
 
     verdict = check(out, lse, q, k, v, causal=causal)
     if error := _written_outside({"out": (out_buffer, out), "lse": (lse_buffer, lse)}):
@@ -191,9 +191,9 @@ def _verify_gradients(
         run(dout, q, k, v, out, lse, None, scale, causal, spec.problem.deterministic, spec.tiling, gradients)
         torch.cuda.synchronize()
     else:
-        host = import_module("fa2gen.host")
-        options = host.Options(stats=stats)
-        counts = host.run_backward(make_plan(spec), *gradients, dout, q, k, v, out, lse, options=options).counts
+        machine = import_module("fa2gen.cpu")
+        options = machine.Options(stats=stats)
+        counts = machine.run_backward(make_plan(spec), *gradients, dout, q, k, v, out, lse, options=options).counts
 
     verdict = check_gradients(gradients, dout, q, k, v, causal=causal)
     pairs = zip(buffers, gradients, strict=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from machine_probes import Probe, differences, probes, run_on_host
+from machine_probes import Probe, differences, probes, run_on_cpu
 
 from fa2gen import kernel as launcher
 from fa2gen.compile import Unit, compile_unit
+from fa2gen.cpu import find_compiler
 from fa2gen.errors import Fa2GenError
-from fa2gen.host import find_compiler
 from fa2gen.launch import ForwardShape
 from fa2gen.plan.base import EntryPoint
 
@@ -92,4 +92,4 @@ def test_gpu_and_host_agree(probe, target):
     found = run_on_gpu(probe, target)
     assert not (wrong := differences(found, expected)), wrong
     if has_compiler():
-        assert not (wrong := differences(found, run_on_host(probe))), wrong
+        assert not (wrong := differences(found, run_on_cpu(probe))), wrong

@@ -1,7 +1,7 @@
 """Small kernels that ask a machine what an instruction does: one for each form of operand that the templates use.
 
 They use the primitives of templates/ptx/ alone, on small integers: sums of those are exact in any order, so that a
-result is right to the bit or wrong. The same text runs on the CPU's model (tests/host) and on a GPU (tests/gpu), and is
+result is right to the bit or wrong. The same text runs on the CPU's model (tests/cpu) and on a GPU (tests/gpu), and is
 compiled where there is neither (tests/compile). What the templates use is read off plans and renders: `used_forms`. A
 form that no probe shows fails tests/unit/test_probes.py.
 """
@@ -22,9 +22,9 @@ import torch
 
 from fa2gen.catalog import catalogue, tuned_rows
 from fa2gen.compile import Unit
-from fa2gen.host.build import build_source
-from fa2gen.host.forward import SHARED_BASE, tensor_map, view_of
-from fa2gen.host.run import Argument, Job, run
+from fa2gen.cpu.build import build_source
+from fa2gen.cpu.forward import SHARED_BASE, tensor_map, view_of
+from fa2gen.cpu.run import Argument, Job, run
 from fa2gen.layout import Panels, align_up, ceil_div, swizzle
 from fa2gen.plan import KernelPlan, Param, TensorMapPlan, feasible_tilings, make_plan
 from fa2gen.ptx import Wgmma
@@ -95,7 +95,7 @@ def _source(template: str, target: str, k: SimpleNamespace) -> Rendered:
     return _strip_marks(_environment(target).from_string(text).render(k=k))
 
 
-def run_on_host(probe: Probe, **options: object) -> Values:
+def run_on_cpu(probe: Probe, **options: object) -> Values:
     """The tensors after a run on the CPU; `options` are Job's."""
     tensors, _ = probe.case()
     views = [view_of(str(i), x) for i, x in enumerate(tensors)]
@@ -110,7 +110,7 @@ def run_on_host(probe: Probe, **options: object) -> Values:
     job = Job(
         (1, 1, 1), probe.num_threads, SHARED_BASE, probe.shared_bytes, probe.arch == "sm90", (*maps, params), **options
     )
-    run(build_source("probe", source(probe, "host")), job, [view.memory(str(i)) for i, view in enumerate(views)])
+    run(build_source("probe", source(probe, "cpu")), job, [view.memory(str(i)) for i, view in enumerate(views)])
     return tensors
 
 

@@ -155,7 +155,7 @@ def test_shim_works_from_anywhere(tmp_path):
         ("verify fa2", "is not a kernel name"),
         (f"verify {NAME} --arch sm80", "not both"),
         (f"verify {NAME} --direction fwd", "not both"),
-        ("verify --stats", "add --on host"),
+        ("verify --stats", "add --on cpu"),
         ("build --direction forward", "both"),
         ("cache nonsense", "nonsense"),
     ],
@@ -309,7 +309,7 @@ def test_a_built_folder_serves_both_passes(cache, tmp_path, monkeypatch):
 
 def test_a_pass_that_a_family_lacks_is_refused(cache, monkeypatch):
     monkeypatch.setattr("fa2gen.plan.directions", lambda arch: ("fwd", "bwd") if arch == "sm90" else ("fwd",))
-    for command in ("build", "list", "verify --on host"):
+    for command in ("build", "list", "verify --on cpu"):
         done = fa2(*command.split(), "--arch", "sm80", "--direction", "bwd")
         assert done.status == ExitStatus.USAGE
         assert "sm80 has no bwd kernels; sm90 has" in done.stderr
@@ -411,20 +411,20 @@ def test_verify_without_a_gpu_is_status_3():
 
 
 def test_verify_on_host_without_a_compiler_is_status_3(monkeypatch):
-    from fa2gen.host import find_compiler
+    from fa2gen.cpu import find_compiler
 
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     find_compiler.cache_clear()  # other tests of this process have found one
-    done = fa2("verify", "--on", "host", "--json")
+    done = fa2("verify", "--on", "cpu", "--json")
     assert (done.status, done.json) == (ExitStatus.NOTHING_TO_RUN_ON, [])
     assert "compiler" in done.stderr
 
 
 @pytest.fixture
-def host(monkeypatch):
-    """fa2gen.host stands in: its two functions compute right answers until a test replaces them."""
-    from fa2gen.host import Options, Report
+def machine(monkeypatch):
+    """fa2gen.cpu stands in: its two functions compute right answers until a test replaces them."""
+    from fa2gen.cpu import Options, Report
     from fa2gen.reference import attention_backward_tiled, attention_reference
 
     def forward_into(spec: KernelSpec, out: Any, lse: Any, q: Any, k: Any, v: Any, options: Options) -> Report:
@@ -438,12 +438,12 @@ def host(monkeypatch):
             x.copy_(right)
         return Report(0.0)
 
-    module = types.ModuleType("fa2gen.host")
+    module = types.ModuleType("fa2gen.cpu")
     module.Options = Options
     module.forward_into = forward_into
     module.run_backward = run_backward
-    monkeypatch.setitem(sys.modules, "fa2gen.host", module)
-    monkeypatch.setattr(fa2gen, "host", module, raising=False)
+    monkeypatch.setitem(sys.modules, "fa2gen.cpu", module)
+    monkeypatch.setattr(fa2gen, "cpu", module, raising=False)
     monkeypatch.setattr(verify, "nothing_to_run_on", lambda place: None)
     return module
 
@@ -453,21 +453,21 @@ BACKWARD = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
 
 
 @pytest.mark.parametrize("name", [CAUSAL, BACKWARD])
-def test_verify_right_answers(host, name):
-    done = fa2("verify", name, "--on", "host", "--json")
+def test_verify_right_answers(machine, name):
+    done = fa2("verify", name, "--on", "cpu", "--json")
     assert done.status == ExitStatus.DONE
-    assert len(done.json) == len(verify.SHAPES["host"])
+    assert len(done.json) == len(verify.SHAPES["cpu"])
     for row in done.json:
         assert row.keys() >= VERIFY_KEYS
         assert (row["name"], row["ok"], row["error"], row["counts"]) == (name, True, None, {})
         assert row["max_error"] <= row["max_allowed"] and row["mean_error"] <= row["mean_allowed"]
         assert row["shape"].keys() == {"batch", "seqlen_q", "seqlen_k", "heads", "heads_kv"}
-    human = fa2("verify", name, "--on", "host")
+    human = fa2("verify", name, "--on", "cpu")
     assert name in human.stdout and "all right" in human.stderr
 
 
-def test_verify_of_one_direction(host):
-    wanted = ("verify", "--on", "host", "--arch", "sm90", "--head-dim", "64", "--json")
+def test_verify_of_one_direction(machine):
+    wanted = ("verify", "--on", "cpu", "--arch", "sm90", "--head-dim", "64", "--json")
     names = {way: {row["name"] for row in fa2(*wanted, "--direction", way).json} for way in ("fwd", "bwd", "both")}
     assert names["both"] == names["fwd"] | names["bwd"] and BACKWARD in names["bwd"]
     assert all(name.startswith(f"fa2_{way}_") for way in ("fwd", "bwd") for name in names[way])
@@ -494,44 +494,44 @@ def one_too_early(out: Any, lse: Any) -> None:
 
 
 @pytest.mark.parametrize("fault", [wrong_value, wrong_lse, unwritten, one_too_many, one_too_early])
-def test_verify_catches(host, fault):
-    right = host.forward_into
+def test_verify_catches(machine, fault):
+    right = machine.forward_into
 
     def faulty(spec: KernelSpec, out: Any, lse: Any, *qkv: Any, **options: Any) -> Any:
         report = right(spec, out, lse, *qkv, **options)
         fault(out, lse)
         return report
 
-    host.forward_into = faulty
-    done = fa2("verify", CAUSAL, "--on", "host", "--json")
+    machine.forward_into = faulty
+    done = fa2("verify", CAUSAL, "--on", "cpu", "--json")
     assert done.status == ExitStatus.FAILED
     assert not any(row["ok"] for row in done.json)
     assert "WRONG" in done.stderr
-    assert "WRONG" in fa2("verify", CAUSAL, "--on", "host").stdout
+    assert "WRONG" in fa2("verify", CAUSAL, "--on", "cpu").stdout
 
 
 @pytest.mark.parametrize("fault", [wrong_value, unwritten, one_too_many])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_verify_catches_in_each_gradient(host, fault, which):
-    right = host.run_backward
+def test_verify_catches_in_each_gradient(machine, fault, which):
+    right = machine.run_backward
 
     def faulty(plan: Any, *tensors: Any, **options: Any) -> Any:
         report = right(plan, *tensors, **options)
         fault(tensors[which], None)
         return report
 
-    host.run_backward = faulty
-    done = fa2("verify", BACKWARD, "--on", "host", "--json")
+    machine.run_backward = faulty
+    done = fa2("verify", BACKWARD, "--on", "cpu", "--json")
     assert done.status == ExitStatus.FAILED
     assert not any(row["ok"] for row in done.json)
 
 
-def test_verify_of_a_kernel_that_does_not_run(host):
+def test_verify_of_a_kernel_that_does_not_run(machine):
     def fail(*_: Any, **__: Any) -> None:
         raise CompileError("no compiler")
 
-    host.forward_into = fail
-    done = fa2("verify", CAUSAL, "--on", "host", "--json")
+    machine.forward_into = fail
+    done = fa2("verify", CAUSAL, "--on", "cpu", "--json")
     assert done.status == ExitStatus.FAILED
     assert {row["error"] for row in done.json} == {"no compiler"}
 

@@ -84,7 +84,7 @@ def test_together_they_show_every_template():
     shown = {
         origin.rpartition(":")[0] for name in NAMES for origin in render(make_plan(KernelSpec.from_name(name))).origins
     }
-    assert shown == {name for name in template_names() if not name.startswith("host/")}
+    assert shown == {name for name in template_names() if not name.startswith("cpu/")}
 
 
 def test_readme_quotes_a_golden():

@@ -110,7 +110,7 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
     """Params, the mask's and the tile order's functions of a rendered kernel, compiled for this machine."""
     plan = plan_of(arch, mask)
     rendered = render(plan)
-    wanted = ("common/params.", "common/mask_", f"{arch}/tiles_", "sm90/pipeline")
+    wanted = ("common/params.", "common/mask_", f"{arch}/fwd/tiles_", "sm90/pipeline", "sm90/fwd/pipeline")
     text = [
         line
         for line, origin in zip(rendered.source.splitlines(), rendered.origins, strict=True)
@@ -170,7 +170,7 @@ def test_every_tile_is_visited_exactly_once(mask):
 
 
 def tile_at(plan: KernelPlan, launch: dict[str, int], index: int) -> tuple[int, int, int]:
-    """templates/sm90/tiles_*.cuh.j2 in integers without a limit."""
+    """templates/sm90/fwd/tiles_*.cuh.j2 in integers without a limit."""
     if plan.causal:
         section = launch["heads_per_section"] * launch["num_m_blocks"]
         first = index // section * launch["heads_per_section"]

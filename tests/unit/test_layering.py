@@ -24,7 +24,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("render", "select", "launch"),
     4: ("compile", "store"),
     5: ("kernel", "build"),
-    6: ("host", "testing", "reference", "ops", "bench"),
+    6: ("cpu", "testing", "reference", "ops", "bench"),
     7: ("tune", "explain", "verify", "doctor"),
     8: ("__init__", "cli_measure", "cli", "__main__"),
 }

@@ -115,7 +115,7 @@ def literals(template_line: str) -> list[str]:
     return [piece.strip() for piece in _TAG.split(template_line) if piece.strip()]
 
 
-@pytest.mark.parametrize("target", ["cuda", "host"])
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
 @pytest.mark.parametrize("plan", PLANS, ids=IDS)
 def test_each_line_comes_from_where_the_map_says(plan, target):
     """A compiler error must lead to the line to be edited, not near it."""
@@ -145,7 +145,7 @@ def test_lines_of_one_template_are_in_order(plan):
 
 @pytest.mark.parametrize("plan", PLANS, ids=IDS)
 def test_no_mark_is_left(plan):
-    for target in ("cuda", "host"):
+    for target in ("cuda", "cpu"):
         source = render(plan, target).source
         assert "\x02" not in source and "\x03" not in source
 
@@ -254,7 +254,7 @@ def test_an_edited_template_is_rendered(edited, plan):
         ("sm90/fwd.cu.j2", "{{ k.tile_m }}", "{{ k.tile_k }}", "tile_k"),
         ("common/params.cuh.j2", "{{ param.name }}", "{{ param.nome }}", "nome"),
         ("ptx/wgmma.cuh.j2", "{{ op.function }}", "{{ op.n / 8 }}", "only str, int and bool"),
-        ("sm90/gemm.cuh.j2", "{{ k.wgmma_qk.function }}", "{{ ptx.constraints(1) }}", "argument"),
+        ("sm90/fwd/gemm.cuh.j2", "{{ k.wgmma_qk.function }}", "{{ ptx.constraints(1) }}", "argument"),
     ],
 )
 def test_an_error_names_the_kernel_the_template_and_the_line(edited, plan, name, old, new, words):
@@ -266,8 +266,8 @@ def test_an_error_names_the_kernel_the_template_and_the_line(edited, plan, name,
 
 
 def test_a_syntax_error_names_the_template_and_the_line(edited, plan):
-    line = damage(edited, "sm90/gemm.cuh.j2", "#pragma unroll", "{% iff %}")
-    with pytest.raises(RenderError, match=rf"sm90/gemm\.cuh\.j2:{line}: .*iff"):
+    line = damage(edited, "sm90/fwd/gemm.cuh.j2", "#pragma unroll", "{% iff %}")
+    with pytest.raises(RenderError, match=rf"sm90/fwd/gemm\.cuh\.j2:{line}: .*iff"):
         render(plan)
 
 
@@ -284,9 +284,9 @@ def test_a_template_that_is_not_there_is_named(plan):
 
 
 def test_the_host_target_says_what_it_lacks(edited, plan):
-    (edited / "host" / "wgmma.cuh.j2").unlink()
-    with pytest.raises(RenderError, match=r"host/wgmma\.cuh\.j2, which the host target needs"):
-        render(plan, "host")
+    (edited / "cpu" / "wgmma.cuh.j2").unlink()
+    with pytest.raises(RenderError, match=r"cpu/wgmma\.cuh\.j2, which the cpu target needs"):
+        render(plan, "cpu")
 
 
 def test_a_kernel_renders_in_milliseconds(plan):

@@ -142,7 +142,7 @@ def test_only_plain_tags(name):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("sm80/", "sm90/", "common/"))])
 def test_macros_live_in_ptx_and_assembly_too(name):
-    """So the host can supply the same names, and a reader of a kernel needs no PTX manual."""
+    """So the CPU can supply the same names, and a reader of a kernel needs no PTX manual."""
     assert not list(tree(name).find_all(nodes.Macro))
     code = re.sub(r"\{#.*?#\}|//[^\n]*", "", text_of(name), flags=re.S)
     assert not re.search(r"\basm\b|__asm|__nv_|__shfl|__cvta|__sync", code)
@@ -162,15 +162,15 @@ def test_every_template_is_included_somewhere(name):
     """Dead templates are read, edited and never tested."""
     if name.endswith(".cu.j2"):
         return
-    base = f"ptx/{name.removeprefix('host/')}" if name.startswith("host/") else name
+    base = f"ptx/{name.removeprefix('cpu/')}" if name.startswith("cpu/") else name
     users = "\n".join(text_of(other) for other in NAMES)
     stem = re.sub(r"_[a-z]+(?=\.cuh\.j2$)", "_", base).removesuffix(".cuh.j2")  # common/mask_ ~ k.mask ~ .cuh.j2
     assert f'"{base}"' in users or f'"{stem}" ~ ' in users
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ptx/")])
-def test_the_host_offers_every_primitive(name):
-    assert name.replace("ptx/", "host/") in NAMES, "the host target renders the same spines"
+def test_the_cpu_offers_every_primitive(name):
+    assert name.replace("ptx/", "cpu/") in NAMES, "the cpu target renders the same spines"
 
 
 # What they render ----------------------------------------------------------------------------------------------------
@@ -273,13 +273,13 @@ def literal_lines(name: str) -> set[str]:
 def test_every_line_of_every_template_is_rendered_by_some_kernel():
     """A line that no test renders is a line that no test compiles: a misspelt field could lie in it."""
     covered = {origin for rendered in renders().values() for origin in rendered.origins}
-    wanted = {line for name in NAMES if not name.startswith("host/") for line in literal_lines(name)}
+    wanted = {line for name in NAMES if not name.startswith("cpu/") for line in literal_lines(name)}
     holes = wanted - covered
     assert not holes, "no kernel shows\n" + "\n".join(sorted(holes))
 
 
-def test_every_line_of_the_host_primitives_is_rendered_too():
-    wanted = {line for name in NAMES if name.startswith("host/") for line in literal_lines(name)}
-    covered = {origin for plan in plans() for origin in render(plan, "host").origins}
+def test_every_line_of_the_cpu_primitives_is_rendered_too():
+    wanted = {line for name in NAMES if name.startswith("cpu/") for line in literal_lines(name)}
+    covered = {origin for plan in plans() for origin in render(plan, "cpu").origins}
     holes = wanted - covered
     assert not holes, "no kernel shows\n" + "\n".join(sorted(holes))

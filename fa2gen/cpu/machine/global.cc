@@ -1,0 +1,35 @@
+// What orders blocks of threads against each other: numbers in global memory that one waits for and another writes.
+
+#include "machine.h"
+
+namespace machine {
+
+void wait_global(int const* address, int value, int line) {
+    Thread& thread = current();
+    maybe_yield();
+    int found = __atomic_load_n(address, __ATOMIC_ACQUIRE);
+    while (found != value) {
+        thread.block->global_waiters.push_back({&thread, address, value});
+        block_on({Waiting::global, "ld.acquire", static_cast<std::uint32_t>(value), static_cast<std::uint32_t>(found), line});
+        found = __atomic_load_n(address, __ATOMIC_ACQUIRE);
+    }
+    thread.unfenced_global_wait = true;
+}
+
+// Publishes what has been done; copies that this thread only issued have not.
+void store_global_release(int* address, int value, int line) {
+    BulkStores const& stores = current().stores;
+    if (!stores.open.empty() || !stores.groups.empty()) {
+        BoxCopy const& copy = stores.open.empty() ? stores.groups.front().front() : stores.open.front();
+        fail("kernel.cc:%d tells other blocks that the bulk copy of kernel.cc:%d is done, which was not waited for", line, copy.line);
+    }
+    maybe_yield();
+    __atomic_store_n(address, value, __ATOMIC_RELEASE);
+    maybe_yield();
+}
+
+void fence_proxy_async_global() {
+    current().unfenced_global_wait = false;
+}
+
+}  // namespace machine

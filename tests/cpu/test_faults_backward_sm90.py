@@ -1,0 +1,294 @@
+"""Seeded faults of the backward kernels of SM90, one at a time, over the three ways in which they split their work.
+
+As in test_faults: a fault is a replacement in the rendered source, and must be seen, by a KernelFault or by a gradient
+that breaks the rule, within `schedules` schedules; harmless changes must pass. Deterministic kernels have their own, in
+test_deterministic.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cpu.faults import Fault, symptom
+from tests.cpu.test_backward import NO_KEYS, run
+
+SMALL = "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w4"  # dQ in its rows, one mma warpgroup
+STAGED = "fa2_bwd_sm90_bf16_d128_causal_m80_n128_s2_w8"  # split by keys, dQ through shared memory
+PANEL = "fa2_bwd_sm90_fp16_d136_causal_m64_n128_s2_w8"  # split by keys, a third panel of dQ, from registers
+PRODUCTS = "fa2_bwd_sm90_fp16_d168_causal_m64_n64_s2_w8"  # split by products, dS from one warpgroup to the other
+
+# Two batches and three blocks of queries for each of two heads, all ragged; rows that see no key; many blocks of keys.
+SHAPES = ((2, 150, 220, 2, 1), NO_KEYS, (1, 40, 600, 3, 3))
+
+# Pieces of source that several faults begin from.
+SYNC = "named_barrier_sync(kAllMmaWarps, kNumMmaThreads);"
+WAIT_Q = "mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);"
+WAIT_DOUT = "mbarrier_wait(barriers.dout_full(dout_state.stage), dout_state.phase);"
+WAIT_EMPTY = "mbarrier_wait(empty, state.phase ^ 1);"
+RELEASE_Q = "mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);"
+DK_DONE = "wgmma_wait_0();\n        wgmma_touch(acc_dk);"
+RELEASE_DOUT = (
+    "wgmma_touch(acc_dv);\n        wgmma_touch_a(p_tile);\n        "
+    "mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);"
+)
+PUBLISH_DS = "fence_proxy_async();\n        sync_warp();\n        "
+DS_FULL = "mbarrier_arrive_if(barriers.ds_full(ds_state.stage), leader);"
+DS_EMPTY = "mbarrier_arrive_if(barriers.ds_empty(ds_state.stage), leader);"
+ADD_REST = "add_dq(acc_dq_rest, dq_acc + kNumAccDq * 32, kNumAccDqRest);"
+PUBLISH = "fence_proxy_async();\n    sync_warp();\n"
+PUBLISH_DQ = PUBLISH + "    mbarrier_arrive_if(barriers.dq_full()"
+PUBLISH_ROWS = PUBLISH + "    if (elect_one()) {"
+TAKE_DQ = "tma_store_wait_read();\n            mbarrier_arrive(barriers.dq_empty());"
+
+FAULTS = (
+    # Waiting for wgmma
+    Fault("no-wait-for-s", STAGED, "wgmma_wait_1();\n        wgmma_touch(acc_s);", "wgmma_touch(acc_s);"),
+    Fault("waits-allow-one-more", STAGED, "machine::wgmma_wait(1, line);", "machine::wgmma_wait(2, line);"),
+    Fault(
+        "s-not-committed",
+        STAGED,
+        "gemm_s(acc_s, k_rows, q_tile);\n        wgmma_commit();",
+        "gemm_s(acc_s, k_rows, q_tile);",
+    ),
+    Fault("no-wait-for-dp", STAGED, "wgmma_wait_0();\n        wgmma_touch(acc_dp);", "wgmma_touch(acc_dp);"),
+    Fault("no-wait-for-dq", STAGED, "wgmma_wait_1();\n        wgmma_touch(acc_dq);", "wgmma_touch(acc_dq);"),
+    Fault("wait-for-dq-allows-one", PRODUCTS, "wgmma_wait_0();\n        wgmma_touch(acc_dq);", "wgmma_wait_1();"),
+    Fault("no-wait-for-rest-of-dq", PRODUCTS, "wgmma_wait_0();\n        wgmma_touch(acc_dq_rest);", ""),
+    Fault("no-wait-for-dv", PRODUCTS, f"wgmma_wait_1();\n        {RELEASE_DOUT}", RELEASE_DOUT, schedules=4),
+    Fault("no-wait-for-dk", STAGED, DK_DONE, "wgmma_touch(acc_dk);"),
+    Fault("p-changed-under-dv", PANEL, "auto release_dout", "p_tile[3] ^= 0x10001u; auto release_dout"),
+    Fault("ds-changed-under-dk", SMALL, "hand_over_dq(acc_dq,", "ds_tile[3] = 0; hand_over_dq(acc_dq,"),
+    # wgmma.fence
+    Fault("no-fence-before-s", STAGED, "wgmma_fence();\n        gemm_s(acc_s", "gemm_s(acc_s"),
+    Fault("no-fence-before-dv", STAGED, "wgmma_fence();\n        gemm_dkv(acc_dv", "gemm_dkv(acc_dv"),
+    Fault("no-fence-before-dk", PRODUCTS, "wgmma_fence();\n        gemm_dkv(acc_dk", "gemm_dkv(acc_dk"),
+    # Full and empty barriers
+    Fault("no-wait-for-q", STAGED, WAIT_Q, ""),
+    Fault("no-wait-for-dout", STAGED, WAIT_DOUT, ""),
+    Fault("no-wait-for-k", SMALL, "mbarrier_wait(barriers.k_full(), 0);", "", schedules=8),
+    Fault("no-wait-for-v", PRODUCTS, "mbarrier_wait(barriers.v_full(), 0);", "", schedules=8),
+    Fault("q-parity", SMALL, WAIT_Q, WAIT_Q.replace(".phase)", ".phase ^ 1)")),
+    Fault("parity-never-flips", SMALL, "stage = 0;\n            phase ^= 1;", "stage = 0;"),
+    Fault("overwritten-early", STAGED, WAIT_EMPTY, ""),
+    Fault("producer-parity", SMALL, WAIT_EMPTY, "mbarrier_wait(empty, state.phase);"),
+    Fault("q-released-early", STAGED, DK_DONE, f"{RELEASE_Q} wgmma_wait_0();", schedules=4),
+    Fault("q-never-released", SMALL, RELEASE_Q, ""),
+    Fault(
+        "q-empty-count-too-small",
+        STAGED,
+        "mbarrier_init(q_empty(stage), kNumMmaWarps);",
+        "mbarrier_init(q_empty(stage), kNumMmaWarps - 1);",
+        schedules=4,
+    ),
+    Fault(
+        "dout-empty-count-too-large",
+        STAGED,
+        "mbarrier_init(dout_empty(stage), kNumMmaWarps);",
+        "mbarrier_init(dout_empty(stage), kNumMmaWarps + 1);",
+    ),
+    Fault("statistics-not-expected", STAGED, "kQReadBytes + kStatisticsBytes);", "kQReadBytes);"),
+    Fault("barriers-not-published-to-tma", SMALL, "        fence_mbarrier_init();\n", ""),
+    Fault("barriers-used-before-init", SMALL, "sync_block();\n\n    if (warp < 4)", "if (warp < 4)", schedules=4),
+    Fault("registers-overcommitted", STAGED, "machine::set_max_registers(240,", "machine::set_max_registers(248,"),
+    # dS between the warps
+    Fault("no-barrier-before-dq", STAGED, f"{SYNC}\n\n        float acc_dq", "float acc_dq", schedules=4),
+    Fault(
+        "barrier-of-one-warpgroup",
+        STAGED,
+        f"{SYNC}\n\n        float acc_dq",
+        "named_barrier_sync(kAllMmaWarps, 128); float acc_dq",
+        schedules=4,
+    ),
+    Fault("ds-not-published", STAGED, "fence_proxy_async();\n        auto release_dout", "auto release_dout"),
+    Fault("ds-does-not-alternate", STAGED, "ds_stage ^= 1;", "", schedules=4),
+    Fault("no-wait-for-ds", PRODUCTS, "mbarrier_wait(barriers.ds_full(ds_state.stage), ds_state.phase);", ""),
+    Fault(
+        "ds-overwritten",
+        PRODUCTS,
+        "mbarrier_wait(barriers.ds_empty(ds_state.stage), ds_state.phase ^ 1);",
+        "",
+        schedules=4,
+    ),
+    Fault(
+        "ds-released-before-its-last-product",
+        PRODUCTS,
+        f"wgmma_wait_0();\n        wgmma_touch(acc_dq_rest);\n        {DS_EMPTY}",
+        f"{DS_EMPTY} wgmma_wait_0();",
+        schedules=4,
+    ),
+    Fault(
+        "ds-not-published",
+        PRODUCTS,
+        f"{PUBLISH_DS}{DS_FULL}",
+        f"sync_warp();\n        {DS_FULL}",
+    ),
+    Fault(
+        "ds-full-before-the-warp-is-done",
+        PRODUCTS,
+        f"{PUBLISH_DS}{DS_FULL}",
+        f"fence_proxy_async();\n        {DS_FULL}",
+        schedules=4,
+    ),
+    Fault(
+        "ds-full-count-of-both-warpgroups",
+        PRODUCTS,
+        "mbarrier_init(ds_full(stage), kNumMmaWarps / 2);",
+        "mbarrier_init(ds_full(stage), kNumMmaWarps);",
+    ),
+    Fault("ds-published-too-late", PRODUCTS, f"{PUBLISH_DS}{DS_FULL}", f"{DS_FULL} {PUBLISH_DS}", schedules=4),
+    Fault("ds-not-transposed", SMALL, "stmatrix_x4_trans(first + i / 4", "stmatrix_x4(first + i / 4"),
+    # dQ
+    Fault("dq-added-before-it-is-there", STAGED, "mbarrier_wait(barriers.dq_full(), phase);", ""),
+    Fault("dq-overwritten", SMALL, "mbarrier_wait(barriers.dq_empty(), phase ^ 1);", "", schedules=8),
+    Fault(
+        "dq-given-back-early",
+        SMALL,
+        TAKE_DQ,
+        "mbarrier_arrive(barriers.dq_empty()); tma_store_wait_read();",
+        schedules=8,
+    ),
+    Fault("dq-place-never-given-back", STAGED, TAKE_DQ, "tma_store_wait_read();"),
+    Fault("dq-not-committed", SMALL, f"tma_store_commit();\n            {TAKE_DQ}", TAKE_DQ),
+    Fault(
+        "dq-full-count-too-small", STAGED, "mbarrier_init(dq_full(), 8);", "mbarrier_init(dq_full(), 7);", schedules=4
+    ),
+    Fault("dq-not-published", STAGED, PUBLISH_DQ, PUBLISH_DQ.replace("fence_proxy_async();\n", "")),
+    Fault("one-lane-publishes-dq", STAGED, PUBLISH_DQ, f"if (lane_id() == 0) {PUBLISH_DQ}"),
+    Fault("dq-full-before-the-warp-is-done", STAGED, PUBLISH_DQ, PUBLISH_DQ.replace("sync_warp();\n", ""), schedules=4),
+    Fault(
+        "dq-slice", STAGED, "int const slice = 4 * warpgroup + warp;", "int const slice = 4 * (1 - warpgroup) + warp;"
+    ),
+    Fault("dq-of-another-block", STAGED, "(first_block + m_block) * kDqBlockFloats", "first_block * kDqBlockFloats"),
+    Fault("dq-not-cleared", SMALL, "store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);", ""),
+    Fault(
+        "rest-of-dq-slice", PANEL, "(kNumMmaWarps - 4 * warpgroup) * kDqSliceFloats", "kNumMmaWarps * kDqSliceFloats"
+    ),
+    Fault("rest-of-dq-queries", PANEL, "ds_rows + warpgroup * (kTileM / 2", "ds_rows + (1 - warpgroup) * (kTileM / 2"),
+    Fault("rest-of-dq-past-the-head-dim", PANEL, "if (warp < kNumDqSlices - kNumMmaWarps) {", "if (true) {"),
+    Fault("rest-of-dq-panel", PRODUCTS, "k_tile + 2 * (kKvPanelBytes", "k_tile + 1 * (kKvPanelBytes"),
+    Fault("next-head-begins-elsewhere", PANEL, "dq_acc += static_cast<int64_t>(blocks.first) * kDqBlockFloats;", ""),
+    # dK and dV
+    Fault("dk-over-k-in-use", STAGED, f"done with them.\n    {SYNC}", "done with them.", schedules=4),
+    Fault("dv-over-v-in-use", PRODUCTS, f"{SYNC}\n    uint32_t const rows", "uint32_t const rows"),
+    Fault("dk-and-dv-not-published", STAGED, PUBLISH_ROWS, PUBLISH_ROWS.replace("fence_proxy_async();\n", "")),
+    Fault("stored-before-the-warp-is-done", STAGED, PUBLISH_ROWS, "fence_proxy_async();\n    if (lane_id() == 0) {"),
+    Fault("dv-stored-as-dk", STAGED, "store_rows(map_dk, dk_rows,", "store_rows(map_dk, dv_rows,"),
+    Fault(
+        "second-warpgroup-has-the-firsts-keys",
+        STAGED,
+        "kSmemV + 64 * warpgroup * kPanelRowBytes",
+        "kSmemV + 0 * warpgroup * kPanelRowBytes",
+    ),
+    # Descriptors
+    Fault(
+        "step-inside-panel",
+        STAGED,
+        "uint32_t const within = step % kStepsPerPanel * 32;",
+        "uint32_t const within = step % kStepsPerPanel * 16;",
+    ),
+    Fault("step-of-queries", PRODUCTS, "kDescLoQ + step * 16", "kDescLoQ + step * 8"),
+    Fault("panels-of-queries", STAGED, "q_tile + kDescLoQ +", "q_tile + kDescLoQ / 2 +"),
+    Fault("step-of-ds", STAGED, "(step / kStepsPerPanel * kDsPanelBytes", "(step / kStepsPerPanel * kDsPanelBytes / 2"),
+    # Masks, coordinates, numbers
+    Fault(
+        "diagonal-one-up", STAGED, "max(key + p.seqlen_q - p.seqlen_k, 0)", "max(key + p.seqlen_q - p.seqlen_k - 1, 0)"
+    ),
+    Fault(
+        "first-query-block",
+        PANEL,
+        "first_query(p, first_key) / kTileM;",
+        "(first_query(p, first_key) + kTileM - 1) / kTileM;",
+    ),
+    Fault(
+        "first-unmasked-block",
+        PANEL,
+        "(first_query(p, last_key) + kTileM - 1) / kTileM",
+        "first_query(p, last_key) / kTileM",
+    ),
+    Fault("lse-of-missing-rows", SMALL, "float lse_log2 = kInfinity;", "float lse_log2 = -kInfinity;"),
+    Fault(
+        "no-statistics-of-missing-rows",
+        SMALL,
+        "if (chunk == 0 && row_of_block < kTileM) {",
+        "if (chunk == 0 && exists) {",
+    ),
+    Fault("lse-of-rows-without-keys", STAGED, "sees_keys ? lse * kLog2E : 0.0f", "lse * kLog2E"),
+    Fault("dpsum-without-dlse", SMALL, "sum -= load_global_float", "load_global_float"),
+    Fault(
+        "statistics-of-another-block", STAGED, "statistics + first_row + m_block * kTileM,", "statistics + first_row,"
+    ),
+    Fault("lse-of-the-first-stage", STAGED, "kSmemLse + q_state.stage * kStatisticsBytes", "kSmemLse"),
+    Fault(
+        "dk-without-scale",
+        STAGED,
+        "stage_rows(acc_dk, dk_rows, kKvPanelBytes, p.softmax_scale);",
+        "stage_rows(acc_dk, dk_rows, kKvPanelBytes, 1.0f);",
+    ),
+    Fault("dq-without-scale", SMALL, "kQPanelBytes, p.softmax_scale);", "kQPanelBytes, 1.0f);"),
+    Fault("one-head-of-the-group", SMALL, "bidh < first_head + p.num_heads_per_kv;", "bidh < first_head + 1;", count=2),
+    Fault(
+        "heads-of-another-group",
+        STAGED,
+        "int const first_head = block.head_kv * p.num_heads_per_kv;",
+        "int const first_head = block.head_kv;",
+        count=2,
+    ),
+    Fault("blocks-of-a-head", STAGED, "return {within / width,", "return {within % p.num_n_blocks,"),
+    # Postprocess
+    Fault("dq-not-published-to-tma", STAGED, "fence_proxy_async();\n    sync_block();", "sync_block();"),
+    Fault(
+        "dq-stored-before-it-is-there",
+        STAGED,
+        "fence_proxy_async();\n    sync_block();",
+        "fence_proxy_async();",
+        schedules=4,
+    ),
+    Fault("dq-panels", STAGED, "smem + warp / 4 * kQPanelBytes", "smem + (1 - warp / 4) * kQPanelBytes"),
+    Fault("dq-registers-swapped", STAGED, "pair(low, 0), pair(low, 2)", "pair(low, 2), pair(low, 0)"),
+    Fault(
+        "dq-rows",
+        SMALL,
+        "smem + warp * 16 * kPanelRowBytes, kQPanelBytes",
+        "smem + (warp ^ 1) * 16 * kPanelRowBytes, kQPanelBytes",
+    ),
+)
+
+HARMLESS = (
+    Fault("waits-for-everything", STAGED, "machine::wgmma_wait(1, line);", "machine::wgmma_wait(0, line);"),
+    # The load of dO waits behind that of Q for dK, which comes after dV.
+    Fault("dout-released-early", STAGED, "wgmma_wait_1();\n        release_dout();", "release_dout(); wgmma_wait_1();"),
+    # Rows of zeros: P = 1 multiplies dO = 0 and dP - dPsum = 0.
+    Fault("lse-of-missing-rows-finite", STAGED, "float lse_log2 = kInfinity;", "float lse_log2 = 0.0f;"),
+    # The last reduction has been read, and the next kernel starts when this one is complete.
+    Fault("sums-not-waited-for", STAGED, "    }\n    tma_store_wait();\n}\n\n// Consumer", "    }\n}\n\n// Consumer"),
+    Fault(
+        "one-block-of-queries-more",
+        PANEL,
+        "first_query(p, first_key) / kTileM;",
+        "max(first_query(p, first_key) / kTileM - 1, 0);",
+    ),
+    Fault(
+        "ds-released-later",
+        PRODUCTS,
+        f"{DS_EMPTY}\n        {ADD_REST}",
+        f"{ADD_REST} {DS_EMPTY}",
+    ),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_fault_is_seen(fault):
+    seen = (symptom(run, fault, SHAPES, seed, with_dlse=True) for seed in range(fault.schedules))
+    assert any(seen), f"not seen on {fault.schedules} schedules"
+
+
+@pytest.mark.parametrize("change", HARMLESS, ids=str)
+def test_harmless_change_passes(change):
+    for seed in range(2):
+        assert symptom(run, change, SHAPES, seed, with_dlse=True) == ""
+
+
+def test_there_are_enough():
+    ids = [str(fault) for fault in FAULTS]
+    assert len(ids) == len(set(ids)) >= 80
+    assert {fault.kernel for fault in FAULTS} == {SMALL, STAGED, PANEL, PRODUCTS}
