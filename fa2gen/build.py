@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +34,7 @@ class BuildResult:
     notes            warnings and C75xx notes of the compiler, with their template lines.
     """
 
-    name: str
-    arch: str
-    direction: str
-    head_dim: int
-    dtype: str
-    mask: str
+    spec: KernelSpec
     target: str = ""
     registers: int | None = None
     spill_bytes: int | None = None
@@ -50,9 +45,14 @@ class BuildResult:
     cached: bool = False
     error: str | None = None
 
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
     def to_json(self) -> dict[str, Any]:
-        """Every field, as JSON values."""
-        return {**asdict(self), "notes": list(self.notes)}
+        """Every field, as JSON values; of the spec what every listing says of it."""
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "spec"}
+        return {**self.spec.row(), **own, "notes": list(self.notes)}
 
 
 def build(
@@ -97,15 +97,7 @@ def build(
 
 
 def _build_one(spec: KernelSpec, out: Path | None, target: str | None, store: Store) -> BuildResult:
-    problem = spec.problem
-    blank = BuildResult(
-        name=spec.name,
-        arch=spec.tiling.arch,
-        direction=problem.direction,
-        head_dim=problem.head_dim,
-        dtype=problem.dtype,
-        mask=problem.mask,
-    )
+    blank = BuildResult(spec)
     try:
         plan = make_plan(spec)
         unit = plan_unit(plan, target)

@@ -80,11 +80,8 @@ def lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if value is not None:
             yield name, value
     for index, kernel in enumerate(found["kernels"]):
-        problem = f"{kernel['direction']}, {kernel['dtype']}, head dim {kernel['head_dim']}, {kernel['mask']}"
-        yield (
-            "" if index else "kernels",
-            f"{kernel['device'] + ': ' + problem:<41}  {kernel['name'] or 'none'}  ({kernel['reason']})",
-        )
+        problem = f"{kernel['device']}: {kernel['problem']}"
+        yield "" if index else "kernels", f"{problem:<47}  {kernel['name'] or 'none'}  ({kernel['reason']})"
     for index, problem in enumerate(found["problems"] or ["none"]):
         yield "" if index else "problems", problem
 
@@ -198,7 +195,7 @@ def _kernels(gpus: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             passes = ("fwd",)
         for direction, head_dim, mask in product(passes, (64, 128, 256), get_args(Mask)):
             problem = Problem(direction=direction, head_dim=head_dim, dtype="bf16", mask=mask)
-            row = {"device": device.name, **problem.model_dump()}
+            row = {"device": device.name, "problem": problem.text, **problem.model_dump()}
             try:
                 selection = select(problem, device, asked)
             except Fa2GenError as error:  # a GPU without kernels, or with too little shared memory

@@ -193,7 +193,7 @@ def _gpu_here() -> str | None:
 
 def lines(found: Explanation) -> Iterator[tuple[str, str]]:
     """(label, text), for a person."""
-    yield "problem", f"{_text(found.problem)}, seqlen {found.seqlen}, on {found.device}"
+    yield "problem", f"{Problem(**found.problem).text}, seqlen {found.seqlen}, on {found.device}"
     yield "kernel", f"{found.kernel}, for {found.target}"
     yield "because", found.reason
     if found.measured:
@@ -241,7 +241,3 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
 def _registers(report: dict[str, Any], kernel: str) -> int:
     """Of one kernel; of them all where an older version compiled them, which kept no more."""
     return int(report["registers_of"].get(kernel, report["registers"]))
-
-
-def _text(problem: dict[str, Any]) -> str:
-    return f"{problem['direction']}, head dim {problem['head_dim']}, {problem['dtype']}, {problem['mask']} mask"

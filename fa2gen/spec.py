@@ -2,22 +2,38 @@
 
 Both are frozen and refuse unknown fields. A `KernelSpec` joins them and has a derived name, which is a bijection: the C
 symbol, the cache folder, the profiler row and the test id are all that one string.
+
+What is known of a field stands at the field: its type, its range, how it reads in a name and in a sentence, and what it
+means. Names both ways, options of the command line, rows of JSON and the schema of spec files are made from that
+(`declared`), so that a new field or value is written once.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
+import functools
 import re
 import reprlib
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticUndefined, core_schema
 
 from fa2gen.arch import ArchName
 from fa2gen.errors import InvalidInput
 
-__all__ = ["DType", "Direction", "KernelSpec", "Mask", "Problem", "Tiling"]
+__all__ = ["DType", "Declared", "Direction", "KernelSpec", "Mask", "Problem", "Tiling", "declared"]
 
 Direction = Literal["fwd", "bwd"]
 DType = Literal["fp16", "bf16"]
@@ -31,12 +47,138 @@ _repr.maxstring = _repr.maxother = 120
 _shown = _repr.repr  # how a message quotes its input
 
 
+# What a field's declaration says --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a field reads in a kernel's name, and in a sentence.
+
+    token     what stands before the value in the name: "d" makes `d128`. Of a flag, its whole word.
+    optional  left out of the name where the field has its default.
+    place     fields of a lower place stand first in the name; among equals the order of declaration decides.
+    phrase    the value in a sentence, "head dim {}". Of a flag or a switch, what is said where it is on.
+    """
+
+    token: str = ""
+    optional: bool = False
+    place: int = 2
+    phrase: str = "{}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """A whole number that is one of least, least + step, ..., most; `why` says what the step comes from."""
+
+    step: int
+    least: int
+    most: int
+    why: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"a multiple of {self.step} from {self.least} to {self.most}"
+            if self.step > 1
+            else (f"from {self.least} to {self.most}")
+        )
+
+    def check(self, value: int) -> int:
+        """`value` if it is in the range, else a ValueError that names the nearest number that is."""
+        if value % self.step or not self.least <= value <= self.most:
+            nearest = min(max(-(-value // self.step) * self.step, self.least), self.most)
+            raise ValueError(f"must be {self}{self.why and f' ({self.why})'}; nearest {nearest}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "minimum": self.least, "maximum": self.most, "multipleOf": self.step}
+
+
+@dataclass(frozen=True)
+class OnlyFor:
+    """A field that may leave its default in one direction alone, and why."""
+
+    direction: Direction
+    why: str
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What is known of one field.
+
+    values    all that it may be, where that is a closed set; else `range` says it.
+    default   None: it must be given.
+    """
+
+    name: str
+    help: str
+    default: Any
+    values: tuple[Any, ...]
+    range: Range | None
+    shown: Shown
+    only_for: OnlyFor | None
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is a bool: its word stands in a name where it is set, without a value."""
+        return isinstance(self.default, bool)
+
+    @property
+    def allowed(self) -> str:
+        """`fp16 or bf16`, `a multiple of 8 from 8 to 256`."""
+        return str(self.range) if self.range else " or ".join(map(str, self.values))
+
+    def word(self, value: Any) -> str | None:
+        """How the value stands in a kernel's name, None where it is left out."""
+        if self.shown.optional and value == self.default:
+            return None
+        return self.shown.token if self.is_flag else f"{self.shown.token}{value}"
+
+    def value_of(self, word: str) -> Any:
+        """The value whose `word` this is, None for any other text."""
+        if self.range:
+            match = re.fullmatch(f"{self.shown.token}([0-9]{{1,9}})", word)
+            return match and int(match[1])
+        return next((value for value in self.values if self.word(value) == word), None)
+
+    def phrase(self, value: Any) -> str | None:
+        """How the value reads in a sentence, None where nothing is said of it."""
+        if "{}" in self.shown.phrase:
+            return self.shown.phrase.format(value)
+        return self.shown.phrase if value else None
+
+
+@functools.cache
+def declared(model: type[BaseModel]) -> dict[str, Declared]:
+    """What each field of `Problem` or `Tiling` is declared to be, in their order."""
+
+    def of(name: str) -> Declared:
+        info = model.model_fields[name]
+        found = {type(item): item for item in info.metadata}
+        literal = get_origin(info.annotation) is Literal
+        return Declared(
+            name=name,
+            help=info.description or "",
+            default=None if info.default is PydanticUndefined else info.default,
+            values=get_args(info.annotation) if literal else (False, True) if info.annotation is bool else (),
+            range=found.get(Range),
+            shown=found[Shown],
+            only_for=found.get(OnlyFor),
+        )
+
+    return {name: of(name) for name in model.model_fields}
+
+
 class _Model(BaseModel):
     """Frozen, strict about field names, and with errors that name the field and the nearest right one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -55,99 +197,125 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(field, model.model_fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(model.model_fields)}"
-            message = f"unknown field; {hint}"
+            field, message = _cut(field), f"unknown field; {hint}"
         elif item["type"] != "missing":
             message = f"{message} (given {_shown(item['input'])})"
         lines.append(f"  {field:<15} {message}")
     return "\n".join(lines)
 
 
-def _whole_number(value: int, step: int, least: int, most: int, why: str = "") -> int:
-    """`value` if it is one of least, least + step, ..., most, else a ValueError that names the nearest of these."""
-    if value % step or not least <= value <= most:
-        nearest = min(max(-(-value // step) * step, least), most)
-        rule = f"a multiple of {step} from {least} to {most}" if step > 1 else f"from {least} to {most}"
-        raise ValueError(f"must be {rule}{why}; nearest {nearest}")
-    return value
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-class Problem(_Model):
-    """What is computed. Lengths, head counts, strides and the scale are run-time values and are not here.
+class _Fields(_Model):
+    """A model whose fields are all `declared`: what `Problem` and `Tiling` have in common."""
 
-    direction  "fwd": Algorithm 1 of FlashAttention-2; "bwd": Algorithm 2, the gradients of Q, K and V.
-    head_dim   a multiple of 8 from 8 to 256, the same for Q, K and V.
-    dtype      of Q, K, V and O: "fp16" or "bf16". Sums are kept in fp32.
-    mask       "full", or "causal" aligned to the bottom right: query i sees key j iff j <= i + seqlen_k - seqlen_q.
-    deterministic
-               "bwd" only: blocks of keys add to dQ in one order, so that gradients are the same bits in every run.
-    """
-
-    direction: Direction = "fwd"
-    head_dim: int
-    dtype: DType = "bf16"
-    mask: Mask = "full"
-    deterministic: bool = False
-
-    @field_validator("head_dim")
+    @field_validator("*", mode="before")
     @classmethod
-    def _head_dim_is_supported(cls, head_dim: int) -> int:
-        return _whole_number(head_dim, HEAD_DIM_STEP, HEAD_DIM_STEP, MAX_HEAD_DIM)
+    def _is_of_its_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        # True == 1 == 1.0, which is enough for a Literal.
+        field = declared(cls)[str(info.field_name)]
+        if isinstance(value, bool | float) and field.values and not field.is_flag:
+            raise ValueError(f"Input should be {field.allowed}")
+        return value
 
-    @field_validator("deterministic")
+    @property
+    def text(self) -> str:
+        """All fields in words: `fwd, head dim 128, bf16, causal mask`."""
+        phrases = (field.phrase(getattr(self, name)) for name, field in declared(type(self)).items())
+        return ", ".join(phrase for phrase in phrases if phrase)
+
+
+class Problem(_Fields):
+    """What is computed. Lengths, head counts, strides and the scale are run-time values and are not here."""
+
+    direction: Annotated[
+        Direction,
+        Shown(place=0),
+        Field(description="fwd: Algorithm 1 of FlashAttention-2; bwd: Algorithm 2, the gradients of Q, K and V."),
+    ] = "fwd"
+    head_dim: Annotated[
+        int,
+        Range(HEAD_DIM_STEP, HEAD_DIM_STEP, MAX_HEAD_DIM),
+        Shown("d", phrase="head dim {}"),
+        Field(description="Elements of a row, the same for Q, K and V."),
+    ]
+    dtype: Annotated[DType, Shown(place=1), Field(description="Of Q, K, V and O. Sums are kept in fp32.")] = "bf16"
+    mask: Annotated[
+        Mask,
+        Shown(optional=True, phrase="{} mask"),
+        Field(description="Which keys a query sees; causal: key j iff j <= i + seqlen_k - seqlen_q."),
+    ] = "full"
+    deterministic: Annotated[
+        bool,
+        Shown("det", optional=True, phrase="deterministic"),
+        OnlyFor("bwd", "a forward kernel always is"),
+        Field(description="Blocks of keys add to dQ in one order: gradients are the same bits in every run."),
+    ] = False
+
+    @field_validator("*")
     @classmethod
-    def _backward_alone_has_a_choice(cls, deterministic: bool, info: ValidationInfo) -> bool:
-        if deterministic and info.data.get("direction") == "fwd":
-            raise ValueError('is for direction "bwd": a forward kernel always is; nearest False')
-        return deterministic
+    def _is_for_its_direction(cls, value: Any, info: ValidationInfo) -> Any:
+        field = declared(cls)[str(info.field_name)]
+        direction = info.data.get("direction")
+        if field.only_for and value != field.default and direction not in (None, field.only_for.direction):
+            raise ValueError(
+                f'is for direction "{field.only_for.direction}": {field.only_for.why}; nearest {field.default}'
+            )
+        return value
 
 
-class Tiling(_Model):
-    """How it is computed: no field changes the result beyond rounding.
-
-    arch           which instructions: "sm80" (mma.sync, cp.async) or "sm90" (wgmma, TMA).
-    tile_m         query rows of one tile.
-    tile_n         keys of one block.
-    num_stages     depth of the rings that hold blocks of K and of V in shared memory.
-    num_mma_warps  warps that multiply; sm90 adds one producer warpgroup (4 warps).
-    swizzle_bytes  width of a shared-memory panel, 128, 64 or 32 bytes: a head dim that does not fill its last panel
-                   wastes the rest of it, and narrower panels need more copies.
-    lazy_rescale   keep a row's old maximum while the new one is at most 2^8 times above it, so that O is seldom
-                   rescaled: the division at the end makes the result the same.
-    """
-
-    arch: ArchName
-    tile_m: int
-    tile_n: int
-    num_stages: int = 2
-    num_mma_warps: int
-    swizzle_bytes: Literal[128, 64, 32] = 128
-    lazy_rescale: Literal[0, 1] = 0
-
-    @field_validator("tile_m", "tile_n")
-    @classmethod
-    def _is_tile(cls, value: int) -> int:
-        return _whole_number(value, 16, 16, 256, " (the k of one 16-bit matrix instruction is 16)")
-
-    @field_validator("num_stages")
-    @classmethod
-    def _is_depth(cls, value: int) -> int:
-        return _whole_number(value, 1, 1, 8)
-
-    @field_validator("num_mma_warps")
-    @classmethod
-    def _is_warp_count(cls, value: int) -> int:
-        return _whole_number(value, 1, 1, 16)
+_TILE = Range(16, 16, 256, "the k of one 16-bit matrix instruction is 16")
 
 
-# Fields that a name always carries, then those it carries only where they differ from the default.
-_NAMED = (("m", "tile_m"), ("n", "tile_n"), ("s", "num_stages"), ("w", "num_mma_warps"))
-_OPTIONAL = (("z", "swizzle_bytes"), ("r", "lazy_rescale"))
-_NUMBER = "[0-9]{1,9}"
-_NAME = re.compile(
-    rf"fa2_(?P<direction>[a-z]+)_(?P<arch>sm{_NUMBER})_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>{_NUMBER})(?P<causal>_causal)?(?P<det>_det)?"
-    + "".join(rf"_{letter}(?P<{field}>{_NUMBER})" for letter, field in _NAMED)
-    + "".join(rf"(?:_{letter}(?P<{field}>{_NUMBER}))?" for letter, field in _OPTIONAL)
-)
+class Tiling(_Fields):
+    """How it is computed: no field changes the result beyond rounding."""
+
+    arch: Annotated[
+        ArchName,
+        Shown(place=0),
+        Field(description="Kernel family: sm80 (mma.sync, cp.async) or sm90 (wgmma, TMA)."),
+    ]
+    tile_m: Annotated[int, _TILE, Shown("m", phrase="{} query rows"), Field(description="Query rows of one tile.")]
+    tile_n: Annotated[int, _TILE, Shown("n", phrase="{} keys"), Field(description="Keys of one block.")]
+    num_stages: Annotated[
+        int,
+        Range(1, 1, 8),
+        Shown("s", phrase="{} stages"),
+        Field(description="Depth of the rings that hold blocks of K and of V in shared memory."),
+    ] = 2
+    num_mma_warps: Annotated[
+        int,
+        Range(1, 1, 16),
+        Shown("w", phrase="{} mma warps"),
+        Field(description="Warps that multiply; sm90 adds one producer warpgroup (4 warps)."),
+    ]
+    # A head dim that does not fill its last panel wastes the rest of it, and narrower panels need more copies.
+    swizzle_bytes: Annotated[
+        Literal[128, 64, 32],
+        Shown("z", optional=True, phrase="{}-byte panels"),
+        Field(description="Width of a shared-memory panel, in bytes."),
+    ] = 128
+    # The division at the end makes the result the same.
+    lazy_rescale: Annotated[
+        Literal[0, 1],
+        Shown("r", optional=True, phrase="lazy rescale"),
+        Field(description="1: keep a row's old maximum while the new one is at most 2^8 times above it."),
+    ] = 0
+
+
+# Names ----------------------------------------------------------------------------------------------------------------
+
+_EXAMPLE = "names look like fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8"
+_LONGEST_NAME = 200
+
+
+@functools.cache
+def _in_name() -> tuple[tuple[type[_Fields], Declared], ...]:
+    """The fields of a kernel, in the order in which they stand in its name."""
+    fields = [(model, field) for model in (Problem, Tiling) for field in declared(model).values()]
+    return tuple(sorted(fields, key=lambda item: item[1].shown.place))
 
 
 class KernelSpec(_Model):
@@ -170,51 +338,33 @@ class KernelSpec(_Model):
     @property
     def name(self) -> str:
         """`fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8`: derived, never typed; `from_name` is its inverse."""
-        problem, tiling = self.problem, self.tiling
-        parts = ["fa2", problem.direction, tiling.arch, problem.dtype, f"d{problem.head_dim}"]
-        if problem.mask == "causal":
-            parts.append("causal")
-        if problem.deterministic:
-            parts.append("det")
-        parts += [f"{letter}{getattr(tiling, field)}" for letter, field in _NAMED]
-        parts += [
-            f"{letter}{getattr(tiling, field)}"
-            for letter, field in _OPTIONAL
-            if getattr(tiling, field) != Tiling.model_fields[field].default
-        ]
-        return "_".join(parts)
+        parts: dict[type[_Fields], _Fields] = {Problem: self.problem, Tiling: self.tiling}
+        words = (field.word(getattr(parts[model], field.name)) for model, field in _in_name())
+        return "_".join(("fa2", *(word for word in words if word is not None)))
 
     @classmethod
     def from_name(cls, name: str) -> KernelSpec:
         """The spec whose `name` this is. Raises InvalidInput for any other text."""
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise InvalidInput(
-                f"{_shown(name)} is not a kernel name; names look like fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8"
-            )
-        found: dict[str, Any] = match.groupdict()
-        numbers: dict[str, Any] = {
-            field: int(found[field]) for _, field in (*_NAMED, *_OPTIONAL) if found[field] is not None
-        }
-        for field, allowed in (("direction", Direction), ("dtype", DType), ("arch", ArchName)):
-            if found[field] not in get_args(allowed):
+        first, *words = name.split("_") if len(name) <= _LONGEST_NAME else [""]
+        if first != "fa2":
+            raise InvalidInput(f"{_shown(name)} is not a kernel name; {_EXAMPLE}")
+        values: dict[type[_Fields], dict[str, Any]] = {Problem: {}, Tiling: {}}
+        left = iter(words)
+        word = next(left, None)
+        for model, field in _in_name():
+            if word is not None and (value := field.value_of(word)) is not None:
+                values[model][field.name] = value
+                word = next(left, None)
+            elif not field.shown.optional:
                 raise InvalidInput(
-                    f"{name!r} is not a kernel name: {field} {found[field]!r} is none of {get_args(allowed)}"
+                    f"{_shown(name)} is not a kernel name: {_shown(word or '')} is no {field.name} "
+                    f"({field.shown.token}{'N, ' if field.range else ''}{field.allowed}); {_EXAMPLE}"
                 )
-        spec = cls(
-            problem=Problem(
-                direction=found["direction"],
-                head_dim=int(found["head_dim"]),
-                dtype=found["dtype"],
-                mask="causal" if found["causal"] else "full",
-                deterministic=found["det"] is not None,
-            ),
-            tiling=Tiling(arch=found["arch"], **numbers),
-        )
-        if spec.name != name:  # leading zeros, or a default spelt out: one spec has one name
-            raise InvalidInput(f"{name!r} is not a kernel name; this kernel is called {spec.name!r}")
+        spec = cls(problem=Problem(**values[Problem]), tiling=Tiling(**values[Tiling]))
+        if spec.name != name:  # leading zeros, a default spelt out, words that follow: one spec has one name
+            raise InvalidInput(f"{_shown(name)} is not a kernel name; this kernel is called {spec.name!r}")
         return spec
 
-    def canonical_json(self) -> str:
-        """Sorted keys, no spaces, every field: equal specs give equal text."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    def row(self) -> dict[str, Any]:
+        """What a listing's JSON says of the kernel: its name, family and every field of its problem."""
+        return {"name": self.name, "arch": self.tiling.arch, **self.problem.model_dump()}

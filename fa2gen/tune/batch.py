@@ -17,10 +17,9 @@ from fa2gen.spec import Direction, DType, Mask, Problem
 from fa2gen.tune.record import rows_of, write
 from fa2gen.tune.search import DeviceLost, Found, Search, candidates
 
-__all__ = ["BUDGET_SECONDS", "CANDIDATES", "SEQLENS", "Outcome", "default_folder", "problems", "provenance", "tune"]
+__all__ = ["BUDGET_SECONDS", "SEQLENS", "Outcome", "default_folder", "problems", "provenance", "tune"]
 
 SEQLENS = (512, 2048, 8192)
-CANDIDATES = 40
 BUDGET_SECONDS = 110.0
 """Of one problem: under two minutes on one GPU, its confirmation included. It usually takes a few seconds."""
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from fa2gen.arch import ArchName
 from fa2gen.plan import feasible_tilings, fits
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.spec import KernelSpec, Problem, Tiling, declared
 
 __all__ = ["settings", "switches", "tilings"]
 
@@ -21,11 +21,7 @@ _ENUMERATED = {"arch", "tile_m", "tile_n", "num_stages", "num_mma_warps", "swizz
 
 def switches() -> dict[str, tuple[Any, ...]]:
     """Field -> its values, of every schedule switch."""
-    return {
-        name: get_args(field.annotation)
-        for name, field in Tiling.model_fields.items()
-        if name not in _ENUMERATED and get_origin(field.annotation) is Literal
-    }
+    return {name: field.values for name, field in declared(Tiling).items() if field.values and name not in _ENUMERATED}
 
 
 def settings(tiling: Tiling) -> tuple[Any, ...]:

@@ -115,6 +115,7 @@ def test_a_result_as_json():
         "arch": "sm90",
         "direction": "fwd",
         "head_dim": 128,
+        "deterministic": False,
         "dtype": "bf16",
         "mask": "full",
         "target": "sm_90a",
@@ -133,7 +134,7 @@ def test_failures_are_results(tmp_path):
     results = build([spec(64), spec(256), spec(8), spec(128)], tmp_path / "out")
     assert [bool(result.error) for result in results] == [False, True, True, False]
     assert "does not fit" in str(results[1].error) and "does not compile" in str(results[2].error)
-    assert results[1].to_json()["registers"] is None and results[1].head_dim == 256
+    assert results[1].to_json()["registers"] is None and results[1].spec.problem.head_dim == 256
     assert names_in(tmp_path / "out") == [spec(128).name, spec(64).name]
 
 
