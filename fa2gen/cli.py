@@ -30,9 +30,10 @@ from fa2gen.errors import Fa2GenError, InfeasibleSpec, InvalidInput
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fa2gen.options import Shape
     from fa2gen.plan import KernelPlan
     from fa2gen.spec import Direction, DType, KernelSpec, Mask, Problem, Tiling
-    from fa2gen.verify import Outcome, Shape
+    from fa2gen.verify import Outcome
 
 __all__ = ["ExitStatus", "app", "main"]
 
@@ -592,12 +593,12 @@ def _print_counts(outcomes: list[Outcome]) -> None:
     from fa2gen.cpu import counts_table
 
     for name, of_kernel in groupby(outcomes, key=lambda outcome: outcome.name):
-        largest = max(of_kernel, key=lambda o: o.shape.batch * o.shape.heads * o.shape.seqlen_q * o.shape.seqlen_k)
+        largest = max(of_kernel, key=lambda o: o.shape.batch * o.shape.num_heads * o.shape.seqlen_q * o.shape.seqlen_k)
         typer.echo(f"\n{name}, {_sizes(largest.shape)}\n{counts_table(largest.counts)}")
 
 
 def _sizes(shape: Shape) -> str:
-    return f"{shape.batch} x {shape.seqlen_q} x {shape.seqlen_k}, heads {shape.heads}:{shape.heads_kv}"
+    return f"{shape.batch} x {shape.seqlen_q} x {shape.seqlen_k}, heads {shape.num_heads}:{shape.num_heads_kv}"
 
 
 # The cache

@@ -1,16 +1,17 @@
 """A cubin made launchable: loaded on one device, its attributes set, its arguments packed once and launched often.
 
-`Kernel` is one cubin on one device. `Kernel.prepare` fixes everything that a problem's shape, strides and scale decide
-and returns a `PreparedLaunch`; calling that with six addresses and a stream is the hot path, and replaces only the
+`Kernel` is one cubin on one device. `Kernel.prepare` fixes everything that a call's sizes, strides and options decide
+and returns a `PreparedLaunch`; calling that with addresses and a stream is the hot path, and replaces only the
 addresses. Tensors are plain integers here (addresses, and strides in elements), so that this module needs no torch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from operator import itemgetter
 from typing import Any
@@ -19,16 +20,16 @@ from cuda.bindings import driver
 
 from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.launch import ForwardShape, Launch, backward_launch, forward_launch
+from fa2gen.launch import NUMBER_BYTES, Launch, launch_of
 from fa2gen.layout import ELEMENT_BYTES
+from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan
 from fa2gen.plan.base import EntryPoint
-from fa2gen.plan.bwd import BackwardPlan
 
 with CUDA_CORE_IMPORT:
     from cuda.core import Device, ObjectCode
 
-__all__ = ["Kernel", "PreparedBackward", "PreparedLaunch", "Strides", "argument_sizes"]
+__all__ = ["Kernel", "PreparedLaunch", "Strides", "argument_sizes"]
 
 Strides = tuple[int, int, int]
 """Of a (batch, seqlen, heads, head_dim) tensor: elements from one batch, one row, one head to the next."""
@@ -41,10 +42,6 @@ _MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bi
 _MAX_STRIDE_BYTES = 2**40 - 1
 _REMEMBERED_MAPS = 64  # encoded tensor maps kept for each argument of a launch; 128 bytes each
 
-_ADDRESSES = ("q", "k", "v", "o", "lse", "tile_counter")  # the order of PreparedLaunch's arguments
-# What tensor maps and Params of backward kernels point to, in the order of PreparedBackward's addresses.
-_BACKWARD_TENSORS = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
-_BACKWARD_ADDRESSES = (*_BACKWARD_TENSORS, "lse", "dlse", "lse_log2", "dpsum", "dq_acc", "dq_turns")
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _SWIZZLE = {span: int(getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{span}B")) for span in (32, 64, 128)}
 _DATA_TYPE = {
@@ -114,25 +111,17 @@ class Kernel:
             # The context's own function: forces the (lazy) load now rather than in the first launch.
             function = _checked(f"{entry.symbol}: cuKernelGetFunction", driver.cuKernelGetFunction(handle))
             self.functions.append(function)
-            if entry.symbol == name:
-                self._kernel, self.function = kernel, function
 
-    @property
-    def blocks_per_sm(self) -> int:
-        """How many blocks the device keeps on one SM, by registers, threads and shared memory."""
-        occupancy = self._kernel.occupancy
-        return int(occupancy.max_active_blocks_per_multiprocessor(self.plan.num_threads, self.plan.shared_memory_bytes))
-
-    def prepare(
-        self, shape: ForwardShape, *, q: Strides, k: Strides, v: Strides, o: Strides, softmax_scale: float
-    ) -> PreparedLaunch:
+    def prepare(self, shape: Shape, strides: Mapping[str, Strides], options: Options) -> PreparedLaunch:
         """Everything about a launch but the addresses.
+
+        strides  of the plan's operands that are (batch, seqlen, heads, head_dim) tensors.
 
         All sizes are at least 1; strides of dimensions longer than 1 are multiples of 16 bytes. Raises
         UnsupportedProblem where a size exceeds what the grid, an int32 or a tensor map can hold.
         """
         try:
-            launch = forward_launch(self.plan, shape, softmax_scale, self.num_sms)
+            launch = launch_of(self.plan, shape, options, self.num_sms)
         except OverflowError as error:
             raise UnsupportedProblem(
                 f"too large for one launch: {error}; split the batch over several calls"
@@ -140,155 +129,86 @@ class Kernel:
         for what, size, limit in (
             ("seqlen_q", shape.seqlen_q, _MAX_SEQLEN),
             ("seqlen_k", shape.seqlen_k, _MAX_SEQLEN),
-            ("heads", launch.grid[1], _MAX_GRID_YZ),
-            ("batch", launch.grid[2], _MAX_GRID_YZ),
+            *(("heads", grid[1], _MAX_GRID_YZ) for grid in launch.grids),
+            *(("batch", grid[2], _MAX_GRID_YZ) for grid in launch.grids),
         ):
             if size > limit:
                 raise UnsupportedProblem(
                     f"{what} is {size:,}; one launch takes at most {limit:,}: split it over more calls"
                 )
-        return PreparedLaunch(self, shape, launch, {"q": q, "k": k, "v": v, "o": o})
+        return PreparedLaunch(self, shape, launch, strides)
 
 
 class PreparedLaunch:
-    """A kernel with its arguments packed; call it with addresses. Safe to call from several threads.
+    """The kernels of one call with their arguments packed; call it with addresses. Safe to call from several threads.
 
     All arguments lie in one block, on the 64-byte grid that tensor maps need, and the driver copies them at the call:
     so a lock around "write the addresses, launch" is all that threads need.
+
+    scratch_bytes     of the memory that a call takes beside its operands; 0: none.
+    scratch_cleared   whether it must be all zeros at the call, and is left so; else its content does not matter.
     """
 
-    def __init__(self, kernel: Kernel, shape: ForwardShape, launch: Launch, strides: dict[str, Strides]) -> None:
+    def __init__(self, kernel: Kernel, shape: Shape, launch: Launch, strides: Mapping[str, Strides]) -> None:
         plan = kernel.plan
         self.kernel = kernel  # keeps the module loaded
-        self.needs_counter = any(param.name == "tile_counter" for param in plan.params)
+        self.scratch_bytes = NUMBER_BYTES * sum(launch.scratch.values())
+        self.scratch_cleared = any(scratch.cleared for scratch in plan.scratch)
+        counts = itertools.accumulate(launch.scratch.values(), initial=0)
+        self._scratch_at = tuple(NUMBER_BYTES * count for count, _ in zip(counts, launch.scratch, strict=False))
         self._lock = threading.Lock()
-        self._packed: tuple[int, ...] | None = None  # the addresses that the block holds; None: it is being written
-
-        values: dict[str, Any] = {**dict.fromkeys(_ADDRESSES, 0), **launch.values}
-        for name, steps in strides.items():
-            values |= zip((f"{name}_batch_stride", f"{name}_row_stride", f"{name}_head_stride"), steps, strict=True)
-        self._block = block = _ArgumentBlock(plan, shape, plan.tensor_maps, values, strides)
-
-        # Addresses come first in Params (8-byte fields do), so that one short pack replaces them all.
-        names = [param.name for param in plan.params if param.name in _ADDRESSES]
-        assert names == [param.name for param in plan.params[: len(names)]], "addresses must lead Params"
-        self._pack = struct.Struct(f"<{len(names)}Q").pack_into
-        self._pick = itemgetter(*(_ADDRESSES.index(name) for name in names))
-
-        indices = (_ADDRESSES.index(tensor_map.name) for tensor_map in plan.tensor_maps)
-        self._maps = tuple(zip(indices, block.maps, strict=True))
-        self._pointers = block.pointers(0, len(plan.tensor_maps))
-        self._launch = partial(
-            _launch,
-            *(kernel, plan.name, kernel.function),
-            *(*launch.grid, launch.num_threads, launch.shared_memory_bytes),
-            ctypes.addressof(self._pointers),
+        self._packed: tuple[tuple[int, ...], int] | None = (
+            None  # the addresses that the block holds; None: it is being written
         )
 
-    def __call__(self, q: int, k: int, v: int, o: int, lse: int, tile_counter: int, stream: int) -> None:
-        """Launch on the CUstream with handle `stream`, in the current context. Addresses in bytes, multiples of 16.
-
-        `tile_counter` is the address of an int32 that is 0 and that no other launch in flight uses (0 if not
-        `needs_counter`). Raises Fa2GenError with the driver's reason.
-        """
-        addresses = (q, k, v, o, lse, tile_counter)
-        handle = _stream(stream)
-        with self._lock:
-            if addresses != self._packed:  # an allocator gives the same ones in turn: 0.4 us less
-                self._packed = None
-                for index, tensor_map in self._maps:
-                    if addresses[index] != tensor_map.address:
-                        tensor_map.point_to(addresses[index])
-                self._pack(self._block.memory, self._block.params_at, *self._pick(addresses))
-                self._packed = addresses
-            self._launch(handle)
-
-
-class PreparedBackward:
-    """The three kernels of a backward pass with their arguments packed; call it with addresses.
-
-    Safe to call from several threads, as PreparedLaunch is.
-
-    strides  of q, k, v, o, dout, dq, dk and dv, as Kernel.prepare takes them.
-
-    Sizes are at least 1. Raises UnsupportedProblem where one exceeds what the grid, an int32 or a tensor map can hold.
-    """
-
-    def __init__(self, kernel: Kernel, shape: ForwardShape, strides: dict[str, Strides], softmax_scale: float) -> None:
-        plan = kernel.plan
-        assert isinstance(plan, BackwardPlan)
-        try:
-            launch = backward_launch(plan, shape, softmax_scale)
-        except OverflowError as error:
-            raise UnsupportedProblem(
-                f"too large for one backward launch: {error}; split the batch over several calls"
-            ) from error
-        self.kernel = kernel  # keeps the module loaded
-        self.statistics_floats = launch.statistics_floats
-        self.dq_acc_floats = launch.dq_acc_floats
-        self.num_dq_turns = launch.num_dq_turns
-        self._lock = threading.Lock()
-
-        values: dict[str, Any] = {**dict.fromkeys(_BACKWARD_ADDRESSES, 0), **launch.values}
-        for name in _BACKWARD_TENSORS:
-            values |= zip((f"{name}_{step}_stride" for step in ("batch", "row", "head")), strides[name], strict=True)
+        names = (*(operand.name for operand in plan.operands), *launch.scratch)
+        values: dict[str, Any] = {**dict.fromkeys(names, 0), **launch.values}
+        for name, steps in strides.items():
+            values |= zip((f"{name}_{step}_stride" for step in ("batch", "row", "head")), steps, strict=True)
         maps = [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps]
         self._block = block = _ArgumentBlock(plan, shape, maps, values, strides)
-        indices = (_BACKWARD_ADDRESSES.index(tensor_map.name) for tensor_map in maps)
+        indices = (names.index(tensor_map.name) for tensor_map in maps)
         self._maps = tuple(zip(indices, block.maps, strict=True))
 
-        names = [param.name for param in plan.params if param.name in _BACKWARD_ADDRESSES]
-        assert names == [param.name for param in plan.params[: len(names)]], "addresses must lead Params"
-        self._pack = struct.Struct(f"<{len(names)}Q").pack_into
-        self._pick = itemgetter(*(_BACKWARD_ADDRESSES.index(name) for name in names))
+        # Addresses come first in Params (8-byte fields do), so that one short pack replaces them all.
+        held = [param.name for param in plan.params if param.is_address]
+        assert held == [param.name for param in plan.params[: len(held)]], "addresses must lead Params"
+        self._pack = struct.Struct(f"<{len(held)}Q").pack_into
+        self._pick = itemgetter(*(names.index(name) for name in held))
 
         # Every kernel's own maps, then the Params that all share.
         self._pointers = []
         self._launches: list[partial[None]] = []  # each takes the stream
         first = 0
-        for entry, function, blocks in zip(plan.entry_points, kernel.functions, launch.grids, strict=True):
+        for entry, function, grid in zip(plan.entry_points, kernel.functions, launch.grids, strict=True):
             pointers = block.pointers(first, len(entry.tensor_maps))
             self._pointers.append(pointers)
             what, at = (kernel, entry.symbol, function), ctypes.addressof(pointers)
             if entry.starts_early:
-                self._launches.append(partial(_launch_early, *what, _early_config(entry, blocks), at))
+                self._launches.append(partial(_launch_early, *what, _early_config(entry, grid), at))
             else:
-                sizes = (blocks, 1, 1, entry.num_threads, entry.shared_memory_bytes)
+                sizes = (*grid, entry.num_threads, entry.shared_memory_bytes)
                 self._launches.append(partial(_launch, *what, *sizes, at))
             first += len(entry.tensor_maps)
 
-    def __call__(
-        self,
-        *,
-        q: int,
-        k: int,
-        v: int,
-        o: int,
-        dout: int,
-        dq: int,
-        dk: int,
-        dv: int,
-        lse: int,
-        dlse: int,
-        scratch: int,
-        stream: int,
-    ) -> None:
-        """Launch on the CUstream with handle `stream`, in the current context. Addresses in bytes, multiples of 16.
+    def __call__(self, operands: tuple[int, ...], scratch: int, stream: int) -> None:
+        """Launch on the CUstream with handle `stream`, in the current context.
 
-        scratch  address of 2 * statistics_floats + dq_acc_floats fp32 and num_dq_turns int32 numbers, of any content.
-        dlse     0 where LSE has no gradient.
+        operands  addresses of the plan's operands: multiples of 16 bytes, and 0 for an optional one that is missing.
+        scratch   address of `scratch_bytes` bytes that no other launch in flight uses; any number if there are none.
 
         Raises Fa2GenError with the driver's reason.
         """
-        lse_log2, dpsum = scratch, scratch + 4 * self.statistics_floats
-        dq_acc = dpsum + 4 * self.statistics_floats
-        addresses = (q, k, v, o, dout, dq, dk, dv, lse, dlse, lse_log2, dpsum, dq_acc, dq_acc + 4 * self.dq_acc_floats)
         handle = _stream(stream)
         with self._lock:
-            for index, tensor_map in self._maps:
-                if addresses[index] != tensor_map.address:
-                    tensor_map.point_to(addresses[index])
-            self._pack(self._block.memory, self._block.params_at, *self._pick(addresses))
+            if (operands, scratch) != self._packed:  # an allocator gives the same ones in turn: 0.4 us less
+                self._packed = None
+                addresses = (*operands, *[scratch + at for at in self._scratch_at])
+                for index, tensor_map in self._maps:
+                    if addresses[index] != tensor_map.address:
+                        tensor_map.point_to(addresses[index])
+                self._pack(self._block.memory, self._block.params_at, *self._pick(addresses))
+                self._packed = operands, scratch
             for launch in self._launches:
                 launch(handle)
 
@@ -303,10 +223,10 @@ class _ArgumentBlock:
     def __init__(
         self,
         plan: KernelPlan,
-        shape: ForwardShape,
+        shape: Shape,
         maps: Sequence[TensorMapPlan],
         values: dict[str, Any],
-        strides: dict[str, Strides],
+        strides: Mapping[str, Strides],
     ) -> None:
         packed = struct.Struct(plan.params_format)
         maps_bytes = _MAP_BYTES * len(maps)
@@ -348,13 +268,13 @@ def _launch(
     _checked(_launch_text(symbol, (gx, gy, gz), threads, shared), (result,))
 
 
-def _early_config(entry: EntryPoint, blocks: int) -> Any:
+def _early_config(entry: EntryPoint, grid: tuple[int, int, int]) -> Any:
     """What cuLaunchKernelEx takes for a kernel that may start before the one before has ended: all but the stream."""
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = entry.num_threads, 1, 1
     config.sharedMemBytes = entry.shared_memory_bytes
     config.attrs = [attribute]
@@ -384,7 +304,7 @@ class _TensorMap:
         self,
         plan: KernelPlan,
         tensor_map: TensorMapPlan,
-        shape: ForwardShape,
+        shape: Shape,
         strides: Strides,
         memory: ctypes.Array[ctypes.c_char],
         offset: int,
@@ -393,12 +313,11 @@ class _TensorMap:
         self._destination = ctypes.addressof(memory) + offset
         self._write = partial(_PACK_MAP, memory, offset)
         self._encoded: dict[int, bytes] = {}
-        of_query = tensor_map.name in ("q", "o", "dout", "dq")
-        seqlen = shape.seqlen_q if of_query else shape.seqlen_k
-        heads = shape.num_heads if of_query else shape.num_heads_kv
+        operand = next(operand for operand in plan.operands if operand.name == tensor_map.name)
+        batch, seqlen, heads, _ = operand.shape(shape, plan.head_dim)
         batch_stride, row_stride, head_stride = strides
         # Innermost first: (D, S, H, B). A dimension of one element may have any stride in torch, not in a tensor map.
-        sizes = (seqlen, heads, shape.batch)
+        sizes = (seqlen, heads, batch)
         row_bytes = plan.head_dim * ELEMENT_BYTES
         steps = [
             step * ELEMENT_BYTES if size > 1 else row_bytes

@@ -2,8 +2,9 @@
 
 All functions take q (B, Sq, H, D) and k, v (B, Sk, Hk, D) with H a multiple of Hk (query head h reads key head
 h // (H / Hk)), on any device and in any floating dtype, and return out (B, Sq, H, D) in q's dtype and lse (B, H, Sq),
-the natural logarithm of the softmax sums, in fp32 (fp64 for fp64 inputs). `causal` is aligned to the bottom right: key
-j is visible to query i iff j <= i + Sk - Sq. A row that sees no key has out 0 and lse -inf.
+the natural logarithm of the softmax sums, in fp32 (fp64 for fp64 inputs). Their further keywords are the fields of
+`fa2gen.options.Options`: softmax_scale, causal and the others, which say what a query sees. A row that sees no key has
+out 0 and lse -inf.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fa2gen.features import key_range
+from fa2gen.options import Options
 
 __all__ = [
     "GradientVerdict",
@@ -31,20 +35,19 @@ def attention_reference(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
     upcast: bool = True,
     reorder_ops: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention as it is defined, with the whole score matrix in memory.
 
     upcast       compute in fp32; otherwise in the dtype of the inputs.
     reorder_ops  multiply K rather than Q by the scale: the same mathematics, rounded elsewhere.
 
-    Returns (out, lse); see the module for shapes. `softmax_scale=None` means D ** -0.5.
+    Returns (out, lse); see the module for shapes and options.
     """
-    dtype = q.dtype
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    dtype, said = q.dtype, Options(**options)
+    scale = said.scale(q.shape[-1])
     if upcast:
         q, k, v = (_at_least_fp32(x) for x in (q, k, v))
     if reorder_ops:
@@ -52,10 +55,10 @@ def attention_reference(
     else:
         q = q * scale
     scores = torch.einsum("bqngd,bknd->bngqk", _group_heads(q, k), k)  # n key heads, g query heads of each
-    if not causal:
+    if said.mask == "full":
         lse, probs = torch.logsumexp(_at_least_fp32(scores), dim=-1), torch.softmax(scores, dim=-1)
     else:
-        hidden = _hidden(q.shape[1], k.shape[1], scores.device)
+        hidden = _hidden(said, q.shape[1], k.shape[1], scores.device)
         # A row that sees no key keeps its scores until its results are replaced: of a row of -inf autograd makes NaN.
         no_key = hidden.all(dim=-1)
         scores = scores.masked_fill(hidden & ~no_key.unsqueeze(-1), float("-inf"))
@@ -70,20 +73,20 @@ def attention_tiled(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
     tile_m: int = 128,
     tile_n: int = 128,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of FlashAttention-2, in fp32 (fp64 for fp64 inputs), over all batches and heads at once.
 
     Queries are walked in tiles of `tile_m` rows, keys in blocks of `tile_n`; blocks above the diagonal are skipped. The
     running row maximum and row sum replace the score matrix, so that memory grows with Sq + Sk, not with Sq * Sk.
 
-    Returns (out, lse); see the module for shapes. `softmax_scale=None` means D ** -0.5.
+    Returns (out, lse); see the module for shapes and options.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    said = Options(**options)
+    scale = said.scale(q.shape[-1])
     kf, vf = _at_least_fp32(k), _at_least_fp32(v)
     qf = _group_heads(_at_least_fp32(q), k) * scale
     out = qf.new_zeros(qf.shape)  # contiguous, whatever the strides of q
@@ -95,12 +98,12 @@ def attention_tiled(
         acc_o = q_tile.new_zeros(lse[..., m0:m1].shape + q_tile.shape[-1:])
         row_max = lse.new_full(lse[..., m0:m1].shape, float("-inf"))
         row_sum = torch.zeros_like(row_max)
-        last_key = min(seqlen_k, m1 + seqlen_k - seqlen_q) if causal else seqlen_k
-        for n0 in range(0, last_key, tile_n):
+        first_key, last_key = key_range(said, seqlen_q, seqlen_k, m0)[0], key_range(said, seqlen_q, seqlen_k, m1 - 1)[1]
+        for n0 in range(first_key // tile_n * tile_n, last_key, tile_n):
             n1 = min(n0 + tile_n, last_key)
             acc_s = torch.einsum("bqngd,bknd->bngqk", q_tile, kf[:, n0:n1])
-            if causal:
-                hidden = _hidden(seqlen_q, seqlen_k, q.device, rows=(m0, m1), cols=(n0, n1))
+            if said.mask != "full":
+                hidden = _hidden(said, seqlen_q, seqlen_k, q.device, rows=(m0, m1), cols=(n0, n1))
                 acc_s = acc_s.masked_fill(hidden, float("-inf"))
             new_max = torch.maximum(row_max, acc_s.amax(dim=-1))
             # A row with no visible key so far keeps its maximum at -inf; -inf - -inf would be NaN.
@@ -125,10 +128,9 @@ def attention_backward_tiled(
     lse: Tensor,
     dlse: Tensor | None = None,
     *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
     tile_m: int = 128,
     tile_n: int = 128,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 2 of FlashAttention-2, in fp32 (fp64 for fp64 inputs), over all batches and heads at once.
 
@@ -136,10 +138,11 @@ def attention_backward_tiled(
     dlse  gradient of lse, or None: lse was not used.
 
     Keys are walked in blocks of `tile_n`, and for each of them the tiles of `tile_m` queries that see it. Returns
-    (dq, dk, dv), contiguous, in the dtypes of q, k and v; `softmax_scale=None` means D ** -0.5.
+    (dq, dk, dv), contiguous, in the dtypes of q, k and v; see the module for options.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    said = Options(**options)
+    scale = said.scale(q.shape[-1])
     kf, vf = _at_least_fp32(k), _at_least_fp32(v)
     qf, dof, of = (_group_heads(_at_least_fp32(x), k) for x in (q, dout, out))  # (B, Sq, Hk, H / Hk, D)
     lsef = _at_least_fp32(lse).unflatten(1, qf.shape[2:4])  # (B, Hk, H / Hk, Sq)
@@ -154,13 +157,14 @@ def attention_backward_tiled(
 
     for n0 in range(0, seqlen_k, tile_n):
         n1 = min(n0 + tile_n, seqlen_k)
-        first_query = max(0, n0 + seqlen_q - seqlen_k) if causal else 0
-        for m0 in range(first_query // tile_m * tile_m, seqlen_q, tile_m):
+        for m0 in range(0, seqlen_q, tile_m):
             m1 = min(m0 + tile_m, seqlen_q)
+            if key_range(said, seqlen_q, seqlen_k, m1 - 1)[1] <= n0 or key_range(said, seqlen_q, seqlen_k, m0)[0] >= n1:
+                continue  # none of these queries sees one of these keys
             q_tile, do_tile = qf[:, m0:m1], dof[:, m0:m1]
             acc_s = torch.einsum("bqngd,bknd->bngqk", q_tile, kf[:, n0:n1]) * scale
-            if causal:
-                hidden = _hidden(seqlen_q, seqlen_k, q.device, rows=(m0, m1), cols=(n0, n1))
+            if said.mask != "full":
+                hidden = _hidden(said, seqlen_q, seqlen_k, q.device, rows=(m0, m1), cols=(n0, n1))
                 acc_s = acc_s.masked_fill(hidden, float("-inf"))
             p = torch.exp(acc_s - lsef[..., m0:m1].unsqueeze(-1))
             dp = torch.einsum("bqngd,bknd->bngqk", do_tile, vf[:, n0:n1])
@@ -197,9 +201,9 @@ class Verdict:
             f"mean {self.mean_error:.3g} of {self.mean_allowed:.3g}, lse {self.lse_error:.3g} of {self.lse_allowed:.3g}"
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """The six numbers and `ok`, as JSON would have them."""
-        return {**asdict(self), "ok": self.ok}
+    def worst(self) -> dict[str, float]:
+        """The six numbers."""
+        return asdict(self)
 
 
 def check(
@@ -208,9 +212,7 @@ def check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
+    **options: Any,
 ) -> Verdict:
     """Judge a forward result by the project's rule. `ref` is attention in fp32, rounded to the dtype of `out`; `pt` is
     plain PyTorch attention in that dtype.
@@ -220,7 +222,6 @@ def check(
     mean  mean|out - ref| <= 1.2 mean|pt - ref| + eps / 8 mean|ref|: an eighth of a rounding step, for the same reason.
     lse   max|lse - ref| <= 1e-4 + 1e-5 max|ref|, where both -inf counts as equal.
     """
-    options: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale}
     ref, lse_ref = _in_full_fp32(q, k, v, options)
     pt, _ = attention_reference(q, k, v, **options, upcast=False, reorder_ops=True)
     pt_error = _error(pt, ref)
@@ -252,6 +253,18 @@ class GradientVerdict:
         errors, bounds = (*self.max_error, *self.mean_error), (*self.max_allowed, *self.mean_allowed)
         return all(error <= allowed for error, allowed in zip(errors, bounds, strict=True))
 
+    def worst(self) -> dict[str, float]:
+        """The four numbers of the gradient that comes nearest to its bound, or is farthest beyond it; NaN is worst."""
+        columns = (self.max_error, self.max_allowed, self.mean_error, self.mean_allowed)
+        of_each: list[tuple[float, ...]] = [tuple(column[i] for column in columns) for i in range(3)]
+
+        def excess(numbers: Any) -> float:
+            pairs = zip(numbers[::2], numbers[1::2], strict=True)
+            return max(math.inf if math.isnan(error) else error / bound if bound else error for error, bound in pairs)
+
+        names = ("max_error", "max_allowed", "mean_error", "mean_allowed")
+        return dict(zip(names, max(of_each, key=excess), strict=True))
+
     def __str__(self) -> str:
         rows = zip(
             ("dq", "dk", "dv"), self.max_error, self.max_allowed, self.mean_error, self.mean_allowed, strict=True
@@ -268,8 +281,7 @@ def check_gradients(
     v: Tensor,
     *,
     dlse: Tensor | None = None,
-    causal: bool = False,
-    softmax_scale: float | None = None,
+    **options: Any,
 ) -> GradientVerdict:
     """Judge (dq, dk, dv) by the rule of `check`, each for itself: the truth is autograd through attention in fp32,
     rounded; `pt` is autograd through plain PyTorch attention in the inputs' dtype.
@@ -278,7 +290,6 @@ def check_gradients(
     allowed. What reading O rounded costs (Algorithm 2, line 4) is added to the bounds as an independent part: with two
     keys it exceeds all of pt's, with many it is nothing.
     """
-    options: dict[str, Any] = {"causal": causal, "softmax_scale": softmax_scale}
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -290,7 +301,7 @@ def check_gradients(
         rounded = _gradients(dout, shift if dlse is None else dlse + shift, q, k, v, options)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    scale = Options(**options).scale(q.shape[-1])
     ds_noise = 4 * torch.finfo(torch.float32).eps * scale * _longest_row(dout) * _longest_row(v)
     of_key = (q.shape[1] * (q.shape[2] // max(k.shape[2], 1))) ** 0.5  # so many rows are summed
     noises = (ds_noise * _max(k.float().abs()), ds_noise * _max(q.float().abs()) * of_key, 0.0)
@@ -351,16 +362,18 @@ def _group_heads(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _hidden(
+    options: Options,
     seqlen_q: int,
     seqlen_k: int,
     device: torch.device,
     rows: tuple[int, int] | None = None,
     cols: tuple[int, int] | None = None,
 ) -> Tensor:
-    """True where a causal mask hides key j (columns) from query i (rows); of the given ranges only, if given."""
-    i = torch.arange(*(rows or (0, seqlen_q)), device=device)
+    """True where key j (columns) is hidden from query i (rows); of the given ranges only, if given."""
+    i = torch.arange(*(rows or (0, seqlen_q)), device=device).unsqueeze(-1)
     j = torch.arange(*(cols or (0, seqlen_k)), device=device)
-    return j > i.unsqueeze(-1) + (seqlen_k - seqlen_q)
+    first, end = key_range(options, seqlen_q, seqlen_k, i)
+    return (j < first) | (j >= end)
 
 
 def _error(x: Tensor, ref: Tensor) -> Tensor:

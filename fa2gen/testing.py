@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fa2gen.cpu import Options, Report, run_forward
+from fa2gen.cpu import Report, RunOptions, run_kernel
+from fa2gen.options import Options
 from fa2gen.plan import KernelPlan, make_plan
-from fa2gen.render import Rendered
 from fa2gen.spec import KernelSpec
 
 __all__ = ["run_on_cpu"]
@@ -17,20 +17,15 @@ def run_on_cpu(
     q: Any,
     k: Any,
     v: Any,
+    options: Options = Options(),  # noqa: B008  (a tuple)
     *,
-    softmax_scale: float | None = None,
-    seed: int = 0,
-    num_sms: int = 4,
-    sanitize: bool = False,
-    stats: bool = False,
-    rendered: Rendered | None = None,
+    run_options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
 ) -> tuple[Any, Any, Report]:
     """Runs a forward kernel on the CPU: (out, lse, report).
 
     q (batch, seqlen_q, heads, head_dim), k, v (batch, seqlen_k, heads_kv, head_dim): torch CPU tensors in the kernel's
     dtype, or numpy arrays of two-byte elements that hold its bits. out has q's kind, shape and dtype; lse (batch,
-    heads, seqlen_q) is fp32. Both are NaN before the kernel runs. Keywords are those of fa2gen.cpu.Options; `rendered`
-    replaces the kernel's own CPU render. Raises as fa2gen.cpu.forward_into.
+    heads, seqlen_q) is fp32. Both are NaN before the kernel runs. Options and errors are those of run_kernel.
     """
     plan = kernel if isinstance(kernel, KernelPlan) else make_plan(kernel)
     batch, seqlen_q, heads, _ = q.shape
@@ -44,6 +39,6 @@ def run_on_cpu(
 
         out = numpy.full(q.shape, 0xFFFF, dtype=numpy.uint16).view(q.dtype)  # a NaN in either type
         lse = numpy.full((batch, heads, seqlen_q), numpy.nan, dtype=numpy.float32)
-    options = Options(seed=seed, num_sms=num_sms, sanitize=sanitize, stats=stats)
-    report = run_forward(plan, out, lse, q, k, v, softmax_scale=softmax_scale, options=options, rendered=rendered)
+    tensors = {"q": q, "k": k, "v": v, "o": out, "lse": lse}
+    report = run_kernel(plan, tensors, options, run_options=run_options)
     return out, lse, report

@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fa2gen.errors import InvalidInput
+from fa2gen.features import key_range
+from fa2gen.options import UNLIMITED, Options, Shape
 from fa2gen.spec import Direction, DType, Problem
 
-__all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "preset_points"]
+__all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "flops_of", "preset_points"]
 
 TOKENS, HIDDEN = 16_384, 2048  # of one batch: FlashAttention-2, section 4.1
 BACKWARD_FLOPS = 2.5  # five matrix products beside the forward's two
@@ -28,30 +30,50 @@ class Point:
     seqlen: int
     heads: int
     heads_kv: int
+    window_left: int = UNLIMITED
+    window_right: int = UNLIMITED
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.batch, self.seqlen, self.seqlen, self.heads, self.heads_kv)
+
+    @property
+    def options(self) -> Options:
+        return Options(causal=self.causal, window_left=self.window_left, window_right=self.window_right)
 
     @property
     def flops(self) -> float:
-        """As the FlashAttention-2 paper counts: 4 S^2 D H B forward, half of it if causal, 2.5 times that backward."""
-        forward = 4.0 * self.seqlen**2 * self.head_dim * self.heads * self.batch
-        return forward * (0.5 if self.causal else 1.0) * (BACKWARD_FLOPS if self.direction == "bwd" else 1.0)
+        """See `flops_of`."""
+        return flops_of(self.problem, self.shape, self.options)
 
     @property
     def problem(self) -> Problem:
         """What a kernel for it computes."""
-        return Problem(
-            direction=self.direction,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            mask="causal" if self.causal else "full",
-        )
+        return self.options.reduced(self.seqlen, self.seqlen).problem(self.direction, self.head_dim, self.dtype)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}:{self.heads_kv}"
-        mask = "causal" if self.causal else "full"
+        mask = str(self.problem.mask)
+        if self.window_left >= 0 or self.window_right >= 0:
+            mask += f" {self.window_left},{0 if self.causal else self.window_right}"
         return f"{self.direction} d{self.head_dim} {self.dtype} {mask} {self.batch} x {self.seqlen}, {heads} heads"
+
+
+def flops_of(problem: Problem, shape: Shape, options: Options) -> float:
+    """As the FlashAttention-2 paper counts: 4 D H B for each score, 2.5 times that backward; causal half of S^2, and a
+    window the scores that it shows."""
+    scores = float(shape.seqlen_q) * shape.seqlen_k
+    if problem.mask == "causal":
+        scores *= 0.5
+    elif options.window_left >= 0 or options.window_right >= 0 or options.chunk:
+        rows = range(shape.seqlen_q)
+        ranges = (key_range(options, shape.seqlen_q, shape.seqlen_k, row) for row in rows)
+        scores = float(sum(max(0, end - first) for first, end in ranges))
+    forward = 4.0 * scores * problem.head_dim * shape.num_heads * shape.batch
+    return forward * (BACKWARD_FLOPS if problem.direction == "bwd" else 1.0)
 
 
 def _point(preset: str, head_dim: int, dtype: DType, causal: bool, seqlen: int, **sizes: int) -> Point:
@@ -67,6 +89,7 @@ def _point(preset: str, head_dim: int, dtype: DType, causal: bool, seqlen: int, 
         seqlen=seqlen,
         heads=heads,
         heads_kv=sizes.get("heads_kv", heads),
+        window_left=sizes.get("window_left", UNLIMITED),
     )
 
 

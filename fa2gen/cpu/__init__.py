@@ -1,14 +1,13 @@
 """Kernels on the CPU: the same templates over templates/cpu/, which models the machine (see its README).
 
-`forward_into` runs a forward kernel, `run_backward` the three of a backward pass; `Options` says how: schedule seed,
-sanitizers, counters. Needs g++ or clang++.
+`run_kernel` runs a forward kernel, or the three of a backward pass; `RunOptions` says how: schedule seed, sanitizers,
+counters. Needs g++ or clang++.
 """
 
 from __future__ import annotations
 
-from fa2gen.cpu.backward import run_backward
 from fa2gen.cpu.build import Library, build_library, find_compiler
-from fa2gen.cpu.forward import Options, Report, forward_into, run_forward
+from fa2gen.cpu.kernel import Report, RunOptions, run_kernel
 from fa2gen.cpu.run import PRIMITIVES, Count, KernelFault
 from fa2gen.cpu.stats import counts_table
 
@@ -17,12 +16,10 @@ __all__ = [
     "Count",
     "KernelFault",
     "Library",
-    "Options",
     "Report",
+    "RunOptions",
     "build_library",
     "counts_table",
     "find_compiler",
-    "forward_into",
-    "run_backward",
-    "run_forward",
+    "run_kernel",
 ]

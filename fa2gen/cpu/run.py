@@ -1,6 +1,6 @@
 """Calls a kernel's library: packs what fa2gen/cpu/machine/launch.cc wants, in this process or in a child.
 
-Numbers and addresses only; which arguments a kernel takes is the business of fa2gen.cpu.forward and .backward.
+Numbers and addresses only; which arguments a kernel takes is the business of fa2gen.cpu.kernel.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.launch import ForwardShape
 from fa2gen.ops.dispatch import _also_forgotten, _choose, _device, _kernel, _strides, aligned
 from fa2gen.ops.validate import DTYPES, describe, validate
-from fa2gen.spec import Problem, Tiling
+from fa2gen.options import Options, Shape
+from fa2gen.spec import Tiling
 
 if TYPE_CHECKING:
-    from fa2gen.kernel import PreparedBackward
+    from fa2gen.kernel import PreparedLaunch
 
 __all__ = ["backward_cuda", "validate_backward"]
 
@@ -25,7 +25,7 @@ class _Call:
     """What all calls with one signature share; `launch` is None where there is no query or no key: gradients are 0."""
 
     device: int
-    launch: PreparedBackward | None
+    launch: PreparedLaunch | None
 
 
 _REMEMBERED_CALLS = 1024
@@ -80,22 +80,10 @@ def backward_cuda(
         return dq, dk, dv
     with torch.cuda.device(call.device):
         # Freed for the allocator at return, when no later kernel of this stream can have started.
-        numbers = 2 * launch.statistics_floats + launch.dq_acc_floats + launch.num_dq_turns
-        scratch = q.new_empty(numbers, dtype=torch.float32)
-        launch(
-            q=q.data_ptr(),
-            k=k.data_ptr(),
-            v=v.data_ptr(),
-            o=out.data_ptr(),
-            dout=dout.data_ptr(),
-            dq=dq.data_ptr(),
-            dk=dk.data_ptr(),
-            dv=dv.data_ptr(),
-            lse=lse.data_ptr(),
-            dlse=0 if dlse is None else dlse.data_ptr(),
-            scratch=scratch.data_ptr(),
-            stream=torch._C._cuda_getCurrentRawStream(call.device),
-        )
+        scratch = q.new_empty(launch.scratch_bytes, dtype=torch.uint8)
+        tensors = (q, k, v, out, dout, dq, dk, dv, lse)
+        addresses = (*[x.data_ptr() for x in tensors], 0 if dlse is None else dlse.data_ptr())
+        launch(addresses, scratch.data_ptr(), torch._C._cuda_getCurrentRawStream(call.device))
     return dq, dk, dv
 
 
@@ -134,27 +122,20 @@ def _prepare(
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, num_heads_kv = k.shape[1:3]
     device = q.get_device()
-    problem = Problem(
-        direction="bwd",
-        head_dim=head_dim,
-        dtype=DTYPES[q.dtype],
-        mask="causal" if causal else "full",
-        deterministic=deterministic,
-    )
+    options = Options(softmax_scale, causal, deterministic=deterministic)
+    problem = options.problem("bwd", head_dim, DTYPES[q.dtype])
     plan, target = _choose(problem, _device(device), None, tiling, seqlen_k)
     if not (q.numel() and k.numel()):
         return _Call(device, None)
-    from fa2gen.kernel import PreparedBackward
 
     def dense(seqlen: int, heads: int) -> tuple[int, int, int]:
         return seqlen * heads * head_dim, heads * head_dim, head_dim
 
     of_query, of_key = dense(seqlen_q, num_heads), dense(seqlen_k, num_heads_kv)
     strides = {name: _strides(x) for name, x in (("q", q), ("k", k), ("v", v), ("o", out), ("dout", dout))}
-    launch = PreparedBackward(
-        _kernel(plan, target, device),
-        ForwardShape(batch, seqlen_q, seqlen_k, num_heads, num_heads_kv),
+    launch = _kernel(plan, target, device).prepare(
+        Shape(batch, seqlen_q, seqlen_k, num_heads, num_heads_kv),
         strides | {"dq": of_query, "dk": of_key, "dv": of_key},
-        softmax_scale,
+        options,
     )
     return _Call(device, launch)

@@ -25,8 +25,8 @@ from torch import Tensor
 from fa2gen import env
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput
-from fa2gen.launch import ForwardShape
 from fa2gen.ops.validate import DTYPES, default_scale, describe, refuse_non_tensors, validate
+from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.select import Device, kernel_arch, select
 from fa2gen.spec import KernelSpec, Problem, Tiling
@@ -220,14 +220,14 @@ def _launch(call: _Call, q: int, k: int, v: int, out: Tensor, lse: Tensor | None
         return
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     counter_at, lse_at = 0, 0 if lse is None else lse.data_ptr()
-    if launch.needs_counter or lse is None:
+    if launch.scratch_bytes or lse is None:
         if _is_capturing():
             scratch = _Scratch(device, call.num_rows if lse is None else 0)
         else:
             scratch = _scratches.get((device, stream)) or _first_scratch(device, stream)
-        counter_at = scratch.counter if launch.needs_counter else 0
+        counter_at = scratch.counter if launch.scratch_bytes else 0
         lse_at = lse_at or scratch.lse
-    launch(q, k, v, out.data_ptr(), lse_at, counter_at, stream)
+    launch((q, k, v, out.data_ptr(), lse_at), counter_at, stream)
 
 
 def _first_scratch(device: int, stream: int) -> _Scratch:
@@ -244,7 +244,7 @@ def _prepare(
     validate(q, k, v, softmax_scale)
     batch, seqlen_q, num_heads, head_dim = q.shape
     device = q.get_device()
-    problem = Problem(head_dim=head_dim, dtype=DTYPES[q.dtype], mask="causal" if causal else "full")
+    problem = Options(softmax_scale, causal).problem("fwd", head_dim, DTYPES[q.dtype])
     plan, target = _choose(
         problem, _device(device), arch, tiling, k.shape[1]
     )  # even for no query: wrong is wrong at any length
@@ -254,12 +254,9 @@ def _prepare(
         misaligned = not all(_has_aligned_strides(x) for x in (q, k, v))
         if not misaligned:
             launch = _kernel(plan, target, device).prepare(
-                ForwardShape(batch, seqlen_q, k.shape[1], num_heads, k.shape[2]),
-                q=_strides(q),
-                k=_strides(k),
-                v=_strides(v),
-                o=dense[:3],
-                softmax_scale=softmax_scale,
+                Shape(batch, seqlen_q, k.shape[1], num_heads, k.shape[2]),
+                {"q": _strides(q), "k": _strides(k), "v": _strides(v), "o": dense[:3]},
+                Options(softmax_scale, causal),
             )
     return _Call(
         device=device,

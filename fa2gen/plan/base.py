@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from fa2gen.arch import ARCHES
+from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
+from fa2gen.features.attention import OPERANDS, Operand
 from fa2gen.layout import Panels, align_up
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
-__all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "Param", "TensorMapPlan", "bytes_text"]
-
-_STRUCT_CODES = {
-    "void const*": "Q",
-    "void*": "Q",
-    "float*": "Q",
-    "float const*": "Q",
-    "int*": "Q",
-    "int64_t": "q",
-    "int": "i",
-    "float": "f",
-}
+__all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "bytes_text"]
 
 
 @dataclass(frozen=True)
@@ -31,19 +22,6 @@ class BrokenRule:
 
     rule: str
     detail: str
-
-
-@dataclass(frozen=True)
-class Param:
-    """One field of the kernel's `Params` struct."""
-
-    name: str
-    ctype: str
-
-    @property
-    def code(self) -> str:
-        """The field's code for Python's struct module."""
-        return _STRUCT_CODES[self.ctype]
 
 
 @dataclass(frozen=True)
@@ -71,6 +49,8 @@ class TensorMapPlan:
 class EntryPoint:
     """One `extern "C"` kernel of a source: its symbol, and what a launch of it takes before the shared Params.
 
+    grid          its blocks of threads: "persistent", one an SM or fewer; "tiles", (m block, head, batch); or one for
+                  each block of queries, or of keys, of all heads.
     starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
                   executes griddepcontrol.wait before it uses what that one writes.
     """
@@ -79,6 +59,7 @@ class EntryPoint:
     num_threads: int
     shared_memory_bytes: int
     tensor_maps: tuple[TensorMapPlan, ...]
+    grid: Literal["persistent", "tiles", "query blocks", "key blocks"]
     starts_early: bool = False
 
 
@@ -127,6 +108,26 @@ class KernelPlan:
     @property
     def causal(self) -> bool:
         return self.problem.mask == "causal"
+
+    @cached_property
+    def features(self) -> tuple[Feature, ...]:
+        """What the problem's fields bring."""
+        return features_of(self.problem)
+
+    @cached_property
+    def rooms(self) -> Mapping[str, str]:
+        """Room -> the block that stands there: templates/rooms/<room>/<block>.cuh.j2."""
+        return rooms_of(self.problem)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether blocks of threads do different amounts of work."""
+        return any(feature.uneven for feature in self.features)
+
+    @property
+    def left_edge(self) -> bool:
+        """Whether keys before those that a query sees may be hidden from it."""
+        return any(feature.left_edge for feature in self.features)
 
     @property
     def deterministic(self) -> bool:
@@ -190,9 +191,40 @@ class KernelPlan:
         raise NotImplementedError
 
     @property
-    def params(self) -> tuple[Param, ...]:
-        """Fields of the kernel's Params struct in order; 8-byte fields come first, so that C++ adds no padding."""
+    def operands(self) -> tuple[Operand, ...]:
+        """The tensors that a launch takes, in the order of their addresses."""
+        return OPERANDS[self.problem.direction]
+
+    @property
+    def scratch(self) -> tuple[Scratch, ...]:
+        """The memory that a launch takes beside them."""
+        return tuple(scratch for feature in self.features for scratch in feature.scratch)
+
+    @property
+    def strided_tensors(self) -> tuple[str, ...]:
+        """The (batch, seqlen, heads, head_dim) tensors that kernels read or write without a tensor map."""
         raise NotImplementedError
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """The whole numbers of Params that every feature has use for: lengths, head counts, blocks."""
+        raise NotImplementedError
+
+    @cached_property
+    def params(self) -> tuple[Param, ...]:
+        """Fields of the kernels' Params struct in order; addresses, then other 8-byte fields, so that C++ adds no
+        padding."""
+        strided = [operand for operand in self.operands if operand.name in self.strided_tensors]
+        rows = [operand for operand in self.operands if operand.of == "row"]
+        return (
+            *(Param(operand.name, operand.ctype) for operand in (*strided, *rows)),
+            *(scratch.param for scratch in self.scratch),
+            *(Param(f"{x.name}_{step}_stride", "int64_t") for x in strided for step in ("batch", "row", "head")),
+            *(Param(name, "int") for name in self.sizes),
+            *(param for feature in self.features for param in feature.params),
+            Param("softmax_scale", "float"),
+            Param("softmax_scale_log2", "float"),
+        )
 
     @property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
@@ -202,7 +234,7 @@ class KernelPlan:
     @property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         """The kernels of this source in the order of their launches; the one called `name` does the work."""
-        return (EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps),)
+        raise NotImplementedError
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         """Every feasibility rule that this plan breaks; empty when the kernel can be built."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fa2gen.plan.base import KernelPlan, Param
+from fa2gen.features import Scratch
+from fa2gen.plan.base import KernelPlan
 
-__all__ = ["GRADIENTS", "BackwardPlan"]
+__all__ = ["BackwardPlan"]
 
 PREPROCESS_THREADS = 128
-GRADIENTS = ("dq", "dk", "dv")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class BackwardPlan(KernelPlan):
     def walks_sections(self) -> bool:
         """Blocks of keys start section by section of heads: causal ones the longest first, deterministic ones so that
         few that run at a time belong to one head and wait for each other."""
-        return self.causal or self.deterministic
+        return self.uneven or self.deterministic
 
     @property
     def chunks_per_row(self) -> int:
@@ -60,16 +60,13 @@ class BackwardPlan(KernelPlan):
         return f"{self.name}_postprocess"
 
     @property
-    def strided_tensors(self) -> tuple[str, ...]:
-        """The (batch, seqlen, heads, head_dim) tensors that kernels read or write without a tensor map."""
-        raise NotImplementedError
+    def scratch(self) -> tuple[Scratch, ...]:
+        """None of it needs to be initialised."""
+        return (*(Scratch(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")), *super().scratch)
 
     @property
-    def params(self) -> tuple[Param, ...]:
-        """Of all three kernels. dlse may be null: LSE has no gradient then."""
-        tensors = self.strided_tensors
-        strides = (f"{name}_{step}_stride" for name in tensors for step in ("batch", "row", "head"))
-        ints = (
+    def sizes(self) -> tuple[str, ...]:
+        return (
             "seqlen_q",
             "seqlen_k",
             "num_heads",
@@ -78,14 +75,4 @@ class BackwardPlan(KernelPlan):
             "num_m_blocks",
             "num_n_blocks",
             *(("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()),
-        )
-        return (
-            *(Param(name, "void*" if name in GRADIENTS else "void const*") for name in tensors),
-            *(Param(name, "float const*") for name in ("lse", "dlse")),
-            *(Param(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")),
-            *([Param("dq_turns", "int*")] if self.deterministic else []),
-            *(Param(name, "int64_t") for name in strides),
-            *(Param(name, "int") for name in ints),
-            Param("softmax_scale", "float"),
-            Param("softmax_scale_log2", "float"),
         )

@@ -14,7 +14,7 @@ from functools import cached_property
 from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels, ceil_div
 from fa2gen.plan.base import BrokenRule, EntryPoint, bytes_text
-from fa2gen.plan.bwd import GRADIENTS, BackwardPlan
+from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan, first_that_fits
 from fa2gen.spec import Problem, Tiling
 
@@ -196,14 +196,14 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     @property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (
-            EntryPoint(self.preprocess_name, self.preprocess_threads, 0, ()),
-            EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, ()),
-            EntryPoint(self.postprocess_name, self.num_threads, self.q_tile.bytes, ()),
+            EntryPoint(self.preprocess_name, self.preprocess_threads, 0, (), "query blocks"),
+            EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "key blocks"),
+            EntryPoint(self.postprocess_name, self.num_threads, self.q_tile.bytes, (), "query blocks"),
         )
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
-        return ("q", "k", "v", "o", "dout", *GRADIENTS)
+        return ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fa2gen.arch import ARCHES
-from fa2gen.plan.base import BrokenRule, Param, bytes_text
+from fa2gen.plan.base import BrokenRule, EntryPoint, bytes_text
 from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan, first_that_fits
 from fa2gen.spec import Problem, Tiling
 
@@ -119,22 +119,16 @@ class Sm80FwdPlan(Sm80Plan):
     # Launch
 
     @property
-    def params(self) -> tuple[Param, ...]:
-        strides = tuple(
-            Param(f"{tensor}_{dimension}_stride", "int64_t")
-            for tensor in "qkvo"
-            for dimension in ("batch", "row", "head")
-        )
-        ints = ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", *(("num_m_blocks",) if self.causal else ()))
-        return (
-            *(Param(tensor, "void const*") for tensor in "qkv"),
-            Param("o", "void*"),
-            Param("lse", "float*"),
-            *strides,
-            *(Param(name, "int") for name in ints),
-            Param("softmax_scale", "float"),
-            Param("softmax_scale_log2", "float"),
-        )
+    def entry_points(self) -> tuple[EntryPoint, ...]:
+        return (EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "tiles"),)
+
+    @property
+    def strided_tensors(self) -> tuple[str, ...]:
+        return ("q", "k", "v", "o")
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", *(("num_m_blocks",) if self.uneven else ()))
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []

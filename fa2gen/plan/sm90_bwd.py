@@ -324,13 +324,21 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (
-            EntryPoint(self.preprocess_name, self.preprocess_threads, 0, ()),
-            EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps, STARTS_EARLY),
+            EntryPoint(self.preprocess_name, self.preprocess_threads, 0, (), "query blocks"),
+            EntryPoint(
+                self.name,
+                self.num_threads,
+                self.shared_memory_bytes,
+                self.tensor_maps,
+                "key blocks",
+                STARTS_EARLY,
+            ),
             EntryPoint(
                 self.postprocess_name,
                 self.postprocess_threads,
                 self.q_tile.bytes,
                 self.postprocess_tensor_maps,
+                "query blocks",
                 STARTS_EARLY,
             ),
         )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.arch import ARCHES
+from fa2gen.features import Scratch
 from fa2gen.layout import Panels, align_up
-from fa2gen.plan.base import BrokenRule, Param, TensorMapPlan, bytes_text
+from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, bytes_text
 from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, Sm90Plan
 from fa2gen.ptx import Wgmma
 
@@ -147,23 +148,21 @@ class Sm90FwdPlan(Sm90Plan):
         )
 
     @property
-    def params(self) -> tuple[Param, ...]:
-        ints = (
-            "seqlen_q",
-            "seqlen_k",
-            "num_heads",
-            "num_heads_per_kv",
-            "num_m_blocks",
-            "num_tiles",
-            *(("num_batch_heads", "heads_per_section") if self.causal else ()),
-        )
-        return (
-            Param("lse", "float*"),
-            Param("tile_counter", "int*"),
-            *(Param(name, "int") for name in ints),
-            Param("softmax_scale", "float"),
-            Param("softmax_scale_log2", "float"),
-        )
+    def entry_points(self) -> tuple[EntryPoint, ...]:
+        return (EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps, "persistent"),)
+
+    @property
+    def scratch(self) -> tuple[Scratch, ...]:
+        return (Scratch("tile_counter", "int*", cleared=True),)
+
+    @property
+    def strided_tensors(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        sections = ("num_batch_heads", "heads_per_section") if self.uneven else ()
+        return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", "num_tiles", *sections)
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []

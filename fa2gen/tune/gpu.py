@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import math
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fa2gen import env
+from fa2gen import cases, env
 from fa2gen.arch import ArchName
-from fa2gen.bench.points import HIDDEN, TOKENS, Point
+from fa2gen.bench.points import HIDDEN, TOKENS, flops_of
 from fa2gen.bench.protocol import PROTOCOL, CudaTimer, interleaved, significant
 from fa2gen.bench.provenance import current_device, versions
+from fa2gen.cases import Case
 from fa2gen.errors import Fa2GenError
-from fa2gen.launch import ForwardShape
+from fa2gen.features import examples_of
+from fa2gen.options import Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import kernel_arch
 from fa2gen.spec import KernelSpec, Problem
@@ -32,37 +34,22 @@ from fa2gen.tune.search import Built, DeviceLost
 
 if TYPE_CHECKING:
     from fa2gen.kernel import Kernel
-    from fa2gen.reference import GradientVerdict, Verdict
 
 __all__ = ["GpuRunner"]
 
 # What a candidate is checked at: ragged in both lengths with grouped heads, and several whole tiles with more queries
 # than keys, so that a causal mask leaves rows without any.
-CHECKS = (ForwardShape(2, 337, 523, 4, 2), ForwardShape(1, 1024, 768, 2, 2))
-
-
-@dataclass(frozen=True)
-class _Tensors:
-    """Inputs and results of a pass: (q, k, v) and (out, lse); or (q, k, v, dout, out, lse) and (dq, dk, dv)."""
-
-    inputs: tuple[Any, ...]
-    results: tuple[Any, ...]
-
-
-def _scale(problem: Problem) -> float:
-    scale: float = problem.head_dim**-0.5
-    return scale
+CHECKS = (Shape(2, 337, 523, 4, 2), Shape(1, 1024, 768, 2, 2))
 
 
 class GpuRunner:
     """A `Runner` on torch's current CUDA device and stream.
 
-    One problem's forward kernels at a time are kept loaded. Backward kernels go through fa2gen.ops, which keeps them:
-    they need scratch memory, and there are a dozen a problem.
+    The tensors of one problem at a time are kept, the same for all of its candidates.
     """
 
     def __init__(self, arch: ArchName, jobs: int | None = None, store: Store | None = None) -> None:
-        torch = self._torch = import_module("torch")
+        self._torch = import_module("torch")
         self._device = current_device()
         _, self._target = kernel_arch(self._device, arch)
         self.circumstances = (self._device.name, str(versions()["nvrtc"]), PROTOCOL)
@@ -71,8 +58,7 @@ class GpuRunner:
         self._pool = ThreadPoolExecutor(jobs or max(1, env.jobs() - 1), thread_name_prefix="fa2gen-compile")
         self._futures: dict[KernelSpec, Future[Entry]] = {}
         self._timer = CudaTimer()
-        self._counter = torch.zeros(1, dtype=torch.int32, device="cuda")
-        self._known: dict[tuple[Problem, ForwardShape], _Tensors] = {}  # of one problem at a time
+        self._known: dict[tuple[Problem, Shape], Case] = {}  # of one problem at a time
 
     def close(self) -> None:
         """Stop compiling what is not needed any more."""
@@ -90,25 +76,13 @@ class GpuRunner:
         return Built(spec, digest, entry.report, functools.cache(lambda: self._load(spec, entry.cubin)))
 
     def check(self, built: Built) -> str | None:
-        from fa2gen.reference import check, check_gradients
-
-        torch, problem = self._torch, built.spec.problem
-        causal = problem.mask == "causal"
-        for shape in CHECKS:
-            tensors = self._tensors(problem, shape)
-            for x in tensors.results:
-                x.fill_(math.nan)
-            call = self._call(built, shape, tensors)
+        problem = built.spec.problem
+        for shape, options in itertools.product(CHECKS, examples_of(problem)):
+            case = cases.make(built.spec, shape, options, device="cuda")
             with self._judged(built):
-                call()
-                torch.cuda.synchronize()
-            verdict: Verdict | GradientVerdict
-            with torch.no_grad():
-                if problem.direction == "bwd":
-                    q, k, v, dout, *_ = tensors.inputs
-                    verdict = check_gradients(tensors.results, dout, q, k, v, causal=causal)
-                else:
-                    verdict = check(*tensors.results, *tensors.inputs, causal=causal)
+                cases.prepare(built.handle(), case)()
+                self._torch.cuda.synchronize()
+            verdict = cases.verdict(case)
             if not verdict.ok:
                 return f"{shape}: {verdict}"
         return None
@@ -116,23 +90,12 @@ class GpuRunner:
     def time(self, kernels: Sequence[Built], seqlen: int, rounds: int) -> list[float]:
         problem = kernels[0].spec.problem
         heads = max(1, HIDDEN // problem.head_dim)
-        shape = ForwardShape(max(1, TOKENS // seqlen), seqlen, seqlen, heads, heads)
-        point = Point(
-            preset="tune",
-            direction=problem.direction,
-            head_dim=problem.head_dim,
-            dtype=problem.dtype,
-            causal=problem.mask == "causal",
-            batch=shape.batch,
-            seqlen=seqlen,
-            heads=heads,
-            heads_kv=heads,
-        )
-        tensors = self._tensors(problem, shape)
-        calls = {built.spec.name: self._call(built, shape, tensors) for built in kernels}
+        shape = Shape(max(1, TOKENS // seqlen), seqlen, seqlen, heads, heads)
+        calls = {built.spec.name: cases.prepare(built.handle(), self._case(built.spec, shape)) for built in kernels}
         with self._judged(kernels[0]):
             times = interleaved(calls, self._timer, rounds)
-        return [significant(point.flops / statistics.median(times[built.spec.name]) / 1e9) for built in kernels]
+        flops = flops_of(problem, shape, examples_of(problem)[0])
+        return [significant(flops / statistics.median(times[built.spec.name]) / 1e9) for built in kernels]
 
     # Details
 
@@ -141,55 +104,13 @@ class GpuRunner:
 
         return Kernel(make_plan(spec), cubin, self._torch.cuda.current_device())
 
-    def _tensors(self, problem: Problem, shape: ForwardShape) -> _Tensors:
-        """Of a shape: random, and the same for all candidates of a problem."""
-        if any(owner != problem for owner, _ in self._known):
+    def _case(self, spec: KernelSpec, shape: Shape) -> Case:
+        """Of a kernel, with the tensors of all candidates of its problem."""
+        if any(owner != spec.problem for owner, _ in self._known):
             self._known.clear()
-        if (problem, shape) not in self._known:
-            self._known[problem, shape] = self._fresh(problem, shape)
-        return self._known[problem, shape]
-
-    def _fresh(self, problem: Problem, shape: ForwardShape) -> _Tensors:
-        torch = self._torch
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[problem.dtype]
-        generator = torch.Generator(device="cuda").manual_seed(shape.seqlen_q * 4099 + problem.head_dim)
-
-        def random(seqlen: int, heads: int) -> Any:
-            size = (shape.batch, seqlen, heads, problem.head_dim)
-            return torch.randn(size, generator=generator, device="cuda", dtype=dtype)
-
-        q = random(shape.seqlen_q, shape.num_heads)
-        k, v = random(shape.seqlen_k, shape.num_heads_kv), random(shape.seqlen_k, shape.num_heads_kv)
-        if problem.direction == "bwd":
-            from fa2gen.ops.dispatch import forward_cuda
-
-            dout = random(shape.seqlen_q, shape.num_heads)
-            out, lse = forward_cuda(q, k, v, _scale(problem), problem.mask == "causal")
-            return _Tensors((q, k, v, dout, out, lse), tuple(torch.empty_like(x) for x in (q, k, v)))
-        lse = torch.empty(shape.batch, shape.num_heads, shape.seqlen_q, device="cuda", dtype=torch.float32)
-        return _Tensors((q, k, v), (torch.empty_like(q), lse))
-
-    def _call(self, built: Built, shape: ForwardShape, tensors: _Tensors) -> Any:
-        """What is timed: with nothing left to do but to enqueue it."""
-        if built.spec.problem.direction == "bwd":
-            return self._backward(built, tensors)
-        (q, k, v), (out, lse) = tensors.inputs, tensors.results
-        kernel: Kernel = built.handle()
-        strides = {name: x.stride()[:3] for name, x in zip("qkvo", (q, k, v, out), strict=True)}
-        launch = kernel.prepare(shape, softmax_scale=_scale(built.spec.problem), **strides)
-        at_q, at_k, at_v, at_out, at_lse, at_counter = (x.data_ptr() for x in (q, k, v, out, lse, self._counter))
-        stream = self._torch.cuda.current_stream().cuda_stream
-        return lambda: launch(at_q, at_k, at_v, at_out, at_lse, at_counter, stream)
-
-    def _backward(self, built: Built, tensors: _Tensors) -> Any:
-        from fa2gen.ops.backward import backward_cuda
-
-        q, k, v, dout, out, lse = tensors.inputs
-        problem, tiling = built.spec.problem, built.spec.tiling
-        scale, causal = _scale(problem), problem.mask == "causal"
-        return lambda: backward_cuda(
-            dout, q, k, v, out, lse, None, scale, causal, problem.deterministic, tiling, tensors.results
-        )
+        if (spec.problem, shape) not in self._known:
+            self._known[spec.problem, shape] = cases.make(spec, shape, device="cuda", large=True)
+        return replace(self._known[spec.problem, shape], spec=spec)
 
     @contextmanager
     def _judged(self, built: Built) -> Iterator[None]:

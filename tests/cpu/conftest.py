@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fa2gen.cpu import Options, find_compiler, run_forward
+from fa2gen.cpu import RunOptions, find_compiler, run_kernel
 from fa2gen.errors import Fa2GenError
+from fa2gen.features import examples_of
 from fa2gen.plan import make_plan
 from fa2gen.reference import check
 from fa2gen.spec import KernelSpec
@@ -35,15 +36,20 @@ def _inputs(dtype: str, head_dim: int, sizes: tuple[int, ...]) -> tuple[torch.Te
 
 @pytest.fixture(scope="session")
 def machine() -> SimpleNamespace:
-    """`run(name, (batch, seqlen_q, seqlen_k, heads, heads_kv), ...)` gives (verdict, report, out, lse)."""
+    """`run(name, (batch, seqlen_q, seqlen_k, heads, heads_kv), ...)` gives (verdict, report, out, lse).
 
-    def run(name, sizes, rendered=None, **options):
+    options  of the call; default: the first of the problem's examples. The other keywords are those of RunOptions.
+    """
+
+    def run(name, sizes, options=None, rendered=None, **how):
         plan = make_plan(KernelSpec.from_name(name))
         q, k, v = _inputs(plan.dtype, plan.head_dim, sizes)
         out = amid_nan(torch.full_like(q, NAN))
         lse = torch.full((sizes[0], sizes[3], sizes[1]), NAN)
-        report = run_forward(plan, out, lse, q, k, v, softmax_scale=None, options=Options(**options), rendered=rendered)
+        options = options or examples_of(plan.problem)[0]
+        tensors = {"q": q, "k": k, "v": v, "o": out, "lse": lse}
+        report = run_kernel(plan, tensors, options, run_options=RunOptions(**how), rendered=rendered)
         assert_guard_is_intact(out)
-        return check(out, lse, q, k, v, causal=plan.causal), report, out, lse
+        return check(out, lse, q, k, v, **options._asdict()), report, out, lse
 
     return SimpleNamespace(run=run)

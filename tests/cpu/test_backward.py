@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from fa2gen.cli import app
-from fa2gen.cpu import Options, build_library
-from fa2gen.cpu.backward import run_backward
+from fa2gen.cpu import RunOptions, build_library, run_kernel
+from fa2gen.features import examples_of
 from fa2gen.plan import make_plan
 from fa2gen.reference import attention_reference, check_gradients
 from fa2gen.select import default_tiling
@@ -67,8 +67,8 @@ def every_default():
         yield KernelSpec(problem=problem, tiling=default_tiling(problem, arch)).name
 
 
-def run(name, sizes, *, with_dlse=False, gain=1.0, scale=None, rendered=None, **options):
-    """(verdict, gradients)"""
+def run(name, sizes, *, with_dlse=False, gain=1.0, options=None, rendered=None, **how):
+    """(verdict, gradients); `options` default to the first of the problem's examples, others are RunOptions's."""
     plan = make_plan(KernelSpec.from_name(name))
     batch, seqlen_q, seqlen_k, heads, heads_kv = sizes
     generator = torch.Generator().manual_seed(plan.head_dim)
@@ -80,25 +80,16 @@ def run(name, sizes, *, with_dlse=False, gain=1.0, scale=None, rendered=None, **
     q, k, v = random(seqlen_q, heads), random(seqlen_k, heads_kv), random(seqlen_k, heads_kv)
     dout = random(seqlen_q, heads)
     dlse = torch.randn(batch, heads, seqlen_q, generator=generator) if with_dlse else None
-    out, lse = attention_reference(q, k, v, causal=plan.causal, softmax_scale=scale)
+    options = options or examples_of(plan.problem)[0]
+    said = options._asdict()
+    out, lse = attention_reference(q, k, v, **said)
     gradients = tuple(amid_nan(torch.full_like(x, NAN)) for x in (q, k, v))
-    run_backward(
-        plan,
-        *gradients,
-        dout,
-        q,
-        k,
-        v,
-        amid_nan(out),
-        lse.contiguous(),
-        dlse,
-        softmax_scale=scale,
-        options=Options(**options),
-        rendered=rendered,
-    )
+    tensors = {"q": q, "k": k, "v": v, "o": amid_nan(out), "dout": dout, "lse": lse.contiguous(), "dlse": dlse}
+    tensors |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    run_kernel(plan, tensors, options, run_options=RunOptions(**how), rendered=rendered)
     for x in gradients:
         assert_guard_is_intact(x)
-    verdict = check_gradients(gradients, dout, q, k, v, dlse=dlse, causal=plan.causal, softmax_scale=scale)
+    verdict = check_gradients(gradients, dout, q, k, v, dlse=dlse, **said)
     return verdict, gradients
 
 
@@ -142,7 +133,8 @@ def test_gradient_of_lse(name):
 def test_scales_and_magnitudes(name):
     """Scores of hundreds: without its mask a key that does not exist would get an infinite probability."""
     for gain, scale in ((8.0, None), (1.0, 0.5), (1.0, 1e-3)):
-        verdict, _ = run(name, RAGGED, gain=gain, scale=scale)
+        options = examples_of(KernelSpec.from_name(name).problem)[0]._replace(softmax_scale=scale)
+        verdict, _ = run(name, RAGGED, gain=gain, options=options)
         assert verdict.ok, f"gain {gain}, scale {scale}: {verdict}"
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fa2gen.cpu import Options, run_forward
+from fa2gen.cpu import RunOptions, run_kernel
+from fa2gen.features import examples_of
 from fa2gen.plan import make_plan
 from fa2gen.reference import check
 from fa2gen.spec import KernelSpec
@@ -35,8 +36,10 @@ def run(name, sizes=(), rendered=None, **options):
     plan = make_plan(KernelSpec.from_name(name))
     q, k, v = rising(torch.float16)
     out, lse = torch.empty_like(q), torch.empty(1, 1, SEQLEN)
-    run_forward(plan, out, lse, q, k, v, softmax_scale=None, options=Options(**options), rendered=rendered)
-    return (check(out, lse, q, k, v, causal=plan.causal),)
+    tensors = {"q": q, "k": k, "v": v, "o": out, "lse": lse}
+    call = examples_of(plan.problem)[0]
+    run_kernel(plan, tensors, call, run_options=RunOptions(**options), rendered=rendered)
+    return (check(out, lse, q, k, v, **call._asdict()),)
 
 
 FAULTS = (

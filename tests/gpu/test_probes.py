@@ -19,7 +19,7 @@ from fa2gen import kernel as launcher
 from fa2gen.compile import Unit, compile_unit
 from fa2gen.cpu import find_compiler
 from fa2gen.errors import Fa2GenError
-from fa2gen.launch import ForwardShape
+from fa2gen.options import Shape
 from fa2gen.plan.base import EntryPoint
 
 
@@ -57,7 +57,7 @@ def run_on_gpu(probe: Probe, target: str) -> list[Any]:
         tensor = tensors[int(tensor_map.name)]
         batch, seqlen, heads, head_dim = tensor.shape
         of_tensor = SimpleNamespace(name="probe", head_dim=head_dim, dtype=probe.k.dtype)
-        shape = ForwardShape(batch, seqlen, seqlen, heads, heads)
+        shape = Shape(batch, seqlen, seqlen, heads, heads)
         encoded = launcher._TensorMap(of_tensor, tensor_map, shape, tensor.stride()[:3], memory, start + 128 * number)
         encoded.point_to(tensor.data_ptr())
     ctypes.memmove(base + 128 * maps, params, len(params))

@@ -23,10 +23,11 @@ import torch
 from fa2gen.catalog import catalogue, tuned_rows
 from fa2gen.compile import Unit
 from fa2gen.cpu.build import build_source
-from fa2gen.cpu.forward import SHARED_BASE, tensor_map, view_of
+from fa2gen.cpu.kernel import SHARED_BASE, tensor_map, view_of
 from fa2gen.cpu.run import Argument, Job, run
+from fa2gen.features import Param
 from fa2gen.layout import Panels, align_up, ceil_div, swizzle
-from fa2gen.plan import KernelPlan, Param, TensorMapPlan, feasible_tilings, make_plan
+from fa2gen.plan import KernelPlan, TensorMapPlan, feasible_tilings, make_plan
 from fa2gen.ptx import Wgmma
 from fa2gen.render import Rendered, _environment, _strip_marks, render
 from fa2gen.select import default_tiling

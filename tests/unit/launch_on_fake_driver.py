@@ -12,14 +12,15 @@ import pytest
 
 from fa2gen.arch import ARCHES
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.kernel import Kernel, PreparedBackward, argument_sizes
-from fa2gen.launch import ForwardShape
+from fa2gen.features import examples_of
+from fa2gen.kernel import Kernel, argument_sizes
+from fa2gen.options import Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
 
 CUBIN = b"\x7fELF" + bytes(60)
-SHAPE = ForwardShape(batch=2, seqlen_q=300, seqlen_k=200, num_heads=4, num_heads_kv=2)
+SHAPE = Shape(batch=2, seqlen_q=300, seqlen_k=200, num_heads=4, num_heads_kv=2)
 SCALE = 0.125
 ADDRESSES = {"q": 0x7F0000010000, "k": 0x20000, "v": 0x30000, "o": 0x40000, "lse": 0x50000, "tile_counter": 0x60000}
 U64, U32, I32 = ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32
@@ -28,6 +29,11 @@ fake = ctypes.CDLL("libcuda.so.1")
 
 
 MAX_ARGUMENTS = 12  # fake_libcuda.c's
+
+
+def scaled(plan, softmax_scale):
+    """The options of a typical call of a plan, with another scale."""
+    return examples_of(plan.problem)[0]._replace(softmax_scale=softmax_scale)
 
 
 class Launch(ctypes.Structure):
@@ -78,7 +84,13 @@ def strides(seqlen, heads, head_dim):
 def prepare(kernel, shape=SHAPE, **changes):
     d = kernel.plan.head_dim
     q, kv = strides(shape.seqlen_q, shape.num_heads, d), strides(shape.seqlen_k, shape.num_heads_kv, d)
-    return kernel.prepare(shape, **{"q": q, "k": kv, "v": kv, "o": q, "softmax_scale": SCALE, **changes})
+    return kernel.prepare(shape, {"q": q, "k": kv, "v": kv, "o": q, **changes}, scaled(kernel.plan, SCALE))
+
+
+def call(launch, addresses, stream=0):
+    """A launch with addresses by name."""
+    operands = tuple(addresses[operand.name] for operand in launch.kernel.plan.operands)
+    launch(operands, addresses.get("scratch", addresses.get("tile_counter", 0)), stream)
 
 
 def params(plan):
@@ -99,7 +111,7 @@ def tensor_maps(plan):
 def test_one_launch(arch, mask):
     kernel = make(arch, mask=mask)
     plan = kernel.plan
-    prepare(kernel)(**ADDRESSES, stream=0x77)
+    call(prepare(kernel), ADDRESSES, 0x77)
     m_blocks = -(-300 // plan.tile_m)
     assert launched.count == 1 and launched.stream == 0x77 and launched.function == 0x4000
     assert launched.misaligned == 0 and not launched.starts_early
@@ -132,7 +144,7 @@ def test_one_launch(arch, mask):
 def test_tensor_maps(dtype, code):
     kernel = make("sm90", head_dim=96, dtype=dtype)
     packed = (200 * 3 * 2 * 96, 3 * 2 * 96, 96)  # k and v are slices of a (batch, seqlen, 3, heads, head_dim)
-    prepare(kernel, k=packed, v=packed)(**ADDRESSES, stream=0)
+    call(prepare(kernel, k=packed, v=packed), ADDRESSES)
     maps = tensor_maps(kernel.plan)
     assert [*maps] == ["q", "k", "k_last", "v", "v_last", "o"]  # head dim 96 has a second panel of 32 columns
     for planned, found in zip(kernel.plan.tensor_maps, maps.values(), strict=True):
@@ -147,23 +159,23 @@ def test_tensor_maps(dtype, code):
 
 
 def test_dimensions_of_one_element_get_a_valid_stride():
-    shape = ForwardShape(1, 1, 200, 1, 1)
-    prepare(make("sm90"), shape, q=(3, 5, 7), o=(1, 1, 1))(**ADDRESSES, stream=0)
+    shape = Shape(1, 1, 200, 1, 1)
+    call(prepare(make("sm90"), shape, q=(3, 5, 7), o=(1, 1, 1)), ADDRESSES)
     for name in ("q", "o"):
         assert all(step and step % 16 == 0 for step in tensor_maps(make("sm90").plan)[name].strides)
 
 
 def test_only_new_addresses_are_encoded():
     launch = prepare(make("sm90"))
-    launch(**ADDRESSES, stream=0)
+    call(launch, ADDRESSES)
     assert encodes.value == 4
-    launch(**ADDRESSES, stream=0)
-    launch(**{**ADDRESSES, "lse": 0x51000, "tile_counter": 0x61000}, stream=0)
+    call(launch, ADDRESSES)
+    call(launch, {**ADDRESSES, "lse": 0x51000, "tile_counter": 0x61000})
     assert encodes.value == 4
     other = {**ADDRESSES, "o": 0x41000}
     for _ in range(3):
         for addresses in (other, ADDRESSES):
-            launch(**addresses, stream=0)
+            call(launch, addresses)
             assert tensor_maps(launch.kernel.plan)["o"].address == addresses["o"]
     assert encodes.value == 5 and launched.misaligned == 0
 
@@ -176,7 +188,7 @@ def test_each_launch_has_its_own_addresses(arch):
     given = {param.name for param in plan.params} | {tensor_map.name for tensor_map in plan.tensor_maps}
     for name in (*ADDRESSES, *ADDRESSES):
         for addresses in ({**ADDRESSES, name: 0x99000}, ADDRESSES, ADDRESSES):
-            launch(**addresses, stream=0)
+            call(launch, addresses)
             found = {tensor_map: found.address for tensor_map, found in tensor_maps(plan).items()}
             found |= {param: value for param, value in params(plan).items() if param in ADDRESSES}
             assert found == {name: at for name, at in addresses.items() if name in given}
@@ -188,12 +200,12 @@ def test_the_launch_after_a_refused_one_has_its_own_addresses(refused):
     launch = prepare(make("sm90"))
     others = {name: at + 0x100000 for name, at in ADDRESSES.items()}
     for addresses in (others, ADDRESSES):
-        launch(**addresses, stream=0)
+        call(launch, addresses)
     set_result("fake_encode_result", 1)
     with pytest.raises(Fa2GenError, match=f"tensor map of {refused}"):
-        launch(**{**others, refused: 0x990000}, stream=0)
+        call(launch, {**others, refused: 0x990000})
     set_result("fake_encode_result", 0)
-    launch(**ADDRESSES, stream=0)
+    call(launch, ADDRESSES)
     maps = tensor_maps(launch.kernel.plan)
     assert {name: found.address for name, found in maps.items()} == {name: ADDRESSES[name] for name in maps}
 
@@ -201,7 +213,7 @@ def test_the_launch_after_a_refused_one_has_its_own_addresses(refused):
 def test_many_addresses():
     launch = prepare(make("sm90"))
     for i in [*range(1, 500), *range(1, 500)]:
-        launch(**{**ADDRESSES, "q": i * 4096}, stream=0)
+        call(launch, {**ADDRESSES, "q": i * 4096})
         assert tensor_maps(launch.kernel.plan)["q"].address == i * 4096
     assert len(launch._maps[0][1]._encoded) <= 64
 
@@ -221,7 +233,7 @@ def test_threads_do_not_mix_their_arguments(arch):
 
     def work(n):
         for i in range(300):
-            launch(**{name: at + (n * 1000 + i) * 4096 for name, at in ADDRESSES.items()}, stream=0)
+            call(launch, {name: at + (n * 1000 + i) * 4096 for name, at in ADDRESSES.items()})
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for thread in threads:
@@ -233,7 +245,7 @@ def test_threads_do_not_mix_their_arguments(arch):
 
 def test_a_thread_without_a_context_gets_one():
     U32.in_dll(fake, "fake_wrong_context_launches").value = 1
-    prepare(make("sm90"))(**ADDRESSES, stream=0)
+    call(prepare(make("sm90")), ADDRESSES)
     assert launched.count == 1
 
 
@@ -244,7 +256,7 @@ def test_a_failing_launch_says_what_and_why(arch):
     with pytest.raises(
         Fa2GenError, match=r"threads.*shared memory.*CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES.*as the test"
     ) as e:
-        launch(**ADDRESSES, stream=0)
+        call(launch, ADDRESSES)
     assert launch.kernel.plan.name in str(e.value)
 
 
@@ -253,7 +265,7 @@ def test_a_tensor_map_that_is_refused_says_which():
     set_result("fake_encode_result", 1)
     for _ in range(2):  # a refused map must not be taken for encoded
         with pytest.raises(Fa2GenError, match=r"tensor map of q.*\(64, 300, 4, 2\).*CUDA_ERROR_INVALID_VALUE"):
-            launch(**ADDRESSES, stream=0)
+            call(launch, ADDRESSES)
     assert launched.count == 0
 
 
@@ -278,11 +290,11 @@ def test_sizes_that_no_launch_can_hold(arch):
     kernel = make(arch)
     for sizes in ((2**22, 2**20, 8, 64, 64), (1, 2**31, 8, 1, 1), (1, 8, 2**31, 1, 1)):
         with pytest.raises(UnsupportedProblem, match=r"split|most"):
-            prepare(kernel, ForwardShape(*sizes))
+            prepare(kernel, Shape(*sizes))
     if arch == "sm80":  # batch and heads are the grid's y and z
         for sizes, word in (((70_000, 8, 8, 1, 1), "batch is 70,000"), ((1, 8, 8, 70_000, 1), "heads is 70,000")):
             with pytest.raises(UnsupportedProblem, match=f"{word}.*65,535"):
-                prepare(kernel, ForwardShape(*sizes))
+                prepare(kernel, Shape(*sizes))
 
 
 def test_a_stride_that_no_tensor_map_can_hold():
@@ -292,7 +304,7 @@ def test_a_stride_that_no_tensor_map_can_hold():
 
 @pytest.mark.parametrize(("arch", "head_dim"), itertools.product(ARCHES, range(8, 257, 8)))
 def test_every_head_dim_packs(arch, head_dim):
-    prepare(make(arch, head_dim))(**ADDRESSES, stream=0)
+    call(prepare(make(arch, head_dim)), ADDRESSES)
     assert launched.count == 1 and launched.misaligned == 0
 
 
@@ -323,7 +335,7 @@ def prepare_backward(kernel, shape=SHAPE, **changes):
     d = kernel.plan.head_dim
     q, kv = strides(shape.seqlen_q, shape.num_heads, d), strides(shape.seqlen_k, shape.num_heads_kv, d)
     every = dict.fromkeys(("q", "o", "dout", "dq"), q) | dict.fromkeys(("k", "v", "dk", "dv"), kv)
-    return PreparedBackward(kernel, shape, every | changes, SCALE)
+    return kernel.prepare(shape, every | changes, scaled(kernel.plan, SCALE))
 
 
 @pytest.mark.parametrize(
@@ -338,13 +350,13 @@ def test_one_backward(arch, head_dim, deterministic):
     kernel = make_backward(head_dim, arch=arch, deterministic=deterministic)
     plan = kernel.plan
     launch = prepare_backward(kernel, dout=(7 * 2**20, 4096, 256))
-    launch(**BACKWARD_ADDRESSES, stream=0x77)
+    call(launch, BACKWARD_ADDRESSES, 0x77)
     assert launched.count == 3 and launched.misaligned == 0
     history = (Launch * 4).in_dll(fake, "fake_launches")
     m_blocks, n_blocks = -(-300 // plan.tile_m), -(-200 // plan.tile_n)
     scratch = BACKWARD_ADDRESSES["scratch"]
     statistics = 4 * m_blocks * plan.tile_m * 8
-    assert launch.statistics_floats * 4 == statistics
+    assert launch.scratch_bytes >= 2 * statistics
     for i, (entry, function, blocks) in enumerate(
         zip(plan.entry_points, (0x4001, 0x4000, 0x4002), (m_blocks * 8, n_blocks * 4, m_blocks * 8), strict=True)
     ):
@@ -376,27 +388,27 @@ def test_one_backward(arch, head_dim, deterministic):
             "num_heads_per_kv": 2,
         }
         if deterministic:
-            assert launch.num_dq_turns == m_blocks * 8
-            expected["dq_turns"] = scratch + 2 * statistics + 4 * launch.dq_acc_floats
+            expected["dq_turns"] = scratch + launch.scratch_bytes - 4 * m_blocks * 8
         assert {name: values[name] for name in expected} == expected
 
 
 def test_kernels_of_a_backward_in_turns_on_two_streams():
     """The stream of a launch that may start early lies in a struct that lives on."""
-    first, second = (prepare_backward(make_backward(64), ForwardShape(1, n, n, 2, 2)) for n in (100, 2000))
+    first, second = (prepare_backward(make_backward(64), Shape(1, n, n, 2, 2)) for n in (100, 2000))
     history = (Launch * 4).in_dll(fake, "fake_launches")
     for i in range(8):
         backward, stream = ((first, 0x11), (second, 0x22), (first, 0x33))[i % 3]
-        backward(**BACKWARD_ADDRESSES, stream=stream)
+        call(backward, BACKWARD_ADDRESSES, stream)
         latest = [history[(launched.count - behind) % 4] for behind in (2, 1, 0)]
         assert [one.stream for one in latest] == [stream] * 3
         assert [one.starts_early for one in latest] == [0, 1, 1]
-        assert latest[0].grid[0] == latest[2].grid[0] == backward.statistics_floats // backward.kernel.plan.tile_m
+        rows = 100 if backward is first else 2000
+        assert latest[0].grid[0] == latest[2].grid[0] == 2 * -(-rows // backward.kernel.plan.tile_m)
 
 
 def test_plain_launches_of_a_backward(monkeypatch):
     monkeypatch.setattr("fa2gen.plan.sm90_bwd.STARTS_EARLY", False)
-    prepare_backward(make_backward(64))(**BACKWARD_ADDRESSES, stream=0)
+    call(prepare_backward(make_backward(64)), BACKWARD_ADDRESSES)
     history = (Launch * 4).in_dll(fake, "fake_launches")
     assert [history[i].starts_early for i in (1, 2, 3)] == [0, 0, 0] and launched.count == 3
 
@@ -408,7 +420,7 @@ def test_a_failing_launch_of_a_backward_says_which_and_why(refused):
     U32.in_dll(fake, "fake_launches_before_failure").value = refused
     set_result("fake_launch_result", 701)
     with pytest.raises(Fa2GenError, match=r"threads.*CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES.*as the test") as e:
-        launch(**BACKWARD_ADDRESSES, stream=0)
+        call(launch, BACKWARD_ADDRESSES)
     entry = plan.entry_points[refused]
     assert str(e.value).startswith(f"{entry.symbol}: launch of (")
     assert f" x {entry.num_threads} threads with {entry.shared_memory_bytes:,} B" in str(e.value)
@@ -425,4 +437,4 @@ def test_backward_of_another_version_is_refused():
 def test_backward_that_no_launch_can_hold():
     for sizes in ((2**22, 2**20, 8, 64, 64), (1, 2**31, 8, 1, 1), (1, 8, 2**31, 1, 1)):
         with pytest.raises(UnsupportedProblem, match="split"):
-            prepare_backward(make_backward(64), ForwardShape(*sizes))
+            prepare_backward(make_backward(64), Shape(*sizes))

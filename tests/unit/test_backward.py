@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fa2gen import InfeasibleSpec, InvalidInput, UnsupportedProblem, attention, flash_attn_func
 from fa2gen.compile import launch_facts
-from fa2gen.launch import ForwardShape, backward_launch
+from fa2gen.features import examples_of
+from fa2gen.launch import launch_of
 from fa2gen.layout import accumulator_position
 from fa2gen.ops import flash_attn_qkvpacked_func
+from fa2gen.options import Shape
 from fa2gen.plan import feasible_tilings, make_plan
 from fa2gen.reference import attention_backward_tiled, attention_reference, attention_tiled, check_gradients
 from fa2gen.render import render
@@ -25,6 +27,11 @@ from fa2gen.spec import KernelSpec, Problem, Tiling
 # (batch, seqlen_q, seqlen_k, heads, heads_kv)
 SHAPES = ((2, 50, 70, 4, 2), (1, 70, 50, 4, 1), (1, 33, 33, 2, 2), (1, 1, 40, 2, 1), (1, 40, 1, 2, 1))
 EMPTY = ((1, 5, 0, 2, 2), (1, 0, 5, 2, 1), (0, 5, 5, 2, 1))
+
+
+def scaled(plan, softmax_scale):
+    """The options of a typical call of a plan, with another scale."""
+    return examples_of(plan.problem)[0]._replace(softmax_scale=softmax_scale)
 
 
 def inputs(sizes, head_dim=16, dtype=torch.bfloat16):
@@ -354,19 +361,19 @@ def test_the_sums_of_dq_hold_every_element_once(name):
 def test_launch_facts():
     problem = Problem(direction="bwd", head_dim=128, mask="causal")
     plan: Any = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
-    launch = backward_launch(plan, ForwardShape(2, 300, 1000, 12, 4), 0.125)
+    launch = launch_of(plan, Shape(2, 300, 1000, 12, 4), scaled(plan, 0.125), 132)
     blocks = -(-300 // plan.tile_m)
-    assert launch.grids == (blocks * 24, 8 * 8, blocks * 24)
-    assert launch.statistics_floats == blocks * plan.tile_m * 24
-    assert launch.dq_acc_floats == blocks * plan.tile_m * 128 * 24
+    assert launch.grids == tuple((count, 1, 1) for count in (blocks * 24, 8 * 8, blocks * 24))
+    assert launch.scratch["lse_log2"] == blocks * plan.tile_m * 24
+    assert launch.scratch["dq_acc"] == blocks * plan.tile_m * 128 * 24
     assert {param.name for param in plan.params} - set(launch.values) == {
         *("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc"),
         *(f"{name}_{step}_stride" for name in ("o", "dout") for step in ("batch", "row", "head")),
     }
-    assert launch.num_dq_turns == 0
-    for shape in (ForwardShape(1 << 20, 1 << 20, 8, 64, 64), ForwardShape(1, 1 << 30, 1 << 30, 1, 1)):
+    assert "dq_turns" not in launch.scratch
+    for shape in (Shape(1 << 20, 1 << 20, 8, 64, 64), Shape(1, 1 << 30, 1 << 30, 1, 1)):
         with pytest.raises(OverflowError):
-            backward_launch(plan, shape, 0.125)
+            launch_of(plan, shape, scaled(plan, 0.125), 132)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
@@ -374,8 +381,8 @@ def test_launch_facts_of_deterministic_kernels(mask):
     """A turn for each block of queries; and sections of heads, also where the mask alone would not ask for them."""
     problem = Problem(direction="bwd", head_dim=128, mask=mask, deterministic=True)
     plan: Any = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
-    launch = backward_launch(plan, ForwardShape(2, 8192, 8192, 16, 16), 0.125)
-    assert launch.num_dq_turns == launch.grids[0] == -(-8192 // plan.tile_m) * 32
+    launch = launch_of(plan, Shape(2, 8192, 8192, 16, 16), scaled(plan, 0.125), 132)
+    assert launch.scratch["dq_turns"] == launch.grids[0][0] == -(-8192 // plan.tile_m) * 32
     assert launch.values["heads_per_section"] == 4  # of 8 MiB of Q, dO and dQ each, in 32 MiB
     assert plan.pack_params(launch.values | dict.fromkeys({param.name for param in plan.params} - {*launch.values}, 0))
     names = [param.name for param in plan.params]

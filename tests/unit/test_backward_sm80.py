@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from fa2gen import InfeasibleSpec
-from fa2gen.launch import ForwardShape, backward_launch
+from fa2gen.features import examples_of
+from fa2gen.launch import launch_of
 from fa2gen.layout import accumulator_position, swizzle
+from fa2gen.options import Shape
 from fa2gen.plan import feasible_tilings, make_plan
 from fa2gen.plan.sm80_bwd import Sm80BwdPlan, default_tiling_sm80_bwd
 from fa2gen.select import default_tiling
@@ -18,6 +20,11 @@ from fa2gen.spec import KernelSpec, Problem, Tiling
 
 LIMITS = {"8.0": 166_912, "8.6": 101_376}
 """Bytes of shared memory that a block may have, by compute capability."""
+
+
+def scaled(plan, softmax_scale):
+    """The options of a typical call of a plan, with another scale."""
+    return examples_of(plan.problem)[0]._replace(softmax_scale=softmax_scale)
 
 
 def plans():
@@ -151,11 +158,11 @@ def test_every_head_dim_has_a_default(limit):
 def test_launch_facts(deterministic):
     problem = Problem(direction="bwd", head_dim=128, mask="causal", deterministic=deterministic)
     plan: Any = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm80")))
-    launch = backward_launch(plan, ForwardShape(2, 300, 1000, 12, 4), 0.125)
+    launch = launch_of(plan, Shape(2, 300, 1000, 12, 4), scaled(plan, 0.125), 132)
     assert (plan.tile_m, plan.tile_n) == (64, 128)
-    assert launch.grids == (5 * 24, 8 * 8, 5 * 24)
-    assert launch.statistics_floats == 5 * 64 * 24 and launch.dq_acc_floats == 5 * 64 * 128 * 24
-    assert launch.num_dq_turns == (5 * 24 if deterministic else 0)
+    assert launch.grids == tuple((count, 1, 1) for count in (5 * 24, 8 * 8, 5 * 24))
+    assert launch.scratch["lse_log2"] == 5 * 64 * 24 and launch.scratch["dq_acc"] == 5 * 64 * 128 * 24
+    assert launch.scratch.get("dq_turns", 0) == (5 * 24 if deterministic else 0)
     tensors = ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
     assert {param.name for param in plan.params} - set(launch.values) == {
         *(*tensors, "lse", "dlse", "lse_log2", "dpsum", "dq_acc"),

@@ -20,6 +20,7 @@ from fa2gen import env, verify
 from fa2gen.arch import ARCHES
 from fa2gen.cli import ExitStatus, app
 from fa2gen.errors import CompileError
+from fa2gen.options import Options
 from fa2gen.plan import directions, fits, make_plan
 from fa2gen.spec import Direction, KernelSpec
 
@@ -423,31 +424,30 @@ def test_verify_on_host_without_a_compiler_is_status_3(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """fa2gen.cpu stands in: its two functions compute right answers until a test replaces them."""
-    from fa2gen.cpu import Options, Report
+    """fa2gen.cpu stands in: its run_kernel computes right answers until a test replaces it."""
+    from fa2gen.cpu import Report, RunOptions
     from fa2gen.reference import attention_backward_tiled, attention_reference
 
-    def forward_into(spec: KernelSpec, out: Any, lse: Any, q: Any, k: Any, v: Any, options: Options) -> Report:
-        right_out, right_lse = attention_reference(q, k, v, causal=spec.problem.mask == "causal")
-        out.copy_(right_out)
-        lse.copy_(right_lse)
-        return Report(0.0)
-
-    def run_backward(plan: Any, dq: Any, dk: Any, dv: Any, *tensors: Any, options: Options) -> Report:
-        for x, right in zip((dq, dk, dv), attention_backward_tiled(*tensors, causal=plan.causal), strict=True):
-            x.copy_(right)
+    def run_kernel(spec: KernelSpec, x: dict[str, Any], options: Any, run_options: RunOptions) -> Report:
+        if spec.problem.direction == "fwd":
+            right = attention_reference(x["q"], x["k"], x["v"], **options._asdict())
+        else:
+            inputs = (x[name] for name in ("dout", "q", "k", "v", "o", "lse"))
+            right = attention_backward_tiled(*inputs, **options._asdict())
+        for name, value in zip(RESULTS[spec.problem.direction], right, strict=True):
+            x[name].copy_(value)
         return Report(0.0)
 
     module = types.ModuleType("fa2gen.cpu")
-    module.Options = Options
-    module.forward_into = forward_into
-    module.run_backward = run_backward
+    module.RunOptions = RunOptions
+    module.run_kernel = run_kernel
     monkeypatch.setitem(sys.modules, "fa2gen.cpu", module)
     monkeypatch.setattr(fa2gen, "cpu", module, raising=False)
     monkeypatch.setattr(verify, "nothing_to_run_on", lambda place: None)
     return module
 
 
+RESULTS = {"fwd": ("o", "lse"), "bwd": ("dq", "dk", "dv")}
 CAUSAL = "fa2_fwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
 BACKWARD = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
 
@@ -461,7 +461,7 @@ def test_verify_right_answers(machine, name):
         assert row.keys() >= VERIFY_KEYS
         assert (row["name"], row["ok"], row["error"], row["counts"]) == (name, True, None, {})
         assert row["max_error"] <= row["max_allowed"] and row["mean_error"] <= row["mean_allowed"]
-        assert row["shape"].keys() == {"batch", "seqlen_q", "seqlen_k", "heads", "heads_kv"}
+        assert row["shape"].keys() == {"batch", "seqlen_q", "seqlen_k", "num_heads", "num_heads_kv"}
     human = fa2("verify", name, "--on", "cpu")
     assert name in human.stdout and "all right" in human.stderr
 
@@ -493,16 +493,21 @@ def one_too_early(out: Any, lse: Any) -> None:
     lse.as_strided((1,), (1,), lse.storage_offset() - 1)[0] = 0
 
 
-@pytest.mark.parametrize("fault", [wrong_value, wrong_lse, unwritten, one_too_many, one_too_early])
-def test_verify_catches(machine, fault):
-    right = machine.forward_into
+def with_fault(machine: Any, fault: Any, *names: str) -> None:
+    """fa2gen.cpu.run_kernel, with something wrong in the results of those names."""
+    right = machine.run_kernel
 
-    def faulty(spec: KernelSpec, out: Any, lse: Any, *qkv: Any, **options: Any) -> Any:
-        report = right(spec, out, lse, *qkv, **options)
-        fault(out, lse)
+    def faulty(spec: KernelSpec, x: dict[str, Any], options: Any, **others: Any) -> Any:
+        report = right(spec, x, options, **others)
+        fault(*(x[name] for name in names))
         return report
 
-    machine.forward_into = faulty
+    machine.run_kernel = faulty
+
+
+@pytest.mark.parametrize("fault", [wrong_value, wrong_lse, unwritten, one_too_many, one_too_early])
+def test_verify_catches(machine, fault):
+    with_fault(machine, fault, "o", "lse")
     done = fa2("verify", CAUSAL, "--on", "cpu", "--json")
     assert done.status == ExitStatus.FAILED
     assert not any(row["ok"] for row in done.json)
@@ -511,16 +516,9 @@ def test_verify_catches(machine, fault):
 
 
 @pytest.mark.parametrize("fault", [wrong_value, unwritten, one_too_many])
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("which", RESULTS["bwd"])
 def test_verify_catches_in_each_gradient(machine, fault, which):
-    right = machine.run_backward
-
-    def faulty(plan: Any, *tensors: Any, **options: Any) -> Any:
-        report = right(plan, *tensors, **options)
-        fault(tensors[which], None)
-        return report
-
-    machine.run_backward = faulty
+    with_fault(machine, lambda x: fault(x, None), which)
     done = fa2("verify", BACKWARD, "--on", "cpu", "--json")
     assert done.status == ExitStatus.FAILED
     assert not any(row["ok"] for row in done.json)
@@ -530,14 +528,14 @@ def test_verify_of_a_kernel_that_does_not_run(machine):
     def fail(*_: Any, **__: Any) -> None:
         raise CompileError("no compiler")
 
-    machine.forward_into = fail
+    machine.run_kernel = fail
     done = fa2("verify", CAUSAL, "--on", "cpu", "--json")
     assert done.status == ExitStatus.FAILED
     assert {row["error"] for row in done.json} == {"no compiler"}
 
 
 def test_outcome_with_nan_is_json():
-    outcome = verify.Outcome(NAME, verify.SHAPES["gpu"][0], max_error=float("nan"), max_allowed=1.0)
+    outcome = verify.Outcome(NAME, verify.SHAPES["gpu"][0], Options(), max_error=float("nan"), max_allowed=1.0)
     assert replace(outcome, mean_error=float("inf")).to_json()["mean_error"] is None
     assert outcome.to_json()["max_error"] is None
 

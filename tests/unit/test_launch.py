@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops import attention, backward, dispatch, flash_attn_func
+from fa2gen.options import Options
 from fa2gen.plan import make_plan
 from fa2gen.reference import attention_tiled
 from fa2gen.select import Device, default_tiling
@@ -108,18 +109,20 @@ def test_without_a_driver_loading_fails_at_once():
 
 
 class FakeKernel:
-    def __init__(self, plan, needs_counter):
+    """prepared: (shape, strides, options) of each signature; launched: (addresses..., scratch, stream) of each call."""
+
+    def __init__(self, plan):
         self.plan = plan
-        self.needs_counter = needs_counter
+        self.scratch_bytes = 4 if plan.scratch else 0
         self.prepared = []
         self.launched = []
 
-    def prepare(self, shape, **strides):
-        self.prepared.append((shape, strides))
+    def prepare(self, shape, strides, options):
+        self.prepared.append((shape, strides, options))
         return self
 
-    def __call__(self, *addresses_and_stream):
-        self.launched.append(addresses_and_stream)
+    def __call__(self, operands, scratch, stream):
+        self.launched.append((*operands, scratch, stream))
 
 
 @pytest.fixture
@@ -130,7 +133,7 @@ def gpu(monkeypatch):
 
     def kernel(plan, target, device):
         state.target = target
-        return state.kernels.setdefault(plan.name, FakeKernel(plan, needs_counter=plan.arch == "sm90"))
+        return state.kernels.setdefault(plan.name, FakeKernel(plan))
 
     zeros = torch.zeros
     monkeypatch.setattr(dispatch, "_device", lambda index: h200)
@@ -163,9 +166,9 @@ def test_a_signature_is_prepared_once(gpu):
         out, lse = dispatch.forward_cuda(q, k, v, 0.1, True)
         assert only(gpu).launched[-1][:5] == tuple(x.data_ptr() for x in (q, k, v, out, lse))
     assert len(only(gpu).prepared) == 1 and len(only(gpu).launched) == 3
-    shape, options = only(gpu).prepared[0]
-    assert (shape.batch, shape.seqlen_q, shape.seqlen_k, shape.num_heads, shape.num_heads_kv) == (2, 37, 53, 6, 2)
-    assert options["q"] == options["o"] == (37 * 6 * 64, 6 * 64, 64) and options["softmax_scale"] == 0.1
+    shape, strides, options = only(gpu).prepared[0]
+    assert shape == (2, 37, 53, 6, 2) and options == Options(0.1, True)
+    assert strides["q"] == strides["o"] == (37 * 6 * 64, 6 * 64, 64)
 
 
 def test_whatever_changes_the_launch_is_part_of_the_signature(gpu):
@@ -311,7 +314,7 @@ def test_the_default_scale_is_prepared_as_the_number_it_is(gpu):
     q, k, v = tensors()
     for scale in (None, 64**-0.5):
         dispatch.forward_out(q, k, v, scale, True)
-        assert only(gpu).prepared[-1][1]["softmax_scale"] == 64**-0.5
+        assert only(gpu).prepared[-1][2].scale(64) == 64**-0.5
 
 
 def test_another_device_is_made_current_for_the_launch(gpu, monkeypatch):
@@ -520,27 +523,17 @@ def test_plain_calls_in_threads(cuda, monkeypatch):
 # Backward dispatch ----------------------------------------------------------------------------------------------------
 
 
-class FakeBackward:
-    made: list[FakeBackward] = []  # noqa: RUF012
-
-    def __init__(self, kernel, shape, strides, softmax_scale):
-        self.kernel, self.shape, self.strides, self.scale = kernel, shape, strides, softmax_scale
-        self.statistics_floats, self.dq_acc_floats, self.num_dq_turns = 100, 1000, 10
-        self.launched = []
-        self.made.append(self)
-
-    def __call__(self, **addresses):
-        self.launched.append(addresses)
-
-
 @pytest.fixture
 def gpu_backward(gpu, monkeypatch):
     monkeypatch.setattr(backward, "_device", dispatch._device)
     monkeypatch.setattr(backward, "_kernel", dispatch._kernel)
     monkeypatch.setattr(backward, "_calls", {})
-    monkeypatch.setattr("fa2gen.kernel.PreparedBackward", FakeBackward)
-    FakeBackward.made.clear()
     return gpu
+
+
+def latest(state):
+    """The kernel of the problem that was met last."""
+    return [*state.kernels.values()][-1]
 
 
 def test_one_backward_call(gpu_backward):
@@ -549,18 +542,19 @@ def test_one_backward_call(gpu_backward):
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     for dlse in (None, lse.clone()):
         dq, dk, dv = backward.backward_cuda(dout, q, k, v, out, lse, dlse, 0.1, True, False)
-        made = FakeBackward.made[-1]
-        (call,) = made.launched
-        given = {"q": q, "k": k, "v": v, "o": out, "dout": dout, "dq": dq, "dk": dk, "dv": dv, "lse": lse}
-        assert {name: call[name] for name in given} == {name: x.data_ptr() for name, x in given.items()}
-        assert call["dlse"] == (0 if dlse is None else dlse.data_ptr()) and call["stream"] == 5
-        assert made.strides["dout"] == dout.stride()[:3] and made.strides["dq"] == dq.stride()[:3]
-        assert made.kernel.plan.problem.direction == "bwd" and made.kernel.plan.mask == "causal"
-    assert len(FakeBackward.made) == 2
+        kernel = only(gpu_backward)
+        *addresses, of_dlse, scratch, stream = kernel.launched[-1]
+        assert addresses == [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
+        assert of_dlse == (0 if dlse is None else dlse.data_ptr()) and stream == 5 and scratch
+        _, strides, options = kernel.prepared[-1]
+        assert strides["dout"] == dout.stride()[:3] and strides["dq"] == dq.stride()[:3]
+        assert options == Options(0.1, True)
+        assert kernel.plan.problem.direction == "bwd" and kernel.plan.mask == "causal"
+    assert len(kernel.prepared) == 2
     backward.backward_cuda(dout, q, k, v, out, lse, None, 0.1, True, False)
-    assert len(FakeBackward.made) == 2, "a signature is prepared once"
+    assert len(kernel.prepared) == 2, "a signature is prepared once"
     backward.backward_cuda(dout, q, k, v, out, lse, None, 0.1, True, True)
-    assert [made.kernel.plan.deterministic for made in FakeBackward.made] == [False, False, True]
+    assert [kernel.plan.deterministic for kernel in gpu_backward.kernels.values()] == [False, True]
 
 
 def test_backward_copies_what_tma_does_not_take(gpu_backward):
@@ -568,14 +562,14 @@ def test_backward_copies_what_tma_does_not_take(gpu_backward):
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     one = torch.zeros(1, dtype=q.dtype).expand(q.shape)  # stride 0 also along the head dim: the gradient of a sum
     backward.backward_cuda(one, q, k, v, out, lse, None, 0.1, False, False)
-    assert FakeBackward.made[-1].strides["dout"] == out.stride()[:3]
+    assert only(gpu_backward).prepared[-1][1]["dout"] == out.stride()[:3]
 
 
 def test_backward_of_nothing_launches_nothing(gpu_backward):
     q, k, v = tensors(seqlen_q=0)
     lse = torch.zeros(q.shape[0], q.shape[2], 0)
     _, dk, dv = backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
-    assert not dk.any() and not dv.any() and not FakeBackward.made
+    assert not dk.any() and not dv.any() and not gpu_backward.kernels
 
 
 def test_backward_by_another_family(gpu_backward, monkeypatch):
@@ -586,4 +580,5 @@ def test_backward_by_another_family(gpu_backward, monkeypatch):
             monkeypatch.setenv("FA2GEN_ARCH", arch)
         backward._calls.clear()
         backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
-        assert FakeBackward.made[-1].kernel.plan.arch == (arch or "sm90")
+        assert latest(gpu_backward).plan.arch == (arch or "sm90")
+        gpu_backward.kernels.clear()

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from fa2gen.launch import SECTION_BYTES, ForwardShape, forward_launch
+from fa2gen.features import examples_of
+from fa2gen.launch import SECTION_BYTES, launch_of
+from fa2gen.options import Shape
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.render import render
 from fa2gen.select import default_tiling
@@ -25,6 +27,11 @@ from fa2gen.spec import KernelSpec, Problem
 COMPILER = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 H200_SMS = 132
+
+
+def scaled(plan, softmax_scale):
+    """The options of a typical call of a plan, with another scale."""
+    return examples_of(plan.problem)[0]._replace(softmax_scale=softmax_scale)
 
 
 @functools.cache
@@ -36,13 +43,13 @@ def plan_of(arch: str, mask: str, head_dim: int = 128) -> KernelPlan:
 KERNELS = [(arch, mask) for arch in ("sm80", "sm90") for mask in ("full", "causal")]
 
 
-def random_shapes(count: int, most: int) -> list[ForwardShape]:
+def random_shapes(count: int, most: int) -> list[Shape]:
     rng = random.Random(count + most)
     shapes = []
     for _ in range(count):
         num_heads_kv = rng.choice([1, 2, 3, 8])
         shapes.append(
-            ForwardShape(
+            Shape(
                 batch=rng.randint(1, 5),
                 seqlen_q=rng.randint(1, most),
                 seqlen_k=rng.randint(1, rng.choice([most, 40 * most])),
@@ -131,9 +138,9 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def params_of(plan: KernelPlan, shape: ForwardShape) -> bytes:
+def params_of(plan: KernelPlan, shape: Shape) -> bytes:
     values = dict.fromkeys((param.name for param in plan.params), 0)
-    known = forward_launch(plan, shape, 0.1, H200_SMS).values
+    known = launch_of(plan, shape, scaled(plan, 0.1), H200_SMS).values
     values |= {name: value for name, value in known.items() if name in values}
     return struct.pack(plan.params_format, *plan.pack_params(values))
 
@@ -157,7 +164,7 @@ def test_every_tile_is_visited_exactly_once(mask):
     """Each (m block, head, batch): one left out is a stripe of NaN, one taken twice a race."""
     plan, facts = plan_of("sm90", mask), library("sm90", mask)
     for shape in random_shapes(60, 3000):
-        launch = forward_launch(plan, shape, 0.1, H200_SMS)
+        launch = launch_of(plan, shape, scaled(plan, 0.1), H200_SMS)
         packed, out = params_of(plan, shape), (ctypes.c_int * 3)()
         seen = []
         for index in range(launch.values["num_tiles"]):
@@ -183,12 +190,12 @@ def tile_at(plan: KernelPlan, launch: dict[str, int], index: int) -> tuple[int, 
 
 
 HUGE = [
-    ForwardShape(1, 2**30, 2**30, 1, 1),
-    ForwardShape(1, 128, 2**30, 2**20, 2**10),
-    ForwardShape(2**20, 100, 100, 16, 1),
-    ForwardShape(2**12, 2**16, 1, 2**9, 1),
-    ForwardShape(3, 2**24 + 1, 17, 24, 8),
-    ForwardShape(1, 1, 1, 2**30, 2**30),
+    Shape(1, 2**30, 2**30, 1, 1),
+    Shape(1, 128, 2**30, 2**20, 2**10),
+    Shape(2**20, 100, 100, 16, 1),
+    Shape(2**12, 2**16, 1, 2**9, 1),
+    Shape(3, 2**24 + 1, 17, 24, 8),
+    Shape(1, 1, 1, 2**30, 2**30),
 ]
 
 
@@ -198,7 +205,7 @@ HUGE = [
 def test_the_order_of_tiles_does_not_overflow(mask, shape):
     """32 bits must agree with Python's integers up to the last tile that is accepted; the library traps on overflow."""
     plan, facts = plan_of("sm90", mask), library("sm90", mask)
-    launch = forward_launch(plan, shape, 0.1, H200_SMS).values
+    launch = launch_of(plan, shape, scaled(plan, 0.1), H200_SMS).values
     packed, out = params_of(plan, shape), (ctypes.c_int * 3)()
     rng = random.Random(8)
     last = launch["num_tiles"] - 1
@@ -210,7 +217,7 @@ def test_the_order_of_tiles_does_not_overflow(mask, shape):
 @pytest.mark.parametrize("shape", random_shapes(60, 9000), ids=str)
 def test_a_section_of_heads_fits_l2_and_shares_its_keys(shape):
     plan = plan_of("sm90", "causal")
-    heads = forward_launch(plan, shape, 0.1, H200_SMS).values["heads_per_section"]
+    heads = launch_of(plan, shape, scaled(plan, 0.1), H200_SMS).values["heads_per_section"]
     group = shape.num_heads // shape.num_heads_kv
     assert 1 <= heads <= shape.batch * shape.num_heads
     assert heads % group == 0, "heads that share K and V are walked together"
@@ -222,7 +229,7 @@ def test_a_section_of_heads_fits_l2_and_shares_its_keys(shape):
 def test_sm80_blocks_cover_the_m_blocks(mask):
     plan, facts = plan_of("sm80", mask), library("sm80", mask)
     for shape in random_shapes(40, 5000):
-        grid = forward_launch(plan, shape, 0.1, H200_SMS).grid
+        grid = launch_of(plan, shape, scaled(plan, 0.1), H200_SMS).grids[0]
         assert grid == (-(-shape.seqlen_q // plan.tile_m), shape.num_heads, shape.batch)
         packed = params_of(plan, shape)
         order = [facts.m_block(packed, x) for x in range(grid[0])]
@@ -240,7 +247,7 @@ def test_visible_blocks_against_the_definition(arch, mask):
     step = plan.tile_n
     for _ in range(400):
         seqlen_q, seqlen_k = rng.randint(1, 400), rng.choice([rng.randint(1, 500), step, 2 * step, step + 1, 1])
-        shape = ForwardShape(1, seqlen_q, seqlen_k, 1, 1)
+        shape = Shape(1, seqlen_q, seqlen_k, 1, 1)
         packed = params_of(plan, shape)
         num_rows = rng.choice([16, 64, plan.tile_m])
         first_row = rng.randrange(0, seqlen_q + 2 * num_rows, 16)
@@ -262,7 +269,7 @@ def test_visible_blocks_of_a_part_lie_within_those_of_the_whole(arch):
     plan, facts = plan_of(arch, "causal"), library(arch, "causal")
     rng, part, whole = random.Random(10), (ctypes.c_int * 2)(), (ctypes.c_int * 2)()
     for _ in range(400):
-        packed = params_of(plan, ForwardShape(1, rng.randint(1, 700), rng.randint(1, 700), 1, 1))
+        packed = params_of(plan, Shape(1, rng.randint(1, 700), rng.randint(1, 700), 1, 1))
         first_row = rng.randrange(0, 700, plan.tile_m)
         facts.blocks(packed, first_row, plan.tile_m, whole)
         counts = []
@@ -301,7 +308,7 @@ def test_a_ring_comes_round_with_the_other_parity(num_stages):
 @pytest.mark.parametrize(("arch", "mask"), KERNELS)
 def test_a_launch_knows_every_argument_but_addresses(arch, mask):
     plan = plan_of(arch, mask)
-    values = forward_launch(plan, ForwardShape(2, 300, 400, 6, 2), 0.125, H200_SMS).values
+    values = launch_of(plan, Shape(2, 300, 400, 6, 2), scaled(plan, 0.125), H200_SMS).values
     for param in plan.params:
         given_later = "*" in param.ctype or param.name.endswith("_stride")
         assert given_later != (param.name in values), param.name
@@ -312,13 +319,13 @@ def test_a_launch_knows_every_argument_but_addresses(arch, mask):
 
 def test_a_persistent_grid_has_a_block_for_each_sm_at_most():
     plan = plan_of("sm90", "full")
-    assert forward_launch(plan, ForwardShape(1, 1, 1, 1, 1), 1.0, H200_SMS).grid == (1, 1, 1)
-    assert forward_launch(plan, ForwardShape(4, 8192, 8192, 16, 16), 1.0, H200_SMS).grid == (H200_SMS, 1, 1)
-    assert forward_launch(plan, ForwardShape(4, 8192, 8192, 16, 16), 1.0, 78).grid == (78, 1, 1)
+    assert launch_of(plan, Shape(1, 1, 1, 1, 1), scaled(plan, 1.0), H200_SMS).grids == ((1, 1, 1),)
+    assert launch_of(plan, Shape(4, 8192, 8192, 16, 16), scaled(plan, 1.0), H200_SMS).grids == ((H200_SMS, 1, 1),)
+    assert launch_of(plan, Shape(4, 8192, 8192, 16, 16), scaled(plan, 1.0), 78).grids == ((78, 1, 1),)
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
 def test_counts_that_32_bits_do_not_hold_are_refused(arch):
     plan = plan_of(arch, "causal")
     with pytest.raises(OverflowError, match=r"exceed 2\^31"):
-        forward_launch(plan, ForwardShape(2**16, 2**20, 1, 2**10, 1), 1.0, H200_SMS)
+        launch_of(plan, Shape(2**16, 2**20, 1, 2**10, 1), scaled(plan, 1.0), H200_SMS)

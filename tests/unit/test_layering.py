@@ -19,13 +19,13 @@ PACKAGE = Path(__file__).resolve().parents[2] / "fa2gen"
 # Layer -> modules. Within a layer, too, a module imports only from those before it.
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("errors", "arch", "env", "_paths"),
-    1: ("spec", "layout", "ptx"),
-    2: ("plan", "catalog"),
+    1: ("spec", "options", "layout", "ptx"),
+    2: ("features", "plan", "catalog"),
     3: ("render", "select", "launch"),
     4: ("compile", "store"),
     5: ("kernel", "build"),
     6: ("cpu", "testing", "reference", "ops", "bench"),
-    7: ("tune", "explain", "verify", "doctor"),
+    7: ("cases", "tune", "explain", "verify", "doctor"),
     8: ("__init__", "cli_measure", "cli", "__main__"),
 }
 ROW = {module: row for row, module in enumerate(module for modules in LAYERS.values() for module in modules)}

@@ -1,0 +1,233 @@
+"""A kernel's arguments from torch or numpy memory, and its run on the CPU: forward, or the three of a backward pass."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fa2gen.cpu.build import build_library
+from fa2gen.cpu.run import Argument, Count, Job, KernelFault, Memory, run
+from fa2gen.errors import InvalidInput
+from fa2gen.features.attention import Operand
+from fa2gen.launch import NUMBER_BYTES, launch_of
+from fa2gen.layout import ELEMENT_BYTES
+from fa2gen.options import Options, Shape
+from fa2gen.plan import KernelPlan, TensorMapPlan, make_plan
+from fa2gen.render import Rendered
+from fa2gen.spec import KernelSpec
+
+__all__ = ["SHARED_BASE", "Report", "RunOptions", "run_kernel", "tensor_map", "view_of"]
+
+# Where dynamic shared memory starts: the first KiB is the system's (measured on an H200).
+SHARED_BASE = 1024
+_TENSOR_MAP = struct.Struct("<Q4Q5I5HBBH54x")  # machine::TensorMap of fa2gen/cpu/machine/device.h
+_ALIGNMENT = 16
+_GUARD_BYTES = 64  # before and behind each scratch buffer, which no kernel may touch
+_NAN_BYTE = 0xFF
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a kernel is run; none of this may change its result.
+
+    seed        0: the fixed schedule, on all cores. Any other draws one, on one core: the same for the same seed.
+    num_sms     thread blocks of a persistent kernel.
+    sanitize    under AddressSanitizer and UndefinedBehaviorSanitizer, in a child process; several times slower.
+    stats       count what each primitive moves.
+    time_limit  seconds after which a kernel that is still running is called endless.
+    """
+
+    seed: int = 0
+    num_sms: int = 4
+    sanitize: bool = False
+    stats: bool = False
+    time_limit: float = 60.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run took, and what its primitives moved (with RunOptions.stats)."""
+
+    seconds: float
+    counts: Mapping[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor in memory: strides in elements."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    element_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return (last + 1) * self.element_bytes
+
+    def memory(self, name: str) -> Memory:
+        return Memory(name, self.address, self.bytes)
+
+
+def view_of(name: str, x: Any) -> View:
+    """Of a torch CPU tensor or a numpy array."""
+    if hasattr(x, "data_ptr"):
+        if x.device.type != "cpu":
+            raise InvalidInput(f"{name} is on {x.device}; a kernel on the CPU takes CPU tensors")
+        return View(x.data_ptr(), tuple(x.shape), tuple(x.stride()), x.element_size())
+    array = x.__array_interface__
+    item = x.dtype.itemsize
+    return View(array["data"][0], tuple(x.shape), tuple(stride // item for stride in x.strides), item)
+
+
+def run_kernel(
+    kernel: KernelSpec | KernelPlan,
+    tensors: Mapping[str, Any],
+    options: Options = Options(),  # noqa: B008  (a tuple)
+    *,
+    run_options: RunOptions = RunOptions(),
+    rendered: Rendered | None = None,
+) -> Report:
+    """Runs a kernel on the CPU; it writes those of `tensors` that are its results.
+
+    tensors      by the names of the plan's operands: q, k, v, o, lse; backward q, k, v, o, dout, dq, dk, dv, lse, and
+                 dlse if LSE has a gradient. q, o, dout, dq (batch, seqlen_q, heads, head_dim) and k, v, dk, dv (batch,
+                 seqlen_k, heads_kv, head_dim): torch CPU tensors or numpy arrays of two-byte elements in the kernel's
+                 dtype, any 16-byte strides. lse, dlse (batch, heads, seqlen_q) fp32, contiguous.
+    run_options  schedule, sanitizers, counters; none changes the result.
+    rendered     replaces the plan's own render (see build_library).
+
+    Scratch memory is NaN before. Raises KernelFault when the kernel breaks a rule of the machine, CompileError or
+    RenderError when there is no kernel to run, InvalidInput for tensors that no kernel takes, Fa2GenError when there is
+    no C++ compiler.
+    """
+    plan = kernel if isinstance(kernel, KernelPlan) else make_plan(kernel)
+    views = _checked_views(plan, tensors)
+    shape = _shape(views)
+    launch = launch_of(plan, shape, options, run_options.num_sms)
+    memories = [view.memory(name) for name, view in views.items()]
+    buffers = []
+    for scratch in plan.scratch:
+        memory, buffer = _scratch(scratch.name, NUMBER_BYTES * launch.scratch[scratch.name], scratch.cleared)
+        memories.append(memory)
+        buffers.append(buffer)
+
+    values = dict(launch.values)
+    for name, view in views.items():
+        if len(view.shape) == 4:
+            steps = (f"{name}_{step}_stride" for step in ("batch", "row", "head"))
+            values |= zip(steps, view.strides[:3], strict=True)
+    params = _params_argument(plan, values, memories)
+    where = {memory.name: i for i, memory in enumerate(memories)}
+
+    library = build_library(plan, sanitize=run_options.sanitize, rendered=rendered)
+    counts: Mapping[str, Count] = {}
+    started = time.perf_counter()
+    for entry, grid in zip(plan.entry_points, launch.grids, strict=True):
+        maps = (tensor_map(m, views[m.name], where[m.name]) for m in entry.tensor_maps)
+        job = Job(
+            grid=grid,
+            num_threads=entry.num_threads,
+            shared_base=SHARED_BASE,
+            shared_bytes=entry.shared_memory_bytes,
+            has_async_proxy=plan.arch == "sm90",
+            arguments=(*maps, params),
+            seed=run_options.seed,
+            resident=2 if run_options.seed else 1,
+            stats=run_options.stats,
+            time_limit=run_options.time_limit,
+            kernel="" if entry.symbol == plan.name else entry.symbol,
+            awaited=tuple(scratch.name for scratch in plan.scratch) if entry.starts_early else (),
+        )
+        found = run(library, job, memories)
+        if entry.symbol == plan.name:
+            counts = found
+    seconds = time.perf_counter() - started
+    for scratch in plan.scratch:
+        memory = memories[where[scratch.name]]
+        if scratch.cleared and any(ctypes.string_at(memory.address, memory.bytes)):
+            raise KernelFault(f"{plan.name}: does not leave {scratch.name} at 0, which the next launch needs")
+    del buffers
+    return Report(seconds, counts)
+
+
+def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any]) -> dict[str, View]:
+    """The operands' memory. Raises InvalidInput for what no kernel takes: fa2gen.ops copies some of it first."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    needed = {operand.name for operand in plan.operands if not operand.optional}
+    if unknown := (given.keys() - {operand.name for operand in plan.operands}) | (needed - given.keys()):
+        names = ", ".join(operand.name for operand in plan.operands)
+        raise InvalidInput(f"{plan.name} takes {names}; {', '.join(sorted(unknown))} is missing or none of them")
+    views = {
+        operand.name: view_of(operand.name, given[operand.name]) for operand in plan.operands if operand.name in given
+    }
+    for operand in plan.operands:
+        if operand.name in views and operand.of != "row":
+            _check_tensor(operand, views[operand.name])
+    shape = _shape(views)
+    for operand in plan.operands:
+        wanted = operand.shape(shape, plan.head_dim)
+        view = views.get(operand.name)
+        if view and (view.shape != wanted or view.element_bytes != (4 if operand.of == "row" else ELEMENT_BYTES)):
+            kind = "fp32" if operand.of == "row" else "16-bit"
+            raise InvalidInput(f"{operand.name} has shape {view.shape}: {wanted}, {kind}, is needed")
+    return views
+
+
+def _check_tensor(operand: Operand, view: View) -> None:
+    chunk = _ALIGNMENT // ELEMENT_BYTES
+    steps = [stride for size, stride in zip(view.shape[:3], view.strides[:3], strict=True) if size > 1]
+    if view.element_bytes != ELEMENT_BYTES or len(view.shape) != 4 or view.strides[3] != 1 or min(view.shape) < 1:
+        raise InvalidInput(
+            f"{operand.name} has shape {view.shape} and strides {view.strides}; it must have four dimensions of 16-bit "
+            "elements, the last contiguous"
+        )
+    if view.address % _ALIGNMENT or any(step % chunk for step in steps):
+        raise InvalidInput(
+            f"{operand.name} has strides {view.strides}, address {view.address:#x}: multiples of 16 bytes are needed"
+        )
+
+
+def _shape(views: Mapping[str, View]) -> Shape:
+    (batch, seqlen_q, heads, _), (_, seqlen_k, heads_kv, _) = views["q"].shape, views["k"].shape
+    return Shape(batch, seqlen_q, seqlen_k, heads, heads_kv)
+
+
+def _scratch(name: str, size: int, cleared: bool) -> tuple[Memory, Any]:
+    """Memory of zeros or of NaN on a multiple of 256 bytes, as a device's allocator gives it, and its owner."""
+    buffer = ctypes.create_string_buffer(size + 2 * _GUARD_BYTES + 256)
+    ctypes.memset(buffer, _NAN_BYTE, len(buffer))
+    address = -(-(ctypes.addressof(buffer) + _GUARD_BYTES) // 256) * 256
+    if cleared:
+        ctypes.memset(address, 0, size)
+    return Memory(name, address, size), buffer
+
+
+def _params_argument(plan: KernelPlan, values: Mapping[str, Any], memories: Sequence[Memory]) -> Argument:
+    """Params with these values. A field that is called like a memory points to it; any other pointer is null."""
+    places = {memory.name: i for i, memory in enumerate(memories)}
+    pointers = []
+    offset = 0
+    for param in plan.params:
+        if param.name in places:
+            pointers.append((offset, places[param.name], 0))
+        offset += struct.calcsize(f"<{param.code}")
+    null = {param.name: 0 for param in plan.params if param.is_address}
+    return Argument(struct.pack(plan.params_format, *plan.pack_params({**null, **values})), tuple(pointers))
+
+
+def tensor_map(plan: TensorMapPlan, view: View, memory: int) -> Argument:
+    """The map of a (batch, seqlen, heads, head_dim) tensor; dimensions innermost first, as TMA counts them."""
+    batch, seqlen, heads, head_dim = view.shape
+    steps = (view.strides[1], view.strides[2], view.strides[0])
+    # One element's stride is never used, and may be anything in torch and numpy.
+    sizes = (seqlen, heads, batch)
+    strides = [step * ELEMENT_BYTES if size > 1 else _ALIGNMENT for size, step in zip(sizes, steps, strict=True)]
+    box = (plan.box_cols, plan.box_rows, 1, 1, 0)
+    data = _TENSOR_MAP.pack(0, *strides, 0, head_dim, *sizes, 0, *box, 4, ELEMENT_BYTES, plan.swizzle_bytes)
+    return Argument(data, ((0, memory, 0),))

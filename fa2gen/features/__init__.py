@@ -1,0 +1,41 @@
+"""What each value of a problem's fields brings to kernels: one module a feature, pure, without torch.
+
+`features_of(problem)` are the features of a kernel in the order of the problem's fields. A new one is a module here
+(its `Feature`), a row in this file, a block in templates/rooms/, a field or a word in `fa2gen.spec`, and its numbers in
+`fa2gen.options`.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from fa2gen.features.base import Feature, Param, Scratch
+from fa2gen.features.deterministic import DETERMINISTIC
+from fa2gen.features.mask import CAUSAL, FULL, key_range
+from fa2gen.options import Options
+from fa2gen.spec import Problem
+
+__all__ = ["MASKS", "Feature", "Param", "Scratch", "examples_of", "features_of", "key_range", "rooms_of"]
+
+MASKS: dict[str, Feature] = {"full": FULL, "causal": CAUSAL}
+
+
+def features_of(problem: Problem) -> tuple[Feature, ...]:
+    """The features of a problem's kernels."""
+    return (MASKS[problem.mask], *([DETERMINISTIC] if problem.deterministic else []))
+
+
+def examples_of(problem: Problem) -> tuple[Options, ...]:
+    """Options of calls that a problem's kernels are made for; the first is the typical one."""
+    choices = itertools.product(*(feature.examples for feature in features_of(problem)))
+    return tuple(
+        Options(**{name: value for example in chosen for name, value in example.items()}) for chosen in choices
+    )
+
+
+def rooms_of(problem: Problem) -> dict[str, str]:
+    """Room -> the block of templates/rooms/<room>/ that stands there in a problem's kernels."""
+    found = {"seqlen": "dense"}
+    for feature in features_of(problem):
+        found |= feature.rooms
+    return found

@@ -1,0 +1,64 @@
+"""The tensors of every attention kernel: what Params, tensor maps, checks, strides and memory are derived from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fa2gen.options import Shape
+from fa2gen.spec import Direction
+
+__all__ = ["OPERANDS", "Operand"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One tensor of a kernel.
+
+    of        whose rows and heads it has: "query" and "key" tensors are (batch, seqlen, heads, head_dim) in the
+              kernel's dtype, the head dim contiguous; "row" tensors are (batch, num_heads, seqlen_q), fp32, dense.
+    out       whether kernels write it.
+    optional  whether it may be missing: its address is 0 then.
+    """
+
+    name: str
+    of: Literal["query", "key", "row"]
+    out: bool = False
+    optional: bool = False
+
+    def shape(self, shape: Shape, head_dim: int) -> tuple[int, ...]:
+        """Its sizes at a call."""
+        if self.of == "row":
+            return (shape.batch, shape.num_heads, shape.seqlen_q)
+        if self.of == "key":
+            return (shape.batch, shape.seqlen_k, shape.num_heads_kv, head_dim)
+        return (shape.batch, shape.seqlen_q, shape.num_heads, head_dim)
+
+    @property
+    def ctype(self) -> str:
+        """Of the pointer to it in Params."""
+        return ("float" if self.of == "row" else "void") + ("*" if self.out else " const*")
+
+
+OPERANDS: dict[Direction, tuple[Operand, ...]] = {
+    "fwd": (
+        Operand("q", "query"),
+        Operand("k", "key"),
+        Operand("v", "key"),
+        Operand("o", "query", out=True),
+        Operand("lse", "row", out=True),
+    ),
+    "bwd": (
+        Operand("q", "query"),
+        Operand("k", "key"),
+        Operand("v", "key"),
+        Operand("o", "query"),
+        Operand("dout", "query"),
+        Operand("dq", "query", out=True),
+        Operand("dk", "key", out=True),
+        Operand("dv", "key", out=True),
+        Operand("lse", "row"),
+        Operand("dlse", "row", optional=True),
+    ),
+}
+"""Of each pass, in the order in which a launch takes their addresses; scratch memory follows them."""

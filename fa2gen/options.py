@@ -1,0 +1,83 @@
+"""What one attention call says beside its tensors: their sizes and the options."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fa2gen.spec import Direction, DType, Mask, Problem
+
+__all__ = ["UNLIMITED", "Options", "Shape"]
+
+UNLIMITED = -1
+"""A side of a window that hides nothing."""
+
+
+class Shape(NamedTuple):
+    """Sizes of one call, but for the head dim, which a kernel knows.
+
+    q and out (batch, seqlen_q, num_heads, head_dim); k and v (batch, seqlen_k, num_heads_kv, head_dim).
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads: int
+    num_heads_kv: int
+
+
+class Options(NamedTuple):
+    """The numbers and switches of a call.
+
+    softmax_scale  None: head_dim ** -0.5.
+    causal         query i sees no key after d = i + seqlen_k - seqlen_q, whatever window_right is.
+    window_left    query i sees no key before d - window_left; -1: no limit.
+    window_right   query i sees no key after d + window_right; -1: no limit.
+    chunk          query i sees keys of its own chunk alone, floor(j / chunk) == floor(d / chunk); 0: no chunks.
+    deterministic  gradients are the same bits in every run.
+    """
+
+    softmax_scale: float | None = None
+    causal: bool = False
+    window_left: int = UNLIMITED
+    window_right: int = UNLIMITED
+    chunk: int = 0
+    deterministic: bool = False
+
+    def scale(self, head_dim: int) -> float:
+        """What scores are multiplied with."""
+        return float(head_dim**-0.5) if self.softmax_scale is None else self.softmax_scale
+
+    def reduced(self, seqlen_q: int, seqlen_k: int) -> Options:
+        """The same mask over these lengths, with no limit that hides nothing, so that the plainest kernel serves it.
+
+        Where causal, window_right is -1 then; what a window of (-1, 0) means is causal.
+        """
+        left, right = self.window_left, 0 if self.causal else self.window_right
+        if left >= seqlen_k - 1:  # the last query's own key is seqlen_k - 1
+            left = UNLIMITED
+        if right >= seqlen_q - 1 and right > 0:  # the first query's is seqlen_k - seqlen_q
+            right = UNLIMITED
+        # Queries stand at seqlen_k - seqlen_q to seqlen_k - 1: all in the keys' one chunk, if that begins at key 0.
+        chunk = 0 if self.chunk >= seqlen_k and seqlen_q <= seqlen_k else self.chunk
+        causal = right == 0
+        return self._replace(causal=causal, window_left=left, window_right=UNLIMITED if causal else right, chunk=chunk)
+
+    @property
+    def mask(self) -> Mask:
+        """Which of the masks that kernels are made for shows what these options do, whatever the lengths."""
+        if self.window_left < 0 and not self.chunk:
+            if self.causal or self.window_right == 0:
+                return "causal"
+            if self.window_right < 0:
+                return "full"
+        return "window"  # type: ignore[return-value]
+
+    def problem(self, direction: Direction, head_dim: int, dtype: DType) -> Problem:
+        """What a kernel for these options computes."""
+        return Problem(
+            direction=direction,
+            head_dim=head_dim,
+            dtype=dtype,
+            mask=self.mask,
+            deterministic=self.deterministic and direction == "bwd",
+        )
