@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from fa2gen.bench.provenance import current_device
 from fa2gen.errors import InvalidInput
 from fa2gen.features import examples_of
 from fa2gen.features.attention import OPERANDS
+from fa2gen.gpus import current_device
 from fa2gen.options import Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.spec import KernelSpec

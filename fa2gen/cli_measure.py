@@ -274,7 +274,8 @@ def tune(
         return
     _need_gpu("tune")
     from fa2gen.bench.protocol import PROTOCOL
-    from fa2gen.bench.provenance import current_device, gpu_facts, versions
+    from fa2gen.bench.provenance import gpu_facts, versions
+    from fa2gen.gpus import current_device
     from fa2gen.select import kernel_arch
     from fa2gen.tune.gpu import GpuRunner
     from fa2gen.tune.journal import Journal

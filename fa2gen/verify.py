@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from fa2gen import cases
 from fa2gen.arch import ArchName
-from fa2gen.bench.provenance import current_device
 from fa2gen.cases import Place
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
 from fa2gen.features import examples_of
+from fa2gen.gpus import current_device
 from fa2gen.options import Options, Shape
 from fa2gen.select import kernel_arch
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +18,10 @@ from typing import Any
 
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.bench.points import Point
-from fa2gen.bench.provenance import current_device
 from fa2gen.errors import InvalidInput
+from fa2gen.features import key_range
+from fa2gen.gpus import current_device
 from fa2gen.layout import ELEMENT_BYTES
-from fa2gen.plan import directions
 from fa2gen.select import select
 from fa2gen.spec import Direction
 
@@ -99,14 +99,11 @@ def _by_autograd(forward: Forward) -> Prepare:
 
 
 def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path | None) -> Contestant:
-    """What a user calls; backward what autograd calls. Where the device's own family is meant, without any option."""
+    """Forward on the device's own family what a user calls; else the kernel that the selector gives, launched alone."""
     torch = import_module("torch")
-    from fa2gen.ops import attention, flash_attn_func
-    from fa2gen.ops.backward import backward_cuda
-    from fa2gen.ops.dispatch import forward_cuda
+    from fa2gen import cases
+    from fa2gen.ops import flash_attn_func
 
-    if direction not in directions(arch):
-        raise Missing(f"there are no {direction} kernels of {arch}")
     if deterministic and direction == "fwd":
         raise Missing("the forward pass is always deterministic")
     capability = torch.cuda.get_device_capability()
@@ -115,18 +112,35 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
     native = "sm90" if capability == (9, 0) else "sm80"
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
-        if point.direction == "bwd":
-            scale = point.head_dim**-0.5
-            out, lse = forward_cuda(q, k, v, scale, point.causal)
-            tiling = None
-            if arch != native:
-                tiling = select(point.problem, current_device(), arch, point.seqlen).plan.tiling
-            return lambda: backward_cuda(dout, q, k, v, out, lse, None, scale, point.causal, deterministic, tiling)
-        if arch == native:
-            return lambda: (flash_attn_func(q, k, v, causal=point.causal),)
-        return lambda: attention(q, k, v, causal=point.causal, arch=arch)[:1]
+        options = point.options
+        if point.direction == "fwd" and arch == native:
+            window = (options.window_left, options.window_right)
+            return lambda: (flash_attn_func(q, k, v, causal=options.causal, window_size=window),)
+        tensors = {"q": q, "k": k, "v": v}
+        forward = replace(point, direction="fwd", deterministic=False)
+        of_forward = {"o": torch.empty_like(q), "lse": q.new_empty(q.shape[0], q.shape[2], q.shape[1]).float()}
+        call = _launcher(forward, arch, tensors | of_forward)
+        if point.direction == "fwd":
+            return lambda: (call(), (of_forward["o"],))[1]
+        call()
+        gradients = {name: torch.empty_like(x) for name, x in (("dq", q), ("dk", k), ("dv", v))}
+        point = replace(point, deterministic=deterministic)
+        back = _launcher(point, arch, {**tensors, **of_forward, **gradients, "dout": dout})
+        return lambda: (back(), tuple(gradients.values()))[1]
+
+    def _launcher(point: Point, arch: ArchName, tensors: dict[str, Any]) -> Callable[[], None]:
+        spec = select(point.problem, current_device(), arch, point.seqlen).plan.spec
+        return cases.prepare(cases.load(spec), cases.Case(spec, point.shape, point.options, tensors, {}))
 
     return Contestant(f"fa2gen-{arch}{DETERMINISTIC if deterministic else ''}", prepare)
+
+
+def _window(point: Point) -> tuple[int, int] | None:
+    """(left, right) as flash_attn says them; None where the point has no window."""
+    options = point.options
+    if options.window_left < 0 and options.window_right < 0:
+        return None
+    return options.window_left, 0 if options.causal else options.window_right
 
 
 # Peers ---------------------------------------------------------------------------------------------------------------
@@ -145,8 +159,10 @@ def _math(*_: Any) -> Contestant:
                 raise Missing(f"needs {needed / 2**30:.0f} GiB for its score matrices; {free / 2**30:.0f} GiB are free")
         groups = point.heads // point.heads_kv
         hidden = None
-        if point.causal:
-            hidden = torch.ones(point.seqlen, point.seqlen, dtype=torch.bool, device=q.device).triu(1)
+        if point.problem.mask != "full":
+            i, j = (torch.arange(point.seqlen, device=q.device) for _ in range(2))
+            first, end = key_range(point.options, point.seqlen, point.seqlen, i.unsqueeze(-1))
+            hidden = (j < first) | (j >= end)
 
         def call() -> Any:
             qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
@@ -169,6 +185,8 @@ def _sdpa(name: str, backend: str, *_: Any) -> Contestant:
     allowed = getattr(attention.SDPBackend, backend)
 
     def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
+        if _window(point):
+            raise Missing("torch's scaled_dot_product_attention takes no window")
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         options: dict[str, Any] = {"is_causal": point.causal}
         if point.heads != point.heads_kv:
@@ -206,6 +224,8 @@ def _fa3(direction: Direction, library: Path | None) -> Contestant:
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
         options: dict[str, Any] = {"softmax_scale": point.head_dim**-0.5, "is_causal": point.causal}
+        if window := _window(point):
+            options |= zip(("window_size_left", "window_size_right"), window, strict=True)
         if point.direction == "fwd":
             return lambda: operators.fwd(q, k, v, **options, num_splits=1)[:1]
         out, lse = operators.fwd(q, k, v, **options, num_splits=1)[:2]
@@ -228,8 +248,12 @@ def _fa4(*_: Any) -> Contestant:
         raise Missing(f"flash_attn.cute cannot be imported: {error}") from error
 
     def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
+        options: dict[str, Any] = {"causal": point.causal}
+        if window := _window(point):
+            options["window_size"] = tuple(None if side < 0 else side for side in window)
+
         def call() -> Any:
-            result = flash_attn_func(q, k, v, causal=point.causal)
+            result = flash_attn_func(q, k, v, **options)
             return result[0] if isinstance(result, tuple) else result
 
         return call
@@ -249,13 +273,15 @@ def _flex(*_: Any) -> Contestant:
     # A compiled graph may give its buffers away in its backward pass, which is then refused a second time.
     keeps_graph = partial(import_module("torch._functorch.config").patch, donated_buffer=False)
 
-    def visible(batch: Any, head: Any, i: Any, j: Any) -> Any:
-        return i >= j
-
     def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         options: dict[str, Any] = {"enable_gqa": point.heads != point.heads_kv}
-        if point.causal:
+        if point.problem.mask != "full":
+
+            def visible(batch: Any, head: Any, i: Any, j: Any) -> Any:
+                first, end = key_range(point.options, point.seqlen, point.seqlen, i)
+                return (j >= first) & (j < end)
+
             options["block_mask"] = flex.create_block_mask(visible, None, None, point.seqlen, point.seqlen, q.device)
         return lambda: compiled(qt, kt, vt, **options).transpose(1, 2)
 

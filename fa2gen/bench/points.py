@@ -32,6 +32,7 @@ class Point:
     heads_kv: int
     window_left: int = UNLIMITED
     window_right: int = UNLIMITED
+    deterministic: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -39,7 +40,14 @@ class Point:
 
     @property
     def options(self) -> Options:
-        return Options(causal=self.causal, window_left=self.window_left, window_right=self.window_right)
+        """Reduced: the plainest that show the same."""
+        whole = Options(
+            causal=self.causal,
+            window_left=self.window_left,
+            window_right=self.window_right,
+            deterministic=self.deterministic,
+        )
+        return whole.reduced(self.seqlen, self.seqlen)
 
     @property
     def flops(self) -> float:
@@ -49,7 +57,7 @@ class Point:
     @property
     def problem(self) -> Problem:
         """What a kernel for it computes."""
-        return self.options.reduced(self.seqlen, self.seqlen).problem(self.direction, self.head_dim, self.dtype)
+        return self.options.problem(self.direction, self.head_dim, self.dtype)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,12 +134,29 @@ def _gqa(dtype: DType) -> list[Point]:
     ]
 
 
+def _window(dtype: DType) -> list[Point]:
+    """Sliding windows of current models: 1024 and 4096 keys, and gpt-oss's 128 with 64/8 heads of 64."""
+    return [
+        _point("window", 128, dtype, True, 16_384, batch=1, heads=16, window_left=1023),
+        _point("window", 128, dtype, True, 16_384, batch=1, heads=16, window_left=4095),
+        _point("window", 128, dtype, True, 8192, batch=2, heads=32, heads_kv=8, window_left=1023),
+        _point("window", 64, dtype, True, 8192, batch=2, heads=64, heads_kv=8, window_left=127),
+        _point("window", 256, dtype, True, 8192, batch=2, heads=8, heads_kv=4, window_left=1023),
+    ]
+
+
 def _host(dtype: DType) -> list[Point]:
     """Problems so small that the GPU waits for the host."""
     return [_point("host", head_dim, dtype, True, 128, batch=1, heads=1) for head_dim in (64, 128)]
 
 
-PRESETS: dict[str, Callable[[DType], list[Point]]] = {"paper": _paper, "odd": _odd, "gqa": _gqa, "host": _host}
+PRESETS: dict[str, Callable[[DType], list[Point]]] = {
+    "paper": _paper,
+    "odd": _odd,
+    "gqa": _gqa,
+    "window": _window,
+    "host": _host,
+}
 FORWARD_ONLY = {"host"}  # what autograd adds to a call is torch's
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 from importlib import import_module
 from typing import Any
 
 from fa2gen import __version__
 from fa2gen.compile import compiler_version
-from fa2gen.select import Device
+from fa2gen.gpus import current_device
 
-__all__ = ["clocks", "current_device", "gpu_facts", "versions"]
+__all__ = ["clocks", "gpu_facts", "versions"]
 
 _QUERY = {
     "driver_version": "driver",
@@ -22,19 +21,6 @@ _QUERY = {
     "power.limit": "power_limit_w",
     "temperature.gpu": "temperature_c",
 }
-
-
-@functools.cache
-def current_device() -> Device:
-    """torch's current CUDA device, as the selector sees it."""
-    torch = import_module("torch")
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    return Device(
-        name=properties.name,
-        compute_capability=(properties.major, properties.minor),
-        shared_memory_per_block=properties.shared_memory_per_block_optin,
-        num_sms=properties.multi_processor_count,
-    )
 
 
 def gpu_facts() -> dict[str, Any]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any
 
 from fa2gen.arch import ARCHES
 from fa2gen.bench import protocol, provenance
-from fa2gen.bench.peers import Contestant, is_ours
+from fa2gen.bench.peers import DETERMINISTIC, Contestant, is_ours
 from fa2gen.bench.points import Point
 from fa2gen.bench.protocol import significant
+from fa2gen.gpus import current_device
 from fa2gen.select import select
 
 __all__ = ["SECONDS_PER_POINT", "Bench"]
@@ -139,8 +141,10 @@ class Bench:
         """Which of our kernels ran: what the selector gives for this point."""
         for one in self.contestants:
             for arch in ARCHES:
-                if one.name == f"fa2gen-{arch}" and f"{one.name} at {point}" not in self.missing:
-                    self._kernels.add(select(point.problem, provenance.current_device(), arch, point.seqlen).plan.name)
+                mode = one.name.removeprefix(f"fa2gen-{arch}")
+                if mode in ("", DETERMINISTIC) and f"{one.name} at {point}" not in self.missing:
+                    problem = replace(point, deterministic=mode == DETERMINISTIC).problem
+                    self._kernels.add(select(problem, current_device(), arch, point.seqlen).plan.name)
 
     def _matmul(self) -> float:
         """TFLOP/s of an 8192^3 bf16 matrix product of random data."""

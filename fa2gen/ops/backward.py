@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.dispatch import _also_forgotten, _choose, _device, _kernel, _strides, aligned
+from fa2gen.gpus import device_at
+from fa2gen.ops.dispatch import _also_forgotten, _choose, _kernel, _strides, aligned
 from fa2gen.ops.validate import DTYPES, describe, validate
 from fa2gen.options import Options, Shape
 from fa2gen.spec import Tiling
@@ -124,7 +125,7 @@ def _prepare(
     device = q.get_device()
     options = Options(softmax_scale, causal, deterministic=deterministic)
     problem = options.problem("bwd", head_dim, DTYPES[q.dtype])
-    plan, target = _choose(problem, _device(device), None, tiling, seqlen_k)
+    plan, target = _choose(problem, device_at(device), None, tiling, seqlen_k)
     if not (q.numel() and k.numel()):
         return _Call(device, None)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from fa2gen import env
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput
+from fa2gen.gpus import device_at
 from fa2gen.ops.validate import DTYPES, default_scale, describe, refuse_non_tensors, validate
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, make_plan
@@ -246,7 +247,7 @@ def _prepare(
     device = q.get_device()
     problem = Options(softmax_scale, causal).problem("fwd", head_dim, DTYPES[q.dtype])
     plan, target = _choose(
-        problem, _device(device), arch, tiling, k.shape[1]
+        problem, device_at(device), arch, tiling, k.shape[1]
     )  # even for no query: wrong is wrong at any length
     launch, misaligned = None, False
     dense = (seqlen_q * num_heads * head_dim, num_heads * head_dim, head_dim, 1)
@@ -303,17 +304,6 @@ def _store() -> Store:
     from fa2gen.store import Store
 
     return Store()
-
-
-@cache
-def _device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    return Device(
-        name=properties.name,
-        compute_capability=(properties.major, properties.minor),
-        shared_memory_per_block=properties.shared_memory_per_block_optin,
-        num_sms=properties.multi_processor_count,
-    )
 
 
 def _strides(x: Tensor) -> Strides:

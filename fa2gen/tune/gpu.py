@@ -21,10 +21,11 @@ from fa2gen import cases, env
 from fa2gen.arch import ArchName
 from fa2gen.bench.points import HIDDEN, TOKENS, flops_of
 from fa2gen.bench.protocol import PROTOCOL, CudaTimer, interleaved, significant
-from fa2gen.bench.provenance import current_device, versions
+from fa2gen.bench.provenance import versions
 from fa2gen.cases import Case
 from fa2gen.errors import Fa2GenError
 from fa2gen.features import examples_of
+from fa2gen.gpus import current_device
 from fa2gen.options import Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import kernel_arch

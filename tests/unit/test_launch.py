@@ -136,7 +136,7 @@ def gpu(monkeypatch):
         return state.kernels.setdefault(plan.name, FakeKernel(plan))
 
     zeros = torch.zeros
-    monkeypatch.setattr(dispatch, "_device", lambda index: h200)
+    monkeypatch.setattr(dispatch, "device_at", lambda index: h200)
     monkeypatch.setattr(dispatch, "_kernel", kernel)
     monkeypatch.setattr(dispatch, "_calls", {})
     monkeypatch.setattr(dispatch, "_scratches", {})
@@ -363,7 +363,7 @@ def test_choice_of_the_kernel(gpu, monkeypatch):
 
 def test_other_gpus_are_refused(gpu, monkeypatch):
     for capability in ((7, 5), (10, 0), (12, 0)):
-        monkeypatch.setattr(dispatch, "_device", lambda index, cc=capability: Device("Some GPU", cc, 101_376, 80))
+        monkeypatch.setattr(dispatch, "device_at", lambda index, cc=capability: Device("Some GPU", cc, 101_376, 80))
         for sizes in ({}, {"seqlen_q": 0}):
             with pytest.raises(UnsupportedProblem, match=r"Some GPU.*8\.0.*9\.0"):
                 dispatch.forward_cuda(*tensors(**sizes), 0.1, False)
@@ -525,7 +525,7 @@ def test_plain_calls_in_threads(cuda, monkeypatch):
 
 @pytest.fixture
 def gpu_backward(gpu, monkeypatch):
-    monkeypatch.setattr(backward, "_device", dispatch._device)
+    monkeypatch.setattr(backward, "device_at", dispatch.device_at)
     monkeypatch.setattr(backward, "_kernel", dispatch._kernel)
     monkeypatch.setattr(backward, "_calls", {})
     return gpu

@@ -24,8 +24,8 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("render", "select", "launch"),
     4: ("compile", "store"),
     5: ("kernel", "build"),
-    6: ("cpu", "testing", "reference", "ops", "bench"),
-    7: ("cases", "tune", "explain", "verify", "doctor"),
+    6: ("cpu", "testing", "reference", "gpus", "ops", "cases", "bench"),
+    7: ("tune", "explain", "verify", "doctor"),
     8: ("__init__", "cli_measure", "cli", "__main__"),
 }
 ROW = {module: row for row, module in enumerate(module for modules in LAYERS.values() for module in modules)}
