@@ -1,7 +1,8 @@
 """From a plan to CUDA text: the one Jinja environment of fa2gen, and the map from rendered lines to template lines.
 
-`render(plan)` is a pure function of the plan: no date, version or machine reaches the text. With `target="cpu"` the
-same spine is rendered over templates/cpu/, which offers the names of templates/ptx/ to a C++ compiler.
+`render(plan)` is a pure function of the plan: no date, version or machine reaches the text, and no definition that its
+kernels do not use. With `target="cpu"` the same spine is rendered over templates/cpu/, which offers the names of
+templates/ptx/ to a C++ compiler.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,24 +21,14 @@ from fa2gen import ptx
 from fa2gen._paths import data_dir
 from fa2gen.errors import RenderError
 from fa2gen.plan import KernelPlan
+from fa2gen.source import Rendered, prune, with_contents
 
-__all__ = ["Rendered", "Target", "render", "template_names"]
+__all__ = ["Rendered", "Target", "finish", "render", "template_names"]
 
 Target = Literal["cuda", "cpu"]
 
 _MARK = "\x02{name}:{line}\x03"
 _MARK_PATTERN = re.compile("\x02([^\x03]*)\x03")
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A kernel's source and where each of its lines came from.
-
-    origins[i] is "sm90/fwd.cu.j2:23" for rendered line i + 1, or "" for a line that no literal template text made.
-    """
-
-    source: str
-    origins: tuple[str, ...]
 
 
 class _MarkOrigins(Extension):
@@ -61,6 +51,11 @@ class _MarkOrigins(Extension):
 def _relative(path: str) -> str:
     """`sm90/fwd.cu.j2` of a template's path."""
     return Path(path).relative_to(data_dir("templates")).as_posix()
+
+
+def finish(text: str) -> Rendered:
+    """What a template of the environment gave, without marks and without what no kernel in it uses."""
+    return with_contents(prune(_strip_marks(text)))
 
 
 def _strip_marks(text: str) -> Rendered:
@@ -124,12 +119,14 @@ def _environment(target: Target) -> jinja2.Environment:
 def render(plan: KernelPlan, target: Target = "cuda") -> Rendered:
     """The source of one kernel. Raises RenderError with the template's name and line."""
     try:
-        return _strip_marks(_environment(target).get_template(plan.template).render(k=plan))
+        return finish(_environment(target).get_template(plan.template).render(k=plan))
     except jinja2.TemplateSyntaxError as error:
         where = _relative(error.filename) if error.filename else error.name
         raise RenderError(f"{plan.name}: {where}:{error.lineno}: {error.message}") from error
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"{plan.name}: no template {error.name}, which the {target} target needs") from error
+    except RenderError as error:
+        raise RenderError(f"{plan.name}: {error}") from error
     except (jinja2.UndefinedError, TypeError, AttributeError) as error:
         raise RenderError(f"{plan.name}: {_template_line(error)}{error}") from error
 

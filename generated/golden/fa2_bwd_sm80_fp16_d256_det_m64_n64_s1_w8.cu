@@ -4,6 +4,9 @@
 //   problem  bwd, head dim 256, fp16, full mask, deterministic
 //   tiling   64 query rows x 64 keys, 1 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 147968 bytes of dynamic shared memory
+//   contents   24 Problem and tiling,  135 Threads,  154 Arithmetic,  169 Shared memory,  178 Global memory,
+//             263 cp.async,  307 Which queries see a key,  469 Softmax and its gradient,  519 Matrix products,
+//             652 Registers to shared memory,  744 Turns,  812 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -15,7 +18,6 @@
 
 using uint32_t = unsigned int;
 using int64_t = long long;
-using uint64_t = unsigned long long;
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 
@@ -145,14 +147,6 @@ __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
-__device__ __forceinline__ int shfl_from_lane_0(int value) {
-    return __shfl_sync(0xffffffffu, value, 0);
-}
-
-__device__ __forceinline__ void sync_warp() {
-    __syncwarp();
-}
-
 __device__ __forceinline__ void sync_block() {
     __syncthreads();
 }
@@ -163,22 +157,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-__device__ __forceinline__ float log2_approx(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ bool is_not_negative_zero(float x) {
-    return __builtin_bit_cast(uint32_t, x) != 0x80000000u;
 }
 
 // Two fp32 values rounded to fp16 in one register, `low` in the lower half.
@@ -198,10 +176,6 @@ __device__ __forceinline__ uint32_t shared_memory_base() {
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int fetch_add_global(int* counter, int value) {
-    return atomicAdd(counter, value);
-}
 
 __device__ __forceinline__ void store_global_int(int* address, int value) {
     *address = value;
@@ -247,18 +221,6 @@ __device__ __forceinline__ void store_global_128(void* address, uint32_t const (
 __device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                  : "=f"(r[0]), "=f"(r[1]) : "r"(address) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, float r1, float r2, float r3) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "r"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
 }
 
 // 16 bytes; the address is a multiple of 16.

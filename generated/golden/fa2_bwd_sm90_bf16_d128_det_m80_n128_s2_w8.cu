@@ -4,6 +4,10 @@
 //   problem  bwd, head dim 128, bf16, full mask, deterministic
 //   tiling   80 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230752 bytes of dynamic shared memory
+//   contents   29 Problem and tiling,   49 Shared memory,  118 Threads,  148 Arithmetic,  163 Shared memory,
+//             196 Global memory,  241 mbarriers,  285 TMA,  322 Bulk copies,  389 wgmma,  508 Which queries see a key,
+//             539 Softmax and its gradient,  594 Pipelines,  637 Loads,  674 Matrix products,  712 Staging,
+//             768 Producer,  806 Turns,  847 Consumer,  972 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -126,10 +130,6 @@ __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
-__device__ __forceinline__ int shfl_from_lane_0(int value) {
-    return __shfl_sync(0xffffffffu, value, 0);
-}
-
 __device__ __forceinline__ void sync_warp() {
     __syncwarp();
 }
@@ -151,22 +151,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-__device__ __forceinline__ float log2_approx(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ bool is_not_negative_zero(float x) {
-    return __builtin_bit_cast(uint32_t, x) != 0x80000000u;
 }
 
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
@@ -210,10 +194,6 @@ __device__ __forceinline__ void store_global_float4(float* address, float r0, fl
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int fetch_add_global(int* counter, int value) {
-    return atomicAdd(counter, value);
-}
 
 __device__ __forceinline__ void store_global_int(int* address, int value) {
     *address = value;

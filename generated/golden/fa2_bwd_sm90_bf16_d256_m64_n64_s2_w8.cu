@@ -4,6 +4,10 @@
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 64 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 214128 bytes of dynamic shared memory
+//   contents   28 Problem and tiling,   50 Shared memory,  116 Threads,  146 Arithmetic,  161 Shared memory,
+//             188 Global memory,  216 mbarriers,  256 TMA,  288 Bulk copies,  343 wgmma,  484 Which queries see a key,
+//             515 Softmax and its gradient,  565 Pipelines,  610 Loads,  647 Matrix products,  684 Staging,
+//             739 Producer,  777 Consumers,  965 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -124,10 +128,6 @@ __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
-__device__ __forceinline__ int shfl_from_lane_0(int value) {
-    return __shfl_sync(0xffffffffu, value, 0);
-}
-
 __device__ __forceinline__ void sync_warp() {
     __syncwarp();
 }
@@ -149,22 +149,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-__device__ __forceinline__ float log2_approx(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ bool is_not_negative_zero(float x) {
-    return __builtin_bit_cast(uint32_t, x) != 0x80000000u;
 }
 
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
@@ -190,12 +174,6 @@ __device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t addre
 }
 
 // 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, float r1, float r2, float r3) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "r"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
 __device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
     asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
@@ -208,14 +186,6 @@ __device__ __forceinline__ void store_global_float4(float* address, float r0, fl
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int fetch_add_global(int* counter, int value) {
-    return atomicAdd(counter, value);
-}
-
-__device__ __forceinline__ void store_global_int(int* address, int value) {
-    *address = value;
-}
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
@@ -252,10 +222,6 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrival
 // Makes initialised barriers visible to TMA; a block-wide barrier must follow.
 __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
 // Arrives in the lanes where `arrives` holds, as a predicated instruction: a branch here would split the block around it, and
@@ -314,11 +280,6 @@ __device__ __forceinline__ void tma_store_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-// Until this thread's stores have read their shared memory, which may then be overwritten.
-__device__ __forceinline__ void tma_store_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
 // Until this thread's stores are complete: a block must not exit before.
 __device__ __forceinline__ void tma_store_wait() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -331,13 +292,6 @@ __device__ __forceinline__ void tma_store_wait() {
 __device__ __forceinline__ void bulk_load(uint32_t destination, void const* source, uint32_t bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(destination), "l"(source), "r"(bytes), "r"(barrier) : "memory");
-}
-
-// Adds fp32 numbers in shared memory to those in global memory, each addition atomic; what generic stores wrote there must have
-// been published by fence_proxy_async.
-__device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
-                 :: "l"(destination), "r"(source), "r"(bytes) : "memory");
 }
 
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).

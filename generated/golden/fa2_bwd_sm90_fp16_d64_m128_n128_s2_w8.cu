@@ -4,6 +4,10 @@
 //   problem  bwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 198752 bytes of dynamic shared memory
+//   contents   28 Problem and tiling,   48 Shared memory,  115 Threads,  145 Arithmetic,  160 Shared memory,
+//             193 Global memory,  215 mbarriers,  259 TMA,  296 Bulk copies,  358 wgmma,  473 Which queries see a key,
+//             504 Softmax and its gradient,  554 Pipelines,  597 Loads,  634 Matrix products,  671 Staging,
+//             727 Producer,  786 Consumer,  911 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -123,10 +127,6 @@ __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
-__device__ __forceinline__ int shfl_from_lane_0(int value) {
-    return __shfl_sync(0xffffffffu, value, 0);
-}
-
 __device__ __forceinline__ void sync_warp() {
     __syncwarp();
 }
@@ -148,22 +148,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
-}
-
-__device__ __forceinline__ float log2_approx(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-__device__ __forceinline__ bool is_not_negative_zero(float x) {
-    return __builtin_bit_cast(uint32_t, x) != 0x80000000u;
 }
 
 // Two fp32 values rounded to fp16 in one register, `low` in the lower half.
@@ -207,14 +191,6 @@ __device__ __forceinline__ void store_global_float4(float* address, float r0, fl
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int fetch_add_global(int* counter, int value) {
-    return atomicAdd(counter, value);
-}
-
-__device__ __forceinline__ void store_global_int(int* address, int value) {
-    *address = value;
-}
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;

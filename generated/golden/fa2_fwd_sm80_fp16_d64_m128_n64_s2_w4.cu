@@ -4,6 +4,9 @@
 //   problem  fwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
+//   contents   21 Problem and tiling,   85 Threads,  103 Arithmetic,  130 Shared memory,  139 Global memory,
+//             168 cp.async,  210 Which keys are visible,  245 Online softmax,  391 Pipeline,  449 Matrix products,
+//             532 Epilogue,  619 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -12,7 +15,6 @@
 
 using uint32_t = unsigned int;
 using int64_t = long long;
-using uint64_t = unsigned long long;
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 
@@ -86,17 +88,8 @@ __device__ __forceinline__ int lane_id() {
     return static_cast<int>(threadIdx.x % 32);
 }
 
-// The same in every lane, and known to the compiler to be: addresses and branches that depend on it stay uniform.
-__device__ __forceinline__ int warp_id() {
-    return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
-}
-
 __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
-}
-
-__device__ __forceinline__ int shfl_from_lane_0(int value) {
-    return __shfl_sync(0xffffffffu, value, 0);
 }
 
 __device__ __forceinline__ void sync_warp() {
@@ -127,10 +120,6 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
     return y;
 }
 
-__device__ __forceinline__ bool is_not_negative_zero(float x) {
-    return __builtin_bit_cast(uint32_t, x) != 0x80000000u;
-}
-
 // Two fp32 values rounded to fp16 in one register, `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
     uint32_t packed;
@@ -148,14 +137,6 @@ __device__ __forceinline__ uint32_t shared_memory_base() {
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int fetch_add_global(int* counter, int value) {
-    return atomicAdd(counter, value);
-}
-
-__device__ __forceinline__ void store_global_int(int* address, int value) {
-    *address = value;
-}
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
@@ -301,24 +282,6 @@ __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int 
         other = fmaxf(other, acc_s[i + 1]);
     }
     return fmaxf(maximum, other);
-}
-
-// The softmax of a block: P in place of S, and whether the output accumulated so far must be multiplied with `correction`.
-// A block in which every row sees at least one key. The correction is taken from the difference of the maxima, so that it is
-// exactly 1 where the maximum stays: from their rounded products it would be off by 1e-7 in each block, always the same way.
-__device__ __forceinline__ bool online_softmax(
-    float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
-    float offset[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        float const new_max = quad_max(thread_max(acc_s, row, row_max[row]));
-        offset[row] = new_max * softmax_scale_log2;
-        correction[row] = exp2_approx((row_max[row] - new_max) * softmax_scale_log2);
-        row_max[row] = new_max;
-        row_sum[row] *= correction[row];
-    }
-    exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
-    return true;
 }
 
 // A block in which a row may have seen no key yet: its maximum is -inf, and (-inf) - (-inf) would be NaN.

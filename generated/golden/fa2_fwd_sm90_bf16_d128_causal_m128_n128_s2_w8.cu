@@ -4,6 +4,10 @@
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229488 bytes of dynamic shared memory
+//   contents   23 Problem and tiling,   41 Shared memory,   89 Threads,  123 Arithmetic,  154 Shared memory,
+//             173 Global memory,  187 mbarriers,  231 TMA,  289 wgmma,  381 Which keys are visible,
+//             419 Online softmax,  543 Pipelines,  571 Loads,  617 Matrix products,  644 Epilogue,  688 Producer,
+//             737 Consumer,  886 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the

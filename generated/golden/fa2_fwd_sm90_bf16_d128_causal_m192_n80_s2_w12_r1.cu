@@ -4,6 +4,10 @@
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229488 bytes of dynamic shared memory
+//   contents   23 Problem and tiling,   41 Shared memory,   89 Threads,  127 Arithmetic,  158 Shared memory,
+//             177 Global memory,  191 mbarriers,  235 TMA,  293 wgmma,  389 Which keys are visible,
+//             427 Online softmax,  559 Pipelines,  587 Loads,  633 Matrix products,  660 Epilogue,  704 Producer,
+//             753 Consumer,  902 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the

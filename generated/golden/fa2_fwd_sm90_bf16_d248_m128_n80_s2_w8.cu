@@ -4,6 +4,10 @@
 //   problem  fwd, head dim 248, bf16, full mask
 //   tiling   128 query rows x 80 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229472 bytes of dynamic shared memory
+//   contents   23 Problem and tiling,   41 Shared memory,   87 Threads,  121 Arithmetic,  152 Shared memory,
+//             171 Global memory,  185 mbarriers,  229 TMA,  302 wgmma,  410 Which keys are visible,
+//             445 Online softmax,  564 Pipelines,  592 Loads,  638 Matrix products,  665 Epilogue,  710 Producer,
+//             759 Consumer,  900 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the

@@ -4,6 +4,10 @@
 //   problem  fwd, head dim 64, fp16, full mask
 //   tiling   192 query rows x 128 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 172176 bytes of dynamic shared memory
+//   contents   23 Problem and tiling,   41 Shared memory,   87 Threads,  121 Arithmetic,  152 Shared memory,
+//             171 Global memory,  185 mbarriers,  229 TMA,  287 wgmma,  381 Which keys are visible,
+//             416 Online softmax,  535 Pipelines,  563 Loads,  609 Matrix products,  636 Epilogue,  680 Producer,
+//             729 Consumer,  873 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the

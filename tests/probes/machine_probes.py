@@ -29,7 +29,7 @@ from fa2gen.features import Param
 from fa2gen.layout import Panels, align_up, ceil_div, swizzle
 from fa2gen.plan import KernelPlan, TensorMapPlan, feasible_tilings, make_plan
 from fa2gen.ptx import Wgmma
-from fa2gen.render import Rendered, _environment, _strip_marks, render
+from fa2gen.render import Rendered, _environment, finish, render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
@@ -93,7 +93,7 @@ def source(probe: Probe, target: str) -> Rendered:
 
 def _source(template: str, target: str, k: SimpleNamespace) -> Rendered:
     text = (FOLDER / f"{template}.cu.j2").read_text(encoding="utf-8")
-    return _strip_marks(_environment(target).from_string(text).render(k=k))
+    return finish(_environment(target).from_string(text).render(k=k))
 
 
 def run_on_cpu(probe: Probe, **options: object) -> Values:

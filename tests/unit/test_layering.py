@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     0: ("errors", "arch", "env", "_paths"),
     1: ("spec", "options", "layout", "ptx"),
     2: ("features", "plan", "catalog"),
-    3: ("render", "select", "launch"),
+    3: ("source", "render", "select", "launch"),
     4: ("compile", "store"),
     5: ("kernel", "build"),
     6: ("cpu", "testing", "reference", "gpus", "ops", "cases", "bench"),

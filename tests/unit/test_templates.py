@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -34,6 +33,7 @@ def tree(name: str) -> nodes.Template:
     return ENVIRONMENT.parse(text_of(name))
 
 
+@functools.cache
 def plans() -> list[KernelPlan]:
     """The catalogue, every default, and one tiling of each kind that has a branch of its own in some template."""
     shape = {"arch", "tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes"}
@@ -221,33 +221,66 @@ def test_braces_balance():
 
 
 _DEFINED = re.compile(
-    r"constexpr \w+ (k[A-Z]\w*)|(?:__forceinline__ \w+|struct(?: alignas\(\d+\))?) (\w+)(?=[( ])|^ +(k[A-Z]\w*) = "
+    r"^constexpr [\w ]+ (k[A-Z]\w*) =|^struct(?: alignas\(\d+\))? (\w+)|^using (?:std::)?(\w+)"
+    r"|^ *(?:__device__ )?(?:__forceinline__|inline) [\w ]+? (\w+)\(|^ +(k[A-Z]\w*) = \d+,"
+    r"|^extern __shared__ .* (\w+)\[\]"
 )
+_KERNEL = re.compile(r'^extern "C" __global__')
+
+
+def unreached(source: str) -> list[str]:
+    """What a source defines, at top level and in structs, and no kernel reaches: by names, definition by definition."""
+    pieces: list[tuple[str, list[str]]] = [("", [])]
+    for line in source.splitlines():
+        if match := _DEFINED.match(line):
+            pieces.append(
+                (next(filter(None, match.groups())), [line.replace(next(filter(None, match.groups())), "", 1)])
+            )
+        elif _KERNEL.match(line):
+            pieces.append(("", [line]))
+        else:
+            pieces[-1][1].append(line)
+    words: dict[str, set[str]] = {}
+    for name, lines in pieces:
+        code = re.sub(r'"(?:\\.|[^"\\])*"|//[^\n]*', "", "\n".join(lines))
+        words.setdefault(name, set()).update(re.findall(r"\w+", code))
+    reached, waiting = {""}, [""]
+    while waiting:
+        found = (words[waiting.pop()] & words.keys()) - reached
+        reached |= found
+        waiting += found
+    return sorted(words.keys() - reached)
 
 
 def test_nothing_is_unused():
-    """What an architecture's own templates define, each kernel uses; what all share, some kernel does.
+    """A reader may trust that all of a kernel matters: whatever it defines, one of its kernels uses."""
+    offenders, seen = {}, 0
+    for spec in catalogue():
+        source = renders()[spec.name].source
+        seen += sum(bool(_DEFINED.match(line)) for line in source.splitlines())
+        offenders |= dict.fromkeys(unreached(source), spec.name)
+    assert seen > 60 * len(catalogue()) and not offenders, report(offenders)
 
-    A reader may trust that all of a kernel matters. Only ptx/ and common/ come in whole families.
-    """
-    unused, used = {}, set()
-    for name, rendered in renders().items():
-        code = [line.partition("//")[0] for line in rendered.source.splitlines()]
-        words = Counter(re.findall(r"\w+", "\n".join(code)))
-        for line, origin in zip(code, rendered.origins, strict=True):
-            for match in _DEFINED.finditer(line):
-                symbol = match[1] or match[2] or match[3]
-                shared = origin.startswith(("ptx/", "common/"))
-                if words[symbol] >= 2:
-                    used.add((origin, symbol))
-                elif symbol != name:
-                    unused[origin, symbol] = (shared, name)
+
+def test_nothing_is_unused_on_the_cpu():
+    offenders = {name: plan.name for plan in plans()[::20] for name in unreached(render(plan, "cpu").source)}
+    assert not offenders, report(offenders)
+
+
+def test_unused_names_are_found():
+    source = "constexpr int kUsed = 1;\n\n__device__ __forceinline__ int lost() {\n    return kUsed + kept();\n}\n"
+    kernel = 'extern "C" __global__ void kernel() {\n    kept();\n}\n'
+    assert unreached(source + "inline int kept() {\n    return 2;\n}\n" + kernel) == ["kUsed", "lost"]
+
+
+def test_every_field_of_params_is_read():
     offenders = {
-        origin: f"{symbol} is unused in {name}"
-        for (origin, symbol), (shared, name) in unused.items()
-        if not shared or (origin, symbol) not in used
+        f"{plan.template}: {param.name}": plan.name
+        for plan in plans()
+        for param in plan.params
+        if not re.search(rf"\bp\.{param.name}\b", renders()[plan.name].source)
     }
-    assert len(used) > 60 and not offenders, report(offenders)
+    assert not offenders, report(offenders)
 
 
 def test_the_symbol_is_the_name():
