@@ -29,7 +29,7 @@ _HOME = {
     "KernelPlan": "plan",
     "make_plan": "plan",
     "catalogue": "catalog",
-    "default_tiling": "select",
+    "default_tiling": "plan",
     "compile_kernel": "compile",
     "Fa2GenError": "errors",
     "CompileError": "errors",
@@ -62,8 +62,7 @@ if TYPE_CHECKING:  # the same, for type checkers and editors
         flash_attn_varlen_qkvpacked_func,
         flash_attn_with_kvcache,
     )
-    from fa2gen.plan import KernelPlan, make_plan
-    from fa2gen.select import default_tiling
+    from fa2gen.plan import KernelPlan, default_tiling, make_plan
     from fa2gen.spec import KernelSpec, Problem, Tiling
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The catalogue: what specs/ says. Families of kernels as TOML, and the tuned rows under specs/tuned/."""
+"""Specs in TOML: a user's own, the catalogue of specs/ and FA2GEN_SPECS, and the tuned rows under specs/tuned/."""
 
 from __future__ import annotations
 
@@ -6,80 +6,166 @@ import dataclasses
 import functools
 import itertools
 import math
+import reprlib
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fa2gen import env
 from fa2gen._paths import data_dir, in_checkout
-from fa2gen.arch import ArchName
+from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import Fa2GenError, InvalidInput
+from fa2gen.plan import default_tiling
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
 __all__ = [
     "SCHEMA",
     "TunedRow",
+    "Wanted",
     "catalogue",
-    "read_family",
+    "parse_spec",
+    "read_spec",
     "read_tuned",
+    "spec_schema",
     "tuned_folders",
     "tuned_rows",
+    "users_tilings",
     "written_tilings",
 ]
 
 SCHEMA = 1
+MAX_BYTES = 1 << 20  # of a file: the longest one here has 20 KB
+MAX_KERNELS = 4096  # of a file: all head dims, dtypes, masks and passes make 384 problems
+
+
+class Wanted(NamedTuple):
+    """What one spec asks for: a problem and the tiling that is written for it, or None where that is left open."""
+
+    problem: Problem
+    tiling: Tiling | None
+
+
+# Families -------------------------------------------------------------------------------------------------------------
 
 
 def catalogue(arch: ArchName | None = None) -> list[KernelSpec]:
-    """Every kernel that specs/ names, of one architecture or of all; sorted by file, then as written."""
+    """Every kernel that FA2GEN_SPECS and specs/ name, of one architecture or of all; sorted by file, then as written.
+
+    A problem without a tiling has the default one on each architecture.
+    """
     return [spec for spec in _catalogue() if arch is None or spec.tiling.arch == arch]
 
 
 @functools.cache
 def _catalogue() -> tuple[KernelSpec, ...]:
-    root = Path(data_dir("specs"))
-    return tuple(spec for path in sorted(root.glob("*.toml")) for spec in read_family(path))
+    specs = (
+        KernelSpec(problem=problem, tiling=tiling)
+        for problem, written in (*_written(users=True), *_written(users=False))
+        for tiling in ([default_tiling(problem, arch) for arch in ARCHES] if written is None else [written])
+    )
+    return tuple(dict.fromkeys(specs))
+
+
+@functools.cache
+def _written(users: bool) -> tuple[Wanted, ...]:
+    folders = env.specs_dirs() if users else (Path(data_dir("specs")),)
+    for folder in folders:
+        if not folder.is_dir():
+            raise InvalidInput(f"FA2GEN_SPECS names {folder}, which is no folder")
+    return tuple(wanted for folder in folders for path in sorted(folder.glob("*.toml")) for wanted in read_spec(path))
 
 
 @functools.cache
 def written_tilings() -> dict[tuple[Problem, ArchName], Tiling]:
     """The tiling that specs/ gives to each problem on each architecture; the first row that names a problem wins."""
+    return _first_tilings(_written(users=False))
+
+
+@functools.cache
+def users_tilings() -> dict[tuple[Problem, ArchName], Tiling]:
+    """The same, of the folders in FA2GEN_SPECS."""
+    return _first_tilings(_written(users=True))
+
+
+def _first_tilings(written: Iterable[Wanted]) -> dict[tuple[Problem, ArchName], Tiling]:
     found: dict[tuple[Problem, ArchName], Tiling] = {}
-    for spec in _catalogue():
-        found.setdefault((spec.problem, spec.tiling.arch), spec.tiling)
+    for problem, tiling in written:
+        if tiling is not None:
+            found.setdefault((problem, tiling.arch), tiling)
     return found
 
 
-def read_family(path: Path) -> list[KernelSpec]:
-    """The specs of one TOML file.
+def read_spec(path: Path) -> list[Wanted]:
+    """What one TOML file asks for. Raises InvalidInput as `parse_spec` does, and where the file cannot be read."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InvalidInput(f"{path}: {error}") from None
+    return parse_spec(data, str(path))
 
-    `[problem]` fields may be lists, which expand as a product; `[[tiling]]` rows are taken as written. Raises
-    InvalidInput naming the file, for syntax, for a key that does not exist and for a value out of range.
+
+def parse_spec(data: bytes, name: str) -> list[Wanted]:
+    """What a spec in TOML asks for; `name` says in errors where it came from.
+
+    `[problem]` fields may be lists, which expand as a product; `[[tiling]]` rows are taken as written, and there may be
+    none. Raises InvalidInput for syntax, for a key that does not exist, for a value out of range, and for more than
+    MAX_KERNELS of them.
     """
-    table = _toml(path)
+    table = _toml(data, name)
     unknown = set(table) - {"schema", "problem", "tiling"}
     if unknown:
         raise InvalidInput(
-            f"{path.name}: unknown table {sorted(unknown)[0]!r}; a spec has schema, [problem] and [[tiling]]"
+            f"{name}: unknown table {_shortened(sorted(unknown)[0])}; a spec has schema, [problem] and [[tiling]]"
         )
-    if table.get("schema") != SCHEMA:
-        raise InvalidInput(f"{path.name}: schema {table.get('schema')!r}; this fa2gen reads schema {SCHEMA}")
-    problem, tilings = table.get("problem"), table.get("tiling")
+    _check_schema(table, name)
+    problem, rows = table.get("problem"), table.get("tiling", [])
     if not isinstance(problem, dict):
-        raise InvalidInput(f"{path.name}: no [problem] table")
-    if not isinstance(tilings, list) or not tilings or not all(isinstance(row, dict) for row in tilings):
-        raise InvalidInput(f"{path.name}: no [[tiling]] row")
+        raise InvalidInput(f"{name}: no [problem] table")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InvalidInput(f"{name}: tiling is no [[tiling]] row")
+    choices = {field: value if isinstance(value, list) else [value] for field, value in problem.items()}
+    if empty := [field for field, values in choices.items() if not values]:
+        raise InvalidInput(f"{name}: [problem] {_shortened(empty[0])} is an empty list")
+    if (count := math.prod(map(len, choices.values())) * max(1, len(rows))) > MAX_KERNELS:
+        longest = max(choices, key=lambda field: len(choices[field]))
+        raise InvalidInput(
+            f"{name}: asks for {count:,} kernels, at most {MAX_KERNELS:,} in one file; its longest list is that of "
+            f"{_shortened(longest)}, {len(choices[longest]):,}"
+        )
     try:
-        return [KernelSpec(problem=p, tiling=t) for t in (Tiling(**row) for row in tilings) for p in _problems(problem)]
+        tilings: list[Tiling | None] = [Tiling(**row) for row in rows] or [None]
+        problems = [
+            Problem(**dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())
+        ]
     except Fa2GenError as error:
-        raise type(error)(f"{path.name}: {error}") from None
+        raise type(error)(f"{name}: {error}") from None
+    return [Wanted(problem, tiling) for tiling in tilings for problem in problems]
 
 
-def _problems(fields: dict[str, Any]) -> Iterator[Problem]:
-    choices = [value if isinstance(value, list) else [value] for value in fields.values()]
-    for combination in itertools.product(*choices):
-        yield Problem(**dict(zip(fields, combination, strict=True)))
+def spec_schema() -> dict[str, Any]:
+    """The JSON schema of a spec file, from the fields of `Problem` and `Tiling`: editors complete and check by it."""
+    problem, tiling = Problem.model_json_schema(), Tiling.model_json_schema()
+    for field, rule in problem["properties"].items():
+        about = {key: rule.pop(key) for key in ("description", "default", "title") if key in rule}
+        problem["properties"][field] = {**about, "anyOf": [rule, {"type": "array", "items": rule, "minItems": 1}]}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "fa2gen spec",
+        "type": "object",
+        "properties": {
+            "schema": {"const": SCHEMA, "description": "The version of this format."},
+            "problem": {**problem, "description": "What is computed; lists expand as a product."},
+            "tiling": {
+                "type": "array",
+                "items": tiling,
+                "description": "How; without any, what is tuned or the default.",
+            },
+        },
+        "required": ["schema", "problem"],
+        "additionalProperties": False,
+    }
 
 
 # Tuned rows ----------------------------------------------------------------------------------------------------------
@@ -148,10 +234,11 @@ class TunedRow:
 
 
 def tuned_folders() -> tuple[Path, ...]:
-    """Where tuned rows are, the first folder's before the second's: in a checkout specs/tuned alone, and in an
-    installation what its user tuned, then what it came with."""
+    """Where tuned rows are, the first folder's before the second's: tuned/ in the folders of FA2GEN_SPECS; then in a
+    checkout specs/tuned alone, and in an installation what its user tuned, then what it came with."""
+    users = tuple(folder / "tuned" for folder in env.specs_dirs())
     shipped = Path(data_dir("specs")) / "tuned"
-    return (shipped,) if in_checkout() else (env.cache_dir() / "tuned", shipped)
+    return (*users, shipped) if in_checkout() else (*users, env.cache_dir() / "tuned", shipped)
 
 
 @functools.cache
@@ -170,9 +257,11 @@ def tuned_rows() -> dict[tuple[Problem, ArchName], tuple[TunedRow, ...]]:
 
 def read_tuned(path: Path) -> list[TunedRow]:
     """The rows of one file of specs/tuned/. Raises InvalidInput naming the file and what is wrong in it."""
-    table = _toml(path)
-    if table.get("schema") != SCHEMA:
-        raise InvalidInput(f"{path.name}: schema {table.get('schema')!r}; this fa2gen reads schema {SCHEMA}")
+    try:
+        table = _toml(path.read_bytes(), path.name)
+    except OSError as error:
+        raise InvalidInput(f"{path.name}: {error}") from None
+    _check_schema(table, path.name)
     return [_tuned_row(path, fields) for fields in table.get("row", ())]
 
 
@@ -194,8 +283,25 @@ def _tuned_row(path: Path, fields: dict[str, Any]) -> TunedRow:
     return row
 
 
-def _toml(path: Path) -> dict[str, Any]:
+# Both -----------------------------------------------------------------------------------------------------------------
+
+
+def _toml(data: bytes, name: str) -> dict[str, Any]:
+    if len(data) > MAX_BYTES:
+        raise InvalidInput(f"{name}: more than {MAX_BYTES:,} bytes")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InvalidInput(f"{path.name}: {error}") from None
+        return tomllib.loads(data.decode())
+    except RecursionError:
+        raise InvalidInput(f"{name}: nested too deeply") from None
+    except ValueError as error:  # no UTF-8, no TOML, a number of more digits than Python reads
+        raise InvalidInput(f"{name}: {error}") from None
+
+
+def _check_schema(table: Mapping[str, Any], name: str) -> None:
+    schema = table.get("schema")
+    if schema != SCHEMA or not isinstance(schema, int) or isinstance(schema, bool):
+        raise InvalidInput(f"{name}: schema {_shortened(schema)}; this fa2gen reads schema {SCHEMA}")
+
+
+def _shortened(value: Any) -> str:
+    return reprlib.repr(value)

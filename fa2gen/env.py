@@ -14,7 +14,7 @@ from pathlib import Path
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput
 
-__all__ = ["VARIABLES", "aot_dir", "arch", "cache_dir", "disable_jit", "jobs", "log_level", "unknown"]
+__all__ = ["VARIABLES", "aot_dir", "arch", "cache_dir", "disable_jit", "jobs", "log_level", "specs_dirs", "unknown"]
 
 _PREFIX = "FA2GEN_"
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -44,6 +44,9 @@ _CACHE_DIR = Variable(
     "folder of compiled kernels; only its owner may write it",
 )
 _AOT_DIR = Variable("FA2GEN_AOT_DIR", "none", "folder written by `fa2gen build --out`, searched before the cache")
+_SPECS = Variable(
+    "FA2GEN_SPECS", "none", "folders of your own specs, separated by colons: their tilings come before all others"
+)
 _DISABLE_JIT = Variable(
     "FA2GEN_DISABLE_JIT", "0", "1: never compile at run time; a kernel that was not built is an error"
 )
@@ -54,7 +57,7 @@ _FA3_LIBRARY = Variable(
     "FA2GEN_FA3_LIBRARY", "an installed package", "`fa2gen bench` and `examples/`: FlashAttention-3's operator library"
 )
 
-VARIABLES = (_CACHE_DIR, _AOT_DIR, _DISABLE_JIT, _JOBS, _ARCH, _LOG_LEVEL, _FA3_LIBRARY)
+VARIABLES = (_CACHE_DIR, _AOT_DIR, _SPECS, _DISABLE_JIT, _JOBS, _ARCH, _LOG_LEVEL, _FA3_LIBRARY)
 
 
 def cache_dir() -> Path:
@@ -69,6 +72,11 @@ def cache_dir() -> Path:
 def aot_dir() -> Path | None:
     """The ahead-of-time folder, absolute, or None."""
     return _folder(text) if (text := _AOT_DIR.text()) else None
+
+
+def specs_dirs() -> tuple[Path, ...]:
+    """The user's own folders of specs, absolute, the first one's tilings before the second's."""
+    return tuple(_folder(part) for part in (_SPECS.text() or "").split(os.pathsep) if part.strip())
 
 
 def disable_jit() -> bool:

@@ -1,7 +1,8 @@
 """Which kernel computes a problem: the selector. Pure, total over the supported problems, and able to say why.
 
-In this order: a tuned row for this GPU whose range holds the key length, a tuned row for the architecture, what specs/
-writes, the default. A tiling that does not fit the device, or that the plan's rules no longer allow, is passed over.
+In this order: what a spec in FA2GEN_SPECS writes, a tuned row for this GPU whose range holds the key length, a tuned
+row for the architecture, what specs/ writes, the default. A tiling that does not fit the device, or that the plan's
+rules no longer allow, is passed over.
 """
 
 from __future__ import annotations
@@ -12,11 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fa2gen.arch import ARCHES, ArchName
-from fa2gen.catalog import TunedRow, tuned_rows, written_tilings
+from fa2gen.catalog import TunedRow, tuned_rows, users_tilings, written_tilings
 from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
-from fa2gen.plan import KernelPlan, fits, make_plan
-from fa2gen.plan.sm80_bwd import default_tiling_sm80_bwd
-from fa2gen.plan.sm80_fwd import default_tiling_sm80
+from fa2gen.plan import KernelPlan, default_tiling, fits, make_plan
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
 __all__ = [
@@ -24,6 +23,7 @@ __all__ = [
     "Choice",
     "Device",
     "Selection",
+    "best_spec",
     "choices",
     "default_tiling",
     "kernel_arch",
@@ -60,7 +60,7 @@ class Selection:
 class Choice:
     """One tiling that the selector looks at; `refused` says why it cannot be taken, None that it can."""
 
-    source: Literal["tuned for this GPU", "tuned for the architecture", "specs", "default"]
+    source: Literal["FA2GEN_SPECS", "tuned for this GPU", "tuned for the architecture", "specs", "default"]
     tiling: Tiling
     reason: str
     refused: str | None = None
@@ -105,18 +105,25 @@ def select(problem: Problem, device: Device, arch: ArchName | None = None, seqle
 
 
 def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> Iterator[Choice]:
-    """Every tiling that is known for a problem, in the order of preference; the last is the default."""
-    known = _as_tuned(problem)
-    rows = tuned_rows().get((known, arch), ())
+    """Every tiling that is known for a problem, in the order of preference; the last is the default.
+
+    What is written or tuned for the problem itself comes before what is for the one that it is tuned as.
+    """
+    known = tuple(dict.fromkeys((problem, _as_tuned(problem))))
+    for named in known:
+        if (written := users_tilings().get((named, arch))) is not None:
+            reason = f"a spec in FA2GEN_SPECS names this tiling for {arch}"
+            yield Choice("FA2GEN_SPECS", written, reason, _misfit(problem, written, device))
+    rows = [row for named in known for row in tuned_rows().get((named, arch), ())]
     own = [row for row in rows if row.refusal(device.name) is None]
     others = [row for row in rows if row.refusal(device.name) is not None]
     for row in own:
         yield _tuned("tuned for this GPU", row, problem, device, seqlen)
     for row in others:
         yield _tuned("tuned for the architecture", row, problem, device, seqlen)
-    written = written_tilings().get((known, arch))
-    if written is not None:
-        yield Choice("specs", written, f"specs/ names this tiling for {arch}", _misfit(problem, written, device))
+    for named in known:
+        if (written := written_tilings().get((named, arch))) is not None:
+            yield Choice("specs", written, f"specs/ names this tiling for {arch}", _misfit(problem, written, device))
     default = default_tiling(problem, arch, device.shared_memory_per_block)
     yield Choice("default", default, f"default tiling for head dim {problem.head_dim} on {arch}")
 
@@ -129,7 +136,7 @@ def _as_tuned(problem: Problem) -> Problem:
 def served_by(row: TunedRow) -> Iterator[KernelSpec]:
     """The kernels that `select` takes from a tuned row: its own and, backward, the deterministic one, if it fits."""
     yield row.spec
-    if row.spec.problem.direction == "bwd":
+    if row.spec.problem.direction == "bwd" and not row.spec.problem.deterministic:
         ordered = row.spec.problem.model_copy(update={"deterministic": True})
         spec = KernelSpec(problem=ordered, tiling=row.spec.tiling)
         if fits(spec):
@@ -137,7 +144,7 @@ def served_by(row: TunedRow) -> Iterator[KernelSpec]:
 
 
 def _tuned(
-    source: Literal["tuned for this GPU", "tuned for the architecture"],
+    source: Literal["FA2GEN_SPECS", "tuned for this GPU", "tuned for the architecture"],
     row: TunedRow,
     problem: Problem,
     device: Device,
@@ -160,50 +167,7 @@ def _misfit(problem: Problem, tiling: Tiling, device: Device) -> str | None:
     return None if needed <= limit else f"needs {needed:,} B of shared memory; {device.name} has {limit:,} B"
 
 
-def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Tiling:
-    """A good tiling for any supported problem, with no spec written by hand. Raises InfeasibleSpec if none fits."""
-    if arch == "sm80":
-        of_direction = default_tiling_sm80_bwd if problem.direction == "bwd" else default_tiling_sm80
-        return of_direction(problem, shared_memory_limit or ARCHES["sm80"].shared_memory_per_block)
-    return _default_tiling_sm90_bwd(problem) if problem.direction == "bwd" else _default_tiling_sm90(problem)
-
-
-def _default_tiling_sm90(problem: Problem) -> Tiling:
-    """Three warpgroups where their 160 registers hold 64 keys or more, else two: what `fa2gen tune` found on an H200.
-
-    A third warpgroup hides more of the softmax and reads K and V once for 192 rows (d = 128 at 8k: 1.08x two
-    warpgroups). With three, as many keys a block as the registers hold; with two, few enough that O has a place beside
-    Q's. Panels are as wide as that allows: a narrow one wastes less of a ragged head dim, but takes more copies.
-    """
-    stages = 4 if problem.head_dim <= 64 else 2
-    shapes = [(192, tile_n, 12, stages) for tile_n in (128, 112, 96, 80, 64)]
-    shapes += [(128, tile_n, 8, 2) for tile_n in (80, 64)]
-    for tile_m, tile_n, warps, stages in shapes:
-        for span in (128, 64, 32):
-            tiling = Tiling(
-                arch="sm90",
-                tile_m=tile_m,
-                tile_n=tile_n,
-                num_stages=stages,
-                num_mma_warps=warps,
-                swizzle_bytes=span,
-                lazy_rescale=1,
-            )
-            if fits(KernelSpec(problem=problem, tiling=tiling)):
-                return tiling
-    raise InfeasibleSpec(f"no default tiling fits head dim {problem.head_dim} on sm90")
-
-
-def _default_tiling_sm90_bwd(problem: Problem) -> Tiling:
-    """Two warpgroups of 64 keys each where dK and dV of 64 keys fit one's registers, with as many queries as fit: the
-    operand reads of S, dP and dQ, which limit it, cost the less an element the more there are. Beyond head dim 160 one
-    warpgroup holds dV, the other dK. Causal kernels have 64 queries a block above head dim 64, as the diagonal wastes
-    half of its blocks (d = 128: 1.04x 80 queries at 2k, but 0.97x at 8k, H200)."""
-    shapes = [(128, 128), (80, 128), (64, 128), (48, 128), (64, 64)]
-    if problem.mask == "causal":
-        shapes.remove((80, 128))
-    for tile_m, tile_n in shapes:
-        tiling = Tiling(arch="sm90", tile_m=tile_m, tile_n=tile_n, num_stages=2, num_mma_warps=8)
-        if fits(KernelSpec(problem=problem, tiling=tiling)):
-            return tiling
-    raise InfeasibleSpec(f"no default tiling fits head dim {problem.head_dim} on sm90")
+def best_spec(problem: Problem, arch: ArchName) -> KernelSpec:
+    """The kernel that `select` takes on a typical device of a family, for whoever names no device."""
+    typical = Device(arch, (int(arch[2]), 0), ARCHES[arch].shared_memory_per_block, num_sms=1)
+    return select(problem, typical, arch).plan.spec

@@ -20,7 +20,7 @@ from fa2gen.arch import ArchName
 from fa2gen.catalog import tuned_rows, written_tilings
 from fa2gen.compile import ResourceReport
 from fa2gen.errors import Fa2GenError
-from fa2gen.select import default_tiling
+from fa2gen.plan import default_tiling
 from fa2gen.spec import KernelSpec, Problem
 from fa2gen.tune.cost import prune
 from fa2gen.tune.journal import Journal, key_of

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import re
 import tomllib
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from fa2gen import catalog
 from fa2gen._paths import data_dir
-from fa2gen.catalog import catalogue, read_family, written_tilings
+from fa2gen.arch import ARCHES
+from fa2gen.catalog import (
+    MAX_KERNELS,
+    Wanted,
+    catalogue,
+    parse_spec,
+    read_spec,
+    spec_schema,
+    users_tilings,
+    written_tilings,
+)
 from fa2gen.errors import InvalidInput
-from fa2gen.plan import make_plan
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.plan import default_tiling, make_plan
+from fa2gen.spec import KernelSpec, Problem, Tiling, declared
 
 SPECS = Path(data_dir("specs"))
 FAMILY = """
@@ -38,11 +53,19 @@ num_stages = 2
 num_mma_warps = 4
 """
 
+GOOD_TILING = {"arch": "sm90", "tile_m": 128, "tile_n": 128, "num_mma_warps": 8}
 
-def read(tmp_path: Path, text: str) -> list[KernelSpec]:
+
+def read(tmp_path: Path, text: str) -> list[Wanted]:
     path = tmp_path / "family.toml"
     path.write_text(text)
-    return read_family(path)
+    return read_spec(path)
+
+
+def error_of(data: str | bytes) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        parse_spec(data if isinstance(data, bytes) else data.encode(), "family.toml")
+    return str(caught.value)
 
 
 # Reading a family ----------------------------------------------------------------------------------------------------
@@ -50,7 +73,7 @@ def read(tmp_path: Path, text: str) -> list[KernelSpec]:
 
 def test_problem_fields_expand_and_tilings_do_not(tmp_path):
     specs = read(tmp_path, FAMILY)
-    assert [spec.name for spec in specs] == [
+    assert [KernelSpec(problem=problem, tiling=tiling).name for problem, tiling in specs] == [
         f"fa2_fwd_{arch}_{dtype}_d{head_dim}_causal_{shape}"
         for arch, shape in (("sm90", "m128_n128_s2_w8"), ("sm80", "m128_n64_s2_w4"))
         for head_dim in (64, 128)
@@ -90,24 +113,202 @@ def test_a_mistake_is_named_with_its_file(tmp_path, old, new, words):
     with pytest.raises(InvalidInput) as caught:
         read(tmp_path, FAMILY.replace(old, new))
     message = str(caught.value)
-    assert message.startswith("family.toml: ") and all(word in message for word in words.split("|")), message
+    assert message.startswith(f"{tmp_path / 'family.toml'}: ") and all(word in message for word in words.split("|"))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "schema = 1", "schema = 1\n[problem]\nhead_dim = 64", "schema = 1\n[problem]\n[[tiling]]"]
-)
-def test_an_incomplete_family_is_refused(tmp_path, text):
-    with pytest.raises(InvalidInput, match=r"family\.toml"):
-        read(tmp_path, text)
+@pytest.mark.parametrize("text", ["", "schema = 1", "schema = 1\n[problem]", "schema = 1\n[[tiling]]"])
+def test_an_incomplete_family_is_refused(text):
+    assert error_of(text).startswith("family.toml: ")
+
+
+def test_without_a_tiling_how_is_left_open():
+    wanted = parse_spec(b"schema = 1\n[problem]\nhead_dim = [64, 72]", "family.toml")
+    assert wanted == [Wanted(Problem(head_dim=64), None), Wanted(Problem(head_dim=72), None)]
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
-    path = tmp_path / "family.toml"
-    path.write_bytes(b"schema = 1\n\xff\xfe")
-    with pytest.raises(InvalidInput, match=r"family\.toml"):
-        read_family(path)
-    with pytest.raises(InvalidInput, match=r"none\.toml"):
-        read_family(tmp_path / "none.toml")
+    assert error_of(b"schema = 1\n\xff\xfe").startswith("family.toml: ")
+    for path in (tmp_path / "none.toml", tmp_path, Path("a\0b.toml")):
+        with pytest.raises(InvalidInput, match=re.escape(repr(str(path))[1:-1]) + "|null"):
+            read_spec(path)
+
+
+MINIMAL = "schema = 1\n[problem]\nhead_dim = 64\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (MINIMAL + "self = 1", "self|unknown field"),
+        (MINIMAL + "[[tiling]]\nself = 1", "self|unknown field"),
+        ("x = " + "[" * 3000, "nested too deeply"),
+        ("x = " + "9" * 5000, "digits"),
+        ("#" * (2 << 20), "more than 1,048,576 bytes"),
+        ("schema = true\n[problem]\nhead_dim = 64", "schema True"),
+        ("schema = 1.0\n[problem]\nhead_dim = 64", "schema 1.0"),
+        (MINIMAL.replace("64", "[]"), "head_dim|empty list"),
+        (MINIMAL.replace("64", "[[64]]"), "head_dim|[64]"),
+        (MINIMAL.replace("64", str([64] * 1000)) + f"dtype = {['bf16'] * 1000}", "1,000,000 kernels|head_dim"),
+        (MINIMAL + "[[tiling]]\n" * (MAX_KERNELS + 1), "4,097 kernels"),
+        (FAMILY + "lazy_rescale = true", "lazy_rescale|0 or 1"),
+        (FAMILY.replace("num_stages = 2", "num_stages = 2.0"), "num_stages|integer"),
+        (MINIMAL + "deterministic = 1", "deterministic|boolean"),
+        (MINIMAL + "deterministic = true", 'deterministic|is for direction "bwd"'),
+        ("schema = 1\n" + "k" * 10**5 + " = 1", "unknown table"),
+        (MINIMAL + "k" * 10**5 + " = 1", "unknown field"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_hostile_file_is_refused_briefly(text, words):
+    message = error_of(text)
+    assert message.startswith("family.toml: ") and len(message) < 600
+    assert all(word in message for word in words.split("|")), message
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.sampled_from([8, 16, 64, 128, 256, 1, 0])
+    | st.floats()
+    | st.sampled_from(["fwd", "bwd", "fp16", "bf16", "full", "causal", "sm80", "sm90"])
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=2),
+    max_leaves=4,
+)
+KEYS = st.sampled_from([*Problem.model_fields, *Tiling.model_fields, "self", "schema"]) | st.text(max_size=8)
+TABLES = st.dictionaries(KEYS, VALUES, max_size=4)
+
+
+def toml(value: object) -> str:
+    """TOML of a value, or what looks like it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    TABLES, st.none() | st.lists(st.builds(lambda extra: {**GOOD_TILING, **extra}, TABLES), max_size=2), st.booleans()
+)
+def test_any_tables_are_kernels_or_an_error_that_names_the_file(problem, tilings, good):
+    text = f"schema = 1\nproblem = {toml({'head_dim': 64, **problem} if good else problem)}\n"
+    text += f"tiling = {toml(tilings)}\n" if tilings is not None else ""
+    try:
+        wanted = parse_spec(text.encode(), "family.toml")
+    except InvalidInput as error:
+        assert str(error).startswith("family.toml: ")
+    else:
+        assert wanted and all(KernelSpec.from_name(spec.name) == spec for spec in specs_of(wanted))
+
+
+def specs_of(wanted: list[Wanted]) -> list[KernelSpec]:
+    return [KernelSpec(problem=problem, tiling=tiling or Tiling(**GOOD_TILING)) for problem, tiling in wanted]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_bytes_are_refused(data):
+    for whole in (data, FAMILY.encode() + data, data + FAMILY.encode()):
+        try:
+            parse_spec(whole, "family.toml")
+        except InvalidInput as error:
+            assert str(error).startswith("family.toml: ")
+
+
+def test_the_schema_knows_what_the_reader_knows():
+    """Editors complete by it: every field with its values, its range and what it means."""
+    schema = spec_schema()
+    problem, tiling = schema["properties"]["problem"], schema["properties"]["tiling"]["items"]
+    for model, found in ((Problem, problem), (Tiling, tiling)):
+        assert not found["additionalProperties"]
+        for name, field in declared(model).items():
+            rule = found["properties"][name]
+            assert rule["description"] == field.help
+            assert (name in found["required"]) == (field.default is None)
+            one, *many = rule["anyOf"] if model is Problem else (rule,)
+            assert [item["items"] for item in many] == ([one] if model is Problem else [])
+            if field.range:
+                limits = (one["multipleOf"], one["minimum"], one["maximum"])
+                assert limits == (field.range.step, field.range.least, field.range.most)
+            else:
+                assert one.get("enum", [False, True]) == [*field.values]
+    json.dumps(schema, allow_nan=False)
+
+
+# A user's own specs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def users(monkeypatch, tmp_path):
+    """An empty folder in FA2GEN_SPECS; what was read before is forgotten, then and afterwards."""
+    from fa2gen.select import select
+
+    def forget() -> None:
+        for cached in (
+            catalog._catalogue,
+            catalog._written,
+            written_tilings,
+            users_tilings,
+            catalog.tuned_rows,
+            select,
+        ):
+            cached.cache_clear()
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setenv("FA2GEN_SPECS", str(folder))
+        forget()
+        yield folder
+    forget()
+
+
+def test_a_users_tiling_comes_first(users):
+    from fa2gen.explain import KNOWN_DEVICES
+    from fa2gen.select import best_spec, select
+
+    tiling = Tiling(arch="sm90", tile_m=128, tile_n=48, num_stages=3, num_mma_warps=8)
+    text = "".join(f"{name} = {json.dumps(value)}\n" for name, value in tiling.model_dump().items())
+    (users / "own.toml").write_text(f"schema = 1\n[problem]\nhead_dim = [128, 24]\n[[tiling]]\n{text}")
+    for head_dim in (128, 24):
+        problem = Problem(head_dim=head_dim)
+        selection = select(problem, KNOWN_DEVICES[0])
+        assert selection.plan.tiling == best_spec(problem, "sm90").tiling == tiling
+        assert "FA2GEN_SPECS" in selection.reason
+        assert KernelSpec(problem=problem, tiling=tiling) in catalogue("sm90")
+        assert select(problem, KNOWN_DEVICES[2]).plan.tiling != tiling  # an A100's kernels are of the other family
+    assert select(Problem(head_dim=128, mask="causal"), KNOWN_DEVICES[0]).plan.tiling != tiling
+
+
+def test_a_users_tuned_rows_come_before_the_shipped(users):
+    from fa2gen.explain import KNOWN_DEVICES
+    from fa2gen.select import select
+
+    shipped = next(row for row in catalog.read_tuned(SPECS / "tuned" / "nvidia-h200-sm90-fwd-d80.toml"))
+    spec = shipped.spec
+    own = KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"tile_n": 48}))
+    (users / "tuned").mkdir()
+    text = (SPECS / "tuned" / "nvidia-h200-sm90-fwd-d80.toml").read_text()
+    (users / "tuned" / "a.toml").write_text(text.replace(f'"{spec.name}"', f'"{own.name}"'))
+    catalog.tuned_rows.cache_clear()
+    seqlen = max(1, shipped.seqlen_min)
+    assert select(spec.problem, KNOWN_DEVICES[0], None, seqlen).plan.spec == own
+
+
+def test_a_problem_without_a_tiling_is_built_for_every_family(users):
+    (users / "own.toml").write_text("schema = 1\n[problem]\nhead_dim = 24")
+    found = [spec for spec in catalogue() if spec.problem == Problem(head_dim=24)]
+    assert [spec.tiling for spec in found] == [default_tiling(Problem(head_dim=24), arch) for arch in ARCHES]
+    assert users_tilings() == {}
+
+
+def test_a_folder_that_is_none_is_named(users):
+    users.rmdir()
+    with pytest.raises(InvalidInput, match=r"FA2GEN_SPECS names .*mine"):
+        catalogue()
 
 
 # What is in specs/ ---------------------------------------------------------------------------------------------------
