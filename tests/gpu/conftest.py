@@ -13,7 +13,8 @@ import torch
 
 from fa2gen import env
 from fa2gen.errors import Fa2GenError
-from fa2gen.ops import dispatch, forward_into
+from fa2gen.gpus import current_device
+from fa2gen.ops import forward_into
 from fa2gen.reference import Verdict, check
 from fa2gen.spec import Problem
 from fa2gen.store import Store
@@ -64,13 +65,14 @@ def kernels_are_built(request: pytest.FixtureRequest) -> None:
     """
     if not torch.cuda.is_available():
         return
-    store, device = Store(), dispatch._device(torch.cuda.current_device())
+    store, device = Store(), current_device()
 
     def build(family: Family) -> None:
         problem = Problem(head_dim=family.head_dim, dtype=family.dtype, mask=family.mask)
         for seqlen_k in Harness.SEQLENS_OF_ALL_ROWS:
             with contextlib.suppress(Fa2GenError):
-                store.get_or_compile(*dispatch._choose(problem, device, family.arch, None, seqlen_k))
+                selection = select(problem, device, family.arch, seqlen_k)
+                store.get_or_compile(selection.plan, selection.target)
 
     with ThreadPoolExecutor(env.jobs()) as pool:
         list(pool.map(build, {family for item in request.session.items if (family := family_of(item))}))

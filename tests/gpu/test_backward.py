@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fa2gen import UnsupportedProblem, env, flash_attn_func
 from fa2gen.errors import Fa2GenError
+from fa2gen.gpus import device_at
 from fa2gen.ops.backward import backward_cuda
-from fa2gen.ops.dispatch import _device, forget, forward_cuda
+from fa2gen.ops.dispatch import forget, forward_cuda
 from fa2gen.reference import check_gradients
 from fa2gen.select import select
 from fa2gen.spec import Problem
@@ -48,7 +49,7 @@ def families(head_dims, dtypes=("bf16", "fp16"), masks=("full", "causal")):
 def selected(arch, dtype, head_dim, mask, deterministic=False, *, seqlen_k):
     """The kernel that a call with FA2GEN_ARCH=arch gets on this GPU."""
     problem = Problem(direction="bwd", head_dim=head_dim, dtype=dtype, mask=mask, deterministic=deterministic)
-    return select(problem, _device(torch.cuda.current_device()), arch, seqlen_k)
+    return select(problem, device_at(torch.cuda.current_device()), arch, seqlen_k)
 
 
 @pytest.fixture(scope="module", autouse=True)
