@@ -16,6 +16,7 @@ from fa2gen.errors import Fa2GenError
 from fa2gen.gpus import current_device
 from fa2gen.ops import forward_into
 from fa2gen.reference import Verdict, check
+from fa2gen.select import select
 from fa2gen.spec import Problem
 from fa2gen.store import Store
 
