@@ -117,7 +117,7 @@ class KernelPlan:
     @cached_property
     def rooms(self) -> Mapping[str, str]:
         """Room -> the block that stands there: templates/rooms/<room>/<block>.cuh.j2."""
-        return rooms_of(self.problem)
+        return {**rooms_of(self.problem), "schedule": self.schedule}
 
     @property
     def uneven(self) -> bool:
@@ -176,6 +176,11 @@ class KernelPlan:
         return {128: 7, 64: 3, 32: 1}[self.tiling.swizzle_bytes]
 
     # What a subclass must give.
+
+    @property
+    def schedule(self) -> str:
+        """The order in which blocks of threads take their work: a block of templates/rooms/schedule."""
+        raise NotImplementedError
 
     @property
     def num_threads(self) -> int:

@@ -27,8 +27,7 @@ class BackwardPlan(KernelPlan):
         return self.arch == "sm90"
 
     @property
-    def key_block_order(self) -> str:
-        """Part of a template's name."""
+    def schedule(self) -> str:
         return "ordered" if self.deterministic and not self.causal else self.mask
 
     @property

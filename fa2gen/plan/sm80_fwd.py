@@ -119,6 +119,10 @@ class Sm80FwdPlan(Sm80Plan):
     # Launch
 
     @property
+    def schedule(self) -> str:
+        return "longest_first" if self.uneven else "by_head"
+
+    @property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "tiles"),)
 

@@ -15,6 +15,8 @@ from fa2gen.ptx import Wgmma
 
 __all__ = ["Sm90FwdPlan"]
 
+TILE_SLOT_BYTES = 16  # block of queries, head, batch entry: one vector load
+
 # Registers that a thread needs beside S, O and P: addresses, row statistics, loop state. With 160 registers 28 separate
 # the tilings that compile clean (head dim 144 with 80 keys, 72 with 128) from those that spill (128 with 96, 80 with
 # 128); with 112, head dim 72 with 64 keys from 64 with 80.
@@ -109,8 +111,8 @@ class Sm90FwdPlan(Sm90Plan):
         return not self._fits(1, 1)
 
     def _barriers_bytes(self, num_q_stages: int) -> int:
-        """Full and empty barriers of every stage of Q, K and V, and 4 bytes a stage of Q for the number of its tile."""
-        return BARRIER_BYTES * 2 * (num_q_stages + 2 * self.num_stages) + 16
+        """Full and empty barriers of every stage of Q, K and V, and the slot of each stage of Q for its tile."""
+        return BARRIER_BYTES * 2 * (num_q_stages + 2 * self.num_stages) + TILE_SLOT_BYTES * num_q_stages
 
     @property
     def smem_o(self) -> int:
@@ -136,6 +138,10 @@ class Sm90FwdPlan(Sm90Plan):
         return (self.kv_tile.panel_bytes >> 4) << 16
 
     # Launch
+
+    @property
+    def schedule(self) -> str:
+        return "longest_first" if self.uneven else "by_head"
 
     @property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:

@@ -5,8 +5,8 @@
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   21 Problem and tiling,   85 Threads,  103 Arithmetic,  130 Shared memory,  139 Global memory,
-//             168 cp.async,  210 Which keys are visible,  245 Online softmax,  391 Pipeline,  449 Matrix products,
-//             532 Epilogue,  619 Kernel
+//             168 cp.async,  220 Which keys are visible,  257 Online softmax,  403 Pipeline,  461 Matrix products,
+//             544 Epilogue,  632 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -207,37 +207,49 @@ __device__ __forceinline__ void mma_m16n8k16(float* d, uint32_t const (&a)[4], u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Which keys are visible: full ----------------------------------------------------------------------------------------
-
-// The rows visit blocks num_blocks - 1 to 0; the first num_unmasked of them need no mask.
-struct KeyBlocks {
-    int num_blocks;
-    int num_unmasked;
+// Sequences: every batch entry has the same lengths.
+struct Seqlen {
+    int q;
+    int k;
 };
 
-__device__ __forceinline__ KeyBlocks visible_blocks(Params const& p, int first_row, int) {
-    if (first_row >= p.seqlen_q) {
-        return {0, 0};
-    }
-    return {(p.seqlen_k + kTileN - 1) / kTileN, p.seqlen_k / kTileN};
+__device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
+    return {p.seqlen_q, p.seqlen_k};
 }
 
+// Which keys are visible: full ----------------------------------------------------------------------------------------
+
+// Blocks [begin, end), of which [begin_full, end_full) need no mask.
+struct BlockRange {
+    int begin;
+    int begin_full;
+    int end_full;
+    int end;
+};
+
 // Keys below this are visible to a query row.
-__device__ __forceinline__ int key_limit(Params const& p, int) {
-    return p.seqlen_k;
+__device__ __forceinline__ int key_end(Params const&, Seqlen const& s, int) {
+    return s.k;
+}
+
+__device__ __forceinline__ BlockRange key_blocks(Params const&, Seqlen const& s, int first_row, int) {
+    if (first_row >= s.q) {
+        return {0, 0, 0, 0};
+    }
+    return {0, 0, s.k / kTileN, (s.k + kTileN - 1) / kTileN};
 }
 
 // Sets the scores of keys that a row does not see to -inf. Columns of registers are compile-time constants, so each element
-// costs one comparison and one select, and only in the blocks that need a mask.
-__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&limits)[2], int first_key) {
+// costs one comparison and one select, and only in the blocks that need a mask. Bits as on Hopper spill 12 bytes at d = 128.
+__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&ends)[2], int first_key) {
     int const first_column = first_key + 2 * (lane_id() % 4);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        int const limit = limits[row] - first_column;
+        int const end = ends[row] - first_column;
 #pragma unroll
         for (int i = 2 * row; i < kNumAccS; i += 4) {
-            acc_s[i] = 2 * i - 4 * row < limit ? acc_s[i] : -kInfinity;
-            acc_s[i + 1] = 2 * i - 4 * row + 1 < limit ? acc_s[i + 1] : -kInfinity;
+            acc_s[i] = 2 * i - 4 * row < end ? acc_s[i] : -kInfinity;
+            acc_s[i + 1] = 2 * i - 4 * row + 1 < end ? acc_s[i + 1] : -kInfinity;
         }
     }
 }
@@ -428,10 +440,10 @@ struct KvPipeline {
     }
 
     // K of this block.
-    __device__ __forceinline__ uint32_t acquire_k(int n_block, int) {
+    __device__ __forceinline__ uint32_t acquire_k(int more, int) {
         cp_async_wait_0();
         sync_block();
-        if (n_block >= kNumStages - 1) {
+        if (more >= kNumStages - 1) {
             load(kTileN);
         }
         cp_async_commit();
@@ -546,7 +558,8 @@ __device__ __forceinline__ void stage_o(float const (&acc_o)[kNumAccO], uint32_t
 }
 
 // `first_row` is the warp's first row in the tensor; rows from seqlen_q on are dropped.
-__device__ __forceinline__ void store_o(Params const& p, uint32_t o_rows, int first_row, int bidh, int bidb, int lane) {
+__device__ __forceinline__ void store_o(
+    Params const& p, Seqlen const& s, uint32_t o_rows, int first_row, int bidh, int bidb, int lane) {
     int const lane_row = lane / kPanelChunks;
     int const lane_chunk = lane % kPanelChunks;
     int64_t const elements = bidb * p.o_batch_stride + bidh * p.o_head_stride + 8 * lane_chunk;
@@ -556,7 +569,7 @@ __device__ __forceinline__ void store_o(Params const& p, uint32_t o_rows, int fi
         int const row = first + lane_row;
         uint32_t const from = o_rows + row * kPanelRowBytes + ((lane_chunk ^ row_swizzle(row)) << 4);
         unsigned char* const to = of_head + kElementBytes * (first_row + row) * p.o_row_stride;
-        if (first_row + row < p.seqlen_q) {
+        if (first_row + row < s.q) {
 #pragma unroll
             for (int panel = 0; panel < kNumPanels; ++panel) {
                 if (panel * kPanelColumns + 8 * lane_chunk < kHeadDim) {
@@ -570,14 +583,14 @@ __device__ __forceinline__ void store_o(Params const& p, uint32_t o_rows, int fi
 }
 
 __device__ __forceinline__ void store_lse(
-    Params const& p, float const (&lse)[2], int row, int bidh, int bidb, int lane) {
+    Params const& p, Seqlen const& s, float const (&lse)[2], int row, int bidh, int bidb, int lane) {
     if (lane % 4 == 0) {
-        float* const of_head = p.lse + (static_cast<int64_t>(bidb) * p.num_heads + bidh) * p.seqlen_q;
+        float* const of_head = p.lse + (static_cast<int64_t>(bidb) * p.num_heads + bidh) * s.q;
         int const first = row + lane / 4;
-        if (first < p.seqlen_q) {
+        if (first < s.q) {
             store_global_float(of_head + first, lse[0]);
         }
-        if (first + 8 < p.seqlen_q) {
+        if (first + 8 < s.q) {
             store_global_float(of_head + first + 8, lse[1]);
         }
     }
@@ -585,18 +598,18 @@ __device__ __forceinline__ void store_lse(
 
 // A block in which not every row sees every key.
 __device__ __forceinline__ void mask_scores(
-    Params const& p, float (&acc_s)[kNumRowTiles][kNumAccS], int first_row, int first_key, int thread) {
+    Params const& p, Seqlen const& s, float (&acc_s)[kNumRowTiles][kNumAccS], int first_row, int first_key, int thread) {
     int const row = first_row + thread / 32 * kNumRowTiles * 16 + thread % 32 / 4;
 #pragma unroll
     for (int i = 0; i < kNumRowTiles; ++i) {
-        int const limits[2] = {key_limit(p, row + 16 * i), key_limit(p, row + 16 * i + 8)};
-        apply_mask(acc_s[i], limits, first_key);
+        int const ends[2] = {key_end(p, s, row + 16 * i), key_end(p, s, row + 16 * i + 8)};
+        apply_mask(acc_s[i], ends, first_key);
     }
 }
 
 // The end of a tile. Each warp reads and writes only its own rows of Q's place.
 __device__ __forceinline__ void finish(
-    Params const& p, float (&acc_o)[kNumRowTiles][kNumAccO], float const (&row_max)[kNumRowTiles][2],
+    Params const& p, Seqlen const& s, float (&acc_o)[kNumRowTiles][kNumAccO], float const (&row_max)[kNumRowTiles][2],
     float const (&row_sum)[kNumRowTiles][2], int first_row, int bidh, int bidb, int thread) {
     int const lane = thread % 32;
     int const warp_row = thread / 32 * kNumRowTiles * 16;
@@ -609,11 +622,11 @@ __device__ __forceinline__ void finish(
         float lse[2];
         finalize_softmax(row_max[i], row_sum[i], inverse_sum, lse, p.softmax_scale);
         rescale_o(acc_o[i], inverse_sum);
-        store_lse(p, lse, row + 16 * i, bidh, bidb, lane);
+        store_lse(p, s, lse, row + 16 * i, bidh, bidb, lane);
         stage_o(acc_o[i], o_rows + 16 * i * kPanelRowBytes, lane);
     }
     sync_warp();
-    store_o(p, o_rows, row, bidh, bidb, lane);
+    store_o(p, s, o_rows, row, bidh, bidb, lane);
 }
 
 // Kernel --------------------------------------------------------------------------------------------------------------
@@ -628,7 +641,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
     int const warp_row = thread / 32 * kNumRowTiles * 16;  // of the tile
     uint32_t const q_rows = smem + kSmemQ + warp_row * kPanelRowBytes;
     int const first_row = m_block_at(p, static_cast<int>(blockIdx.x)) * kTileM;
-    KeyBlocks const blocks = visible_blocks(p, first_row, kTileM);
+    Seqlen const s = seqlen_of(p, bidb);
+    BlockRange const blocks = key_blocks(p, s, first_row, kTileM);
 
     float acc_s[kNumRowTiles][kNumAccS];
     float acc_o[kNumRowTiles][kNumAccO];
@@ -644,8 +658,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
         }
     }
 
-    if (blocks.num_blocks > 0) {
-        int n_block = blocks.num_blocks - 1;
+    if (blocks.begin < blocks.end) {
+        int n_block = blocks.end - 1;
         int const last_key = n_block * kTileN;
         int const head_kv = bidh / p.num_heads_per_kv;
         CopyLane const copy = copy_lane(thread);
@@ -655,9 +669,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
                                      head_kv, copy.column);
         Source const value = source_of(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride, bidb,
                                        last_key + copy.row, head_kv, copy.column);
-        load_tile(smem + kSmemQ, kTileM, kQPanelBytes, q, copy, p.seqlen_q - first_row);
+        load_tile(smem + kSmemQ, kTileM, kQPanelBytes, q, copy, s.q - first_row);
         KvPipeline pipeline = {smem + kSmemK, key, value, copy};
-        pipeline.start(blocks.num_blocks, p.seqlen_k - last_key);
+        pipeline.start(blocks.end - blocks.begin, s.k - last_key);
 
         uint32_t const k_lane = lane_offset_column_major(lane);
         uint32_t const v_lane = lane_offset_row_major(lane);
@@ -667,11 +681,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
         load_q_fragments(q_operand, q_rows + v_lane);
 
         // One loop for masked and other blocks: with two, each keeps registers for the other, and d = 128 spills.
-        for (; n_block >= 0; --n_block) {
-            uint32_t const k_tile = pipeline.acquire_k(n_block, p.seqlen_k - n_block * kTileN);
+        for (; n_block >= blocks.begin; --n_block) {
+            uint32_t const k_tile = pipeline.acquire_k(n_block - blocks.begin, s.k - n_block * kTileN);
             gemm_qk(acc_s, q_operand, k_tile + recompute(k_lane));
-            if (n_block >= blocks.num_unmasked) {
-                mask_scores(p, acc_s, first_row, n_block * kTileN, recompute(thread));
+            if (n_block >= blocks.end_full) {
+                mask_scores(p, seqlen_of(p, bidb), acc_s, first_row, n_block * kTileN, recompute(thread));
             }
             float correction[kNumRowTiles][2];
             uint32_t p_tile[kNumRowTiles][kNumP];
@@ -681,10 +695,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
                 rescale_o(acc_o[i], correction[i]);
                 pack_p(p_tile[i], acc_s[i]);
             }
-            uint32_t const v_tile = pipeline.acquire_v(n_block);
+            uint32_t const v_tile = pipeline.acquire_v(n_block - blocks.begin);
             gemm_pv(acc_o, p_tile, v_tile + recompute(v_lane));
         }
     }
 
-    finish(p, acc_o, row_max, row_sum, first_row, bidh, bidb, recompute(thread));
+    finish(p, s, acc_o, row_max, row_sum, first_row, bidh, bidb, recompute(thread));
 }

@@ -88,8 +88,8 @@ FAULTS = (
     Fault(
         "q-parity",
         SM90,
-        "state.phase ^ 1);\n    if (elect_one()) {\n        store_shared_int",
-        "state.phase);\n    if (elect_one()) {\n        store_shared_int",
+        "state.phase ^ 1);\n    if (elect_one()) {\n        store_shared_int4",
+        "state.phase);\n    if (elect_one()) {\n        store_shared_int4",
     ),
     Fault("parity-never-flips", SM90, "phase ^= 1;", "phase ^= 0;"),
     Fault("ring-too-long", SM90, "if (stage == num_stages) {", "if (stage == num_stages + 1) {"),
@@ -202,13 +202,13 @@ FAULTS = (
     Fault(
         "o-row-coordinate", SM90, "panel * kPanelColumns, row, tile.bidh", "panel * kPanelColumns, row + 1, tile.bidh"
     ),
-    Fault("diagonal-off-by-one", SM90, "row + 1 + (p.seqlen_k", "row + (p.seqlen_k"),
-    Fault("diagonal-off-by-one-up", SM90, "row + 1 + (p.seqlen_k", "row + 2 + (p.seqlen_k"),
-    Fault("unmasked-blocks-off-by-one", SM90, "of_first / kTileN};", "of_first / kTileN + 1};"),
-    Fault("mask-column", SM90, "+ 1 < limit ?", "+ 1 <= limit ?"),
+    Fault("diagonal-off-by-one", SM90, "row + 1 + (s.k", "row + (s.k"),
+    Fault("diagonal-off-by-one-up", SM90, "row + 1 + (s.k", "row + 2 + (s.k"),
+    Fault("unmasked-blocks-off-by-one", SM90, "{0, 0, of_first / kTileN,", "{0, 0, of_first / kTileN + 1,"),
+    Fault("mask-column", SM90, "min(columns % 8, 2);", "min(columns % 8, 1);"),
     Fault("no-guard-for-empty-rows", SM90, "new_max == -kInfinity ? 0.0f : new_max", "new_max"),
     Fault("no-rescale", SM90, "rescale_o(acc_o, correction);", ""),
-    Fault("lse-predicate", SM90, "if (first + 8 < p.seqlen_q) {", "if (first + 8 <= p.seqlen_q) {"),
+    Fault("lse-predicate", SM90, "if (first + 8 < s.q) {", "if (first + 8 <= s.q) {"),
     Fault("registers-overcommitted", SM90, "machine::set_max_registers(240,", "machine::set_max_registers(248,"),
     # SM90, O in the place of Q
     Fault(
@@ -229,8 +229,8 @@ FAULTS = (
     Fault(
         "no-wait-for-v",
         SINGLE,
-        "cp_async_wait_0();\n        sync_block();\n        if (n_block > 0)",
-        "sync_block();\n        if (n_block > 0)",
+        "cp_async_wait_0();\n        sync_block();\n        if (more > 0)",
+        "sync_block();\n        if (more > 0)",
     ),
     Fault(
         "no-barrier-for-k",
@@ -241,8 +241,8 @@ FAULTS = (
     Fault(
         "no-barrier-for-v",
         SINGLE,
-        "cp_async_wait_0();\n        sync_block();\n        if (n_block > 0)",
-        "cp_async_wait_0();\n        if (n_block > 0)",
+        "cp_async_wait_0();\n        sync_block();\n        if (more > 0)",
+        "cp_async_wait_0();\n        if (more > 0)",
     ),
     Fault(
         "v-not-committed",
@@ -254,19 +254,19 @@ FAULTS = (
     Fault(
         "no-barrier",
         RING,
-        "cp_async_wait_1();\n        sync_block();\n        if (n_block",
-        "cp_async_wait_1();\n        if (n_block",
+        "cp_async_wait_1();\n        sync_block();\n        if (more",
+        "cp_async_wait_1();\n        if (more",
     ),
     Fault(
         "barrier-before-wait",
         RING,
-        "cp_async_wait_1();\n        sync_block();\n        if (n_block",
-        "sync_block();\n        cp_async_wait_1();\n        if (n_block",
+        "cp_async_wait_1();\n        sync_block();\n        if (more",
+        "sync_block();\n        cp_async_wait_1();\n        if (more",
         schedules=8,
     ),
     Fault("ring-too-short", RING, "(kNumStages - 1) * kStageBytes ? 0", "(kNumStages - 2) * kStageBytes ? 0"),
     Fault("ring-too-long", RING, "(kNumStages - 1) * kStageBytes ? 0", "kNumStages * kStageBytes ? 0"),
-    Fault("last-block-not-loaded", RING, "if (n_block >= kNumStages - 1) {", "if (n_block >= kNumStages) {"),
+    Fault("last-block-not-loaded", RING, "if (more >= kNumStages - 1) {", "if (more >= kNumStages) {"),
     Fault(
         "empty-group-not-committed",
         RING,
@@ -288,10 +288,10 @@ FAULTS = (
     Fault("next-block-of-keys", SINGLE, "k.next -= kTileN * k.row_bytes;", ""),
     Fault("query-row-stride", SINGLE, "bidb, first_row + copy.row,", "bidb, first_row + copy.row + 1,"),
     Fault("kv-head", SINGLE, "bidh / p.num_heads_per_kv;", "bidh;"),
-    Fault("no-store-predicate", SINGLE, "if (first_row + row < p.seqlen_q) {", "if (true) {"),
+    Fault("no-store-predicate", SINGLE, "if (first_row + row < s.q) {", "if (true) {"),
     Fault("o-not-swizzled", SINGLE, "((lane_chunk ^ row_swizzle(row)) << 4)", "(lane_chunk << 4)"),
     Fault("store-before-warp-is-ready", SINGLE, "sync_warp();\n    store_o(", "store_o(", schedules=8),
-    Fault("diagonal-off-by-one", SINGLE, "row + 1 + (p.seqlen_k", "row + (p.seqlen_k"),
+    Fault("diagonal-off-by-one", SINGLE, "row + 1 + (s.k", "row + (s.k"),
     Fault("no-guard-for-empty-rows", SINGLE, "new_max == -kInfinity ? 0.0f : new_max", "new_max"),
     Fault("no-rescale", SINGLE, "rescale_o(acc_o[i], correction[i]);", ""),
 )
@@ -309,8 +309,8 @@ HARMLESS = (
     Fault(
         "one-more-warp-barrier",
         SM90,
-        "        int const index = load_shared_int",
-        "        sync_warp();\n        int const index = load_shared_int",
+        "        Tile const tile = load_tile_slot",
+        "        sync_warp();\n        Tile const tile = load_tile_slot",
     ),
     Fault("waits-for-everything", RING, "machine::cp_async_wait(1, line);", "machine::cp_async_wait(0, line);"),
     Fault(

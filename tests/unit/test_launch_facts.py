@@ -12,13 +12,14 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fa2gen.features import examples_of
+from fa2gen.features import examples_of, key_range
 from fa2gen.launch import SECTION_BYTES, launch_of
-from fa2gen.options import Shape
+from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.render import render
 from fa2gen.select import default_tiling
@@ -76,13 +77,19 @@ _DOORS = """
 extern "C" {
 int param_offsets(size_t* out) { int n = 0; OFFSETS return n; }
 size_t params_size() { return sizeof(Params); }
-void blocks(void const* p, int row, int rows, int* out) {
-    KeyBlocks const found = visible_blocks(*static_cast<Params const*>(p), row, rows);
-    out[0] = found.num_blocks;
-    out[1] = found.num_unmasked;
+void blocks(void const* params, int row, int rows, int* out) {
+    Params const& p = *static_cast<Params const*>(params);
+    BlockRange const found = key_blocks(p, seqlen_of(p, 0), row, rows);
+    out[0] = found.begin;
+    out[1] = found.begin_full;
+    out[2] = found.end_full;
+    out[3] = found.end;
 }
-int limit(void const* p, int row) { return key_limit(*static_cast<Params const*>(p), row); }
-TILE
+int end(void const* params, int row) {
+    Params const& p = *static_cast<Params const*>(params);
+    return key_end(p, seqlen_of(p, 0), row);
+}
+MORE
 }
 """
 _TILE_SM90 = """
@@ -117,7 +124,7 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
     """Params, the mask's and the tile order's functions of a rendered kernel, compiled for this machine."""
     plan = plan_of(arch, mask)
     rendered = render(plan)
-    wanted = ("common/params.", "common/mask_", f"{arch}/fwd/tiles_", "sm90/pipeline", "sm90/fwd/pipeline")
+    wanted = ("common/params.", "rooms/", "sm90/pipeline", "sm90/fwd/pipeline")
     text = [
         line
         for line, origin in zip(rendered.source.splitlines(), rendered.origins, strict=True)
@@ -125,7 +132,7 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
         or line.startswith(("constexpr int kTile", "constexpr int kNumStages", "constexpr int kNumQStages"))
     ]
     offsets = "".join(f"out[n++] = offsetof(Params, {param.name});" for param in plan.params)
-    doors = _DOORS.replace("OFFSETS", offsets).replace("TILE", _TILE_SM90 if arch == "sm90" else _TILE_SM80)
+    doors = _DOORS.replace("OFFSETS", offsets).replace("MORE", _TILE_SM90 if arch == "sm90" else _TILE_SM80)
     folder = Path(tempfile.mkdtemp(prefix="fa2gen-facts-"))
     try:
         (folder / "facts.cc").write_text(_PRELUDE + "\n".join(text) + doors)
@@ -138,9 +145,9 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def params_of(plan: KernelPlan, shape: Shape) -> bytes:
+def params_of(plan: KernelPlan, shape: Shape, options: Options | None = None) -> bytes:
     values = dict.fromkeys((param.name for param in plan.params), 0)
-    known = launch_of(plan, shape, scaled(plan, 0.1), H200_SMS).values
+    known = launch_of(plan, shape, options or scaled(plan, 0.1), H200_SMS).values
     values |= {name: value for name, value in known.items() if name in values}
     return struct.pack(plan.params_format, *plan.pack_params(values))
 
@@ -177,8 +184,8 @@ def test_every_tile_is_visited_exactly_once(mask):
 
 
 def tile_at(plan: KernelPlan, launch: dict[str, int], index: int) -> tuple[int, int, int]:
-    """templates/sm90/fwd/tiles_*.cuh.j2 in integers without a limit."""
-    if plan.causal:
+    """templates/rooms/schedule in integers without a limit."""
+    if plan.uneven:
         section = launch["heads_per_section"] * launch["num_m_blocks"]
         first = index // section * launch["heads_per_section"]
         width = min(launch["heads_per_section"], launch["num_batch_heads"] - first)
@@ -238,45 +245,59 @@ def test_sm80_blocks_cover_the_m_blocks(mask):
             assert order == sorted(order, reverse=True), "the longest rows start first"
 
 
+def random_calls(count: int, mask: str, step: int) -> Iterator[tuple[Shape, Options]]:
+    """Sizes about the edges of blocks of `step` keys, and options of a mask."""
+    rng = random.Random(9)
+    examples = examples_of(Problem(head_dim=64, mask=mask))
+    for _ in range(count):
+        seqlen_k = rng.choice([rng.randint(1, 500), step, 2 * step, step + 1, 1])
+        yield Shape(1, rng.randint(1, 400), seqlen_k, 1, 1), rng.choice(examples)
+
+
+def first_rows(plan: KernelPlan, seqlen_q: int) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) of some warps, warpgroups and tiles."""
+    for num_rows in (16, 64, plan.tile_m):
+        yield from ((first, num_rows) for first in range(0, seqlen_q + plan.tile_m, num_rows * 3))
+
+
 @needs_compiler
 @pytest.mark.parametrize(("arch", "mask"), KERNELS)
-def test_visible_blocks_against_the_definition(arch, mask):
+def test_key_blocks_against_the_definition(arch, mask):
     """No visible key is left out, no block without one is read, and no block that needs a mask goes without."""
     plan, facts = plan_of(arch, mask), library(arch, mask)
-    rng, out = random.Random(9), (ctypes.c_int * 2)()
-    step = plan.tile_n
-    for _ in range(400):
-        seqlen_q, seqlen_k = rng.randint(1, 400), rng.choice([rng.randint(1, 500), step, 2 * step, step + 1, 1])
-        shape = Shape(1, seqlen_q, seqlen_k, 1, 1)
-        packed = params_of(plan, shape)
-        num_rows = rng.choice([16, 64, plan.tile_m])
-        first_row = rng.randrange(0, seqlen_q + 2 * num_rows, 16)
-        rows = range(first_row, min(first_row + num_rows, seqlen_q))
-        limits = [seqlen_k if mask == "full" else min(max(row + 1 + seqlen_k - seqlen_q, 0), seqlen_k) for row in rows]
-        for row, expected in zip(rows, limits, strict=True):
-            assert max(facts.limit(packed, row), 0) == expected, "a row sees exactly the keys below its limit"
-        facts.blocks(packed, first_row, num_rows, out)
-        num_blocks, num_unmasked = out
-        assert num_blocks == -(-max(limits, default=0) // step), "down to the last visible key, and no block more"
-        assert num_unmasked == (min(limits) // step if limits else 0), "all rows see all of these"
-        assert 0 <= num_unmasked <= num_blocks
+    step, out = plan.tile_n, (ctypes.c_int * 4)()
+    for shape, options in random_calls(150, mask, step):
+        packed = params_of(plan, shape, options)
+        seen = {row: key_range(options, shape.seqlen_q, shape.seqlen_k, row) for row in range(shape.seqlen_q)}
+        for row, (first, end) in seen.items():
+            found = facts.first(packed, row) if plan.left_edge else 0, facts.end(packed, row)
+            assert found == (first, end) or max(found[1], 0) <= found[0] >= max(end, 0) <= first, (shape, options, row)
+        for first_row, num_rows in first_rows(plan, shape.seqlen_q):
+            ranges = [seen[row] for row in range(first_row, min(first_row + num_rows, shape.seqlen_q))]
+            facts.blocks(packed, first_row, num_rows, out)
+            begin, begin_full, end_full, end = out
+            where = f"{shape}, {options}, rows {first_row} and {num_rows - 1} more: {tuple(out)}"
+            visited = {key // step for first, end_key in ranges for key in range(first, end_key)}
+            assert set(range(begin, end)) == visited, where
+            full = [n for n in visited if all(first <= n * step and n * step + step <= end for first, end in ranges)]
+            assert [n for n in range(begin_full, end_full) if begin <= n < end] == sorted(full), where
+            # The loops run down to end_full, then to begin_full, then to begin.
+            assert begin <= end_full and begin <= begin_full, where
 
 
 @needs_compiler
-@pytest.mark.parametrize("arch", ["sm80", "sm90"])
-def test_visible_blocks_of_a_part_lie_within_those_of_the_whole(arch):
+@pytest.mark.parametrize(("arch", "mask"), KERNELS)
+def test_key_blocks_of_a_part_lie_within_those_of_the_whole(arch, mask):
     """The producer loads what the tile sees; a warpgroup skips what it does not: it must see no block more."""
-    plan, facts = plan_of(arch, "causal"), library(arch, "causal")
-    rng, part, whole = random.Random(10), (ctypes.c_int * 2)(), (ctypes.c_int * 2)()
-    for _ in range(400):
-        packed = params_of(plan, Shape(1, rng.randint(1, 700), rng.randint(1, 700), 1, 1))
-        first_row = rng.randrange(0, 700, plan.tile_m)
-        facts.blocks(packed, first_row, plan.tile_m, whole)
-        counts = []
-        for row in range(first_row, first_row + plan.tile_m, 64):
-            facts.blocks(packed, row, 64, part)
-            counts.append(part[0])
-        assert max(counts) == whole[0]
+    plan, facts = plan_of(arch, mask), library(arch, mask)
+    part, whole = (ctypes.c_int * 4)(), (ctypes.c_int * 4)()
+    for shape, options in random_calls(300, mask, plan.tile_n):
+        packed = params_of(plan, shape, options)
+        for first_row in range(0, shape.seqlen_q, plan.tile_m):
+            facts.blocks(packed, first_row, plan.tile_m, whole)
+            for row in range(first_row, first_row + plan.tile_m, 64):
+                facts.blocks(packed, row, 64, part)
+                assert whole[0] <= part[0] <= part[3] <= whole[3], f"{shape}, {options}, row {row}"
 
 
 @needs_compiler

@@ -150,7 +150,7 @@ def regions(plan: Any) -> Iterator[tuple[str, int, int, int]]:
         return
     for stage in range(plan.num_q_stages):
         yield f"q {stage}", plan.smem_q + stage * plan.q_stage_bytes, q, 1024
-        yield f"tile slot {stage}", plan.smem_tile_slots + 4 * stage, 4, 4
+        yield f"tile slot {stage}", plan.smem_tile_slots + 16 * stage, 16, 16
     for stage in range(plan.num_stages):
         yield f"k {stage}", plan.smem_k + stage * plan.stage_bytes, kv, 1024
         yield f"v {stage}", plan.smem_v + stage * plan.stage_bytes, kv, 1024

@@ -140,7 +140,7 @@ def test_only_plain_tags(name):
     assert not [node for kind in forbidden for node in tree(name).find_all(kind)]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("sm80/", "sm90/", "common/"))])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("sm80/", "sm90/", "common/", "rooms/"))])
 def test_macros_live_in_ptx_and_assembly_too(name):
     """So the CPU can supply the same names, and a reader of a kernel needs no PTX manual."""
     assert not list(tree(name).find_all(nodes.Macro))
@@ -164,8 +164,8 @@ def test_every_template_is_included_somewhere(name):
         return
     base = f"ptx/{name.removeprefix('cpu/')}" if name.startswith("cpu/") else name
     users = "\n".join(text_of(other) for other in NAMES)
-    stem = re.sub(r"_[a-z]+(?=\.cuh\.j2$)", "_", base).removesuffix(".cuh.j2")  # common/mask_ ~ k.mask ~ .cuh.j2
-    assert f'"{base}"' in users or f'"{stem}" ~ ' in users
+    stems = re.sub(r"[a-z]+\.cuh\.j2$", "", base), re.sub(r"[^/]+$", "", base)  # sm80/fwd/pipeline_ ~, rooms/mask/ ~
+    assert f'"{base}"' in users or any(f'"{stem}" ~ ' in users for stem in stems)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ptx/")])
