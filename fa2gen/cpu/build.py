@@ -74,7 +74,11 @@ def build_source(name: str, rendered: Rendered, *, sanitize: bool = False, other
 
     others  more kernels in the source: `Job.kernel` says which one runs.
     """
-    entries = [f"FA2GEN_CPU_ENTRY({name})", *(f"FA2GEN_CPU_ENTRY_AS(fa2gen_cpu_launch_{x}, {x})" for x in others)]
+    space = f"fa2gen::{name}"
+    entries = [
+        f"FA2GEN_CPU_ENTRY({space}::{name})",
+        *(f"FA2GEN_CPU_ENTRY_AS(fa2gen_cpu_launch_{x}, {space}::{x})" for x in others),
+    ]
     source = "\n".join([rendered.source, *entries, ""])
     optimize = _SANITIZE if sanitize else (*_FAST, "-O2", "-ffp-contract=off")
     folder = _cache() / _key(source, *optimize, _machine_key(sanitize))

@@ -1,12 +1,14 @@
 // fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm80/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 128, bf16, causal mask
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 164864 bytes of dynamic shared memory
-//   contents   24 Problem and tiling,  135 Threads,  154 Arithmetic,  169 Shared memory,  178 Global memory,
-//             240 cp.async,  284 Which queries see a key,  450 Softmax and its gradient,  500 Matrix products,
-//             633 Registers to shared memory,  762 Kernels
+//   contents   28 Problem and tiling,  139 Threads,  158 Arithmetic,  173 Shared memory,  182 Global memory,
+//             244 cp.async,  288 Which queries see a key,  454 Softmax and its gradient,  504 Matrix products,
+//             637 Registers to shared memory,  766 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -15,6 +17,8 @@
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, 32 keys x 32 queries a warp. Peers are the
 // 2 warps of the same keys: each has its own columns of dK and dV, and needs all queries for them. Its own P^T and dS^T are
 // registers that the next product takes as they are; those of its peers it reads from shared memory.
+
+namespace fa2gen::fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -960,3 +964,5 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d128
                                           m_block * kTileM + copy.row, batch_head % p.num_heads, copy.column);
     store_tile(smem, kTileM, kQPanelBytes, dq, copy, p.seqlen_q - m_block * kTileM);
 }
+
+}  // namespace fa2gen::fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8

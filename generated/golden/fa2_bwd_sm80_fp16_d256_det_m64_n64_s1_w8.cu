@@ -1,12 +1,14 @@
 // fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm80/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 256, fp16, full mask, deterministic
 //   tiling   64 query rows x 64 keys, 1 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 147968 bytes of dynamic shared memory
-//   contents   24 Problem and tiling,  135 Threads,  154 Arithmetic,  169 Shared memory,  178 Global memory,
-//             263 cp.async,  307 Which queries see a key,  469 Softmax and its gradient,  519 Matrix products,
-//             652 Registers to shared memory,  744 Turns,  812 Kernels
+//   contents   28 Problem and tiling,  139 Threads,  158 Arithmetic,  173 Shared memory,  182 Global memory,
+//             267 cp.async,  311 Which queries see a key,  473 Softmax and its gradient,  523 Matrix products,
+//             656 Registers to shared memory,  748 Turns,  816 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -15,6 +17,8 @@
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, 32 keys x 16 queries a warp. Peers are the
 // 4 warps of the same keys: each has its own columns of dK and dV, and needs all queries for them. Its own P^T and dS^T are
 // registers that the next product takes as they are; those of its peers it reads from shared memory.
+
+namespace fa2gen::fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -1013,3 +1017,5 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_fp16_d256
                                           m_block * kTileM + copy.row, batch_head % p.num_heads, copy.column);
     store_tile(smem, kTileM, kQPanelBytes, dq, copy, p.seqlen_q - m_block * kTileM);
 }
+
+}  // namespace fa2gen::fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8

@@ -1,13 +1,15 @@
 // fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 128, bf16, causal mask
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   48 Shared memory,  116 Threads,  146 Arithmetic,  161 Shared memory,
-//             194 Global memory,  216 mbarriers,  260 TMA,  297 Bulk copies,  359 wgmma,  474 Which queries see a key,
-//             508 Softmax and its gradient,  563 Pipelines,  606 Loads,  643 Matrix products,  681 Staging,
-//             737 Producer,  796 Consumer,  921 Kernels
+//   contents   32 Problem and tiling,   52 Shared memory,  120 Threads,  150 Arithmetic,  165 Shared memory,
+//             198 Global memory,  220 mbarriers,  264 TMA,  301 Bulk copies,  363 wgmma,  478 Which queries see a key,
+//             512 Softmax and its gradient,  567 Pipelines,  610 Loads,  647 Matrix products,  685 Staging,
+//             741 Producer,  800 Consumer,  925 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -18,6 +20,8 @@
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T leave one product as the registers that the next
 // one takes; only dS goes through shared memory, for dQ.
 // Each mma warpgroup holds dK and dV of its own 64 keys.
+
+namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -1061,3 +1065,5 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
         tma_store_wait();
     }
 }
+
+}  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8

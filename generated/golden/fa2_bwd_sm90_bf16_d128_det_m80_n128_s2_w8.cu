@@ -1,13 +1,15 @@
 // fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 128, bf16, full mask, deterministic
 //   tiling   80 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230752 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,   49 Shared memory,  118 Threads,  148 Arithmetic,  163 Shared memory,
-//             196 Global memory,  241 mbarriers,  285 TMA,  322 Bulk copies,  389 wgmma,  508 Which queries see a key,
-//             539 Softmax and its gradient,  594 Pipelines,  637 Loads,  674 Matrix products,  712 Staging,
-//             768 Producer,  806 Turns,  847 Consumer,  972 Kernels
+//   contents   33 Problem and tiling,   53 Shared memory,  122 Threads,  152 Arithmetic,  167 Shared memory,
+//             200 Global memory,  245 mbarriers,  289 TMA,  326 Bulk copies,  393 wgmma,  512 Which queries see a key,
+//             543 Softmax and its gradient,  598 Pipelines,  641 Loads,  678 Matrix products,  716 Staging,
+//             772 Producer,  810 Turns,  851 Consumer,  976 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -19,6 +21,8 @@
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T leave one product as the registers that the next
 // one takes; only dS goes through shared memory, for dQ.
 // Each mma warpgroup holds dK and dV of its own 64 keys.
+
+namespace fa2gen::fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -1115,3 +1119,5 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_det_m80
         tma_store_wait();
     }
 }
+
+}  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8

@@ -1,13 +1,15 @@
 // fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 64 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 214128 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   50 Shared memory,  116 Threads,  146 Arithmetic,  161 Shared memory,
-//             188 Global memory,  216 mbarriers,  256 TMA,  288 Bulk copies,  343 wgmma,  484 Which queries see a key,
-//             515 Softmax and its gradient,  565 Pipelines,  610 Loads,  647 Matrix products,  684 Staging,
-//             739 Producer,  777 Consumers,  965 Kernels
+//   contents   32 Problem and tiling,   54 Shared memory,  120 Threads,  150 Arithmetic,  165 Shared memory,
+//             192 Global memory,  220 mbarriers,  260 TMA,  292 Bulk copies,  347 wgmma,  488 Which queries see a key,
+//             519 Softmax and its gradient,  569 Pipelines,  614 Loads,  651 Matrix products,  688 Staging,
+//             743 Producer,  781 Consumers,  969 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -18,6 +20,8 @@
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T leave one product as the registers that the next
 // one takes; only dS goes through shared memory, for dQ.
 // One mma warpgroup holds dV and makes dQ, the other holds dK: dK and dV of 64 keys do not fit one warpgroup's registers.
+
+namespace fa2gen::fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -1097,3 +1101,5 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
         tma_store_wait();
     }
 }
+
+}  // namespace fa2gen::fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8

@@ -1,13 +1,15 @@
 // fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 198752 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   48 Shared memory,  115 Threads,  145 Arithmetic,  160 Shared memory,
-//             193 Global memory,  215 mbarriers,  259 TMA,  296 Bulk copies,  358 wgmma,  473 Which queries see a key,
-//             504 Softmax and its gradient,  554 Pipelines,  597 Loads,  634 Matrix products,  671 Staging,
-//             727 Producer,  786 Consumer,  911 Kernels
+//   contents   32 Problem and tiling,   52 Shared memory,  119 Threads,  149 Arithmetic,  164 Shared memory,
+//             197 Global memory,  219 mbarriers,  263 TMA,  300 Bulk copies,  362 wgmma,  477 Which queries see a key,
+//             508 Softmax and its gradient,  558 Pipelines,  601 Loads,  638 Matrix products,  675 Staging,
+//             731 Producer,  790 Consumer,  915 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -18,6 +20,8 @@
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T leave one product as the registers that the next
 // one takes; only dS goes through shared memory, for dQ.
 // Each mma warpgroup holds dK and dV of its own 64 keys.
+
+namespace fa2gen::fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -1047,3 +1051,5 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_fp16_d64_m128_n12
         tma_store_wait();
     }
 }
+
+}  // namespace fa2gen::fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8

@@ -1,17 +1,21 @@
 // fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm80/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   128 query rows x 64 keys, 1 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 65536 bytes of dynamic shared memory
-//   contents   21 Problem and tiling,   84 Threads,  102 Arithmetic,  129 Shared memory,  138 Global memory,
-//             167 cp.async,  219 Which keys are visible,  258 Online softmax,  404 Pipeline,  443 Matrix products,
-//             519 Epilogue,  607 Kernel
+//   contents   25 Problem and tiling,   88 Threads,  106 Arithmetic,  133 Shared memory,  142 Global memory,
+//             171 cp.async,  223 Which keys are visible,  262 Online softmax,  408 Pipeline,  447 Matrix products,
+//             523 Epilogue,  611 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
 // registers; warps share only the blocks of K and V, which cp.async brings into shared memory ahead of their use, from the
 // last block to the first.
+
+namespace fa2gen::fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -674,3 +678,5 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_bf16_d
 
     finish(p, s, acc_o, row_max, row_sum, first_row, bidh, bidb, recompute(thread));
 }
+
+}  // namespace fa2gen::fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4

@@ -1,17 +1,21 @@
 // fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm80/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   21 Problem and tiling,   85 Threads,  103 Arithmetic,  130 Shared memory,  139 Global memory,
-//             168 cp.async,  220 Which keys are visible,  257 Online softmax,  403 Pipeline,  461 Matrix products,
-//             544 Epilogue,  632 Kernel
+//   contents   25 Problem and tiling,   89 Threads,  107 Arithmetic,  134 Shared memory,  143 Global memory,
+//             172 cp.async,  224 Which keys are visible,  261 Online softmax,  407 Pipeline,  465 Matrix products,
+//             548 Epilogue,  636 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
 // registers; warps share only the blocks of K and V, which cp.async brings into shared memory ahead of their use, from the
 // last block to the first.
+
+namespace fa2gen::fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -702,3 +706,5 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
 
     finish(p, s, acc_o, row_max, row_sum, first_row, bidh, bidb, recompute(thread));
 }
+
+}  // namespace fa2gen::fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4

@@ -1,18 +1,22 @@
 // fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229504 bytes of dynamic shared memory
-//   contents   23 Problem and tiling,   41 Shared memory,   89 Threads,  123 Arithmetic,  161 Shared memory,
-//             182 Global memory,  196 mbarriers,  240 TMA,  298 wgmma,  400 Which keys are visible,
-//             446 Online softmax,  570 Pipelines,  598 Loads,  650 Matrix products,  677 Epilogue,  722 Producer,
-//             771 Consumer,  920 Kernel
+//   contents   27 Problem and tiling,   45 Shared memory,   93 Threads,  127 Arithmetic,  165 Shared memory,
+//             186 Global memory,  200 mbarriers,  244 TMA,  302 wgmma,  404 Which keys are visible,
+//             450 Online softmax,  574 Pipelines,  602 Loads,  654 Matrix products,  681 Epilogue,  726 Producer,
+//             775 Consumer,  924 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
 // producer loads the next tile's Q and K under this tile's end. Blocks of K and V run from the last to the first through rings
 // in shared memory; S and P never leave registers; the softmax of one block runs under the products of the next.
+
+namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -956,3 +960,5 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         consume(map_o, p, smem, barriers, warp / 4 - 1, warp % 4);
     }
 }
+
+}  // namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8

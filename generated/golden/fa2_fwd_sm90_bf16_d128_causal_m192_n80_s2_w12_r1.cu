@@ -1,18 +1,22 @@
 // fa2_fwd_sm90_bf16_d128_causal_m192_n80_s2_w12_r1
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229504 bytes of dynamic shared memory
-//   contents   23 Problem and tiling,   41 Shared memory,   89 Threads,  127 Arithmetic,  165 Shared memory,
-//             186 Global memory,  200 mbarriers,  244 TMA,  302 wgmma,  408 Which keys are visible,
-//             454 Online softmax,  586 Pipelines,  614 Loads,  666 Matrix products,  693 Epilogue,  738 Producer,
-//             787 Consumer,  936 Kernel
+//   contents   27 Problem and tiling,   45 Shared memory,   93 Threads,  131 Arithmetic,  169 Shared memory,
+//             190 Global memory,  204 mbarriers,  248 TMA,  306 wgmma,  412 Which keys are visible,
+//             458 Online softmax,  590 Pipelines,  618 Loads,  670 Matrix products,  697 Epilogue,  742 Producer,
+//             791 Consumer,  940 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
 // producer loads the next tile's Q and K under this tile's end. Blocks of K and V run from the last to the first through rings
 // in shared memory; S and P never leave registers; the softmax of one block runs under the products of the next.
+
+namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_m192_n80_s2_w12_r1 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -972,3 +976,5 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         consume(map_o, p, smem, barriers, warp / 4 - 1, warp % 4);
     }
 }
+
+}  // namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_m192_n80_s2_w12_r1

@@ -1,18 +1,22 @@
 // fa2_fwd_sm90_bf16_d248_m128_n80_s2_w8
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 248, bf16, full mask
 //   tiling   128 query rows x 80 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229472 bytes of dynamic shared memory
-//   contents   23 Problem and tiling,   41 Shared memory,   87 Threads,  121 Arithmetic,  159 Shared memory,
-//             180 Global memory,  194 mbarriers,  238 TMA,  311 wgmma,  429 Which keys are visible,
-//             473 Online softmax,  592 Pipelines,  620 Loads,  672 Matrix products,  699 Epilogue,  745 Producer,
-//             794 Consumer,  935 Kernel
+//   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  125 Arithmetic,  163 Shared memory,
+//             184 Global memory,  198 mbarriers,  242 TMA,  315 wgmma,  433 Which keys are visible,
+//             477 Online softmax,  596 Pipelines,  624 Loads,  676 Matrix products,  703 Epilogue,  749 Producer,
+//             798 Consumer,  939 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
 // producer loads the next tile's Q and K under this tile's end. Blocks of K and V run from the last to the first through rings
 // in shared memory; S and P never leave registers; the softmax of one block runs under the products of the next.
+
+namespace fa2gen::fa2_fwd_sm90_bf16_d248_m128_n80_s2_w8 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -971,3 +975,5 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         consume(map_o, p, smem, barriers, warp / 4 - 1, warp % 4);
     }
 }
+
+}  // namespace fa2gen::fa2_fwd_sm90_bf16_d248_m128_n80_s2_w8

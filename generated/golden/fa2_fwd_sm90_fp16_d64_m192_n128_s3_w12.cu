@@ -1,18 +1,22 @@
 // fa2_fwd_sm90_fp16_d64_m192_n128_s3_w12
+// SPDX-License-Identifier: BSD-3-Clause
+// Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 64, fp16, full mask
 //   tiling   192 query rows x 128 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 172192 bytes of dynamic shared memory
-//   contents   23 Problem and tiling,   41 Shared memory,   87 Threads,  121 Arithmetic,  159 Shared memory,
-//             180 Global memory,  194 mbarriers,  238 TMA,  296 wgmma,  400 Which keys are visible,
-//             444 Online softmax,  563 Pipelines,  591 Loads,  643 Matrix products,  670 Epilogue,  715 Producer,
-//             764 Consumer,  908 Kernel
+//   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  125 Arithmetic,  163 Shared memory,
+//             184 Global memory,  198 mbarriers,  242 TMA,  300 wgmma,  404 Which keys are visible,
+//             448 Online softmax,  567 Pipelines,  595 Loads,  647 Matrix products,  674 Epilogue,  719 Producer,
+//             768 Consumer,  912 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
 // producer loads the next tile's Q and K under this tile's end. Blocks of K and V run from the last to the first through rings
 // in shared memory; S and P never leave registers; the softmax of one block runs under the products of the next.
+
+namespace fa2gen::fa2_fwd_sm90_fp16_d64_m192_n128_s3_w12 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -944,3 +948,5 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_fp16_d
         consume(map_o, p, smem, barriers, warp / 4 - 1, warp % 4);
     }
 }
+
+}  // namespace fa2gen::fa2_fwd_sm90_fp16_d64_m192_n128_s3_w12

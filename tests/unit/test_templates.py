@@ -196,10 +196,11 @@ def test_no_line_is_too_long():
 def test_whitespace_is_tidy():
     for name, rendered in renders().items():
         source = rendered.source
-        assert source.endswith("}\n") and not source.startswith("\n"), name
+        assert source.endswith(f"\n}}\n\n}}  // namespace fa2gen::{name}\n") and not source.startswith("\n"), name
         assert "\n\n\n" not in source and "\t" not in source and source.isascii(), name
         assert not re.search(r"[ ]\n", source), name
-        assert not re.search(r"\{\n\n|\n\n[ ]*\}", source), f"{name}: a blank line inside a brace"
+        inside = re.sub(r"^namespace .*|^\}  // namespace .*", "", source, flags=re.M)
+        assert not re.search(r"\{\n\n|\n\n[ ]*\}", inside), f"{name}: a blank line inside a brace"
 
 
 def test_no_jinja_is_left():
