@@ -20,7 +20,7 @@ CAUSAL = Feature("causal", rooms={"mask": "causal"}, uneven=True, examples=({"ca
 def key_range(options: Options, seqlen_q: int, seqlen_k: int, row: Any) -> tuple[Any, Any]:
     """(first, end) of the keys that query `row` sees, half-open; first >= end where it sees none.
 
-    row  a whole number, or a tensor of them.
+    row  a whole number, or a tensor or an array of them.
     """
     d = row + (seqlen_k - seqlen_q)  # the query's own place among the keys
     first, end = 0 * d, 0 * d + seqlen_k
@@ -37,8 +37,9 @@ def key_range(options: Options, seqlen_q: int, seqlen_k: int, row: Any) -> tuple
 
 
 def _greater(a: Any, b: Any) -> Any:
-    return a.maximum(b) if hasattr(a, "maximum") else max(a, b)
+    """max, of whole numbers, tensors and arrays alike."""
+    return a + (b - a) * (b > a)
 
 
 def _less(a: Any, b: Any) -> Any:
-    return a.minimum(b) if hasattr(a, "minimum") else min(a, b)
+    return a + (b - a) * (b < a)
