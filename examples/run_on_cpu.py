@@ -27,7 +27,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, options: Options, dty
     """(out, lse) as it is defined, each step rounded to `dtype`; q (Sq, H, D), k, v (Sk, H, D)."""
     first, end = key_range(options, len(q), len(k), np.arange(len(q))[:, None])
     keys = np.arange(len(k))
-    scaled = (q * options.scale(q.shape[-1])).astype(dtype)
+    scaled: np.ndarray = (q * options.scale(q.shape[-1])).astype(dtype)
     scores = np.einsum("qhd,khd->hqk", scaled.astype(np.float64), k.astype(np.float64)).astype(dtype).astype(np.float64)
     scores[:, (keys < first) | (keys >= end)] = -np.inf
     top = scores.max(-1, keepdims=True)
@@ -64,7 +64,7 @@ def main() -> int:
     error, bound = np.abs(out[0] - true).max(), 2 * np.abs(plain - true).max()
     lse_error = np.abs(lse[0] - true_lse).max()
     right = bool(error <= bound and lse_error <= 1e-4)
-    print(f"  {QUERIES} queries x {KEYS} keys, {HEADS} heads: {seconds:.1f} s, {report.seconds:.2f} s of them in the kernel")
+    print(f"  {QUERIES} queries x {KEYS} keys, {HEADS} heads: {seconds:.1f} s, {report.seconds:.2f} s in the kernel")
     print(f"  greatest error  {error:.2e}, allowed {bound:.2e}: twice that of plain attention in fp16")
     print(f"  of LSE          {lse_error:.2e}, allowed 1.00e-04")
     print("right" if right else "WRONG")
