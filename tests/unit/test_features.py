@@ -1,0 +1,120 @@
+"""A feature is one module, its blocks, one field or word, and its numbers: what is declared fits together."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from fa2gen.arch import ArchName
+from fa2gen.errors import InvalidInput
+from fa2gen.features import MASKS, examples_of, features_of, key_range, rooms_of
+from fa2gen.launch import launch_of
+from fa2gen.options import Options, Shape
+from fa2gen.plan import make_plan
+from fa2gen.select import default_tiling
+from fa2gen.spec import Direction, KernelSpec, Mask, Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = Shape(2, 300, 400, 6, 2)
+PROBLEMS = [
+    Problem(direction=direction, head_dim=64, mask=mask, deterministic=deterministic)
+    for direction, mask in itertools.product(get_args(Direction), get_args(Mask))
+    for deterministic in ((False, True) if direction == "bwd" else (False,))
+]
+KERNELS = [(problem, arch) for problem in PROBLEMS for arch in get_args(ArchName)]
+
+
+def plan_of(problem, arch):
+    return make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
+
+
+def test_every_mask_has_a_feature():
+    assert MASKS.keys() == set(get_args(Mask))
+    assert all(feature.name == mask for mask, feature in MASKS.items())
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.text)
+def test_what_features_declare_is_there(problem):
+    for room, block in rooms_of(problem).items():
+        assert (ROOT / f"templates/rooms/{room}/{block}.cuh.j2").is_file(), f"{room}: {block}"
+    for options in examples_of(problem):
+        assert options.problem(problem.direction, problem.head_dim, problem.dtype) == problem
+        for feature in features_of(problem):
+            assert feature.values(options, SHAPE).keys() == {param.name for param in feature.params}
+
+
+@pytest.mark.parametrize(("problem", "arch"), KERNELS, ids=str)
+def test_a_launch_gives_every_number_that_params_hold(problem, arch):
+    """Addresses and strides come later; of everything else none may be missing or of another kind."""
+    plan = plan_of(problem, arch)
+    for options in examples_of(problem):
+        launch = launch_of(plan, SHAPE, options, num_sms=132)
+        later = {p.name: 0 for p in plan.params if p.is_address or p.name.endswith("_stride")}
+        assert not later.keys() & launch.values.keys()
+        struct.pack(plan.params_format, *plan.pack_params({**later, **launch.values}))
+        assert launch.scratch.keys() == {scratch.name for scratch in plan.scratch}
+        assert len(launch.grids) == len(plan.entry_points)
+
+
+@pytest.mark.parametrize(("problem", "arch"), KERNELS, ids=str)
+def test_a_kernel_is_not_launched_for_another_mask(problem, arch):
+    plan = plan_of(problem, arch)
+    for mask in get_args(Mask):
+        other = problem.model_copy(update={"mask": mask})
+        for options in examples_of(other):
+            if mask == problem.mask or MASKS[problem.mask].general:
+                launch_of(plan, SHAPE, options, num_sms=132)
+            else:
+                with pytest.raises(InvalidInput, match=f"{problem.mask} mask"):
+                    launch_of(plan, SHAPE, options, num_sms=132)
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+LENGTHS = (1, 2, 5, 8)
+SIDES = (-1, 0, 1, 3, 7, 100)
+
+
+@pytest.mark.parametrize("seqlen_q", LENGTHS)
+@pytest.mark.parametrize("seqlen_k", LENGTHS)
+def test_key_ranges_against_the_definition(seqlen_q, seqlen_k):
+    for causal, left, right, chunk in itertools.product((False, True), SIDES, SIDES, (0, 1, 3, 8, 50)):
+        options = Options(causal=causal, window_left=left, window_right=right, chunk=chunk)
+        for i in range(seqlen_q):
+            d = i + seqlen_k - seqlen_q
+            seen = [
+                j
+                for j in range(seqlen_k)
+                if (left < 0 or j >= d - left)
+                and (not causal or j <= d)
+                and (causal or right < 0 or j <= d + right)
+                and (not chunk or j // chunk == d // chunk)
+            ]
+            first, end = key_range(options, seqlen_q, seqlen_k, i)
+            assert list(range(first, max(first, end))) == seen, (options, i)
+
+
+@pytest.mark.parametrize("seqlen_q", LENGTHS)
+@pytest.mark.parametrize("seqlen_k", LENGTHS)
+def test_reduced_options_show_the_same(seqlen_q, seqlen_k):
+    """And are no more than they need be: what hides nothing is full, what a causal mask says is causal."""
+    rows = range(seqlen_q)
+
+    def shown(options):
+        ranges = (key_range(options, seqlen_q, seqlen_k, i) for i in rows)
+        return [range(first, max(first, end)) or range(0) for first, end in ranges]
+
+    for causal, left, right, chunk in itertools.product((False, True), SIDES, SIDES, (0, 1, 3, 8, 50)):
+        options = Options(0.3, causal, left, right, chunk, True)
+        reduced = options.reduced(seqlen_q, seqlen_k)
+        assert shown(reduced) == shown(options), options
+        assert (reduced.softmax_scale, reduced.deterministic) == (0.3, True)
+        assert reduced.reduced(seqlen_q, seqlen_k) == reduced
+        if left < 0 and not chunk:
+            assert reduced.mask in ("full", "causal") or right > 0
+        if left >= seqlen_k and not chunk and (causal or right == 0):
+            assert reduced.mask == "causal"
