@@ -122,16 +122,21 @@ def _part_at(lines: list[str], first: int) -> _Part:
         comment = list(takewhile(lambda text: text.startswith("//"), lines[first:]))
         return _Part("heading" if _HEADING.match(line) else "comment", first, first + len(comment))
     if line.startswith(("#", "namespace ", "}")):
-        return _Part("frame", first, first + 1, words=frozenset(_WORD.findall(_STRING_OR_COMMENT.sub("", line))))
+        return _Part("frame", first, first + 1, words=frozenset(_WORD.findall(_bare(line))))
     code, depth = [], 0
     for number in range(first, len(lines)):
-        code.append(_STRING_OR_COMMENT.sub('""', lines[number]).rstrip())
+        code.append(_bare(lines[number]))
         depth += sum(code[-1].count(mark) for mark in "{([") - sum(code[-1].count(mark) for mark in "})]")
         if depth == 0 and code[-1].endswith((";", "}")):
             text = "\n".join(code)
             root = "__global__" in text
             return _Part("definition", first, number + 1, _names_of(text, first), frozenset(_WORD.findall(text)), root)
     raise RenderError(f"line {first + 1} begins a definition that does not end: {line}")
+
+
+def _bare(line: str) -> str:
+    """A line without its comment, with empty strings."""
+    return _STRING_OR_COMMENT.sub(lambda found: '""' if found[0].startswith('"') else "", line).rstrip()
 
 
 def _names_of(code: str, first: int) -> frozenset[str]:

@@ -28,13 +28,18 @@ class BackwardPlan(KernelPlan):
 
     @property
     def schedule(self) -> str:
-        return "ordered" if self.deterministic and not self.causal else self.mask
+        return "key_blocks_in_sections" if self.walks_sections else "key_blocks_by_head"
 
     @property
     def walks_sections(self) -> bool:
         """Blocks of keys start section by section of heads: causal ones the longest first, deterministic ones so that
         few that run at a time belong to one head and wait for each other."""
         return self.uneven or self.deterministic
+
+    @property
+    def walks_queries_down(self) -> bool:
+        """Whether blocks of keys walk their blocks of queries from the last to the first."""
+        return False
 
     @property
     def chunks_per_row(self) -> int:

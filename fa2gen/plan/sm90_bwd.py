@@ -65,6 +65,12 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return self.swaps_dq and self.head_dim > ROWS_PER_WARPGROUP * self.num_mma_warpgroups
 
     @property
+    def walks_queries_down(self) -> bool:
+        """Where additions have an order: under a causal mask all blocks of keys then begin at the same block of
+        queries, and none waits for the one before to come to its diagonal (templates/sm90/README.md)."""
+        return self.deterministic
+
+    @property
     def split(self) -> str:
         """Part of a template's name."""
         return "products" if self.splits_products else "keys"

@@ -7,8 +7,8 @@
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 164864 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,  139 Threads,  158 Arithmetic,  173 Shared memory,  182 Global memory,
-//             244 cp.async,  288 Which queries see a key,  454 Softmax and its gradient,  504 Matrix products,
-//             637 Registers to shared memory,  766 Kernels
+//             244 cp.async,  296 What is visible,  505 Softmax and its gradient,  555 Matrix products,
+//             688 Registers to shared memory,  818 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -283,38 +283,51 @@ __device__ __forceinline__ void mma_m16n8k16(float* d, uint32_t const (&a)[4], u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-constexpr int kNoQuery = 0x7fffffff;  // after all of them
-
-// Which queries see a key: causal, aligned to the bottom right: row i sees key j iff j <= i + seqlen_k - seqlen_q ----------
-
-// The keys are seen by blocks `first` to num_m_blocks - 1; those from `first_unmasked` on need no mask.
-struct QueryBlocks {
-    int first;
-    int first_unmasked;
+// Sequences: every batch entry has the same lengths.
+struct Seqlen {
+    int q;
+    int k;
 };
 
+__device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
+    return {p.seqlen_q, p.seqlen_k};
+}
+
+// What is visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q -------------------
+
+// Blocks [begin, end), of which [begin_full, end_full) need no mask.
+struct BlockRange {
+    int begin;
+    int begin_full;
+    int end_full;
+    int end;
+};
+
+constexpr int kNoQuery = 0x7fffffff;  // after all of them
+
 // Query rows from this on see a key; none sees a key that does not exist.
-__device__ __forceinline__ int first_query(Params const& p, int key) {
-    return key < p.seqlen_k ? max(key + p.seqlen_q - p.seqlen_k, 0) : kNoQuery;
+__device__ __forceinline__ int query_begin(Params const&, Seqlen const& s, int key) {
+    return key < s.k ? max(key + s.q - s.k, 0) : kNoQuery;
 }
 
-__device__ __forceinline__ QueryBlocks visible_queries(Params const& p, int first_key) {
-    int const first = first_query(p, first_key) / kTileM;
+__device__ __forceinline__ BlockRange query_blocks(Params const& p, Seqlen const& s, int first_key) {
     int const last_key = first_key + kTileN - 1;
-    int const first_unmasked = last_key < p.seqlen_k ? (first_query(p, last_key) + kTileM - 1) / kTileM : p.num_m_blocks;
-    return {min(first, p.num_m_blocks), first_unmasked};
+    int const begin = query_begin(p, s, first_key) / kTileM;
+    int const begin_full = last_key < s.k ? (query_begin(p, s, last_key) + kTileM - 1) / kTileM : p.num_m_blocks;
+    return {min(begin, p.num_m_blocks), begin_full, p.num_m_blocks, p.num_m_blocks};
 }
 
-// Sets the scores of queries that do not see a key to -inf.
-__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&firsts)[2], int first_row) {
+// Sets the scores of queries that do not see a key to -inf: one comparison and one select an element. Bits as on Hopper take
+// more where a warp has 16 queries of a key (d = 192: 24 instructions).
+__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&begins)[2], int first_row) {
     int const first_column = first_row + 2 * (lane_id() % 4);
 #pragma unroll
     for (int key = 0; key < 2; ++key) {
-        int const first = firsts[key] - first_column;
+        int const begin = begins[key] - first_column;
 #pragma unroll
         for (int i = 2 * key; i < kNumAccS; i += 4) {
-            acc_s[i] = 2 * i - 4 * key >= first ? acc_s[i] : -kInfinity;
-            acc_s[i + 1] = 2 * i - 4 * key + 1 >= first ? acc_s[i + 1] : -kInfinity;
+            acc_s[i] = 2 * i - 4 * key >= begin ? acc_s[i] : -kInfinity;
+            acc_s[i + 1] = 2 * i - 4 * key + 1 >= begin ? acc_s[i + 1] : -kInfinity;
         }
     }
 }
@@ -334,6 +347,46 @@ __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
     int const within = index % section_blocks;
     int const batch_head = first_batch_head + within % width;
     return {within / width, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv};
+}
+
+// The steps of a block of keys: all query heads that share it, one after the other, and of each the blocks of queries that see
+// it, from the first to the last.
+struct QueryWalk {
+    int m_block;
+    int bidh;
+    int query_block;  // over all heads: query_block_index
+    int remaining;    // steps, this one included
+
+    // Whether some query of the block does not see some of the keys.
+    __device__ __forceinline__ bool needs_mask(BlockRange const& blocks) const {
+        return m_block < blocks.begin_full;
+    }
+
+    // Returns how far the next block of queries lies behind this one.
+    __device__ __forceinline__ int next(Params const& p, BlockRange const& blocks) {
+        remaining -= 1;
+        int skipped = 0;
+        m_block += 1;
+        if (m_block == blocks.end) {
+            m_block = blocks.begin;
+            bidh += 1;
+            skipped = p.num_m_blocks - (blocks.end - blocks.begin);
+        }
+        query_block += skipped + 1;
+        return skipped + 1;
+    }
+};
+
+// Where a block of queries has its row statistics, its sums of dQ: one after the other of all heads.
+__device__ __forceinline__ int query_block_index(Params const& p, int bidb, int bidh, int m_block) {
+    return (bidb * p.num_heads + bidh) * p.num_m_blocks + m_block;
+}
+
+__device__ __forceinline__ QueryWalk start_walk(Params const& p, KeyBlock const& block, BlockRange const& blocks) {
+    int const m_block = blocks.begin;
+    int const bidh = block.head_kv * p.num_heads_per_kv;
+    return {m_block, bidh, query_block_index(p, block.bidb, bidh, m_block),
+            (blocks.end - blocks.begin) * p.num_heads_per_kv};
 }
 
 __device__ __forceinline__ int row_swizzle(int row) {
@@ -390,40 +443,39 @@ __device__ __forceinline__ void load_tile(
 
 // Pipeline: two stages. The next block of queries loads under all products of this one, with one barrier for it.
 
-// Where the next block of queries is, and how it is loaded. What a thread's place decides is computed again for each: the
-// products need the registers more.
+// Where the block of queries is that was loaded last, and how one is loaded. What a thread's place decides is computed again
+// for each: the products need the registers more.
 struct QueryLoads {
     uint32_t stages;  // address of the first stage
     unsigned char const* q;  // this thread's chunk of its first row
     unsigned char const* dout;
-    int query_block;  // of all heads
-    int m_block;      // of its head
-    int first;        // block of every head
 
-    __device__ __forceinline__ void load(Params const& p, uint32_t stage) {
+    __device__ __forceinline__ void load(Params const& p, Seqlen const& s, QueryWalk const& at, uint32_t stage) {
         int const thread = static_cast<int>(recompute(threadIdx.x));
         CopyLane const lane = copy_lane(thread);
-        int const num_rows = p.seqlen_q - m_block * kTileM;
+        int const num_rows = s.q - at.m_block * kTileM;
         load_tile(stage, kTileM, kQPanelBytes, {q, kElementBytes * p.q_row_stride}, lane, num_rows);
         load_tile(stage + kStageDout, kTileM, kQPanelBytes, {dout, kElementBytes * p.dout_row_stride}, lane, num_rows);
         if (thread < kTileM / 2) {  // LSE and then dPsum, four rows a thread
             float const* const statistics = thread < kTileM / 4 ? p.lse_log2 : p.dpsum;
-            int64_t const row = static_cast<int64_t>(query_block) * kTileM + thread % (kTileM / 4) * 4;
+            int64_t const row = static_cast<int64_t>(at.query_block) * kTileM + thread % (kTileM / 4) * 4;
             cp_async_16(stage + kStageLse + 16 * thread, statistics + row, 16);
         }
         cp_async_commit();
-        int64_t rows = kTileM;
-        int64_t heads = 0;
-        query_block += 1;
-        m_block += 1;
-        if (m_block == p.num_m_blocks) {
-            rows -= static_cast<int64_t>(m_block - first) * kTileM;
-            heads = 1;
-            query_block += first;
-            m_block = first;
+    }
+
+    // The block behind the one at `walk`, if there is one.
+    __device__ __forceinline__ void load_next(
+        Params const& p, Seqlen const& s, BlockRange const& blocks, QueryWalk const& walk, uint32_t stage) {
+        if (walk.remaining > 1) {
+            QueryWalk next = walk;
+            next.next(p, blocks);
+            int64_t const rows = (next.m_block - walk.m_block) * kTileM;
+            int64_t const heads = next.bidh - walk.bidh;
+            q += kElementBytes * (rows * p.q_row_stride + heads * p.q_head_stride);
+            dout += kElementBytes * (rows * p.dout_row_stride + heads * p.dout_head_stride);
+            load(p, s, next, stage);
         }
-        q += kElementBytes * (rows * p.q_row_stride + heads * p.q_head_stride);
-        dout += kElementBytes * (rows * p.dout_row_stride + heads * p.dout_head_stride);
     }
 };
 
@@ -432,23 +484,22 @@ struct QueryPipeline {
     uint32_t read;  // byte offset of the stage in use
 
     // Begins the load of the first block; K and V join its group.
-    __device__ __forceinline__ void start(Params const& p) {
+    __device__ __forceinline__ void start(Params const& p, Seqlen const& s, QueryWalk const& walk) {
         read = kStageBytes;
-        loads.load(p, loads.stages);
+        loads.load(p, s, walk, loads.stages);
     }
 
     // The address of this block's stage. The barrier also says that all warps are done with the other stage.
-    __device__ __forceinline__ uint32_t acquire(Params const& p, bool more) {
+    __device__ __forceinline__ uint32_t acquire(
+        Params const& p, Seqlen const& s, BlockRange const& blocks, QueryWalk const& walk) {
         cp_async_wait_0();
         sync_block();
-        if (more) {
-            loads.load(p, loads.stages + read);
-        }
+        loads.load_next(p, s, blocks, walk, loads.stages + read);
         read ^= kStageBytes;
         return loads.stages + read;
     }
 
-    __device__ __forceinline__ void release(Params const&, bool) {}
+    __device__ __forceinline__ void release(Params const&, Seqlen const&, BlockRange const&, QueryWalk const&) {}
 };
 
 // Softmax and its gradient (FlashAttention-2, Algorithm 2, lines 11 to 14) ------------------------------------------------
@@ -728,12 +779,12 @@ __device__ __forceinline__ void add_dq(float const (&acc_dq)[kNumDqRowTiles][kNu
 
 // A block in which not every query sees every key.
 __device__ __forceinline__ void mask_scores(
-    Params const& p, float (&acc_s)[kNumRowTiles][kNumAccS], int warp_key, int warp_query, int lane) {
+    Params const& p, Seqlen const& s, float (&acc_s)[kNumRowTiles][kNumAccS], int warp_key, int warp_query, int lane) {
 #pragma unroll
     for (int tile = 0; tile < kNumRowTiles; ++tile) {
         int const key = warp_key + 16 * tile + lane / 4;
-        int const firsts[2] = {first_query(p, key), first_query(p, key + 8)};
-        apply_mask(acc_s[tile], firsts, warp_query);
+        int const begins[2] = {query_begin(p, s, key), query_begin(p, s, key + 8)};
+        apply_mask(acc_s[tile], begins, warp_query);
     }
 }
 
@@ -755,12 +806,13 @@ __device__ __forceinline__ void finish(
     }
     sync_block();
     int const first_key = block.n_block * kTileN;
+    int const num_keys = seqlen_of(p, block.bidb).k - first_key;
     Destination const dk = destination_of(p.dk, p.dk_batch_stride, p.dk_row_stride, p.dk_head_stride, block.bidb,
                                           first_key + copy.row, block.head_kv, copy.column);
     Destination const dv = destination_of(p.dv, p.dv_batch_stride, p.dv_row_stride, p.dv_head_stride, block.bidb,
                                           first_key + copy.row, block.head_kv, copy.column);
-    store_tile(smem + kSmemK, kTileN, kKvPanelBytes, dk, copy, p.seqlen_k - first_key);
-    store_tile(smem + kSmemV, kTileN, kKvPanelBytes, dv, copy, p.seqlen_k - first_key);
+    store_tile(smem + kSmemK, kTileN, kKvPanelBytes, dk, copy, num_keys);
+    store_tile(smem + kSmemV, kTileN, kKvPanelBytes, dv, copy, num_keys);
 }
 
 // Kernels -------------------------------------------------------------------------------------------------------------
@@ -771,14 +823,16 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d128_causal_
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
     constexpr float kLog2E = 1.44269504088896341f;
-    int const m_block = static_cast<int>(blockIdx.x) % p.num_m_blocks;
-    int const batch_head = static_cast<int>(blockIdx.x) / p.num_m_blocks;
+    int const query_block = static_cast<int>(blockIdx.x);  // query_block_index
+    int const m_block = query_block % p.num_m_blocks;
+    int const batch_head = query_block / p.num_m_blocks;
     int const bidh = batch_head % p.num_heads;
     int const bidb = batch_head / p.num_heads;
+    Seqlen const s = seqlen_of(p, bidb);
     int const thread = static_cast<int>(threadIdx.x);
     int const chunk = thread % kLanesPerRow;
-    int64_t const of_head = static_cast<int64_t>(batch_head) * p.seqlen_q;
-    int64_t const padded = (static_cast<int64_t>(batch_head) * p.num_m_blocks + m_block) * kTileM;
+    int64_t const of_head = static_cast<int64_t>(batch_head) * s.q;
+    int64_t const padded = static_cast<int64_t>(query_block) * kTileM;
     // 16-bit numbers as bytes: the pointers have no type.
     char const* const o = static_cast<char const*>(p.o) + 2 * (bidb * p.o_batch_stride + bidh * p.o_head_stride + 8 * chunk);
     char const* const dout =
@@ -787,7 +841,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d128_causal_
     for (int first = 0; first < kTileM; first += kThreads / kLanesPerRow) {
         int const row_of_block = first + thread / kLanesPerRow;
         int const row = m_block * kTileM + row_of_block;
-        bool const exists = row_of_block < kTileM && row < p.seqlen_q;
+        bool const exists = row_of_block < kTileM && row < s.q;
         float sum = 0.0f;
         if (exists && chunk < 16) {
             uint32_t o_chunk[4];
@@ -824,7 +878,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d128_causal_
         }
     }
 
-    float* const dq_acc = p.dq_acc + (static_cast<int64_t>(batch_head) * p.num_m_blocks + m_block) * kDqBlockFloats;
+    float* const dq_acc = p.dq_acc + static_cast<int64_t>(query_block) * kDqBlockFloats;
     for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -842,7 +896,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
     int const dq_column_warp = warp % kNumDqColumnWarps;
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     int const first_key = block.n_block * kTileN;
-    QueryBlocks const blocks = visible_queries(p, first_key);
+    Seqlen const s = seqlen_of(p, block.bidb);
+    BlockRange const blocks = query_blocks(p, s, first_key);
 
     float acc_dk[kNumRowTiles][kNumAccDkv];
     float acc_dv[kNumRowTiles][kNumAccDkv];
@@ -855,26 +910,22 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
         }
     }
 
-    // All query heads that share these keys, one after the other.
-    int remaining = (p.num_m_blocks - blocks.first) * p.num_heads_per_kv;
-    if (remaining > 0) {
+    QueryWalk walk = start_walk(p, block, blocks);
+    if (walk.remaining > 0) {
         CopyLane const copy = copy_lane(thread);
-        int const first_head = block.head_kv * p.num_heads_per_kv;
         Source const key = source_of(p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride, block.bidb,
                                      first_key + copy.row, block.head_kv, copy.column);
         Source const value = source_of(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride, block.bidb,
                                        first_key + copy.row, block.head_kv, copy.column);
-        int const first_row = blocks.first * kTileM + copy.row;
-        Source const q = source_of(p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride, block.bidb, first_row, first_head,
+        int const first_row = walk.m_block * kTileM + copy.row;
+        Source const q = source_of(p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride, block.bidb, first_row, walk.bidh,
                                    copy.column);
         Source const dout = source_of(p.dout, p.dout_batch_stride, p.dout_row_stride, p.dout_head_stride, block.bidb,
-                                      first_row, first_head, copy.column);
-        int m_block = blocks.first;
-        int query_block = (block.bidb * p.num_heads + first_head) * p.num_m_blocks + m_block;
-        load_tile(smem + kSmemK, kTileN, kKvPanelBytes, key, copy, p.seqlen_k - first_key);
-        load_tile(smem + kSmemV, kTileN, kKvPanelBytes, value, copy, p.seqlen_k - first_key);
-        QueryPipeline pipeline = { {smem + kSmemStages, q.next, dout.next, query_block, m_block, blocks.first} };
-        pipeline.start(p);
+                                      first_row, walk.bidh, copy.column);
+        load_tile(smem + kSmemK, kTileN, kKvPanelBytes, key, copy, s.k - first_key);
+        load_tile(smem + kSmemV, kTileN, kKvPanelBytes, value, copy, s.k - first_key);
+        QueryPipeline pipeline = { {smem + kSmemStages, q.next, dout.next} };
+        pipeline.start(p, s, walk);
 
         // Addresses of this lane in the first 16 columns of its rows; those in stages are offsets.
         uint32_t const row_major = lane_offset_row_major(lane);
@@ -888,13 +939,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
             smem + kSmemDs + column_step(column_major, warp / kNumDqColumnWarps * kNumDqRowTiles, kPPanelBytes);
         uint32_t const k_columns = smem + kSmemK + column_step(row_major, dq_column_warp, kKvPanelBytes);
 
-        for (; remaining > 0; --remaining) {
-            uint32_t const stage = pipeline.acquire(p, remaining > 1);
+        for (; walk.remaining > 0; walk.next(p, blocks)) {
+            uint32_t const stage = pipeline.acquire(p, s, blocks, walk);
             float acc_s[kNumRowTiles][kNumAccS];
             uint32_t p_tile[kNumRowTiles][kNumP];
             gemm_s(acc_s, recompute(k_lane), stage + q_lane);
-            if (m_block < blocks.first_unmasked) {
-                mask_scores(p, acc_s, first_key + warp_key, m_block * kTileM + warp_query, recompute(lane));
+            if (walk.needs_mask(blocks)) {
+                mask_scores(p, s, acc_s, first_key + warp_key, walk.m_block * kTileM + warp_query, recompute(lane));
             }
             probabilities(acc_s, stage + kStageLse + 4 * warp_query, p.softmax_scale_log2);
             pack(p_tile, acc_s);
@@ -913,18 +964,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
             sync_block();
             gemm_dkv_peers(acc_dv, recompute(p_lane), stage + kStageDout + rows_lane, recompute(peer));
             gemm_dkv_peers(acc_dk, recompute(p_lane) + (kSmemDs - kSmemP), stage + rows_lane, recompute(peer));
-            pipeline.release(p, remaining > 1);
+            pipeline.release(p, s, blocks, walk);
 
             float acc_dq[kNumDqRowTiles][kNumAccDq];
             gemm_dq(acc_dq, recompute(ds_lane), recompute(k_columns), dq_column_warp);
-            add_dq(acc_dq, dq_slice(p, query_block, recompute(thread)), dq_column_warp);
-
-            m_block += 1;
-            query_block += 1;
-            if (m_block == p.num_m_blocks) {
-                m_block = blocks.first;
-                query_block += blocks.first;
-            }
+            add_dq(acc_dq, dq_slice(p, walk.query_block, recompute(thread)), dq_column_warp);
         }
     }
 
@@ -962,7 +1006,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d128
     CopyLane const copy = copy_lane(static_cast<int>(threadIdx.x));
     Destination const dq = destination_of(p.dq, p.dq_batch_stride, p.dq_row_stride, p.dq_head_stride, batch_head / p.num_heads,
                                           m_block * kTileM + copy.row, batch_head % p.num_heads, copy.column);
-    store_tile(smem, kTileM, kQPanelBytes, dq, copy, p.seqlen_q - m_block * kTileM);
+    store_tile(smem, kTileM, kQPanelBytes, dq, copy, seqlen_of(p, batch_head / p.num_heads).q - m_block * kTileM);
 }
 
 }  // namespace fa2gen::fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8

@@ -6,10 +6,10 @@
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 64 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 214128 bytes of dynamic shared memory
-//   contents   32 Problem and tiling,   54 Shared memory,  120 Threads,  150 Arithmetic,  165 Shared memory,
-//             192 Global memory,  220 mbarriers,  260 TMA,  292 Bulk copies,  347 wgmma,  488 Which queries see a key,
-//             519 Softmax and its gradient,  569 Pipelines,  614 Loads,  651 Matrix products,  688 Staging,
-//             743 Producer,  781 Consumers,  969 Kernels
+//   contents   32 Problem and tiling,   54 Shared memory,  120 Threads,  150 Arithmetic,  172 Shared memory,
+//             199 Global memory,  227 mbarriers,  267 TMA,  299 Bulk copies,  354 wgmma,  503 What is visible,
+//             541 Softmax and its gradient,  631 Pipelines,  676 Loads,  713 Matrix products,  750 Staging,
+//             805 Producer,  837 Consumers, 1015 Kernels
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -153,6 +153,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// By 32 bits and more it gives 0, which C++'s << does not promise.
+__device__ __forceinline__ uint32_t shift_left(uint32_t value, int bits) {
+    uint32_t shifted;
+    asm("shl.b32 %0, %1, %2;" : "=r"(shifted) : "r"(value), "r"(bits));
+    return shifted;
 }
 
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
@@ -483,35 +490,50 @@ __device__ __forceinline__ void wgmma_m64n128k16_ss_km(
         : "l"(a), "l"(b), "r"(accumulate));
 }
 
-constexpr int kNoQuery = 0x7fffffff;  // after all of them
-
-// Which queries see a key: full ---------------------------------------------------------------------------------------
-
-// The keys are seen by blocks `first` to num_m_blocks - 1; those from `first_unmasked` on need no mask.
-struct QueryBlocks {
-    int first;
-    int first_unmasked;
+// Sequences: every batch entry has the same lengths.
+struct Seqlen {
+    int q;
+    int k;
 };
 
-__device__ __forceinline__ QueryBlocks visible_queries(Params const& p, int first_key) {
-    return {0, first_key + kTileN <= p.seqlen_k ? 0 : p.num_m_blocks};
+__device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
+    return {p.seqlen_q, p.seqlen_k};
 }
+
+// What is visible: full -----------------------------------------------------------------------------------------------
+
+// Blocks [begin, end), of which [begin_full, end_full) need no mask.
+struct BlockRange {
+    int begin;
+    int begin_full;
+    int end_full;
+    int end;
+};
+
+constexpr int kNoQuery = 0x7fffffff;  // after all of them
 
 // Query rows from this on see a key; none sees a key that does not exist.
-__device__ __forceinline__ int first_query(Params const& p, int key) {
-    return key < p.seqlen_k ? 0 : kNoQuery;
+__device__ __forceinline__ int query_begin(Params const&, Seqlen const& s, int key) {
+    return key < s.k ? 0 : kNoQuery;
 }
 
-// Sets the scores of queries that do not see a key to -inf.
-__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&firsts)[2], int first_row) {
+__device__ __forceinline__ BlockRange query_blocks(Params const& p, Seqlen const& s, int first_key) {
+    return {0, first_key + kTileN <= s.k ? 0 : p.num_m_blocks, p.num_m_blocks, p.num_m_blocks};
+}
+
+// Sets the scores of queries that do not see a key to -inf. How many of its registers of a key a thread hides becomes bits, so
+// that one instruction moves 7 of them into predicates (d = 128, 64 queries: 20 instructions fewer than with comparisons).
+__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&begins)[2], int first_row) {
+    constexpr int kRegisters = kNumAccS / 2;  // of one key: the r-th holds query r / 2 * 8 + r % 2
     int const first_column = first_row + 2 * (lane_id() % 4);
 #pragma unroll
     for (int key = 0; key < 2; ++key) {
-        int const first = firsts[key] - first_column;
+        int const columns = max(begins[key] - first_column, 0);
+        uint32_t const visible = shift_left(0xffffffffu, columns / 8 * 2 + min(columns % 8, 2));
 #pragma unroll
-        for (int i = 2 * key; i < kNumAccS; i += 4) {
-            acc_s[i] = 2 * i - 4 * key >= first ? acc_s[i] : -kInfinity;
-            acc_s[i + 1] = 2 * i - 4 * key + 1 >= first ? acc_s[i + 1] : -kInfinity;
+        for (int r = 0; r < kRegisters; ++r) {
+            int const i = r / 2 * 4 + 2 * key + r % 2;
+            acc_s[i] = visible >> r & 1 ? acc_s[i] : -kInfinity;
         }
     }
 }
@@ -564,6 +586,46 @@ struct KeyBlock {
 __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
     int const batch_head = index / p.num_n_blocks;
     return {index % p.num_n_blocks, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv};
+}
+
+// The steps of a block of keys: all query heads that share it, one after the other, and of each the blocks of queries that see
+// it, from the first to the last.
+struct QueryWalk {
+    int m_block;
+    int bidh;
+    int query_block;  // over all heads: query_block_index
+    int remaining;    // steps, this one included
+
+    // Whether some query of the block does not see some of the keys.
+    __device__ __forceinline__ bool needs_mask(BlockRange const& blocks) const {
+        return m_block < blocks.begin_full;
+    }
+
+    // Returns how far the next block of queries lies behind this one.
+    __device__ __forceinline__ int next(Params const& p, BlockRange const& blocks) {
+        remaining -= 1;
+        int skipped = 0;
+        m_block += 1;
+        if (m_block == blocks.end) {
+            m_block = blocks.begin;
+            bidh += 1;
+            skipped = p.num_m_blocks - (blocks.end - blocks.begin);
+        }
+        query_block += skipped + 1;
+        return skipped + 1;
+    }
+};
+
+// Where a block of queries has its row statistics, its sums of dQ: one after the other of all heads.
+__device__ __forceinline__ int query_block_index(Params const& p, int bidb, int bidh, int m_block) {
+    return (bidb * p.num_heads + bidh) * p.num_m_blocks + m_block;
+}
+
+__device__ __forceinline__ QueryWalk start_walk(Params const& p, KeyBlock const& block, BlockRange const& blocks) {
+    int const m_block = blocks.begin;
+    int const bidh = block.head_kv * p.num_heads_per_kv;
+    return {m_block, bidh, query_block_index(p, block.bidb, bidh, m_block),
+            (blocks.end - blocks.begin) * p.num_heads_per_kv};
 }
 
 // Pipelines -----------------------------------------------------------------------------------------------------------
@@ -746,54 +808,47 @@ __device__ __forceinline__ void produce(
     TileMaps const& maps_q, CUtensorMap const& map_k, CUtensorMap const& map_v, TileMaps const& maps_dout,
     Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    QueryBlocks const blocks = visible_queries(p, block.n_block * kTileN);
-    if (blocks.first == p.num_m_blocks) {
-        return;  // nobody would wait for the copies
-    }
+    BlockRange const blocks = query_blocks(p, seqlen_of(p, block.bidb), block.n_block * kTileN);
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
     bool has_kv = false;
-    int const first_head = block.head_kv * p.num_heads_per_kv;
-    for (int bidh = first_head; bidh < first_head + p.num_heads_per_kv; ++bidh) {
-        int64_t const first_row = (static_cast<int64_t>(block.bidb) * p.num_heads + bidh) * p.num_m_blocks * kTileM;
-        for (int m_block = blocks.first; m_block < p.num_m_blocks; ++m_block) {
-            auto load = [&](TileMaps const& maps, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
-                            uint32_t empty, PipelineState& state) {
-                load_query_block(maps, smem + tiles + state.stage * kQBytes, statistics + first_row + m_block * kTileM,
-                                 smem + rows + state.stage * kStatisticsBytes, full, empty, state, m_block, bidh, block.bidb);
-            };
-            if (!has_kv) {
-                load_key_block(map_k, smem + kSmemK, barriers.k_full(), block);
-                griddepcontrol_wait();  // the preprocess kernel writes what comes with Q and dO
-            }
-            load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage),
-                 q_state);
-            if (!has_kv) {
-                load_key_block(map_v, smem + kSmemV, barriers.v_full(), block);
-                has_kv = true;
-            }
-            load(maps_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
-                 barriers.dout_empty(dout_state.stage), dout_state);
+    for (QueryWalk walk = start_walk(p, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
+        auto load = [&](TileMaps const& maps, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
+                        uint32_t empty, PipelineState& state) {
+            load_query_block(maps, smem + tiles + state.stage * kQBytes,
+                             statistics + static_cast<int64_t>(walk.query_block) * kTileM,
+                             smem + rows + state.stage * kStatisticsBytes, full, empty, state, walk.m_block, walk.bidh,
+                             block.bidb);
+        };
+        if (!has_kv) {
+            load_key_block(map_k, smem + kSmemK, barriers.k_full(), block);
+            griddepcontrol_wait();  // the preprocess kernel writes what comes with Q and dO
         }
+        load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state);
+        if (!has_kv) {
+            load_key_block(map_v, smem + kSmemV, barriers.v_full(), block);
+            has_kv = true;
+        }
+        load(maps_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
+             barriers.dout_empty(dout_state.stage), dout_state);
     }
 }
 
 // Consumers: both have all 64 keys and compute P; the first goes on to dV and dQ, the second to dP, dS and dK --------------
 
-// What a warp of either knows of its block. Its steps are all query heads that share the keys, one after the other.
+// What a warp of either knows of its block.
 struct Work {
     KeyBlock block;
-    QueryBlocks blocks;
-    int firsts[2];
-    int num_steps;
+    BlockRange blocks;
+    int begins[2];
 };
 
 __device__ __forceinline__ Work work_of_block(Params const& p, int warp) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    QueryBlocks const blocks = visible_queries(p, block.n_block * kTileN);
+    Seqlen const s = seqlen_of(p, block.bidb);
     int const key = block.n_block * kTileN + 16 * warp + lane_id() / 4;
-    int const num_steps = (p.num_m_blocks - blocks.first) * p.num_heads_per_kv;
-    return {block, blocks, {first_query(p, key), first_query(p, key + 8)}, num_steps};
+    BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
+    return {block, blocks, {query_begin(p, s, key), query_begin(p, s, key + 8)} };
 }
 
 __device__ __forceinline__ void clear(float (&acc)[kNumAccDkv]) {
@@ -825,13 +880,12 @@ __device__ __forceinline__ void consume_dv_dq(
     float acc_dv[kNumAccDkv];
     clear(acc_dv);
 
-    int m_block = work.blocks.first;
-    int64_t const first_head = static_cast<int64_t>(work.block.bidb) * p.num_heads + work.block.head_kv * p.num_heads_per_kv;
-    float* dq_acc = p.dq_acc + (first_head * p.num_m_blocks + m_block) * kDqBlockFloats + warp * kDqSliceFloats;
-    if (work.num_steps > 0) {
+    QueryWalk walk = start_walk(p, work.block, work.blocks);
+    float* dq_acc = p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warp * kDqSliceFloats;
+    if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
     }
-    for (int remaining = work.num_steps; remaining > 0; --remaining) {
+    while (walk.remaining > 0) {
         float acc_s[kNumAccS];
         uint32_t p_tile[kNumP];
         mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);
@@ -840,8 +894,8 @@ __device__ __forceinline__ void consume_dv_dq(
         wgmma_commit();
         wgmma_wait_0();
         wgmma_touch(acc_s);
-        if (m_block < work.blocks.first_unmasked) {
-            apply_mask(acc_s, work.firsts, m_block * kTileM);
+        if (walk.needs_mask(work.blocks)) {
+            apply_mask(acc_s, work.begins, walk.m_block * kTileM);
         }
         probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
         pack(p_tile, acc_s);
@@ -880,13 +934,7 @@ __device__ __forceinline__ void consume_dv_dq(
         mbarrier_arrive_if(barriers.ds_empty(ds_state.stage), leader);
         add_dq(acc_dq, dq_acc + kNumAccDq * 32, kNumAccDqRest);
         ds_state.advance(kNumDsStages);
-
-        m_block += 1;
-        dq_acc += kDqBlockFloats;
-        if (m_block == p.num_m_blocks) {
-            m_block = work.blocks.first;
-            dq_acc += static_cast<int64_t>(work.blocks.first) * kDqBlockFloats;
-        }
+        dq_acc += static_cast<int64_t>(walk.next(p, work.blocks)) * kDqBlockFloats;
     }
     finish(map_dv, acc_dv, smem + kSmemV, 1.0f, work, warp);
 }
@@ -904,12 +952,12 @@ __device__ __forceinline__ void consume_dk(
     float acc_dk[kNumAccDkv];
     clear(acc_dk);
 
-    int m_block = work.blocks.first;
-    if (work.num_steps > 0) {
+    QueryWalk walk = start_walk(p, work.block, work.blocks);
+    if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
     }
-    for (int remaining = work.num_steps; remaining > 0; --remaining) {
+    for (; walk.remaining > 0; walk.next(p, work.blocks)) {
         uint32_t const q_tile = (smem + kSmemQ + q_state.stage * kQBytes) / kDescUnit;
         float acc_s[kNumAccS];
         float acc_dp[kNumAccS];
@@ -924,8 +972,8 @@ __device__ __forceinline__ void consume_dk(
         wgmma_commit();
         wgmma_wait_1();
         wgmma_touch(acc_s);
-        if (m_block < work.blocks.first_unmasked) {
-            apply_mask(acc_s, work.firsts, m_block * kTileM);
+        if (walk.needs_mask(work.blocks)) {
+            apply_mask(acc_s, work.begins, walk.m_block * kTileM);
         }
         probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
         wgmma_wait_0();
@@ -950,8 +998,6 @@ __device__ __forceinline__ void consume_dk(
         wgmma_touch_a(ds);
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
         q_state.advance(kNumStages);
-
-        m_block = m_block + 1 == p.num_m_blocks ? work.blocks.first : m_block + 1;
     }
     finish(map_dk, acc_dk, smem + kSmemK, p.softmax_scale, work, warp);
 }
@@ -975,14 +1021,16 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 32;
     constexpr float kLog2E = 1.44269504088896341f;
-    int const m_block = static_cast<int>(blockIdx.x) % p.num_m_blocks;
-    int const batch_head = static_cast<int>(blockIdx.x) / p.num_m_blocks;
+    int const query_block = static_cast<int>(blockIdx.x);  // query_block_index
+    int const m_block = query_block % p.num_m_blocks;
+    int const batch_head = query_block / p.num_m_blocks;
     int const bidh = batch_head % p.num_heads;
     int const bidb = batch_head / p.num_heads;
+    Seqlen const s = seqlen_of(p, bidb);
     int const thread = static_cast<int>(threadIdx.x);
     int const chunk = thread % kLanesPerRow;
-    int64_t const of_head = static_cast<int64_t>(batch_head) * p.seqlen_q;
-    int64_t const padded = (static_cast<int64_t>(batch_head) * p.num_m_blocks + m_block) * kTileM;
+    int64_t const of_head = static_cast<int64_t>(batch_head) * s.q;
+    int64_t const padded = static_cast<int64_t>(query_block) * kTileM;
     // 16-bit numbers as bytes: the pointers have no type.
     char const* const o = static_cast<char const*>(p.o) + 2 * (bidb * p.o_batch_stride + bidh * p.o_head_stride + 8 * chunk);
     char const* const dout =
@@ -991,7 +1039,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
     for (int first = 0; first < kTileM; first += kThreads / kLanesPerRow) {
         int const row_of_block = first + thread / kLanesPerRow;
         int const row = m_block * kTileM + row_of_block;
-        bool const exists = row_of_block < kTileM && row < p.seqlen_q;
+        bool const exists = row_of_block < kTileM && row < s.q;
         float sum = 0.0f;
         if (exists && chunk < 32) {
             uint32_t o_chunk[4];
@@ -1028,7 +1076,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
         }
     }
 
-    float* const dq_acc = p.dq_acc + (static_cast<int64_t>(batch_head) * p.num_m_blocks + m_block) * kDqBlockFloats;
+    float* const dq_acc = p.dq_acc + static_cast<int64_t>(query_block) * kDqBlockFloats;
     for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -1075,8 +1123,8 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
     int const m_block = static_cast<int>(blockIdx.x) % p.num_m_blocks;
     int const batch_head = static_cast<int>(blockIdx.x) / p.num_m_blocks;
     int const warp = warp_id();
-    float const* const slice = p.dq_acc + (static_cast<int64_t>(batch_head) * p.num_m_blocks + m_block) * kDqBlockFloats +
-                               warp * kDqSliceFloats + lane_id() * 4;
+    float const* const slice =
+        p.dq_acc + static_cast<int64_t>(blockIdx.x) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
     float acc_dq[kNumAccDkv];
 #pragma unroll

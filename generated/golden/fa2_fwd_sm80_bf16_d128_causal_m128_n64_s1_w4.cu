@@ -7,7 +7,7 @@
 //   tiling   128 query rows x 64 keys, 1 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 65536 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,   88 Threads,  106 Arithmetic,  133 Shared memory,  142 Global memory,
-//             171 cp.async,  223 Which keys are visible,  262 Online softmax,  408 Pipeline,  447 Matrix products,
+//             171 cp.async,  223 What is visible,  262 Online softmax,  408 Pipeline,  447 Matrix products,
 //             523 Epilogue,  611 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
@@ -220,7 +220,7 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
-// Which keys are visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q ------------
+// What is visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q -------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
 struct BlockRange {

@@ -7,7 +7,7 @@
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,   89 Threads,  107 Arithmetic,  134 Shared memory,  143 Global memory,
-//             172 cp.async,  224 Which keys are visible,  261 Online softmax,  407 Pipeline,  465 Matrix products,
+//             172 cp.async,  224 What is visible,  261 Online softmax,  407 Pipeline,  465 Matrix products,
 //             548 Epilogue,  636 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
@@ -221,7 +221,7 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
-// Which keys are visible: full ----------------------------------------------------------------------------------------
+// What is visible: full -----------------------------------------------------------------------------------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
 struct BlockRange {

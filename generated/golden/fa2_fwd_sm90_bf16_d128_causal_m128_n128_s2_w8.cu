@@ -7,9 +7,9 @@
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229504 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   93 Threads,  127 Arithmetic,  165 Shared memory,
-//             186 Global memory,  200 mbarriers,  244 TMA,  302 wgmma,  404 Which keys are visible,
-//             450 Online softmax,  574 Pipelines,  602 Loads,  654 Matrix products,  681 Epilogue,  726 Producer,
-//             775 Consumer,  924 Kernel
+//             186 Global memory,  200 mbarriers,  244 TMA,  302 wgmma,  404 What is visible,  450 Online softmax,
+//             574 Pipelines,  602 Loads,  654 Matrix products,  681 Epilogue,  726 Producer,  775 Consumer,
+//             924 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -401,7 +401,7 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
-// Which keys are visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q ------------
+// What is visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q -------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
 struct BlockRange {

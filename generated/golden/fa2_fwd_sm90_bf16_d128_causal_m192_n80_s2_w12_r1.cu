@@ -7,9 +7,9 @@
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229504 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   93 Threads,  131 Arithmetic,  169 Shared memory,
-//             190 Global memory,  204 mbarriers,  248 TMA,  306 wgmma,  412 Which keys are visible,
-//             458 Online softmax,  590 Pipelines,  618 Loads,  670 Matrix products,  697 Epilogue,  742 Producer,
-//             791 Consumer,  940 Kernel
+//             190 Global memory,  204 mbarriers,  248 TMA,  306 wgmma,  412 What is visible,  458 Online softmax,
+//             590 Pipelines,  618 Loads,  670 Matrix products,  697 Epilogue,  742 Producer,  791 Consumer,
+//             940 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -409,7 +409,7 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
-// Which keys are visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q ------------
+// What is visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q -------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
 struct BlockRange {

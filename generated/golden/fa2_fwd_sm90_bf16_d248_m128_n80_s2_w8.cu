@@ -7,9 +7,9 @@
 //   tiling   128 query rows x 80 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229472 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  125 Arithmetic,  163 Shared memory,
-//             184 Global memory,  198 mbarriers,  242 TMA,  315 wgmma,  433 Which keys are visible,
-//             477 Online softmax,  596 Pipelines,  624 Loads,  676 Matrix products,  703 Epilogue,  749 Producer,
-//             798 Consumer,  939 Kernel
+//             184 Global memory,  198 mbarriers,  242 TMA,  315 wgmma,  433 What is visible,  477 Online softmax,
+//             596 Pipelines,  624 Loads,  676 Matrix products,  703 Epilogue,  749 Producer,  798 Consumer,
+//             939 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -430,7 +430,7 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
-// Which keys are visible: full ----------------------------------------------------------------------------------------
+// What is visible: full -----------------------------------------------------------------------------------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
 struct BlockRange {

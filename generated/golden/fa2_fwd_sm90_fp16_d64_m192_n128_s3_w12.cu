@@ -7,9 +7,9 @@
 //   tiling   192 query rows x 128 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 172192 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  125 Arithmetic,  163 Shared memory,
-//             184 Global memory,  198 mbarriers,  242 TMA,  300 wgmma,  404 Which keys are visible,
-//             448 Online softmax,  567 Pipelines,  595 Loads,  647 Matrix products,  674 Epilogue,  719 Producer,
-//             768 Consumer,  912 Kernel
+//             184 Global memory,  198 mbarriers,  242 TMA,  300 wgmma,  404 What is visible,  448 Online softmax,
+//             567 Pipelines,  595 Loads,  647 Matrix products,  674 Epilogue,  719 Producer,  768 Consumer,
+//             912 Kernel
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -401,7 +401,7 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
-// Which keys are visible: full ----------------------------------------------------------------------------------------
+// What is visible: full -----------------------------------------------------------------------------------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
 struct BlockRange {

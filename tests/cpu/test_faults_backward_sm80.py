@@ -19,8 +19,19 @@ FAULTS = (
     Fault("no-wait-for-stage", SINGLE, "cp_async_wait_0();\n        sync_block();", "sync_block();"),
     Fault("no-barrier-for-stage", DOUBLE, "cp_async_wait_0();\n        sync_block();", "cp_async_wait_0();", 8),
     Fault("no-barrier-for-stage", SINGLE, "cp_async_wait_0();\n        sync_block();", "cp_async_wait_0();", 8),
-    Fault("loads-not-committed", SINGLE, "        cp_async_commit();\n        int64_t rows", "        int64_t rows"),
-    Fault("stage-loaded-too-early", SINGLE, "        sync_block();\n        if (more) {", "        if (more) {", 8),
+    Fault(
+        "loads-not-committed",
+        SINGLE,
+        "        cp_async_commit();\n    }\n\n    // The block behind",
+        "    }\n\n    // The block behind",
+    ),
+    Fault(
+        "stage-loaded-too-early",
+        SINGLE,
+        "        sync_block();\n        loads.load_next(",
+        "        loads.load_next(",
+        8,
+    ),
     Fault("same-stage-twice", DOUBLE, "read ^= kStageBytes;", ""),
     Fault(
         "p-and-ds-not-published",
@@ -39,21 +50,30 @@ FAULTS = (
     ),
     # Which block of queries
     Fault("next-block-of-queries", DOUBLE, "q += kElementBytes * (rows", "q += 0 * kElementBytes * (rows"),
-    Fault("next-head-of-queries", DOUBLE, "heads = 1;", "heads = 0;"),
+    Fault("next-head-of-queries", DOUBLE, "next.bidh - walk.bidh;", "0;"),
     Fault(
         "next-head-begins-at-block-0",
         DOUBLE,
-        "rows -= static_cast<int64_t>(m_block - first) * kTileM;",
-        "rows -= static_cast<int64_t>(m_block) * kTileM;",
+        "m_block = blocks.begin;\n            bidh",
+        "m_block = 0;\n            bidh",
     ),
-    Fault("statistics-of-another-head", DOUBLE, "            query_block += first;\n", ""),
-    Fault("dq-of-another-head", DOUBLE, "query_block += blocks.first;", ""),
+    Fault(
+        "statistics-of-another-block",
+        DOUBLE,
+        "loads.load(p, s, walk, loads.stages)",
+        "loads.load(p, s, {walk.m_block, 0, 0, 1}, loads.stages)",
+    ),
+    Fault("statistics-and-dq-of-another-head", DOUBLE, "skipped = p.num_m_blocks - (blocks.end - blocks.begin);", ""),
+    Fault("one-block-more-of-a-head", DOUBLE, "if (m_block == blocks.end) {", "if (m_block > blocks.end) {"),
+    Fault(
+        "a-head-too-few", SINGLE, "(blocks.end - blocks.begin) * p.num_heads_per_kv}", "(blocks.end - blocks.begin)}"
+    ),
     Fault("dpsum-is-lse", SINGLE, "thread < kTileM / 4 ? p.lse_log2 : p.dpsum", "p.lse_log2"),
     Fault(
         "kv-head",
         DOUBLE,
-        "int const first_head = block.head_kv * p.num_heads_per_kv;",
-        "int const first_head = block.head_kv;",
+        "int const bidh = block.head_kv * p.num_heads_per_kv;",
+        "int const bidh = block.head_kv;",
     ),
     # Products, and who has which part of them
     Fault("peer-reads-its-own", DOUBLE, "(peer ^ other) * kStepsWarpQueries;", "peer * kStepsWarpQueries;"),
@@ -79,14 +99,14 @@ FAULTS = (
     Fault(
         "diagonal-off-by-one",
         DOUBLE,
-        "max(key + p.seqlen_q - p.seqlen_k, 0)",
-        "max(key + 1 + p.seqlen_q - p.seqlen_k, 0)",
+        "max(key + s.q - s.k, 0)",
+        "max(key + 1 + s.q - s.k, 0)",
     ),
     Fault(
         "keys-that-do-not-exist",
         SINGLE,
-        "m_block < blocks.first_unmasked",
-        "m_block < blocks.first_unmasked && first_key + kTileN <= p.seqlen_k",
+        "if (walk.needs_mask(blocks)) {",
+        "if (walk.needs_mask(blocks) && first_key + kTileN <= s.k) {",
     ),
     Fault("no-dpsum", DOUBLE, "(acc_dp[tile][j] - offset[j % 2]);", "acc_dp[tile][j];"),
     Fault(

@@ -38,7 +38,7 @@ ADD_REST = "add_dq(acc_dq_rest, dq_acc + kNumAccDq * 32, kNumAccDqRest);"
 PUBLISH = "fence_proxy_async();\n    sync_warp();\n"
 PUBLISH_DQ = PUBLISH + "    mbarrier_arrive_if(barriers.dq_full()"
 PUBLISH_ROWS = PUBLISH + "    if (elect_one()) {"
-TAKE_DQ = "tma_store_wait_read();\n            mbarrier_arrive(barriers.dq_empty());"
+TAKE_DQ = "tma_store_wait_read();\n        mbarrier_arrive(barriers.dq_empty());"
 
 FAULTS = (
     # Waiting for wgmma
@@ -148,7 +148,7 @@ FAULTS = (
         schedules=8,
     ),
     Fault("dq-place-never-given-back", STAGED, TAKE_DQ, "tma_store_wait_read();"),
-    Fault("dq-not-committed", SMALL, f"tma_store_commit();\n            {TAKE_DQ}", TAKE_DQ),
+    Fault("dq-not-committed", SMALL, f"tma_store_commit();\n        {TAKE_DQ}", TAKE_DQ),
     Fault(
         "dq-full-count-too-small", STAGED, "mbarrier_init(dq_full(), 8);", "mbarrier_init(dq_full(), 7);", schedules=4
     ),
@@ -158,7 +158,12 @@ FAULTS = (
     Fault(
         "dq-slice", STAGED, "int const slice = 4 * warpgroup + warp;", "int const slice = 4 * (1 - warpgroup) + warp;"
     ),
-    Fault("dq-of-another-block", STAGED, "(first_block + m_block) * kDqBlockFloats", "first_block * kDqBlockFloats"),
+    Fault(
+        "dq-of-another-block",
+        STAGED,
+        "p.dq_acc + static_cast<int64_t>(walk.query_block)",
+        "p.dq_acc + static_cast<int64_t>(0)",
+    ),
     Fault("dq-not-cleared", SMALL, "store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);", ""),
     Fault(
         "rest-of-dq-slice", PANEL, "(kNumMmaWarps - 4 * warpgroup) * kDqSliceFloats", "kNumMmaWarps * kDqSliceFloats"
@@ -166,7 +171,12 @@ FAULTS = (
     Fault("rest-of-dq-queries", PANEL, "ds_rows + warpgroup * (kTileM / 2", "ds_rows + (1 - warpgroup) * (kTileM / 2"),
     Fault("rest-of-dq-past-the-head-dim", PANEL, "if (warp < kNumDqSlices - kNumMmaWarps) {", "if (true) {"),
     Fault("rest-of-dq-panel", PRODUCTS, "k_tile + 2 * (kKvPanelBytes", "k_tile + 1 * (kKvPanelBytes"),
-    Fault("next-head-begins-elsewhere", PANEL, "dq_acc += static_cast<int64_t>(blocks.first) * kDqBlockFloats;", ""),
+    Fault(
+        "next-head-begins-elsewhere",
+        PANEL,
+        "dq_acc += static_cast<int64_t>(walk.next(p, blocks)) * kDqBlockFloats;",
+        "walk.next(p, blocks); dq_acc += kDqBlockFloats;",
+    ),
     # dK and dV
     Fault("dk-over-k-in-use", STAGED, f"done with them.\n    {SYNC}", "done with them.", schedules=4),
     Fault("dv-over-v-in-use", PRODUCTS, f"{SYNC}\n    uint32_t const rows", "uint32_t const rows"),
@@ -190,20 +200,18 @@ FAULTS = (
     Fault("panels-of-queries", STAGED, "q_tile + kDescLoQ +", "q_tile + kDescLoQ / 2 +"),
     Fault("step-of-ds", STAGED, "(step / kStepsPerPanel * kDsPanelBytes", "(step / kStepsPerPanel * kDsPanelBytes / 2"),
     # Masks, coordinates, numbers
-    Fault(
-        "diagonal-one-up", STAGED, "max(key + p.seqlen_q - p.seqlen_k, 0)", "max(key + p.seqlen_q - p.seqlen_k - 1, 0)"
-    ),
+    Fault("diagonal-one-up", STAGED, "max(key + s.q - s.k, 0)", "max(key + s.q - s.k - 1, 0)"),
     Fault(
         "first-query-block",
         PANEL,
-        "first_query(p, first_key) / kTileM;",
-        "(first_query(p, first_key) + kTileM - 1) / kTileM;",
+        "query_begin(p, s, first_key) / kTileM;",
+        "(query_begin(p, s, first_key) + kTileM - 1) / kTileM;",
     ),
     Fault(
         "first-unmasked-block",
         PANEL,
-        "(first_query(p, last_key) + kTileM - 1) / kTileM",
-        "first_query(p, last_key) / kTileM",
+        "(query_begin(p, s, last_key) + kTileM - 1) / kTileM",
+        "query_begin(p, s, last_key) / kTileM",
     ),
     Fault("lse-of-missing-rows", SMALL, "float lse_log2 = kInfinity;", "float lse_log2 = -kInfinity;"),
     Fault(
@@ -215,7 +223,10 @@ FAULTS = (
     Fault("lse-of-rows-without-keys", STAGED, "sees_keys ? lse * kLog2E : 0.0f", "lse * kLog2E"),
     Fault("dpsum-without-dlse", SMALL, "sum -= load_global_float", "load_global_float"),
     Fault(
-        "statistics-of-another-block", STAGED, "statistics + first_row + m_block * kTileM,", "statistics + first_row,"
+        "statistics-of-another-block",
+        STAGED,
+        "statistics + static_cast<int64_t>(walk.query_block) * kTileM,",
+        "statistics,",
     ),
     Fault("lse-of-the-first-stage", STAGED, "kSmemLse + q_state.stage * kStatisticsBytes", "kSmemLse"),
     Fault(
@@ -225,13 +236,17 @@ FAULTS = (
         "stage_rows(acc_dk, dk_rows, kKvPanelBytes, 1.0f);",
     ),
     Fault("dq-without-scale", SMALL, "kQPanelBytes, p.softmax_scale);", "kQPanelBytes, 1.0f);"),
-    Fault("one-head-of-the-group", SMALL, "bidh < first_head + p.num_heads_per_kv;", "bidh < first_head + 1;", count=2),
+    Fault(
+        "one-head-of-the-group",
+        SMALL,
+        "(blocks.end - blocks.begin) * p.num_heads_per_kv}",
+        "(blocks.end - blocks.begin)}",
+    ),
     Fault(
         "heads-of-another-group",
         STAGED,
-        "int const first_head = block.head_kv * p.num_heads_per_kv;",
-        "int const first_head = block.head_kv;",
-        count=2,
+        "int const bidh = block.head_kv * p.num_heads_per_kv;",
+        "int const bidh = block.head_kv;",
     ),
     Fault("blocks-of-a-head", STAGED, "return {within / width,", "return {within % p.num_n_blocks,"),
     # Postprocess
@@ -264,8 +279,8 @@ HARMLESS = (
     Fault(
         "one-block-of-queries-more",
         PANEL,
-        "first_query(p, first_key) / kTileM;",
-        "max(first_query(p, first_key) / kTileM - 1, 0);",
+        "query_begin(p, s, first_key) / kTileM;",
+        "max(query_begin(p, s, first_key) / kTileM - 1, 0);",
     ),
     Fault(
         "ds-released-later",

@@ -32,7 +32,8 @@ def test_what_a_kernel_reaches_stays_and_the_rest_goes():
     // A banner.
 
     constexpr int kNumThreads = 128;
-    constexpr int kLost = 1;
+    constexpr int kLost = 1;  // it ends here
+    constexpr int kFound = 2;
 
     struct Params {
         int n;
@@ -40,7 +41,7 @@ def test_what_a_kernel_reaches_stays_and_the_rest_goes():
 
     // Calls leaf.
     __device__ __forceinline__ void work(Params const& p) {
-        leaf("lost();", p);  // lost()
+        leaf("lost();", p, kFound);  // lost()
     }
 
     // Calls itself and work, but nobody calls it.
@@ -52,7 +53,7 @@ def test_what_a_kernel_reaches_stays_and_the_rest_goes():
     leaf = "\n__device__ __forceinline__ void leaf(\n    char const* text, Params const& p) {\n    {}\n}\n"
     kept = pruned(textwrap.dedent(text) + leaf)
     assert "lost() {" not in kept and "kLost" not in kept and "nobody" not in kept
-    for piece in ("// A banner.", "kNumThreads = 128", "struct Params", "// Calls leaf.", "void leaf("):
+    for piece in ("// A banner.", "kNumThreads = 128", "kFound = 2", "struct Params", "// Calls leaf.", "void leaf("):
         assert piece in kept
     assert "\n\n\n" not in kept and kept.endswith("}\n")
 
