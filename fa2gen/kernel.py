@@ -29,7 +29,7 @@ from fa2gen.plan.base import EntryPoint
 with CUDA_CORE_IMPORT:
     from cuda.core import Device, ObjectCode
 
-__all__ = ["Kernel", "PreparedLaunch", "Strides", "argument_sizes"]
+__all__ = ["Kernel", "PreparedLaunch", "Strides", "argument_sizes", "zeroed_memory"]
 
 Strides = tuple[int, int, int]
 """Of a (batch, seqlen, heads, head_dim) tensor: elements from one batch, one row, one head to the next."""
@@ -382,6 +382,22 @@ def _encode_tiled() -> Any:
 @cache
 def _stream(handle: int) -> Any:
     return driver.CUstream(handle)
+
+
+def zeroed_memory(device: int, num_bytes: int, stream: int) -> int:
+    """Address of new device memory, zeros to what is launched on the stream from now on; it is never freed.
+
+    In the current context, which must be the device's. Not while the stream is being captured; another stream may be.
+    Raises Fa2GenError with the driver's reason.
+    """
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = _checked("cuThreadExchangeStreamCaptureMode", driver.cuThreadExchangeStreamCaptureMode(relaxed))
+    try:
+        address = _checked(f"{num_bytes:,} B on device {device}", driver.cuMemAlloc(num_bytes))
+        _checked("cuMemsetD8Async", driver.cuMemsetD8Async(address, 0, num_bytes, _stream(stream)))
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
+    return int(address)
 
 
 def _checked(what: str, result: tuple[Any, ...]) -> Any:

@@ -26,8 +26,10 @@ __all__ = [
     "best_spec",
     "choices",
     "default_tiling",
+    "forget",
     "kernel_arch",
     "select",
+    "seqlen_bounds",
     "served_by",
 ]
 
@@ -89,15 +91,33 @@ def kernel_arch(device: Device, arch: ArchName | None = None) -> tuple[ArchName,
     )
 
 
-@functools.lru_cache(maxsize=4096)
 def select(problem: Problem, device: Device, arch: ArchName | None = None, seqlen: int | None = None) -> Selection:
     """The kernel for a problem with `seqlen` keys (None: a typical number) on a device; `arch` asks for a family.
 
     Raises UnsupportedProblem where no kernel family serves the device, InfeasibleSpec where it has too little shared
     memory for any tiling.
     """
+    bounds = seqlen_bounds(problem, kernel_arch(device, arch)[0])
+    seqlen = TYPICAL_SEQLEN if seqlen is None else seqlen
+    return _selected(problem, device, arch, max((bound for bound in bounds if bound <= seqlen), default=0))
+
+
+def seqlen_bounds(problem: Problem, arch: ArchName) -> tuple[int, ...]:
+    """The numbers of keys, rising, from which another kernel may be selected than for one key less."""
+    rows = _rows(problem, arch)
+    ends = {row.seqlen_min for row in rows} | {row.seqlen_max + 1 for row in rows if row.seqlen_max is not None}
+    return tuple(sorted(ends - {0}))
+
+
+def forget() -> None:
+    """Look at the specs and the tuned rows that are known now at the next selection."""
+    _selected.cache_clear()
+
+
+@functools.lru_cache(maxsize=4096)
+def _selected(problem: Problem, device: Device, arch: ArchName | None, seqlen: int) -> Selection:
     family, target = kernel_arch(device, arch)
-    for choice in choices(problem, device, family, TYPICAL_SEQLEN if seqlen is None else seqlen):
+    for choice in choices(problem, device, family, seqlen):
         if choice.refused is None:
             plan = make_plan(KernelSpec(problem=problem, tiling=choice.tiling))
             return Selection(plan, target, choice.reason, choice.row)
@@ -109,12 +129,12 @@ def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> It
 
     What is written or tuned for the problem itself comes before what is for the one that it is tuned as.
     """
-    known = tuple(dict.fromkeys((problem, _as_tuned(problem))))
+    known = _known_as(problem)
     for named in known:
         if (written := users_tilings().get((named, arch))) is not None:
             reason = f"a spec in FA2GEN_SPECS names this tiling for {arch}"
             yield Choice("FA2GEN_SPECS", written, reason, _misfit(problem, written, device))
-    rows = [row for named in known for row in tuned_rows().get((named, arch), ())]
+    rows = _rows(problem, arch)
     own = [row for row in rows if row.refusal(device.name) is None]
     others = [row for row in rows if row.refusal(device.name) is not None]
     for row in own:
@@ -126,6 +146,15 @@ def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> It
             yield Choice("specs", written, f"specs/ names this tiling for {arch}", _misfit(problem, written, device))
     default = default_tiling(problem, arch, device.shared_memory_per_block)
     yield Choice("default", default, f"default tiling for head dim {problem.head_dim} on {arch}")
+
+
+def _known_as(problem: Problem) -> tuple[Problem, ...]:
+    """The problem itself, and the one that it is tuned as."""
+    return tuple(dict.fromkeys((problem, _as_tuned(problem))))
+
+
+def _rows(problem: Problem, arch: ArchName) -> list[TunedRow]:
+    return [row for named in _known_as(problem) for row in tuned_rows().get((named, arch), ())]
 
 
 def _as_tuned(problem: Problem) -> Problem:

@@ -8,7 +8,7 @@ has out 0 and lse -inf (flash_attn 2 says +inf there; flash_attn 3 and every mer
 
 from __future__ import annotations
 
-from fa2gen.ops.dispatch import forget, forward_into
+from fa2gen.ops.call import forget
 from fa2gen.ops.flash import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -18,7 +18,7 @@ from fa2gen.ops.flash import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from fa2gen.ops.operator import attention
+from fa2gen.ops.operator import attention, forward_into
 
 __all__ = [
     "attention",

@@ -1,27 +1,37 @@
-"""What tensors must obey before a kernel sees them. Each error names the rule, the numbers and what works instead."""
+"""What a call must obey before a kernel sees it. Each error names the rule, the numbers and what works instead."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.options import Options
 from fa2gen.spec import HEAD_DIM_STEP, MAX_HEAD_DIM, DType
 
-__all__ = ["DTYPES", "default_scale", "describe", "refuse_non_tensors", "validate"]
+__all__ = [
+    "DTYPES",
+    "describe",
+    "refuse_non_tensors",
+    "refuse_tensor_kinds",
+    "validate",
+    "validate_backward",
+    "validate_options",
+]
 
 DTYPES: dict[Any, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
-# Kernels hold the scale, and log2(e) times it, in fp32.
+# Kernels hold the scale, and log2(e) times it, in fp32; products of q and k up to 1e8 times the greatest stay finite.
 _MIN_SCALE: float = torch.finfo(torch.float32).tiny
-_MAX_SCALE: float = torch.finfo(torch.float32).max / 2
+_MAX_SCALE = 1e30
 _OTHER = "torch.nn.functional.scaled_dot_product_attention"
 
 
-def validate(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
+def validate(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise InvalidInput or UnsupportedProblem unless q (B, Sq, H, D) and k, v (B, Sk, Hk, D) can be computed with.
 
     For any device, and for fake tensors with symbolic sizes.
@@ -47,9 +57,36 @@ def validate(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> None:
                 f"{name}.stride(-1) is {x.stride(3)} (strides {tuple(x.stride())}); the last dimension must be "
                 f"contiguous, stride 1: pass {name}.contiguous()"
             )
-    # A symbolic scale, under torch.compile, is checked when it has a value. NaN fails every comparison.
-    if isinstance(softmax_scale, float | int) and not _MIN_SCALE <= softmax_scale <= _MAX_SCALE:
-        _refuse_scale(softmax_scale)
+
+
+def validate_options(options: Options) -> None:
+    """Raise InvalidInput or UnsupportedProblem unless a call can have these numbers.
+
+    Symbolic ones, under torch.compile, are checked when they have a value.
+    """
+    scale, _, left, right, chunk, _ = options
+    if isinstance(scale, float | int) and not _MIN_SCALE <= scale <= _MAX_SCALE:  # NaN fails every comparison
+        _refuse_scale(scale)
+    for name, number, least in (("window_left", left, -1), ("window_right", right, -1), ("chunk", chunk, 0)):
+        if isinstance(number, int) and number < least:
+            raise InvalidInput(f"{name} is {number}; it must be at least {least}, which means no limit")
+
+
+def validate_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
+) -> None:
+    """Raise InvalidInput or UnsupportedProblem unless gradients can be computed from these. Also for fake tensors."""
+    validate(q, k, v)
+    batch, seqlen_q, num_heads, _ = q.shape
+    rows = (batch, num_heads, seqlen_q)
+    for name, x, shape, dtype in (
+        ("dout", dout, q.shape, q.dtype),
+        ("out", out, q.shape, q.dtype),
+        ("lse", lse, rows, torch.float32),
+        ("dlse", dlse, rows, torch.float32),
+    ):
+        if x is not None and (tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != q.device):
+            raise InvalidInput(f"{name} is {describe(x)}; it must be {tuple(shape)} {dtype} on {q.device}")
 
 
 def refuse_non_tensors(**named: object) -> None:
@@ -59,14 +96,26 @@ def refuse_non_tensors(**named: object) -> None:
             raise InvalidInput(f"{name} must be a torch.Tensor, not {describe(x)}: torch.as_tensor({name}) makes one")
 
 
-def default_scale(q: Tensor) -> float:
-    """head_dim ** -0.5. Where q has no head dim, which `validate` refuses, any number."""
-    scale: float = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
-    return scale
+def refuse_tensor_kinds(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:
+    """Raise UnsupportedProblem, by name, for nested tensors, of which not even the sizes can be asked for, and for
+    others that are not dense."""
+    for name, x in zip(names, tensors, strict=True):
+        if x is None:
+            continue
+        if x.is_nested:
+            raise UnsupportedProblem(
+                f"{name} is a nested tensor, whose sequences have lengths of their own; kernels for them are not built "
+                "yet. Nearest: one call for each sequence, with a batch of one: flash_attn_func(q.unsqueeze(0), ...) "
+                "for q, k, v in zip(q.unbind(), k.unbind(), v.unbind())"
+            )
+        if x.layout != torch.strided:
+            raise UnsupportedProblem(f"{name} has layout {x.layout}; kernels take dense tensors: {name}.to_dense()")
 
 
 def describe(x: object) -> str:
     """How an error speaks of an argument."""
+    if isinstance(x, Tensor) and x.is_nested:
+        return f"a nested tensor, {x.dtype} on {x.device}"
     if isinstance(x, Tensor):
         return f"a tensor {tuple(x.shape)} {x.dtype} on {x.device}"
     return f"{x!r} ({type(x).__name__})" if isinstance(x, bool | int | float | complex | str) else type(x).__name__
@@ -74,9 +123,8 @@ def describe(x: object) -> str:
 
 def _validate_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Rank, layout, device and dtype."""
+    refuse_tensor_kinds("qkv", (q, k, v))
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.layout != torch.strided:
-            raise UnsupportedProblem(f"{name} has layout {x.layout}; kernels take dense tensors: {name}.to_dense()")
         if x.device.type not in ("cuda", "cpu", "meta"):
             raise UnsupportedProblem(
                 f"{name} is on {x.device}; fa2gen runs on cuda (NVIDIA), and a reference on the CPU"
@@ -133,5 +181,5 @@ def _refuse_scale(scale: float) -> NoReturn:
     elif scale == 0:
         nearest = "all visible keys weigh the same then: take the mean of v over them"
     else:
-        nearest = f"scale q instead (fp32 holds {_MIN_SCALE:.3g} to {_MAX_SCALE:.3g})"
+        nearest = f"scale q instead ({_MIN_SCALE:.3g} to {_MAX_SCALE:.3g} is taken)"
     raise UnsupportedProblem(f"softmax_scale is {scale:g}; kernels take a normal fp32 number above 0: {nearest}")

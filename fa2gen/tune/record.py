@@ -12,7 +12,7 @@ from typing import Any
 
 from fa2gen.catalog import SCHEMA, TunedRow, read_tuned, tuned_rows
 from fa2gen.errors import InvalidInput
-from fa2gen.select import select
+from fa2gen.select import forget
 from fa2gen.spec import KernelSpec
 from fa2gen.tune.search import Found
 
@@ -73,7 +73,7 @@ def write(rows: Sequence[TunedRow], folder: Path) -> Path:
     os.chmod(temporary, 0o644)
     os.replace(temporary, path)
     tuned_rows.cache_clear()
-    select.cache_clear()
+    forget()
     return path
 
 

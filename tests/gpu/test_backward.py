@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from fa2gen import UnsupportedProblem, env, flash_attn_func
 from fa2gen.errors import Fa2GenError
 from fa2gen.gpus import device_at
-from fa2gen.ops.backward import backward_cuda
-from fa2gen.ops.dispatch import forget, forward_cuda
+from fa2gen.ops.call import backward_cuda, forget, forward_cuda
+from fa2gen.options import Options
 from fa2gen.reference import check_gradients
 from fa2gen.select import select
 from fa2gen.spec import Problem
@@ -75,12 +75,11 @@ def backward_kernels_are_built(request, harness):
 
 def gradients(harness, family, q, k, v, dout, dlse=None, scale=None, deterministic=False):
     """(dq, dk, dv) into poisoned buffers; asserts that nothing beside them was written."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    causal = family.mask == "causal"
-    out, lse = forward_cuda(q, k, v, scale, causal)
+    options = Options(scale, family.mask == "causal", deterministic=deterministic)
+    out, lse = forward_cuda(q, k, v, options)
     tiling = selected(*family, deterministic, seqlen_k=k.shape[1]).plan.tiling
     buffers, views = zip(*(harness.poisoned(tuple(x.shape), x.dtype) for x in (q, k, v)), strict=True)
-    backward_cuda(dout, q, k, v, harness.amid_nan(out), lse, dlse, scale, causal, deterministic, tiling, views)
+    backward_cuda(dout, q, k, v, harness.amid_nan(out), lse, dlse, options, tiling, views)
     for name, buffer in zip(("dq", "dk", "dv"), buffers, strict=True):
         outside = torch.cat([buffer[: harness.GUARD], buffer[-harness.GUARD :]])
         assert outside.isnan().all(), f"{family}: something beside {name} was written"
@@ -188,18 +187,18 @@ def assert_the_same(found, expected, deterministic, what):
 BACK_TO_BACK = ((1, 100, 130, 2, 1), (1, 2048, 512, 8, 2), (2, 512, 2048, 8, 8), (2, 1500, 1500, 16, 16))
 
 
-def variants(harness, family, sizes, count=3):
+def variants(harness, family, sizes, deterministic, count=3):
     """Arguments of backward_cuda and its checked gradients, for inputs of one shape: they use the same scratch memory.
 
     Their magnitudes differ, so that what another call left there shows.
     """
-    causal, scale = family.mask == "causal", family.head_dim**-0.5
+    options = Options(None, family.mask == "causal", deterministic=deterministic)
     found = []
     for i in range(count):
         q, k, v, dout = inputs(harness, family, sizes, "dense", seed=i)
         dout = dout * 0.1**i
-        out, lse = forward_cuda(q, k, v, scale, causal)
-        found.append((dout, q, k, v, out, lse, None, scale, causal))
+        out, lse = forward_cuda(q, k, v, options)
+        found.append((dout, q, k, v, out, lse, None, options))
     return found
 
 
@@ -210,8 +209,8 @@ def test_back_to_back(harness, family, deterministic):
     noise = torch.randn(1024, 1024, device="cuda")
     others = [torch.cuda.Stream(), torch.cuda.Stream(priority=-1)]
     for sizes in BACK_TO_BACK:
-        values = variants(harness, family, sizes)
-        expected = [backward_cuda(*arguments, deterministic) for arguments in values]
+        values = variants(harness, family, sizes, deterministic)
+        expected = [backward_cuda(*arguments) for arguments in values]
         for (dout, q, k, v, *_), gradients_ in zip(values, expected, strict=True):
             verdict = check_gradients(gradients_, dout, q, k, v, causal=family.mask == "causal")
             assert verdict.ok, f"{family} {sizes}: {verdict}"
@@ -222,7 +221,7 @@ def test_back_to_back(harness, family, deterministic):
                 if run % 3 == 0:
                     with torch.cuda.stream(others[run % 2]):
                         torch.mm(noise, noise)
-                found.append(backward_cuda(*values[run % len(values)], deterministic))
+                found.append(backward_cuda(*values[run % len(values)]))
             for run, gradients_ in enumerate(found, first):
                 what = f"{family} {sizes}, run {run}"
                 assert_the_same(gradients_, expected[run % len(values)], deterministic, what)
@@ -235,13 +234,13 @@ def test_back_to_back_in_a_graph(harness, family, deterministic):
     noise = torch.randn(1024, 1024, device="cuda")
     other = torch.cuda.Stream()
     for sizes in BACK_TO_BACK:
-        values = variants(harness, family, sizes)
-        expected = [backward_cuda(*arguments, deterministic) for arguments in values]
+        values = variants(harness, family, sizes, deterministic)
+        expected = [backward_cuda(*arguments) for arguments in values]
         places = [[x.clone() if isinstance(x, torch.Tensor) else x for x in arguments] for arguments in values]
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = [backward_cuda(*places[run % len(places)], deterministic) for run in range(20)]
+            captured = [backward_cuda(*places[run % len(places)]) for run in range(20)]
         for replay in range(10):
             for i, place in enumerate(places):
                 for to, source in zip(place, values[(i + replay) % len(values)], strict=True):
@@ -450,8 +449,9 @@ def test_opcheck(with_dlse):
     out, lse = torch.ops.fa2gen.fwd(q, k, v, 0.125, True)
     dlse = torch.randn_like(lse) if with_dlse else None
     # Deterministic: two runs are compared.
-    arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, 0.125, True, True)
-    assert set(torch.library.opcheck(torch.ops.fa2gen.bwd.default, arguments).values()) == {"SUCCESS"}
+    arguments = (torch.randn_like(out), q, k, v, out, lse, dlse, 0.125, True)
+    found = torch.library.opcheck(torch.ops.fa2gen.bwd.default, arguments, {"deterministic": True})
+    assert set(found.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("causal", [False, True])

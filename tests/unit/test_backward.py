@@ -267,8 +267,9 @@ def test_a_chosen_kernel_has_no_gradient():
 def test_opcheck(with_dlse):
     q, k, v, dout, dlse = (x.detach() for x in inputs(SHAPES[0]))
     out, lse = torch.ops.fa2gen.fwd(q, k, v, 0.25, True)
-    arguments = (dout, q, k, v, out, lse, dlse if with_dlse else None, 0.25, True, with_dlse)
-    assert set(opcheck(torch.ops.fa2gen.bwd.default, arguments).values()) == {"SUCCESS"}
+    arguments = (dout, q, k, v, out, lse, dlse if with_dlse else None, 0.25, True)
+    options = {"deterministic": with_dlse, "window_left": 7}
+    assert set(opcheck(torch.ops.fa2gen.bwd.default, arguments, options).values()) == {"SUCCESS"}
 
 
 def test_fake_cuda_tensors_get_shapes():
@@ -276,7 +277,7 @@ def test_fake_cuda_tensors_get_shapes():
     with FakeTensorMode():
         q, k = (torch.empty(2, s, h, 64, dtype=torch.bfloat16, device="cuda") for s, h in ((9, 4), (7, 2)))
         out, lse = attention(q, k, k)
-        gradients = torch.ops.fa2gen.bwd(out, q, k, k, out, lse, None, 0.25, True, False)
+        gradients = torch.ops.fa2gen.bwd(out, q, k, k, out, lse, None, 0.25, True)
         assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
 
 
@@ -289,7 +290,7 @@ def test_bad_arguments_of_the_operator():
         (5, lse[:, :1], "lse"),
         (6, lse.half(), "dlse"),
     ):
-        arguments = [dout, q, k, v, out, lse, lse, 0.25, True, False]
+        arguments = [dout, q, k, v, out, lse, lse, 0.25, True]
         arguments[position] = bad
         with pytest.raises(InvalidInput, match=f"^{word} is"):
             torch.ops.fa2gen.bwd(*arguments)

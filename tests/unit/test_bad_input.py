@@ -48,6 +48,11 @@ def run(q: Any = None, k: Any = None, v: Any = None, **options: Any) -> Any:
     return flash_attn_func(q, k, (k if v is None else v), **options)
 
 
+def nested(layout: Any) -> Any:
+    """Two sequences of 3 and 5 rows."""
+    return torch.nested.nested_tensor([t(3, 2, 64), t(5, 2, 64)], layout=layout)
+
+
 def all_of(head_dim: int) -> Any:
     x = t(1, 4, 2, head_dim)
     return flash_attn_func(x, x, x)
@@ -99,6 +104,13 @@ CASES: dict[str, Case] = {
     "k is a numpy array": Case(InvalidInput, "k must be|ndarray|as_tensor", lambda: run(k=numpy.zeros(K))),
     "v is a list": Case(InvalidInput, "v must be|list", lambda: run(v=[[[[0.0]]]])),
     "q is a number, with a window": Case(InvalidInput, "q must be|3 (int)", lambda: run(q=3, window_size=(-1, 0))),
+    "q is nested": Case(UnsupportedProblem, "q is a nested tensor|unbind", lambda: run(nested(torch.jagged))),
+    "k is nested, strided": Case(UnsupportedProblem, "k is a nested tensor|unbind", lambda: run(k=nested(torch.strided))),
+    "qkv is nested": Case(UnsupportedProblem, "qkv is a nested tensor", lambda: flash_attn_qkvpacked_func(nested(torch.strided))),
+    "arch and nested": Case(UnsupportedProblem, "v is a nested tensor", lambda: attention(t(*Q), t(*K), nested(torch.jagged), arch="sm80")),
+    "the operator and nested": Case(UnsupportedProblem, "q is a nested tensor", lambda: torch.ops.fa2gen.fwd(nested(torch.strided), t(*K), t(*K), 0.1, True)),
+    "the operator and a scale": Case(InvalidInput, "nan|finite", lambda: torch.ops.fa2gen.fwd(t(*Q), t(*K), t(*K), math.nan, True)),
+    "the operator and a window": Case(InvalidInput, "window_left is -2|-1", lambda: torch.ops.fa2gen.fwd(t(*Q), t(*K), t(*K), 0.1, True, window_left=-2)),
     "q is sparse": Case(UnsupportedProblem, "sparse|to_dense", lambda: run(t(*Q).to_sparse())),
     # rank and shape
     "q of rank 3": Case(InvalidInput, "q has 3 dimensions|(batch, seqlen, heads, head_dim)|unsqueeze(0)", lambda: run(t(5, 6, 64))),
@@ -157,9 +169,24 @@ CASES: dict[str, Case] = {
     "dropout nan": Case(UnsupportedProblem, "dropout|nan", lambda: run(dropout_p=math.nan)),
     "softcap": Case(UnsupportedProblem, "softcap|30.0|pass 0.0", lambda: run(softcap=30.0)),
     "alibi": Case(UnsupportedProblem, "ALiBi|None", lambda: run(alibi_slopes=torch.zeros(6))),
-    "sliding window": Case(UnsupportedProblem, "window_size=(3, 0)|causal=True", lambda: run(window_size=(3, 0))),
-    "window to the right": Case(UnsupportedProblem, "window_size=(-1, 2)", lambda: run(window_size=(-1, 2))),
-    "causal sliding window": Case(UnsupportedProblem, "window_size=(2, -1)", lambda: run(window_size=(2, -1), causal=True)),
+    "softcap is a list": Case(InvalidInput, "softcap must be a number|list|pass 0.0", lambda: run(softcap=[])),
+    "dropout is None": Case(InvalidInput, "dropout_p must be a number|NoneType", lambda: run(dropout_p=None)),
+    "dropout is two numbers": Case(InvalidInput, "dropout_p must be a number|a tensor (2,)", lambda: run(dropout_p=torch.zeros(2))),
+    "deterministic is text": Case(InvalidInput, "deterministic must be True or False|'no'", lambda: run(deterministic="no")),
+    "deterministic is two flags": Case(InvalidInput, "deterministic must be|a tensor (2,)|.item()", lambda: run(deterministic=torch.ones(2))),
+    "probs are two flags": Case(InvalidInput, "return_attn_probs must be|a tensor (2,)", lambda: run(return_attn_probs=torch.ones(2))),
+    "causal is 2": Case(InvalidInput, "causal must be True or False|2 (int)", lambda: run(causal=2)),
+    "causal is a tensor": Case(InvalidInput, "causal must be|a tensor ()|.item()", lambda: run(causal=torch.tensor(True))),
+    "scale of 400 digits": Case(InvalidInput, "inf|finite", lambda: run(softmax_scale=10**400)),
+    "scale that overflows scores": Case(UnsupportedProblem, "1e+38|scale q", lambda: run(softmax_scale=1e38)),
+    "chunk below 0": Case(InvalidInput, "attention_chunk must be|-1 (int)", lambda: run(attention_chunk=-1)),
+    "chunk is a float": Case(InvalidInput, "attention_chunk must be|2.0 (float)", lambda: run(attention_chunk=2.0)),
+    "chunk is True": Case(InvalidInput, "attention_chunk must be|True", lambda: run(attention_chunk=True)),
+    "window of a flag": Case(InvalidInput, "window_size is (True, 0)", lambda: run(window_size=(True, 0))),
+    "window of three in numpy": Case(InvalidInput, "window_size is|(left, right)", lambda: run(window_size=numpy.zeros(3, int))),
+    "window of floats in numpy": Case(InvalidInput, "window_size is|whole number", lambda: run(window_size=numpy.zeros(2))),
+    "window of rank 2": Case(InvalidInput, "window_size is|(left, right)", lambda: run(window_size=torch.zeros(2, 2, dtype=torch.int32))),
+    "window of two in a side": Case(InvalidInput, "window_size is", lambda: run(window_size=(torch.zeros(2, dtype=torch.int32), 0))),
     "window of one side": Case(InvalidInput, "window_size is (3,)|(left, right)", lambda: run(window_size=(3,))),
     "window below -1": Case(InvalidInput, "window_size is (-2, 0)|-1 for no limit", lambda: run(window_size=(-2, 0))),
     "window of floats": Case(InvalidInput, "window_size is (1.5, 0)", lambda: run(window_size=(1.5, 0))),

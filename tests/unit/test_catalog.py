@@ -244,7 +244,7 @@ def test_the_schema_knows_what_the_reader_knows():
 @pytest.fixture
 def users(monkeypatch, tmp_path):
     """An empty folder in FA2GEN_SPECS; what was read before is forgotten, then and afterwards."""
-    from fa2gen.select import select
+    from fa2gen.select import forget as forget_selections
 
     def forget() -> None:
         for cached in (
@@ -253,9 +253,9 @@ def users(monkeypatch, tmp_path):
             written_tilings,
             users_tilings,
             catalog.tuned_rows,
-            select,
         ):
             cached.cache_clear()
+        forget_selections()
 
     folder = tmp_path / "mine"
     folder.mkdir()

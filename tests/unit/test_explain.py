@@ -15,7 +15,7 @@ from fa2gen.compile import ResourceReport
 from fa2gen.errors import CompileError, InvalidInput
 from fa2gen.explain import KNOWN_DEVICES, device_named, explain, lines, shared_memory_map
 from fa2gen.plan import make_plan
-from fa2gen.select import default_tiling, select
+from fa2gen.select import default_tiling, forget
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
 H200 = KNOWN_DEVICES[0]
@@ -37,9 +37,9 @@ def tuned(monkeypatch):
     rows: dict[tuple[Problem, str], tuple[TunedRow, ...]] = {}
     monkeypatch.setattr("fa2gen.select.tuned_rows", lambda: rows)
     monkeypatch.setattr("fa2gen.select.written_tilings", dict)
-    select.cache_clear()
+    forget()
     yield rows
-    select.cache_clear()
+    forget()
 
 
 def text_of(found):

@@ -18,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops import attention, backward, dispatch, flash_attn_func
+from fa2gen.features import MASKS
+from fa2gen.ops import attention, flash_attn_func
+from fa2gen.ops import call as calls
+from fa2gen.ops.scratch import scratch_of_capture
 from fa2gen.options import Options
 from fa2gen.plan import make_plan
 from fa2gen.reference import attention_tiled
@@ -136,16 +139,23 @@ def gpu(monkeypatch):
         return state.kernels.setdefault(plan.name, FakeKernel(plan))
 
     zeros = torch.zeros
-    monkeypatch.setattr(dispatch, "device_at", lambda index: h200)
-    monkeypatch.setattr(dispatch, "_kernel", kernel)
-    monkeypatch.setattr(dispatch, "_calls", {})
-    monkeypatch.setattr(dispatch, "_scratches", {})
-    monkeypatch.setattr(dispatch, "_current_device", lambda: -1)
-    monkeypatch.setattr(dispatch, "_is_capturing", lambda: state.capturing)
+    monkeypatch.setattr(calls, "device_at", lambda index: h200)
+    monkeypatch.setattr(calls, "_kernel", kernel)
+    monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "_problems", {})
+    monkeypatch.setattr(calls, "_scratches", {})
+    monkeypatch.setattr(calls, "scratch_of_stream", lambda device, stream, rows: scratch_of_capture(device, rows))
+    monkeypatch.setattr(calls, "_current_device", lambda: -1)
+    monkeypatch.setattr(calls, "_is_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: state.stream, raising=False)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **options: zeros(*shape, **options))
     monkeypatch.delenv("FA2GEN_ARCH", raising=False)
     return state
+
+
+def forget_calls():
+    calls._calls.clear()
+    calls._problems.clear()
 
 
 def tensors(batch=2, seqlen_q=37, seqlen_k=53, heads=6, heads_kv=2, head_dim=64):
@@ -163,7 +173,7 @@ def only(state):
 def test_a_signature_is_prepared_once(gpu):
     for _ in range(3):
         q, k, v = tensors()
-        out, lse = dispatch.forward_cuda(q, k, v, 0.1, True)
+        out, lse = calls.forward_cuda(q, k, v, Options(0.1, True))
         assert only(gpu).launched[-1][:5] == tuple(x.data_ptr() for x in (q, k, v, out, lse))
     assert len(only(gpu).prepared) == 1 and len(only(gpu).launched) == 3
     shape, strides, options = only(gpu).prepared[0]
@@ -174,27 +184,27 @@ def test_a_signature_is_prepared_once(gpu):
 def test_whatever_changes_the_launch_is_part_of_the_signature(gpu):
     q, k, v = tensors()
     transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
-    calls = [
-        lambda: dispatch.forward_cuda(q, k, v, 0.1, True),
-        lambda: dispatch.forward_cuda(q, k, v, 0.2, True),
-        lambda: dispatch.forward_cuda(q, k, v, 0.1, False),
-        lambda: dispatch.forward_cuda(transposed, k, v, 0.1, True),
-        lambda: dispatch.forward_cuda(q[:, :30], k, v, 0.1, True),
-        lambda: dispatch.forward_cuda(q, k[:, :30], v[:, :30], 0.1, True),
-        lambda: dispatch.forward_cuda(q, k[:, :, :1], v[:, :, :1], 0.1, True),
-        lambda: dispatch.forward_cuda(q.half(), k.half(), v.half(), 0.1, True),
-        lambda: dispatch.forward_cuda(q, k, v, 0.1, True, "sm80"),
+    every = [
+        lambda: calls.forward_cuda(q, k, v, Options(0.1, True)),
+        lambda: calls.forward_cuda(q, k, v, Options(0.2, True)),
+        lambda: calls.forward_cuda(q, k, v, Options(0.1, False)),
+        lambda: calls.forward_cuda(transposed, k, v, Options(0.1, True)),
+        lambda: calls.forward_cuda(q[:, :30], k, v, Options(0.1, True)),
+        lambda: calls.forward_cuda(q, k[:, :30], v[:, :30], Options(0.1, True)),
+        lambda: calls.forward_cuda(q, k[:, :, :1], v[:, :, :1], Options(0.1, True)),
+        lambda: calls.forward_cuda(q.half(), k.half(), v.half(), Options(0.1, True)),
+        lambda: calls.forward_cuda(q, k, v, Options(0.1, True), "sm80"),
     ]
-    for call in [*calls, *calls]:
+    for call in [*every, *every]:
         call()
-    assert sum(len(kernel.prepared) for kernel in gpu.kernels.values()) == len(calls)
+    assert sum(len(kernel.prepared) for kernel in gpu.kernels.values()) == len(every)
 
 
 def test_prepared_calls_are_bounded(gpu, monkeypatch):
-    monkeypatch.setattr(dispatch, "_REMEMBERED_CALLS", 8)
+    monkeypatch.setattr(calls, "_REMEMBERED_CALLS", 8)
     for seqlen in range(1, 40):
-        dispatch.forward_cuda(*tensors(seqlen_q=seqlen), 0.1, True)
-    assert len(dispatch._calls) <= 8
+        calls.forward_cuda(*tensors(seqlen_q=seqlen), Options(0.1, True))
+    assert len(calls._calls) <= 8
 
 
 def test_misaligned_tensors_are_copied(gpu):
@@ -204,9 +214,9 @@ def test_misaligned_tensors_are_copied(gpu):
     odd_base = buffer[1:].view(k.shape)  # address
     for a, b in ((odd_rows, k), (q, odd_base), (odd_rows, odd_base)):
         gpu.kernels.clear()
-        dispatch._calls.clear()
+        forget_calls()
         for _ in range(2):
-            out, lse = dispatch.forward_cuda(a, b, v, 0.1, False)
+            out, lse = calls.forward_cuda(a, b, v, Options(0.1, False))
             launched = only(gpu).launched[-1]
             assert all(address % 16 == 0 for address in launched[:3])
             assert launched[2] == v.data_ptr() and launched[3:5] == (out.data_ptr(), lse.data_ptr())
@@ -218,7 +228,7 @@ def test_misaligned_tensors_are_copied(gpu):
 )
 def test_nothing_is_launched_where_there_is_nothing_to_compute(gpu, sizes):
     q, k, v = tensors(**sizes)
-    out, lse = dispatch.forward_cuda(q, k, v, 0.1, True)
+    out, lse = calls.forward_cuda(q, k, v, Options(0.1, True))
     assert not gpu.kernels and out.shape == q.shape and not out.any() and lse.isneginf().all()
 
 
@@ -226,16 +236,16 @@ def test_each_stream_has_a_counter_and_each_captured_call_its_own(gpu):
     q, k, v = tensors()
 
     def counter():
-        dispatch.forward_cuda(q, k, v, 0.1, True)
+        calls.forward_cuda(q, k, v, Options(0.1, True))
         return only(gpu).launched[-1][5]
 
     first = counter()
     assert first and counter() == first and only(gpu).launched[-1][6] == 5
     gpu.stream = 6
     assert counter() != first
-    kept = len(dispatch._scratches)
+    kept = len(calls._scratches)
     gpu.capturing = True
-    assert counter() not in (0, first) and len(dispatch._scratches) == kept == 2
+    assert counter() not in (0, first) and len(calls._scratches) == kept == 2
 
 
 def test_out_alone_is_that_of_the_whole_call(gpu, monkeypatch):
@@ -244,52 +254,52 @@ def test_out_alone_is_that_of_the_whole_call(gpu, monkeypatch):
     for arch in ("sm90", "sm80"):
         if arch == "sm80":
             gpu.kernels.clear()
-            dispatch._calls.clear()
+            forget_calls()
             monkeypatch.setenv("FA2GEN_ARCH", "sm80")
-        out = dispatch.forward_out(q, k, v, 0.1, True)
+        out = calls.forward_out(q, k, v, Options(0.1, True))
         *addresses, lse, counter, stream = only(gpu).launched[-1]
         assert addresses == [x.data_ptr() for x in (q, k, v, out)] and out.shape == q.shape and out.is_contiguous()
-        scratch = dispatch._scratches[-1, 5]
+        scratch = calls._scratches[-1, 5]
         assert (lse, counter, stream) == (scratch.lse, scratch.counter if arch == "sm90" else 0, 5)
         assert scratch.lse % 16 == 0 and scratch.lse >= scratch.counter + 4
-        assert scratch.lse + 4 * dispatch._SCRATCH_ROWS <= scratch._memory.data_ptr() + scratch._memory.nbytes
-    assert len(only(gpu).prepared) == 1 and len(dispatch._scratches) == 1
+        assert scratch.lse + 4 * calls._SCRATCH_ROWS <= scratch._keeper.data_ptr() + scratch._keeper.nbytes
+    assert len(only(gpu).prepared) == 1 and len(calls._scratches) == 1
 
 
 def test_out_alone_of_many_rows_has_an_lse_of_its_own(gpu, monkeypatch):
     q, k, v = tensors()
-    monkeypatch.setattr(dispatch, "_SCRATCH_ROWS", 2 * 6 * 37)
-    dispatch.forward_out(q, k, v, 0.1, True)
-    scratch = dispatch._scratches[-1, 5]
+    monkeypatch.setattr(calls, "_SCRATCH_ROWS", 2 * 6 * 37)
+    calls.forward_out(q, k, v, Options(0.1, True))
+    scratch = calls._scratches[-1, 5]
     assert only(gpu).launched[-1][4] == scratch.lse
-    monkeypatch.setattr(dispatch, "_SCRATCH_ROWS", 2 * 6 * 37 - 1)
-    dispatch.forward_out(q, k, v, 0.1, True)
+    monkeypatch.setattr(calls, "_SCRATCH_ROWS", 2 * 6 * 37 - 1)
+    calls.forward_out(q, k, v, Options(0.1, True))
     assert only(gpu).launched[-1][4] != scratch.lse
 
 
 def test_a_captured_call_shares_no_memory_with_a_stream(gpu, monkeypatch):
     q, k, v = tensors()
-    dispatch.forward_out(q, k, v, 0.1, True)
-    kept = dispatch._scratches[-1, 5]
+    calls.forward_out(q, k, v, Options(0.1, True))
+    kept = calls._scratches[-1, 5]
     made = []
-    new = dispatch._Scratch
-    monkeypatch.setattr(dispatch, "_Scratch", lambda device, rows: made.append(new(device, rows)) or made[-1])
+    new = calls.scratch_of_capture
+    monkeypatch.setattr(calls, "scratch_of_capture", lambda *which: made.append(new(*which)) or made[-1])
     gpu.capturing = True
-    dispatch.forward_out(q, k, v, 0.1, True)
+    calls.forward_out(q, k, v, Options(0.1, True))
     (own,) = made
     assert only(gpu).launched[-1][4:6] == (own.lse, own.counter) != (kept.lse, kept.counter)
-    assert own._memory.nbytes == 16 + 4 * 2 * 6 * 37 and len(dispatch._scratches) == 1
-    _, lse = dispatch.forward_cuda(q, k, v, 0.1, True)
-    assert only(gpu).launched[-1][4] == lse.data_ptr() and made[-1]._memory.nbytes == 16
+    assert own._keeper.nbytes == 16 + 4 * 2 * 6 * 37 and len(calls._scratches) == 1
+    _, lse = calls.forward_cuda(q, k, v, Options(0.1, True))
+    assert only(gpu).launched[-1][4] == lse.data_ptr() and made[-1]._keeper.nbytes == 16
 
 
 def test_out_alone_of_what_needs_more_than_a_launch(gpu):
     q, k, v = tensors()
     odd_base = torch.cat((k.flatten(), k.flatten()))[1 : 1 + k.numel()].view(k.shape)
-    dispatch.forward_out(q, odd_base, v, 0.1, False)
+    calls.forward_out(q, odd_base, v, Options(0.1, False))
     assert all(address % 16 == 0 for address in only(gpu).launched[-1][:3])
     assert only(gpu).launched[-1][1] != odd_base.data_ptr()
-    assert not dispatch.forward_out(q, k[:, :0], v[:, :0], 0.1, True).any() and len(only(gpu).launched) == 1
+    assert not calls.forward_out(q, k[:, :0], v[:, :0], Options(0.1, True)).any() and len(only(gpu).launched) == 1
 
 
 @pytest.mark.parametrize("layout", ["dense", "transposed", "slice", "one row", "expanded"])
@@ -306,14 +316,14 @@ def test_out_is_contiguous_whatever_q_is(gpu, layout):
         q, k, v = q[:1], k[:1], v[:1]
     elif layout == "expanded":
         q = q[:1].expand(2, -1, -1, -1)
-    for out in (dispatch.forward_cuda(q, k, v, 0.1, True)[0], dispatch.forward_out(q, k, v, 0.1, True)):
+    for out in (calls.forward_cuda(q, k, v, Options(0.1, True))[0], calls.forward_out(q, k, v, Options(0.1, True))):
         assert out.stride() == torch.empty(q.shape).stride() and (out.shape, out.dtype) == (q.shape, q.dtype)
 
 
 def test_the_default_scale_is_prepared_as_the_number_it_is(gpu):
     q, k, v = tensors()
     for scale in (None, 64**-0.5):
-        dispatch.forward_out(q, k, v, scale, True)
+        calls.forward_out(q, k, v, Options(scale, True))
         assert only(gpu).prepared[-1][2].scale(64) == 64**-0.5
 
 
@@ -327,17 +337,17 @@ def test_another_device_is_made_current_for_the_launch(gpu, monkeypatch):
         yield
         current[0] = before
 
-    monkeypatch.setattr(dispatch, "_current_device", lambda: current[0])
+    monkeypatch.setattr(calls, "_current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", guard)
     q, k, v = tensors()
-    for number, call in enumerate((dispatch.forward_cuda, dispatch.forward_out), 1):
-        call(q, k, v, 0.1, True)
+    for number, call in enumerate((calls.forward_cuda, calls.forward_out), 1):
+        call(q, k, v, Options(0.1, True))
         assert (gpu.guarded, current, len(only(gpu).launched)) == (number, [3], number)
-        assert only(gpu).launched[-1][5] == dispatch._scratches[-1, 5].counter
+        assert only(gpu).launched[-1][5] == calls._scratches[-1, 5].counter
 
 
 def test_sm80_kernels_need_no_counter(gpu):
-    dispatch.forward_cuda(*tensors(), 0.1, True, "sm80")
+    calls.forward_cuda(*tensors(), Options(0.1, True), "sm80")
     assert only(gpu).launched[-1][5] == 0 and gpu.target == "sm_90"
 
 
@@ -347,8 +357,8 @@ def test_choice_of_the_kernel(gpu, monkeypatch):
 
     def arch(*choice):
         gpu.kernels.clear()
-        dispatch._calls.clear()
-        dispatch.forward_cuda(q, k, v, 0.1, False, *choice)
+        forget_calls()
+        calls.forward_cuda(q, k, v, Options(0.1, False), *choice)
         return only(gpu).plan.arch
 
     assert arch() == "sm90"
@@ -363,18 +373,18 @@ def test_choice_of_the_kernel(gpu, monkeypatch):
 
 def test_other_gpus_are_refused(gpu, monkeypatch):
     for capability in ((7, 5), (10, 0), (12, 0)):
-        monkeypatch.setattr(dispatch, "device_at", lambda index, cc=capability: Device("Some GPU", cc, 101_376, 80))
+        monkeypatch.setattr(calls, "device_at", lambda index, cc=capability: Device("Some GPU", cc, 101_376, 80))
         for sizes in ({}, {"seqlen_q": 0}):
             with pytest.raises(UnsupportedProblem, match=r"Some GPU.*8\.0.*9\.0"):
-                dispatch.forward_cuda(*tensors(**sizes), 0.1, False)
+                calls.forward_cuda(*tensors(**sizes), Options(0.1, False))
 
 
 def test_errors_are_not_remembered(gpu):
     q, k, v = tensors()
     for _ in range(2):
         with pytest.raises(InvalidInput, match="heads"):
-            dispatch.forward_cuda(q[:, :, :5], k, v, 0.1, False)
-    assert not dispatch._calls
+            calls.forward_cuda(q[:, :, :5], k, v, Options(0.1, False))
+    assert not calls._calls
 
 
 # Plain calls go past the operator -----------------------------------------------------------------------------------
@@ -393,7 +403,7 @@ def launches(state):
 
 def test_plain_calls_are_launched(cuda):
     q, k, v = tensors()
-    calls = [
+    every = [
         lambda: flash_attn_func(q, k, v),
         lambda: flash_attn_func(q, k, v, causal=True, softmax_scale=0.2),
         lambda: flash_attn_func(q, k, v, window_size=(-1, 0)),
@@ -402,20 +412,60 @@ def test_plain_calls_are_launched(cuda):
         lambda: attention(q, k, v, causal=True)[0],
         lambda: attention(q, k, v, arch="sm80")[0],
     ]
-    for number, call in enumerate(calls, 1):
+    for number, call in enumerate(every, 1):
         assert call().shape == q.shape and launches(cuda) == number
     with torch.no_grad():
         flash_attn_func(q.requires_grad_(), k, v)
     with torch.inference_mode():
         flash_attn_func(q, k, v)
-    assert launches(cuda) == len(calls) + 2
+    assert launches(cuda) == len(every) + 2
     assert len({id(kernel.prepared) for kernel in cuda.kernels.values()}) == 3  # full, causal, sm80
+
+
+def test_gradients_of_plain_calls_are_launched(cuda):
+    """Both passes go past the operators; what the caller differentiates with may be more than a plain tensor."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    for number, call in enumerate((lambda: flash_attn_func(q, k, v), lambda: attention(q, k, v)[0]), 1):
+        gradients = torch.autograd.grad(call(), (q, k, v), torch.ones_like(q))
+        forward, backward = cuda.kernels.values()
+        assert (len(forward.launched), len(backward.launched)) == (number, number)
+        assert backward.launched[-1][5:8] == tuple(x.data_ptr() for x in gradients)
+    out = flash_attn_func(q, k, v)
+    with Listening():
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(q))
+    assert len(backward.launched) == 2
+
+
+def test_numbers_of_any_type_are_what_they_mean(cuda):
+    """1 and 1.0 are one signature, and so are numpy's."""
+    import numpy
+
+    q, k, v = tensors()
+    for scale in (1.0, 1, numpy.float32(1)):
+        for causal in (True, 1, numpy.bool_(True)):
+            flash_attn_func(q, k, v, softmax_scale=scale, causal=causal, window_size=[-1, numpy.int64(-1)])
+    assert launches(cuda) == 9 and only(cuda).prepared[0][2] == Options(1.0, True) and len(only(cuda).prepared) == 1
+
+
+def test_windows_that_no_kernel_has_are_refused(cuda):
+    q, k, v = tensors()
+    for options, words in (
+        ({"window_size": (3, 0)}, r"window_size=\(3, -1\).*causal=True"),
+        ({"window_size": (2, -1), "causal": True}, r"window_size=\(2, -1\), causal=True"),
+        ({"attention_chunk": 16}, "attention_chunk=16"),
+    ):
+        if "window" not in MASKS:
+            with pytest.raises(UnsupportedProblem, match=words):
+                flash_attn_func(q, k, v, **options)
+    flash_attn_func(q, k, v, window_size=(100, 0))
+    flash_attn_func(q, k, v, attention_chunk=64, causal=True)
+    assert {kernel.plan.mask for kernel in cuda.kernels.values()} == {"causal"}
 
 
 def test_lse_is_only_made_where_it_is_asked_for(cuda):
     q, k, v = tensors()
     flash_attn_func(q, k, v)
-    assert only(cuda).launched[-1][4] == dispatch._scratches[-1, 5].lse
+    assert only(cuda).launched[-1][4] == calls._scratches[-1, 5].lse
     for call in (lambda: flash_attn_func(q, k, v, return_attn_probs=True)[:2], lambda: attention(q, k, v)):
         out, lse = call()
         assert lse.shape == (2, 6, 37) and lse.dtype == torch.float32 and lse.is_contiguous()
@@ -439,13 +489,9 @@ OTHERS_LOOK = {
     "vjp": lambda q, k, v: torch.func.vjp(flash_attn_func, q, k, v)[0],
     "trace": lambda q, k, v: torch.jit.trace(flash_attn_func, (q, k, v), check_trace=False)(q, k, v),
     "compile": lambda q, k, v: torch.compile(flash_attn_func, fullgraph=True, backend="aot_eager")(q, k, v),
-    "gradient of q": lambda q, k, v: flash_attn_func(q.clone().requires_grad_(), k, v).detach(),
-    "gradient of v": lambda q, k, v: flash_attn_func(q, k, v.clone().requires_grad_()).detach(),
     "parameter": lambda q, k, v: flash_attn_func(q, torch.nn.Parameter(k, requires_grad=False), v),
     "subclass of q": lambda q, k, v: flash_attn_func(q.as_subclass(Subclass), k, v).as_subclass(torch.Tensor),
     "subclass of v": lambda q, k, v: flash_attn_func(q, k, v.as_subclass(Subclass)).as_subclass(torch.Tensor),
-    "whole scale": lambda q, k, v: flash_attn_func(q / 8, k, v, softmax_scale=1),
-    "mask by number": lambda q, k, v: flash_attn_func(q, k, v, causal=0),
 }
 
 
@@ -460,7 +506,6 @@ def test_what_others_look_at_goes_through_the_operator(cuda, who):
     q, k, v = tensors()
     expected = attention_tiled(q, k, v, causal=False, softmax_scale=0.125)[0]
     flash_attn_func(q, k, v)  # a plain call of that signature is remembered
-    flash_attn_func(q / 8, k, v, softmax_scale=1.0)
     before = launches(cuda)
     torch.testing.assert_close(OTHERS_LOOK[who](q, k, v), expected, rtol=0, atol=0)
     assert launches(cuda) == before
@@ -514,7 +559,7 @@ def test_plain_calls_in_threads(cuda, monkeypatch):
         worker.start()
     for worker in workers:
         worker.join()
-    scratches = {stream: (scratch.lse, scratch.counter) for (_, stream), scratch in dispatch._scratches.items()}
+    scratches = {stream: (scratch.lse, scratch.counter) for (_, stream), scratch in calls._scratches.items()}
     assert not wrong and len(set(scratches.values())) == len(scratches) == 4
     expected = {(*addresses, *scratches[handle], handle) for handle, *addresses in (one[:5] for one in seen)}
     assert set(only(cuda).launched) == expected and len(only(cuda).prepared) <= 3 * 4
@@ -523,26 +568,18 @@ def test_plain_calls_in_threads(cuda, monkeypatch):
 # Backward dispatch ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def gpu_backward(gpu, monkeypatch):
-    monkeypatch.setattr(backward, "device_at", dispatch.device_at)
-    monkeypatch.setattr(backward, "_kernel", dispatch._kernel)
-    monkeypatch.setattr(backward, "_calls", {})
-    return gpu
-
-
 def latest(state):
     """The kernel of the problem that was met last."""
     return [*state.kernels.values()][-1]
 
 
-def test_one_backward_call(gpu_backward):
+def test_one_backward_call(gpu):
     q, k, v = tensors()
     out, dout = torch.zeros_like(q), torch.zeros_like(q).transpose(1, 2).contiguous().transpose(1, 2)
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     for dlse in (None, lse.clone()):
-        dq, dk, dv = backward.backward_cuda(dout, q, k, v, out, lse, dlse, 0.1, True, False)
-        kernel = only(gpu_backward)
+        dq, dk, dv = calls.backward_cuda(dout, q, k, v, out, lse, dlse, Options(0.1, True))
+        kernel = only(gpu)
         *addresses, of_dlse, scratch, stream = kernel.launched[-1]
         assert addresses == [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
         assert of_dlse == (0 if dlse is None else dlse.data_ptr()) and stream == 5 and scratch
@@ -551,34 +588,34 @@ def test_one_backward_call(gpu_backward):
         assert options == Options(0.1, True)
         assert kernel.plan.problem.direction == "bwd" and kernel.plan.mask == "causal"
     assert len(kernel.prepared) == 2
-    backward.backward_cuda(dout, q, k, v, out, lse, None, 0.1, True, False)
+    calls.backward_cuda(dout, q, k, v, out, lse, None, Options(0.1, True))
     assert len(kernel.prepared) == 2, "a signature is prepared once"
-    backward.backward_cuda(dout, q, k, v, out, lse, None, 0.1, True, True)
-    assert [kernel.plan.deterministic for kernel in gpu_backward.kernels.values()] == [False, True]
+    calls.backward_cuda(dout, q, k, v, out, lse, None, Options(0.1, True, deterministic=True))
+    assert [kernel.plan.deterministic for kernel in gpu.kernels.values()] == [False, True]
 
 
-def test_backward_copies_what_tma_does_not_take(gpu_backward):
+def test_backward_copies_what_tma_does_not_take(gpu):
     q, k, v = tensors()
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     one = torch.zeros(1, dtype=q.dtype).expand(q.shape)  # stride 0 also along the head dim: the gradient of a sum
-    backward.backward_cuda(one, q, k, v, out, lse, None, 0.1, False, False)
-    assert only(gpu_backward).prepared[-1][1]["dout"] == out.stride()[:3]
+    calls.backward_cuda(one, q, k, v, out, lse, None, Options(0.1, False))
+    assert only(gpu).prepared[-1][1]["dout"] == out.stride()[:3]
 
 
-def test_backward_of_nothing_launches_nothing(gpu_backward):
+def test_backward_of_nothing_launches_nothing(gpu):
     q, k, v = tensors(seqlen_q=0)
     lse = torch.zeros(q.shape[0], q.shape[2], 0)
-    _, dk, dv = backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
-    assert not dk.any() and not dv.any() and not gpu_backward.kernels
+    _, dk, dv = calls.backward_cuda(q, q, k, v, q, lse, None, Options(0.1, False))
+    assert not dk.any() and not dv.any() and not gpu.kernels
 
 
-def test_backward_by_another_family(gpu_backward, monkeypatch):
+def test_backward_by_another_family(gpu, monkeypatch):
     q, k, v = tensors()
     lse = torch.zeros(q.shape[0], q.shape[2], q.shape[1])
     for arch in (None, "sm80", "sm90"):
         if arch is not None:
             monkeypatch.setenv("FA2GEN_ARCH", arch)
-        backward._calls.clear()
-        backward.backward_cuda(q, q, k, v, q, lse, None, 0.1, False, False)
-        assert latest(gpu_backward).plan.arch == (arch or "sm90")
-        gpu_backward.kernels.clear()
+        forget_calls()
+        calls.backward_cuda(q, q, k, v, q, lse, None, Options(0.1, False))
+        assert latest(gpu).plan.arch == (arch or "sm90")
+        gpu.kernels.clear()

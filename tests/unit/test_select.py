@@ -11,7 +11,7 @@ from fa2gen.catalog import TunedRow
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.explain import KNOWN_DEVICES
 from fa2gen.plan import make_plan
-from fa2gen.select import Device, choices, default_tiling, select
+from fa2gen.select import Device, choices, default_tiling, forget, select, seqlen_bounds
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
 H200 = Device("NVIDIA H200", (9, 0), 232_448, 132)
@@ -54,9 +54,9 @@ def rows(monkeypatch):
 
     monkeypatch.setattr("fa2gen.select.tuned_rows", tuned_rows)
     monkeypatch.setattr("fa2gen.select.written_tilings", dict)
-    select.cache_clear()
+    forget()
     yield held
-    select.cache_clear()
+    forget()
 
 
 def test_total_over_problems_devices_and_lengths():
@@ -82,11 +82,11 @@ def test_own_row_then_same_arch_then_default(rows):
     default = select(PROBLEM, H200, None, 512)
     assert default.row is None and default.plan.tiling == default_tiling(PROBLEM, "sm90")
     rows.append(tuned(name_of(96), gpu="NVIDIA H100 80GB HBM3"))
-    select.cache_clear()
+    forget()
     neighbour = select(PROBLEM, H200, None, 512)
     assert neighbour.plan.name == name_of(96) and "NVIDIA H100" in neighbour.reason and "same arch" in neighbour.reason
     rows.append(tuned(name_of(64)))
-    select.cache_clear()
+    forget()
     own = select(PROBLEM, H200, None, 512)
     assert own.plan.name == name_of(64) and "1.10x the default" in own.reason
     assert select(PROBLEM, H100, None, 512).plan.name == name_of(96)  # whose own row that is
@@ -99,7 +99,7 @@ def test_the_specs_of_a_person_come_before_the_default(rows, monkeypatch):
     found = select(PROBLEM, H200)
     assert found.plan.tiling == written and found.reason.startswith("specs/")
     rows.append(tuned(name_of(64)))
-    select.cache_clear()
+    forget()
     assert select(PROBLEM, H200).plan.name == name_of(64)
 
 
@@ -108,8 +108,16 @@ def test_ranges_of_lengths(rows):
     for seqlen, tile_n in ((1, 64), (1023, 64), (1024, 96), (4095, 96), (4096, 112), (10**6, 112), (None, 112)):
         assert select(PROBLEM, H200, None, seqlen).plan.tile_n == tile_n
     rows[:] = rows[:1]
-    select.cache_clear()
+    forget()
     assert select(PROBLEM, H200, None, 5000).row is None  # a gap falls through
+
+
+def test_a_selection_is_made_once_for_a_range_of_lengths(rows, monkeypatch):
+    rows += [tuned(name_of(64), 0, 1023), tuned(name_of(96), 1024, 4095)]
+    assert seqlen_bounds(PROBLEM, "sm90") == (1024, 4096)
+    for first, last in ((1, 1023), (1024, 4095), (4096, 10**7)):
+        found = select(PROBLEM, H200, None, first)
+        assert all(select(PROBLEM, H200, None, seqlen) is found for seqlen in (first + 1, last - 1, last))
 
 
 def test_rows_that_do_not_fit_are_passed_over(rows):
@@ -123,15 +131,15 @@ def test_rows_that_do_not_fit_are_passed_over(rows):
     assert "shared memory" in refused.refused
     small = Device("NVIDIA H200", (9, 0), 180_000, 132)
     rows[:] = [tuned(name_of(128, 3))]
-    select.cache_clear()
+    forget()
     assert select(PROBLEM, small).row is None
 
 
 def test_pure():
     assert select(PROBLEM, H200, None, 512) is select(PROBLEM, H200, None, 512)
-    select.cache_clear()
+    forget()
     first = select(PROBLEM, H200, None, 512)
-    select.cache_clear()
+    forget()
     assert select(PROBLEM, H200, None, 512) == first
 
 

@@ -15,7 +15,7 @@ from fa2gen.catalog import read_tuned
 from fa2gen.compile import ResourceReport
 from fa2gen.errors import Fa2GenError, InvalidInput
 from fa2gen.plan import feasible, feasible_tilings, fits, make_plan
-from fa2gen.select import default_tiling
+from fa2gen.select import default_tiling, forget
 from fa2gen.spec import KernelSpec, Problem, Tiling
 from fa2gen.tune import batch, cost_bwd, record, space
 from fa2gen.tune.cost import VARIANTS_PER_SHAPE, block_cycles, cycles, prune
@@ -502,7 +502,7 @@ def test_the_selector_sees_a_row_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(catalog, "tuned_folders", lambda: (tmp_path,))
     catalog.tuned_rows.cache_clear()
-    select.cache_clear()
+    forget()
     device = Device("NVIDIA H200", (9, 0), 232_448, 132)
     before = select(PROBLEM, device, None, 512)
     (outcome,) = batch.tune(search(FakeRunner(favourite)), [PROBLEM], "sm90", 1e9, ORIGIN, tmp_path)
@@ -510,7 +510,7 @@ def test_the_selector_sees_a_row_at_once(tmp_path, monkeypatch):
     assert before.row is None and after.row == outcome.rows[0] and after.plan.name == outcome.rows[0].kernel
     monkeypatch.undo()
     catalog.tuned_rows.cache_clear()
-    select.cache_clear()
+    forget()
 
 
 # The command

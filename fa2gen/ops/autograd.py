@@ -1,0 +1,130 @@
+"""The gradients of attention, for every way in which PyTorch asks for them.
+
+`Attention` is the one autograd function. The operator `fa2gen::fwd` applies it in its Autograd kernel (see
+`fa2gen.ops.library`), so that whoever calls the operator gets gradients: exported programs, graphs of make_fx,
+torch.compile. A plain eager call applies it around the CUDA kernels themselves, without the operator's dispatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from fa2gen.errors import UnsupportedProblem
+from fa2gen.ops.call import backward_cuda
+from fa2gen.options import Options
+
+__all__ = ["Attention", "Gradients", "apply", "is_plain", "refuse_tangents", "wants_gradient"]
+
+# Bound here, as a lookup through torch's modules costs a third of what these do.
+_num_dispatch_modes = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_tracing = torch._C._is_tracing
+wants_gradient: Callable[..., bool] = torch._C._any_requires_grad
+
+
+def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether nothing but a kernel and autograd's reverse mode would see a call of these CUDA tensors: the operator's
+    dispatch (4 microseconds) is then left out.
+
+    Others that may look: torch.compile, tensor subclasses (fake, distributed), forward-mode autograd, dispatch modes
+    (tracing, flop counting), function transforms (vmap), autocast and torch.jit.trace.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is Tensor
+        and type(k) is Tensor
+        and type(v) is Tensor
+        and q.is_cuda
+        and not _is_any_autocast_enabled()
+        and not _num_dispatch_modes()
+        and _innermost_transform() is None
+        and forward_ad._current_level < 0
+        and not _is_tracing()
+    )
+
+
+def apply(function: type[torch.autograd.Function], run: Callable[..., Any], *arguments: Any) -> Any:
+    """`function.apply(run, ...)`, inside of an operator's Autograd kernel.
+
+    There each transform of torch.func calls that kernel by itself, level by level, so that a Function is one level's
+    alone: that is what torch's own `custom_function_call` makes of one.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return function.apply(run, *arguments)
+
+    def run_below(*given: Any) -> Any:
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # which apply takes from the levels below
+            return run(*given)
+
+    with enable_single_level_autograd_function():
+        return super(torch.autograd.Function, function).apply(run_below, *arguments)
+
+
+class Attention(torch.autograd.Function):
+    """(out, lse) of q, k, v and options by `run`, and their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, options: Any
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = run(q, k, v, options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 5
+        q, k, v, out, lse = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        # With grad mode (create_graph=True) the gradients must remember what they came from, if only to refuse.
+        plain = type(dout) is Tensor and is_plain(q, k, v) and not torch.is_grad_enabled()
+        run = backward_cuda if plain and (dlse is None or type(dlse) is Tensor) else by_operator
+        dq, dk, dv = run(dout, q, k, v, out, lse, dlse, ctx.options)
+        return None, dq, dk, dv, None
+
+
+def by_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) by `fa2gen::bwd`; the last argument are options."""
+    *tensors, options = arguments
+    named = Options(*options)._asdict()
+    if named["softmax_scale"] is None:
+        named["softmax_scale"] = tensors[1].shape[-1] ** -0.5
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.fa2gen.bwd.default(*tensors, **named)
+    return gradients
+
+
+class Gradients(torch.autograd.Function):
+    """(dq, dk, dv) by `run`, with a refusal in the place of their own gradients: torch would take them for zero."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        return run(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise UnsupportedProblem(
+            "a second derivative of attention was asked for (double backward, gradgradcheck, hessian), and it can be "
+            "differentiated once: its gradients have none themselves. For second derivatives take "
+            "torch.nn.functional.scaled_dot_product_attention with its math backend"
+        )
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise UnsupportedProblem for forward-mode derivatives: a kernel would drop them without a word."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise UnsupportedProblem(
+            "a forward-mode derivative (torch.func.jvp, jacfwd, hessian, dual tensors) was asked for, and attention "
+            "has reverse mode alone: take torch.func.vjp, jacrev or backward(), or "
+            "torch.nn.functional.scaled_dot_product_attention with its math backend"
+        )

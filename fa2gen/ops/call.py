@@ -1,0 +1,428 @@
+"""From CUDA tensors to launches of both passes, quickly.
+
+Everything that a call's signature decides (validation, the kernel, its packed arguments) is prepared once and found in
+a dict afterwards; a call then allocates its results, replaces the addresses and launches on the current stream. TMA and
+cp.async need 16-byte alignment: a tensor whose address or strides are no multiples of 16 bytes is copied, at each call.
+
+What a repeated call does is spelt out, as few reads of a tensor's attributes as will do (each 40 to 80 ns) and no
+helper that only forwards: a tiny problem is done sooner than the host has called for it.
+
+FA2GEN_ARCH and the specs are looked at when a kind of problem is first met; `forget` makes them be looked at again.
+
+Options come as `Options`, or as a plain tuple of its fields, which is made in a tenth of the time and is equal to it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fa2gen import env
+from fa2gen.arch import ARCHES, ArchName
+from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.features import MASKS
+from fa2gen.gpus import device_at
+from fa2gen.ops.scratch import StreamScratch, scratch_of_capture, scratch_of_stream
+from fa2gen.ops.validate import DTYPES, validate, validate_backward, validate_options
+from fa2gen.options import Options, Shape
+from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.select import Device, kernel_arch, select, seqlen_bounds
+from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
+
+if TYPE_CHECKING:
+    from fa2gen.kernel import Kernel, PreparedLaunch, Strides
+    from fa2gen.store import Store
+
+__all__ = ["AnyOptions", "backward_cuda", "choose", "forget", "forward_cuda", "forward_out"]
+
+AnyOptions: TypeAlias = Options | tuple[float | None, bool, int, int, int, bool]
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What all calls with one signature share.
+
+    out_shape, lse_shape  of a forward pass's results.
+    num_rows              of lse.
+    out_is_like_q         whether torch.empty_like(q), which takes two thirds of q.new_empty's time, has out's strides.
+    launch                None where there is nothing to compute, and where a stride is no multiple of 16 bytes
+                          (`misaligned`): such a call goes on with copies, which have a signature of their own.
+    """
+
+    device: int
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    num_rows: int
+    out_is_like_q: bool
+    launch: PreparedLaunch | None
+    misaligned: bool
+
+    def new_out(self, q: Tensor) -> Tensor:
+        return torch.empty_like(q) if self.out_is_like_q else q.new_empty(self.out_shape)
+
+
+class _Chosen:
+    """A kernel that was chosen, loaded when it is first needed."""
+
+    __slots__ = ("_kernel", "device", "plan", "target")
+
+    def __init__(self, plan: KernelPlan, target: str, device: int) -> None:
+        self.plan, self.target, self.device = plan, target, device
+        self._kernel: Kernel | None = None
+
+    def kernel(self) -> Kernel:
+        if self._kernel is None:
+            self._kernel = _kernel(self.plan, self.target, self.device)
+        return self._kernel
+
+
+_REMEMBERED_CALLS = 1024
+# What each stream keeps for an lse that is not asked for: 64 KiB. With more rows a kernel outlasts the host's call.
+_SCRATCH_ROWS = 1 << 14
+# torch.cuda's functions of these names without their Python, which costs as much again; a CPU build lacks them.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+_is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
+
+_calls: dict[tuple[Any, ...], _Call] = {}  # in the order of their making
+# A kind of problem on a device -> the key lengths from which another kernel may be chosen, and what was chosen below
+# the first of them, from each of them on.
+_problems: dict[tuple[Any, ...], tuple[tuple[int, ...], list[_Chosen | None]]] = {}
+_kernels: dict[tuple[KernelSpec, int], Kernel] = {}
+_retired: list[Kernel] = []  # what `forget` dropped
+_scratches: dict[tuple[int, int], StreamScratch] = {}  # (device, stream) -> what its launches use
+_lock = threading.Lock()
+
+
+def forward_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AnyOptions,
+    arch: str | None = None,
+    tiling: Tiling | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
+
+    out (batch, seqlen_q, heads, head_dim) in q's dtype; lse (batch, heads, seqlen_q) fp32; both contiguous.
+
+    Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel
+    raises.
+    """
+    call = _find(q, k, v, options, arch, tiling)
+    out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
+    launch = call.launch
+    if launch is None and not call.misaligned:  # no query, or no key for any
+        out.zero_()
+        lse.fill_(-math.inf)
+        return out, lse
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if launch is None or (q_at | k_at | v_at) & 15:
+        q, k, v = (_aligned(x) for x in (q, k, v))
+        return forward_cuda(q, k, v, options, arch, tiling, (out, lse))
+    _launch_forward(call, q_at, k_at, v_at, out, lse)
+    return out, lse
+
+
+def forward_out(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions) -> Tensor:
+    """`out` of `forward_cuda`, for who does not ask for lse: where it is small, no memory is allocated for it."""
+    call = _find(q, k, v, options, None, None)
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if call.launch is None or (q_at | k_at | v_at) & 15 or call.num_rows > _SCRATCH_ROWS:
+        return forward_cuda(q, k, v, options)[0]
+    out = call.new_out(q)
+    _launch_forward(call, q_at, k_at, v_at, out, None)
+    return out
+
+
+def backward_cuda(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    options: AnyOptions,
+    tiling: Tiling | None = None,
+    into: Gradients | None = None,
+) -> Gradients:
+    """(dq, dk, dv) by generated kernels, contiguous, on the current stream of q's device.
+
+    dout, out  shaped as q, of any strides; lse, dlse (batch, heads, seqlen_q) fp32.
+    into       contiguous buffers to use.
+
+    Where options.deterministic, or torch.use_deterministic_algorithms(True), the gradients are the same bits in every
+    run: dq is summed in one order. dk and dv always are. Raises as `forward_cuda` does.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        options = Options(*options)._replace(deterministic=True)
+    lse = lse.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    key = (
+        *[(x.shape, x.stride(), x.dtype, x.get_device()) for x in (dout, q, k, v, out)],
+        *[None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse)],
+        *(options, tiling),
+    )
+    call = _calls.get(key)
+    if call is None:
+        call = _remember(key, _prepare_backward(dout, q, k, v, out, lse, dlse, Options(*options), tiling))
+    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    launch = call.launch
+    if launch is None and not call.misaligned:  # no query or no key
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return dq, dk, dv
+    at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
+    at.append(0 if dlse is None else dlse.data_ptr())
+    if launch is None or any(address & 15 for address in at):
+        q, k, v, dout, out = (_aligned(x) for x in (q, k, v, dout, out))
+        lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
+        return backward_cuda(dout, q, k, v, out, lse, dlse, options, tiling, (dq, dk, dv))
+    if _current_device() != call.device:
+        with torch.cuda.device(call.device):
+            _launch_backward(call, q, tuple(at))
+    else:
+        _launch_backward(call, q, tuple(at))
+    return dq, dk, dv
+
+
+def _launch_backward(call: _Call, q: Tensor, operands: tuple[int, ...]) -> None:
+    assert call.launch is not None
+    # Freed for the allocator at return, when no later kernel of this stream can have started.
+    scratch = q.new_empty(call.launch.scratch_bytes, dtype=torch.uint8)
+    call.launch(operands, scratch.data_ptr(), torch._C._cuda_getCurrentRawStream(call.device))
+
+
+def _find(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions, arch: str | None, tiling: Tiling | None) -> _Call:
+    """What forward calls with this signature share: remembered, or prepared now."""
+    key = (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+        q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
+        options, arch, tiling,
+    )  # fmt: skip
+    return _calls.get(key) or _remember(key, _prepare(q, k, v, Options(*options), arch, tiling))
+
+
+def _launch_forward(call: _Call, q: int, k: int, v: int, out: Tensor, lse: Tensor | None) -> None:
+    """Launch on the current stream of the call's device; an lse that nobody wants is written to the stream's scratch.
+
+    Launches on one stream follow each other, and each leaves its counter 0: so there is one scratch for each stream. A
+    captured graph may be replayed on any stream, so it zeroes one of its own, from its own memory pool.
+    """
+    device, launch = call.device, call.launch
+    assert launch is not None
+    if _current_device() != device:
+        with torch.cuda.device(device):
+            _launch_forward(call, q, k, v, out, lse)
+        return
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    counter_at, lse_at = 0, 0 if lse is None else lse.data_ptr()
+    if launch.scratch_bytes or lse is None:
+        if _is_capturing():
+            scratch = scratch_of_capture(device, call.num_rows if lse is None else 0)
+        else:
+            scratch = _scratches.get((device, stream)) or _first_scratch(device, stream)
+        counter_at = scratch.counter if launch.scratch_bytes else 0
+        lse_at = lse_at or scratch.lse
+    launch((q, k, v, out.data_ptr(), lse_at), counter_at, stream)
+
+
+def _first_scratch(device: int, stream: int) -> StreamScratch:
+    with _lock:  # it is never freed: two threads must not both make one
+        if (device, stream) not in _scratches:
+            _scratches[device, stream] = scratch_of_stream(device, stream, _SCRATCH_ROWS)
+        return _scratches[device, stream]
+
+
+def _remember(key: tuple[Any, ...], call: _Call) -> _Call:
+    """Keep a call for the next one of its signature; the oldest makes room, one at a time."""
+    with _lock:
+        while len(_calls) >= _REMEMBERED_CALLS:
+            del _calls[next(iter(_calls))]
+        _calls[key] = call
+    return call
+
+
+def forget() -> None:
+    """Drop all prepared calls: the next call selects, and asks the store, anew.
+
+    Kernels stay loaded: a captured CUDA graph may hold one, and replaying it after an unload runs whatever lies there.
+    """
+    with _lock:
+        _calls.clear()
+        _problems.clear()
+        _retired.extend(_kernels.values())
+        _kernels.clear()
+        _store.cache_clear()
+
+
+# Once for each signature ------------------------------------------------------------------------------------------
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, options: Options, arch: str | None, tiling: Tiling | None) -> _Call:
+    """Validate a signature; choose, load and pack its kernel."""
+    validate(q, k, v)
+    validate_options(options)
+    tensors = {"q": q, "k": k, "v": v}
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    out_strides = _dense(seqlen_q, num_heads, head_dim)
+    launch = _packed("fwd", tensors, {"o": out_strides}, options, arch, tiling)
+    return _Call(
+        device=q.get_device(),
+        out_shape=(batch, seqlen_q, num_heads, head_dim),
+        lse_shape=(batch, num_heads, seqlen_q),
+        num_rows=batch * num_heads * seqlen_q,
+        out_is_like_q=q.stride() == (*out_strides, 1),
+        launch=launch,
+        misaligned=launch is None and bool(q.numel() and k.numel()),
+    )
+
+
+def _prepare_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    options: Options,
+    tiling: Tiling | None,
+) -> _Call:
+    """`_prepare` of gradients."""
+    validate_backward(dout, q, k, v, out, lse, dlse)
+    validate_options(options)
+    of_query = _dense(*q.shape[1:])
+    of_key = _dense(*k.shape[1:])
+    tensors = {"q": q, "k": k, "v": v, "o": out, "dout": dout}
+    launch = _packed("bwd", tensors, {"dq": of_query, "dk": of_key, "dv": of_key}, options, None, tiling)
+    return _Call(q.get_device(), (), (), 0, False, launch, launch is None and bool(q.numel() and k.numel()))
+
+
+def _packed(
+    direction: Direction,
+    tensors: dict[str, Tensor],
+    results: dict[str, Strides],
+    options: Options,
+    arch: str | None,
+    tiling: Tiling | None,
+) -> PreparedLaunch | None:
+    """The launch for q, k, v and other inputs; None where there is no query or key, or an input must be copied first.
+
+    The kernel is chosen in each case: what is wrong is wrong at any length.
+    """
+    q, k = tensors["q"], tensors["k"]
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    seqlen_k, num_heads_kv = k.shape[1:3]
+    options = options.reduced(seqlen_q, seqlen_k)
+    chosen = _chosen(direction, head_dim, q.dtype, options, q.get_device(), arch, tiling, seqlen_k)
+    if not (q.numel() and k.numel() and all(_has_aligned_strides(x) for x in tensors.values())):
+        return None
+    strides = {name: x.stride()[:3] for name, x in tensors.items()}
+    shape = Shape(batch, seqlen_q, seqlen_k, num_heads, num_heads_kv)
+    return chosen.kernel().prepare(shape, strides | results, options)
+
+
+def _chosen(
+    direction: Direction,
+    head_dim: int,
+    dtype: Any,
+    options: Options,
+    device: int,
+    arch: str | None,
+    tiling: Tiling | None,
+    seqlen_k: int,
+) -> _Chosen:
+    """The kernel of reduced options. Plans are made for a range of lengths, not for each."""
+    key = (direction, head_dim, dtype, options.mask, options.deterministic, device, arch, tiling)
+    if (known := _problems.get(key)) is None:
+        if options.mask not in MASKS:
+            _refuse_window(options)
+        family = kernel_arch(device_at(device), _family(arch, tiling))[0]
+        bounds = () if tiling else seqlen_bounds(options.problem(direction, head_dim, DTYPES[dtype]), family)
+        known = _problems.setdefault(key, (bounds, [None] * (len(bounds) + 1)))
+    bounds, by_range = known
+    index = bisect_right(bounds, seqlen_k)
+    if (chosen := by_range[index]) is None:
+        problem = options.problem(direction, head_dim, DTYPES[dtype])
+        chosen = by_range[index] = _Chosen(*choose(problem, device_at(device), arch, tiling, seqlen_k), device)
+    return chosen
+
+
+def choose(
+    problem: Problem, device: Device, arch: str | None, tiling: Tiling | None, seqlen_k: int
+) -> tuple[KernelPlan, str]:
+    """The kernel of a problem with so many keys, and the NVRTC target to build it for."""
+    family = _family(arch, tiling)
+    if tiling is not None:
+        return make_plan(KernelSpec(problem=problem, tiling=tiling)), kernel_arch(device, family)[1]
+    selection = select(problem, device, family, seqlen_k)
+    return selection.plan, selection.target
+
+
+def _family(arch: str | None, tiling: Tiling | None) -> ArchName | None:
+    """The kernel family that a call, or else FA2GEN_ARCH, asks for; None: the device's best."""
+    if tiling is not None and arch not in (None, tiling.arch):
+        raise InvalidInput(f"arch is {arch!r}, but the tiling is for {tiling.arch!r}: leave arch out")
+    asked = (tiling.arch if tiling else arch) or env.arch()
+    family = next((name for name in ARCHES if name == asked), None)
+    if family != asked:
+        raise InvalidInput(f"arch is {asked!r}; it must be one of {', '.join(ARCHES)}, or None for the device's best")
+    return family
+
+
+def _refuse_window(options: Options) -> NoReturn:
+    asked = f"window_size={(options.window_left, options.window_right)}"
+    if options.chunk:
+        asked += f", attention_chunk={options.chunk}"
+    raise UnsupportedProblem(
+        f"CUDA kernels for windows are not built yet ({asked}, causal={options.causal}); nearest: (-1, -1), "
+        "causal=True for (-1, 0), or tensors on the CPU, which the reference computes"
+    )
+
+
+def _kernel(plan: KernelPlan, target: str, device: int) -> Kernel:
+    """The kernel, loaded on the device: found, or else generated, compiled and stored now."""
+    from fa2gen.kernel import Kernel
+
+    if kernel := _kernels.get((plan.spec, device)):
+        return kernel
+    entry = _store().get_or_compile(plan, target)  # outside of the lock: other kernels need not wait for this compiler
+    with _lock, torch.cuda.device(device):
+        if (plan.spec, device) not in _kernels:  # another thread may have been quicker
+            _kernels[plan.spec, device] = Kernel(plan, entry.cubin, device)
+        return _kernels[plan.spec, device]
+
+
+@cache
+def _store() -> Store:
+    from fa2gen.store import Store
+
+    return Store()
+
+
+def _dense(seqlen: int, heads: int, head_dim: int) -> Strides:
+    return seqlen * heads * head_dim, heads * head_dim, head_dim
+
+
+def _has_aligned_strides(x: Tensor) -> bool:
+    """Whether rows are dense and strides multiples of 16 bytes; that of a single element is not used."""
+    *steps, last = x.stride()
+    return last == 1 and all(size == 1 or step % 8 == 0 for size, step in zip(x.shape, steps, strict=False))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A (batch, seqlen, heads, head_dim) tensor as 16-byte loads and TMA can read it: itself, or else a copy."""
+    if x.data_ptr() % 16 == 0 and _has_aligned_strides(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
