@@ -19,17 +19,22 @@ class Arch:
     """
 
     name: ArchName
-    target: str
-    """NVRTC's `arch` option."""
+    targets: tuple[str, ...]
+    """What NVRTC can compile its kernels for; cubins of the first are used wherever they load."""
     shared_memory_per_block: int
     """Bytes of dynamic shared memory one block can ask for (CUDA C++ Programming Guide, technical specifications)."""
     registers_per_sm: int
     max_registers_per_thread: int
 
+    @property
+    def target(self) -> str:
+        """NVRTC's `arch` option."""
+        return self.targets[0]
+
 
 ARCHES: dict[ArchName, Arch] = {
     # 163 KiB of the 164 KiB of an A100 SM: one KiB per block is reserved by the driver.
-    "sm80": Arch("sm80", "sm_80", 166_912, 65_536, 255),
+    "sm80": Arch("sm80", ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90"), 166_912, 65_536, 255),
     # 227 KiB of the 228 KiB of an H100/H200 SM. wgmma and setmaxnreg exist only on the architecture-specific target.
-    "sm90": Arch("sm90", "sm_90a", 232_448, 65_536, 255),
+    "sm90": Arch("sm90", ("sm_90a",), 232_448, 65_536, 255),
 }

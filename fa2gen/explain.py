@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from fa2gen.compile import compiler_version
 from fa2gen.errors import Fa2GenError, InvalidInput
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.select import TYPICAL_SEQLEN, Device, Selection, choices, kernel_arch, select
-from fa2gen.spec import KernelSpec, Problem
+from fa2gen.spec import KernelSpec, Problem, Tiling
 from fa2gen.tune.cost import cycles, prune
 from fa2gen.tune.space import tilings
 
@@ -71,26 +72,43 @@ class Explanation:
 def device_named(name: str | None, arch: ArchName | None = None) -> Device:
     """The device of that name; None: the GPU that is here, else a common one of the family.
 
-    `name` may be a part of a known one ("h100"). Raises InvalidInput for a name that is not known.
+    `name` may be words of a known one ("h100"). Raises InvalidInput for a name that none has, or that several have.
     """
     if name is None:
         here = _gpu_here()
         found = next((device for device in KNOWN_DEVICES if device.name == here), None)
         return found or next(device for device in KNOWN_DEVICES if arch != "sm80" or device.compute_capability[0] == 8)
-    for device in KNOWN_DEVICES:
-        if name.lower() in device.name.lower():
-            return device
-    raise InvalidInput(f"no GPU {name!r} is known here; known: {', '.join(device.name for device in KNOWN_DEVICES)}")
+    wanted = _words(name)
+    matching = [device for device in KNOWN_DEVICES if wanted and wanted <= _words(device.name)]
+    if len(matching) == 1:
+        return matching[0]
+    known = ", ".join(device.name for device in matching or KNOWN_DEVICES)
+    why = "is the name of several GPUs" if matching else "is no GPU that is known here; known"
+    raise InvalidInput(f"{name!r} {why}: {known}")
 
 
-def explain(problem: Problem, device: Device, arch: ArchName | None = None, seqlen: int | None = None) -> Explanation:
-    """The selector's choice for a problem with `seqlen` keys, compiled if there is a compiler.
+def _words(name: str) -> set[str]:
+    return set(re.findall("[a-z0-9]+", name.lower()))
 
-    Raises UnsupportedProblem where no kernel family serves the device.
+
+def explain(
+    problem: Problem,
+    device: Device,
+    arch: ArchName | None = None,
+    seqlen: int | None = None,
+    tiling: Tiling | None = None,
+) -> Explanation:
+    """The selector's choice for a problem with `seqlen` keys, or the kernel of a `tiling` that is asked for in its
+    place; compiled if there is a compiler.
+
+    Raises UnsupportedProblem where no kernel family serves the device, InfeasibleSpec for a tiling that does not fit.
     """
     length = TYPICAL_SEQLEN if seqlen is None else seqlen
-    family, _ = kernel_arch(device, arch)
+    family, target = kernel_arch(device, arch)
     selection = select(problem, device, arch, length)
+    if tiling is not None and tiling != selection.plan.tiling:
+        asked = make_plan(KernelSpec(problem=problem, tiling=tiling))
+        selection = Selection(asked, target, f"asked for; the selector takes {selection.plan.name}")
     row = selection.row
     report, report_error = _report(selection)
     return Explanation(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fa2gen.cpu import Count
     from fa2gen.spec import KernelSpec
 
-__all__ = ["SHAPES", "Outcome", "nothing_to_run_on", "runnable", "verify"]
+__all__ = ["SHAPES", "Outcome", "checks", "nothing_to_run_on", "runnable", "verify"]
 
 # One tile and less, ragged tiles, more queries than keys (so rows with no key, if causal), GQA and MQA, many tiles.
 SHAPES: dict[Place, tuple[Shape, ...]] = {
@@ -106,6 +106,17 @@ def runnable(arch: ArchName, place: Place) -> bool:
     return True
 
 
+def checks(
+    specs: Sequence[KernelSpec], place: Place, shapes: Sequence[Shape] | None = None
+) -> list[tuple[KernelSpec, Shape, Options]]:
+    """What `verify` runs: every kernel at every shape, with each example of its problem's options."""
+    return [
+        (spec, shape, options)
+        for spec in specs
+        for shape, options in itertools.product(shapes or SHAPES[place], examples_of(spec.problem))
+    ]
+
+
 def verify(
     specs: Sequence[KernelSpec], place: Place, shapes: Sequence[Shape] | None = None, *, stats: bool = False
 ) -> Iterator[Outcome]:
@@ -113,12 +124,11 @@ def verify(
 
     stats  count what each primitive moves, on the CPU; of a backward pass that of its main kernel.
     """
-    for spec in specs:
-        for shape, options in itertools.product(shapes or SHAPES[place], examples_of(spec.problem)):
-            try:
-                yield _verify_one(spec, shape, options, place, stats)
-            except Fa2GenError as error:
-                yield Outcome(spec.name, shape, options, error=str(error))
+    for spec, shape, options in checks(specs, place, shapes):
+        try:
+            yield _verify_one(spec, shape, options, place, stats)
+        except Fa2GenError as error:
+            yield Outcome(spec.name, shape, options, error=str(error))
 
 
 def _verify_one(spec: KernelSpec, shape: Shape, options: Options, place: Place, stats: bool) -> Outcome:

@@ -23,9 +23,21 @@ from fa2gen.features import key_range
 from fa2gen.gpus import current_device
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.select import select
-from fa2gen.spec import Direction
+from fa2gen.spec import Direction, KernelSpec, Tiling, declared
 
-__all__ = ["DEFAULT", "DETERMINISTIC", "NAMES", "OURS", "Contestant", "Missing", "find", "in_order", "is_ours"]
+__all__ = [
+    "DEFAULT",
+    "DETERMINISTIC",
+    "NAMES",
+    "OURS",
+    "Contestant",
+    "Missing",
+    "check",
+    "find",
+    "in_order",
+    "is_ours",
+    "of_specs",
+]
 
 DETERMINISTIC = "-det"  # ends the names of those of ours whose gradients have the same bits in every run
 OURS = tuple(f"fa2gen-{arch}" for arch in reversed(ARCHES))
@@ -47,11 +59,16 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Contestant:
-    """`context` is entered around calls: which backend torch may pick."""
+    """One implementation.
+
+    context  is entered around calls: which backend torch may pick.
+    specs    of ours: the kernels that it is made of, one for each problem, where it is not the selector's choice.
+    """
 
     name: str
     prepare: Prepare
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    specs: tuple[KernelSpec, ...] = ()
 
 
 def is_ours(name: str) -> bool:
@@ -67,16 +84,30 @@ def find(
 
     Raises InvalidInput for an unknown name.
     """
+    check(names)
     found: list[Contestant] = []
     missing: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        if name not in NAMES:
-            raise InvalidInput(f"no contestant {name!r}; there are {', '.join(NAMES)}")
         try:
             found.append(_FACTORIES[name](direction, fa3_library))
         except Missing as error:
             missing[name] = str(error)
     return found, missing
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises InvalidInput for a name that is no contestant's."""
+    for name in names:
+        if name not in NAMES:
+            raise InvalidInput(f"no contestant {name!r}; there are {', '.join(NAMES)}")
+
+
+def of_specs(specs: Sequence[KernelSpec]) -> list[Contestant]:
+    """Contestants that are these very kernels: one for each tiling, with all problems that it is given for."""
+    of_tiling: dict[Tiling, list[KernelSpec]] = {}
+    for spec in specs:
+        of_tiling.setdefault(spec.tiling, []).append(spec)
+    return [_of_tiling(tiling, tuple(given)) for tiling, given in of_tiling.items()]
 
 
 def _by_autograd(forward: Forward) -> Prepare:
@@ -101,7 +132,6 @@ def _by_autograd(forward: Forward) -> Prepare:
 def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path | None) -> Contestant:
     """Forward on the device's own family what a user calls; else the kernel that the selector gives, launched alone."""
     torch = import_module("torch")
-    from fa2gen import cases
     from fa2gen.ops import flash_attn_func
 
     if deterministic and direction == "fwd":
@@ -116,23 +146,51 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
         if point.direction == "fwd" and arch == native:
             window = (options.window_left, options.window_right)
             return lambda: (flash_attn_func(q, k, v, causal=options.causal, window_size=window),)
-        tensors = {"q": q, "k": k, "v": v}
-        forward = replace(point, direction="fwd", deterministic=False)
-        of_forward = {"o": torch.empty_like(q), "lse": q.new_empty(q.shape[0], q.shape[2], q.shape[1]).float()}
-        call = _launcher(forward, arch, tensors | of_forward)
-        if point.direction == "fwd":
-            return lambda: (call(), (of_forward["o"],))[1]
-        call()
-        gradients = {name: torch.empty_like(x) for name, x in (("dq", q), ("dk", k), ("dv", v))}
         point = replace(point, deterministic=deterministic)
-        back = _launcher(point, arch, {**tensors, **of_forward, **gradients, "dout": dout})
-        return lambda: (back(), tuple(gradients.values()))[1]
-
-    def _launcher(point: Point, arch: ArchName, tensors: dict[str, Any]) -> Callable[[], None]:
-        spec = select(point.problem, current_device(), arch, point.seqlen).plan.spec
-        return cases.prepare(cases.load(spec), cases.Case(spec, point.shape, point.options, tensors, {}))
+        return _launched(point, _selected(point, arch), q, k, v, dout)
 
     return Contestant(f"fa2gen-{arch}{DETERMINISTIC if deterministic else ''}", prepare)
+
+
+def _of_tiling(tiling: Tiling, specs: tuple[KernelSpec, ...]) -> Contestant:
+    of_problem = {spec.problem: spec for spec in specs}
+
+    def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        if point.problem not in of_problem:
+            raise Missing("its tiling is not asked for here")
+        return _launched(point, of_problem[point.problem], q, k, v, dout)
+
+    fields = (about.word(getattr(tiling, name)) for name, about in declared(Tiling).items())
+    return Contestant(f"fa2gen-{'_'.join(word for word in fields if word)}", prepare, specs=specs)
+
+
+def _selected(point: Point, arch: ArchName) -> KernelSpec:
+    return select(point.problem, current_device(), arch, point.seqlen).plan.spec
+
+
+def _launched(point: Point, spec: KernelSpec, q: Any, k: Any, v: Any, dout: Any) -> Call:
+    """The kernel launched alone; backward after a forward pass of its family that is made beforehand."""
+    torch = import_module("torch")
+    from fa2gen import cases
+
+    def launcher(point: Point, spec: KernelSpec, tensors: dict[str, Any]) -> Callable[[], None]:
+        return cases.prepare(cases.load(spec), cases.Case(spec, point.shape, point.options, tensors, {}))
+
+    forward = replace(point, direction="fwd", deterministic=False)
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "o": torch.empty_like(q),
+        "lse": q.new_empty(q.shape[0], q.shape[2], q.shape[1]).float(),
+    }
+    if point.direction == "fwd":
+        call = launcher(forward, spec, tensors)
+        return lambda: (call(), (tensors["o"],))[1]
+    launcher(forward, _selected(forward, spec.tiling.arch), tensors)()
+    gradients = {name: torch.empty_like(x) for name, x in (("dq", q), ("dk", k), ("dv", v))}
+    back = launcher(point, spec, {**tensors, **gradients, "dout": dout})
+    return lambda: (back(), tuple(gradients.values()))[1]
 
 
 def _window(point: Point) -> tuple[int, int] | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fa2gen.errors import InvalidInput
-from fa2gen.features import key_range
+from fa2gen.features import examples_of, key_range
 from fa2gen.options import UNLIMITED, Options, Shape
-from fa2gen.spec import Direction, DType, Problem
+from fa2gen.spec import Direction, DType, Mask, Problem
 
-__all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "flops_of", "preset_points"]
+__all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "flops_of", "preset_points", "spec_points"]
 
 TOKENS, HIDDEN = 16_384, 2048  # of one batch: FlashAttention-2, section 4.1
 BACKWARD_FLOPS = 2.5  # five matrix products beside the forward's two
@@ -58,6 +59,11 @@ class Point:
     def problem(self) -> Problem:
         """What a kernel for it computes."""
         return self.options.problem(self.direction, self.head_dim, self.dtype)
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Point:
+        """The point of a row of results, also of one that was saved before a field was known."""
+        return cls(**{item.name: row[item.name] for item in fields(cls) if item.name in row})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -166,8 +172,9 @@ def preset_points(
     head_dims: Sequence[int] = (),
     seqlens: Sequence[int] = (),
     direction: Direction = "fwd",
+    masks: Sequence[Mask] = (),
 ) -> list[Point]:
-    """The points of a preset in one direction, narrowed to some head dims and seqlens.
+    """The points of a preset in one direction, narrowed to some head dims, seqlens and masks.
 
     Raises InvalidInput where nothing is left.
     """
@@ -180,11 +187,41 @@ def preset_points(
     left = [
         point
         for point in points
-        if (not head_dims or point.head_dim in head_dims) and (not seqlens or point.seqlen in seqlens)
+        if (not head_dims or point.head_dim in head_dims)
+        and (not seqlens or point.seqlen in seqlens)
+        and (not masks or point.problem.mask in masks)
     ]
     if not left:
         raise InvalidInput(
             f"preset {preset} has no such point: its head dims are {sorted({p.head_dim for p in points})}, "
-            f"its seqlens {sorted({p.seqlen for p in points})}"
+            f"its seqlens {sorted({p.seqlen for p in points})}, its masks {sorted({p.problem.mask for p in points})}"
         )
     return left
+
+
+def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> list[Point]:
+    """Each problem with the typical options of its calls, at TOKENS tokens and hidden size HIDDEN.
+
+    Without seqlens at those of the paper.
+    """
+    lengths = seqlens or sorted({point.seqlen for point in PRESETS["paper"]("bf16")})
+    points = []
+    for problem, seqlen in itertools.product(problems, lengths):
+        typical, heads = examples_of(problem)[0], max(1, HIDDEN // problem.head_dim)
+        points.append(
+            Point(
+                preset="specs",
+                direction=problem.direction,
+                head_dim=problem.head_dim,
+                dtype=problem.dtype,
+                causal=typical.causal,
+                batch=max(1, TOKENS // seqlen),
+                seqlen=seqlen,
+                heads=heads,
+                heads_kv=heads,
+                window_left=typical.window_left,
+                window_right=typical.window_right,
+                deterministic=problem.deterministic,
+            )
+        )
+    return points

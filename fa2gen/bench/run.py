@@ -138,8 +138,9 @@ class Bench:
         self.missing[f"{name} at {point}"] = reason[:300]
 
     def _note_kernels(self, point: Point) -> None:
-        """Which of our kernels ran: what the selector gives for this point."""
+        """Which of our kernels ran: those that a contestant names, else what the selector gives for this point."""
         for one in self.contestants:
+            self._kernels |= {spec.name for spec in one.specs if spec.problem == point.problem}
             for arch in ARCHES:
                 mode = one.name.removeprefix(f"fa2gen-{arch}")
                 if mode in ("", DETERMINISTIC) and f"{one.name} at {point}" not in self.missing:

@@ -20,6 +20,7 @@ from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
 from fa2gen.tune import cost_bwd, cost_fwd
 from fa2gen.tune.rates import SMS
 from fa2gen.tune.space import settings
+from fa2gen.tune.visits import Visits
 
 __all__ = ["VARIANTS_PER_SHAPE", "block_cycles", "cycles", "prune"]
 
@@ -36,7 +37,7 @@ HOPELESS = 1.25
 class _Model(Protocol):
     """What is known of one direction."""
 
-    def blocks(self, plan: KernelPlan, seqlen: int) -> list[int]: ...
+    def visits(self, plan: KernelPlan, seqlen: int) -> Visits: ...
     def block_cycles(self, plan: KernelPlan) -> float: ...
     def tile_cycles(self, plan: KernelPlan) -> float: ...
     def extra_cycles(self, plan: KernelPlan, seqlen: int) -> float: ...
@@ -49,9 +50,9 @@ def cycles(plan: KernelPlan, seqlen: int, num_sms: int | None = None) -> float:
     """Predicted SM cycles of one call with TOKENS tokens and hidden size HIDDEN."""
     model = _MODELS[plan.problem.direction]
     heads = max(1, TOKENS // seqlen) * max(1, HIDDEN // plan.head_dim)
-    blocks, block, tile = model.blocks(plan, seqlen), model.block_cycles(plan), model.tile_cycles(plan)
-    total = heads * (sum(blocks) * block + len(blocks) * tile + model.extra_cycles(plan, seqlen))
-    longest = max(blocks) * block + tile
+    visits, block, tile = model.visits(plan, seqlen), model.block_cycles(plan), model.tile_cycles(plan)
+    total = heads * (visits.total * block + visits.tiles * tile + model.extra_cycles(plan, seqlen))
+    longest = visits.most * block + tile
     return total / (num_sms or SMS[plan.arch]) + longest / 2
 
 

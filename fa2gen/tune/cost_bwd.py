@@ -37,8 +37,9 @@ from fa2gen.tune.rates import (
     SMEM_BYTES_PER_CYCLE,
     mma_sync_cycles,
 )
+from fa2gen.tune.visits import Visits, floor_sum
 
-__all__ = ["block_cycles", "blocks", "extra_cycles", "tile_cycles"]
+__all__ = ["block_cycles", "extra_cycles", "tile_cycles", "visits"]
 
 INSTRUCTIONS_PER_P, INSTRUCTIONS_PER_DS = 2.5, 2.5
 EXPOSED = 0.76
@@ -52,10 +53,12 @@ EXTRA_BYTES = 2 * ELEMENT_BYTES + SUM_BYTES + SUM_BYTES + ELEMENT_BYTES
 EXTRA_BYTES_PER_CYCLE = 18
 
 
-def blocks(plan: KernelPlan, seqlen: int) -> list[int]:
-    """Blocks of queries that each block of keys of one head visits."""
-    first = [n * plan.tile_n // plan.tile_m if plan.causal else 0 for n in range(ceil_div(seqlen, plan.tile_n))]
-    return [ceil_div(seqlen, plan.tile_m) - m for m in first]
+def visits(plan: KernelPlan, seqlen: int) -> Visits:
+    """Blocks of queries that the blocks of keys of one head visit."""
+    tiles, blocks = ceil_div(seqlen, plan.tile_n), ceil_div(seqlen, plan.tile_m)
+    # Causal, block n of keys begins at query block n tile_n // tile_m.
+    skipped = floor_sum(tiles, plan.tile_n, 0, plan.tile_m) if plan.causal else 0
+    return Visits(tiles, tiles * blocks - skipped, blocks)
 
 
 def block_cycles(plan: KernelPlan) -> float:

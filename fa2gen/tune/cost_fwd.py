@@ -31,8 +31,9 @@ from fa2gen.tune.rates import (
     SMEM_BYTES_PER_CYCLE,
     mma_sync_cycles,
 )
+from fa2gen.tune.visits import Visits, floor_sum
 
-__all__ = ["block_cycles", "blocks", "extra_cycles", "tile_cycles"]
+__all__ = ["block_cycles", "extra_cycles", "tile_cycles", "visits"]
 
 INSTRUCTIONS_PER_SCORE = 5.7
 CYCLES_PER_BLOCK = 310
@@ -43,11 +44,14 @@ PANELS = {128: 1.0, 64: 1.03, 32: 1.2}
 """What narrower panels cost: more copies (head dims 72, 80, 96 and 144 at 4k, H200)."""
 
 
-def blocks(plan: KernelPlan, seqlen: int) -> list[int]:
-    """Blocks of keys that each tile of queries of one head visits."""
-    tiles = ceil_div(seqlen, plan.tile_m)
-    last = [min(seqlen, (m + 1) * plan.tile_m) if plan.causal else seqlen for m in range(tiles)]
-    return [ceil_div(keys, plan.tile_n) for keys in last]
+def visits(plan: KernelPlan, seqlen: int) -> Visits:
+    """Blocks of keys that the tiles of queries of one head visit."""
+    tiles, blocks = ceil_div(seqlen, plan.tile_m), ceil_div(seqlen, plan.tile_n)
+    if not plan.causal:
+        return Visits(tiles, tiles * blocks, blocks)
+    # Tile m sees keys up to its own last row, min(seqlen, (m + 1) tile_m): all but the last tile see whole multiples.
+    before = floor_sum(tiles - 1, plan.tile_m, plan.tile_m + plan.tile_n - 1, plan.tile_n)
+    return Visits(tiles, before + blocks, blocks)
 
 
 def block_cycles(plan: KernelPlan) -> float:

@@ -13,10 +13,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from fa2gen import cli_measure
 from fa2gen.bench import peers, protocol, provenance, report, run
 from fa2gen.bench.plot import plot
 from fa2gen.bench.points import PRESETS, Point, preset_points
+from fa2gen.cli import app
 from fa2gen.errors import InvalidInput
 
 
@@ -341,9 +341,7 @@ def test_figures_of_the_backward_pass(document, tmp_path):
 def test_bench_plot_command(document, tmp_path):
     pytest.importorskip("matplotlib")
     report.save(document, tmp_path / "h200-all.json")
-    done = CliRunner().invoke(
-        cli_measure.app, ["bench", "--plot", str(tmp_path / "h200-all.json"), "--out", str(tmp_path)]
-    )
+    done = CliRunner().invoke(app, ["bench", "--plot", str(tmp_path / "h200-all.json"), "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "fa2gen-sm90 / fa3: geometric mean" in done.stdout
     assert (tmp_path / "h200-all-paper-fwd-bf16.png").exists()
@@ -367,7 +365,7 @@ def test_bench_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     for direction in ("fwd", "bwd"):
-        done = CliRunner().invoke(cli_measure.app, ["bench", "--preset", "odd", "--direction", direction])
+        done = CliRunner().invoke(app, ["bench", "--preset", "odd", "--direction", direction])
         assert done.exit_code == 3
         assert "no NVIDIA GPU" in done.stderr
         assert done.stdout == ""

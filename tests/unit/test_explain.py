@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from fa2gen import cli_measure
 from fa2gen.catalog import TunedRow
+from fa2gen.cli import app
 from fa2gen.compile import ResourceReport
 from fa2gen.errors import CompileError, InvalidInput
 from fa2gen.explain import KNOWN_DEVICES, device_named, explain, lines, shared_memory_map
@@ -126,18 +126,36 @@ def test_devices_by_name():
     assert device_named("h100").name == "NVIDIA H100 80GB HBM3"
     assert device_named(None) == H200
     assert device_named(None, "sm80").compute_capability[0] == 8
-    with pytest.raises(InvalidInput, match="known: NVIDIA H200"):
-        device_named("V100")
+    assert device_named("rtx 4090") == device_named("4090") == device_named("NVIDIA GeForce RTX 4090")
+
+
+@pytest.mark.parametrize("name", ["V100", "h20", "a10", "l4", "n", "", "-", "h100x"])
+def test_a_part_of_a_word_is_no_name(name):
+    """An H20 is no H200."""
+    with pytest.raises(InvalidInput, match="is no GPU that is known here; known: NVIDIA H200"):
+        device_named(name)
+
+
+def test_a_name_of_several_is_refused():
+    with pytest.raises(InvalidInput, match=r"'nvidia' is the name of several GPUs: NVIDIA H200, NVIDIA H100"):
+        device_named("nvidia")
+
+
+def test_a_kernel_that_is_asked_for_is_explained(tuned):
+    tiling = Tiling(arch="sm90", tile_m=128, tile_n=96, num_mma_warps=8)
+    found = explain(PROBLEM, H200, seqlen=4096, tiling=tiling)
+    assert found.kernel == KernelSpec(problem=PROBLEM, tiling=tiling).name
+    taken = KernelSpec(problem=PROBLEM, tiling=default_tiling(PROBLEM, "sm90")).name
+    assert found.reason == f"asked for; the selector takes {taken}"
+    assert taken in {other.kernel for other in found.alternatives}
 
 
 def test_command():
     runner = CliRunner()
-    done = runner.invoke(
-        cli_measure.app, ["explain", "--head-dim", "80", "--seqlen", "4096", "--causal", "--gpu", "h200"]
-    )
+    done = runner.invoke(app, ["explain", "--head-dim", "80", "--seqlen", "4096", "--mask", "causal", "--gpu", "h200"])
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("problem       fwd, head dim 80, bf16, causal mask, seqlen 4096, on NVIDIA H200")
-    done = runner.invoke(cli_measure.app, ["explain", "--head-dim", "72", "--direction", "bwd"])
-    assert done.exit_code == 0 and done.stdout.startswith("problem       bwd, head dim 72")
-    done = runner.invoke(cli_measure.app, ["explain", "--head-dim", "72", "--json"])
-    assert json.loads(done.stdout)["problem"]["head_dim"] == 72
+    assert done.stdout.startswith("problem        fwd, head dim 80, bf16, causal mask, seqlen 4096, on NVIDIA H200")
+    done = runner.invoke(app, ["explain", "--head-dim", "72", "--direction", "bwd"])
+    assert done.exit_code == 0 and done.stdout.startswith("problem        bwd, head dim 72")
+    done = runner.invoke(app, ["explain", "--head-dim", "72", "--json"])
+    assert [one["problem"]["head_dim"] for one in json.loads(done.stdout)] == [72]

@@ -1,12 +1,7 @@
-"""The commands that measure, and the one that says what measurements decide: `bench`, `tune` and `explain`.
-
-`fa2gen.cli` adds them to its own. As there: options, tables and exit status only, heavy imports inside the commands,
-and with `--json` one JSON document on standard output and everything else on standard error.
-"""
+"""The commands that measure, and the one that says what measurements decide: `bench`, `tune` and `explain`."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -19,41 +14,32 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fa2gen.arch import ArchName
+from fa2gen.cli.console import (
+    LONGEST_SEQLEN,
+    SECONDS_BETWEEN_LINES,
+    AsJson,
+    ExitStatus,
+    Seqlens,
+    count_text,
+    examples,
+    need_folder,
+    note,
+    print_json,
+    print_pairs,
+    print_row,
+    print_table,
+)
+from fa2gen.cli.options import TYPICAL_FAMILY, Asked, takes_kernels
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from fa2gen.bench.points import Point
     from fa2gen.spec import KernelSpec, Problem
     from fa2gen.tune.batch import Outcome
     from fa2gen.tune.search import Progress
 
 __all__ = ["app"]
 
-FAILED, NOTHING_TO_RUN_ON = 1, 3  # as fa2gen.cli.ExitStatus
-
 app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-Direction = Annotated[Literal["fwd", "bwd"], typer.Option(help="Forward, or gradients alone.")]
-DTypes = Annotated[list[str] | None, typer.Option("--dtype", help="fp16 or bf16; may be repeated. Default: bf16.")]
-Masks = Annotated[list[str] | None, typer.Option("--mask", help="full or causal; may be repeated. Default: both.")]
-Seqlens = Annotated[list[int] | None, typer.Option("--seqlen", min=1, help="May be repeated.", show_default=False)]
-HeadDims = Annotated[list[int] | None, typer.Option("--head-dim", help="May be repeated.", show_default=False)]
-
-
-def _examples(*lines: str) -> str:
-    return "\n".join(("[bold]Examples[/]", *lines))  # as in fa2gen.cli
-
-
-def _note(text: str) -> None:
-    typer.echo(text, err=True)
-
-
-def _console(stderr: bool) -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False, stderr=stderr)
-    return console if console.is_terminal else Console(highlight=False, stderr=stderr, width=240)
 
 
 def _command() -> str:
@@ -72,28 +58,30 @@ def _need_gpu(what: str) -> None:
         if torch.cuda.is_available():
             return
         why = "there is no NVIDIA GPU here"
-    _note(f"{what}: {why}")
-    raise typer.Exit(NOTHING_TO_RUN_ON)
+    note(f"{what}: {why}")
+    raise typer.Exit(ExitStatus.NOTHING_TO_RUN_ON)
 
 
 # bench
 
 
 @app.command(
-    epilog=_examples(
+    help="Measure fa2gen beside its peers, all in the same run, or draw what was measured.\n\nWith specs or "
+    "kernels' names those kernels, at the lengths of the paper.",
+    epilog=examples(
         "fa2gen bench                            the paper's grid, beside every peer",
         "fa2gen bench --direction bwd            gradients alone",
         "fa2gen bench --preset odd --peer fa3 --fa3-library fa3.so --save odd.json",
         "fa2gen bench --head-dim 128 --seqlen 4096 --json | jq .rows",
+        "fa2gen bench my.toml --peer fa3         what a spec of your own says",
         "fa2gen bench --preset host              host time of a call, in microseconds",
         "fa2gen bench --plot odd.json --out .    figures from a result; needs no GPU",
-    )
+    ),
 )
+@takes_kernels("preset", tilings=False)
 def bench(
-    preset: Annotated[Literal["paper", "odd", "gqa", "host"], typer.Option(help="Which points.")] = "paper",
-    direction: Direction = "fwd",
-    dtype: Annotated[Literal["fp16", "bf16"], typer.Option(help="Of all tensors.")] = "bf16",
-    head_dim: HeadDims = None,
+    asked: Asked,
+    preset: Annotated[Literal["paper", "odd", "gqa", "window", "host"], typer.Option(help="Which points.")] = "paper",
     seqlen: Seqlens = None,
     peer: Annotated[
         list[str] | None,
@@ -101,10 +89,6 @@ def bench(
             "--peer", help="fa3, fa2, cudnn, fa4, math or flex, beside ours; may be repeated. Default: the first four."
         ),
     ] = None,
-    ours: Annotated[list[str] | None, typer.Option("--arch", help="Our sm90 or sm80 kernels; default: both.")] = None,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Also ours with gradients of the same bits in every run (bwd).")
-    ] = False,
     fa3_library: Annotated[
         Path | None,
         typer.Option(
@@ -124,85 +108,111 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for the figures of --plot.")] = Path(),
     as_json: AsJson = False,
 ) -> None:
-    """Measure fa2gen beside its peers, all in the same run, or draw what was measured."""
     from fa2gen.bench import report
 
     if plot is not None:
         from fa2gen.bench.plot import plot as draw
 
         document = report.load(plot)
+        need_folder("--out", out)
         written = draw(document, out, plot.stem)
         if as_json:
-            typer.echo(json.dumps([str(path) for path in written]))
+            print_json([str(path) for path in written])
         else:
             _print_result(document)
             for path in written:
-                _note(f"wrote {path}")
+                note(f"wrote {path}")
         return
 
     from fa2gen.bench import peers
-    from fa2gen.bench.points import preset_points
 
-    points = preset_points(preset, dtype, head_dim or (), seqlen or (), direction)
+    points, specs = _points(asked, preset, seqlen or ())
+    mine = [] if specs else [f"fa2gen-{arch}" for arch in asked.arches] or list(peers.OURS)
+    if asked.fields.get("deterministic") and not asked.sources:
+        mine += [name + peers.DETERMINISTIC for name in mine]
+    others = peer or [name for name in peers.DEFAULT if not peers.is_ours(name)]
+    peers.check([*mine, *others])
+    if save is not None:
+        need_folder("--save", save.parent)
     _need_gpu("bench")
     from fa2gen.bench.run import Bench
 
-    mine = [f"fa2gen-{arch}" for arch in ours] if ours else list(peers.OURS)
-    if deterministic:
-        mine += [name + peers.DETERMINISTIC for name in mine]
-    others = peer or [name for name in peers.DEFAULT if not peers.is_ours(name)]
-    contestants, missing = peers.find([*mine, *others], fa3_library, direction)
+    contestants, missing = peers.find([*mine, *others], fa3_library, points[0].direction)
+    contestants = [*peers.of_specs(specs), *contestants]
     for name, why in missing.items():
-        _note(f"{name} is missing: {why}")
+        note(f"{name} is missing: {why}")
     run = Bench(contestants, missing, _command(), parts=parts)
-    console = _console(stderr=as_json)
     names = [one.name for one in contestants]
-    console.print(_cells(("point", *names, "ours / best peer")), style="bold")
+    titles = ("point", *names, "ours / best peer")
+    print_row(titles, _widths(names), titles, err=as_json, bold=True)
     for row in run.rows(points, seconds):
-        console.print(_cells(_row_cells(row, names)))
+        print_row(titles, _widths(names), _row_cells(row, names), err=as_json)
         for kernel, took in (pair for of_one in row.get("parts", {}).values() for pair in of_one.items()):
-            console.print(f"    {kernel:<72}{took:>9.1f} us")
+            typer.echo(f"    {kernel:<72}{took:>9.1f} us", err=as_json)
         if save is not None:
             report.save(run.result(), save)
     document = run.result()
     if save is not None:  # once more, with what is known only at the end
         report.save(document, save)
     if as_json:
-        typer.echo(json.dumps(document, indent=2))
+        print_json(document)
     else:
         _print_headlines(document)
     for name, why in document["provenance"]["missing"].items():
         if name not in missing:
-            _note(f"{name}: {why}")
+            note(f"{name}: {why}")
+
+
+def _points(asked: Asked, preset: str, seqlens: Sequence[int]) -> tuple[list[Point], list[KernelSpec]]:
+    """What is measured, and the kernels that are named for it: none where the selector's are meant."""
+    from fa2gen.bench.points import preset_points, spec_points
+
+    specs: list[KernelSpec] = []
+    if asked.sources:
+        chosen = asked.wanted()
+        specs = [one.spec for one in chosen if one.spec is not None]
+        points = spec_points(list(dict.fromkeys(one.problem for one in chosen)), seqlens)
+    else:
+        given = asked.fields
+        points = [
+            point
+            for direction in given.get("direction", ("fwd",))
+            for dtype in given.get("dtype", ("bf16",))
+            for point in preset_points(
+                preset, dtype, given.get("head_dim", ()), seqlens, direction, given.get("mask", ())
+            )
+        ]
+    if len({point.direction for point in points}) > 1:
+        raise typer.BadParameter("bench measures one direction at a time")
+    return points, specs
+
+
+def _widths(names: Sequence[str]) -> tuple[int, int, int]:
+    """Columns of the point, of each contestant, and of the ratio."""
+    return 44, max(13, *(len(name) + 2 for name in names)), 20
 
 
 def _row_cells(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    from fa2gen.bench.points import Point
     from fa2gen.bench.report import best_peer, ratio
 
     figures = row.get("microseconds") or row["tflops"]
-    mask = "causal" if row["causal"] else "full"
-    heads = f"{row['heads']}" if row["heads"] == row["heads_kv"] else f"{row['heads']}:{row['heads_kv']}"
-    point = f"{row['direction']} d{row['head_dim']} {row['dtype']} {mask} {row['batch']}x{row['seqlen']} h{heads}"
+    point = Point.of_row(row)
     cells = [f"{figures[name]:.1f}" if name in figures else "-" for name in names]
     ours = next((name for name in figures if name.startswith("fa2gen-")), None)
     over = None if ours is None else ratio(row, ours)
     best = best_peer(row)
-    return [point, *cells, "-" if over is None or best is None else f"{over:.2f} ({best[0]})"]
-
-
-def _cells(cells: Sequence[str]) -> str:
-    first, *rest = cells
-    return f"{first:<36}" + "".join(f"{cell:>13}" for cell in rest[:-1]) + f"{rest[-1]:>20}"
+    return [str(point), *cells, "-" if over is None or best is None else f"{over:.2f} ({best[0]})"]
 
 
 def _print_result(document: Mapping[str, Any]) -> None:
     from fa2gen.bench.report import contestants
 
     names = contestants(document["rows"])
-    console = _console(stderr=False)
-    console.print(_cells(("point", *names, "ours / best peer")), style="bold")
+    titles = ("point", *names, "ours / best peer")
+    print_row(titles, _widths(names), titles, bold=True)
     for row in document["rows"]:
-        console.print(_cells(_row_cells(row, names)))
+        print_row(titles, _widths(names), _row_cells(row, names))
     _print_headlines(document)
 
 
@@ -228,31 +238,35 @@ def _print_headlines(document: Mapping[str, Any]) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    help="Find the fastest tiling of a problem on this GPU, check it, and record it for the selector.\n\nInterrupt it "
+    "at will: the same command goes on where it stopped.",
+    epilog=examples(
         "fa2gen tune --head-dim 80 --mask causal    one problem: a minute or two",
         "fa2gen tune --head-dim 128 --direction bwd",
         "fa2gen tune --head-dim 40 --head-dim 72 --dtype fp16 --budget 300",
+        "fa2gen tune my.toml                        the problems of a spec",
         "fa2gen tune --head-dim 80 --dry-run        what would be timed; needs no GPU",
         "fa2gen tune --head-dim 80 --dry-run --json | jq -r '.[].kernel'",
-    )
+    ),
 )
+@takes_kernels("none", tilings=False)
 def tune(
-    head_dim: Annotated[list[int], typer.Option(help="Multiple of 8 up to 256; may be repeated.")],
-    direction: Direction = "fwd",
-    dtype: DTypes = None,
-    mask: Masks = None,
-    arch: Annotated[ArchName | None, typer.Option(help="Kernel family. Default: the device's own.")] = None,
+    asked: Asked,
     seqlen: Seqlens = None,
     budget: Annotated[
         float | None,
         typer.Option(min=1, help="Seconds for all problems together. Default: 110 for each.", show_default=False),
     ] = None,
-    keep: Annotated[int, typer.Option("--candidates", min=1, help="Tilings timed for each problem.")] = 40,
+    keep: Annotated[int, typer.Option("--candidates", min=1, help="Tilings timed beside the default.")] = 40,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Kernels compiled at once. Default: the cores but one.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of tuned rows. Default: specs/tuned.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Folder of tuned rows. Default: tuned/ in FA2GEN_SPECS, else in specs/ of a checkout or in the cache.",
+            show_default=False,
+        ),
     ] = None,
     journal: Annotated[
         Path | None, typer.Option(help="Where measurements are kept. Default: in the cache.", show_default=False)
@@ -260,18 +274,19 @@ def tune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the candidates; measure nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the fastest tiling of a problem on this GPU, check it, and record it for the selector.
-
-    Interrupt it at will: the same command goes on where it stopped.
-    """
     from fa2gen import env
     from fa2gen.tune import batch
 
-    todo = batch.problems(head_dim, _dtypes(dtype), _masks(mask), direction)
+    chosen = asked.wanted()
+    todo = list(dict.fromkeys((one.problem, one.spec.tiling.arch if one.spec else one.arch) for one in chosen))
     seqlens = tuple(sorted(set(seqlen or batch.SEQLENS)))
     if dry_run:
-        _dry_run(todo, arch or "sm90", seqlens, keep, as_json)
+        _dry_run([(problem, arch or TYPICAL_FAMILY) for problem, arch in todo], seqlens, keep, as_json)
         return
+    if out is not None:
+        need_folder("--out", out)
+    if journal is not None:
+        need_folder("--journal", journal.parent)
     _need_gpu("tune")
     from fa2gen.bench.protocol import PROTOCOL
     from fa2gen.bench.provenance import gpu_facts, versions
@@ -281,43 +296,32 @@ def tune(
     from fa2gen.tune.journal import Journal
     from fa2gen.tune.search import Search
 
-    family, _ = kernel_arch(current_device(), arch)
-    runner = GpuRunner(family, jobs)
     lines = Journal(journal or env.cache_dir() / "tune" / "journal.jsonl")
-    search = Search(runner, lines, seqlens, keep, _Show())
     origin = batch.provenance(gpu_facts(), versions(), PROTOCOL, _command())
     seconds = batch.BUDGET_SECONDS * len(todo) if budget is None else budget
+    of_family: dict[ArchName, list[Problem]] = {}
+    for problem, arch in todo:
+        of_family.setdefault(kernel_arch(current_device(), arch)[0], []).append(problem)
     outcomes = []
-    try:
-        for outcome in batch.tune(search, todo, family, seconds, origin, out or batch.default_folder()):
-            outcomes.append(outcome)
-            _show_outcome(outcome)
-    finally:
-        runner.close()
+    for family, problems in of_family.items():
+        runner = GpuRunner(family, jobs)
+        search = Search(runner, lines, seqlens, keep, _Show())
+        share = seconds * len(problems) / len(todo)
+        try:
+            for outcome in batch.tune(search, problems, family, share, origin, out or batch.default_folder()):
+                outcomes.append(outcome)
+                _show_outcome(outcome)
+        finally:
+            runner.close()
     if as_json:
-        typer.echo(json.dumps([_outcome_json(outcome) for outcome in outcomes], indent=2))
+        print_json([_outcome_json(outcome) for outcome in outcomes])
     failed = sum(outcome.error is not None for outcome in outcomes)
-    _note(f"{len(outcomes) - failed} of {len(outcomes)} problems tuned, journal {lines.path}")
+    note(f"{len(outcomes) - failed} of {count_text(len(outcomes), 'problem')} tuned, journal {lines.path}")
     if failed:
-        raise typer.Exit(FAILED)
+        raise typer.Exit(ExitStatus.FAILED)
 
 
-def _dtypes(given: list[str] | None) -> list[Any]:
-    return _chosen("--dtype", given, ("fp16", "bf16"), ("bf16",))
-
-
-def _masks(given: list[str] | None) -> list[Any]:
-    return _chosen("--mask", given, ("full", "causal"), ("full", "causal"))
-
-
-def _chosen(option: str, given: list[str] | None, allowed: tuple[str, ...], default: tuple[str, ...]) -> list[str]:
-    for value in given or ():
-        if value not in allowed:
-            raise typer.BadParameter(f"{option} takes {' or '.join(allowed)}, not {value!r}")
-    return list(given or default)
-
-
-def _dry_run(todo: Sequence[Problem], arch: ArchName, seqlens: Sequence[int], keep: int, as_json: bool) -> None:
+def _dry_run(todo: Sequence[tuple[Problem, ArchName]], seqlens: Sequence[int], keep: int, as_json: bool) -> None:
     from fa2gen.plan import make_plan
     from fa2gen.tune.cost import cycles
     from fa2gen.tune.search import candidates
@@ -326,6 +330,7 @@ def _dry_run(todo: Sequence[Problem], arch: ArchName, seqlens: Sequence[int], ke
         plan = make_plan(spec)
         return {
             "kernel": spec.name,
+            **spec.problem.model_dump(),
             "default": default,
             "shared_memory_bytes": plan.shared_memory_bytes,
             "predicted_cycles": {str(seqlen): round(cycles(plan, seqlen)) for seqlen in seqlens},
@@ -333,23 +338,32 @@ def _dry_run(todo: Sequence[Problem], arch: ArchName, seqlens: Sequence[int], ke
 
     rows = [
         row(spec, number == 0)
-        for problem in todo
+        for problem, arch in todo
         for number, spec in enumerate(candidates(problem, arch, seqlens, keep))
     ]
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
-    for entry in rows:
-        predicted = "  ".join(f"{seqlen}: {count:,}" for seqlen, count in entry["predicted_cycles"].items())
-        mark = "the default" if entry["default"] else ""
-        typer.echo(
-            f"{entry['kernel']:<64}{entry['shared_memory_bytes']:>9,} B   cycles at {predicted}   {mark}".rstrip()
-        )
-    _note(f"{len(rows)} candidates of {len(todo)} problems; nothing was measured")
+    print_table(
+        ("kernel", ">shared memory", *(f">cycles at {seqlen}" for seqlen in seqlens), ""),
+        [
+            (
+                entry["kernel"],
+                f"{entry['shared_memory_bytes']:,} B",
+                *(f"{count:,}" for count in entry["predicted_cycles"].values()),
+                "the default" if entry["default"] else "",
+            )
+            for entry in rows
+        ],
+    )
+    problems = "; ".join(problem.text for problem, _ in todo)
+    note(
+        f"{count_text(len(rows), 'candidate')} of {count_text(len(todo), 'problem')} ({problems}); nothing was measured"
+    )
 
 
 class _Show:
-    """Best so far, on standard error: one line that rewrites itself on a terminal, a line a stage elsewhere."""
+    """Best so far, on standard error: a line that rewrites itself on a terminal, one every few seconds elsewhere."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -357,39 +371,37 @@ class _Show:
     def __call__(self, step: Progress) -> None:
         now = time.monotonic()
         last_of_stage = step.done == step.total
-        if not last_of_stage and (not sys.stderr.isatty() or now - self._last < 0.1):
+        if not last_of_stage and now - self._last < (0.1 if sys.stderr.isatty() else SECONDS_BETWEEN_LINES):
             return
         self._last = now
-        p = step.problem
-        text = f"{_head(p)}, {step.stage}: {step.done} of {step.total}, best {step.ratio:.3f}x the default: {step.best}"
+        text = (
+            f"{step.problem.text}, {step.stage}: {step.done} of {step.total}, best {step.ratio:.3f}x the default: "
+            f"{step.best}"
+        )
         if sys.stderr.isatty():
             sys.stderr.write(f"\r\x1b[K{text}" + ("\n" if last_of_stage else ""))
             sys.stderr.flush()
         else:
-            _note(text)
-
-
-def _head(problem: Problem) -> str:
-    return f"{problem.direction} d{problem.head_dim} {problem.dtype} {problem.mask}"
+            note(text)
 
 
 def _show_outcome(outcome: Outcome) -> None:
-    head = _head(outcome.problem)
+    head = outcome.problem.text
     if outcome.error is not None:
-        _note(f"{head}: {outcome.error}")
+        note(f"{head}: {outcome.error}")
         return
     assert outcome.found is not None and outcome.path is not None
     for row in outcome.rows:
         figures = ", ".join(
             f"{s}: {a:.0f} ({b:.0f})" for s, a, b in zip(row.seqlens, row.tflops, row.tflops_default, strict=True)
         )
-        _note(f"{head}, {row.range_text}: {row.kernel}, {row.over_default:.3f}x the default; TFLOP/s {figures}")
+        note(f"{head}, {row.range_text}: {row.kernel}, {row.over_default:.3f}x the default; TFLOP/s {figures}")
     found = outcome.found
     counts = f"{found.num_candidates} timed, {len(found.dropped)} dropped, {outcome.seconds:.1f} s"
-    _note(f"  {counts}, {outcome.path.name}" + ("" if found.complete else "; the budget ended the search early"))
+    note(f"  {counts}, {outcome.path.name}" + ("" if found.complete else "; the budget ended the search early"))
     for name, why in found.dropped.items():
         if "spill" not in why:  # these are many, and expected
-            _note(f"  dropped {name}: {why}")
+            note(f"  dropped {name}: {why}")
 
 
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
@@ -409,37 +421,43 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
 
 
 @app.command(
-    epilog=_examples(
-        "fa2gen explain --head-dim 80 --seqlen 4096 --causal",
+    help="Say which kernel is used for a problem and why, what else there is, and what it costs.\n\nOf a kernel that "
+    "is named, also which the selector takes in its place.",
+    epilog=examples(
+        "fa2gen explain --head-dim 80 --seqlen 4096 --mask causal",
         "fa2gen explain --head-dim 80 --gpu h100    what another GPU would use",
-        "fa2gen explain --head-dim 80 --direction bwd",
-        "fa2gen explain --head-dim 80 --json | jq .kernel",
-    )
+        "fa2gen explain --head-dim 80 --direction bwd --deterministic",
+        "fa2gen explain my.toml",
+        "fa2gen explain --head-dim 80 --json | jq '.[].kernel'",
+    ),
 )
+@takes_kernels("typical")
 def explain(
-    head_dim: Annotated[int, typer.Option(help="Multiple of 8 from 8 to 256.")],
-    direction: Direction = "fwd",
+    asked: Asked,
     seqlen: Annotated[
-        int | None, typer.Option(min=1, help="Number of keys. Default: 4096.", show_default=False)
+        int | None,
+        typer.Option(min=1, max=LONGEST_SEQLEN, metavar="N", help="Number of keys. Default: 4096.", show_default=False),
     ] = None,
-    causal: Annotated[bool, typer.Option("--causal", help="With a causal mask.")] = False,
-    dtype: Annotated[Literal["fp16", "bf16"], typer.Option(help="Of all tensors.")] = "bf16",
-    arch: Annotated[ArchName | None, typer.Option(help="Kernel family. Default: the device's own.")] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="A GPU's name or a part of it. Default: the one here, else an H200.", show_default=False),
+        typer.Option(
+            help="A GPU's name or words of it, e.g. h100. Default: the one here, else an H200.", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which kernel is used for a problem and why, what else there is, and what the kernel costs."""
     from fa2gen.explain import device_named, lines
     from fa2gen.explain import explain as explained
-    from fa2gen.spec import Problem
 
-    problem = Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask="causal" if causal else "full")
-    found = explained(problem, device_named(gpu, arch), arch, seqlen)
+    found = []
+    for one in asked.wanted():
+        arch = one.spec.tiling.arch if one.spec else one.arch
+        tiling = one.spec.tiling if one.spec else None
+        found.append(explained(one.problem, device_named(gpu, arch), arch, seqlen, tiling))
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2))
+        print_json([one.to_json() for one in found])
         return
-    for label, text in lines(found):
-        typer.echo(f"{label:<14}{text}")
+    for number, explanation in enumerate(found):
+        if number:
+            typer.echo("")
+        print_pairs(lines(explanation))
