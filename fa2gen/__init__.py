@@ -11,7 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fa2gen._version import __version__ as __version__
 
 # name -> module. No name here is also a module's: `fa2gen.render` is the module, `fa2gen.render.render` the function.
 _HOME = {

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from fa2gen import env
 from fa2gen.compile import Unit, plan_unit
-from fa2gen.errors import Fa2GenError, StoreError
+from fa2gen.errors import Fa2GenError, InvalidInput, StoreError
 from fa2gen.plan import make_plan
-from fa2gen.store import Entry, Store, key_of, read_current, write_entry, write_manifest
+from fa2gen.store import Entry, Store, key_of, read_current, refusal, write_entry, write_manifest
 
 if TYPE_CHECKING:
     from fa2gen.spec import KernelSpec
@@ -31,6 +31,7 @@ class BuildResult:
     target           NVRTC's architecture, e.g. "sm_90a"; "" when the spec did not get as far.
     spill_bytes      stores and loads together, per thread; stack_bytes likewise.
     compile_seconds  of the compilation, also when that was an earlier one (`cached`).
+    kept             whether it is on disk now, in the folder or else the cache: a full or refused cache keeps nothing.
     notes            warnings and C75xx notes of the compiler, with their template lines.
     """
 
@@ -43,6 +44,7 @@ class BuildResult:
     compile_seconds: float | None = None
     notes: tuple[str, ...] = ()
     cached: bool = False
+    kept: bool = True
     error: str | None = None
 
     @property
@@ -73,9 +75,12 @@ def build(
     progress  called in this thread with each result as it comes, in order of completion.
     store     the cache, which serves and keeps the kernels of `out` too; default the user's.
 
-    Raises StoreError when out/manifest.json cannot be written; all that befalls one kernel is in its result.
-    FA2GEN_DISABLE_JIT does not apply: to build is to ask for it.
+    Raises InvalidInput, before anything is compiled, for a folder that FA2GEN_AOT_DIR would refuse, that cannot be
+    written or has another's manifest.json; StoreError when out/manifest.json cannot be written. All that befalls one
+    kernel is in its result. FA2GEN_DISABLE_JIT does not apply: to build is to ask for it.
     """
+    if out is not None and (why := refusal(out)):
+        raise InvalidInput(f"kernels cannot be built into {out}: {why}")
     specs, store = list(specs), store or Store()
     with ThreadPoolExecutor(jobs or env.jobs()) as pool:
         futures = [pool.submit(_build_one, spec, out, target, store) for spec in specs]
@@ -104,6 +109,7 @@ def _build_one(spec: KernelSpec, out: Path | None, target: str | None, store: St
         # A family's own target needs no mention; a second one for the same kernel lies beside it.
         folder = out and out / (unit.name if unit.target == plan.target else f"{unit.name}-{unit.target}")
         entry, cached = _entry(unit, folder, store)
+        kept = folder is not None or store.keeps(key_of(unit))
     except (Fa2GenError, OSError) as error:
         return replace(blank, error=str(error))
     report = entry.report
@@ -117,6 +123,7 @@ def _build_one(spec: KernelSpec, out: Path | None, target: str | None, store: St
         compile_seconds=report.compile_seconds,
         notes=report.notes,
         cached=cached,
+        kept=kept,
     )
 
 

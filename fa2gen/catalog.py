@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import reprlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fa2gen import env
 from fa2gen._paths import data_dir, in_checkout
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import Fa2GenError, InvalidInput
+from fa2gen.files import distrust, own, read_file
+from fa2gen.log import warn_once
 from fa2gen.plan import default_tiling
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
@@ -171,6 +176,18 @@ def spec_schema() -> dict[str, Any]:
 # Tuned rows ----------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(4096)
+def _checked_name(name: str) -> str:
+    KernelSpec.from_name(name)
+    return name
+
+
+_Name = Annotated[str, AfterValidator(_checked_name)]
+_Seqlen = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+_Tflops = Annotated[float, Field(gt=0, lt=1e6, allow_inf_nan=False)]
+
+
 @dataclasses.dataclass(frozen=True)
 class TunedRow:
     """What `fa2gen tune` found for one problem, on one GPU, in one range of key lengths.
@@ -184,17 +201,19 @@ class TunedRow:
     provenance      GPU, compiler, versions, protocol and date.
     """
 
-    kernel: str
-    seqlen_min: int
-    seqlen_max: int | None
-    default: str
-    runner_up: str
-    seqlens: tuple[int, ...]
-    tflops: tuple[float, ...]
-    tflops_default: tuple[float, ...]
-    tflops_runner_up: tuple[float, ...]
-    num_candidates: int
+    kernel: _Name
+    seqlen_min: _Seqlen
+    seqlen_max: _Seqlen | None
+    default: _Name
+    runner_up: _Name
+    seqlens: tuple[_Count, ...]
+    tflops: tuple[_Tflops, ...]
+    tflops_default: tuple[_Tflops, ...]
+    tflops_runner_up: tuple[_Tflops, ...]
+    num_candidates: _Count
     provenance: Mapping[str, Any] = dataclasses.field(hash=False)
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     @functools.cached_property
     def spec(self) -> KernelSpec:
@@ -238,49 +257,78 @@ def tuned_folders() -> tuple[Path, ...]:
     checkout specs/tuned alone, and in an installation what its user tuned, then what it came with."""
     users = tuple(folder / "tuned" for folder in env.specs_dirs())
     shipped = Path(data_dir("specs")) / "tuned"
-    return (*users, shipped) if in_checkout() else (*users, env.cache_dir() / "tuned", shipped)
+    return (*users, shipped) if in_checkout() else (*users, _cached_folder(), shipped)
 
 
 @functools.cache
 def tuned_rows() -> dict[tuple[Problem, ArchName], tuple[TunedRow, ...]]:
     """All tuned rows of each problem on each architecture, in the order of the folders, then of the files.
 
-    Raises InvalidInput naming the file that is not as `fa2gen tune` writes it. Read once: `tuned_rows.cache_clear()`.
+    A file that is not as this `fa2gen tune` writes it (damaged, or a newer version's) is passed over with one warning,
+    and so is what another user could have put into the cache. Read once: `tuned_rows.cache_clear()`.
     """
     found: dict[tuple[Problem, ArchName], tuple[TunedRow, ...]] = {}
-    for path in (path for folder in tuned_folders() for path in sorted(folder.glob("*.toml"))):
-        for row in read_tuned(path):
+    for path in (path for folder in tuned_folders() for path in _tuned_files(folder)):
+        try:
+            rows = read_tuned(path)
+        except InvalidInput as error:
+            warn_once(path, f"{error}; its tuned rows are passed over: remove it, or tune again")
+            continue
+        for row in rows:
             key = (row.spec.problem, row.spec.tiling.arch)
             found[key] = (*found.get(key, ()), row)
     return found
 
 
+def _cached_folder() -> Path:
+    return env.cache_dir() / "tuned"
+
+
+def _tuned_files(folder: Path) -> list[Path]:
+    if folder == _cached_folder():
+        for place in (folder.parent, folder):
+            if why := distrust(place, own()):
+                warn_once(place, f"tuned rows in {folder} are passed over: of {place}, {why}")
+                return []
+    return sorted(folder.glob("*.toml"))
+
+
 def read_tuned(path: Path) -> list[TunedRow]:
-    """The rows of one file of specs/tuned/. Raises InvalidInput naming the file and what is wrong in it."""
+    """The rows of one file of tuned rows. Raises InvalidInput naming the file, the row and its field."""
     try:
-        table = _toml(path.read_bytes(), path.name)
+        table = _toml(read_file(path, own() if path.parent == _cached_folder() else None), str(path))
     except OSError as error:
-        raise InvalidInput(f"{path.name}: {error}") from None
-    _check_schema(table, path.name)
-    return [_tuned_row(path, fields) for fields in table.get("row", ())]
+        raise InvalidInput(f"{path}: {error.strerror}") from None
+    _check_schema(table, str(path))
+    rows = table.get("row", [])
+    if not isinstance(rows, list) or not all(isinstance(fields, dict) for fields in rows):
+        raise InvalidInput(f"{path}: row must be tables, [[row]]")
+    return [_tuned_row(path, fields) for fields in rows]
 
 
 def _tuned_row(path: Path, fields: dict[str, Any]) -> TunedRow:
-    values: dict[str, Any] = {"seqlen_max": None}
-    values |= {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    where = f"{path}: row {reprlib.repr(fields.get('kernel', '?'))}"
     try:
-        row = TunedRow(**values)
-        lengths = {len(row.seqlens), len(row.tflops), len(row.tflops_default), len(row.tflops_runner_up)}
-        if len(lengths) != 1 or not row.seqlens:
-            raise InvalidInput("seqlens, tflops, tflops_default and tflops_runner_up must be lists of one length")
-        if not all(isinstance(row.provenance.get(name), str) for name in ("gpu", "nvrtc")):
-            raise InvalidInput("provenance must name gpu and nvrtc")
-        if not isinstance(row.seqlen_min, int) or not isinstance(row.seqlen_max, int | None):
-            raise InvalidInput("seqlen_min and seqlen_max must be whole numbers")
-        KernelSpec.from_name(row.kernel)
-    except (TypeError, AttributeError, Fa2GenError) as error:
-        raise InvalidInput(f"{path.name}: row {fields.get('kernel', '?')!r}: {error}") from None
+        # JSON, in which pydantic takes lists and tables for tuples and dataclasses without taking text for numbers.
+        row = _rows().validate_json(json.dumps({"seqlen_max": None} | fields, default=str), strict=True)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:4]]
+        raise InvalidInput(f"{where}: {'; '.join(faults)}") from None
+    except (ValueError, RecursionError) as error:  # a lone surrogate, tables in tables in tables
+        raise InvalidInput(f"{where}: {error}") from None
+    lengths = {len(row.seqlens), len(row.tflops), len(row.tflops_default), len(row.tflops_runner_up)}
+    if len(lengths) != 1 or not row.seqlens:
+        raise InvalidInput(f"{where}: seqlens, tflops, tflops_default and tflops_runner_up must be of one length")
+    if not all(isinstance(row.provenance.get(name), str) for name in ("gpu", "nvrtc")):
+        raise InvalidInput(f"{where}: provenance must name gpu and nvrtc")
+    if row.seqlen_max is not None and row.seqlen_max < row.seqlen_min:
+        raise InvalidInput(f"{where}: seqlen_max is {row.seqlen_max}, less than seqlen_min, {row.seqlen_min}")
     return row
+
+
+@functools.cache
+def _rows() -> TypeAdapter[TunedRow]:
+    return TypeAdapter(TunedRow)
 
 
 # Both -----------------------------------------------------------------------------------------------------------------

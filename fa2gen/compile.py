@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import os
 import re
 import struct
 import threading
@@ -20,6 +21,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as dataclass_fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,17 @@ OPTIONS: Mapping[str, Any] = {"std": "c++17", "lineinfo": True, "ptxas_options":
 # cuda.core 1.2 puts itself together at its first import, and a second thread then finds it without `Program`: whoever
 # may be the first to import it holds this.
 CUDA_CORE_IMPORT = threading.Lock()
+
+_compiling: set[int] = set()  # threads inside compile_unit
+_unusable_after_fork = False
+
+
+def _after_fork() -> None:
+    global _unusable_after_fork
+    _unusable_after_fork = _unusable_after_fork or bool(_compiling)
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 _SHOWN_ERRORS = 8
 _EM_CUDA = 190
@@ -106,6 +119,17 @@ class ResourceReport:
     def spill_bytes(self) -> int:
         return self.spill_store_bytes + self.spill_load_bytes
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> ResourceReport:
+        """The inverse of `dataclasses.asdict`, out of JSON. Raises TypeError for what that cannot have written."""
+        report = cls(**{**fields, "notes": tuple(fields["notes"])})
+        numbers = [getattr(report, item.name) for item in dataclass_fields(cls) if item.type in ("int", "float")]
+        numbers += report.registers_of.values()
+        texts = [*report.notes, *report.registers_of]
+        if not all(type(x) in (int, float) for x in numbers) or not all(isinstance(x, str) for x in texts):
+            raise TypeError(f"not a resource report: {fields}")
+        return report
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -151,7 +175,25 @@ def launch_facts(plan: KernelPlan) -> dict[str, Any]:
 
 
 def compile_unit(unit: Unit) -> Compiled:
-    """Compiles one unit. Needs no GPU. Raises CompileError."""
+    """Compiles one unit. Needs no GPU.
+
+    Raises CompileError, also in a process that was forked while another thread compiled: NVRTC's own locks are then
+    held by threads that are not there, and the call would not come back.
+    """
+    if _unusable_after_fork:
+        raise CompileError(
+            f"{unit.name} cannot be compiled in this process: it was forked while another thread compiled a kernel. "
+            "Compile before processes are forked (fa2gen build), or start them with the spawn method"
+        )
+    thread = threading.get_ident()
+    _compiling.add(thread)
+    try:
+        return _compile(unit)
+    finally:
+        _compiling.discard(thread)
+
+
+def _compile(unit: Unit) -> Compiled:
     try:
         with CUDA_CORE_IMPORT:
             from cuda.core import Program, ProgramOptions

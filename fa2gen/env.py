@@ -8,16 +8,20 @@ hold: a typing error that is silently ignored costs an afternoon.
 from __future__ import annotations
 
 import os
+import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput
+from fa2gen.log import warn_once
 
-__all__ = ["VARIABLES", "aot_dir", "arch", "cache_dir", "disable_jit", "jobs", "log_level", "specs_dirs", "unknown"]
+__all__ = ["VARIABLES", "aot_dir", "arch", "cache_dir", "disable_jit", "jobs", "log_level", "problems", "specs_dirs"]
 
 _PREFIX = "FA2GEN_"
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+_JOB_COUNT = re.compile("0*[1-9][0-9]{0,3}")
 _FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -61,16 +65,29 @@ VARIABLES = (_CACHE_DIR, _AOT_DIR, _SPECS, _DISABLE_JIT, _JOBS, _ARCH, _LOG_LEVE
 
 
 def cache_dir() -> Path:
-    """The root of the kernel cache, absolute; it need not exist."""
-    if text := _CACHE_DIR.text():
-        return _folder(text)
-    from platformdirs import user_cache_path  # only here: not every process needs it
+    """The root of the kernel cache, absolute; it need not exist.
 
-    return user_cache_path("fa2gen").absolute()
+    Where there is no home for it (no HOME and no passwd entry, as in a container; `~nobody/`; a current folder that was
+    removed) it is a private folder among the temporary ones, with one warning: kernels never fail for want of a cache.
+    """
+    text = _CACHE_DIR.text()
+    try:
+        if text:
+            return Path(text).expanduser().absolute()
+        from platformdirs import user_cache_path  # only here: not every process needs it
+
+        return user_cache_path("fa2gen").absolute()
+    except (RuntimeError, OSError) as error:
+        root = _temporary_folder() / f"fa2gen-{os.geteuid()}"
+        asked = f"{_CACHE_DIR.name}={text!r}" if text else "the user's cache directory"
+        warn_once(
+            root, f"{asked} cannot be found ({error}): kernels are kept in {root}; set {_CACHE_DIR.name} to keep them"
+        )
+        return root
 
 
 def aot_dir() -> Path | None:
-    """The ahead-of-time folder, absolute, or None."""
+    """The ahead-of-time folder, absolute, or None. One without a meaning (`~nobody/`) is a folder that is not there."""
     return _folder(text) if (text := _AOT_DIR.text()) else None
 
 
@@ -92,8 +109,8 @@ def jobs() -> int:
     text = _JOBS.text()
     if text is None:
         return len(os.sched_getaffinity(0))  # a container may use fewer cores than the machine has
-    if not text.isdecimal() or int(text) < 1:
-        raise _JOBS.refuse("a whole number from 1")
+    if not _JOB_COUNT.fullmatch(text):
+        raise _JOBS.refuse("a whole number from 1 to 9999")
     return int(text)
 
 
@@ -105,18 +122,38 @@ def arch() -> str | None:
     return text
 
 
-def log_level() -> str:
-    """A level name that Python's logging knows."""
-    text = (_LOG_LEVEL.text() or "WARNING").upper()
-    if text not in _LOG_LEVELS:
+def log_level() -> str | None:
+    """A level name that Python's logging knows, or None: as the application has it."""
+    text = _LOG_LEVEL.text()
+    text = text and text.upper()
+    if text is not None and text not in _LOG_LEVELS:
         raise _LOG_LEVEL.refuse("one of " + ", ".join(_LOG_LEVELS))
     return text
 
 
-def unknown() -> list[str]:
-    """Variables that look like ours and are not: most likely misspelt, for `fa2gen doctor`."""
-    return sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in {v.name for v in VARIABLES})
+def problems() -> list[str]:
+    """What is wrong in the environment, for `fa2gen doctor`: values that cannot be meant, and names that look like ours
+    and are not, most likely misspelt."""
+    found = []
+    for read in (cache_dir, aot_dir, specs_dirs, disable_jit, jobs, arch, log_level):
+        try:
+            read()
+        except InvalidInput as error:
+            found.append(str(error))
+    ours = {variable.name for variable in VARIABLES}
+    strange = sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in ours)
+    return found + [f"{name} is no variable of fa2gen's: misspelt?" for name in strange]
 
 
 def _folder(text: str) -> Path:
-    return Path(text).expanduser().absolute()
+    try:
+        return Path(text).expanduser().absolute()
+    except (RuntimeError, OSError):
+        return Path("/", text)
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError:  # none can be written: the cache will say so
+        return Path("/tmp")

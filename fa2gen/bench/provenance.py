@@ -6,7 +6,7 @@ import subprocess
 from importlib import import_module
 from typing import Any
 
-from fa2gen import __version__
+from fa2gen._version import __version__
 from fa2gen.compile import compiler_version
 from fa2gen.gpus import current_device
 

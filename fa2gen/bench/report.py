@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fa2gen.bench.peers import in_order, is_ours
 from fa2gen.errors import InvalidInput
+from fa2gen.files import read_file, write_file
 
 __all__ = ["best_peer", "contestants", "geometric_mean", "headlines", "load", "ratio", "save"]
 
@@ -76,8 +75,8 @@ def headlines(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def load(path: Path) -> dict[str, Any]:
     """A document that `save` wrote. Raises InvalidInput for anything else, OSError where there is no file."""
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        document: dict[str, Any] = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path.name} is not JSON: {error}") from None
     rows = document.get("rows") if isinstance(document, dict) else None
     needed = {"preset", "direction", "head_dim", "dtype", "causal", "batch", "seqlen", "heads", "heads_kv", "tflops"}
@@ -87,19 +86,32 @@ def load(path: Path) -> dict[str, Any]:
         if not isinstance(row, dict) or not row.keys() >= needed:
             lacking = ", ".join(sorted(needed - row.keys())) if isinstance(row, dict) else "everything"
             raise InvalidInput(f"{path.name}: row {number} lacks {lacking}")
+        if wrong := _wrong_field(row):
+            raise InvalidInput(f"{path.name}: row {number}: {wrong} is {row[wrong]!r}")
     return document
+
+
+def _wrong_field(row: Row) -> str | None:
+    """The first field that is not of its kind: what is drawn and compared must be numbers."""
+    for name in ("head_dim", "batch", "seqlen", "heads", "heads_kv"):
+        if type(row[name]) is not int:
+            return name
+    for name in ("tflops", "microseconds"):
+        figures = row.get(name) or {}
+        if not isinstance(figures, dict) or not all(_is_figure(value) for value in figures.values()):
+            return name
+    return None
+
+
+def _is_figure(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
 
 
 def save(document: Mapping[str, Any], path: Path) -> None:
     """Writes a result, one row a line so that it diffs well; whole or not at all. Raises OSError."""
     head = json.dumps(document["provenance"], indent=2)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in document["rows"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(f'{{\n"provenance": {head},\n"rows": [\n{rows}\n]\n}}\n')
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    write_file(path, f'{{\n"provenance": {head},\n"rows": [\n{rows}\n]\n}}\n'.encode())
 
 
 def _figures(row: Row) -> Mapping[str, float]:

@@ -230,12 +230,14 @@ def build(
     for result in failed:
         note(f"\n{result.error}")
     cached = sum(result.cached for result in results)
+    lost = sum(not result.kept and not result.error for result in results)
     note(
         f"{count_text(len(results) - len(failed), 'kernel')} in {seconds:.1f} s ({cached} from the cache)"
         + (f", in {out}" if out else "")
         + (f"; {len(failed)} failed" if failed else "")
+        + (f"; {lost} could not be kept" if lost else "")
     )
-    if failed:
+    if failed or lost:
         raise typer.Exit(ExitStatus.FAILED)
 
 

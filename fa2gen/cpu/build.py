@@ -5,6 +5,7 @@ The machine (fa2gen/cpu/machine/) is compiled once for each set of options, in a
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import os
@@ -12,15 +13,18 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from fa2gen import env
+from fa2gen._version import __version__
 from fa2gen.errors import CompileError, Fa2GenError
+from fa2gen.files import TEMPORARY, UNREADABLE, distrust, lock, own, read_folder, seal, write_folder
+from fa2gen.log import warn_once
 from fa2gen.plan import KernelPlan
 from fa2gen.render import Rendered, render
+from fa2gen.store import CPU_FOLDER, SCHEMA, Key
 
 __all__ = ["Library", "build_library", "build_source", "find_compiler", "located"]
 
@@ -30,13 +34,17 @@ _KERNEL_WARNINGS = ("-Wno-unknown-pragmas", "-Wno-psabi")
 _FAST = ("-march=native",)
 _SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 _SHOWN_ERRORS = 20
+_LOCK_SECONDS = 60.0
+_unusable: set[Path] = set()  # what this process has found it cannot keep libraries in
+_LIBRARY, _MACHINE = "kernel.so", "machine.o"
 
 
 @dataclass(frozen=True)
 class Library:
     """A kernel as a shared library; `origins` leads from its lines to template lines (see Rendered).
 
-    Beside it lie kernel.cc and warnings.txt, which is empty unless somebody edited a template or has another compiler.
+    Beside it lie meta.json, kernel.cc and warnings.txt, which is empty unless somebody edited a template or has another
+    compiler.
     """
 
     name: str
@@ -81,25 +89,21 @@ def build_source(name: str, rendered: Rendered, *, sanitize: bool = False, other
     ]
     source = "\n".join([rendered.source, *entries, ""])
     optimize = _SANITIZE if sanitize else (*_FAST, "-O2", "-ffp-contract=off")
-    folder = _cache() / _key(source, *optimize, _machine_key(sanitize))
-    library = Library(name, folder / "kernel.so", rendered.origins, sanitize)
-    if not library.path.is_file():
-        machine = _build_machine(sanitize)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            kernel = Path(scratch, "kernel.cc")
-            kernel.write_text(source, encoding="utf-8")
-            options = (*_COMMON, *_KERNEL_WARNINGS, *optimize, f"-I{_machine_dir()}", "-shared")
-            # The relative name is what messages and stack traces show.
-            warnings = _compile((*options, "kernel.cc", str(machine), "-o", "kernel.so"), library, Path(scratch))
-            Path(scratch, "warnings.txt").write_text(warnings, encoding="utf-8")
-            for file in (
-                "kernel.cc",
-                "warnings.txt",
-                "kernel.so",
-            ):  # the library last: it says that the folder is complete
-                os.replace(Path(scratch, file), folder / file)
-    return library
+    library_key = Key(name, _key(source, *optimize, _machine_key(sanitize)))
+    options = (*_COMMON, *_KERNEL_WARNINGS, *optimize, f"-I{_machine_dir()}", "-shared")
+
+    def compile_library(scratch: Path) -> dict[str, bytes]:
+        (scratch / "kernel.cc").write_text(source, encoding="utf-8")
+        # The relative name is what messages and stack traces show.
+        arguments = (*options, "kernel.cc", str(_build_machine(sanitize)), "-o", _LIBRARY)
+        warnings = _compile(arguments, name, rendered.origins, scratch)
+        return {
+            "kernel.cc": source.encode(),
+            "warnings.txt": warnings.encode(),
+            _LIBRARY: (scratch / _LIBRARY).read_bytes(),
+        }
+
+    return Library(name, _kept(library_key, compile_library) / _LIBRARY, rendered.origins, sanitize)
 
 
 def located(text: str, origins: tuple[str, ...]) -> str:
@@ -115,15 +119,50 @@ def located(text: str, origins: tuple[str, ...]) -> str:
 
 def _build_machine(sanitize: bool) -> Path:
     """The machine as an object file."""
-    target = _cache() / f"machine-{_machine_key(sanitize)}.o"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
-            if not target.is_file():
-                part = target.with_suffix(".part")
-                _compile((*_COMMON, *_machine_options(sanitize), "-c", "all.cc", "-o", str(part)), None, _machine_dir())
-                os.replace(part, target)
-    return target
+
+    def compile_machine(scratch: Path) -> dict[str, bytes]:
+        target = scratch / _MACHINE
+        arguments = (*_COMMON, *_machine_options(sanitize), "-c", "all.cc", "-o", str(target))
+        _compile(arguments, "fa2gen/cpu/machine", (), _machine_dir())
+        return {_MACHINE: target.read_bytes()}
+
+    return _kept(Key("machine", _machine_key(sanitize)), compile_machine) / _MACHINE
+
+
+def _kept(key: Key, make: Callable[[Path], dict[str, bytes]]) -> Path:
+    """The sealed folder of that key with whole files that nobody else can have written, made now if need be.
+
+    make  compiles in a scratch folder and returns the files.
+
+    In the user's cache, or, where that is not used or cannot be written, in a temporary one of this process.
+    """
+    root = _cache()
+    folder = root / key.folder
+    if _is_current(folder, key):
+        return folder
+    with lock(root / f".{key.folder}.lock", _LOCK_SECONDS):
+        if _is_current(folder, key):  # who held the lock before us has compiled it
+            return folder
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as scratch:
+            files = make(Path(scratch))
+        meta = {"schema": SCHEMA, "fa2gen": __version__, "name": key.name, "key": key.digest, "sha256": seal(files)}
+        try:
+            write_folder(folder, files, meta, mode=0o700, keeps=lambda: _is_current(folder, key))
+        except OSError as error:
+            if root == _temporary():
+                raise
+            _refused(root, f"cannot be written: {error}")
+            folder = _temporary() / key.folder
+            write_folder(folder, files, meta, mode=0o700)
+    return folder
+
+
+def _is_current(folder: Path, key: Key) -> bool:
+    try:
+        meta, _ = read_folder(folder, own())
+    except UNREADABLE:
+        return False
+    return (meta.get("schema"), meta.get("key")) == (SCHEMA, key.digest)
 
 
 def _machine_dir() -> Path:
@@ -140,8 +179,8 @@ def _machine_key(sanitize: bool) -> str:
 
 
 def _key(*parts: str) -> str:
-    """32 hexadecimal digits; different for different compilers, and for processors with other instructions."""
-    return hashlib.sha256("\0".join((_compiler_identity(), *parts)).encode()).hexdigest()[:32]
+    """64 hexadecimal digits; different for different compilers, and for processors with other instructions."""
+    return hashlib.sha256("\0".join((_compiler_identity(), *parts)).encode()).hexdigest()
 
 
 @functools.cache
@@ -152,13 +191,38 @@ def _compiler_identity() -> str:
 
 
 def _cache() -> Path:
-    return env.cache_dir() / "cpu"
+    """Where libraries are kept: in the user's cache if that is used, else for as long as this process lives."""
+    root = env.cache_dir()
+    folder = root / CPU_FOLDER
+    if folder in _unusable:
+        return _temporary()
+    for each in (root, folder):
+        if why := distrust(each, own()):
+            return _refused(folder, f"is not used: {why}")
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        return _refused(folder, f"cannot be made: {error}")
+    return folder
 
 
-def _compile(arguments: tuple[str, ...], library: Library | None, cwd: Path) -> str:
+def _refused(folder: Path, why: str) -> Path:
+    _unusable.add(folder)
+    warn_once(folder, f"{folder} {why}; libraries for the CPU last as long as this process")
+    return _temporary()
+
+
+@functools.cache
+def _temporary() -> Path:
+    folder = tempfile.mkdtemp(prefix=TEMPORARY)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _compile(arguments: tuple[str, ...], what: str, origins: tuple[str, ...], cwd: Path) -> str:
     """Runs the compiler in `cwd` and returns its warnings. Raises CompileError with template positions."""
     done = subprocess.run((find_compiler(), *arguments), cwd=cwd, capture_output=True, text=True, check=False)
-    what, origins = (library.name, library.origins) if library else ("fa2gen/cpu/machine", ())
     if done.returncode != 0:
         lines = "\n".join(done.stderr.splitlines()[:_SHOWN_ERRORS])
         raise CompileError(f"{what} does not compile for the CPU ({find_compiler()}):\n{located(lines, origins)}")

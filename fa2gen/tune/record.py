@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fa2gen.catalog import SCHEMA, TunedRow, read_tuned, tuned_rows
 from fa2gen.errors import InvalidInput
+from fa2gen.files import write_file
 from fa2gen.select import forget
 from fa2gen.spec import KernelSpec
 from fa2gen.tune.search import Found
@@ -64,14 +63,7 @@ def write(rows: Sequence[TunedRow], folder: Path) -> Path:
     ordered = sorted(
         (*kept, *rows), key=lambda row: (row.spec.problem.dtype, row.spec.problem.mask != "full", row.seqlen_min)
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}-")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write("\n".join([_HEAD.format(schema=SCHEMA), *map(_toml, ordered)]))
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    write_file(path, "\n".join([_HEAD.format(schema=SCHEMA), *map(_toml, ordered)]).encode())
     tuned_rows.cache_clear()
     forget()
     return path

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef int CUresult;
@@ -37,8 +38,12 @@ uint32_t fake_launches_before_failure;        // how many succeed before fake_la
 uint32_t fake_wrong_context_launches;         // how many launches to refuse for want of a context
 
 CUresult cuInit(unsigned flags) { return 0; }
-CUresult cuDriverGetVersion(int* version) { *version = 13000; return 0; }
-CUresult cuDeviceGetCount(int* count) { *count = 1; return 0; }
+// FAKE_VERSION and FAKE_GPUS in the environment: as cuDriverGetVersion and cuDeviceGetCount give them.
+static int setting(char const* name, int otherwise) { return getenv(name) ? atoi(getenv(name)) : otherwise; }
+CUresult cuDriverGetVersion(int* version) { *version = setting("FAKE_VERSION", 13000); return 0; }
+CUresult cuDeviceGetCount(int* count) { *count = setting("FAKE_GPUS", 1); return *count ? 0 : 100; }
+CUresult cuDeviceGetName(char* name, int length, int device) { strncpy(name, "NVIDIA Fake", length); return 0; }
+CUresult cuDeviceTotalMem_v2(size_t* bytes, int device) { *bytes = (size_t)80 << 30; return 0; }
 CUresult cuDeviceGet(int* device, int ordinal) { *device = ordinal; return ordinal ? 101 : 0; }
 CUresult cuDeviceGetAttribute(int* value, int attribute, int device) {
     *value = attribute == 16 ? 132 : attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 97 ? 232448 : 1;

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import struct
 import threading
 import time
@@ -13,10 +15,11 @@ from typing import Any
 import pytest
 
 from fa2gen import build as builder
+from fa2gen import log
 from fa2gen import store as stores
 from fa2gen.build import BuildResult, build
 from fa2gen.compile import Compiled, ResourceReport, Unit, launch_facts
-from fa2gen.errors import CompileError, InfeasibleSpec, StoreError
+from fa2gen.errors import CompileError, InfeasibleSpec, InvalidInput, StoreError
 from fa2gen.spec import KernelSpec, Problem, Tiling
 from fa2gen.store import Store
 
@@ -86,11 +89,11 @@ def compiler(monkeypatch, tmp_path):
     for module in (builder, stores):
         monkeypatch.setattr(module, "plan_unit", plan_unit)
     monkeypatch.setattr(stores, "compile_unit", compile_unit)
-    monkeypatch.setattr(stores, "_warned", set())
+    monkeypatch.setattr(log, "_warned", set())
     monkeypatch.setenv("FA2GEN_CACHE_DIR", str(tmp_path / "cache"))
     for name in ("FA2GEN_AOT_DIR", "FA2GEN_DISABLE_JIT", "FA2GEN_JOBS"):
         monkeypatch.delenv(name, raising=False)
-    stores._aot_kernels.cache_clear()
+    stores.read_ahead_of_time.cache_clear()
     return names
 
 
@@ -126,6 +129,7 @@ def test_a_result_as_json():
         "compile_seconds": 0.5,
         "notes": ["C7508"],
         "cached": False,
+        "kept": True,
         "error": None,
     }
 
@@ -219,15 +223,56 @@ def test_to_build_is_to_ask_for_it(monkeypatch):
     assert build(SPECS[:1])[0].error is None
 
 
-def test_a_folder_that_cannot_be_written_fails_each_kernel(tmp_path):
-    (tmp_path / "out").write_text("not a folder")
-    assert all("out" in str(result.error) for result in build(SPECS, tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda out: out.write_text(""), "File exists"),
+        (lambda out: (out.mkdir(), out.chmod(0o775)), "chmod go-w"),
+        (lambda out: (out.mkdir(), (out / "manifest.json").write_text('{"my": "web app"}')), "not fa2gen's"),
+        (lambda out: (out.mkdir(), (out / "manifest.json").mkdir()), "not fa2gen's"),
+    ],
+    ids=["a file", "for all to write", "another's manifest", "a folder for a manifest"],
+)
+def test_a_folder_that_would_not_be_used_is_refused_at_once(tmp_path, spoil, reason, compiler):
+    out = tmp_path / "out"
+    spoil(out)
+    before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
+    with pytest.raises(InvalidInput, match=reason) as caught:
+        build(SPECS, out)
+    assert str(out) in str(caught.value)
+    assert not compiler
+    assert {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")} == before
 
 
-def test_a_manifest_that_cannot_be_written_is_an_error(tmp_path):
-    (tmp_path / "out" / "manifest.json").mkdir(parents=True)
+def test_a_build_leaves_what_is_not_its_own(tmp_path):
+    (tmp_path / ".tmp-backup").mkdir()
+    (tmp_path / ".tmp-backup" / "x").write_text("years of work")
+    (tmp_path / SPECS[0].name).mkdir()
+    (tmp_path / SPECS[0].name / "notes").write_text("years of work")
+    os.utime(tmp_path / ".tmp-backup", (0, 0))
+    results = build(SPECS, tmp_path)
+    assert "'notes'" in str(results[0].error) and not any(result.error for result in results[1:])
+    assert (tmp_path / ".tmp-backup" / "x").read_text() == (tmp_path / SPECS[0].name / "notes").read_text()
+
+
+def test_a_manifest_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stores, "write_file", full)
     with pytest.raises(StoreError, match="manifest"):
         build(SPECS, tmp_path / "out")
+
+
+@pytest.mark.parametrize("why", ["refused", "read-only"])
+def test_what_the_cache_did_not_keep_is_said(tmp_path, monkeypatch, why):
+    if why == "refused":
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache").chmod(0o777)
+    else:
+        monkeypatch.setattr(stores, "write_entry", lambda *arguments, **options: os.open("/proc/nope", os.O_CREAT))
+    assert not any(result.kept or result.error for result in build(SPECS))
+    monkeypatch.undo()
 
 
 def test_an_interrupted_build_stops_and_can_go_on(compiler):

@@ -822,44 +822,6 @@ def test_outcome_with_nan_is_json():
     assert outcome.to_json()["max_error"] is None
 
 
-# doctor
-
-
-def test_doctor(cache):
-    found = fa2("doctor", "--json").json
-    assert found["fa2gen"]["version"] == fa2gen.__version__
-    assert found["compiler"]["nvrtc"] and found["compiler"]["error"] is None
-    assert found["cache"]["dir"] == str(cache)
-    assert {row["head_dim"] for row in found["kernels"]} == {64, 128, 256}
-    if not found["driver"]["gpus"]:  # one of each family then, with the passes that it has
-        shown = {(row["device"], row["direction"]) for row in found["kernels"]}
-        assert shown == {(arch, direction) for arch in ARCHES for direction in get_args(Direction)}
-        assert all(row["name"] for row in found["kernels"])
-    human = fa2("doctor").stdout
-    assert all(label in human for label in ("fa2gen", "compiler", "driver", "torch", "cache", "kernels", "problems"))
-
-
-def test_doctor_where_nothing_is_installed(cache, monkeypatch):
-    """Missing parts are what it is for: it reports them, and fails because no kernel can be built."""
-
-    def missing(name: str) -> Any:
-        raise ImportError(f"no module {name}")
-
-    monkeypatch.setattr("fa2gen.doctor.import_module", missing)
-    done = fa2("doctor", "--json")
-    assert done.status == ExitStatus.FAILED
-    assert done.json["problems"][0].startswith("compiler: ")
-    assert done.json["driver"]["gpus"] == []
-    assert done.json["torch"]["version"] is None
-
-
-def test_doctor_names_a_misspelt_variable(cache, monkeypatch):
-    monkeypatch.setenv("FA2GEN_CACHEDIR", "x")
-    done = fa2("doctor", "--json")
-    assert done.status == ExitStatus.FAILED
-    assert any("FA2GEN_CACHEDIR" in problem for problem in done.json["problems"])
-
-
 # The README says what is true
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from fa2gen import env
+from fa2gen import env, log
 from fa2gen.errors import Fa2GenError
 
 
@@ -23,7 +27,7 @@ def test_defaults(monkeypatch):
     assert env.disable_jit() is False
     assert env.jobs() >= 1
     assert env.arch() is None
-    assert env.log_level() == "WARNING"
+    assert env.log_level() is None
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,8 @@ def test_values(monkeypatch, read, name, text, value):
         (env.jobs, "FA2GEN_JOBS", "0", "whole number from 1"),
         (env.jobs, "FA2GEN_JOBS", "-2", "whole number from 1"),
         (env.jobs, "FA2GEN_JOBS", "many", "whole number from 1"),
+        (env.jobs, "FA2GEN_JOBS", "\u0663", "whole number from 1"),
+        (env.jobs, "FA2GEN_JOBS", "9" * 5000, "whole number from 1"),
         (env.jobs, "FA2GEN_JOBS", "1.5", "whole number from 1"),
         (env.arch, "FA2GEN_ARCH", "sm70", "sm80 or sm90"),
         (env.arch, "FA2GEN_ARCH", "SM90A", "sm80 or sm90"),
@@ -73,7 +79,90 @@ def test_every_variable_is_documented():
     assert len({variable.name for variable in env.VARIABLES}) == len(env.VARIABLES)
 
 
-def test_misspelt_variables_are_found(monkeypatch):
+def test_problems_name_what_is_wrong_and_what_is_misspelt(monkeypatch):
+    assert env.problems() == []
     monkeypatch.setenv("FA2GEN_CACHEDIR", "/tmp")
     monkeypatch.setenv("FA2GEN_CACHE_DIR", "/tmp")
-    assert env.unknown() == ["FA2GEN_CACHEDIR"]
+    monkeypatch.setenv("FA2GEN_JOBS", "0")
+    monkeypatch.setenv("FA2GEN_DISABLE_JIT", "maybe")
+    found = env.problems()
+    assert [next(name for name in ("JIT", "JOBS", "CACHEDIR") if name in text) for text in found] == [
+        "JIT",
+        "JOBS",
+        "CACHEDIR",
+    ]
+
+
+# No home -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [None, "~no_such_user/x", "relative"])
+def test_a_cache_without_a_home_is_a_private_temporary_one(monkeypatch, tmp_path, caplog, text):
+    """As in a container: no HOME, no name for the uid; or a current folder that was removed."""
+
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(log, "_warned", set())
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    if text:
+        monkeypatch.setenv("FA2GEN_CACHE_DIR", text)
+    if text == "relative":
+        gone = tmp_path / "gone"
+        gone.mkdir()
+        monkeypatch.chdir(gone)
+        gone.rmdir()
+    else:
+        monkeypatch.setattr(Path, "expanduser", nobody)
+        monkeypatch.setattr("platformdirs.user_cache_path", nobody)
+    for _ in range(3):
+        assert env.cache_dir() == tmp_path / f"fa2gen-{os.geteuid()}"
+    assert len(caplog.records) == 1 and "FA2GEN_CACHE_DIR" in caplog.text
+    if text:
+        assert repr(text) in caplog.text
+    monkeypatch.undo()
+
+
+def test_without_a_home_kernels_are_found_all_the_same(tmp_path):
+    """In a process of a uid that has neither: the case of a container, which monkeypatching may not tell whole."""
+    code = (
+        "import os, pwd\n"
+        "def nobody(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = nobody\n"
+        "from fa2gen.store import Store\n"
+        "print(Store().root, Store().list())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    environment |= {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{tmp_path}/fa2gen-{os.geteuid()} ()\n", done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_ahead_of_time_folder_without_a_meaning_is_not_there(monkeypatch):
+    monkeypatch.setenv("FA2GEN_AOT_DIR", "~no_such_user/x")
+    folder = env.aot_dir()
+    assert folder is not None and folder.is_absolute() and not folder.exists()
+
+
+# The library's logger ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "configured", "shown"),
+    [
+        ("INFO", "", ["fa2gen: news"]),
+        ("WARNING", "", []),
+        (None, "", []),
+        ("INFO", "logging.basicConfig(format='app %(message)s')", ["app news"]),
+        (None, "logging.basicConfig(format='app %(message)s', level='INFO')", ["app news"]),
+    ],
+)
+def test_the_level_is_the_library_s(level, configured, shown):
+    code = (
+        f"import logging; {configured or 'pass'}\nfrom fa2gen import log, store\nstore.Store(); log.logger.info('news')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "FA2GEN_LOG_LEVEL"}
+    environment |= {"FA2GEN_LOG_LEVEL": level} if level else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == shown

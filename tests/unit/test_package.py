@@ -99,7 +99,7 @@ def test_wheel_without_data_takes_no_stranger_s(site, tmp_path):
     """`templates` beside the package in site-packages is not ours."""
     (tmp_path / "fa2gen").mkdir()
     (tmp_path / "templates").mkdir()
-    for module in ("__init__.py", "_paths.py"):
+    for module in ("__init__.py", "_paths.py", "_version.py"):
         (tmp_path / "fa2gen" / module).write_bytes((site / "fa2gen" / module).read_bytes())
     code = (
         "from fa2gen import _paths\n"

@@ -21,15 +21,16 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fa2gen import __version__, store
+from fa2gen import __version__, files, log, store
 from fa2gen.compile import OPTIONS, Compiled, ResourceReport, Unit, cubin_is_whole, launch_facts
 from fa2gen.errors import CompileError, StoreError
+from fa2gen.files import TEMPORARY
 from fa2gen.store import Entry, Store, key_of, read_entry, write_entry, write_manifest
 
 FILES = ("kernel.cu", "kernel.cubin", "meta.json")
@@ -83,10 +84,10 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(store, "compile_unit", compile_unit)
     monkeypatch.setattr(store, "plan_unit", lambda plan, target: replace(UNIT, target=target))
-    monkeypatch.setattr(store, "_warned", set())
+    monkeypatch.setattr(log, "_warned", set())
     for name in ("FA2GEN_AOT_DIR", "FA2GEN_DISABLE_JIT"):
         monkeypatch.delenv(name, raising=False)
-    store._aot_kernels.cache_clear()
+    store.read_ahead_of_time.cache_clear()
     return units
 
 
@@ -100,7 +101,7 @@ def warnings(caplog) -> list[str]:
 
 
 def leftovers(root: Path) -> list[str]:
-    return [path.name for path in root.iterdir() if path.name.startswith(".tmp-")]
+    return [path.name for path in root.iterdir() if path.name.startswith(TEMPORARY)]
 
 
 # What a store does when nobody attacks it ----------------------------------------------------------------------------
@@ -176,13 +177,39 @@ def test_list_size_and_clear_touch_only_entries(root):
     cache = Store(root)
     cache.compile_once(UNIT)
     cache.compile_once(replace(UNIT, name="another"))
-    (root / "thesis").mkdir()
-    (root / "thesis" / "chapter-1").write_text("years of work")
+    library = {"kernel.so": b"ELF"}
+    meta = {"fa2gen": __version__, "sha256": files.seal(library)}
+    files.write_folder(root / "cpu" / f"machine-{'0' * 16}", library, meta, mode=0o700)
+    for stranger in ("thesis-0123456789abcdef/thesis.tex", ".tmp-backup/x", "plain/x", "cpu/thesis-0123456789abcdef/x"):
+        (root / stranger).parent.mkdir()
+        (root / stranger).write_text("years of work")
+    (root / key_of(UNIT).folder / "notes").write_text("years of work")
+    os.utime(root / ".tmp-backup", (0, 0))
     assert [entry.name for entry in cache.list()] == ["another", PLAN.name]
-    assert cache.size() == sum(f.stat().st_size for name in FILES for f in root.glob(f"*-*/{name}")) > 0
-    assert cache.clear() == 2
-    assert (cache.list(), cache.size()) == ((), 0)
-    assert (root / "thesis" / "chapter-1").exists()
+    kept = [*root.glob("*-*/kernel.*"), *root.glob("cpu/machine-*/kernel.so"), *root.glob("**/meta.json")]
+    assert cache.size() == sum(file.stat().st_size for file in kept) > 0
+    assert cache.clear() == 3
+    assert (cache.list(), cache.size(), cache.clear()) == ((), 0, 0)
+    cache.compile_once(UNIT)  # which sweeps what killed writers left
+    assert len([path for path in root.rglob("*") if path.is_file() and path.read_text() == "years of work"]) == 5
+    assert not (root / "cpu" / f"machine-{'0' * 16}").exists()
+
+
+def test_a_cache_that_cannot_be_cleared_is_an_error(root, monkeypatch):
+    cache = Store(root)
+    cache.compile_once(UNIT)
+    cache.compile_once(replace(UNIT, name="another"))
+    monkeypatch.setattr(os, "unlink", failing(errno.EROFS))
+    with pytest.raises(StoreError, match=f"2 of 2 kernels could not be removed from {root}"):
+        cache.clear()
+    monkeypatch.undo()
+    assert len(cache.list()) == 2
+
+
+def test_looking_makes_nothing(root):
+    cache = Store(root)
+    assert (cache.list(), cache.size(), cache.clear(), cache.try_load(key_of(UNIT))) == ((), 0, 0, None)
+    assert not root.exists()
 
 
 def test_threads_compile_a_key_once(root, monkeypatch, asked):
@@ -250,13 +277,21 @@ def test_no_flipped_bit_of_a_cubin_is_taken_for_an_entry(root, asked):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("how", ["missing", "a folder", "a dangling link"])
+@pytest.mark.parametrize("how", ["missing", "a folder", "a dangling link", "a pipe", "huge", "writable by others"])
 def test_an_unreadable_file_is_a_miss(root, name, how, asked):
     Store(root).compile_once(UNIT)
     file = root / key_of(UNIT).folder / name
-    file.unlink()
+    if how == "writable by others":
+        file.chmod(0o666)
+    else:
+        file.unlink()
     if how == "a folder":
         file.mkdir()
+    elif how == "a pipe":
+        os.mkfifo(file)
+    elif how == "huge":
+        with file.open("wb") as sparse:
+            sparse.truncate(1 << 30)
     elif how == "a dangling link":
         file.symlink_to("nowhere")
     heals(root, asked)
@@ -286,14 +321,23 @@ def test_foreign_json_is_a_miss(root, text, asked):
 
 @pytest.mark.parametrize(
     "change",
-    [{"schema": store.SCHEMA + 1}, {"key": "0" * 64}, {"report": {"registers": 1}}, {"report": None}, {"launch": ...}],
+    [
+        {"schema": store.SCHEMA + 1},
+        {"key": "0" * 64},
+        {"report": {"registers": 1}},
+        {"report": None},
+        {"report": {**asdict(compile_quietly(UNIT).report), "registers": "many"}},
+        {"report": {**asdict(compile_quietly(UNIT).report), "notes": [None]}},
+        {"launch": ...},
+        {"launch": "text"},
+        {"name": ["text"]},
+    ],
     ids=str,
 )
 def test_an_entry_of_another_kind_is_a_miss(root, change, asked):
-    entry = entry_of()
-    meta = {key: value for key, value in {**entry.meta, **change}.items() if value is not ...}
-    write_entry(root / key_of(UNIT).folder, replace(entry, meta=meta), mode=0o700)
-    root.chmod(0o700)
+    Store(root).compile_once(UNIT)
+    meta = {key: value for key, value in {**entry_of().meta, **change}.items() if value is not ...}
+    (root / key_of(UNIT).folder / "meta.json").write_text(json.dumps(meta))
     heals(root, asked)
 
 
@@ -306,19 +350,33 @@ def test_right_digests_do_not_make_a_cubin(root, asked):
     heals(root, asked)
 
 
-@pytest.mark.parametrize("what", ["a file", "an empty folder", "a full folder", "a dangling link"])
-def test_something_else_in_the_place_of_an_entry_is_replaced(root, what, asked):
-    root.mkdir(mode=0o700)
+def test_an_empty_folder_in_the_place_of_an_entry_is_replaced(root, asked):
+    (root / key_of(UNIT).folder).mkdir(mode=0o700, parents=True)
+    root.chmod(0o700)
+    heals(root, asked)
+
+
+@pytest.mark.parametrize("what", ["a file", "a folder", "a folder beside a damaged kernel", "a dangling link"])
+def test_what_fa2gen_did_not_make_stays_in_the_place_of_an_entry(root, what, asked, caplog):
     place = root / key_of(UNIT).folder
+    root.mkdir(mode=0o700)
     if what == "a file":
-        place.write_text("hello")
+        place.write_text("years of work")
     elif what == "a dangling link":
         place.symlink_to("nowhere")
     else:
-        place.mkdir(mode=0o700)
-        if what == "a full folder":
-            (place / "stranger").write_text("hello")
-    heals(root, asked)
+        if "damaged" in what:
+            Store(root).compile_once(UNIT)
+            (place / "kernel.cubin").write_bytes(b"")
+            asked.clear()
+        place.mkdir(mode=0o700, exist_ok=True)
+        (place / "notes").write_text("years of work")
+    before = {path for path in root.rglob("*") if ".locks" not in path.parts}
+    cache = Store(root)
+    assert cache.compile_once(UNIT).source == cache.compile_once(UNIT).source == UNIT.source
+    assert asked == [UNIT] and not cache.keeps(key_of(UNIT))
+    assert len(warnings(caplog)) == 1 and str(place) in warnings(caplog)[0]
+    assert {path for path in root.rglob("*") if ".locks" not in path.parts} == before
 
 
 # Other processes -----------------------------------------------------------------------------------------------------
@@ -380,6 +438,63 @@ def test_a_lock_that_is_held_too_long_is_not_waited_for(root, asked):
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize(
+    "code", [errno.ENOSYS, errno.ENOLCK, errno.EIO, errno.EOPNOTSUPP, errno.EINTR], ids=errno.errorcode.get
+)
+def test_a_file_system_without_locks_costs_one_warning(root, monkeypatch, code, asked, caplog):
+    monkeypatch.setattr(fcntl, "flock", failing(code))
+    monkeypatch.setattr(time, "sleep", None)  # nothing is waited for
+    cache = Store(root)
+    for name in ("one", "another"):
+        cache.compile_once(replace(UNIT, name=name))
+    assert len(asked) == len(cache.list()) == 2
+    assert len(warnings(caplog)) == 1 and "cannot be locked" in warnings(caplog)[0] and str(root) in warnings(caplog)[0]
+
+
+def test_a_lock_that_may_be_held_is_waited_for_and_says_so(root, monkeypatch, caplog):
+    """EACCES: held by a process of another machine, or no lock at all. Waited for, but not in silence."""
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EACCES))
+    monkeypatch.setattr(files, "_PATIENCE_SECONDS", 0.05)
+    assert Store(root, lock_seconds=0.2).compile_once(UNIT)
+    assert "waiting for another process" in warnings(caplog)[0] and "went on without the lock" in warnings(caplog)[1]
+
+
+def test_locks_leave_no_files(root):
+    Store(root).compile_once(UNIT)
+    assert not [*(root / ".locks").iterdir()]
+
+
+def test_a_lock_lets_one_in_at_a_time(tmp_path):
+    """Also while each removes the file that the others wait at."""
+    inside, most = [], []
+
+    def enter(number: int) -> None:
+        with files.lock(tmp_path / "lock", 60):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.001)
+            inside.remove(number)
+
+    with ThreadPoolExecutor(8) as pool:
+        [*pool.map(enter, range(100))]
+    assert most == [1] * 100
+
+
+def test_a_child_forked_while_a_thread_holds_the_lock_gets_the_kernel(root, monkeypatch):
+    """It waits for the parent's compilation: neither for a thread that it has not, nor for its own copy of the lock."""
+    slowly(monkeypatch)
+    cache = Store(root)
+    thread = threading.Thread(target=cache.compile_once, args=(UNIT,))
+    thread.start()
+    wait_for(lambda: [*root.glob(".locks/*")])
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # a child that hangs is ended by it
+        os._exit(0 if cache.compile_once(UNIT).source == UNIT.source else 1)
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_racing_writers_and_a_reader_see_whole_entries_only(root):
     writers = [start("overwrite", root, 60) for _ in range(2)]
     seen = set()
@@ -434,10 +549,15 @@ def test_a_root_that_is_a_file(root, asked, caplog):
 
 
 def test_a_read_only_root_serves_what_it_has(root, monkeypatch, asked, caplog):
+    real, read_only = os.open, failing(errno.EROFS)
     there = Store(root).compile_once(replace(UNIT, name="there"))
     asked.clear()
     monkeypatch.setattr(tempfile, "mkdtemp", lambda dir, **options: failing(errno.EROFS)(dir))
-    monkeypatch.setattr("filelock.FileLock.acquire", failing(errno.EROFS))
+    monkeypatch.setattr(
+        os,
+        "open",
+        lambda path, flags, *mode: (read_only if flags & os.O_CREAT else real)(path, flags, *mode),
+    )
     cache = works_in_memory(root, asked, caplog)
     assert cache.try_load(key_of(replace(UNIT, name="there"))) == there
 
@@ -496,7 +616,9 @@ def test_a_root_that_others_can_write_is_not_used(root, mode, asked, caplog):
     works_in_memory(root, asked, caplog)
     assert "chmod go-w" in warnings(caplog)[0]
     assert sorted(root.rglob("*")) == before
-    assert Store(root).list() == () and Store(root).clear() == 0
+    assert Store(root).list() == ()
+    with pytest.raises(StoreError, match="chmod go-w"):
+        Store(root).clear()
 
 
 def test_a_root_of_another_user_is_not_used(root, monkeypatch, asked, caplog):
@@ -539,6 +661,11 @@ def manifest(folder: Path, **changes: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def row_of(folder: Path, place: object) -> dict[str, object]:
+    row: dict[str, object] = json.loads((folder / "manifest.json").read_text())["kernels"][0]
+    return {**row, "folder": place}
+
+
 def test_a_kernel_built_ahead_needs_no_generator_and_no_cache(aot, root, monkeypatch, asked):
     monkeypatch.setattr(store, "plan_unit", None)
     entry = Store(root).get_or_compile(PLAN)
@@ -562,17 +689,39 @@ def test_a_kernel_that_was_not_built_ahead_is_compiled(aot, root, asked, caplog)
         (lambda folder: (folder / "manifest.json").unlink(), "cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "cannot be read"),
         (lambda folder: folder.chmod(0o777), "others can write it"),
+        (lambda folder: (folder / PLAN.name).chmod(0o775), "others can write it"),
+        (lambda folder: (folder / PLAN.name / "kernel.cubin").chmod(0o666), "others can write its files"),
+        (lambda folder: (folder / "manifest.json").chmod(0o666), "others can write it"),
+        (lambda folder: manifest(folder, kernels=[row_of(folder, "../outside")]), "'../outside'"),
+        (lambda folder: manifest(folder, kernels=[row_of(folder, "/outside")]), "'/outside'"),
+        (lambda folder: manifest(folder, kernels=[row_of(folder, "..")]), "'..'"),
+        (lambda folder: manifest(folder, kernels=[row_of(folder, "a\0b")]), "no folder in it"),
+        (lambda folder: manifest(folder, kernels=[row_of(folder, 7)]), "cannot be read"),
         (lambda folder: (folder / PLAN.name / "kernel.cubin").write_bytes(b"\x7fELF"), "is damaged"),
         (lambda folder: (folder / PLAN.name / "kernel.cubin").unlink(), "is damaged"),
+        (lambda folder: (folder / PLAN.name / "meta.json").write_text("{}"), "is damaged"),
     ],
 )
-def test_an_unfit_folder_is_a_miss_with_one_warning(aot, root, spoil, reason, asked, caplog):
+def test_an_unfit_folder_is_a_miss_with_one_warning(aot, root, spoil, reason, monkeypatch, asked, caplog):
     spoil(aot)
     cache = Store(root)
     for _ in range(3):
         assert cache.get_or_compile(PLAN).source == UNIT.source
     assert len(asked) == 1
     assert len(warnings(caplog)) == 1 and str(aot) in warnings(caplog)[0] and reason in warnings(caplog)[0]
+
+    monkeypatch.setenv("FA2GEN_DISABLE_JIT", "1")
+    with pytest.raises(StoreError) as caught:
+        Store(root / "empty").get_or_compile(PLAN)
+    assert reason in str(caught.value) and str(aot) in str(caught.value)
+
+
+def test_a_folder_of_another_user_is_named_in_the_error(aot, root, monkeypatch):
+    monkeypatch.setenv("FA2GEN_DISABLE_JIT", "1")
+    monkeypatch.setattr(files, "installed", lambda: {4711})
+    monkeypatch.setattr(store, "installed", lambda: {4711})
+    with pytest.raises(StoreError, match="belongs to uid"):
+        Store(root).get_or_compile(PLAN)
 
 
 def test_a_kernel_with_other_launch_facts_is_not_used(aot, root, asked, caplog):
