@@ -83,7 +83,7 @@ def cache_size(as_json: AsJson = False) -> None:
 
 @cache_app.command(
     "clear",
-    help="Remove every kernel from the cache, also the libraries that run them on the CPU; they are compiled again when needed.",
+    help="Remove every kernel from the cache, with the CPU's libraries; they are compiled again when needed.",
     epilog=examples("fa2gen cache clear"),
 )
 def cache_clear() -> None:
