@@ -20,12 +20,14 @@ from jinja2.lexer import Token, TokenStream
 from fa2gen import ptx
 from fa2gen._paths import data_dir
 from fa2gen.errors import RenderError
-from fa2gen.plan import KernelPlan
+from fa2gen.plan import KernelPlan, recipe
 from fa2gen.source import Rendered, prune, with_contents
 
-__all__ = ["Rendered", "Target", "finish", "render", "template_names"]
+__all__ = ["Rendered", "Target", "finish", "render", "render_launcher", "template_names"]
 
 Target = Literal["cuda", "cpu"]
+
+LAUNCHER = "common/launcher.cc.j2"
 
 _MARK = "\x02{name}:{line}\x03"
 _MARK_PATTERN = re.compile("\x02([^\x03]*)\x03")
@@ -53,9 +55,15 @@ def _relative(path: str) -> str:
     return Path(path).relative_to(data_dir("templates")).as_posix()
 
 
-def finish(text: str) -> Rendered:
-    """What a template of the environment gave, without marks and without what no kernel in it uses."""
-    return with_contents(prune(_strip_marks(text)))
+def finish(text: str, name: str) -> Rendered:
+    """What a template of the environment gave, without marks and without what no kernel in it uses.
+
+    Raises RenderError, which says that it is about `name`.
+    """
+    try:
+        return with_contents(prune(_strip_marks(text)))
+    except RenderError as error:
+        raise RenderError(f"{name}: {error}") from error
 
 
 def _strip_marks(text: str) -> Rendered:
@@ -112,21 +120,29 @@ def _environment(target: Target) -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals = {"ptx": ptx, "hex32": _hex32, "range": range}
+    environment.globals = {"ptx": ptx, "recipe": recipe, "hex32": _hex32, "range": range}
     return environment
 
 
 def render(plan: KernelPlan, target: Target = "cuda") -> Rendered:
     """The source of one kernel. Raises RenderError with the template's name and line."""
+    return finish(_text(plan, plan.template, target), plan.name)
+
+
+def render_launcher(plan: KernelPlan) -> Rendered:
+    """A launcher for one kernel's cubin: C++17 over the driver API, to be compiled alone or behind the kernel."""
+    return _strip_marks(_text(plan, LAUNCHER, "cuda"))
+
+
+def _text(plan: KernelPlan, template: str, target: Target) -> str:
+    """What a template makes of a plan, with marks. Raises RenderError."""
     try:
-        return finish(_environment(target).get_template(plan.template).render(k=plan))
+        return _environment(target).get_template(template).render(k=plan)
     except jinja2.TemplateSyntaxError as error:
         where = _relative(error.filename) if error.filename else error.name
         raise RenderError(f"{plan.name}: {where}:{error.lineno}: {error.message}") from error
     except jinja2.TemplateNotFound as error:
         raise RenderError(f"{plan.name}: no template {error.name}, which the {target} target needs") from error
-    except RenderError as error:
-        raise RenderError(f"{plan.name}: {error}") from error
     except (jinja2.UndefinedError, TypeError, AttributeError) as error:
         raise RenderError(f"{plan.name}: {_template_line(error)}{error}") from error
 

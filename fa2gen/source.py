@@ -68,7 +68,7 @@ class _Part:
 
 
 def prune(rendered: Rendered) -> Rendered:
-    """The source without the definitions that no kernel reaches, their comments, and sections that are then empty.
+    """The source without the definitions that no kernel reaches, their comments, and sections that they leave empty.
 
     A definition is reached by its name: all functions of one name stay if one does. A source without a kernel stays as
     it is. Raises RenderError for a line at top level that is no definition of a known shape.
@@ -172,8 +172,9 @@ def _stays(parts: list[_Part], index: int, alive: set[int], origins: tuple[str, 
         return index in alive
     if part.kind == "heading":
         # A section is its own file's; what follows of another file without a heading is not what it announces.
+        about = [i for i in _section(parts, index) if parts[i].kind == "definition"]
         file = origins[part.first].rpartition(":")[0]
-        return any(i in alive and origins[parts[i].first].rpartition(":")[0] == file for i in _section(parts, index))
+        return not about or any(i in alive and origins[parts[i].first].rpartition(":")[0] == file for i in about)
     if part.kind == "comment" and index > 0:  # the first is the banner
         about = list(_followers(parts, index))
         return not about or any(i in alive or parts[i].kind == "frame" for i in about)

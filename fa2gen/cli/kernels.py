@@ -51,6 +51,7 @@ NAME = "fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8"
         "fa2gen render my.toml",
         f"fa2gen render {NAME} --origins",
         "fa2gen render --head-dim 128 --target cpu    the same, for a C++ compiler",
+        "fa2gen render --head-dim 128 --with-host     with a launcher in C++",
     ),
 )
 @takes_kernels("typical")
@@ -58,11 +59,17 @@ def render(
     asked: Asked,
     target: Annotated[Literal["cuda", "cpu"], typer.Option(help="Which compiler it is for.")] = "cuda",
     origins: Annotated[bool, typer.Option("--origins", help="Show which template line each line came from.")] = False,
+    with_host: Annotated[bool, typer.Option("--with-host", help="Add a launcher in C++ (driver API).")] = False,
 ) -> None:
     from fa2gen.plan import make_plan
     from fa2gen.render import render as render_plan
+    from fa2gen.render import render_launcher
 
-    for rendered in [render_plan(make_plan(one.kernel()), target) for one in asked.wanted()]:
+    if with_host and target == "cpu":
+        raise typer.BadParameter("--with-host adds a launcher for a GPU's kernel: leave --target cpu out")
+    plans = [make_plan(one.kernel()) for one in asked.wanted()]
+    parts = [part for plan in plans for part in (render_plan(plan, target), *([render_launcher(plan)] * with_host))]
+    for rendered in parts:
         lines = rendered.source.splitlines()
         if origins:
             width = max(map(len, rendered.origins))

@@ -8,7 +8,7 @@
 //   launch   256 threads, 164864 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,  139 Threads,  158 Arithmetic,  173 Shared memory,  182 Global memory,
 //             244 cp.async,  296 What is visible,  505 Softmax and its gradient,  555 Matrix products,
-//             688 Registers to shared memory,  818 Kernels
+//             688 Registers to shared memory,  818 Kernels, 1012 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -1008,5 +1008,29 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d128
                                           m_block * kTileM + copy.row, batch_head % p.num_heads, copy.column);
     store_tile(smem, kTileM, kQPanelBytes, dq, copy, seqlen_of(p, batch_head / p.num_heads).q - m_block * kTileM);
 }
+
+// Launch --------------------------------------------------------------------------------------------------------------
+// Compile with nvcc -std=c++17 -arch=sm_80 -cubin, or with NVRTC.
+// `fa2gen render fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8 --with-host` adds a launcher in C++.
+//
+// Kernels, one after the other on one stream; each takes Params by value:
+//   fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8_preprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
+//   fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8
+//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 256 threads, 164864 bytes of dynamic shared memory
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 164864
+//   fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8_postprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 16384 bytes of dynamic shared memory
+// Sizes, in whole numbers:
+//   num_heads_per_kv = num_heads / num_heads_kv
+//   num_m_blocks = (seqlen_q + 63) / 64
+//   num_n_blocks = (seqlen_k + 127) / 128
+//   num_batch_heads_kv = batch * num_heads_kv
+//   heads_per_section = min(max(1, 33554432 / (num_heads_per_kv * seqlen_q * 1024)), batch * num_heads_kv)
+//   softmax_scale_log2 = softmax_scale * 1.4426950408889634
+// Device memory beside the tensors, in 4-byte numbers:
+//   lse_log2: num_m_blocks * num_heads * batch * 64
+//   dpsum: num_m_blocks * num_heads * batch * 64
+//   dq_acc: num_m_blocks * num_heads * batch * 8192
 
 }  // namespace fa2gen::fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8

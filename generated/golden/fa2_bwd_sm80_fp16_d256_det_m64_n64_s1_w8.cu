@@ -8,7 +8,7 @@
 //   launch   256 threads, 147968 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,  139 Threads,  158 Arithmetic,  173 Shared memory,  182 Global memory,
 //             267 cp.async,  319 What is visible,  528 Softmax and its gradient,  578 Matrix products,
-//             711 Registers to shared memory,  803 Turns,  872 Kernels
+//             711 Registers to shared memory,  803 Turns,  872 Kernels, 1069 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -1065,5 +1065,30 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_fp16_d256
                                           m_block * kTileM + copy.row, batch_head % p.num_heads, copy.column);
     store_tile(smem, kTileM, kQPanelBytes, dq, copy, seqlen_of(p, batch_head / p.num_heads).q - m_block * kTileM);
 }
+
+// Launch --------------------------------------------------------------------------------------------------------------
+// Compile with nvcc -std=c++17 -arch=sm_80 -cubin, or with NVRTC.
+// `fa2gen render fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8 --with-host` adds a launcher in C++.
+//
+// Kernels, one after the other on one stream; each takes Params by value:
+//   fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8_preprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
+//   fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8
+//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 256 threads, 147968 bytes of dynamic shared memory
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 147968
+//   fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8_postprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 32768 bytes of dynamic shared memory
+// Sizes, in whole numbers:
+//   num_heads_per_kv = num_heads / num_heads_kv
+//   num_m_blocks = (seqlen_q + 63) / 64
+//   num_n_blocks = (seqlen_k + 63) / 64
+//   num_batch_heads_kv = batch * num_heads_kv
+//   heads_per_section = min(max(1, 33554432 / (num_heads_per_kv * seqlen_q * 2048)), batch * num_heads_kv)
+//   softmax_scale_log2 = softmax_scale * 1.4426950408889634
+// Device memory beside the tensors, in 4-byte numbers:
+//   lse_log2: num_m_blocks * num_heads * batch * 64
+//   dpsum: num_m_blocks * num_heads * batch * 64
+//   dq_acc: num_m_blocks * num_heads * batch * 16384
+//   dq_turns: num_m_blocks * num_heads * batch
 
 }  // namespace fa2gen::fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8

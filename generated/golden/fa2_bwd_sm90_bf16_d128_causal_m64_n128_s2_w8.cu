@@ -9,7 +9,7 @@
 //   contents   32 Problem and tiling,   52 Shared memory,  120 Threads,  150 Arithmetic,  172 Shared memory,
 //             205 Global memory,  227 mbarriers,  271 TMA,  308 Bulk copies,  376 wgmma,  499 What is visible,
 //             540 Softmax and its gradient,  635 Pipelines,  678 Loads,  715 Matrix products,  753 Staging,
-//             809 Producer,  859 Consumer,  980 Kernels
+//             809 Producer,  859 Consumer,  980 Kernels, 1126 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1122,5 +1122,37 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
         tma_store_wait();
     }
 }
+
+// Launch --------------------------------------------------------------------------------------------------------------
+// Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
+// `fa2gen render fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8 --with-host` adds a launcher in C++.
+//
+// Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
+//   fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_preprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
+//   fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8
+//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 197728 bytes of dynamic shared memory
+//     maps of q, k, v, dout, dk, dv
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 197728
+//     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
+//   fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_postprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 16384 bytes of dynamic shared memory
+//     maps of dq
+//     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
+// Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes
+//   q, dout, dq: box 64 x 64 x 1 x 1, swizzle 128 bytes
+//   k, v: box 64 x 128 x 1 x 1, swizzle 128 bytes
+//   dk, dv: box 64 x 16 x 1 x 1, swizzle 128 bytes
+// Sizes, in whole numbers:
+//   num_heads_per_kv = num_heads / num_heads_kv
+//   num_m_blocks = (seqlen_q + 63) / 64
+//   num_n_blocks = (seqlen_k + 127) / 128
+//   num_batch_heads_kv = batch * num_heads_kv
+//   heads_per_section = min(max(1, 33554432 / (num_heads_per_kv * seqlen_q * 1024)), batch * num_heads_kv)
+//   softmax_scale_log2 = softmax_scale * 1.4426950408889634
+// Device memory beside the tensors, in 4-byte numbers:
+//   lse_log2: num_m_blocks * num_heads * batch * 64
+//   dpsum: num_m_blocks * num_heads * batch * 64
+//   dq_acc: num_m_blocks * num_heads * batch * 8192
 
 }  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8

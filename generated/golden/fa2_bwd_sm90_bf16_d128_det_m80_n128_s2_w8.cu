@@ -9,7 +9,7 @@
 //   contents   33 Problem and tiling,   53 Shared memory,  122 Threads,  152 Arithmetic,  174 Shared memory,
 //             207 Global memory,  252 mbarriers,  296 TMA,  333 Bulk copies,  406 wgmma,  533 What is visible,
 //             575 Softmax and its gradient,  670 Pipelines,  713 Loads,  750 Matrix products,  788 Staging,
-//             844 Producer,  876 Turns,  914 Consumer, 1035 Kernels
+//             844 Producer,  876 Turns,  914 Consumer, 1035 Kernels, 1184 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1180,5 +1180,38 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_det_m80
         tma_store_wait();
     }
 }
+
+// Launch --------------------------------------------------------------------------------------------------------------
+// Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
+// `fa2gen render fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8 --with-host` adds a launcher in C++.
+//
+// Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
+//   fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8_preprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
+//   fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8
+//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 230752 bytes of dynamic shared memory
+//     maps of q, k, v, dout, dk, dv
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 230752
+//     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
+//   fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8_postprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 20480 bytes of dynamic shared memory
+//     maps of dq
+//     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
+// Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes
+//   q, dout, dq: box 64 x 80 x 1 x 1, swizzle 128 bytes
+//   k, v: box 64 x 128 x 1 x 1, swizzle 128 bytes
+//   dk, dv: box 64 x 16 x 1 x 1, swizzle 128 bytes
+// Sizes, in whole numbers:
+//   num_heads_per_kv = num_heads / num_heads_kv
+//   num_m_blocks = (seqlen_q + 79) / 80
+//   num_n_blocks = (seqlen_k + 127) / 128
+//   num_batch_heads_kv = batch * num_heads_kv
+//   heads_per_section = min(max(1, 33554432 / (num_heads_per_kv * seqlen_q * 1024)), batch * num_heads_kv)
+//   softmax_scale_log2 = softmax_scale * 1.4426950408889634
+// Device memory beside the tensors, in 4-byte numbers:
+//   lse_log2: num_m_blocks * num_heads * batch * 80
+//   dpsum: num_m_blocks * num_heads * batch * 80
+//   dq_acc: num_m_blocks * num_heads * batch * 10240
+//   dq_turns: num_m_blocks * num_heads * batch
 
 }  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8

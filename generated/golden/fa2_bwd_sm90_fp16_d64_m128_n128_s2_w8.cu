@@ -9,7 +9,7 @@
 //   contents   32 Problem and tiling,   52 Shared memory,  119 Threads,  149 Arithmetic,  171 Shared memory,
 //             204 Global memory,  226 mbarriers,  270 TMA,  307 Bulk copies,  375 wgmma,  498 What is visible,
 //             536 Softmax and its gradient,  626 Pipelines,  669 Loads,  706 Matrix products,  743 Staging,
-//             799 Producer,  849 Consumer,  970 Kernels
+//             799 Producer,  849 Consumer,  970 Kernels, 1112 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1108,5 +1108,34 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_fp16_d64_m128_n12
         tma_store_wait();
     }
 }
+
+// Launch --------------------------------------------------------------------------------------------------------------
+// Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
+// `fa2gen render fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8 --with-host` adds a launcher in C++.
+//
+// Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
+//   fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8_preprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
+//   fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8
+//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 198752 bytes of dynamic shared memory
+//     maps of q, k, v, dout, dk, dv
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 198752
+//     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
+//   fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8_postprocess
+//     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 16384 bytes of dynamic shared memory
+//     maps of dq
+//     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
+// Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes
+//   q, k, v, dout, dq: box 64 x 128 x 1 x 1, swizzle 128 bytes
+//   dk, dv: box 64 x 16 x 1 x 1, swizzle 128 bytes
+// Sizes, in whole numbers:
+//   num_heads_per_kv = num_heads / num_heads_kv
+//   num_m_blocks = (seqlen_q + 127) / 128
+//   num_n_blocks = (seqlen_k + 127) / 128
+//   softmax_scale_log2 = softmax_scale * 1.4426950408889634
+// Device memory beside the tensors, in 4-byte numbers:
+//   lse_log2: num_m_blocks * num_heads * batch * 128
+//   dpsum: num_m_blocks * num_heads * batch * 128
+//   dq_acc: num_m_blocks * num_heads * batch * 8192
 
 }  // namespace fa2gen::fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8

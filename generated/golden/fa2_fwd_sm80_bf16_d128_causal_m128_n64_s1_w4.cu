@@ -8,7 +8,7 @@
 //   launch   128 threads, 65536 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,   88 Threads,  106 Arithmetic,  133 Shared memory,  142 Global memory,
 //             171 cp.async,  223 What is visible,  262 Online softmax,  408 Pipeline,  447 Matrix products,
-//             523 Epilogue,  611 Kernel
+//             523 Epilogue,  611 Kernel,  682 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -678,5 +678,18 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_bf16_d
 
     finish(p, s, acc_o, row_max, row_sum, first_row, bidh, bidb, recompute(thread));
 }
+
+// Launch --------------------------------------------------------------------------------------------------------------
+// Compile with nvcc -std=c++17 -arch=sm_80 -cubin, or with NVRTC.
+// `fa2gen render fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4 --with-host` adds a launcher in C++.
+//
+// Kernel; it takes Params by value:
+//   fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4
+//     grid (num_m_blocks, num_heads, batch), 128 threads, 65536 bytes of dynamic shared memory
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 65536
+// Sizes, in whole numbers:
+//   num_heads_per_kv = num_heads / num_heads_kv
+//   num_m_blocks = (seqlen_q + 127) / 128
+//   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 
 }  // namespace fa2gen::fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4

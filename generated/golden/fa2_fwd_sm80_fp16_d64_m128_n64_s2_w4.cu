@@ -8,7 +8,7 @@
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,   89 Threads,  107 Arithmetic,  134 Shared memory,  143 Global memory,
 //             172 cp.async,  224 What is visible,  261 Online softmax,  407 Pipeline,  465 Matrix products,
-//             548 Epilogue,  636 Kernel
+//             548 Epilogue,  636 Kernel,  710 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -706,5 +706,17 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
 
     finish(p, s, acc_o, row_max, row_sum, first_row, bidh, bidb, recompute(thread));
 }
+
+// Launch --------------------------------------------------------------------------------------------------------------
+// Compile with nvcc -std=c++17 -arch=sm_80 -cubin, or with NVRTC.
+// `fa2gen render fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4 --with-host` adds a launcher in C++.
+//
+// Kernel; it takes Params by value:
+//   fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4
+//     grid (num_m_blocks, num_heads, batch), 128 threads, 49152 bytes of dynamic shared memory
+// Sizes, in whole numbers:
+//   num_heads_per_kv = num_heads / num_heads_kv
+//   num_m_blocks = (seqlen_q + 127) / 128
+//   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 
 }  // namespace fa2gen::fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4

@@ -9,7 +9,7 @@
 //   contents   27 Problem and tiling,   45 Shared memory,   93 Threads,  127 Arithmetic,  165 Shared memory,
 //             186 Global memory,  200 mbarriers,  244 TMA,  302 wgmma,  404 What is visible,  450 Online softmax,
 //             574 Pipelines,  602 Loads,  654 Matrix products,  681 Epilogue,  726 Producer,  775 Consumer,
-//             924 Kernel
+//             924 Kernel,  964 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -960,5 +960,27 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         consume(map_o, p, smem, barriers, warp / 4 - 1, warp % 4);
     }
 }
+
+// Launch --------------------------------------------------------------------------------------------------------------
+// Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
+// `fa2gen render fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8 --with-host` adds a launcher in C++.
+//
+// Kernel; it takes tensor maps, then Params, by value:
+//   fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8
+//     grid (min(num_tiles, num_sms), 1, 1), 384 threads, 229504 bytes of dynamic shared memory
+//     maps of q, k, v, o
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 229504
+// Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes
+//   q, k, v: box 64 x 128 x 1 x 1, swizzle 128 bytes
+//   o: box 64 x 16 x 1 x 1, swizzle 128 bytes
+// Sizes, in whole numbers:
+//   num_heads_per_kv = num_heads / num_heads_kv
+//   num_m_blocks = (seqlen_q + 127) / 128
+//   num_tiles = num_m_blocks * batch * num_heads
+//   num_batch_heads = batch * num_heads
+//   heads_per_section = min(max(1, 33554432 / (seqlen_k * 512)) * num_heads_per_kv, batch * num_heads)
+//   softmax_scale_log2 = softmax_scale * 1.4426950408889634
+// Device memory beside the tensors, in 4-byte numbers:
+//   tile_counter: 1; all zeros before the first launch, and left so
 
 }  // namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8

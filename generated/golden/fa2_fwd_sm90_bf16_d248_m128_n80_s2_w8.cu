@@ -9,7 +9,7 @@
 //   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  125 Arithmetic,  163 Shared memory,
 //             184 Global memory,  198 mbarriers,  242 TMA,  315 wgmma,  433 What is visible,  477 Online softmax,
 //             596 Pipelines,  624 Loads,  676 Matrix products,  703 Epilogue,  749 Producer,  798 Consumer,
-//             939 Kernel
+//             939 Kernel,  979 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -975,5 +975,26 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         consume(map_o, p, smem, barriers, warp / 4 - 1, warp % 4);
     }
 }
+
+// Launch --------------------------------------------------------------------------------------------------------------
+// Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
+// `fa2gen render fa2_fwd_sm90_bf16_d248_m128_n80_s2_w8 --with-host` adds a launcher in C++.
+//
+// Kernel; it takes tensor maps, then Params, by value:
+//   fa2_fwd_sm90_bf16_d248_m128_n80_s2_w8
+//     grid (min(num_tiles, num_sms), 1, 1), 384 threads, 229472 bytes of dynamic shared memory
+//     maps of q, k, v, o
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 229472
+// Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes
+//   q: box 64 x 128 x 1 x 1, swizzle 128 bytes
+//   k, v: box 64 x 80 x 1 x 1, swizzle 128 bytes
+//   o: box 64 x 16 x 1 x 1, swizzle 128 bytes
+// Sizes, in whole numbers:
+//   num_heads_per_kv = num_heads / num_heads_kv
+//   num_m_blocks = (seqlen_q + 127) / 128
+//   num_tiles = num_m_blocks * batch * num_heads
+//   softmax_scale_log2 = softmax_scale * 1.4426950408889634
+// Device memory beside the tensors, in 4-byte numbers:
+//   tile_counter: 1; all zeros before the first launch, and left so
 
 }  // namespace fa2gen::fa2_fwd_sm90_bf16_d248_m128_n80_s2_w8

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from fa2gen.arch import ARCHES
+from fa2gen.plan import make_plan
+from fa2gen.render import render, render_launcher
 from fa2gen.spec import KernelSpec
 from tests.unit.test_golden import NAMES, path_of
 
@@ -43,3 +45,15 @@ def test_all_of_an_architecture_in_one_file_behind_headers(tmp_path, arch):
     target = ARCHES[arch].target
     gencode = f"arch=compute_{target.removeprefix('sm_')},code={target}"
     nvcc("-gencode", gencode, "-c", "-o", tmp_path / "all.o", source)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_d128_" in name])
+def test_with_its_launcher(tmp_path, name):
+    """What `fa2gen render --with-host` prints, for both of nvcc's ways to compile it."""
+    plan = make_plan(KernelSpec.from_name(name))
+    source = tmp_path / "attention.cu"
+    source.write_text(render(plan).source + render_launcher(plan).source)
+    warnings = nvcc(f"-arch={plan.target}", "-cubin", "-o", tmp_path / "kernel.cubin", source)
+    gencode = f"arch=compute_{plan.target.removeprefix('sm_')},code={plan.target}"
+    warnings += nvcc("-gencode", gencode, "-Xcompiler", "-Wall", "-c", "-o", tmp_path / "all.o", source)
+    assert not warnings

@@ -93,7 +93,7 @@ def source(probe: Probe, target: str) -> Rendered:
 
 def _source(template: str, target: str, k: SimpleNamespace) -> Rendered:
     text = (FOLDER / f"{template}.cu.j2").read_text(encoding="utf-8")
-    return finish(_environment(target).from_string(text).render(k=k))
+    return finish(_environment(target).from_string(text).render(k=k), template)
 
 
 def run_on_cpu(probe: Probe, **options: object) -> Values:

@@ -254,6 +254,18 @@ def test_render_is_what_the_library_renders():
     assert fa2("render", NAME).stdout == render(make_plan(KernelSpec.from_name(NAME))).source
 
 
+def test_render_with_a_launcher():
+    from fa2gen.render import render, render_launcher
+
+    plan = make_plan(KernelSpec.from_name(NAME))
+    shown = fa2("render", NAME, "--with-host").stdout
+    assert shown == render(plan).source + render_launcher(plan).source
+    origins = fa2("render", NAME, "--with-host", "--origins").stdout.splitlines()
+    assert len(origins) == len(shown.splitlines()) and origins[-1].startswith("common/launcher.cc.j2:")
+    refused = fa2("render", NAME, "--with-host", "--target", "cpu")
+    assert refused.status == ExitStatus.USAGE and "--target" in refused.stderr
+
+
 def test_render_origins():
     lines = fa2("render", NAME, "--origins").stdout.splitlines()
     assert len(lines) == len(fa2("render", NAME).stdout.splitlines())

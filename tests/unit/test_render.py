@@ -231,7 +231,7 @@ def test_cuda_is_not_escaped(plan):
 
 def test_templates_see_nothing_else():
     environment = render_module._environment("cuda")
-    assert set(environment.globals) == {"ptx", "hex32", "range"}
+    assert set(environment.globals) == {"ptx", "recipe", "hex32", "range"}
     assert environment.undefined is jinja2.StrictUndefined and not environment.autoescape
     assert environment.trim_blocks and environment.lstrip_blocks and environment.keep_trailing_newline
 

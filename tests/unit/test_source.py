@@ -106,6 +106,11 @@ def test_an_empty_section_goes():
     assert left == "void work() {}\n" + KERNEL
 
 
+def test_a_section_of_text_stays():
+    text = "void work() {}\n" + KERNEL + "\n// Launch ---\n// As you like.\n"
+    assert prune(rendered(text)).source == text
+
+
 def test_the_frame_of_a_namespace_stays():
     kept = pruned("#include <cuda.h>\nnamespace one {\n\nvoid work() {}\n") + "\n}  // namespace one\n"
     assert prune(rendered(kept)).source == kept and kept.startswith("#include <cuda.h>\nnamespace one {\n\nvoid work")

@@ -1,0 +1,219 @@
+"""How a kernel is launched, in formulas and words: for whoever takes a rendered source into another project.
+
+The comment at the end of every render and the C++ launcher of `fa2gen render --with-host` are made of these. Formulas
+are C++ over 64-bit integers, and Python's too but for `/`; tests hold them to what `fa2gen.launch` computes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+from fa2gen.features import Param
+from fa2gen.layout import ELEMENT_BYTES
+from fa2gen.plan.base import EntryPoint, KernelPlan, TensorMapPlan
+from fa2gen.plan.bwd import BackwardPlan
+
+__all__ = [
+    "NUMBER_BYTES",
+    "SECTION_BYTES",
+    "arguments",
+    "braced",
+    "call_fields",
+    "given",
+    "grid",
+    "host_type",
+    "limits",
+    "lines",
+    "maps",
+    "memory",
+    "passed_on",
+    "row_bytes",
+    "shared_bytes",
+    "sizes",
+    "strided",
+    "tensor_sizes",
+]
+
+NUMBER_BYTES = 4  # of every scratch number: fp32 or int32
+DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may have without being asked
+
+# K and V of the heads in flight should stay in L2: 32 MiB of an H200's 50 leave room for Q and O (4k causal, d = 128:
+# 587 TFLOP/s against 520 head by head, and 505 with all heads together).
+SECTION_BYTES = 32 << 20
+
+
+def sizes(plan: KernelPlan) -> dict[str, str]:
+    """Name -> formula of what a plan's launch computes from batch, seqlen_q, seqlen_k, num_heads, num_heads_kv and
+    softmax_scale; later ones use earlier ones."""
+    tiling = plan.tiling
+    if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
+        read = f"num_heads_per_kv * seqlen_q * {2 * row_bytes(plan) + plan.problem.head_dim * NUMBER_BYTES}"
+        section = f"min(max(1, {SECTION_BYTES} / ({read})), batch * num_heads_kv)"
+    else:  # whole groups of query heads that share K and V
+        read = f"seqlen_k * {2 * row_bytes(plan)}"
+        section = f"min(max(1, {SECTION_BYTES} / ({read})) * num_heads_per_kv, batch * num_heads)"
+    found = {
+        "num_heads_per_kv": "num_heads / num_heads_kv",
+        "num_m_blocks": f"(seqlen_q + {tiling.tile_m - 1}) / {tiling.tile_m}",
+        "num_n_blocks": f"(seqlen_k + {tiling.tile_n - 1}) / {tiling.tile_n}",
+        "num_tiles": "num_m_blocks * batch * num_heads",
+        "num_batch_heads": "batch * num_heads",
+        "num_batch_heads_kv": "batch * num_heads_kv",
+        "heads_per_section": section,
+        "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
+    }
+    grids = (text for entry in plan.entry_points for text in grid(entry))
+    wanted = {param.name for param in plan.params} | _words(*grids, *memory(plan).values(), *limits(plan))
+    for name in reversed(found):
+        if name in wanted:
+            wanted |= _words(found[name])
+    return {name: text for name, text in found.items() if name in wanted}
+
+
+def _words(*formulas: str) -> set[str]:
+    return set(re.findall(r"[a-z]\w*", " ".join(formulas)))
+
+
+def grid(entry: EntryPoint) -> tuple[str, str, str]:
+    """Formulas of a kernel's grid; `num_sms` is the device's number of multiprocessors."""
+    return {
+        "persistent": ("min(num_tiles, num_sms)", "1", "1"),
+        "tiles": ("num_m_blocks", "num_heads", "batch"),
+        "query blocks": ("num_m_blocks * num_heads * batch", "1", "1"),
+        "key blocks": ("num_n_blocks * num_heads_kv * batch", "1", "1"),
+    }[entry.grid]
+
+
+def memory(plan: KernelPlan) -> dict[str, str]:
+    """Name -> formula of how many 4-byte numbers each of the plan's scratch memories holds."""
+    blocks = "num_m_blocks * num_heads * batch"
+    counts = {
+        "tile_counter": "1",
+        "lse_log2": f"{blocks} * {plan.tiling.tile_m}",
+        "dpsum": f"{blocks} * {plan.tiling.tile_m}",
+        "dq_turns": blocks,
+    }
+    if isinstance(plan, BackwardPlan):
+        counts["dq_acc"] = f"{blocks} * {plan.dq_block_floats}"
+    return {scratch.name: counts[scratch.name] for scratch in plan.scratch}
+
+
+def limits(plan: KernelPlan) -> list[str]:
+    """Formulas of what must be less than 2^31, as the kernels count in 32 bits."""
+    found = ["seqlen_q", "seqlen_k", "num_m_blocks * batch * num_heads + num_sms"]
+    if plan.problem.direction == "bwd":
+        rows = f"num_m_blocks * {plan.tiling.tile_m} * num_heads_per_kv"
+        found += ["num_n_blocks * batch * num_heads_kv", rows, f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"]
+    return found
+
+
+def row_bytes(plan: KernelPlan) -> int:
+    """Of one row of a (batch, seqlen, heads, head_dim) tensor."""
+    return plan.problem.head_dim * ELEMENT_BYTES
+
+
+def maps(plan: KernelPlan) -> list[TensorMapPlan]:
+    """Every kernel's tensor maps, in the order in which they are passed."""
+    return [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps]
+
+
+def tensor_sizes(plan: KernelPlan, tensor_map: TensorMapPlan) -> str:
+    """The rows and heads of the tensor that a map describes, as arguments in the launcher."""
+    of = next(operand.of for operand in plan.operands if operand.name == tensor_map.name)
+    return "call.seqlen_k, call.num_heads_kv" if of == "key" else "call.seqlen_q, call.num_heads"
+
+
+def arguments(plan: KernelPlan, entry: EntryPoint) -> list[str]:
+    """What an entry point is passed, in the launcher."""
+    before = plan.entry_points[: plan.entry_points.index(entry)]
+    first = sum(len(other.tensor_maps) for other in before)
+    return [*(f"&maps[{first + i}]" for i in range(len(entry.tensor_maps))), "&params"]
+
+
+def shared_bytes(plan: KernelPlan) -> list[str]:
+    """Of every entry point."""
+    return [str(entry.shared_memory_bytes) for entry in plan.entry_points]
+
+
+def braced(items: Iterable[str]) -> str:
+    """`{a, b}`."""
+    return "{" + ", ".join(items) + "}"
+
+
+def host_type(param: Param) -> str:
+    """A field of Params, for a compiler that has headers."""
+    if param.is_address:
+        return "CUdeviceptr"
+    return {"int64_t": "std::int64_t", "int": "std::int32_t", "float": "float"}[param.ctype]
+
+
+def strided(plan: KernelPlan) -> list[str]:
+    """The (batch, seqlen, heads, head_dim) tensors of a launch."""
+    return [operand.name for operand in plan.operands if operand.of != "row"]
+
+
+def given(plan: KernelPlan) -> list[Param]:
+    """The fields of Params that the caller gives as they are: what the options say."""
+    return [param for feature in plan.features for param in feature.params]
+
+
+def call_fields(plan: KernelPlan) -> Iterator[str]:
+    """Declarations of what a call of the launcher says beside its sizes and scale."""
+    yield from (f"{host_type(param)} {param.name};" for param in given(plan))
+    yield from (f"Tensor {name};" for name in strided(plan))
+    for operand in plan.operands:
+        if operand.of == "row":
+            note = "; or 0" if operand.optional else ""
+            yield f"CUdeviceptr {operand.name};  // (batch, num_heads, seqlen_q), fp32, dense{note}"
+    for scratch in plan.scratch:
+        note = "; all zeros before the first launch, and left so" if scratch.cleared else ""
+        yield f"CUdeviceptr {scratch.name};  // see Scratch{note}"
+
+
+def passed_on(plan: KernelPlan) -> list[str]:
+    """The fields of a call that go into Params as they are."""
+    rows = [operand.name for operand in plan.operands if operand.of == "row"]
+    return [*rows, *(scratch.name for scratch in plan.scratch), *(param.name for param in given(plan))]
+
+
+def lines(plan: KernelPlan) -> Iterator[str]:
+    """The recipe in words, a line of a comment each."""
+    many, takes = len(plan.entry_points) > 1, "tensor maps, then Params, by value" if maps(plan) else "Params by value"
+    yield f"Compile with nvcc -std=c++17 -arch={plan.target} -cubin, or with NVRTC."
+    yield f"`fa2gen render {plan.name} --with-host` adds a launcher in C++."
+    yield ""
+    yield f"Kernels, one after the other on one stream; each takes {takes}:" if many else f"Kernel; it takes {takes}:"
+    for entry in plan.entry_points:
+        yield f"  {entry.symbol}"
+        shared = f"{entry.shared_memory_bytes} bytes of dynamic shared memory"
+        yield f"    grid ({', '.join(grid(entry))}), {entry.num_threads} threads, {shared}"
+        if entry.tensor_maps:
+            yield f"    maps of {', '.join(m.argument.removeprefix('map_') for m in entry.tensor_maps)}"
+        if entry.shared_memory_bytes > DEFAULT_SHARED_BYTES:
+            yield f"    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = {entry.shared_memory_bytes}"
+        if entry.starts_early:
+            yield "    may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early"
+    if maps(plan):
+        yield "Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes"
+        yield from (f"  {text}" for text in _boxes(maps(plan)))
+    yield "Sizes, in whole numbers:"
+    yield from (f"  {name} = {text}" for name, text in sizes(plan).items())
+    if scratch := plan.scratch:
+        yield "Device memory beside the tensors, in 4-byte numbers:"
+        for one in scratch:
+            note = "; all zeros before the first launch, and left so" if one.cleared else ""
+            yield f"  {one.name}: {memory(plan)[one.name]}{note}"
+    if own := given(plan):
+        yield f"As the options say: {', '.join(param.name for param in own)}"
+
+
+def _boxes(tensor_maps: list[TensorMapPlan]) -> Iterator[str]:
+    """`q, o: box 64 x 16, swizzle 128 bytes`, one line for each kind."""
+    kinds: dict[tuple[int, int, int], list[str]] = {}
+    for tensor_map in tensor_maps:
+        kind = (tensor_map.box_cols, tensor_map.box_rows, tensor_map.swizzle_bytes)
+        kinds.setdefault(kind, []).append(tensor_map.argument.removeprefix("map_"))
+    for (columns, rows, span), names in kinds.items():
+        yield f"{', '.join(names)}: box {columns} x {rows} x 1 x 1, swizzle {span} bytes"

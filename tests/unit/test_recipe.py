@@ -1,0 +1,102 @@
+"""What a render says of its launch, and what its C++ launcher computes, is what `fa2gen.launch` does."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import pytest
+
+from fa2gen.features import examples_of
+from fa2gen.launch import launch_of
+from fa2gen.options import Shape
+from fa2gen.plan import KernelPlan, make_plan, recipe
+from fa2gen.render import render
+from fa2gen.select import default_tiling
+from fa2gen.spec import KernelSpec, Problem
+
+PROBLEMS = [
+    Problem(head_dim=64),
+    Problem(head_dim=80, mask="causal"),
+    Problem(head_dim=256, mask="causal", dtype="fp16"),
+    Problem(direction="bwd", head_dim=64),
+    Problem(direction="bwd", head_dim=128, mask="causal"),
+    Problem(direction="bwd", head_dim=256, deterministic=True),
+]
+PLANS = [
+    make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
+    for problem in PROBLEMS
+    for arch in ("sm80", "sm90")
+]
+each_plan = pytest.mark.parametrize("plan", PLANS, ids=[plan.name for plan in PLANS])
+NUM_SMS = 132
+
+
+def computed(formulas: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
+    """Their values, one after the other: C++'s `/` of whole numbers that are not negative is Python's `//`."""
+    known = dict(known)
+    for name, formula in formulas.items():
+        known[name] = eval(formula.replace("/", "//"), {"min": min, "max": max}, known)
+    return known
+
+
+def shapes() -> list[Shape]:
+    draw = random.Random(7)
+    found = [Shape(1, 1, 1, 1, 1), Shape(2, 300, 200, 4, 2), Shape(64, 131072, 131072, 64, 8)]
+    for _ in range(200):
+        heads_kv = draw.choice((1, 2, 3, 8))
+        lengths = (int(2 ** draw.uniform(0, 18)) for _ in range(2))
+        found.append(Shape(draw.randint(1, 20), *lengths, heads_kv * draw.randint(1, 8), heads_kv))
+    return found
+
+
+@each_plan
+def test_formulas_are_what_launches_compute(plan: KernelPlan):
+    options = examples_of(plan.problem)[0]._replace(softmax_scale=0.1)
+    fitting = 0
+    for shape in shapes():
+        known = computed(recipe.sizes(plan), shape._asdict() | {"softmax_scale": 0.1, "num_sms": NUM_SMS})
+        most = max(computed({"count": text}, known)["count"] for text in recipe.limits(plan))
+        try:
+            launch = launch_of(plan, shape, options, NUM_SMS)
+        except OverflowError:
+            assert most >= 2**31
+            continue
+        fitting += most < 2**31
+        values = {param.name: launch.values[param.name] for param in plan.params if param.name in known}
+        assert {name: known[name] for name in values} == values and values.keys() >= set(plan.sizes)
+        grids = tuple(
+            tuple(computed({"n": text}, known)["n"] for text in recipe.grid(entry)) for entry in plan.entry_points
+        )
+        assert grids == launch.grids
+        assert {n: computed({"n": text}, known)["n"] for n, text in recipe.memory(plan).items()} == launch.scratch
+    assert fitting > 100
+
+
+@each_plan
+def test_a_render_says_how_it_is_launched(plan: KernelPlan):
+    source = render(plan).source
+    said = source[source.index("\n// Launch ---") :]
+    for entry in plan.entry_points:
+        assert (
+            f"//   {entry.symbol}\n//     grid ({', '.join(recipe.grid(entry))}), {entry.num_threads} threads" in said
+        )
+        assert f"{entry.shared_memory_bytes} bytes of dynamic" in said
+        if entry.tensor_maps:
+            assert f"maps of {', '.join(m.argument[4:] for m in entry.tensor_maps)}\n" in said
+        for found in entry.tensor_maps:
+            boxes = (
+                rf"\b{found.argument[4:]}\b.*: box {found.box_cols} x {found.box_rows} x .*{found.swizzle_bytes} bytes"
+            )
+            assert re.search(boxes, said)
+    assert ("left so" in said) == any(scratch.cleared for scratch in plan.scratch)
+    assert all(f"  {name} = {formula}\n" in said for name, formula in recipe.sizes(plan).items())
+
+
+def test_the_order_of_a_kernels_arguments_is_the_recipes():
+    for plan in PLANS:
+        source = render(plan).source
+        for entry in plan.entry_points:
+            signature = source[source.index(f" {entry.symbol}(") :].partition(")")[0]
+            assert re.findall(r"CUtensorMap (\w+)", signature) == [found.argument for found in entry.tensor_maps]
