@@ -11,8 +11,8 @@ import ctypes
 import itertools
 import struct
 import threading
-from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Mapping
+from functools import cache, cached_property, partial
 from operator import itemgetter
 from typing import Any
 
@@ -21,7 +21,7 @@ from cuda.bindings import driver
 from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
 from fa2gen.launch import NUMBER_BYTES, Launch, launch_of
-from fa2gen.layout import ELEMENT_BYTES
+from fa2gen.layout import ELEMENT_BYTES, align_up
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan
 from fa2gen.plan.base import EntryPoint
@@ -111,6 +111,17 @@ class Kernel:
             # The context's own function: forces the (lazy) load now rather than in the first launch.
             function = _checked(f"{entry.symbol}: cuKernelGetFunction", driver.cuKernelGetFunction(handle))
             self.functions.append(function)
+        self.early_lock = threading.Lock()
+
+    @cached_property
+    def layout(self) -> _Layout:
+        """Where launches have their arguments."""
+        return _Layout(self.plan)
+
+    @cached_property
+    def early_configs(self) -> dict[str, Any]:
+        """Of the entry points that start early: what the driver reads a launch from, under `early_lock`."""
+        return {entry.symbol: _early_config(entry) for entry in self.plan.entry_points if entry.starts_early}
 
     def prepare(self, shape: Shape, strides: Mapping[str, Strides], options: Options) -> PreparedLaunch:
         """Everything about a launch but the addresses.
@@ -139,57 +150,96 @@ class Kernel:
         return PreparedLaunch(self, shape, launch, strides)
 
 
+class _Layout:
+    """What all launches of a kernel share: how their arguments lie in one block of memory.
+
+    The tensor maps of all entry points come first, on the 64-byte grid that they need, then the Params that all share,
+    then what cuLaunchKernel takes as kernelParams of each entry point: the places of its maps, and of Params.
+    """
+
+    def __init__(self, plan: KernelPlan) -> None:
+        self.names = (*(operand.name for operand in plan.operands), *(scratch.name for scratch in plan.scratch))
+        # Which operand each tensor map is of.
+        self.maps = tuple((self.names.index(m.name), m) for entry in plan.entry_points for m in entry.tensor_maps)
+        self.params = struct.Struct(plan.params_format)
+        self.values_of = itemgetter(*(param.name for param in plan.params))
+        self.params_at = _MAP_BYTES * len(self.maps)
+        self.pointers_at = align_up(self.params_at + self.params.size, 8)
+        self.stride_names = {
+            operand.name: tuple(f"{operand.name}_{step}_stride" for step in ("batch", "row", "head"))
+            for operand in plan.operands
+        }
+        # Addresses come first in Params (8-byte fields do), so that one short pack replaces them all.
+        held = [param.name for param in plan.params if param.is_address]
+        assert held == [param.name for param in plan.params[: len(held)]], "addresses must lead Params"
+        self.zeros = dict.fromkeys(held, 0)
+        self.pack_addresses = struct.Struct(f"<{len(held)}Q").pack_into
+        self.pick = itemgetter(*(self.names.index(name) for name in held))
+        self.cleared = any(scratch.cleared for scratch in plan.scratch)
+
+        offsets: list[int] = []  # of the arguments of each entry point in turn
+        self.first_pointers: list[int] = []  # where those of an entry point begin
+        first = 0
+        for entry in plan.entry_points:
+            self.first_pointers.append(self.pointers_at + 8 * len(offsets))
+            offsets += (_MAP_BYTES * i for i in range(first, first + len(entry.tensor_maps)))
+            offsets.append(self.params_at)
+            first += len(entry.tensor_maps)
+        self.argument_offsets = tuple(offsets)
+        self.pointers = struct.Struct(f"<{len(offsets)}Q")
+        self.size = self.pointers_at + self.pointers.size
+
+
 class PreparedLaunch:
     """The kernels of one call with their arguments packed; call it with addresses. Safe to call from several threads.
 
-    All arguments lie in one block, on the 64-byte grid that tensor maps need, and the driver copies them at the call:
-    so a lock around "write the addresses, launch" is all that threads need.
+    All arguments lie in one block, and the driver copies them at the call: so a lock around "write the addresses,
+    launch" is all that threads need.
 
     scratch_bytes     of the memory that a call takes beside its operands; 0: none.
     scratch_cleared   whether it must be all zeros at the call, and is left so; else its content does not matter.
     """
 
     def __init__(self, kernel: Kernel, shape: Shape, launch: Launch, strides: Mapping[str, Strides]) -> None:
-        plan = kernel.plan
+        plan, layout = kernel.plan, kernel.layout
         self.kernel = kernel  # keeps the module loaded
-        self.scratch_bytes = NUMBER_BYTES * sum(launch.scratch.values())
-        self.scratch_cleared = any(scratch.cleared for scratch in plan.scratch)
-        counts = itertools.accumulate(launch.scratch.values(), initial=0)
-        self._scratch_at = tuple(NUMBER_BYTES * count for count, _ in zip(counts, launch.scratch, strict=False))
+        counts = launch.scratch.values()
+        self.scratch_bytes = NUMBER_BYTES * sum(counts)
+        self.scratch_cleared = layout.cleared
+        self._scratch_at = [NUMBER_BYTES * count for count in itertools.accumulate(counts, initial=0)][:-1]
         self._lock = threading.Lock()
-        self._packed: tuple[tuple[int, ...], int] | None = (
-            None  # the addresses that the block holds; None: it is being written
-        )
+        # The operands and scratch that the block holds the addresses of; None: it is being written.
+        self._packed: tuple[tuple[int, ...], int] | None = None
 
-        names = (*(operand.name for operand in plan.operands), *launch.scratch)
-        values: dict[str, Any] = {**dict.fromkeys(names, 0), **launch.values}
+        self._memory = memory = (ctypes.c_char * (_ALIGNMENT + layout.size))()
+        start = -ctypes.addressof(memory) % _ALIGNMENT
+        base = ctypes.addressof(memory) + start
+        values: dict[str, Any] = {**layout.zeros, **launch.values}
         for name, steps in strides.items():
-            values |= zip((f"{name}_{step}_stride" for step in ("batch", "row", "head")), steps, strict=True)
-        maps = [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps]
-        self._block = block = _ArgumentBlock(plan, shape, maps, values, strides)
-        indices = (names.index(tensor_map.name) for tensor_map in maps)
-        self._maps = tuple(zip(indices, block.maps, strict=True))
-
-        # Addresses come first in Params (8-byte fields do), so that one short pack replaces them all.
-        held = [param.name for param in plan.params if param.is_address]
-        assert held == [param.name for param in plan.params[: len(held)]], "addresses must lead Params"
-        self._pack = struct.Struct(f"<{len(held)}Q").pack_into
-        self._pick = itemgetter(*(names.index(name) for name in held))
-
-        # Every kernel's own maps, then the Params that all share.
-        self._pointers = []
+            values.update(zip(layout.stride_names[name], steps, strict=True))
+        self._params_at = start + layout.params_at
+        layout.params.pack_into(memory, self._params_at, *layout.values_of(values))
+        layout.pointers.pack_into(
+            memory, start + layout.pointers_at, *[base + offset for offset in layout.argument_offsets]
+        )
+        dims = [operand.shape(shape, plan.head_dim) for operand in plan.operands]
+        self._maps = []
+        at = start
+        for operand, tensor_map in layout.maps:
+            steps = strides[tensor_map.name]
+            self._maps.append((operand, _TensorMap(plan, tensor_map, dims[operand], steps, memory, at)))
+            at += _MAP_BYTES
+        self._pack, self._pick = layout.pack_addresses, layout.pick
         self._launches: list[partial[None]] = []  # each takes the stream
-        first = 0
-        for entry, function, grid in zip(plan.entry_points, kernel.functions, launch.grids, strict=True):
-            pointers = block.pointers(first, len(entry.tensor_maps))
-            self._pointers.append(pointers)
-            what, at = (kernel, entry.symbol, function), ctypes.addressof(pointers)
+        for entry, function, grid, at in zip(
+            plan.entry_points, kernel.functions, launch.grids, layout.first_pointers, strict=True
+        ):
             if entry.starts_early:
-                self._launches.append(partial(_launch_early, *what, _early_config(entry, grid), at))
+                what = (kernel, entry, function, grid, base + at)
+                self._launches.append(partial(_launch_early, *what))
             else:
                 sizes = (*grid, entry.num_threads, entry.shared_memory_bytes)
-                self._launches.append(partial(_launch, *what, *sizes, at))
-            first += len(entry.tensor_maps)
+                self._launches.append(partial(_launch, kernel, entry.symbol, function, *sizes, base + at))
 
     def __call__(self, operands: tuple[int, ...], scratch: int, stream: int) -> None:
         """Launch on the CUstream with handle `stream`, in the current context.
@@ -207,43 +257,10 @@ class PreparedLaunch:
                 for index, tensor_map in self._maps:
                     if addresses[index] != tensor_map.address:
                         tensor_map.point_to(addresses[index])
-                self._pack(self._block.memory, self._block.params_at, *self._pick(addresses))
+                self._pack(self._memory, self._params_at, *self._pick(addresses))
                 self._packed = operands, scratch
             for launch in self._launches:
                 launch(handle)
-
-
-class _ArgumentBlock:
-    """Tensor maps, then Params, in one block on the 64-byte grid that the maps need.
-
-    memory     the block, for struct's pack_into; Params begin at `params_at`.
-    maps       one for each plan, each encoded in its place.
-    """
-
-    def __init__(
-        self,
-        plan: KernelPlan,
-        shape: Shape,
-        maps: Sequence[TensorMapPlan],
-        values: dict[str, Any],
-        strides: Mapping[str, Strides],
-    ) -> None:
-        packed = struct.Struct(plan.params_format)
-        maps_bytes = _MAP_BYTES * len(maps)
-        self.memory = (ctypes.c_char * (_ALIGNMENT + maps_bytes + packed.size))()
-        start = -ctypes.addressof(self.memory) % _ALIGNMENT
-        self._base = ctypes.addressof(self.memory) + start
-        self.params_at = start + maps_bytes
-        packed.pack_into(self.memory, self.params_at, *plan.pack_params(values))
-        self.maps = tuple(
-            _TensorMap(plan, tensor_map, shape, strides[tensor_map.name], self.memory, start + i * _MAP_BYTES)
-            for i, tensor_map in enumerate(maps)
-        )
-
-    def pointers(self, first: int, count: int) -> Any:
-        """What cuLaunchKernel takes as kernelParams: `count` maps from the first on, and Params."""
-        places = (self._base + i * _MAP_BYTES for i in (*range(first, first + count), len(self.maps)))
-        return (ctypes.c_void_p * (count + 1))(*places)
 
 
 def _launch(
@@ -268,13 +285,15 @@ def _launch(
     _checked(_launch_text(symbol, (gx, gy, gz), threads, shared), (result,))
 
 
-def _early_config(entry: EntryPoint, grid: tuple[int, int, int]) -> Any:
-    """What cuLaunchKernelEx takes for a kernel that may start before the one before has ended: all but the stream."""
+def _early_config(entry: EntryPoint) -> Any:
+    """What cuLaunchKernelEx takes for a kernel that may start before the one before has ended, but for grid and stream.
+
+    Made once a kernel: it takes 20 microseconds.
+    """
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = entry.num_threads, 1, 1
     config.sharedMemBytes = entry.shared_memory_bytes
     config.attrs = [attribute]
@@ -282,15 +301,25 @@ def _early_config(entry: EntryPoint, grid: tuple[int, int, int]) -> Any:
     return config
 
 
-def _launch_early(kernel: Kernel, symbol: str, function: Any, config: Any, pointers: int, stream: Any) -> None:
+def _launch_early(
+    kernel: Kernel,
+    entry: EntryPoint,
+    function: Any,
+    grid: tuple[int, int, int],
+    pointers: int,
+    stream: Any,
+) -> None:
     """cuLaunchKernelEx behind another launch, which has seen to the context. Captured, it becomes a programmatic edge.
 
     Raises Fa2GenError with the driver's reason.
     """
-    config.hStream = stream
-    result = driver.cuLaunchKernelEx(config, function, pointers, 0)
+    with kernel.early_lock:
+        config = kernel.early_configs[entry.symbol]
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.hStream = stream
+        result = driver.cuLaunchKernelEx(config, function, pointers, 0)
     if result[0] != _SUCCESS:
-        _checked(_launch_text(symbol, (config.gridDimX, 1, 1), config.blockDimX, config.sharedMemBytes), result)
+        _checked(_launch_text(entry.symbol, grid, entry.num_threads, entry.shared_memory_bytes), result)
 
 
 def _launch_text(symbol: str, grid: tuple[int, int, int], threads: int, shared: int) -> str:
@@ -300,63 +329,73 @@ def _launch_text(symbol: str, grid: tuple[int, int, int], threads: int, shared: 
 class _TensorMap:
     """One tensor map of a launch: encoded in place, for one address after another; the rest of it never changes."""
 
+    __slots__ = ("_constants", "_encoded", "_memory", "_offset", "_plan", "_sizes", "_tensor_map", "address")
+
     def __init__(
         self,
         plan: KernelPlan,
         tensor_map: TensorMapPlan,
-        shape: Shape,
+        dims: tuple[int, ...],
         strides: Strides,
         memory: ctypes.Array[ctypes.c_char],
         offset: int,
     ) -> None:
         self.address = 0
-        self._destination = ctypes.addressof(memory) + offset
-        self._write = partial(_PACK_MAP, memory, offset)
+        self._plan, self._tensor_map, self._memory, self._offset = plan, tensor_map, memory, offset
         self._encoded: dict[int, bytes] = {}
-        operand = next(operand for operand in plan.operands if operand.name == tensor_map.name)
-        batch, seqlen, heads, _ = operand.shape(shape, plan.head_dim)
-        batch_stride, row_stride, head_stride = strides
+        batch, seqlen, heads, head_dim = dims
+        batch_step, row_step, head_step = strides
         # Innermost first: (D, S, H, B). A dimension of one element may have any stride in torch, not in a tensor map.
-        sizes = (seqlen, heads, batch)
-        row_bytes = plan.head_dim * ELEMENT_BYTES
-        steps = [
-            step * ELEMENT_BYTES if size > 1 else row_bytes
-            for size, step in zip(sizes, (row_stride, head_stride, batch_stride), strict=True)
-        ]
-        if max(steps) > _MAX_STRIDE_BYTES:
+        row_bytes = head_dim * ELEMENT_BYTES
+        row_step = row_step * ELEMENT_BYTES if seqlen > 1 else row_bytes
+        head_step = head_step * ELEMENT_BYTES if heads > 1 else row_bytes
+        batch_step = batch_step * ELEMENT_BYTES if batch > 1 else row_bytes
+        if (longest := max(row_step, head_step, batch_step)) > _MAX_STRIDE_BYTES:
             raise UnsupportedProblem(
-                f"{tensor_map.name} has a stride of {max(steps):,} B; a tensor map holds less than 2^40 B; "
+                f"{tensor_map.name} has a stride of {longest:,} B; a tensor map holds less than 2^40 B; "
                 "use a contiguous copy, or an SM80 kernel (arch='sm80')"
             )
-        self._what = (
-            f"{plan.name}: tensor map of {tensor_map.name}, (D, S, H, B) = {(plan.head_dim, *sizes)}, {steps} B apart"
-        )
-        self._head = (_DATA_TYPE[plan.dtype], 4)
-        self._tail = (
-            (ctypes.c_uint64 * 4)(plan.head_dim, *sizes),
-            (ctypes.c_uint64 * 3)(*steps),
-            (ctypes.c_uint32 * 4)(tensor_map.box_cols, tensor_map.box_rows, 1, 1),
-            (ctypes.c_uint32 * 4)(1, 1, 1, 1),
-            int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
-            _SWIZZLE[tensor_map.swizzle_bytes],
-            int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
-            int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),  # zeros
-        )
+        self._sizes = _SIZES_AND_STEPS(head_dim, seqlen, heads, batch, row_step, head_step, batch_step)
+        self._constants = _map_constants(tensor_map, plan.dtype)
 
     def point_to(self, address: int) -> None:
         """Encode for the tensor at `address`, or copy what was encoded for it before (0.1 us instead of 1)."""
         encoded = self._encoded.get(address)
         if encoded is None:
-            result = _encode_tiled()(self._destination, *self._head, address, *self._tail)
+            destination = ctypes.addressof(self._memory) + self._offset
+            sizes = ctypes.addressof(self._sizes)
+            head, tail = self._constants
+            result = _encode_tiled()(destination, *head, address, sizes, sizes + 32, *tail)
             if result:
                 self.address = 0
-                _checked(f"{self._what}, address {address:#x}", (driver.CUresult(result),))
+                dims, steps = tuple(self._sizes[:4]), self._sizes[4:]
+                _checked(
+                    f"{self._plan.name}: tensor map of {self._tensor_map.name}, (D, S, H, B) = {dims}, {steps} B "
+                    f"apart, address {address:#x}",
+                    (driver.CUresult(result),),
+                )
             if len(self._encoded) >= _REMEMBERED_MAPS:
                 self._encoded.clear()
-            self._encoded[address] = ctypes.string_at(self._destination, _MAP_BYTES)
+            self._encoded[address] = ctypes.string_at(destination, _MAP_BYTES)
         else:
-            self._write(encoded)
+            _PACK_MAP(self._memory, self._offset, encoded)
         self.address = address
+
+
+_SIZES_AND_STEPS = ctypes.c_uint64 * 7
+
+
+@cache
+def _map_constants(tensor_map: TensorMapPlan, dtype: str) -> tuple[tuple[int, int], tuple[Any, ...]]:
+    """What cuTensorMapEncodeTiled takes before the address, and after the sizes and strides."""
+    return (_DATA_TYPE[dtype], 4), (
+        (ctypes.c_uint32 * 4)(tensor_map.box_cols, tensor_map.box_rows, 1, 1),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+        int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+        _SWIZZLE[tensor_map.swizzle_bytes],
+        int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
+        int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),  # zeros
+    )
 
 
 @cache

@@ -200,7 +200,7 @@ class KernelPlan:
         """The tensors that a launch takes, in the order of their addresses."""
         return OPERANDS[self.problem.direction]
 
-    @property
+    @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
         """The memory that a launch takes beside them."""
         return tuple(scratch for feature in self.features for scratch in feature.scratch)
@@ -231,12 +231,12 @@ class KernelPlan:
             Param("softmax_scale_log2", "float"),
         )
 
-    @property
+    @cached_property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
         """The tensor maps that precede Params in the kernel's argument list."""
         return ()
 
-    @property
+    @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         """The kernels of this source in the order of their launches; the one called `name` does the work."""
         raise NotImplementedError

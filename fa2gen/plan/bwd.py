@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from fa2gen.features import Scratch
 from fa2gen.plan.base import KernelPlan
@@ -63,7 +64,7 @@ class BackwardPlan(KernelPlan):
     def postprocess_name(self) -> str:
         return f"{self.name}_postprocess"
 
-    @property
+    @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
         """None of it needs to be initialised."""
         return (*(Scratch(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")), *super().scratch)

@@ -193,7 +193,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
 
     # Launch
 
-    @property
+    @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (
             EntryPoint(self.preprocess_name, self.preprocess_threads, 0, (), "query blocks"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fa2gen.arch import ARCHES
 from fa2gen.plan.base import BrokenRule, EntryPoint, bytes_text
@@ -122,7 +123,7 @@ class Sm80FwdPlan(Sm80Plan):
     def schedule(self) -> str:
         return "longest_first" if self.uneven else "by_head"
 
-    @property
+    @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "tiles"),)
 

@@ -311,7 +311,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def postprocess_threads(self) -> int:
         return 32 * self.num_dq_slices
 
-    @property
+    @cached_property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
         span, columns = self.tiling.swizzle_bytes, self.kv_tile.columns
         return (
@@ -327,7 +327,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def postprocess_tensor_maps(self) -> tuple[TensorMapPlan, ...]:
         return (TensorMapPlan("dq", self.q_tile.columns, self.tile_m, self.tiling.swizzle_bytes),)
 
-    @property
+    @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (
             EntryPoint(self.preprocess_name, self.preprocess_threads, 0, (), "query blocks"),

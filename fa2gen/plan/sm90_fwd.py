@@ -143,7 +143,7 @@ class Sm90FwdPlan(Sm90Plan):
     def schedule(self) -> str:
         return "longest_first" if self.uneven else "by_head"
 
-    @property
+    @cached_property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
         span, columns = self.tiling.swizzle_bytes, self.kv_tile.columns
         return (
@@ -153,11 +153,11 @@ class Sm90FwdPlan(Sm90Plan):
             TensorMapPlan("o", columns, WARP_ROWS, span),
         )
 
-    @property
+    @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps, "persistent"),)
 
-    @property
+    @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
         return (Scratch("tile_counter", "int*", cleared=True),)
 

@@ -19,7 +19,6 @@ from fa2gen import kernel as launcher
 from fa2gen.compile import Unit, compile_unit
 from fa2gen.cpu import find_compiler
 from fa2gen.errors import Fa2GenError
-from fa2gen.options import Shape
 from fa2gen.plan.base import EntryPoint
 
 
@@ -55,16 +54,15 @@ def run_on_gpu(probe: Probe, target: str) -> list[Any]:
     base = ctypes.addressof(memory) + start
     for number, tensor_map in enumerate(entry.tensor_maps):
         tensor = tensors[int(tensor_map.name)]
-        batch, seqlen, heads, head_dim = tensor.shape
-        of_tensor = SimpleNamespace(name="probe", head_dim=head_dim, dtype=probe.k.dtype)
-        shape = Shape(batch, seqlen, seqlen, heads, heads)
-        encoded = launcher._TensorMap(of_tensor, tensor_map, shape, tensor.stride()[:3], memory, start + 128 * number)
+        of_tensor = SimpleNamespace(name="probe", dtype=probe.k.dtype)
+        steps, at = tensor.stride()[:3], start + 128 * number
+        encoded = launcher._TensorMap(of_tensor, tensor_map, tuple(tensor.shape), steps, memory, at)
         encoded.point_to(tensor.data_ptr())
     ctypes.memmove(base + 128 * maps, params, len(params))
     pointers = (ctypes.c_void_p * (maps + 1))(*(base + 128 * number for number in range(maps + 1)))
     stream = launcher._stream(torch.cuda.current_stream().cuda_stream)
     at = ctypes.addressof(pointers)
-    launcher._launch(kernel, "probe", kernel.function, 1, 1, 1, probe.num_threads, probe.shared_bytes, at, stream)
+    launcher._launch(kernel, "probe", kernel.functions[0], 1, 1, 1, probe.num_threads, probe.shared_bytes, at, stream)
     torch.cuda.synchronize()
     return [x.cpu() for x in tensors]
 
