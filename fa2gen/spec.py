@@ -123,6 +123,11 @@ class Declared:
     only_for: OnlyFor | None
 
     @property
+    def option(self) -> str:
+        """How the command line calls it: `--head-dim`."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
     def is_flag(self) -> bool:
         """Whether it is a bool: its word stands in a name where it is set, without a value."""
         return isinstance(self.default, bool)
@@ -225,6 +230,16 @@ class _Fields(_Model):
         """All fields in words: `fwd, head dim 128, bf16, causal mask`."""
         phrases = (field.phrase(getattr(self, name)) for name, field in declared(type(self)).items())
         return ", ".join(phrase for phrase in phrases if phrase)
+
+    @property
+    def options(self) -> str:
+        """What the command line is told to mean it: `--head-dim 128 --mask causal`, without what it means by itself."""
+        given = {name: getattr(self, name) for name in declared(type(self))}
+        return " ".join(
+            field.option if field.is_flag else f"{field.option} {given[name]}"
+            for name, field in declared(type(self)).items()
+            if given[name] != field.default
+        )
 
 
 class Problem(_Fields):

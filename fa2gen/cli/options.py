@@ -95,7 +95,7 @@ class Asked:
         return list(dict.fromkeys(self._set(spec) for spec in found))
 
     def _from_sources(self) -> Iterator[Chosen]:
-        given = [_flag(name) for name, values in self.fields.items() if values]
+        given = [declared(Problem)[name].option for name, values in self.fields.items() if values]
         if given or self.settings:
             raise typer.BadParameter(f"give specs and names or options, not both: {', '.join(given or ['--set'])}")
         for source in self.sources:
@@ -191,10 +191,6 @@ def _flags_off() -> dict[str, Any]:
 # The options themselves ----------------------------------------------------------------------------------------------
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _open(name: str, base: Base) -> str:
     """What holds where the option is not given, for its help."""
     about = declared(Problem)[name]
@@ -207,13 +203,13 @@ def _open(name: str, base: Base) -> str:
 def _option(about: Declared, base: Base) -> inspect.Parameter:
     if about.is_flag:
         kind: Any = bool
-        info = typer.Option(_flag(about.name), help=about.help)
+        info = typer.Option(about.option, help=about.help)
         default: Any = False
     else:
         kind = list[int] | None if about.range else list[_choices(about)] | None  # type: ignore[misc]
         rule = f" {str(about.range).capitalize()}." if about.range else ""
         text = f"{about.help}{rule} May be repeated. {_open(about.name, base)}".strip()
-        info = typer.Option(_flag(about.name), help=text, show_default=False, metavar="N" if about.range else None)
+        info = typer.Option(about.option, help=text, show_default=False, metavar="N" if about.range else None)
         default = None
     return _parameter(about.name, Annotated[kind, info], default)
 

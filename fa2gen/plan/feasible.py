@@ -98,8 +98,7 @@ def _explain(plan: KernelPlan, broken: list[BrokenRule]) -> str:
     asked = plan.tiling
     rows = [(rule.rule, rule.detail) for rule in broken]
     nearest = _nearest(plan.spec)
-    direction = "" if plan.problem.direction == "fwd" else f" --direction {plan.problem.direction}"
-    command = f"List every fit: fa2gen plan --head-dim {plan.head_dim} --arch {plan.arch}{direction}"
+    command = f"List every fit: fa2gen plan {plan.problem.options} --arch {plan.arch}"
     if nearest is None:
         rows.append(("nearest", f"none of the usual tilings fits. {command}"))
     else:

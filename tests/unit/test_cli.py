@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -286,6 +287,22 @@ def test_plan_of_one_kernel():
     plan = make_plan(KernelSpec.from_name(NAME))
     assert (row["name"], row["num_threads"]) == (NAME, plan.num_threads)
     assert NAME in fa2("plan", NAME).stdout
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fa2_fwd_sm80_fp16_d256_causal_m128_n256_s2_w8",
+        "fa2_bwd_sm90_fp16_d256_det_m128_n128_s2_w8",
+        "fa2_bwd_sm80_bf16_d256_causal_det_m128_n128_s4_w8",
+    ],
+)
+def test_what_a_refusal_says_to_type_is_about_the_same_problem(name):
+    spec = KernelSpec.from_name(name)
+    hint = fa2("plan", name).stderr.split("List every fit: fa2gen ")[1]
+    rows = fa2(*hint.split(), "--json").json
+    assert {KernelSpec.from_name(row["name"]).problem for row in rows} == {spec.problem}
+    assert {row["arch"] for row in rows} == {spec.tiling.arch}
 
 
 def test_plan_says_why_not():
@@ -852,8 +869,36 @@ def test_readme_excerpt_is_rendered():
 
 
 def test_readme_refusal_is_real():
-    command, refusal = readme_block("refused with every\nrule that it breaks:").split("\n", 1)
+    command, refusal = readme_block("is refused with every rule that it breaks:").split("\n", 1)
     assert fa2(*command.removeprefix("$ fa2gen ").split()).stderr.rstrip() == refusal
+
+
+def readme_commands() -> list[str]:
+    """Every `fa2gen ...` that README.md shows in a block, without the comment behind it."""
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in text.split("```")[1::2] for line in block.splitlines()]
+    return [re.split(r"\s+#", line)[0] for line in lines if line.startswith("fa2gen ")]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_are_taken(quick, cache, tmp_path, monkeypatch, command):
+    """Where they are typed beside the spec that it shows, on a machine without a GPU."""
+
+    def no_gpu(what: str) -> None:
+        raise typer.Exit(ExitStatus.NOTHING_TO_RUN_ON)
+
+    monkeypatch.setattr("fa2gen.cli.measure._need_gpu", no_gpu)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.toml").write_text(readme_block("as a kernel's name, or as options:"))
+    words = command.split(" > ")[0].split()[1:]
+    done = fa2(*words)
+    assert done.status in (ExitStatus.DONE, ExitStatus.NOTHING_TO_RUN_ON), done.stderr
+
+
+def test_readme_python_is_python():
+    scope: dict[str, Any] = {}
+    exec(readme_block("The same in Python:"), scope)
+    assert scope["compiled"].cubin.startswith(b"\x7fELF")
 
 
 def test_readme_lists_every_variable():
