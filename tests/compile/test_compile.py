@@ -216,3 +216,59 @@ def test_importing_the_compiler_imports_no_cuda_and_no_jinja():
 def test_a_second_compilation_reports_as_the_first():
     """NVRTC keeps a cache of its own where there is a driver; a hit in it says nothing of registers and spills."""
     assert OPTIONS["no_cache"] is True
+
+
+# Fork ----------------------------------------------------------------------------------------------------------------
+
+FORK = """
+import os, signal, sys, threading, time
+from fa2gen.compile import Unit, compile_unit
+from fa2gen.errors import CompileError
+
+launch = {"num_threads": 128, "shared_memory_bytes": 0, "params": [], "tensor_maps": []}
+body = "".join(f"p[{i}] = p[{i}] * {i}.5f + p[{i + 1}];" for i in range(300))
+
+def unit(body):
+    source = 'extern "C" __global__ void k(float* p) {' + body + '}'
+    return Unit("k", source, "sm_90a", launch)
+
+def child():
+    signal.alarm(10)  # a child that hangs is ended by it
+    try:
+        compile_unit(unit("p[0] = 1.0f;"))
+        os._exit(0)
+    except CompileError as error:
+        os._exit(3 if "forked" in str(error) else 4)
+
+if sys.argv[1] == "amid":
+    started = threading.Event()
+    thread = threading.Thread(target=lambda: (started.set(), compile_unit(unit(body))))
+    thread.start()
+    started.wait()
+    children = []
+    while thread.is_alive() and len(children) < 6:
+        time.sleep(0.05)
+        pid = os.fork()
+        if pid == 0:
+            child()
+        children.append(pid)
+    thread.join()
+else:
+    compile_unit(unit("p[0] = 2.0f;"))
+    children = [os.fork()]
+    if children[0] == 0:
+        child()
+print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
+"""
+
+
+def test_a_child_forked_while_a_thread_compiles_is_refused_by_name():
+    """NVRTC's locks are held by threads that it has not: it used to hang, whatever it compiled."""
+    done = subprocess.run([sys.executable, "-c", FORK, "amid"], capture_output=True, text=True, check=False)
+    statuses = done.stdout.split()
+    assert "3" in statuses and {*statuses} <= {"0", "3"}, done.stdout + done.stderr
+
+
+def test_a_child_forked_after_a_compilation_compiles():
+    done = subprocess.run([sys.executable, "-c", FORK, "after"], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["0"], done.stdout + done.stderr

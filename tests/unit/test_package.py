@@ -109,6 +109,32 @@ def test_wheel_without_data_takes_no_stranger_s(site, tmp_path):
     assert run_installed(tmp_path, "-c", code, cwd=tmp_path).startswith("refused: fa2gen's templates/ is neither at")
 
 
+def test_a_stranger_s_project_beside_the_package_is_no_checkout(site, tmp_path):
+    """`pip install --target .` in any project's folder: neither its pyproject.toml nor its templates/ are ours."""
+    for name in ("fa2gen/__init__.py", "fa2gen/_paths.py", "fa2gen/_version.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((site / name).read_bytes())
+    (tmp_path / "templates").mkdir()
+    code = (
+        "from fa2gen import _paths; print(_paths.in_checkout())\n"
+        "try: _paths.data_dir('templates')\n"
+        "except FileNotFoundError: print('refused')"
+    )
+    for project in ('[project]\nname = "another"', "project = 7", "[", ""):
+        (tmp_path / "pyproject.toml").write_text(project)
+        assert run_installed(tmp_path, "-c", code, cwd=tmp_path).split() == ["False", "refused"]
+
+
+def test_from_an_archive_the_error_says_so(wheel, tmp_path):
+    code = (
+        "from fa2gen import _paths; print(_paths.in_checkout())\n"
+        "try: _paths.data_dir('templates')\n"
+        "except FileNotFoundError as error: print(error)"
+    )
+    said = run_installed(Path(str(wheel.filename)), "-c", code, cwd=tmp_path)
+    assert said.startswith(f"False\nfa2gen is run from {wheel.filename}, where its templates/ cannot be read")
+
+
 def test_editable_install_points_at_the_checkout(tmp_path):
     code = f"from hatchling.build import build_editable; build_editable({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=120, check=True)
