@@ -34,6 +34,7 @@ __all__ = [
     "read_tuned",
     "spec_schema",
     "tuned_folders",
+    "tuned_refusal",
     "tuned_rows",
     "users_tilings",
     "written_tilings",
@@ -284,12 +285,18 @@ def _cached_folder() -> Path:
     return env.cache_dir() / "tuned"
 
 
+def tuned_refusal(folder: Path) -> str:
+    """Why rows in a folder are passed over: others can write the cache that it is in. "" where they are read."""
+    for place in (folder.parent, folder) if folder == _cached_folder() else ():
+        if why := distrust(place, own()):
+            return f"tuned rows in {folder} are passed over: of {place}, {why}"
+    return ""
+
+
 def _tuned_files(folder: Path) -> list[Path]:
-    if folder == _cached_folder():
-        for place in (folder.parent, folder):
-            if why := distrust(place, own()):
-                warn_once(place, f"tuned rows in {folder} are passed over: of {place}, {why}")
-                return []
+    if why := tuned_refusal(folder):
+        warn_once(folder, why)
+        return []
     return sorted(folder.glob("*.toml"))
 
 

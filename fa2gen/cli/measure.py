@@ -274,7 +274,6 @@ def tune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the candidates; measure nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    from fa2gen import env
     from fa2gen.tune import batch
 
     chosen = asked.wanted()
@@ -296,7 +295,8 @@ def tune(
     from fa2gen.tune.journal import Journal
     from fa2gen.tune.search import Search
 
-    lines = Journal(journal or env.cache_dir() / "tune" / "journal.jsonl")
+    folder = out or batch.default_folder()
+    lines = Journal(journal or batch.default_journal())
     origin = batch.provenance(gpu_facts(), versions(), PROTOCOL, _command())
     seconds = batch.BUDGET_SECONDS * len(todo) if budget is None else budget
     of_family: dict[ArchName, list[Problem]] = {}
@@ -308,7 +308,7 @@ def tune(
         search = Search(runner, lines, seqlens, keep, _Show())
         share = seconds * len(problems) / len(todo)
         try:
-            for outcome in batch.tune(search, problems, family, share, origin, out or batch.default_folder()):
+            for outcome in batch.tune(search, problems, family, share, origin, folder):
                 outcomes.append(outcome)
                 _show_outcome(outcome)
         finally:

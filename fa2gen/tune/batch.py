@@ -10,14 +10,25 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from fa2gen import env
 from fa2gen.arch import ArchName
-from fa2gen.catalog import TunedRow, tuned_folders
-from fa2gen.errors import Fa2GenError
+from fa2gen.catalog import TunedRow, tuned_folders, tuned_refusal
+from fa2gen.errors import Fa2GenError, StoreError
+from fa2gen.files import distrust, own
 from fa2gen.spec import Direction, DType, Mask, Problem
 from fa2gen.tune.record import rows_of, write
 from fa2gen.tune.search import DeviceLost, Found, Search, candidates
 
-__all__ = ["BUDGET_SECONDS", "SEQLENS", "Outcome", "default_folder", "problems", "provenance", "tune"]
+__all__ = [
+    "BUDGET_SECONDS",
+    "SEQLENS",
+    "Outcome",
+    "default_folder",
+    "default_journal",
+    "problems",
+    "provenance",
+    "tune",
+]
 
 SEQLENS = (512, 2048, 8192)
 BUDGET_SECONDS = 110.0
@@ -47,8 +58,22 @@ def problems(
 
 
 def default_folder() -> Path:
-    """Where rows are written: specs/tuned/ in a checkout, else the user's own folder, which is read first."""
-    return tuned_folders()[0]
+    """Where rows are written: specs/tuned/ in a checkout, else the user's own folder, which is read first.
+
+    Raises StoreError for one that would not be read.
+    """
+    folder = tuned_folders()[0]
+    if why := tuned_refusal(folder):
+        raise StoreError(f"nothing was measured: {why}")
+    return folder
+
+
+def default_journal() -> Path:
+    """Where measurements are kept: in the cache. Raises StoreError for one that others can write."""
+    cache = env.cache_dir()
+    if why := distrust(cache, own()):
+        raise StoreError(f"nothing was measured: the cache {cache} is not used: {why}")
+    return cache / "tune" / "journal.jsonl"
 
 
 def provenance(facts: Mapping[str, Any], versions: Mapping[str, Any], protocol: str, command: str) -> dict[str, Any]:

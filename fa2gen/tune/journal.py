@@ -69,7 +69,7 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     for text in _lines(path):
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and isinstance(line.get("what"), str) and isinstance(line.get("key"), str):
             yield line

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from fa2gen import catalog, env, files, log, store
 from fa2gen.bench import report
 from fa2gen.catalog import TunedRow, read_tuned, tuned_rows
-from fa2gen.errors import InvalidInput
+from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.store import read_ahead_of_time, read_entry
-from fa2gen.tune import record
+from fa2gen.tune import batch, record
 from tests.unit.test_store import PLAN, UNIT, entry_of
 
 hostile = settings(
@@ -285,6 +285,16 @@ def test_rows_that_others_could_have_written_are_not_believed(tuned, caplog, pla
     folder.chmod(0o777)
     assert not is_used() and not is_used()
     assert len(caplog.records) == 1 and f"chmod go-w {folder}" in caplog.text
+
+
+def test_nothing_is_tuned_into_a_folder_that_is_not_read(tuned):
+    assert batch.default_folder() == tuned and batch.default_journal().parent.parent == tuned.parent
+    tuned.chmod(0o777)
+    with pytest.raises(StoreError, match="chmod go-w"):
+        batch.default_folder()
+    tuned.parent.chmod(0o777)
+    with pytest.raises(StoreError, match="chmod go-w"):
+        batch.default_journal()
 
 
 # Results of bench ----------------------------------------------------------------------------------------------------
