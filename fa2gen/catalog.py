@@ -58,7 +58,7 @@ class Wanted(NamedTuple):
 def catalogue(arch: ArchName | None = None) -> list[KernelSpec]:
     """Every kernel that FA2GEN_SPECS and specs/ name, of one architecture or of all; sorted by file, then as written.
 
-    A problem without a tiling has the default one on each architecture.
+    A problem without a tiling has, on each architecture, the one that another spec writes for it, else the default.
     """
     return [spec for spec in _catalogue() if arch is None or spec.tiling.arch == arch]
 
@@ -68,9 +68,15 @@ def _catalogue() -> tuple[KernelSpec, ...]:
     specs = (
         KernelSpec(problem=problem, tiling=tiling)
         for problem, written in (*_written(users=True), *_written(users=False))
-        for tiling in ([default_tiling(problem, arch) for arch in ARCHES] if written is None else [written])
+        for tiling in ([_open_tiling(problem, arch) for arch in ARCHES] if written is None else [written])
     )
     return tuple(dict.fromkeys(specs))
+
+
+def _open_tiling(problem: Problem, arch: ArchName) -> Tiling:
+    """The tiling of a problem whose spec leaves it open."""
+    key = problem, arch
+    return users_tilings().get(key) or written_tilings().get(key) or default_tiling(problem, arch)
 
 
 @functools.cache

@@ -1,61 +1,165 @@
-"""Default tilings: good ones for any supported problem, with no spec written by hand and nothing measured."""
+"""Default tilings: good ones for any supported problem, with no spec written by hand and nothing measured.
+
+One table for each family of kernels. The first tiling of a row that fits the device and the plan's rules is taken.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InfeasibleSpec
-from fa2gen.plan.feasible import fits
-from fa2gen.plan.sm80_bwd import default_tiling_sm80_bwd
-from fa2gen.plan.sm80_fwd import default_tiling_sm80
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.features import features_of
+from fa2gen.layout import align_up
+from fa2gen.plan.base import bytes_text
+from fa2gen.plan.feasible import plan_of
+from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
 
 __all__ = ["default_tiling"]
 
+Span = Literal[128, 64, 32]
+Shape = tuple[int, int, int, int]  # tile_m, tile_n, num_stages, num_mma_warps
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Tilings for some problems, in order of preference.
+
+    head_dim    the largest that they are for.
+    from_bytes  least shared memory of a block on the device that they are for.
+    uneven      whether they are for masks whose blocks hold different amounts of work; None: for all.
+    """
+
+    head_dim: int
+    shapes: tuple[Shape, ...]
+    from_bytes: int = 0
+    uneven: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The default tilings of one architecture's kernels for one pass: the first row that a problem meets is its own.
+
+    spans         bytes of a panel's row, for a head dim: each is tried for a shape before the next shape is.
+    lazy_rescale  of all tilings.
+    """
+
+    rows: tuple[_Row, ...]
+    spans: Callable[[int], tuple[Span, ...]]
+    lazy_rescale: Literal[0, 1] = 0
+
+    def row(self, problem: Problem, shared_memory_limit: int) -> _Row:
+        uneven = any(feature.uneven for feature in features_of(problem))
+        return next(
+            row
+            for row in self.rows
+            if problem.head_dim <= row.head_dim
+            and shared_memory_limit >= row.from_bytes
+            and row.uneven in (None, uneven)
+        )
+
+
+def _least_padding(head_dim: int) -> tuple[Span, ...]:
+    """The widest panels that waste no more than 64-byte ones do; 32 bytes where those would be half empty."""
+    if head_dim <= 16:
+        return (32,)
+    return (128,) if align_up(head_dim, 64) == align_up(head_dim, 32) else (64,)
+
+
+def _widest_that_fits(_: int) -> tuple[Span, ...]:
+    """A narrow panel wastes less of a ragged head dim, but takes more copies."""
+    return (128, 64, 32)
+
+
+def _widest(_: int) -> tuple[Span, ...]:
+    return (128,)
+
+
+_FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
+    # Two blocks of 4 warps share an SM wherever registers allow it: 32 rows a warp up to head dim 176, since each
+    # fragment of K and V that a warp loads should serve two products (the time is then set by the products, not by
+    # ldmatrix). All compile without a spill, for sm_80 and sm_90, with every mask and dtype. What comes later in a row
+    # is for devices with less shared memory, the last for any.
+    ("sm80", "fwd"): _Family(
+        (
+            _Row(96, ((128, 64, 2, 4), (128, 64, 1, 4), (64, 32, 1, 4))),
+            _Row(112, ((128, 64, 1, 4), (64, 32, 1, 4))),
+            _Row(120, ((128, 48, 2, 4), (128, 48, 1, 4), (64, 32, 1, 4))),  # 64 keys spill 4 registers, causal, sm_90
+            _Row(128, ((128, 64, 1, 4), (64, 32, 1, 4))),
+            _Row(160, ((128, 32, 1, 4), (64, 32, 1, 4))),
+            # 32 rows a warp spill 2 registers here, and not at 176.
+            _Row(168, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4))),
+            _Row(176, ((128, 32, 1, 4), (64, 32, 1, 4))),
+            _Row(224, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4))),
+            # Where an SM has room for two blocks of 64 rows (H100, H200), FlashAttention-2 prefers them.
+            _Row(256, ((64, 64, 1, 4), (128, 64, 1, 8), (64, 32, 1, 4)), from_bytes=200 << 10),
+            _Row(256, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4))),
+        ),
+        _least_padding,
+    ),
+    # The most queries and keys whose accumulators fit eight warps.
+    ("sm80", "bwd"): _Family(
+        (
+            _Row(64, ((128, 128, 2, 8), (64, 128, 2, 8), (32, 32, 1, 4))),
+            _Row(128, ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4))),
+            _Row(256, ((64, 64, 2, 8), (64, 64, 1, 8), (32, 64, 1, 8), (32, 32, 1, 4))),
+        ),
+        _least_padding,
+    ),
+    # Three warpgroups where their 160 registers hold 64 keys or more, else two: what `fa2gen tune` found on an H200. A
+    # third hides more of the softmax and reads K and V once for 192 rows (d = 128 at 8k: 1.08x two warpgroups). With
+    # three, as many keys a block as the registers hold; with two, few enough that O has a place beside Q's.
+    ("sm90", "fwd"): _Family(
+        (
+            _Row(64, ((192, 128, 4, 12),)),
+            _Row(256, (*((192, keys, 2, 12) for keys in (128, 112, 96, 80, 64)), (128, 80, 2, 8), (128, 64, 2, 8))),
+        ),
+        _widest_that_fits,
+        lazy_rescale=1,
+    ),
+    # Two warpgroups of 64 keys each where dK and dV of 64 keys fit one's registers, with as many queries as fit: the
+    # operand reads of S, dP and dQ, which limit it, cost the less an element the more there are. Beyond head dim 160
+    # one warpgroup holds dV, the other dK. With causal masks 64 queries a block above head dim 64, as the diagonal
+    # wastes half of its blocks (d = 128: 1.04x 80 queries at 2k, but 0.97x at 8k, H200).
+    ("sm90", "bwd"): _Family(
+        (
+            _Row(256, ((128, 128, 2, 8), (64, 128, 2, 8), (48, 128, 2, 8), (64, 64, 2, 8)), uneven=True),
+            _Row(256, ((128, 128, 2, 8), (80, 128, 2, 8), (64, 128, 2, 8), (48, 128, 2, 8), (64, 64, 2, 8))),
+        ),
+        _widest,
+    ),
+}
+
 
 def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Tiling:
-    """A good tiling for any supported problem, with no spec written by hand. Raises InfeasibleSpec if none fits."""
-    if arch == "sm80":
-        of_direction = default_tiling_sm80_bwd if problem.direction == "bwd" else default_tiling_sm80
-        return of_direction(problem, shared_memory_limit or ARCHES["sm80"].shared_memory_per_block)
-    return _default_tiling_sm90_bwd(problem) if problem.direction == "bwd" else _default_tiling_sm90(problem)
+    """The best tiling known for a problem without measuring.
 
+    shared_memory_limit  bytes that one block may have on the device: 166,912 on 8.0, 101,376 on 8.6 and 8.9, 232,448
+                         on 9.0; None: what the architecture has.
 
-def _default_tiling_sm90(problem: Problem) -> Tiling:
-    """Three warpgroups where their 160 registers hold 64 keys or more, else two: what `fa2gen tune` found on an H200.
-
-    A third warpgroup hides more of the softmax and reads K and V once for 192 rows (d = 128 at 8k: 1.08x two
-    warpgroups). With three, as many keys a block as the registers hold; with two, few enough that O has a place beside
-    Q's. Panels are as wide as that allows: a narrow one wastes less of a ragged head dim, but takes more copies.
+    Raises InfeasibleSpec where not even the last, the smallest, fits the limit.
     """
-    stages = 4 if problem.head_dim <= 64 else 2
-    shapes = [(192, tile_n, 12, stages) for tile_n in (128, 112, 96, 80, 64)]
-    shapes += [(128, tile_n, 8, 2) for tile_n in (80, 64)]
-    for tile_m, tile_n, warps, stages in shapes:
-        for span in (128, 64, 32):
+    limit = shared_memory_limit or ARCHES[arch].shared_memory_per_block
+    family = _FAMILIES[arch, problem.direction]
+    for tile_m, tile_n, stages, warps in family.row(problem, limit).shapes:
+        for span in family.spans(problem.head_dim):
             tiling = Tiling(
-                arch="sm90",
+                arch=arch,
                 tile_m=tile_m,
                 tile_n=tile_n,
                 num_stages=stages,
                 num_mma_warps=warps,
                 swizzle_bytes=span,
-                lazy_rescale=1,
+                lazy_rescale=family.lazy_rescale,
             )
-            if fits(KernelSpec(problem=problem, tiling=tiling)):
+            found = plan_of(KernelSpec(problem=problem, tiling=tiling))
+            if found.shared_memory_bytes <= limit and not found.broken_rules():
                 return tiling
-    raise InfeasibleSpec(f"no default tiling fits head dim {problem.head_dim} on sm90")
-
-
-def _default_tiling_sm90_bwd(problem: Problem) -> Tiling:
-    """Two warpgroups of 64 keys each where dK and dV of 64 keys fit one's registers, with as many queries as fit: the
-    operand reads of S, dP and dQ, which limit it, cost the less an element the more there are. Beyond head dim 160 one
-    warpgroup holds dV, the other dK. Causal kernels have 64 queries a block above head dim 64, as the diagonal wastes
-    half of its blocks (d = 128: 1.04x 80 queries at 2k, but 0.97x at 8k, H200)."""
-    shapes = [(128, 128), (80, 128), (64, 128), (48, 128), (64, 64)]
-    if problem.mask == "causal":
-        shapes.remove((80, 128))
-    for tile_m, tile_n in shapes:
-        tiling = Tiling(arch="sm90", tile_m=tile_m, tile_n=tile_n, num_stages=2, num_mma_warps=8)
-        if fits(KernelSpec(problem=problem, tiling=tiling)):
-            return tiling
-    raise InfeasibleSpec(f"no default tiling fits head dim {problem.head_dim} on sm90")
+    of_gradients = "the gradients of " if problem.direction == "bwd" else ""
+    raise InfeasibleSpec(
+        f"no tiling for {of_gradients}head dim {problem.head_dim} fits {arch} with {bytes_text(limit)} of "
+        f"shared memory\n  nearest        {bytes_text(found.shared_memory_bytes)} (tile_m {tile_m}, tile_n {tile_n}, "
+        f"num_stages {stages})"
+    )

@@ -14,7 +14,7 @@ from fa2gen.plan.sm90_bwd import Sm90BwdPlan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
 from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
 
-__all__ = ["directions", "feasible_tilings", "fits", "make_plan"]
+__all__ = ["directions", "feasible_tilings", "fits", "make_plan", "plan_of"]
 
 _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm80", "fwd"): Sm80FwdPlan,
@@ -42,14 +42,14 @@ def directions(arch: ArchName) -> tuple[Direction, ...]:
     return tuple(direction for direction in get_args(Direction) if (arch, direction) in _PLANS)
 
 
-def _plan_of(spec: KernelSpec) -> KernelPlan:
+def plan_of(spec: KernelSpec) -> KernelPlan:
     """The plan, feasible or not."""
     return _PLANS[spec.tiling.arch, spec.problem.direction](spec)
 
 
 def make_plan(spec: KernelSpec) -> KernelPlan:
     """The plan of a spec. Raises InfeasibleSpec with all broken rules, their numbers and the nearest that fits."""
-    plan = _plan_of(spec)
+    plan = plan_of(spec)
     broken = plan.broken_rules()
     if broken:
         raise InfeasibleSpec(_explain(plan, list(broken)))
@@ -58,7 +58,7 @@ def make_plan(spec: KernelSpec) -> KernelPlan:
 
 def fits(spec: KernelSpec) -> bool:
     """Whether make_plan accepts the spec, without the search for the nearest that it does when it refuses (0.1 s)."""
-    return not _plan_of(spec).broken_rules()
+    return not plan_of(spec).broken_rules()
 
 
 def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
@@ -107,6 +107,6 @@ def _explain(plan: KernelPlan, broken: list[BrokenRule]) -> str:
             for field in type(nearest).model_fields
             if getattr(nearest, field) != getattr(asked, field)
         ]
-        fit = _plan_of(KernelSpec(problem=plan.problem, tiling=nearest))
+        fit = plan_of(KernelSpec(problem=plan.problem, tiling=nearest))
         rows.append(("nearest", f"{', '.join(changed)} ({fit.shared_memory_bytes:,} B). {command}"))
     return "\n".join([f"{plan.name} does not fit {plan.arch}", *(f"  {rule:<14} {detail}" for rule, detail in rows)])

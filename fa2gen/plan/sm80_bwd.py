@@ -15,10 +15,9 @@ from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels, ceil_div
 from fa2gen.plan.base import BrokenRule, EntryPoint, bytes_text
 from fa2gen.plan.bwd import BackwardPlan
-from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan, first_that_fits
-from fa2gen.spec import Problem, Tiling
+from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan
 
-__all__ = ["Sm80BwdPlan", "default_tiling_sm80_bwd"]
+__all__ = ["Sm80BwdPlan"]
 
 FLOAT_BYTES = 4
 QUERIES = (32, 64, 128)  # powers of two, so that addresses of a warp's steps have no carry into those of another
@@ -257,19 +256,3 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
                 )
             )
         return broken
-
-
-# Default tilings: (largest head dim, rows of (tile_m, tile_n, num_stages, num_mma_warps) in order of preference); later
-# ones are for devices with less shared memory, the last of all for any.
-_SMALL = (32, 32, 1, 4)
-_DEFAULTS: tuple[tuple[int, tuple[tuple[int, int, int, int], ...]], ...] = (
-    (64, ((128, 128, 2, 8), (64, 128, 2, 8))),
-    (128, ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8))),
-    (256, ((64, 64, 2, 8), (64, 64, 1, 8), (32, 64, 1, 8))),
-)
-
-
-def default_tiling_sm80_bwd(problem: Problem, shared_memory_limit: int) -> Tiling:
-    """The best feasible tiling known for the gradients of any supported problem; the rest as default_tiling_sm80."""
-    shapes = next(shapes for largest, shapes in _DEFAULTS if problem.head_dim <= largest)
-    return first_that_fits(Sm80BwdPlan, problem, (*shapes, _SMALL), shared_memory_limit)

@@ -8,10 +8,9 @@ from functools import cached_property
 
 from fa2gen.arch import ARCHES
 from fa2gen.plan.base import BrokenRule, EntryPoint, bytes_text
-from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan, first_that_fits
-from fa2gen.spec import Problem, Tiling
+from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan
 
-__all__ = ["Sm80FwdPlan", "default_tiling_sm80"]
+__all__ = ["Sm80FwdPlan"]
 
 # Registers that a thread needs beside S, O and Q: fragments of K and V in flight, addresses, row statistics. The least
 # with which some kernel compiles without a spill; a ring keeps more addresses. ptxas has the last word (tests/compile).
@@ -176,31 +175,3 @@ class Sm80FwdPlan(Sm80Plan):
                 )
             )
         return broken
-
-
-# Default tilings: (largest head dim, rows of (tile_m, tile_n, num_stages, num_mma_warps) in order of preference); later
-# ones are for devices with less shared memory. Two blocks of 4 warps share an SM wherever registers allow it: 32 rows a
-# warp up to head dim 176, since each fragment of K and V that a warp loads should serve two products (the time is then
-# set by the products, not by ldmatrix). All compile without a spill, for sm_80 and sm_90, with every mask and dtype.
-_SMALL = (64, 32, 1, 4)
-_DEFAULTS: tuple[tuple[int, tuple[tuple[int, int, int, int], ...]], ...] = (
-    (96, ((128, 64, 2, 4), (128, 64, 1, 4))),
-    (112, ((128, 64, 1, 4),)),
-    (120, ((128, 48, 2, 4), (128, 48, 1, 4))),  # 64 keys spill 4 registers with a causal mask on sm_90
-    (128, ((128, 64, 1, 4),)),
-    (160, ((128, 32, 1, 4),)),
-    (168, ((128, 64, 1, 8), (64, 64, 1, 4))),  # 32 rows a warp spill 2 registers here, and not at 176
-    (176, ((128, 32, 1, 4),)),
-    (256, ((128, 64, 1, 8), (64, 64, 1, 4))),
-)
-# Where an SM has room for two blocks of 64 rows (H100, H200), FlashAttention-2 prefers them at the largest head dims.
-_TWO_BLOCKS_FROM_HEAD_DIM = 232
-_TWO_BLOCKS_FROM_BYTES = 200 << 10
-
-
-def default_tiling_sm80(problem: Problem, shared_memory_limit: int) -> Tiling:
-    """The best feasible tiling known for any supported problem; the limit and what is raised are first_that_fits's."""
-    shapes = next(shapes for largest, shapes in _DEFAULTS if problem.head_dim <= largest)
-    if problem.head_dim >= _TWO_BLOCKS_FROM_HEAD_DIM and shared_memory_limit >= _TWO_BLOCKS_FROM_BYTES:
-        shapes = shapes[::-1]
-    return first_that_fits(Sm80FwdPlan, problem, (*shapes, _SMALL), shared_memory_limit)

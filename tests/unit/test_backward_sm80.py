@@ -14,7 +14,7 @@ from fa2gen.launch import launch_of
 from fa2gen.layout import accumulator_position, swizzle
 from fa2gen.options import Shape
 from fa2gen.plan import feasible_tilings, make_plan
-from fa2gen.plan.sm80_bwd import Sm80BwdPlan, default_tiling_sm80_bwd
+from fa2gen.plan.sm80_bwd import Sm80BwdPlan
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
@@ -31,7 +31,7 @@ def plans():
     for head_dim in range(8, 257, 8):
         problem = Problem(direction="bwd", head_dim=head_dim, mask="causal" if head_dim % 16 else "full")
         others = feasible_tilings(problem, "sm80") if head_dim % 40 == 0 else ()
-        of_devices = (default_tiling_sm80_bwd(problem, limit) for limit in LIMITS.values())
+        of_devices = (default_tiling(problem, "sm80", limit) for limit in LIMITS.values())
         for tiling in dict.fromkeys((*of_devices, *others)):
             yield make_plan(KernelSpec(problem=problem, tiling=tiling))
 

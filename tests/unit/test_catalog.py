@@ -342,11 +342,24 @@ def test_backward_kernels_of_the_same_problems():
     assert backward >= {problem.model_copy(update={"direction": "bwd"}) for problem in forward}
 
 
-def test_the_first_row_of_a_problem_wins():
-    first: dict[tuple[Problem, str], Tiling] = {}
-    for spec in catalogue():
-        first.setdefault((spec.problem, spec.tiling.arch), spec.tiling)
-    assert written_tilings() == first
+def test_a_tiling_is_written_only_where_the_default_is_another():
+    """What specs/ repeats of the defaults is a second list of them, which the first then leaves behind."""
+    written = written_tilings()
+    assert written and not [key for key, tiling in written.items() if default_tiling(*key) == tiling]
+    served = {(spec.problem, spec.tiling.arch): spec.tiling for spec in catalogue()}
+    assert len(served) == len(catalogue()), "two kernels for one problem"
+    assert (
+        all(served[key] == written.get(key, default_tiling(*key)) for key in served) and written.keys() <= served.keys()
+    )
+
+
+def test_a_problem_left_open_has_what_another_spec_writes(users):
+    """In FA2GEN_SPECS as in specs/, whatever the files' order."""
+    (users / "a.toml").write_text("schema = 1\n[problem]\nhead_dim = 24\n")
+    row = "arch = 'sm80'\ntile_m = 64\ntile_n = 32\nnum_stages = 1\nnum_mma_warps = 4\n"
+    (users / "b.toml").write_text(f"schema = 1\n[problem]\nhead_dim = 24\n[[tiling]]\n{row}")
+    mine = [spec.name for spec in catalogue() if spec.problem.head_dim == 24]
+    assert [name for name in mine if "sm80" in name] == ["fa2_fwd_sm80_bf16_d24_m64_n32_s1_w4"] and len(mine) == 2
 
 
 def test_the_caller_cannot_change_the_catalogue():
