@@ -176,8 +176,9 @@ def _driver() -> dict[str, Any]:
         elif not found["gpus"]:
             found["error"] = f"there is no GPU. {_WITHOUT_GPU}"
     except (ImportError, OSError, RuntimeError) as error:
-        what = f"{error}." if found["version"] else f"there is none ({error})."
-        found["error"] = f"{what} {_WITHOUT_GPU}"
+        why = str(error).rstrip(".")
+        what = why if found["version"] else f"there is none ({why})"
+        found["error"] = f"{what}. {_WITHOUT_GPU}"
     return found
 
 
