@@ -542,7 +542,7 @@ def _plot(losses: Mapping[str, Sequence[float]], path: Path) -> None:
     try:
         matplotlib = import_module("matplotlib")
     except ImportError as error:
-        raise InvalidInput(f"figures need matplotlib: pip install 'fa2gen[report]' ({error})") from error
+        raise InvalidInput(f"figures need matplotlib: pip install matplotlib ({error})") from error
     matplotlib.use("Agg")
     pyplot = import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")

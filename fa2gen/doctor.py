@@ -12,9 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import fa2gen
 from fa2gen import _paths, env
@@ -263,12 +262,15 @@ def _quietly(read: Callable[[], Any]) -> Any:
 
 
 def _kernels(gpus: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Selection | None]]:
-    """What will be used for the usual head dims on each GPU, as a row and as selected; where there is none, on one of
-    each family. Passes that the family has no kernels for are left out."""
+    """What is used on each GPU for what the catalogue has of the usual head dims in bf16, as a row and as selected;
+    where there is no GPU, on one of each family."""
     from fa2gen.arch import ARCHES
-    from fa2gen.plan import directions
-    from fa2gen.select import Device, kernel_arch, select
-    from fa2gen.spec import Mask, Problem
+    from fa2gen.catalog import catalogue
+    from fa2gen.select import Device, select
+
+    problems = {spec.problem for spec in catalogue() if spec.problem.head_dim in (64, 128, 256)}
+    usual = [problem for problem in problems if problem.dtype == "bf16" and not problem.deterministic]
+    usual.sort(key=lambda problem: (problem.direction != "fwd", problem.head_dim, problem.mask != "full", problem.mask))
 
     devices = [
         Device(gpu["name"], tuple(gpu["compute_capability"]), gpu["shared_memory_per_block"], gpu["multiprocessors"])
@@ -276,12 +278,7 @@ def _kernels(gpus: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Selec
     ] or [Device(name, (int(name[2]), 0), arch.shared_memory_per_block, 1) for name, arch in ARCHES.items()]
     asked = next((name for name in ARCHES if name == _quietly(env.arch)), None)
     for device in dict.fromkeys(devices):  # eight equal GPUs are one
-        try:
-            passes = directions(kernel_arch(device, asked)[0])
-        except Fa2GenError:  # the forward pass then says why
-            passes = ("fwd",)
-        for direction, head_dim, mask in product(passes, (64, 128, 256), get_args(Mask)):
-            problem = Problem(direction=direction, head_dim=head_dim, dtype="bf16", mask=mask)
+        for problem in usual:
             row = {"device": device.name, "problem": problem.text, **problem.model_dump()}
             try:
                 selection = select(problem, device, asked)

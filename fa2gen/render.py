@@ -23,7 +23,7 @@ from fa2gen.errors import RenderError
 from fa2gen.plan import KernelPlan, recipe
 from fa2gen.source import Rendered, prune, with_contents
 
-__all__ = ["Rendered", "Target", "finish", "render", "render_launcher", "template_names"]
+__all__ = ["Rendered", "Target", "finish", "render", "render_launcher"]
 
 Target = Literal["cuda", "cpu"]
 
@@ -156,9 +156,3 @@ def _template_line(error: BaseException) -> str:
             found = f"{path.relative_to(root).as_posix()}:{trace.tb_lineno}: "
         trace = trace.tb_next
     return found
-
-
-def template_names() -> list[str]:
-    """Every template, relative to templates/."""
-    root = Path(data_dir("templates"))
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.j2"))

@@ -49,7 +49,7 @@ def plot(document: Mapping[str, Any], out: Path, stem: str) -> list[Path]:
     try:
         matplotlib = import_module("matplotlib")
     except ImportError as error:
-        raise InvalidInput(f"figures need matplotlib: pip install 'fa2gen[report]' ({error})") from error
+        raise InvalidInput(f"figures need matplotlib: pip install matplotlib ({error})") from error
     matplotlib.use("Agg")
     groups: dict[tuple[str, str, str], list[Any]] = {}
     for row in document["rows"]:

@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from fa2gen.plan.base import KernelPlan, TensorMapPlan
 from fa2gen.plan.defaults import default_tiling
-from fa2gen.plan.feasible import directions, feasible_tilings, fits, make_plan
+from fa2gen.plan.feasible import feasible_tilings, fits, make_plan
 
-__all__ = ["KernelPlan", "TensorMapPlan", "default_tiling", "directions", "feasible_tilings", "fits", "make_plan"]
+__all__ = ["KernelPlan", "TensorMapPlan", "default_tiling", "feasible_tilings", "fits", "make_plan"]

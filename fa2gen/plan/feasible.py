@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import Literal
 
 from fa2gen.arch import ArchName
 from fa2gen.errors import InfeasibleSpec
@@ -12,9 +12,9 @@ from fa2gen.plan.sm80_bwd import Sm80BwdPlan
 from fa2gen.plan.sm80_fwd import Sm80FwdPlan
 from fa2gen.plan.sm90_bwd import Sm90BwdPlan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
-from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
+from fa2gen.spec import KernelSpec, Problem, Tiling
 
-__all__ = ["directions", "feasible_tilings", "fits", "make_plan", "plan_of"]
+__all__ = ["feasible_tilings", "fits", "make_plan", "plan_of"]
 
 _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm80", "fwd"): Sm80FwdPlan,
@@ -35,11 +35,6 @@ _TILE_N = {
 _STAGES = {"sm80": (1, 2, 3, 4), "sm90": (2, 3, 4)}
 _WARPS = {"sm80": (4, 8), "sm90": (4, 8, 12, 16)}
 _SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
-
-
-def directions(arch: ArchName) -> tuple[Direction, ...]:
-    """The passes that there are kernels for on an architecture."""
-    return tuple(direction for direction in get_args(Direction) if (arch, direction) in _PLANS)
 
 
 def plan_of(spec: KernelSpec) -> KernelPlan:

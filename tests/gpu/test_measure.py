@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from fa2gen.bench import peers, protocol
 from fa2gen.bench.points import preset_points
 from fa2gen.bench.run import Bench
-from fa2gen.plan import directions
-from fa2gen.spec import Problem
+from fa2gen.spec import Direction, Problem
 from fa2gen.tune.gpu import GpuRunner
 from fa2gen.tune.journal import Journal
 from fa2gen.tune.search import Search
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("direction", directions("sm90"))
+@pytest.mark.parametrize("direction", get_args(Direction))
 def test_bench(direction):
     """Ours and torch's own at the shortest point: all agree, and each kernel of ours has a time."""
     found, missing = peers.find(["fa2gen-sm90", "cudnn", "fa2", "math"], direction=direction)
@@ -43,7 +44,7 @@ def test_bench_of_the_host(monkeypatch):
     assert run.result()["provenance"]["protocol"] == protocol.HOST_PROTOCOL
 
 
-@pytest.mark.parametrize("direction", directions("sm90"))
+@pytest.mark.parametrize("direction", get_args(Direction))
 def test_tune(direction):
     """Candidates are built, checked and timed, and a second run finds all of it in the journal."""
     problem, journal = Problem(direction=direction, head_dim=80, mask="causal"), Journal(None)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from fa2gen._paths import data_dir
 from fa2gen.plan import make_plan
-from fa2gen.render import LAUNCHER, render, template_names
+from fa2gen.render import LAUNCHER, render
 from fa2gen.spec import KernelSpec
 
 FOLDER = Path(__file__).resolve().parents[2] / "generated" / "golden"
@@ -84,7 +85,9 @@ def test_together_they_show_every_template():
     shown = {
         origin.rpartition(":")[0] for name in NAMES for origin in render(make_plan(KernelSpec.from_name(name))).origins
     }
-    assert shown == {name for name in template_names() if not name.startswith("cpu/") and name != LAUNCHER}
+    root = Path(data_dir("templates"))
+    names = {path.relative_to(root).as_posix() for path in root.rglob("*.j2")}
+    assert shown == {name for name in names if not name.startswith("cpu/") and name != LAUNCHER}
 
 
 def test_readme_quotes_a_golden():

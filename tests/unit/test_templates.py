@@ -14,12 +14,12 @@ from jinja2 import meta, nodes
 from fa2gen._paths import data_dir
 from fa2gen.catalog import catalogue
 from fa2gen.plan import KernelPlan, feasible_tilings, fits, make_plan
-from fa2gen.render import LAUNCHER, Rendered, render, render_launcher, template_names
+from fa2gen.render import LAUNCHER, Rendered, render, render_launcher
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
 TEMPLATES = Path(data_dir("templates"))
-NAMES = template_names()
+NAMES = sorted(path.relative_to(TEMPLATES).as_posix() for path in TEMPLATES.rglob("*.j2"))
 ENVIRONMENT = jinja2.Environment()
 MAX_COLUMNS = 128
 
