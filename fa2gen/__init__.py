@@ -3,7 +3,8 @@
     from fa2gen import flash_attn_func
     out = flash_attn_func(q, k, v, causal=True)     # (batch, seqlen, heads, head_dim), fp16 or bf16
 
-Importing the package imports neither torch nor cuda: each public name is loaded when it is first used.
+Importing the package imports neither torch nor cuda: each public name is loaded when it is first used, and so are the
+operators torch.ops.fa2gen.fwd and bwd, which saved programs ask for by name.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fa2gen._lazy_operators import plant
 from fa2gen._version import __version__ as __version__
+from fa2gen._when_imported import when_imported
 
 # name -> module. No name here is also a module's: `fa2gen.render` is the module, `fa2gen.render.render` the function.
 _HOME = {
@@ -92,12 +95,25 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if (module := _HOME.get(name)) is None:
-        raise AttributeError(f"module 'fa2gen' has no attribute {name!r}")
-    value = getattr(import_module(f"fa2gen.{module}"), name)
-    globals()[name] = value  # found here the next time, without coming through this function
-    return value
+if not TYPE_CHECKING:  # to a type checker it would promise every name
+
+    def __getattr__(name: str) -> Any:
+        if (module := _HOME.get(name)) is None:
+            raise AttributeError(f"module 'fa2gen' has no attribute {name!r}")
+        try:
+            value = getattr(import_module(f"fa2gen.{module}"), name)
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError(
+                f"fa2gen.{name} needs torch: pip install torch, from the index that fits your driver. Plans, renders "
+                "and builds of kernels need none: see `fa2gen --help`"
+            ) from error
+        globals()[name] = value  # found here the next time, without coming through this function
+        return value
+
+
+when_imported("torch", plant)
 
 
 def __dir__() -> list[str]:

@@ -1,10 +1,11 @@
 """The `torch.library` operators `fa2gen::fwd` and `fa2gen::bwd`.
 
-fwd(Tensor q, k, v, float softmax_scale, bool causal, *, ...) -> (Tensor out, Tensor lse)
-bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool causal, *, ...) -> (Tensor dq, dk, dv)
+fwd(Tensor q, k, v, float softmax_scale, bool causal, ...) -> (Tensor out, Tensor lse)
+bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool causal, ...) -> (Tensor dq, dk, dv)
 
 where ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
-field was added go on to load. CUDA tensors run generated kernels, CPU tensors the reference, fake tensors its shapes.
+field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
+CUDA tensors run generated kernels, CPU tensors the reference, fake tensors its shapes.
 All that belongs to an operator is here, whoever calls it: autograd, a vmap rule, flop counts, and sharding rules for
 DTensors (`fa2gen.ops.sharding`).
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from fa2gen._when_imported import when_imported
 from fa2gen.ops.autograd import Attention, Gradients, apply, refuse_tangents, wants_gradient
 from fa2gen.ops.call import backward_cuda, forward_cuda
 from fa2gen.ops.validate import refuse_tensor_kinds, validate, validate_backward, validate_options
@@ -38,7 +40,7 @@ def _option_schema() -> str:
     types = typing.get_type_hints(Options)
     first = [f"{_TYPES[types[name]]} {name}" for name in _POSITIONAL]
     others = [name for name in Options._fields if name not in _POSITIONAL]
-    return ", ".join([*first, "*", *(f"{_TYPES[types[n]]} {n}={Options._field_defaults[n]}" for n in others)])
+    return ", ".join([*first, *(f"{_TYPES[types[n]]} {n}={Options._field_defaults[n]}" for n in others)])
 
 
 OPTION_SCHEMA = _option_schema()
@@ -185,12 +187,19 @@ class _Held:
         return lambda *arguments, **named: self.kernels[name, key](*arguments, **named)
 
 
+def _register_sharding() -> None:
+    from fa2gen.ops.sharding import register
+
+    register()
+
+
 def _register() -> None:
     """Register the operators, or take over those of an earlier import. Raises ImportError where another version's are
     there."""
     held: _Held | None = vars(torch.ops.fa2gen).get("_held")
     if held is None:
         held = torch.ops.fa2gen._held = _Held()
+        when_imported("torch.distributed.tensor", _register_sharding)
     elif held.schemas != _SCHEMAS:
         raise ImportError("another version of fa2gen has registered its operators in this process: start a new one")
     for name in _SCHEMAS:

@@ -95,12 +95,17 @@ def test_installed_wheel_renders_a_kernel(site, tmp_path):
     assert f"{name}(" in source
 
 
+def without_data(site, folder):
+    """The modules alone, beside somebody's folder of the name of ours."""
+    (folder / "fa2gen").mkdir()
+    (folder / "templates").mkdir()
+    for module in (site / "fa2gen").glob("*.py"):
+        (folder / "fa2gen" / module.name).write_bytes(module.read_bytes())
+
+
 def test_wheel_without_data_takes_no_stranger_s(site, tmp_path):
     """`templates` beside the package in site-packages is not ours."""
-    (tmp_path / "fa2gen").mkdir()
-    (tmp_path / "templates").mkdir()
-    for module in ("__init__.py", "_paths.py", "_version.py"):
-        (tmp_path / "fa2gen" / module).write_bytes((site / "fa2gen" / module).read_bytes())
+    without_data(site, tmp_path)
     code = (
         "from fa2gen import _paths\n"
         "try: _paths.data_dir('templates')\n"
@@ -111,10 +116,7 @@ def test_wheel_without_data_takes_no_stranger_s(site, tmp_path):
 
 def test_a_stranger_s_project_beside_the_package_is_no_checkout(site, tmp_path):
     """`pip install --target .` in any project's folder: neither its pyproject.toml nor its templates/ are ours."""
-    for name in ("fa2gen/__init__.py", "fa2gen/_paths.py", "fa2gen/_version.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes((site / name).read_bytes())
-    (tmp_path / "templates").mkdir()
+    without_data(site, tmp_path)
     code = (
         "from fa2gen import _paths; print(_paths.in_checkout())\n"
         "try: _paths.data_dir('templates')\n"

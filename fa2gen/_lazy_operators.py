@@ -1,0 +1,28 @@
+"""`torch.ops.fa2gen` in a process that has imported `fa2gen`, and nothing of it that imports torch.
+
+A program that was saved by torch.export asks for its operators by name. The first look at one imports `fa2gen.ops`,
+which registers them.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+__all__ = ["plant"]
+
+
+def plant() -> None:
+    """Have torch.ops.fa2gen fill itself when it is looked into. torch has been imported."""
+    torch: Any = sys.modules["torch"]
+
+    class LazyNamespace(torch._ops._OpNamespace):
+        __module__ = torch._ops.__name__  # saved programs hold it as a part of an operator's name
+
+        def __getattr__(self, name: str) -> Any:
+            if not name.startswith("_"):
+                import_module("fa2gen.ops")
+            return super().__getattr__(name)
+
+    torch.ops.fa2gen.__class__ = LazyNamespace
