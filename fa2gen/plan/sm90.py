@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from fa2gen.layout import Panels
 from fa2gen.plan.base import KernelPlan, TensorMapPlan
+from fa2gen.ptx import Wgmma
 
 __all__ = ["BARRIER_BYTES", "REGISTER_SPLIT", "ROWS_PER_WARPGROUP", "WARPGROUP_THREADS", "WARP_ROWS", "Sm90Plan"]
 
@@ -38,6 +39,16 @@ class Sm90Plan(KernelPlan):
     @property
     def consumer_registers(self) -> int:
         return REGISTER_SPLIT[self.num_mma_warpgroups][1]
+
+    @property
+    def wgmmas(self) -> tuple[Wgmma, ...]:
+        """The instructions, each once."""
+        raise NotImplementedError
+
+    @property
+    def accumulator_counts(self) -> tuple[int, ...]:
+        """The sizes of accumulator arrays, each once."""
+        return tuple(sorted({wgmma.num_accumulators for wgmma in self.wgmmas}))
 
     @staticmethod
     def streamed_maps(name: str, tile: Panels) -> tuple[TensorMapPlan, ...]:

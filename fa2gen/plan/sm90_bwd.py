@@ -179,11 +179,6 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return tuple(dict.fromkeys((self.wgmma_s, self.wgmma_dkv, self.wgmma_dq, *rest)))
 
     @property
-    def accumulator_counts(self) -> tuple[int, ...]:
-        """The sizes of accumulator arrays, each once."""
-        return tuple(sorted({wgmma.num_accumulators for wgmma in self.wgmmas}))
-
-    @property
     def num_k_steps_m(self) -> int:
         return self.tile_m // 16
 

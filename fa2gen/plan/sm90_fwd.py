@@ -60,6 +60,11 @@ class Sm90FwdPlan(Sm90Plan):
     def wgmma_pv(self) -> Wgmma:
         return Wgmma(self.dtype, self.head_dim, "registers", b_transposed=True)
 
+    @cached_property
+    def wgmmas(self) -> tuple[Wgmma, ...]:
+        """The instructions, each once."""
+        return (self.wgmma_qk, self.wgmma_pv)
+
     @property
     def num_k_steps_pv(self) -> int:
         return self.tile_n // 16

@@ -6,9 +6,10 @@
 //   problem  bwd, head dim 128, bf16, causal mask
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 164864 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,  139 Threads,  158 Arithmetic,  173 Shared memory,  182 Global memory,
-//             244 cp.async,  296 What is visible,  505 Softmax and its gradient,  555 Matrix products,
-//             688 Registers to shared memory,  818 Kernels, 1012 Launch
+//   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
+//             238 cp.async,  257 Fragments,  272 Registers,  281 mma,  303 What is visible,
+//             512 Softmax and its gradient,  562 Matrix products,  695 Registers to shared memory,  825 Kernels,
+//            1019 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -170,6 +171,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     return packed;
 }
 
+// The two bf16 numbers of one register, the lower half first.
+__device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed) {
+    values[0] = __builtin_bit_cast(float, packed << 16);
+    values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
+}
+
 // Shared memory -------------------------------------------------------------------------------------------------------
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -177,6 +184,22 @@ extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 // The address of the block's dynamic shared memory; the widest swizzle needs it on a 1024-byte boundary.
 __device__ __forceinline__ uint32_t shared_memory_base() {
     return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
+}
+
+__device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_shared_128(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// 8 bytes; the address is a multiple of 8.
+__device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t address) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(r[0]), "=f"(r[1]) : "r"(address) : "memory");
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
@@ -195,32 +218,10 @@ __device__ __forceinline__ float load_global_float(float const* address) {
     return *address;
 }
 
-// The two bf16 numbers of one register, the lower half first.
-__device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed) {
-    values[0] = __builtin_bit_cast(float, packed << 16);
-    values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
-}
-
-__device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {
-    asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void load_shared_128(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
 // 16 bytes; the address is a multiple of 16.
 __device__ __forceinline__ void store_global_128(void* address, uint32_t const (&r)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "l"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-
-// 8 bytes; the address is a multiple of 8.
-__device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t address) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(r[0]), "=f"(r[1]) : "r"(address) : "memory");
 }
 
 // 16 bytes; the address is a multiple of 16.
@@ -232,13 +233,6 @@ __device__ __forceinline__ void store_global_float4(float* address, float r0, fl
 // Adds to one fp32 number; the addition is atomic. A warp's additions to 128 bytes in a row are one request.
 __device__ __forceinline__ void reduce_add_global_float(float* address, float value) {
     asm volatile("red.global.add.f32 [%0], %1;" :: "l"(address), "f"(value) : "memory");
-}
-
-// The same value, but nothing that derives from it is known from before: the compiler computes that again here instead of
-// keeping it in registers, which the loop in between needs.
-__device__ __forceinline__ uint32_t recompute(uint32_t value) {
-    asm volatile("" : "+r"(value));
-    return value;
 }
 
 // cp.async ------------------------------------------------------------------------------------------------------------
@@ -260,6 +254,8 @@ __device__ __forceinline__ void cp_async_wait_0() {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
+// Fragments -----------------------------------------------------------------------------------------------------------
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and gets elements 2 * (l % 4)
 // and the next of row l / 4 of each.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -272,6 +268,17 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
+
+// Registers -----------------------------------------------------------------------------------------------------------
+
+// The same value, but nothing that derives from it is known from before: the compiler computes that again here instead of
+// keeping it in registers, which the loop in between needs.
+__device__ __forceinline__ uint32_t recompute(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// mma -----------------------------------------------------------------------------------------------------------------
 
 // mma.sync: d[16 x 8] += a[16 x 16] b[16 x 8]. A lane holds, with g = lane / 4, t = lane % 4, two elements a register of a, b:
 //   a  (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)     b  (k = 2t, n = g), (k = 2t + 8, n = g)

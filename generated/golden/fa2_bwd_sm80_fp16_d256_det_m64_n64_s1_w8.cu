@@ -6,9 +6,10 @@
 //   problem  bwd, head dim 256, fp16, full mask, deterministic
 //   tiling   64 query rows x 64 keys, 1 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 147968 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,  139 Threads,  158 Arithmetic,  173 Shared memory,  182 Global memory,
-//             267 cp.async,  319 What is visible,  528 Softmax and its gradient,  578 Matrix products,
-//             711 Registers to shared memory,  803 Turns,  872 Kernels, 1069 Launch
+//   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
+//             261 cp.async,  280 Fragments,  295 Registers,  304 mma,  326 What is visible,
+//             535 Softmax and its gradient,  585 Matrix products,  718 Registers to shared memory,  810 Turns,
+//             879 Kernels, 1076 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -170,6 +171,12 @@ __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
     return packed;
 }
 
+// The two fp16 numbers of one register, the lower half first.
+__device__ __forceinline__ void unpack_fp16(float (&values)[2], uint32_t packed) {
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(values[0]), "=f"(values[1]) : "r"(packed));
+}
+
 // Shared memory -------------------------------------------------------------------------------------------------------
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -177,6 +184,22 @@ extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 // The address of the block's dynamic shared memory; the widest swizzle needs it on a 1024-byte boundary.
 __device__ __forceinline__ uint32_t shared_memory_base() {
     return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
+}
+
+__device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {
+    asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_shared_128(uint32_t (&r)[4], uint32_t address) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// 8 bytes; the address is a multiple of 8.
+__device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t address) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(r[0]), "=f"(r[1]) : "r"(address) : "memory");
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
@@ -199,32 +222,10 @@ __device__ __forceinline__ float load_global_float(float const* address) {
     return *address;
 }
 
-// The two fp16 numbers of one register, the lower half first.
-__device__ __forceinline__ void unpack_fp16(float (&values)[2], uint32_t packed) {
-    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
-        : "=f"(values[0]), "=f"(values[1]) : "r"(packed));
-}
-
-__device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {
-    asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void load_shared_128(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
 // 16 bytes; the address is a multiple of 16.
 __device__ __forceinline__ void store_global_128(void* address, uint32_t const (&r)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "l"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-
-// 8 bytes; the address is a multiple of 8.
-__device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t address) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                 : "=f"(r[0]), "=f"(r[1]) : "r"(address) : "memory");
 }
 
 // 16 bytes; the address is a multiple of 16.
@@ -257,13 +258,6 @@ __device__ __forceinline__ void store_global_release(int* address, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(address), "r"(value) : "memory");
 }
 
-// The same value, but nothing that derives from it is known from before: the compiler computes that again here instead of
-// keeping it in registers, which the loop in between needs.
-__device__ __forceinline__ uint32_t recompute(uint32_t value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 // cp.async ------------------------------------------------------------------------------------------------------------
 
 // 16 bytes from global to shared memory, past L1; both addresses are multiples of 16. Reads the first `source_bytes` (0 or 16)
@@ -283,6 +277,8 @@ __device__ __forceinline__ void cp_async_wait_0() {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
+// Fragments -----------------------------------------------------------------------------------------------------------
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and gets elements 2 * (l % 4)
 // and the next of row l / 4 of each.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -295,6 +291,17 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
+
+// Registers -----------------------------------------------------------------------------------------------------------
+
+// The same value, but nothing that derives from it is known from before: the compiler computes that again here instead of
+// keeping it in registers, which the loop in between needs.
+__device__ __forceinline__ uint32_t recompute(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// mma -----------------------------------------------------------------------------------------------------------------
 
 // mma.sync: d[16 x 8] += a[16 x 16] b[16 x 8]. A lane holds, with g = lane / 4, t = lane % 4, two elements a register of a, b:
 //   a  (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)     b  (k = 2t, n = g), (k = 2t + 8, n = g)

@@ -6,10 +6,11 @@
 //   problem  bwd, head dim 128, bf16, full mask, deterministic
 //   tiling   80 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230752 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   53 Shared memory,  122 Threads,  152 Arithmetic,  174 Shared memory,
-//             207 Global memory,  252 mbarriers,  296 TMA,  333 Bulk copies,  406 wgmma,  533 What is visible,
-//             575 Softmax and its gradient,  670 Pipelines,  713 Loads,  750 Matrix products,  788 Staging,
-//             844 Producer,  876 Turns,  914 Consumer, 1035 Kernels, 1184 Launch
+//   contents   34 Problem and tiling,   54 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
+//             211 Global memory,  262 mbarriers,  306 TMA,  348 Bulk copies,  364 Fences,  376 Fragments,
+//             390 Registers,  398 Registers of a warpgroup,  410 wgmma,  542 What is visible,
+//             584 Softmax and its gradient,  679 Pipelines,  722 Loads,  759 Matrix products,  797 Staging,
+//             853 Producer,  885 Turns,  923 Consumer, 1044 Kernels, 1193 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -114,11 +115,6 @@ struct Params {
     float softmax_scale_log2;
 };
 
-// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
-struct alignas(64) CUtensorMap {
-    uint64_t opaque[16];
-};
-
 // Threads -------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int lane_id() {
@@ -149,6 +145,20 @@ __device__ __forceinline__ bool elect_one() {
     return elected != 0;
 }
 
+__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
+}
+
+// Waits until the grid before has ended and what it wrote is visible.
+__device__ __forceinline__ void griddepcontrol_wait() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets the grid behind start when all blocks of this one have come here or ended. Promises nothing about memory.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;");
+}
+
 // Arithmetic ----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -169,6 +179,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+// The two bf16 numbers of one register, the lower half first.
+__device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed) {
+    values[0] = __builtin_bit_cast(float, packed << 16);
+    values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
 }
 
 // Shared memory -------------------------------------------------------------------------------------------------------
@@ -192,18 +208,6 @@ __device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, 
                  :: "r"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
-    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
-}
-
 // Global memory -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void store_global_int(int* address, int value) {
@@ -224,10 +228,16 @@ __device__ __forceinline__ float load_global_float(float const* address) {
     return *address;
 }
 
-// The two bf16 numbers of one register, the lower half first.
-__device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed) {
-    values[0] = __builtin_bit_cast(float, packed << 16);
-    values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
 // Waits until the number at `address` is `value`; what its writer did before is then done.
@@ -296,6 +306,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // TMA -----------------------------------------------------------------------------------------------------------------
 // Coordinates are (column, row, head, batch), innermost first. Reads outside the tensor give zeros, writes are dropped.
 
+// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
+struct alignas(64) CUtensorMap {
+    uint64_t opaque[16];
+};
+
 __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
@@ -346,19 +361,11 @@ __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t sou
                  :: "l"(destination), "r"(source), "r"(bytes) : "memory");
 }
 
+// Fences --------------------------------------------------------------------------------------------------------------
+
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// Waits until the grid before has ended and what it wrote is visible.
-__device__ __forceinline__ void griddepcontrol_wait() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// Lets the grid behind start when all blocks of this one have come here or ended. Promises nothing about memory.
-__device__ __forceinline__ void griddepcontrol_launch_dependents() {
-    asm volatile("griddepcontrol.launch_dependents;");
 }
 
 // Orders this thread's later bulk copies to global memory (the async proxy) after what it has waited for there.
@@ -366,30 +373,7 @@ __device__ __forceinline__ void fence_proxy_async_global() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
-    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
-}
-
-// The same value, in a register from here on: a loop that uses it does not compute it again each time.
-__device__ __forceinline__ int keep(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
-// Barrier 0 is sync_block's.
-enum NamedBarrier : int {
-    kAllMmaWarps = 1,
-};
-
-// Gives this warpgroup's registers above 24 a thread back to the block.
-__device__ __forceinline__ void setmaxnreg_dec_24() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-}
-
-// Takes registers up to 240 a thread; waits until the block has them.
-__device__ __forceinline__ void setmaxnreg_inc_240() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-}
+// Fragments -----------------------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
@@ -401,6 +385,26 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint3
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+// Registers -----------------------------------------------------------------------------------------------------------
+
+// The same value, in a register from here on: a loop that uses it does not compute it again each time.
+__device__ __forceinline__ int keep(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Registers of a warpgroup --------------------------------------------------------------------------------------------
+
+// Gives this warpgroup's registers above 24 a thread back to the block.
+__device__ __forceinline__ void setmaxnreg_dec_24() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+}
+
+// Takes registers up to 240 a thread; waits until the block has them.
+__device__ __forceinline__ void setmaxnreg_inc_240() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 }
 
 // wgmma ---------------------------------------------------------------------------------------------------------------
@@ -519,6 +523,11 @@ __device__ __forceinline__ void wgmma_m64n80k16_ss_mk(
           "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39])
         : "l"(a), "l"(b), "r"(accumulate));
 }
+
+// Barrier 0 is sync_block's.
+enum NamedBarrier : int {
+    kAllMmaWarps = 1,
+};
 
 // Sequences: every batch entry has the same lengths.
 struct Seqlen {

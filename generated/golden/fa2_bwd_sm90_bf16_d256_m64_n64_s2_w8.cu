@@ -6,10 +6,11 @@
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 64 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 214128 bytes of dynamic shared memory
-//   contents   32 Problem and tiling,   54 Shared memory,  120 Threads,  150 Arithmetic,  172 Shared memory,
-//             199 Global memory,  227 mbarriers,  267 TMA,  299 Bulk copies,  354 wgmma,  503 What is visible,
-//             541 Softmax and its gradient,  631 Pipelines,  676 Loads,  713 Matrix products,  750 Staging,
-//             805 Producer,  837 Consumers, 1015 Kernels, 1153 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  116 Threads,  160 Arithmetic,  188 Shared memory,
+//             203 Global memory,  237 mbarriers,  277 TMA,  314 Bulk copies,  323 Fences,  330 Fragments,
+//             344 Registers of a warpgroup,  356 wgmma,  510 What is visible,  548 Softmax and its gradient,
+//             638 Pipelines,  683 Loads,  720 Matrix products,  757 Staging,  812 Producer,  844 Consumers,
+//            1022 Kernels, 1160 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -112,11 +113,6 @@ struct Params {
     float softmax_scale_log2;
 };
 
-// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
-struct alignas(64) CUtensorMap {
-    uint64_t opaque[16];
-};
-
 // Threads -------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int lane_id() {
@@ -147,6 +143,20 @@ __device__ __forceinline__ bool elect_one() {
     return elected != 0;
 }
 
+__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
+}
+
+// Waits until the grid before has ended and what it wrote is visible.
+__device__ __forceinline__ void griddepcontrol_wait() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets the grid behind start when all blocks of this one have come here or ended. Promises nothing about memory.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;");
+}
+
 // Arithmetic ----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -169,6 +179,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     return packed;
 }
 
+// The two bf16 numbers of one register, the lower half first.
+__device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed) {
+    values[0] = __builtin_bit_cast(float, packed << 16);
+    values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
+}
+
 // Shared memory -------------------------------------------------------------------------------------------------------
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -182,18 +198,6 @@ __device__ __forceinline__ uint32_t shared_memory_base() {
 __device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
                  : "=f"(r[0]), "=f"(r[1]) : "r"(address) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
-    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
@@ -212,10 +216,16 @@ __device__ __forceinline__ float load_global_float(float const* address) {
     return *address;
 }
 
-// The two bf16 numbers of one register, the lower half first.
-__device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed) {
-    values[0] = __builtin_bit_cast(float, packed << 16);
-    values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
 // Adds four fp32 numbers to those at a multiple of 16 bytes; each addition is atomic.
@@ -267,6 +277,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // TMA -----------------------------------------------------------------------------------------------------------------
 // Coordinates are (column, row, head, batch), innermost first. Reads outside the tensor give zeros, writes are dropped.
 
+// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
+struct alignas(64) CUtensorMap {
+    uint64_t opaque[16];
+};
+
 __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
@@ -305,39 +320,14 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, void const* sour
                  :: "r"(destination), "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// Fences --------------------------------------------------------------------------------------------------------------
+
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Waits until the grid before has ended and what it wrote is visible.
-__device__ __forceinline__ void griddepcontrol_wait() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// Lets the grid behind start when all blocks of this one have come here or ended. Promises nothing about memory.
-__device__ __forceinline__ void griddepcontrol_launch_dependents() {
-    asm volatile("griddepcontrol.launch_dependents;");
-}
-
-__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
-    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
-}
-
-// Barrier 0 is sync_block's.
-enum NamedBarrier : int {
-    kAllMmaWarps = 1,
-};
-
-// Gives this warpgroup's registers above 24 a thread back to the block.
-__device__ __forceinline__ void setmaxnreg_dec_24() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-}
-
-// Takes registers up to 240 a thread; waits until the block has them.
-__device__ __forceinline__ void setmaxnreg_inc_240() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-}
+// Fragments -----------------------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
@@ -349,6 +339,18 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint3
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+// Registers of a warpgroup --------------------------------------------------------------------------------------------
+
+// Gives this warpgroup's registers above 24 a thread back to the block.
+__device__ __forceinline__ void setmaxnreg_dec_24() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+}
+
+// Takes registers up to 240 a thread; waits until the block has them.
+__device__ __forceinline__ void setmaxnreg_inc_240() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 }
 
 // wgmma ---------------------------------------------------------------------------------------------------------------
@@ -489,6 +491,11 @@ __device__ __forceinline__ void wgmma_m64n128k16_ss_km(
           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
         : "l"(a), "l"(b), "r"(accumulate));
 }
+
+// Barrier 0 is sync_block's.
+enum NamedBarrier : int {
+    kAllMmaWarps = 1,
+};
 
 // Sequences: every batch entry has the same lengths.
 struct Seqlen {

@@ -6,10 +6,11 @@
 //   problem  bwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 198752 bytes of dynamic shared memory
-//   contents   32 Problem and tiling,   52 Shared memory,  119 Threads,  149 Arithmetic,  171 Shared memory,
-//             204 Global memory,  226 mbarriers,  270 TMA,  307 Bulk copies,  375 wgmma,  498 What is visible,
-//             536 Softmax and its gradient,  626 Pipelines,  669 Loads,  706 Matrix products,  743 Staging,
-//             799 Producer,  849 Consumer,  970 Kernels, 1112 Launch
+//   contents   33 Problem and tiling,   53 Shared memory,  115 Threads,  159 Arithmetic,  187 Shared memory,
+//             208 Global memory,  236 mbarriers,  280 TMA,  322 Bulk copies,  338 Fences,  345 Fragments,
+//             359 Registers,  367 Registers of a warpgroup,  379 wgmma,  507 What is visible,
+//             545 Softmax and its gradient,  635 Pipelines,  678 Loads,  715 Matrix products,  752 Staging,
+//             808 Producer,  858 Consumer,  979 Kernels, 1121 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -111,11 +112,6 @@ struct Params {
     float softmax_scale_log2;
 };
 
-// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
-struct alignas(64) CUtensorMap {
-    uint64_t opaque[16];
-};
-
 // Threads -------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int lane_id() {
@@ -146,6 +142,20 @@ __device__ __forceinline__ bool elect_one() {
     return elected != 0;
 }
 
+__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
+}
+
+// Waits until the grid before has ended and what it wrote is visible.
+__device__ __forceinline__ void griddepcontrol_wait() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets the grid behind start when all blocks of this one have come here or ended. Promises nothing about memory.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;");
+}
+
 // Arithmetic ----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -166,6 +176,12 @@ __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
     uint32_t packed;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+// The two fp16 numbers of one register, the lower half first.
+__device__ __forceinline__ void unpack_fp16(float (&values)[2], uint32_t packed) {
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(values[0]), "=f"(values[1]) : "r"(packed));
 }
 
 // Shared memory -------------------------------------------------------------------------------------------------------
@@ -189,18 +205,6 @@ __device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, 
                  :: "r"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
-    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
-    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
-}
-
 // Global memory -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
@@ -217,10 +221,16 @@ __device__ __forceinline__ float load_global_float(float const* address) {
     return *address;
 }
 
-// The two fp16 numbers of one register, the lower half first.
-__device__ __forceinline__ void unpack_fp16(float (&values)[2], uint32_t packed) {
-    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
-        : "=f"(values[0]), "=f"(values[1]) : "r"(packed));
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
+    asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
 // mbarriers -----------------------------------------------------------------------------------------------------------
@@ -269,6 +279,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 
 // TMA -----------------------------------------------------------------------------------------------------------------
 // Coordinates are (column, row, head, batch), innermost first. Reads outside the tensor give zeros, writes are dropped.
+
+// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
+struct alignas(64) CUtensorMap {
+    uint64_t opaque[16];
+};
 
 __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
@@ -320,45 +335,14 @@ __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t sou
                  :: "l"(destination), "r"(source), "r"(bytes) : "memory");
 }
 
+// Fences --------------------------------------------------------------------------------------------------------------
+
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Waits until the grid before has ended and what it wrote is visible.
-__device__ __forceinline__ void griddepcontrol_wait() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
-// Lets the grid behind start when all blocks of this one have come here or ended. Promises nothing about memory.
-__device__ __forceinline__ void griddepcontrol_launch_dependents() {
-    asm volatile("griddepcontrol.launch_dependents;");
-}
-
-__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
-    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
-}
-
-// The same value, in a register from here on: a loop that uses it does not compute it again each time.
-__device__ __forceinline__ int keep(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
-// Barrier 0 is sync_block's.
-enum NamedBarrier : int {
-    kAllMmaWarps = 1,
-};
-
-// Gives this warpgroup's registers above 24 a thread back to the block.
-__device__ __forceinline__ void setmaxnreg_dec_24() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-}
-
-// Takes registers up to 240 a thread; waits until the block has them.
-__device__ __forceinline__ void setmaxnreg_inc_240() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-}
+// Fragments -----------------------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
@@ -370,6 +354,26 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint3
 __device__ __forceinline__ void stmatrix_x4_trans(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
                  :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+// Registers -----------------------------------------------------------------------------------------------------------
+
+// The same value, in a register from here on: a loop that uses it does not compute it again each time.
+__device__ __forceinline__ int keep(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Registers of a warpgroup --------------------------------------------------------------------------------------------
+
+// Gives this warpgroup's registers above 24 a thread back to the block.
+__device__ __forceinline__ void setmaxnreg_dec_24() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+}
+
+// Takes registers up to 240 a thread; waits until the block has them.
+__device__ __forceinline__ void setmaxnreg_inc_240() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 }
 
 // wgmma ---------------------------------------------------------------------------------------------------------------
@@ -484,6 +488,11 @@ __device__ __forceinline__ void wgmma_m64n64k16_ss_km(
           "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
         : "l"(a), "l"(b), "r"(accumulate));
 }
+
+// Barrier 0 is sync_block's.
+enum NamedBarrier : int {
+    kAllMmaWarps = 1,
+};
 
 // Sequences: every batch entry has the same lengths.
 struct Seqlen {

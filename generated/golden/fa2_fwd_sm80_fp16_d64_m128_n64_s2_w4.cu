@@ -6,9 +6,9 @@
 //   problem  fwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   25 Problem and tiling,   89 Threads,  107 Arithmetic,  134 Shared memory,  143 Global memory,
-//             172 cp.async,  224 What is visible,  261 Online softmax,  407 Pipeline,  465 Matrix products,
-//             548 Epilogue,  636 Kernel,  710 Launch
+//   contents   25 Problem and tiling,   89 Threads,  107 Arithmetic,  134 Shared memory,  153 Global memory,
+//             165 cp.async,  184 Fragments,  199 Registers,  208 mma,  230 What is visible,  267 Online softmax,
+//             413 Pipeline,  471 Matrix products,  554 Epilogue,  642 Kernel,  716 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -140,12 +140,6 @@ __device__ __forceinline__ uint32_t shared_memory_base() {
     return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
 }
 
-// Global memory -------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void store_global_float(float* address, float value) {
-    *address = value;
-}
-
 __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {
     asm volatile("st.shared.b32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
 }
@@ -156,17 +150,16 @@ __device__ __forceinline__ void load_shared_128(uint32_t (&r)[4], uint32_t addre
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
+// Global memory -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void store_global_float(float* address, float value) {
+    *address = value;
+}
+
 // 16 bytes; the address is a multiple of 16.
 __device__ __forceinline__ void store_global_128(void* address, uint32_t const (&r)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                  :: "l"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-
-// The same value, but nothing that derives from it is known from before: the compiler computes that again here instead of
-// keeping it in registers, which the loop in between needs.
-__device__ __forceinline__ uint32_t recompute(uint32_t value) {
-    asm volatile("" : "+r"(value));
-    return value;
 }
 
 // cp.async ------------------------------------------------------------------------------------------------------------
@@ -188,6 +181,8 @@ __device__ __forceinline__ void cp_async_wait_0() {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
+// Fragments -----------------------------------------------------------------------------------------------------------
+
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8, and gets elements 2 * (l % 4)
 // and the next of row l / 4 of each.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -200,6 +195,17 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
+
+// Registers -----------------------------------------------------------------------------------------------------------
+
+// The same value, but nothing that derives from it is known from before: the compiler computes that again here instead of
+// keeping it in registers, which the loop in between needs.
+__device__ __forceinline__ uint32_t recompute(uint32_t value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// mma -----------------------------------------------------------------------------------------------------------------
 
 // mma.sync: d[16 x 8] += a[16 x 16] b[16 x 8]. A lane holds, with g = lane / 4, t = lane % 4, two elements a register of a, b:
 //   a  (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)     b  (k = 2t, n = g), (k = 2t + 8, n = g)

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229504 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   93 Threads,  127 Arithmetic,  165 Shared memory,
-//             186 Global memory,  200 mbarriers,  244 TMA,  302 wgmma,  404 What is visible,  450 Online softmax,
-//             574 Pipelines,  602 Loads,  654 Matrix products,  681 Epilogue,  726 Producer,  775 Consumer,
-//             924 Kernel,  964 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  122 Arithmetic,  160 Shared memory,
+//             181 Global memory,  195 mbarriers,  239 TMA,  281 Fences,  288 Fragments,  296 Registers of a warpgroup,
+//             308 wgmma,  410 What is visible,  456 Online softmax,  580 Pipelines,  608 Loads,  660 Matrix products,
+//             687 Epilogue,  732 Producer,  781 Consumer,  930 Kernel,  970 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -83,11 +83,6 @@ struct Params {
     int heads_per_section;
     float softmax_scale;
     float softmax_scale_log2;
-};
-
-// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
-struct alignas(64) CUtensorMap {
-    uint64_t opaque[16];
 };
 
 // Threads -------------------------------------------------------------------------------------------------------------
@@ -244,6 +239,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // TMA -----------------------------------------------------------------------------------------------------------------
 // Coordinates are (column, row, head, batch), innermost first. Reads outside the tensor give zeros, writes are dropped.
 
+// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
+struct alignas(64) CUtensorMap {
+    uint64_t opaque[16];
+};
+
 __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
@@ -278,10 +278,22 @@ __device__ __forceinline__ void tma_store_wait() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+// Fences --------------------------------------------------------------------------------------------------------------
+
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// Fragments -----------------------------------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+// Registers of a warpgroup --------------------------------------------------------------------------------------------
 
 // Gives this warpgroup's registers above 24 a thread back to the block.
 __device__ __forceinline__ void setmaxnreg_dec_24() {
@@ -291,12 +303,6 @@ __device__ __forceinline__ void setmaxnreg_dec_24() {
 // Takes registers up to 240 a thread; waits until the block has them.
 __device__ __forceinline__ void setmaxnreg_inc_240() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-}
-
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 
 // wgmma ---------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229504 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   93 Threads,  131 Arithmetic,  169 Shared memory,
-//             190 Global memory,  204 mbarriers,  248 TMA,  306 wgmma,  412 What is visible,  458 Online softmax,
-//             590 Pipelines,  618 Loads,  670 Matrix products,  697 Epilogue,  742 Producer,  791 Consumer,
-//             940 Kernel,  980 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  164 Shared memory,
+//             185 Global memory,  199 mbarriers,  243 TMA,  285 Fences,  292 Fragments,  300 Registers,
+//             308 Registers of a warpgroup,  320 wgmma,  426 What is visible,  472 Online softmax,  604 Pipelines,
+//             632 Loads,  684 Matrix products,  711 Epilogue,  756 Producer,  805 Consumer,  954 Kernel,  994 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -83,11 +83,6 @@ struct Params {
     int heads_per_section;
     float softmax_scale;
     float softmax_scale_log2;
-};
-
-// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
-struct alignas(64) CUtensorMap {
-    uint64_t opaque[16];
 };
 
 // Threads -------------------------------------------------------------------------------------------------------------
@@ -248,6 +243,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // TMA -----------------------------------------------------------------------------------------------------------------
 // Coordinates are (column, row, head, batch), innermost first. Reads outside the tensor give zeros, writes are dropped.
 
+// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
+struct alignas(64) CUtensorMap {
+    uint64_t opaque[16];
+};
+
 __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
@@ -282,10 +282,30 @@ __device__ __forceinline__ void tma_store_wait() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+// Fences --------------------------------------------------------------------------------------------------------------
+
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// Fragments -----------------------------------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+// Registers -----------------------------------------------------------------------------------------------------------
+
+// The same value, in a register from here on: a loop that uses it does not compute it again each time.
+__device__ __forceinline__ int keep(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Registers of a warpgroup --------------------------------------------------------------------------------------------
 
 // Gives this warpgroup's registers above 32 a thread back to the block.
 __device__ __forceinline__ void setmaxnreg_dec_32() {
@@ -295,12 +315,6 @@ __device__ __forceinline__ void setmaxnreg_dec_32() {
 // Takes registers up to 160 a thread; waits until the block has them.
 __device__ __forceinline__ void setmaxnreg_inc_160() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-}
-
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 
 // wgmma ---------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 248, bf16, full mask
 //   tiling   128 query rows x 80 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229472 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  125 Arithmetic,  163 Shared memory,
-//             184 Global memory,  198 mbarriers,  242 TMA,  315 wgmma,  433 What is visible,  477 Online softmax,
-//             596 Pipelines,  624 Loads,  676 Matrix products,  703 Epilogue,  749 Producer,  798 Consumer,
-//             939 Kernel,  979 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  124 Arithmetic,  162 Shared memory,
+//             183 Global memory,  197 mbarriers,  241 TMA,  283 Fences,  290 Fragments,  304 Registers of a warpgroup,
+//             316 wgmma,  439 What is visible,  483 Online softmax,  602 Pipelines,  630 Loads,  682 Matrix products,
+//             709 Epilogue,  755 Producer,  804 Consumer,  945 Kernel,  985 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -83,11 +83,6 @@ struct Params {
     float softmax_scale_log2;
 };
 
-// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
-struct alignas(64) CUtensorMap {
-    uint64_t opaque[16];
-};
-
 // Threads -------------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int lane_id() {
@@ -120,6 +115,10 @@ __device__ __forceinline__ bool elect_one() {
     uint32_t elected;
     asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(elected));
     return elected != 0;
+}
+
+__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
@@ -242,6 +241,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // TMA -----------------------------------------------------------------------------------------------------------------
 // Coordinates are (column, row, head, batch), innermost first. Reads outside the tensor give zeros, writes are dropped.
 
+// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
+struct alignas(64) CUtensorMap {
+    uint64_t opaque[16];
+};
+
 __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
@@ -276,29 +280,14 @@ __device__ __forceinline__ void tma_store_wait() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+// Fences --------------------------------------------------------------------------------------------------------------
+
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
-    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
-}
-
-// Barrier 0 is sync_block's.
-enum NamedBarrier : int {
-    kFirstMmaWarpgroup = 1,
-};
-
-// Gives this warpgroup's registers above 24 a thread back to the block.
-__device__ __forceinline__ void setmaxnreg_dec_24() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-}
-
-// Takes registers up to 240 a thread; waits until the block has them.
-__device__ __forceinline__ void setmaxnreg_inc_240() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-}
+// Fragments -----------------------------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
@@ -310,6 +299,18 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint3
 __device__ __forceinline__ void stmatrix_x2(uint32_t address, uint32_t r0, uint32_t r1) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};"
                  :: "r"(address), "r"(r0), "r"(r1) : "memory");
+}
+
+// Registers of a warpgroup --------------------------------------------------------------------------------------------
+
+// Gives this warpgroup's registers above 24 a thread back to the block.
+__device__ __forceinline__ void setmaxnreg_dec_24() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+}
+
+// Takes registers up to 240 a thread; waits until the block has them.
+__device__ __forceinline__ void setmaxnreg_inc_240() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
 }
 
 // wgmma ---------------------------------------------------------------------------------------------------------------
@@ -419,6 +420,11 @@ __device__ __forceinline__ void wgmma_m64n248k16_rs_km(
           "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
 }
+
+// Barrier 0 is sync_block's.
+enum NamedBarrier : int {
+    kFirstMmaWarpgroup = 1,
+};
 
 // Sequences: every batch entry has the same lengths.
 struct Seqlen {

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 64, fp16, full mask
 //   tiling   192 query rows x 128 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 172192 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  125 Arithmetic,  163 Shared memory,
-//             184 Global memory,  198 mbarriers,  242 TMA,  300 wgmma,  404 What is visible,  448 Online softmax,
-//             567 Pipelines,  595 Loads,  647 Matrix products,  674 Epilogue,  719 Producer,  768 Consumer,
-//             912 Kernel,  952 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  120 Arithmetic,  158 Shared memory,
+//             179 Global memory,  193 mbarriers,  237 TMA,  279 Fences,  286 Fragments,  294 Registers of a warpgroup,
+//             306 wgmma,  410 What is visible,  454 Online softmax,  573 Pipelines,  601 Loads,  653 Matrix products,
+//             680 Epilogue,  725 Producer,  774 Consumer,  918 Kernel,  958 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -81,11 +81,6 @@ struct Params {
     int num_tiles;
     float softmax_scale;
     float softmax_scale_log2;
-};
-
-// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
-struct alignas(64) CUtensorMap {
-    uint64_t opaque[16];
 };
 
 // Threads -------------------------------------------------------------------------------------------------------------
@@ -242,6 +237,11 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
 // TMA -----------------------------------------------------------------------------------------------------------------
 // Coordinates are (column, row, head, batch), innermost first. Reads outside the tensor give zeros, writes are dropped.
 
+// A tensor map as the driver encodes it: opaque, 128 bytes, read by TMA only.
+struct alignas(64) CUtensorMap {
+    uint64_t opaque[16];
+};
+
 __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
@@ -276,10 +276,22 @@ __device__ __forceinline__ void tma_store_wait() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+// Fences --------------------------------------------------------------------------------------------------------------
+
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// Fragments -----------------------------------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+// Registers of a warpgroup --------------------------------------------------------------------------------------------
 
 // Gives this warpgroup's registers above 32 a thread back to the block.
 __device__ __forceinline__ void setmaxnreg_dec_32() {
@@ -289,12 +301,6 @@ __device__ __forceinline__ void setmaxnreg_dec_32() {
 // Takes registers up to 160 a thread; waits until the block has them.
 __device__ __forceinline__ void setmaxnreg_inc_160() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-}
-
-// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 
 // wgmma ---------------------------------------------------------------------------------------------------------------
@@ -324,17 +330,17 @@ __device__ __forceinline__ void wgmma_wait_1() {
 }
 
 // Pins accumulators behind a wait: without it the compiler may read them before wgmma has written them.
-__device__ __forceinline__ void wgmma_touch(float (&d)[64]) {
+__device__ __forceinline__ void wgmma_touch(float (&d)[32]) {
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < 32; ++i) {
         asm volatile("" : "+f"(d[i])::"memory");
     }
 }
 
 // Pins accumulators behind a wait: without it the compiler may read them before wgmma has written them.
-__device__ __forceinline__ void wgmma_touch(float (&d)[32]) {
+__device__ __forceinline__ void wgmma_touch(float (&d)[64]) {
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < 64; ++i) {
         asm volatile("" : "+f"(d[i])::"memory");
     }
 }

@@ -26,7 +26,9 @@ def cases() -> list[pytest.param]:
 def test_probe(probe: Probe, target: str) -> None:
     unit = probe.unit(target)
     size = struct.calcsize(probe.params_format)  # what tests/gpu packs
-    report = compile_unit(replace(unit, source=f"{unit.source}static_assert(sizeof(Params) == {size});\n")).report
+    report = compile_unit(
+        replace(unit, source=f"{unit.source}static_assert(sizeof(fa2gen::probe::Params) == {size});\n")
+    ).report
     # A probe uses a part of what the files of templates/ptx/ define.
     notes = [note for note in report.notes if "was declared but never referenced" not in note]
     assert not notes and not report.spill_bytes
