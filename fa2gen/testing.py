@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from fa2gen.cpu import Report, RunOptions, run_kernel
 from fa2gen.options import Options
 from fa2gen.plan import KernelPlan, make_plan
-from fa2gen.spec import KernelSpec
+from fa2gen.spec import KernelSpec, Problem, declared
 
-__all__ = ["run_on_cpu"]
+__all__ = ["problems", "run_on_cpu"]
+
+
+def problems(**given: Any) -> list[Problem]:
+    """Every problem of the given values, one or a list for each field; of a field that is not given all its values.
+
+    head_dim must be given. What a field allows in one direction alone is left out of the other. A new value of a field
+    is in every list at once. Raises InvalidInput as Problem does.
+    """
+    fields = declared(Problem)
+    choices = [
+        value if isinstance(value := given.get(name, list(field.values)), list | tuple | range) else [value]
+        for name, field in fields.items()
+    ]
+    combinations = (dict(zip(fields, values, strict=True)) for values in itertools.product(*choices))
+    return [
+        Problem(**values)
+        for values in combinations
+        if all(
+            field.only_for is None or values[name] == field.default or values["direction"] == field.only_for.direction
+            for name, field in fields.items()
+        )
+    ]
 
 
 def run_on_cpu(

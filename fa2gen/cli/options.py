@@ -5,6 +5,7 @@ The options are made from the fields of `Problem`: a new field, or a new value o
 
 from __future__ import annotations
 
+import glob
 import inspect
 import itertools
 import os
@@ -214,6 +215,16 @@ def _option(about: Declared, base: Base) -> inspect.Parameter:
     return _parameter(about.name, Annotated[kind, info], default)
 
 
+def _completed(incomplete: str) -> list[str]:
+    """What a shell proposes: folders and spec files that begin so, and names of the catalogue's kernels."""
+    from fa2gen.catalog import catalogue
+
+    paths = sorted(glob.glob(f"{glob.escape(incomplete)}*"))
+    found = (f"{path}/" if os.path.isdir(path) else path for path in paths)
+    names = sorted(spec.name for spec in catalogue()) if incomplete.startswith("fa2_") else []
+    return [path for path in found if path.endswith((".toml", "/"))] + [n for n in names if n.startswith(incomplete)]
+
+
 def _choices(about: Declared) -> type[StrEnum]:
     return StrEnum(about.name, {value: value for value in about.values})  # type: ignore[return-value]
 
@@ -231,6 +242,7 @@ def _parameters(base: Base, tilings: bool) -> Iterator[inspect.Parameter]:
                 metavar="SPEC.toml|NAME",
                 help="Spec files, - for standard input, kernels' names; or options.",
                 show_default=False,
+                autocompletion=_completed,
             ),
         ],
         None,

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from fa2gen.arch import ArchName
 from fa2gen.catalog import TunedRow, tuned_folders, tuned_refusal
 from fa2gen.errors import Fa2GenError, StoreError
 from fa2gen.files import distrust, own
-from fa2gen.spec import Direction, DType, Mask, Problem
+from fa2gen.spec import Problem
 from fa2gen.tune.record import rows_of, write
 from fa2gen.tune.search import DeviceLost, Found, Search, candidates
 
@@ -25,7 +24,6 @@ __all__ = [
     "Outcome",
     "default_folder",
     "default_journal",
-    "problems",
     "provenance",
     "tune",
 ]
@@ -45,16 +43,6 @@ class Outcome:
     path: Path | None = None
     error: str | None = None
     seconds: float = 0.0
-
-
-def problems(
-    head_dims: Sequence[int], dtypes: Sequence[DType], masks: Sequence[Mask], direction: Direction = "fwd"
-) -> list[Problem]:
-    """Every combination. Raises InvalidInput for a head dim that is not supported."""
-    return [
-        Problem(direction=direction, head_dim=head_dim, dtype=dtype, mask=mask)
-        for head_dim, dtype, mask in product(dict.fromkeys(head_dims), dict.fromkeys(dtypes), dict.fromkeys(masks))
-    ]
 
 
 def default_folder() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import math
 import os
 import sys
@@ -15,9 +16,13 @@ from typer.testing import CliRunner
 
 from fa2gen.bench import peers, protocol, provenance, report, run
 from fa2gen.bench.plot import plot
-from fa2gen.bench.points import PRESETS, Point, preset_points
+from fa2gen.bench.points import HIDDEN, PRESETS, TOKENS, Point, preset_points
 from fa2gen.cli import app
+from fa2gen.cli.options import Asked
 from fa2gen.errors import InvalidInput
+from fa2gen.select import best_spec
+from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.testing import problems
 
 
 def row(preset="paper", head_dim=64, causal=False, seqlen=4096, heads_kv=None, direction="fwd", **tflops):
@@ -369,3 +374,50 @@ def test_bench_without_a_gpu_says_so():
         assert done.exit_code == 3
         assert "no NVIDIA GPU" in done.stderr
         assert done.stdout == ""
+
+
+# Which points
+
+
+def points_of(**given):
+    from fa2gen.cli.measure import _points
+
+    return _points(Asked(base="preset", **given), "paper", ())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("direction", "bwd"), ("head_dim", 256), ("dtype", "fp16"), ("mask", "causal")],
+)
+def test_a_field_narrows_a_preset(field, value):
+    points, specs = points_of(fields={field: (value,)})
+    assert points and not specs
+    assert {getattr(point.problem, field) for point in points} == {value}
+
+
+@pytest.mark.parametrize("problem", problems(head_dim=72), ids=lambda problem: problem.text)
+def test_a_kernel_that_is_named_is_measured(problem):
+    """At the paper's lengths, every field of it; the contestant is that very kernel."""
+    spec = best_spec(problem, "sm90")
+    points, specs = points_of(sources=(spec.name,))
+    assert specs == [spec] and {point.problem for point in points} == {problem}
+    assert [point.seqlen for point in points] == [512, 1024, 2048, 4096, 8192, 16_384]
+    assert all(point.batch * point.seqlen == TOKENS and point.heads == HIDDEN // 72 for point in points)
+    (contestant,) = peers.of_specs(specs)
+    assert contestant.specs == (spec,) and peers.is_ours(contestant.name)
+    assert contestant.name == f"fa2gen-sm90_m{spec.name.split('_m')[-1]}"
+
+
+def test_tilings_are_contestants_with_all_their_problems():
+    tilings = [Tiling(arch="sm90", tile_m=128, tile_n=n, num_mma_warps=8) for n in (64, 80)]
+    given = [KernelSpec(problem=Problem(head_dim=d), tiling=tiling) for d in (64, 128) for tiling in tilings]
+    found = peers.of_specs(given)
+    assert [one.name for one in found] == ["fa2gen-sm90_m128_n64_s2_w8", "fa2gen-sm90_m128_n80_s2_w8"]
+    assert [one.specs for one in found] == [tuple(given[0::2]), tuple(given[1::2])]
+
+
+def test_a_point_is_read_back_from_its_row():
+    for point in preset_points("window"):
+        assert Point.of_row(json.loads(json.dumps(point.to_json()))) == point
+    old = {name: value for name, value in point.to_json().items() if "window" not in name and name != "deterministic"}
+    assert Point.of_row(old).shape == point.shape

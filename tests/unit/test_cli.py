@@ -122,16 +122,19 @@ def test_commands_have_a_description_without_docstrings():
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_completion_completes():
-    """Commands, options and the values that a field may have."""
+def test_completion_completes(tmp_path):
+    """Commands, options, the values that a field may have, spec files and kernels' names."""
+    (tmp_path / "my.toml").touch()
     for typed, expected in (
+        ("fa2gen build m", "my.toml"),
+        ("fa2gen render fa2_fwd_sm90_bf16_d256_cau", "fa2_fwd_sm90_bf16_d256_causal_m128_n64_s2_w8_r1"),
         ("fa2gen ver", "verify"),
         ("fa2gen build --dt", "--dtype"),
         ("fa2gen build --mask ca", "causal"),
         ("fa2gen render --arch ", "sm80"),
     ):
         environment = {**os.environ, "_FA2GEN_COMPLETE": "complete_bash", "COMP_WORDS": typed}
-        done = fa2_process(env={**environment, "COMP_CWORD": str(len(typed.split(" ")) - 1)})
+        done = fa2_process(cwd=tmp_path, env={**environment, "COMP_CWORD": str(len(typed.split(" ")) - 1)})
         assert expected in done.stdout.split(), done.stdout + done.stderr
 
 

@@ -11,8 +11,9 @@ from fa2gen.catalog import TunedRow
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.explain import KNOWN_DEVICES
 from fa2gen.plan import make_plan
-from fa2gen.select import Device, choices, default_tiling, forget, select, seqlen_bounds
+from fa2gen.select import Device, choices, default_tiling, forget, select, seqlen_bounds, served_by
 from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.testing import problems
 
 H200 = Device("NVIDIA H200", (9, 0), 232_448, 132)
 H100 = Device("NVIDIA H100 80GB HBM3", (9, 0), 232_448, 132)
@@ -61,11 +62,9 @@ def rows(monkeypatch):
 
 def test_total_over_problems_devices_and_lengths():
     """Something for every head dim, dtype, mask and length on every GPU that is served, and it fits the GPU."""
-    problems = [
-        Problem(head_dim=head_dim, dtype=dtype, mask=mask)
-        for head_dim, dtype, mask in itertools.product(range(8, 257, 8), ("fp16", "bf16"), ("full", "causal"))
-    ]
-    for problem, device in itertools.product(problems, KNOWN_DEVICES):
+    everything = problems(direction="fwd", head_dim=range(8, 257, 8))
+    assert len({problem.mask for problem in everything}) > 1 < len({problem.dtype for problem in everything})
+    for problem, device in itertools.product(everything, KNOWN_DEVICES):
         for seqlen in (None, 1, 4096, 10**7):
             found = select(problem, device, None, seqlen)
             assert found.plan.problem == problem and found.reason
@@ -172,6 +171,30 @@ def test_committed_rows_are_sound():
             own = sorted((row for row in found if row.gpu == gpu), key=lambda row: row.seqlen_min)
             assert own[0].seqlen_min == 0 and own[-1].seqlen_max is None, (problem, arch)
             assert all(a.seqlen_max + 1 == b.seqlen_min for a, b in itertools.pairwise(own)), (problem, arch)
+
+
+def test_what_is_tuned_for_deterministic_kernels_comes_first(rows):
+    """`fa2gen tune --deterministic` is not in vain."""
+    problem = Problem(direction="bwd", head_dim=128, mask="causal", deterministic=True)
+    usual = Problem(direction="bwd", head_dim=128, mask="causal")
+
+    def name_of(problem: Problem, tile_m: int) -> str:
+        tiling = Tiling(arch="sm90", tile_m=tile_m, tile_n=128, num_mma_warps=8)
+        return KernelSpec(problem=problem, tiling=tiling).name
+
+    figures = ((512,), (550.0,), (500.0,), (540.0,), 33, {"gpu": H200.name, "nvrtc": "13.0"})
+    of = {
+        key: TunedRow(name_of(key, m), 0, None, name_of(key, 64), name_of(key, 48), *figures)
+        for key, m in ((usual, 80), (problem, 48))
+    }
+    rows.extend(of.values())
+    assert select(problem, H200).plan.name == name_of(problem, 48)
+    assert select(usual, H200).plan.name == name_of(usual, 80)
+    assert {spec.name for row in rows for spec in served_by(row)} == {
+        name_of(problem, 48),
+        name_of(usual, 80),
+        name_of(problem, 80),
+    }
 
 
 def test_deterministic_kernels_take_the_tilings_that_were_measured_without(rows):

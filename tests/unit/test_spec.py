@@ -9,10 +9,13 @@ import re
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fa2gen.errors import InvalidInput
 from fa2gen.spec import KernelSpec, Problem, Tiling, declared
+from fa2gen.testing import problems
 
 NAME = "fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8"
 TILING: dict[str, Any] = {"arch": "sm90", "tile_m": 128, "tile_n": 128, "num_stages": 2, "num_mma_warps": 8}
@@ -26,15 +29,10 @@ JINJA = "{{ cycler.__init__.__globals__.os.system('true') }}"
 def random_specs(count: int) -> list[KernelSpec]:
     """Specs over all that the fields allow, feasible or not."""
     rng = random.Random(20)
+    everything = problems(head_dim=range(8, 257, 8))
     return [
         KernelSpec(
-            problem=Problem(
-                direction=(direction := rng.choice(["fwd", "bwd"])),
-                deterministic=direction == "bwd" and rng.random() < 0.5,
-                head_dim=rng.randrange(8, 257, 8),
-                dtype=rng.choice(["fp16", "bf16"]),
-                mask=rng.choice(["full", "causal"]),
-            ),
+            problem=rng.choice(everything),
             tiling=Tiling(
                 arch=rng.choice(["sm80", "sm90"]),
                 tile_m=rng.randrange(16, 257, 16),
@@ -165,6 +163,36 @@ def test_a_second_spelling_is_answered_with_the_first():
 
 def test_a_mistyped_name_is_quoted_whole():
     assert repr(NAME + "x") in refusal(lambda: KernelSpec.from_name(NAME + "x"))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.text(alphabet="fa2_bwdsm8090p16ca0123456789lt z", max_size=60) | st.text(max_size=30))
+def test_any_text_is_a_name_or_refused(text):
+    for name in (text, f"fa2_fwd_sm90_bf16_{text}", f"{NAME}_{text}"):
+        try:
+            assert KernelSpec.from_name(name).name == name
+        except InvalidInput as error:
+            assert len(str(error)) < 500
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.sampled_from([Problem, Tiling]),
+    st.dictionaries(
+        st.sampled_from([*Problem.model_fields, *Tiling.model_fields]) | st.text(max_size=8),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4),
+        max_size=3,
+    ),
+)
+def test_any_values_are_a_spec_or_refused_by_field(model, values):
+    good = {"head_dim": 64} if model is Problem else TILING
+    try:
+        made = model(**{**good, **values})
+    except InvalidInput as error:
+        assert any(repr(name)[1:-1] in str(error) or name in str(error) for name in values), error
+    else:
+        for name, field in declared(model).items():
+            assert getattr(made, name) in (field.values or range(field.range.least, field.range.most + 1))
 
 
 # Fields --------------------------------------------------------------------------------------------------------------

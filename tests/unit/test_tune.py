@@ -19,6 +19,7 @@ from fa2gen.errors import Fa2GenError, InvalidInput
 from fa2gen.plan import feasible, feasible_tilings, fits, make_plan
 from fa2gen.select import default_tiling, forget
 from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.testing import problems
 from fa2gen.tune import batch, cost_bwd, cost_fwd, record, space
 from fa2gen.tune.cost import VARIANTS_PER_SHAPE, block_cycles, cycles, prune
 from fa2gen.tune.journal import Journal, key_of
@@ -497,7 +498,7 @@ def test_a_batch_shares_its_budget_and_writes_as_it_goes(tmp_path):
             now[0] += 1.0
             return super().time(kernels, seqlen, rounds)
 
-    todo = batch.problems([40, 80], ["bf16"], ["full", "causal"])
+    todo = problems(direction="fwd", head_dim=[40, 80], dtype="bf16", mask=["full", "causal"])
     runner = SlowRunner(favourite)
     outcomes = []
     for outcome in batch.tune(
@@ -516,14 +517,8 @@ def test_a_batch_without_budget_measures_nothing(tmp_path):
     assert "run again" in outcomes[0].error and not runner.calls and not list(tmp_path.iterdir())
 
 
-def test_problems_of_a_direction():
-    todo = batch.problems([40, 80], ["bf16"], ["causal"], "bwd")
-    assert todo == [Problem(direction="bwd", head_dim=d, mask="causal") for d in (40, 80)]
-    assert {problem.direction for problem in batch.problems([40], ["bf16"], ["full"])} == {"fwd"}
-
-
 def test_one_problems_failure_is_its_own(tmp_path):
-    todo = batch.problems([72, 80], ["bf16"], ["causal"])
+    todo = problems(direction="fwd", head_dim=[72, 80], dtype="bf16", mask="causal")
     wrong = {candidates(todo[0], "sm90", SEQLENS, 8)[0].name}
     outcomes = list(batch.tune(search(FakeRunner(favourite, wrong=wrong), keep=8), todo, "sm90", 1e9, ORIGIN, tmp_path))
     assert outcomes[0].error and not outcomes[0].rows
