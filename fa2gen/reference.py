@@ -9,7 +9,9 @@ out 0 and lse -inf.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -222,7 +224,8 @@ def check(
     mean  mean|out - ref| <= 1.2 mean|pt - ref| + eps / 8 mean|ref|: an eighth of a rounding step, for the same reason.
     lse   max|lse - ref| <= 1e-4 + 1e-5 max|ref|, where both -inf counts as equal.
     """
-    ref, lse_ref = _in_full_fp32(q, k, v, options)
+    with _full_fp32():
+        ref, lse_ref = attention_reference(q, k, v, **options)
     pt, _ = attention_reference(q, k, v, **options, upcast=False, reorder_ops=True)
     pt_error = _error(pt, ref)
     floor = 2 * _max(_error(ref + 0.3 - 0.3, ref))
@@ -290,17 +293,13 @@ def check_gradients(
     allowed. What reading O rounded costs (Algorithm 2, line 4) is added to the bounds as an independent part: with two
     keys it exceeds all of pt's, with many it is nothing.
     """
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with _full_fp32():
         truth = _gradients(dout, dlse, q, k, v, options)
         plain = _gradients(dout, dlse, q, k, v, options | {"upcast": False, "reorder_ops": True})
         # dPsum = rowsum(dO * O) enters where a gradient of LSE does: with rounded O, as if LSE had this much more.
         out = attention_reference(q.float(), k.float(), v.float(), **options)[0]
         shift = (dout.float() * (out - out.to(q.dtype).float())).sum(-1).transpose(1, 2)
         rounded = _gradients(dout, shift if dlse is None else dlse + shift, q, k, v, options)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
     scale = Options(**options).scale(q.shape[-1])
     ds_noise = 4 * torch.finfo(torch.float32).eps * scale * _longest_row(dout) * _longest_row(v)
     of_key = (q.shape[1] * (q.shape[2] // max(k.shape[2], 1))) ** 0.5  # so many rows are summed
@@ -340,14 +339,25 @@ def _gradients(
         return gradients
 
 
-def _in_full_fp32(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The reference with TF32 off, whatever the process has set: ten-bit products would not be a truth."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+@contextlib.contextmanager
+def _full_fp32() -> Iterator[None]:
+    """Products in whole fp32, whatever the process has set, by torch's older or newer names: TF32's ten bits would not
+    be a truth. Both are set, as torch raises where they contradict each other."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
     try:
-        return attention_reference(q, k, v, **options)
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer names say something else than it, which is at its default then: "highest"
+        older = "highest"
+    torch.set_float32_matmul_precision("highest")
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -37,6 +37,9 @@ CUresult fake_launch_result, fake_encode_result;
 uint32_t fake_launches_before_failure;        // how many succeed before fake_launch_result is given
 uint32_t fake_wrong_context_launches;         // how many launches to refuse for want of a context
 
+uint64_t fake_allocated_at = 0x7f1200000000, fake_allocated_bytes, fake_cleared_on;
+uint32_t fake_relaxed;                        // the capture mode of the thread
+
 CUresult cuInit(unsigned flags) { return 0; }
 // FAKE_VERSION and FAKE_GPUS in the environment: as cuDriverGetVersion and cuDeviceGetCount give them.
 static int setting(char const* name, int otherwise) { return getenv(name) ? atoi(getenv(name)) : otherwise; }
@@ -56,7 +59,21 @@ CUresult cuCtxSetCurrent(void* context) { return 0; }
 CUresult cuCtxGetDevice(int* device) { *device = 0; return 0; }
 CUresult cuCtxPushCurrent_v2(void* context) { return 0; }
 CUresult cuCtxPopCurrent_v2(void** context) { *context = (void*)0x1000; return 0; }
-CUresult cuThreadExchangeStreamCaptureMode(int* mode) { *mode = 0; return 0; }
+CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+    int const before = fake_relaxed ? 2 : 0;
+    fake_relaxed = *mode == 2;
+    *mode = before;
+    return 0;
+}
+CUresult cuMemAlloc_v2(uint64_t* address, size_t bytes) {
+    *address = fake_allocated_at;
+    fake_allocated_bytes = bytes;
+    return fake_launch_result;
+}
+CUresult cuMemsetD8Async(uint64_t address, unsigned char value, size_t bytes, void* stream) {
+    fake_cleared_on = (uint64_t)stream;
+    return address != fake_allocated_at || bytes != fake_allocated_bytes || value || !fake_relaxed;
+}
 CUresult cuGetErrorString(CUresult error, char const** text) { *text = "as the test asked"; return 0; }
 CUresult cuGetErrorName(CUresult error, char const** text) { *text = "FAKE"; return 0; }
 

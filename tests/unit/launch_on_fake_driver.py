@@ -13,7 +13,7 @@ import pytest
 from fa2gen.arch import ARCHES
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
 from fa2gen.features import examples_of
-from fa2gen.kernel import Kernel, argument_sizes
+from fa2gen.kernel import Kernel, argument_sizes, zeroed_memory
 from fa2gen.launch import launch_of
 from fa2gen.options import Shape
 from fa2gen.plan import make_plan
@@ -487,3 +487,19 @@ def test_the_launcher_passes_what_the_package_does(tmp_path, arch, direction):
     for wrong in (SHAPE._replace(batch=0), SHAPE._replace(num_heads=3), SHAPE._replace(seqlen_q=2**31)):
         before = launched.count
         assert door(functions, 132, ctypes.byref(call_of(**wrong._asdict())), None) == 1 and launched.count == before
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_stream():
+    """Zeroed on the stream, while another may be captured; the thread's capture mode is as it was afterwards."""
+    for _ in range(2):
+        assert zeroed_memory(0, 65_552, 0x77) == 0x7F1200000000
+        assert U64.in_dll(fake, "fake_allocated_bytes").value == 65_552
+        assert U64.in_dll(fake, "fake_cleared_on").value == 0x77
+        assert not U32.in_dll(fake, "fake_relaxed").value
+    set_result("fake_launch_result", 2)
+    with pytest.raises(Fa2GenError, match=r"65,552 B on device 0: CUDA_ERROR_OUT_OF_MEMORY"):
+        zeroed_memory(0, 65_552, 0x77)
+    assert not U32.in_dll(fake, "fake_relaxed").value

@@ -594,6 +594,22 @@ def test_one_backward_call(gpu):
     assert [kernel.plan.deterministic for kernel in gpu.kernels.values()] == [False, True]
 
 
+def test_deterministic_algorithms_choose_deterministic_gradients(cuda):
+    """torch's own switch, at the time of the backward pass, with its uninitialised memory filled or not."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    try:
+        for wanted, warn_only, fill in ((False, False, True), (True, False, True), (True, True, False)):
+            out = flash_attn_func(q, k, v)
+            torch.use_deterministic_algorithms(wanted, warn_only=warn_only)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+            gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(q))
+            assert latest(cuda).plan.deterministic is wanted
+            assert all(x.isnan().all() for x in gradients) or not (wanted and fill)  # the kernel that wrote nothing
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
 def test_backward_copies_what_tma_does_not_take(gpu):
     q, k, v = tensors()
     out, lse = torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1])

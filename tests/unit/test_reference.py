@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -174,3 +176,34 @@ def test_verdict_is_json_and_nan_is_never_ok():
     assert good.ok and json.loads(json.dumps(good.as_dict()))["ok"] is True
     for name in ("max_error", "max_allowed", "mean_error", "mean_allowed", "lse_error", "lse_allowed"):
         assert not Verdict(**{**vars(good), name: math.nan}).ok
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.backends.fp32_precision = 'tf32'",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.set_float32_matmul_precision('medium')",
+    ],
+)
+def test_the_truth_is_fp32_whatever_products_are_in(setting):
+    """A process of its own for each: torch refuses to read what was set by other names. Nothing is left changed."""
+    code = (
+        "import torch\n"
+        "from fa2gen.reference import attention_reference, check, check_gradients\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "q, k, v = (torch.randn(1, 200, 2, 64, generator=g).to(torch.bfloat16) for _ in range(3))\n"
+        "expected = attention_reference(q, k, v)\n"
+        f"{setting}\n"
+        "backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul\n"
+        "state = lambda: [b.fp32_precision for b in backends]\n"
+        "before = state()\n"
+        "verdict = check(*expected, q, k, v)\n"
+        "assert verdict.max_error == 0 and verdict.lse_error == 0, verdict\n"
+        "check_gradients((q, k, v), q, q, k, v)\n"
+        "assert state() == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
