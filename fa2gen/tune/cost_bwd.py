@@ -27,7 +27,7 @@ import math
 from collections.abc import Iterator
 from typing import cast
 
-from fa2gen.layout import ELEMENT_BYTES, align_up, ceil_div
+from fa2gen.layout import ELEMENT_BYTES, align_up
 from fa2gen.plan import KernelPlan
 from fa2gen.plan.sm90_bwd import Sm90BwdPlan
 from fa2gen.tune.rates import (
@@ -37,7 +37,8 @@ from fa2gen.tune.rates import (
     SMEM_BYTES_PER_CYCLE,
     mma_sync_cycles,
 )
-from fa2gen.tune.visits import Visits, floor_sum
+from fa2gen.tune.visits import Visits, limits
+from fa2gen.tune.visits import visits as visits_of
 
 __all__ = ["block_cycles", "extra_cycles", "tile_cycles", "visits"]
 
@@ -55,10 +56,8 @@ EXTRA_BYTES_PER_CYCLE = 18
 
 def visits(plan: KernelPlan, seqlen: int) -> Visits:
     """Blocks of queries that the blocks of keys of one head visit."""
-    tiles, blocks = ceil_div(seqlen, plan.tile_n), ceil_div(seqlen, plan.tile_m)
-    # Causal, block n of keys begins at query block n tile_n // tile_m.
-    skipped = floor_sum(tiles, plan.tile_n, 0, plan.tile_m) if plan.causal else 0
-    return Visits(tiles, tiles * blocks - skipped, blocks)
+    left, right = limits(plan.problem)
+    return visits_of(seqlen, plan.tile_n, plan.tile_m, before=right, after=left)
 
 
 def block_cycles(plan: KernelPlan) -> float:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from fa2gen.layout import align_up, ceil_div
+from fa2gen.layout import align_up
 from fa2gen.plan import KernelPlan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
 from fa2gen.tune.rates import (
@@ -31,7 +31,8 @@ from fa2gen.tune.rates import (
     SMEM_BYTES_PER_CYCLE,
     mma_sync_cycles,
 )
-from fa2gen.tune.visits import Visits, floor_sum
+from fa2gen.tune.visits import Visits, limits
+from fa2gen.tune.visits import visits as visits_of
 
 __all__ = ["block_cycles", "extra_cycles", "tile_cycles", "visits"]
 
@@ -46,12 +47,8 @@ PANELS = {128: 1.0, 64: 1.03, 32: 1.2}
 
 def visits(plan: KernelPlan, seqlen: int) -> Visits:
     """Blocks of keys that the tiles of queries of one head visit."""
-    tiles, blocks = ceil_div(seqlen, plan.tile_m), ceil_div(seqlen, plan.tile_n)
-    if not plan.causal:
-        return Visits(tiles, tiles * blocks, blocks)
-    # Tile m sees keys up to its own last row, min(seqlen, (m + 1) tile_m): all but the last tile see whole multiples.
-    before = floor_sum(tiles - 1, plan.tile_m, plan.tile_m + plan.tile_n - 1, plan.tile_n)
-    return Visits(tiles, before + blocks, blocks)
+    left, right = limits(plan.problem)
+    return visits_of(seqlen, plan.tile_m, plan.tile_n, before=left, after=right)
 
 
 def block_cycles(plan: KernelPlan) -> float:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from fa2gen.bench import peers, protocol
-from fa2gen.bench.points import preset_points
+from fa2gen.bench.points import preset_points, spec_points
 from fa2gen.bench.run import Bench
-from fa2gen.spec import Direction, Problem
+from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
+from fa2gen.testing import problems
 from fa2gen.tune.gpu import GpuRunner
 from fa2gen.tune.journal import Journal
 from fa2gen.tune.search import Search
@@ -32,6 +33,21 @@ def test_bench(direction):
     document = run.result()
     assert not document["provenance"]["missing"]
     assert all(name.startswith(f"fa2_{direction}_sm90_") for name in document["provenance"]["kernels"])
+
+
+@pytest.mark.parametrize("problem", problems(head_dim=64, dtype="bf16"), ids=lambda problem: problem.text)
+def test_bench_of_a_kernel_that_is_named(problem):
+    """That very kernel runs, agrees with standard attention, and is what the provenance names."""
+    tiling = Tiling(arch="sm90", tile_m=64, tile_n=64, num_mma_warps=4)
+    spec = KernelSpec(problem=problem, tiling=tiling)
+    others, missing = peers.find(["math"], direction=problem.direction)
+    assert not missing
+    ours = peers.of_specs([spec])
+    run = Bench([*ours, *others], missing, "fa2gen bench")
+    for row in run.rows(spec_points([problem], [512]), seconds=0.05):
+        assert row["tflops"].keys() == {ours[0].name, "math"}
+    document = run.result()
+    assert document["provenance"]["kernels"] == [spec.name] and not document["provenance"]["missing"]
 
 
 def test_bench_of_the_host(monkeypatch):

@@ -530,6 +530,17 @@ def quick(monkeypatch):
     monkeypatch.setattr(verify, "verify", one)
 
 
+@pytest.mark.parametrize("command", OF_KERNELS)
+def test_options_offer_what_the_fields_allow(command):
+    """Whatever values a field has: a new mask is an option's value without a word in the command line."""
+    for about in declared(Problem).values():
+        done = fa2(command, about.option, "nonsense")
+        refusal = " ".join(done.stderr.replace("│", " ").split())
+        assert done.status == ExitStatus.USAGE
+        if about.values and not about.is_flag:
+            assert all(f"'{value}'" in refusal for value in about.values), refusal
+
+
 def test_the_table_has_every_field():
     assert VALUES.keys() == Problem.model_fields.keys()
     assert all(VALUES[name] != about.default for name, about in declared(Problem).items())

@@ -24,7 +24,7 @@ from fa2gen.tune import batch, cost_bwd, cost_fwd, record, space
 from fa2gen.tune.cost import VARIANTS_PER_SHAPE, block_cycles, cycles, prune
 from fa2gen.tune.journal import Journal, key_of
 from fa2gen.tune.search import ATTEMPTS, FINALISTS, Built, DeviceLost, Search, candidates, ranges
-from fa2gen.tune.visits import floor_sum
+from fa2gen.tune.visits import floor_sum, visits
 
 SEQLENS = (512, 2048, 8192)
 PROBLEM = Problem(head_dim=80, mask="causal")
@@ -190,6 +190,25 @@ def test_blocks_of_keys_by_brute_force(mask, tile_m, tile_n):
             last = min(first + tile_m, seqlen) - 1
             expected.append(len({j // tile_n for j in range(seqlen) if mask == "full" or j <= last}))
         assert cost_fwd.visits(plan, seqlen) == (len(expected), sum(expected), max(expected))
+
+
+def test_visits_by_brute_force():
+    """Without limits, causal both ways, and windows: what tiles meet, block by block."""
+    rng = random.Random(2)
+    for _ in range(2000):
+        seqlen, tile, block = rng.randrange(1, 300), rng.randrange(1, 90), rng.randrange(1, 90)
+        before, after = (rng.choice([None, 0, rng.randrange(0, 320)]) for _ in range(2))
+        expected = []
+        for first in range(0, seqlen, tile):
+            last = min(first + tile, seqlen) - 1
+            low = 0 if before is None else max(0, first - before)
+            high = seqlen if after is None else min(seqlen, first + tile + after)
+            assert low <= last < high
+            expected.append(-(-high // block) - low // block)
+        found = visits(seqlen, tile, block, before, after)
+        assert found[:2] == (len(expected), sum(expected))
+        both = before is not None and after is not None
+        assert max(expected) <= found.most <= max(expected) + (tile + block if both else 0)
 
 
 def test_floor_sum_by_brute_force():
