@@ -37,7 +37,7 @@ __all__ = ["DType", "Declared", "Direction", "KernelSpec", "Mask", "Problem", "T
 
 Direction = Literal["fwd", "bwd"]
 DType = Literal["fp16", "bf16"]
-Mask = Literal["full", "causal"]
+Mask = Literal["full", "causal", "window"]
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 8  # 16 bytes of a 16-bit type: the unit of cp.async and of TMA strides
@@ -260,7 +260,10 @@ class Problem(_Fields):
     mask: Annotated[
         Mask,
         Shown(optional=True, phrase="{} mask"),
-        Field(description="Which keys a query sees; causal: key j iff j <= i + seqlen_k - seqlen_q."),
+        Field(
+            description="Which keys a query sees; causal: key j iff j <= d = i + seqlen_k - seqlen_q; window: those of "
+            "d's chunk from d - window_left to d + window_right."
+        ),
     ] = "full"
     deterministic: Annotated[
         bool,
@@ -279,6 +282,13 @@ class Problem(_Fields):
                 f'is for direction "{field.only_for.direction}": {field.only_for.why}; nearest {field.default}'
             )
         return value
+
+    @field_validator("mask")
+    @classmethod
+    def _has_a_kernel(cls, mask: Mask, info: ValidationInfo) -> Mask:
+        if mask == "window" and info.data.get("direction") == "bwd":
+            raise ValueError("there are no gradients of windows; nearest causal")
+        return mask
 
 
 _TILE = Range(16, 16, 256, "the k of one 16-bit matrix instruction is 16")

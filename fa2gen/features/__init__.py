@@ -12,12 +12,13 @@ import itertools
 from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.features.deterministic import DETERMINISTIC
 from fa2gen.features.mask import CAUSAL, FULL, key_range
+from fa2gen.features.window import WINDOW
 from fa2gen.options import Options
 from fa2gen.spec import Problem
 
 __all__ = ["MASKS", "Feature", "Param", "Scratch", "examples_of", "features_of", "key_range", "rooms_of"]
 
-MASKS: dict[str, Feature] = {"full": FULL, "causal": CAUSAL}
+MASKS: dict[str, Feature] = {"full": FULL, "causal": CAUSAL, "window": WINDOW}
 
 
 def features_of(problem: Problem) -> tuple[Feature, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from fa2gen.features import examples_of, key_range
+from fa2gen.features import MASKS, examples_of, key_range
 from fa2gen.launch import SECTION_BYTES, launch_of
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, make_plan
@@ -41,7 +41,7 @@ def plan_of(arch: str, mask: str, head_dim: int = 128) -> KernelPlan:
     return make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
 
 
-KERNELS = [(arch, mask) for arch in ("sm80", "sm90") for mask in ("full", "causal")]
+KERNELS = [(arch, mask) for arch in ("sm80", "sm90") for mask in MASKS]
 
 
 def random_shapes(count: int, most: int) -> list[Shape]:
@@ -92,6 +92,12 @@ int end(void const* params, int row) {
 MORE
 }
 """
+_BEGIN = """
+int begin(void const* params, int row) {
+    Params const& p = *static_cast<Params const*>(params);
+    return key_begin(p, seqlen_of(p, 0), row);
+}
+"""
 _TILE_SM90 = """
 void tile(void const* p, int index, int* out) {
     Tile const found = tile_at(*static_cast<Params const*>(p), index);
@@ -132,7 +138,8 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
         or line.startswith(("constexpr int kTile", "constexpr int kNumStages", "constexpr int kNumQStages"))
     ]
     offsets = "".join(f"out[n++] = offsetof(Params, {param.name});" for param in plan.params)
-    doors = _DOORS.replace("OFFSETS", offsets).replace("MORE", _TILE_SM90 if arch == "sm90" else _TILE_SM80)
+    more = (_BEGIN if plan.left_edge else "") + (_TILE_SM90 if arch == "sm90" else _TILE_SM80)
+    doors = _DOORS.replace("OFFSETS", offsets).replace("MORE", more)
     folder = Path(tempfile.mkdtemp(prefix="fa2gen-facts-"))
     try:
         (folder / "facts.cc").write_text(_PRELUDE + "\n".join(text) + doors)
@@ -166,7 +173,7 @@ def test_params_are_where_the_kernel_reads_them(arch, mask):
 
 
 @needs_compiler
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("mask", MASKS)
 def test_every_tile_is_visited_exactly_once(mask):
     """Each (m block, head, batch): one left out is a stripe of NaN, one taken twice a race."""
     plan, facts = plan_of("sm90", mask), library("sm90", mask)
@@ -207,7 +214,7 @@ HUGE = [
 
 
 @needs_compiler
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("shape", HUGE, ids=str)
 def test_the_order_of_tiles_does_not_overflow(mask, shape):
     """32 bits must agree with Python's integers up to the last tile that is accepted; the library traps on overflow."""
@@ -232,7 +239,7 @@ def test_a_section_of_heads_fits_l2_and_shares_its_keys(shape):
 
 
 @needs_compiler
-@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("mask", MASKS)
 def test_sm80_blocks_cover_the_m_blocks(mask):
     plan, facts = plan_of("sm80", mask), library("sm80", mask)
     for shape in random_shapes(40, 5000):
@@ -241,7 +248,7 @@ def test_sm80_blocks_cover_the_m_blocks(mask):
         packed = params_of(plan, shape)
         order = [facts.m_block(packed, x) for x in range(grid[0])]
         assert sorted(order) == list(range(grid[0]))
-        if mask == "causal":
+        if plan.uneven:
             assert order == sorted(order, reverse=True), "the longest rows start first"
 
 
@@ -249,9 +256,14 @@ def random_calls(count: int, mask: str, step: int) -> Iterator[tuple[Shape, Opti
     """Sizes about the edges of blocks of `step` keys, and options of a mask."""
     rng = random.Random(9)
     examples = examples_of(Problem(head_dim=64, mask=mask))
+    edges = (-1, -1, 0, 1, 17, step - 1, step, step + 1, 3 * step, 1000)
     for _ in range(count):
         seqlen_k = rng.choice([rng.randint(1, 500), step, 2 * step, step + 1, 1])
-        yield Shape(1, rng.randint(1, 400), seqlen_k, 1, 1), rng.choice(examples)
+        options = rng.choice(examples)
+        if MASKS[mask].general:
+            left, right, chunk = rng.choice(edges), rng.choice(edges), rng.choice((0, 0, 1, 48, step, 200, 1000))
+            options = Options(causal=rng.random() < 0.4, window_left=left, window_right=right, chunk=chunk)
+        yield Shape(1, rng.randint(1, 400), seqlen_k, 1, 1), options
 
 
 def first_rows(plan: KernelPlan, seqlen_q: int) -> Iterator[tuple[int, int]]:
@@ -266,12 +278,12 @@ def test_key_blocks_against_the_definition(arch, mask):
     """No visible key is left out, no block without one is read, and no block that needs a mask goes without."""
     plan, facts = plan_of(arch, mask), library(arch, mask)
     step, out = plan.tile_n, (ctypes.c_int * 4)()
-    for shape, options in random_calls(150, mask, step):
+    for shape, options in random_calls(600 if MASKS[mask].general else 150, mask, step):
         packed = params_of(plan, shape, options)
         seen = {row: key_range(options, shape.seqlen_q, shape.seqlen_k, row) for row in range(shape.seqlen_q)}
         for row, (first, end) in seen.items():
-            found = facts.first(packed, row) if plan.left_edge else 0, facts.end(packed, row)
-            assert found == (first, end) or max(found[1], 0) <= found[0] >= max(end, 0) <= first, (shape, options, row)
+            found = range(facts.begin(packed, row) if plan.left_edge else 0, facts.end(packed, row))
+            assert found == range(first, end), f"{shape}, {options}, row {row}"
         for first_row, num_rows in first_rows(plan, shape.seqlen_q):
             ranges = [seen[row] for row in range(first_row, min(first_row + num_rows, shape.seqlen_q))]
             facts.blocks(packed, first_row, num_rows, out)

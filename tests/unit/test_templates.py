@@ -16,7 +16,7 @@ from fa2gen.catalog import catalogue
 from fa2gen.plan import KernelPlan, feasible_tilings, fits, make_plan
 from fa2gen.render import LAUNCHER, Rendered, render, render_launcher
 from fa2gen.select import default_tiling
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.spec import KernelSpec, Mask, Problem, Tiling
 
 TEMPLATES = Path(data_dir("templates"))
 NAMES = sorted(path.relative_to(TEMPLATES).as_posix() for path in TEMPLATES.rglob("*.j2"))
@@ -39,13 +39,10 @@ def plans() -> list[KernelPlan]:
     shape = {"arch", "tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes"}
     switches = {field: get_args(info.annotation) for field, info in Tiling.model_fields.items() if field not in shape}
     problems = [
-        Problem(head_dim=d, dtype=t, mask=m)
-        for d in range(8, 257, 8)
-        for t in ("bf16", "fp16")
-        for m in ("full", "causal")
+        Problem(head_dim=d, dtype=t, mask=m) for d in range(8, 257, 8) for t in ("bf16", "fp16") for m in get_args(Mask)
     ]
     specs = [*catalogue()]
-    backward = [problem.model_copy(update={"direction": "bwd"}) for problem in problems]
+    backward = [problem.model_copy(update={"direction": "bwd"}) for problem in problems if problem.mask != "window"]
     ordered = [problem.model_copy(update={"deterministic": True}) for problem in backward if problem.head_dim % 40 == 0]
     specs += [
         KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in backward + ordered for arch in ("sm80", "sm90")

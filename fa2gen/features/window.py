@@ -1,0 +1,48 @@
+"""A window: each query sees keys about its own place alone, so many before and after it, and of its own chunk.
+
+One kernel serves every window, with a causal mask or not, since all of it are numbers of the call. It is the most
+general of the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fa2gen.features.base import Feature, Param
+from fa2gen.options import Options, Shape
+
+__all__ = ["WINDOW"]
+
+
+def _values(options: Options, shape: Shape) -> Mapping[str, int]:
+    """A limit that hides nothing stands for none. None goes beyond the lengths, so that no sum exceeds 32 bits.
+
+    Without chunks all keys are one, and chunk_before, the end of what queries before key 0 may see, is as long.
+    """
+    longest = max(shape.seqlen_q, shape.seqlen_k)
+    right = 0 if options.causal else options.window_right
+    return {
+        "window_left": min(options.window_left, shape.seqlen_k) if options.window_left >= 0 else shape.seqlen_k,
+        "window_right": min(right, shape.seqlen_q) if right >= 0 else shape.seqlen_q,
+        "chunk": min(options.chunk, longest) if options.chunk else longest,
+        "chunk_before": 0 if options.chunk else longest,
+    }
+
+
+WINDOW = Feature(
+    "window",
+    rooms={"mask": "window"},
+    params=tuple(Param(name, "int") for name in ("window_left", "window_right", "chunk", "chunk_before")),
+    values=_values,
+    uneven=True,
+    left_edge=True,
+    general=True,
+    examples=(
+        {"causal": True, "window_left": 128},
+        {"window_left": 64, "window_right": 32},
+        {"window_left": 0, "window_right": 17},
+        {"window_right": 100},
+        {"causal": True, "chunk": 48},
+        {"window_left": 16, "chunk": 128},
+    ),
+)
