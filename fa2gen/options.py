@@ -70,7 +70,7 @@ class Options(NamedTuple):
                 return "causal"
             if self.window_right < 0:
                 return "full"
-        return "window"  # type: ignore[return-value]
+        return "window"
 
     def problem(self, direction: Direction, head_dim: int, dtype: DType) -> Problem:
         """What a kernel for these options computes."""

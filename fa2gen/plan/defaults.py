@@ -30,12 +30,14 @@ class _Row:
     head_dim    the largest that they are for.
     from_bytes  least shared memory of a block on the device that they are for.
     uneven      whether they are for masks whose blocks hold different amounts of work; None: for all.
+    left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
     """
 
     head_dim: int
     shapes: tuple[Shape, ...]
     from_bytes: int = 0
     uneven: bool | None = None
+    left_edge: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,14 @@ class _Family:
 
     def row(self, problem: Problem, shared_memory_limit: int) -> _Row:
         uneven = any(feature.uneven for feature in features_of(problem))
+        left_edge = any(feature.left_edge for feature in features_of(problem))
         return next(
             row
             for row in self.rows
             if problem.head_dim <= row.head_dim
             and shared_memory_limit >= row.from_bytes
             and row.uneven in (None, uneven)
+            and row.left_edge in (None, left_edge)
         )
 
 
@@ -85,13 +89,15 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     ("sm80", "fwd"): _Family(
         (
             _Row(96, ((128, 64, 2, 4), (128, 64, 1, 4), (64, 32, 1, 4))),
-            _Row(112, ((128, 64, 1, 4), (64, 32, 1, 4))),
-            _Row(120, ((128, 48, 2, 4), (128, 48, 1, 4), (64, 32, 1, 4))),  # 64 keys spill 4 registers, causal, sm_90
+            _Row(112, ((128, 64, 1, 4), (64, 32, 1, 4)), left_edge=False),
+            _Row(
+                120, ((128, 48, 2, 4), (128, 48, 1, 4), (64, 32, 1, 4))
+            ),  # 64 keys spill 4 registers (causal) or 2 (at 112, windows)
             _Row(128, ((128, 64, 1, 4), (64, 32, 1, 4))),
             _Row(160, ((128, 32, 1, 4), (64, 32, 1, 4))),
             # 32 rows a warp spill 2 registers here, and not at 176.
             _Row(168, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4))),
-            _Row(176, ((128, 32, 1, 4), (64, 32, 1, 4))),
+            _Row(176, ((128, 32, 1, 4), (64, 32, 1, 4)), left_edge=False),  # else 3 are spilt
             _Row(224, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4))),
             # Where an SM has room for two blocks of 64 rows (H100, H200), FlashAttention-2 prefers them.
             _Row(256, ((64, 64, 1, 4), (128, 64, 1, 8), (64, 32, 1, 4)), from_bytes=200 << 10),
@@ -113,6 +119,10 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     # three, as many keys a block as the registers hold; with two, few enough that O has a place beside Q's.
     ("sm90", "fwd"): _Family(
         (
+            # The blocks at a window's two ends are mostly hidden, so that short ones waste less: 64 rows that see 128
+            # keys each visit 4 blocks of 64 or 3 of 128. Each warpgroup visits its own.
+            _Row(64, ((256, 64, 4, 16),), left_edge=True),
+            _Row(256, ((192, 80, 2, 12), (192, 64, 2, 12), (128, 80, 2, 8), (128, 64, 2, 8)), left_edge=True),
             _Row(64, ((192, 128, 4, 12),)),
             _Row(256, (*((192, keys, 2, 12) for keys in (128, 112, 96, 80, 64)), (128, 80, 2, 8), (128, 64, 2, 8))),
         ),

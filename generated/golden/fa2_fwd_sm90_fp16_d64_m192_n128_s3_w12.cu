@@ -8,8 +8,8 @@
 //   launch   512 threads, 172192 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  120 Arithmetic,  158 Shared memory,
 //             179 Global memory,  193 mbarriers,  237 TMA,  279 Fences,  286 Fragments,  294 Registers of a warpgroup,
-//             306 wgmma,  410 What is visible,  454 Online softmax,  573 Pipelines,  601 Loads,  653 Matrix products,
-//             680 Epilogue,  725 Producer,  774 Consumer,  918 Kernel,  958 Launch
+//             306 wgmma,  410 What is visible,  460 Online softmax,  579 Pipelines,  607 Loads,  659 Matrix products,
+//             686 Epilogue,  731 Producer,  780 Consumer,  928 Kernel,  968 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -429,23 +429,29 @@ __device__ __forceinline__ BlockRange key_blocks(Params const&, Seqlen const& s,
     return {0, 0, s.k / kTileN, (s.k + kTileN - 1) / kTileN};
 }
 
-// Sets the scores of keys that a row does not see to -inf. What a thread sees of a row is a number of its registers, made into
+// How many of a thread's registers of a row hold columns before this one, counted from the thread's first: the k-th holds
+// k / 2 * 8 + k % 2.
+__device__ __forceinline__ int registers_before(int column) {
+    int const columns = max(column, 0);
+    return columns / 8 * 2 + min(columns % 8, 2);
+}
+
+// Sets the scores of keys that a row does not see to -inf. What a thread sees of a row is a run of its registers, made into
 // bits, so that one instruction moves 7 of them into predicates, and only in the blocks that need a mask
 // (d = 128, 128 keys: 26 instructions of 589 fewer than with a comparison an element).
 __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&ends)[2], int first_key) {
-    constexpr int kRegisters = kNumAccS / 2;  // of one row: the k-th holds column k / 2 * 8 + k % 2
+    constexpr int kRegisters = kNumAccS / 2;  // of one row
     int const first_column = first_key + 2 * (lane_id() % 4);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        int const columns = max(ends[row] - first_column, 0);
-        int const visible = columns / 8 * 2 + min(columns % 8, 2);
+        int const end = registers_before(ends[row] - first_column);
 #pragma unroll
         for (int word = 0; word < kRegisters; word += 32) {
-            uint32_t const hidden = shift_left(0xffffffffu, max(visible - word, 0));
+            uint32_t const visible = ~shift_left(0xffffffffu, max(end - word, 0));
 #pragma unroll
             for (int k = word; k < min(word + 32, kRegisters); ++k) {
                 int const i = k / 2 * 4 + 2 * row + k % 2;
-                acc_s[i] = hidden >> (k - word) & 1 ? -kInfinity : acc_s[i];
+                acc_s[i] = visible >> (k - word) & 1 ? acc_s[i] : -kInfinity;
             }
         }
     }
@@ -813,6 +819,7 @@ __device__ __forceinline__ void consume(
         int const first_row = tile.m_block * kTileM;
         int const row = first_row + warp_row;  // this warp's first
         int const ends[2] = {key_end(p, s, row + lane_id() / 4), key_end(p, s, row + lane_id() / 4 + 8)};
+        BlockRange const in_tile = key_blocks(p, s, first_row, kTileM);
         BlockRange const blocks = key_blocks(p, s, first_row + 64 * warpgroup, 64);
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
 
@@ -827,13 +834,16 @@ __device__ __forceinline__ void consume(
         // Blocks that other warpgroups see and this one does not. Only a stage that has been filled may be released: an arrival
         // before that could complete the phase of the block that held the stage before. And only by a warp that has come
         // together: no wgmma holds it here, and a lane left behind could miss a phase and wait for ever.
-        for (int skipped = key_blocks(p, s, first_row, kTileM).end - blocks.end; skipped > 0; --skipped) {
-            mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
-            mbarrier_wait(barriers.v_full(v_state.stage), v_state.phase);
-            sync_warp();
-            release_k(leader);
-            release_v();
-        }
+        auto skip = [&](int num_blocks) {
+            for (; num_blocks > 0; --num_blocks) {
+                mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
+                mbarrier_wait(barriers.v_full(v_state.stage), v_state.phase);
+                sync_warp();
+                release_k(leader);
+                release_v();
+            }
+        };
+        skip(in_tile.end - blocks.end);
 
         if (blocks.begin < blocks.end) {
             int n_block = blocks.end - 1;

@@ -57,7 +57,15 @@ def kernels() -> list[Any]:
     beyond += [default("sm90", head_dim, "bf16", "causal", "bwd", deterministic=True) for head_dim in HEAD_DIMS]
     beyond += [default("sm90", head_dim, "bf16", "full", "bwd", deterministic=True) for head_dim in every_other]
     beyond += [default("sm80", head_dim, "bf16", "causal", "bwd", deterministic=True) for head_dim in HEAD_DIMS]
+    beyond += [
+        default(arch, head_dim, dtype, "window")
+        for arch in ("sm90", "sm80")
+        for head_dim, dtype in zip(HEAD_DIMS, itertools.cycle(["bf16", "fp16"]), strict=False)
+    ]
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
+    quick |= {
+        default(arch, head_dim, "bf16", "window").name for arch in ("sm90", "sm80") for head_dim in (80, 192, 256)
+    }
     quick |= {default("sm80", head_dim, "bf16", "causal", "bwd").name for head_dim in (64, 128, 256)}
     quick |= {default("sm90", head_dim, "bf16", "full", "bwd", deterministic=True).name for head_dim in (128, 256)}
     quick.add(default("sm80", 128, "bf16", "causal", "bwd", deterministic=True).name)
@@ -166,7 +174,7 @@ def check_sm90(plan: Any, sass: Sass) -> None:
     for opcode in ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
     loops = main_loops(plan, sass)
-    assert len(loops) == (2 if plan.causal else 1)
+    assert len(loops) == 1 + plan.uneven + plan.left_edge, "masked at the right, unmasked, masked at the left"
     for loop in loops:
         exponentials = [i for i, line in enumerate(loop) if line.startswith("MUFU.EX2")]
         # What the release of K that depends on the row sums is for (templates/sm90/fwd.cu.j2): 5% at d = 64.
@@ -295,7 +303,12 @@ def test_kernel(name, compiled, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [default("sm80", d, "bf16", "causal", way).name for way in ("fwd", "bwd") for d in HEAD_DIMS[::2]]
+    "name",
+    [
+        default("sm80", head_dim, "bf16", mask, way).name
+        for way, mask in (("fwd", "causal"), ("fwd", "window"), ("bwd", "causal"))
+        for head_dim in HEAD_DIMS[::2]
+    ],
 )
 def test_sm80_kernels_for_hopper(name):
     """On request they serve 9.0 too, where ptxas allocates registers anew."""

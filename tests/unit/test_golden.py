@@ -33,8 +33,10 @@ NAMES = (
     "fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8",
     "fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4",
     "fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4",
+    "fa2_fwd_sm80_fp16_d64_window_m128_n64_s2_w4",
     "fa2_fwd_sm90_bf16_d128_causal_m192_n80_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8",
+    "fa2_fwd_sm90_bf16_d128_window_m192_n80_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d248_m128_n80_s2_w8",
     "fa2_fwd_sm90_fp16_d64_m192_n128_s3_w12",
 )
