@@ -283,13 +283,6 @@ class Problem(_Fields):
             )
         return value
 
-    @field_validator("mask")
-    @classmethod
-    def _has_a_kernel(cls, mask: Mask, info: ValidationInfo) -> Mask:
-        if mask == "window" and info.data.get("direction") == "bwd":
-            raise ValueError("there are no gradients of windows; nearest causal")
-        return mask
-
 
 _TILE = Range(16, 16, 256, "the k of one 16-bit matrix instruction is 16")
 

@@ -23,7 +23,6 @@ SHAPE = Shape(2, 300, 400, 6, 2)
 PROBLEMS = [
     Problem(direction=direction, head_dim=64, mask=mask, deterministic=deterministic)
     for direction, mask in itertools.product(get_args(Direction), get_args(Mask))
-    if (direction, mask) != ("bwd", "window")
     for deterministic in ((False, True) if direction == "bwd" else (False,))
 ]
 KERNELS = [(problem, arch) for problem in PROBLEMS for arch in get_args(ArchName)]

@@ -42,7 +42,7 @@ def plans() -> list[KernelPlan]:
         Problem(head_dim=d, dtype=t, mask=m) for d in range(8, 257, 8) for t in ("bf16", "fp16") for m in get_args(Mask)
     ]
     specs = [*catalogue()]
-    backward = [problem.model_copy(update={"direction": "bwd"}) for problem in problems if problem.mask != "window"]
+    backward = [problem.model_copy(update={"direction": "bwd"}) for problem in problems]
     ordered = [problem.model_copy(update={"deterministic": True}) for problem in backward if problem.head_dim % 40 == 0]
     specs += [
         KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in backward + ordered for arch in ("sm80", "sm90")
