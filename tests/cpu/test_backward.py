@@ -67,8 +67,11 @@ def every_default():
         yield KernelSpec(problem=problem, tiling=default_tiling(problem, arch)).name
 
 
-def run(name, sizes, *, with_dlse=False, gain=1.0, options=None, rendered=None, **how):
-    """(verdict, gradients); `options` default to the first of the problem's examples, others are RunOptions's."""
+def run(name, sizes, *, with_dlse=False, gain=1.0, options=None, rendered=None, change=None, **how):
+    """(verdict, gradients); `options` default to the first of the problem's examples, others are RunOptions's.
+
+    change  what to do with the tensors, by name, before the kernel has them; the verdict is of what they were.
+    """
     plan = make_plan(KernelSpec.from_name(name))
     batch, seqlen_q, seqlen_k, heads, heads_kv = sizes
     generator = torch.Generator().manual_seed(plan.head_dim)
@@ -86,6 +89,9 @@ def run(name, sizes, *, with_dlse=False, gain=1.0, options=None, rendered=None, 
     gradients = tuple(amid_nan(torch.full_like(x, NAN)) for x in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "o": amid_nan(out), "dout": dout, "lse": lse.contiguous(), "dlse": dlse}
     tensors |= dict(zip(("dq", "dk", "dv"), gradients, strict=True))
+    if change is not None:
+        tensors |= {name: tensors[name].clone() for name in ("q", "k", "v", "o", "dout")}
+        change(tensors)
     run_kernel(plan, tensors, options, run_options=RunOptions(**how), rendered=rendered)
     for x in gradients:
         assert_guard_is_intact(x)

@@ -140,9 +140,14 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
     offsets = "".join(f"out[n++] = offsetof(Params, {param.name});" for param in plan.params)
     more = (_BEGIN if plan.left_edge else "") + (_TILE_SM90 if arch == "sm90" else _TILE_SM80)
     doors = _DOORS.replace("OFFSETS", offsets).replace("MORE", more)
+    return compiled("\n".join(text) + doors)
+
+
+def compiled(text: str) -> ctypes.CDLL:
+    """Device functions as a library for this machine, which traps where a signed number overflows."""
     folder = Path(tempfile.mkdtemp(prefix="fa2gen-facts-"))
     try:
-        (folder / "facts.cc").write_text(_PRELUDE + "\n".join(text) + doors)
+        (folder / "facts.cc").write_text(_PRELUDE + text)
         command = [str(COMPILER), "-std=c++17", "-O1", "-shared", "-fPIC", "-fsanitize=signed-integer-overflow"]
         command += ["-fsanitize-undefined-trap-on-error", "-o", str(folder / "facts.so"), str(folder / "facts.cc")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
