@@ -284,7 +284,6 @@ class Problem(_Fields):
         return value
 
 
-
 _TILE = Range(16, 16, 256, "the k of one 16-bit matrix instruction is 16")
 
 

@@ -8,8 +8,8 @@
 //   launch   256 threads, 164864 bytes of dynamic shared memory
 //   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
 //             238 cp.async,  257 Fragments,  272 Registers,  281 mma,  303 What is visible,
-//             512 Softmax and its gradient,  562 Matrix products,  695 Registers to shared memory,  825 Kernels,
-//            1019 Launch
+//             513 Softmax and its gradient,  563 Matrix products,  696 Registers to shared memory,  826 Kernels,
+//            1020 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -327,14 +327,15 @@ __device__ __forceinline__ BlockRange query_blocks(Params const& p, Seqlen const
 // Sets the scores of queries that do not see a key to -inf: one comparison and one select an element. Bits as on Hopper take
 // more where a warp has 16 queries of a key (d = 192: 24 instructions).
 __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&begins)[2], int first_row) {
-    int const first_column = first_row + 2 * (lane_id() % 4);
+    int const first_query = first_row + 2 * (lane_id() % 4);
 #pragma unroll
     for (int key = 0; key < 2; ++key) {
-        int const begin = begins[key] - first_column;
+        int const begin = begins[key] - first_query;
+        auto sees = [&](int query) { return query >= begin; };
 #pragma unroll
         for (int i = 2 * key; i < kNumAccS; i += 4) {
-            acc_s[i] = 2 * i - 4 * key >= begin ? acc_s[i] : -kInfinity;
-            acc_s[i + 1] = 2 * i - 4 * key + 1 >= begin ? acc_s[i + 1] : -kInfinity;
+            acc_s[i] = sees(2 * i - 4 * key) ? acc_s[i] : -kInfinity;
+            acc_s[i + 1] = sees(2 * i - 4 * key + 1) ? acc_s[i + 1] : -kInfinity;
         }
     }
 }

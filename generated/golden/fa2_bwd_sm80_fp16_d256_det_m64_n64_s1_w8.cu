@@ -8,8 +8,8 @@
 //   launch   256 threads, 147968 bytes of dynamic shared memory
 //   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
 //             261 cp.async,  280 Fragments,  295 Registers,  304 mma,  326 What is visible,
-//             535 Softmax and its gradient,  585 Matrix products,  718 Registers to shared memory,  810 Turns,
-//             879 Kernels, 1076 Launch
+//             536 Softmax and its gradient,  586 Matrix products,  719 Registers to shared memory,  811 Turns,
+//             880 Kernels, 1078 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -351,14 +351,15 @@ __device__ __forceinline__ BlockRange query_blocks(Params const& p, Seqlen const
 // Sets the scores of queries that do not see a key to -inf: one comparison and one select an element. Bits as on Hopper take
 // more where a warp has 16 queries of a key (d = 192: 24 instructions).
 __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&begins)[2], int first_row) {
-    int const first_column = first_row + 2 * (lane_id() % 4);
+    int const first_query = first_row + 2 * (lane_id() % 4);
 #pragma unroll
     for (int key = 0; key < 2; ++key) {
-        int const begin = begins[key] - first_column;
+        int const begin = begins[key] - first_query;
+        auto sees = [&](int query) { return query >= begin; };
 #pragma unroll
         for (int i = 2 * key; i < kNumAccS; i += 4) {
-            acc_s[i] = 2 * i - 4 * key >= begin ? acc_s[i] : -kInfinity;
-            acc_s[i + 1] = 2 * i - 4 * key + 1 >= begin ? acc_s[i + 1] : -kInfinity;
+            acc_s[i] = sees(2 * i - 4 * key) ? acc_s[i] : -kInfinity;
+            acc_s[i + 1] = sees(2 * i - 4 * key + 1) ? acc_s[i + 1] : -kInfinity;
         }
     }
 }
@@ -1032,7 +1033,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d
 
             float acc_dq[kNumDqRowTiles][kNumAccDq];
             gemm_dq(acc_dq, recompute(ds_lane), recompute(k_columns), dq_column_warp);
-            add_dq_in_turn(p, acc_dq, walk.query_block, first_key / kTileN, recompute(thread), dq_column_warp);
+            int const n_block = first_key / kTileN;
+            add_dq_in_turn(p, acc_dq, walk.query_block, n_block, recompute(thread), dq_column_warp);
         }
     }
 

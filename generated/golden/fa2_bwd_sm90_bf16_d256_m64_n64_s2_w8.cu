@@ -8,9 +8,9 @@
 //   launch   384 threads, 214128 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   55 Shared memory,  116 Threads,  160 Arithmetic,  188 Shared memory,
 //             203 Global memory,  237 mbarriers,  277 TMA,  314 Bulk copies,  323 Fences,  330 Fragments,
-//             344 Registers of a warpgroup,  356 wgmma,  510 What is visible,  548 Softmax and its gradient,
-//             638 Pipelines,  683 Loads,  720 Matrix products,  757 Staging,  812 Producer,  844 Consumers,
-//            1022 Kernels, 1160 Launch
+//             344 Registers of a warpgroup,  356 wgmma,  510 What is visible,  555 Softmax and its gradient,
+//             645 Pipelines,  690 Loads,  727 Matrix products,  764 Staging,  819 Producer,  851 Consumers,
+//            1033 Kernels, 1171 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -528,15 +528,22 @@ __device__ __forceinline__ BlockRange query_blocks(Params const& p, Seqlen const
     return {0, first_key + kTileN <= s.k ? 0 : p.num_m_blocks, p.num_m_blocks, p.num_m_blocks};
 }
 
-// Sets the scores of queries that do not see a key to -inf. How many of its registers of a key a thread hides becomes bits, so
-// that one instruction moves 7 of them into predicates (d = 128, 64 queries: 20 instructions fewer than with comparisons).
+// How many of a thread's registers of a key hold queries before this one, counted from the thread's first: the r-th holds
+// r / 2 * 8 + r % 2.
+__device__ __forceinline__ int registers_before(int query) {
+    int const queries = max(query, 0);
+    return queries / 8 * 2 + min(queries % 8, 2);
+}
+
+// Sets the scores of queries that do not see a key to -inf. What a thread sees of a key is a run of its registers, made into
+// bits, so that one instruction moves 7 of them into predicates (d = 64, 128 queries: 30 instructions of 714 fewer than with a
+// comparison an element).
 __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&begins)[2], int first_row) {
-    constexpr int kRegisters = kNumAccS / 2;  // of one key: the r-th holds query r / 2 * 8 + r % 2
-    int const first_column = first_row + 2 * (lane_id() % 4);
+    constexpr int kRegisters = kNumAccS / 2;  // of one key
+    int const first_query = first_row + 2 * (lane_id() % 4);
 #pragma unroll
     for (int key = 0; key < 2; ++key) {
-        int const columns = max(begins[key] - first_column, 0);
-        uint32_t const visible = shift_left(0xffffffffu, columns / 8 * 2 + min(columns % 8, 2));
+        uint32_t const visible = shift_left(0xffffffffu, registers_before(begins[key] - first_query));
 #pragma unroll
         for (int r = 0; r < kRegisters; ++r) {
             int const i = r / 2 * 4 + 2 * key + r % 2;
@@ -855,7 +862,11 @@ __device__ __forceinline__ Work work_of_block(Params const& p, int warp) {
     Seqlen const s = seqlen_of(p, block.bidb);
     int const key = block.n_block * kTileN + 16 * warp + lane_id() / 4;
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
-    return {block, blocks, {query_begin(p, s, key), query_begin(p, s, key + 8)} };
+    return {
+        block,
+        blocks,
+        {query_begin(p, s, key), query_begin(p, s, key + 8)},
+    };
 }
 
 __device__ __forceinline__ void clear(float (&acc)[kNumAccDkv]) {

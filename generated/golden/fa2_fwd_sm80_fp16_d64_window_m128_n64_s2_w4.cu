@@ -239,7 +239,7 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
-// Which keys are visible: a window, aligned to the bottom right: with d = i + seqlen_k - seqlen_q, key j to row i iff
+// What is visible: a window, aligned to the bottom right: with d = i + seqlen_k - seqlen_q, key j to row i iff
 // d - window_left <= j <= d + window_right, and j and d lie in the same chunk of so many keys --------------------------
 //
 // window_left <= seqlen_k and window_right <= seqlen_q: those hide nothing, and no sum exceeds 32 bits. Without chunks, chunk

@@ -1,4 +1,4 @@
-"""Windows and chunks, backward: every limit by its definition, turns that begin late, and what hidden rows can not do."""
+"""Windows and chunks, backward: every limit by its definition, turns that begin late, what hidden rows can not do."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_sanitizers_are_silent(name):
 @pytest.mark.parametrize("options", [Options(causal=True, window_left=30), Options(window_left=20, chunk=64)], ids=str)
 @pytest.mark.parametrize("sizes", [(1, 40, 600, 2, 1), (1, 600, 40, 2, 1)], ids=str)
 def test_nan_behind_the_window_does_not_leak(arch, options, sizes):
-    """Blocks of keys that no query sees, and of queries that see no key, are never read, and their gradients are 0. In a
+    """Blocks of keys that no query sees, and of queries that see no key, are never read; their gradients are 0. In a
     block of which some row is seen, hidden rows must be finite, as under a causal mask: 0 times NaN is NaN."""
     name = kernel(arch, 64)
     tiling = KernelSpec.from_name(name).tiling
@@ -124,7 +124,7 @@ def test_nan_behind_the_window_does_not_leak(arch, options, sizes):
         for x in ("q", "dout", "o"):
             tensors[x][:, hidden_rows] = torch.nan
 
-    verdict, (dq, dk, dv) = run(name, sizes, options=options, change=spoil)
+    _, (dq, dk, dv) = run(name, sizes, options=options, change=spoil)
     assert not dk[:, keys].any() and not dv[:, keys].any() and not dq[:, rows].any()
     assert all(torch.equal(x, y) for x, y in zip((dk, dv), plain[1:], strict=True))
     assert not dq.isnan().any()

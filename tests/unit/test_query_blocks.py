@@ -1,4 +1,4 @@
-"""Which blocks of queries a block of keys walks, in what order, and where turns begin: from the rendered text itself."""
+"""Which blocks of queries a block of keys walks, in what order, where turns begin: from the rendered text itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ int turn(void const* params, int m_block) {
     Params const& p = *static_cast<Params const*>(params);
     return key_begin(p, seqlen_of(p, 0), m_block * kTileM) / kTileN;
 }
-// Of one block of keys: its n block, head and batch entry; then m block, head, index over all heads, and whether it is masked.
+// Of one block of keys: its n block, head and batch entry; then m block, head, index over all heads, whether masked.
 int walk(void const* params, int index, int* out) {
     Params const& p = *static_cast<Params const*>(params);
     KeyBlock const block = key_block_at(p, index);
@@ -111,8 +111,8 @@ def test_which_queries_see_a_key_against_the_definition(tiling, mask):
 @needs_compiler
 @pytest.mark.parametrize(("tiling", "mask"), KERNELS)
 def test_walks_against_the_definition(tiling, mask):
-    """Each block of keys is walked once, over all blocks of queries that see it and no other, head by head, masked where
-    needed; and the blocks of keys that walk over a block of queries are consecutive from its first turn on."""
+    """Each block of keys is walked once, over all blocks of queries that see it and no other, head by head, masked
+    where needed; and the blocks of keys that walk over a block of queries are consecutive from its first turn on."""
     plan, facts = plan_of(tiling, mask), library(tiling, mask)
     out = (ctypes.c_int * 4096)()
     for shape, options in calls(plan, 150):
