@@ -12,12 +12,13 @@ from fa2gen.arch import ArchName
 from fa2gen.compile import compiler_version
 from fa2gen.errors import Fa2GenError, InvalidInput
 from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.plan.memory import Span
 from fa2gen.select import TYPICAL_SEQLEN, Device, Selection, choices, kernel_arch, select
 from fa2gen.spec import KernelSpec, Problem, Tiling
 from fa2gen.tune.cost import cycles, prune
 from fa2gen.tune.space import tilings
 
-__all__ = ["KNOWN_DEVICES", "Alternative", "Explanation", "device_named", "explain", "lines", "shared_memory_map"]
+__all__ = ["KNOWN_DEVICES", "Alternative", "Explanation", "device_named", "explain", "lines"]
 
 # What the selector needs to know of GPUs that need not be here: from the CUDA C++ Programming Guide and data sheets.
 KNOWN_DEVICES = (
@@ -56,7 +57,7 @@ class Explanation:
     measured: dict[str, Any] | None
     warning: str | None
     alternatives: tuple[Alternative, ...]
-    shared_memory: tuple[tuple[str, int, int], ...]
+    shared_memory: tuple[Span, ...]
     shared_memory_bytes: int
     shared_memory_limit: int
     kernels: tuple[dict[str, Any], ...]
@@ -121,30 +122,13 @@ def explain(
         measured=None if row is None else {**asdict(row), "over_default": round(row.over_default, 3)},
         warning=None if row is None else row.warning(compiler_version()),
         alternatives=tuple(_alternatives(problem, device, family, length, selection)),
-        shared_memory=tuple(shared_memory_map(selection.plan)),
+        shared_memory=selection.plan.memory.spans,
         shared_memory_bytes=selection.plan.shared_memory_bytes,
         shared_memory_limit=device.shared_memory_per_block,
         kernels=tuple(_launched(selection.plan)),
         report=report,
         report_error=report_error,
     )
-
-
-def shared_memory_map(plan: KernelPlan) -> Iterator[tuple[str, int, int]]:
-    """(what, offset, bytes) in order. A plan's `smem_x` is where x begins; what begins at one place takes turns there,
-    and what has stages holds them all up to the next."""
-    begins: dict[int, list[str]] = {}
-    for attribute in dir(type(plan)):
-        if attribute.startswith("smem_") and isinstance(offset := getattr(plan, attribute), int):
-            begins.setdefault(offset, []).append(attribute.removeprefix("smem_").replace("_", " "))
-    ends = [*sorted(begins)[1:], plan.shared_memory_bytes]
-    ring = next((offset for offset, names in begins.items() if "k" in names), 0)
-    for offset, end in zip(sorted(begins), ends, strict=True):
-        names = sorted(begins[offset], key=lambda name: (name != "q", name))
-        tile = plan.kv_tile.bytes
-        if names == ["v"] and end - offset > tile and offset - ring < plan.num_stages * tile:
-            names = ["v", "k and v of the other stages"]
-        yield ", then ".join(names), offset, end - offset
 
 
 def _alternatives(

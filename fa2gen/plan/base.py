@@ -11,6 +11,7 @@ from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
 from fa2gen.layout import Panels, align_up
+from fa2gen.plan.memory import SharedMemory
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
 __all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "bytes_text"]
@@ -191,9 +192,13 @@ class KernelPlan:
         return 1
 
     @property
-    def shared_memory_bytes(self) -> int:
-        """Dynamic shared memory of one block."""
+    def memory(self) -> SharedMemory:
+        """The dynamic shared memory of one block."""
         raise NotImplementedError
+
+    @cached_property
+    def shared_memory_bytes(self) -> int:
+        return self.memory.bytes
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -240,6 +245,14 @@ class KernelPlan:
     def entry_points(self) -> tuple[EntryPoint, ...]:
         """The kernels of this source in the order of their launches; the one called `name` does the work."""
         raise NotImplementedError
+
+    def shared_memory_rule(self) -> list[BrokenRule]:
+        """The rule that a block's shared memory breaks, if it is more than the architecture has."""
+        available = ARCHES[self.tiling.arch].shared_memory_per_block
+        if self.memory.bytes <= available:
+            return []
+        detail = f"{bytes_text(self.memory.bytes)} needed ({self.memory.text}), {bytes_text(available)} available"
+        return [BrokenRule("shared memory", detail)]
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         """Every feasibility rule that this plan breaks; empty when the kernel can be built."""

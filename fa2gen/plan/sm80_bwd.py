@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels, ceil_div
-from fa2gen.plan.base import BrokenRule, EntryPoint, bytes_text
+from fa2gen.plan.base import BrokenRule, EntryPoint
 from fa2gen.plan.bwd import BackwardPlan
+from fa2gen.plan.memory import Region, SharedMemory, Stages
 from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan
 
 __all__ = ["Sm80BwdPlan"]
@@ -132,52 +132,36 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         sums = 2 * self.num_row_tiles * self.num_acc_dkv
         return sums + max(scores, self.num_dq_row_tiles * self.num_acc_dq) + REGISTERS_BESIDE_TILES
 
-    # Shared memory, in the order of the map: K, V, P, dS, stages; in a stage: Q, dO, LSE, dPsum
+    # Shared memory
 
     @property
     def p_tile(self) -> Panels:
         """P^T [key][query], and dS^T."""
         return Panels(self.tile_n, self.tile_m, self.tiling.swizzle_bytes)
 
-    @property
-    def smem_k(self) -> int:
-        return 0
-
-    @property
-    def smem_v(self) -> int:
-        return self.smem_k + self.kv_tile.bytes
-
-    @property
-    def smem_p(self) -> int:
-        return self.smem_v + self.kv_tile.bytes
-
-    @property
-    def smem_ds(self) -> int:
-        return self.smem_p + self.p_tile.bytes
-
-    @property
-    def smem_stages(self) -> int:
-        return self.smem_ds + self.p_tile.bytes
-
-    @property
-    def stage_dout(self) -> int:
-        return self.q_tile.bytes
-
-    @property
-    def stage_lse(self) -> int:
-        return self.stage_dout + self.q_tile.bytes
-
-    @property
-    def stage_dpsum(self) -> int:
-        return self.stage_lse + FLOAT_BYTES * self.tile_m
+    @cached_property
+    def memory(self) -> SharedMemory:
+        """dK and dV take the places of K and V; a stage is one block of queries."""
+        statistics = FLOAT_BYTES * self.tile_m
+        stage = (
+            Region("q", self.q_tile.bytes, label="Q"),
+            Region("dout", self.q_tile.bytes, label="dO"),
+            Region("lse", statistics, label="LSE"),
+            Region("dpsum", statistics, label="dPsum"),
+        )
+        return SharedMemory(
+            (
+                Region("k", self.kv_tile.bytes, label="K"),
+                Region("v", self.kv_tile.bytes, label="V"),
+                Region("p", self.p_tile.bytes, label="P"),
+                Region("ds", self.p_tile.bytes, label="dS"),
+                Stages(self.num_stages, stage),
+            )
+        )
 
     @property
     def stage_bytes(self) -> int:
-        return self.stage_dpsum + FLOAT_BYTES * self.tile_m
-
-    @property
-    def shared_memory_bytes(self) -> int:
-        return self.smem_stages + self.num_stages * self.stage_bytes
+        return 2 * self.q_tile.bytes + 2 * FLOAT_BYTES * self.tile_m
 
     # The dQ accumulator in global memory: for each block of queries one run for each warp, of its registers in the
     # order [register][lane], so that every addition of a warp is one line.
@@ -234,17 +218,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
                 )
             )
             return broken
-        available = ARCHES["sm80"].shared_memory_per_block
-        if self.shared_memory_bytes > available:
-            broken.append(
-                BrokenRule(
-                    "shared memory",
-                    f"{bytes_text(self.shared_memory_bytes)} needed (K and V {2 * self.kv_tile.bytes:,} + P and dS "
-                    f"{2 * self.p_tile.bytes:,} + {self.num_stages} stages x (Q {self.q_tile.bytes:,} + dO "
-                    f"{self.q_tile.bytes:,} + statistics {2 * FLOAT_BYTES * self.tile_m:,})), "
-                    f"{bytes_text(available)} available",
-                )
-            )
+        broken += self.shared_memory_rule()
         if self.register_estimate > self.registers_available:
             broken.append(
                 BrokenRule(

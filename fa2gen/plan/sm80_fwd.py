@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fa2gen.arch import ARCHES
-from fa2gen.plan.base import BrokenRule, EntryPoint, bytes_text
+from fa2gen.plan.base import BrokenRule, EntryPoint
+from fa2gen.plan.memory import Region, SharedMemory, Stages
 from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan
 
 __all__ = ["Sm80FwdPlan"]
@@ -82,27 +82,19 @@ class Sm80FwdPlan(Sm80Plan):
     def num_k_steps_pv(self) -> int:
         return self.tile_n // 16
 
-    # Shared memory, in the order of the map: Q (later O), then stages of K and V
+    # Shared memory
 
-    @property
-    def smem_q(self) -> int:
-        return 0
-
-    @property
-    def smem_k(self) -> int:
-        return self.q_tile.bytes
-
-    @property
-    def smem_v(self) -> int:
-        return self.smem_k + self.kv_tile.bytes
+    @cached_property
+    def memory(self) -> SharedMemory:
+        """O takes Q's place; a stage is one block of keys."""
+        tile = self.kv_tile.bytes
+        stages = Stages(self.num_stages, (Region("k", tile, label="K"), Region("v", tile, label="V")))
+        q = Region("q", self.q_tile.bytes, label="Q")
+        return SharedMemory((q, Region("o", q.bytes, label="O", in_place_of="q"), stages))
 
     @property
     def stage_bytes(self) -> int:
         return 2 * self.kv_tile.bytes
-
-    @property
-    def shared_memory_bytes(self) -> int:
-        return self.q_tile.bytes + self.num_stages * self.stage_bytes
 
     # Copies
 
@@ -155,16 +147,7 @@ class Sm80FwdPlan(Sm80Plan):
             )
         if self.tiling.lazy_rescale:
             broken.append(BrokenRule("lazy_rescale", f"{self.tiling.lazy_rescale} given; only sm90 kernels have it: 0"))
-        available = ARCHES["sm80"].shared_memory_per_block
-        if self.shared_memory_bytes > available:
-            tile = self.kv_tile.bytes
-            broken.append(
-                BrokenRule(
-                    "shared memory",
-                    f"{bytes_text(self.shared_memory_bytes)} needed (Q {self.q_tile.bytes:,} + {self.num_stages} "
-                    f"stages x (K {tile:,} + V {tile:,})), {bytes_text(available)} available",
-                )
-            )
+        broken += self.shared_memory_rule()
         if self.register_estimate > self.registers_available:
             broken.append(
                 BrokenRule(

@@ -66,7 +66,7 @@ class Sm90Plan(KernelPlan):
     @property
     def has_last_maps(self) -> bool:
         """Whether streamed tensors have a second map, for the last panel."""
-        return len(self.streamed_maps("", self.kv_tile)) > 1
+        return self.kv_tile.count > 1 and self.kv_tile.last_columns < self.kv_tile.columns
 
     @property
     def swizzle_mode(self) -> int:

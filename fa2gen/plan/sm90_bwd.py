@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels, ceil_div
-from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, bytes_text
+from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan
 from fa2gen.plan.bwd import BackwardPlan
+from fa2gen.plan.memory import Region, SharedMemory
 from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, WARPGROUP_THREADS, Sm90Plan
 from fa2gen.ptx import Wgmma
 
@@ -186,7 +186,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def num_k_steps_n(self) -> int:
         return self.tile_n // 16
 
-    # Shared memory, in the order of the map: K, V, Q stages, dO stages, dS stages, dQ, row statistics, barriers
+    # Shared memory
 
     @property
     def ds_tile(self) -> Panels:
@@ -198,58 +198,14 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return NUM_DS_STAGES
 
     @property
-    def smem_k(self) -> int:
-        return 0
-
-    @property
-    def smem_v(self) -> int:
-        return self.smem_k + self.kv_tile.bytes
-
-    @property
-    def smem_q(self) -> int:
-        return self.smem_v + self.kv_tile.bytes
-
-    @property
-    def smem_dout(self) -> int:
-        return self.smem_q + self.num_stages * self.q_tile.bytes
-
-    @property
-    def smem_ds(self) -> int:
-        return self.smem_dout + self.num_stages * self.q_tile.bytes
-
-    @property
-    def _smem_after_ds(self) -> int:
-        return self.smem_ds + self.num_ds_stages * self.ds_tile.bytes
-
-    @property
     def stages_dq(self) -> bool:
         """Whether dQ goes to global memory through shared memory; beyond head dim 128 it has no room there."""
         return not self.splits_products and not self.splits_dq_rest
 
     @property
-    def smem_dq(self) -> int | None:
-        return self._smem_after_ds if self.stages_dq else None
-
-    @property
-    def staged_dq_bytes(self) -> int:
-        return self.dq_block_floats * FLOAT_BYTES if self.stages_dq else 0
-
-    @property
-    def smem_lse(self) -> int:
-        return self._smem_after_ds + self.staged_dq_bytes
-
-    @property
     def statistics_bytes(self) -> int:
         """LSE, or dPsum, of one block of queries."""
         return self.tile_m * FLOAT_BYTES
-
-    @property
-    def smem_dpsum(self) -> int:
-        return self.smem_lse + self.num_stages * self.statistics_bytes
-
-    @property
-    def smem_barriers(self) -> int:
-        return self.smem_dpsum + self.num_stages * self.statistics_bytes
 
     @property
     def num_barriers(self) -> int:
@@ -258,9 +214,22 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         of_ds = 2 * self.num_ds_stages if self.splits_products else 0
         return 2 + 4 * self.num_stages + of_ds + (2 if self.writes_dq else 0)
 
-    @property
-    def shared_memory_bytes(self) -> int:
-        return self.smem_barriers + BARRIER_BYTES * self.num_barriers
+    @cached_property
+    def memory(self) -> SharedMemory:
+        """dK and dV take the places of K and V."""
+        return SharedMemory(
+            (
+                Region("k", self.kv_tile.bytes, label="K"),
+                Region("v", self.kv_tile.bytes, label="V"),
+                Region("q", self.q_tile.bytes, self.num_stages, label="Q"),
+                Region("dout", self.q_tile.bytes, self.num_stages, label="dO"),
+                Region("ds", self.ds_tile.bytes, self.num_ds_stages, label="dS"),
+                *((Region("dq", self.dq_block_floats * FLOAT_BYTES, label="dQ"),) if self.stages_dq else ()),
+                Region("lse", self.statistics_bytes, self.num_stages, label="LSE"),
+                Region("dpsum", self.statistics_bytes, self.num_stages, label="dPsum"),
+                Region("barriers", BARRIER_BYTES * self.num_barriers),
+            )
+        )
 
     # Matrix descriptors: lower halves
 
@@ -350,7 +319,6 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []
-        arch = ARCHES["sm90"]
         if self.num_mma_warps not in (4, 8):
             broken.append(BrokenRule("mma warps", f"{self.num_mma_warps} given; one or two warpgroups: 4 or 8"))
             return broken  # nothing else can be said without a warpgroup count
@@ -390,16 +358,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                     f"{self.head_dim}, but {self.num_mma_warps} warps that split keys make up to {columns} columns",
                 )
             )
-        if self.shared_memory_bytes > arch.shared_memory_per_block:
-            broken.append(
-                BrokenRule(
-                    "shared memory",
-                    f"{bytes_text(self.shared_memory_bytes)} needed (K and V {2 * self.kv_tile.bytes:,} + "
-                    f"{self.num_stages} stages x (Q {self.q_tile.bytes:,} + dO {self.q_tile.bytes:,}) + "
-                    f"{self.num_ds_stages} x dS {self.ds_tile.bytes:,} + dQ {self.staged_dq_bytes:,} + "
-                    f"statistics, barriers), {bytes_text(arch.shared_memory_per_block)} available",
-                )
-            )
+        broken += self.shared_memory_rule()
         if self.deterministic and self.splits_products and self.num_stages == 1:
             broken.append(
                 BrokenRule(

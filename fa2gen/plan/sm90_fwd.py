@@ -9,7 +9,8 @@ from functools import cached_property
 from fa2gen.arch import ARCHES
 from fa2gen.features import Scratch
 from fa2gen.layout import Panels, align_up
-from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, bytes_text
+from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan
+from fa2gen.plan.memory import Region, SharedMemory
 from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, Sm90Plan
 from fa2gen.ptx import Wgmma
 
@@ -74,20 +75,11 @@ class Sm90FwdPlan(Sm90Plan):
     def num_k_steps_pv(self) -> int:
         return self.tile_n // 16
 
-    # Shared memory, in the order of the map: Q stages, K stages, V stages, O (unless it takes Q's place), barriers,
-    # tile slots
+    # Shared memory
 
     @property
     def o_tile(self) -> Panels:
         return self.q_tile
-
-    @property
-    def smem_q(self) -> int:
-        return 0
-
-    @property
-    def smem_k(self) -> int:
-        return self.num_q_stages * self.q_stage_bytes
 
     @property
     def q_stage_bytes(self) -> int:
@@ -98,47 +90,35 @@ class Sm90FwdPlan(Sm90Plan):
         """From one stage of K or V to the next: whole tiles, on the 1024-byte grid of the widest swizzle."""
         return align_up(self.kv_tile.bytes, 1024)
 
-    @property
-    def smem_v(self) -> int:
-        return self.smem_k + self.num_stages * self.stage_bytes
+    def _memory(self, num_q_stages: int, o_aliases_q: bool) -> SharedMemory:
+        num_barriers = 2 * (num_q_stages + 2 * self.num_stages)  # full and empty ones, of every stage
+        return SharedMemory(
+            (
+                Region("q", self.q_stage_bytes, num_q_stages, label="Q"),
+                Region("k", self.stage_bytes, self.num_stages, label="K"),
+                Region("v", self.stage_bytes, self.num_stages, label="V"),
+                Region("o", self.q_stage_bytes, label="O", in_place_of="q" if o_aliases_q else None),
+                Region("barriers", BARRIER_BYTES * num_barriers),
+                Region("tile_slots", TILE_SLOT_BYTES * num_q_stages, label="slots"),  # for the tile of each stage of Q
+            )
+        )
 
-    @property
-    def _smem_after_v(self) -> int:
-        return self.smem_v + self.num_stages * self.stage_bytes
-
-    def _fits(self, num_q_stages: int, num_o_tiles: int) -> bool:
-        tiles = (num_q_stages + num_o_tiles) * self.q_stage_bytes + 2 * self.num_stages * self.stage_bytes
-        return tiles + self._barriers_bytes(num_q_stages) <= ARCHES["sm90"].shared_memory_per_block
+    def _fits(self, num_q_stages: int, o_aliases_q: bool) -> bool:
+        return self._memory(num_q_stages, o_aliases_q).bytes <= ARCHES["sm90"].shared_memory_per_block
 
     @cached_property
     def num_q_stages(self) -> int:
         """Two where there is room beside a place for O: the next tile's Q is then there before this tile ends."""
-        return 2 if self._fits(2, 1) else 1
+        return 2 if self._fits(2, o_aliases_q=False) else 1
 
     @cached_property
     def o_aliases_q(self) -> bool:
         """Whether O is staged where Q was: only where there is no room for both, since the next Q then waits for O."""
-        return not self._fits(1, 1)
+        return not self._fits(1, o_aliases_q=False)
 
-    def _barriers_bytes(self, num_q_stages: int) -> int:
-        """Full and empty barriers of every stage of Q, K and V, and the slot of each stage of Q for its tile."""
-        return BARRIER_BYTES * 2 * (num_q_stages + 2 * self.num_stages) + TILE_SLOT_BYTES * num_q_stages
-
-    @property
-    def smem_o(self) -> int:
-        return self.smem_q if self.o_aliases_q else self._smem_after_v
-
-    @property
-    def smem_barriers(self) -> int:
-        return self._smem_after_v + (0 if self.o_aliases_q else self.q_stage_bytes)
-
-    @property
-    def smem_tile_slots(self) -> int:
-        return self.smem_barriers + BARRIER_BYTES * 2 * (self.num_q_stages + 2 * self.num_stages)
-
-    @property
-    def shared_memory_bytes(self) -> int:
-        return self.smem_barriers + self._barriers_bytes(self.num_q_stages)
+    @cached_property
+    def memory(self) -> SharedMemory:
+        return self._memory(self.num_q_stages, self.o_aliases_q)
 
     # Matrix descriptors: what the lower half holds beside the address
 
@@ -182,7 +162,6 @@ class Sm90FwdPlan(Sm90Plan):
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []
-        arch = ARCHES["sm90"]
         if self.num_mma_warps not in (4, 8, 12, 16):
             broken.append(
                 BrokenRule("mma warps", f"{self.num_mma_warps} given; one to four warpgroups: 4, 8, 12 or 16")
@@ -196,16 +175,7 @@ class Sm90FwdPlan(Sm90Plan):
                     f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows a warpgroup: {rows}",
                 )
             )
-        if self.shared_memory_bytes > arch.shared_memory_per_block:
-            tile = self.stage_bytes
-            broken.append(
-                BrokenRule(
-                    "shared memory",
-                    f"{bytes_text(self.shared_memory_bytes)} needed (Q {self.q_tile.bytes:,} + "
-                    f"{self.num_stages} stages x (K {tile:,} + V {tile:,}) + barriers), "
-                    f"{bytes_text(arch.shared_memory_per_block)} available",
-                )
-            )
+        broken += self.shared_memory_rule()
         if self.register_estimate > self.consumer_registers:
             broken.append(
                 BrokenRule(

@@ -76,7 +76,7 @@ constexpr uint32_t kSmemV = 32768;
 constexpr uint32_t kSmemP = 65536;
 constexpr uint32_t kSmemDs = 81920;
 constexpr uint32_t kSmemStages = 98304;
-constexpr uint32_t kStageDout = 16384;  // in a stage
+constexpr uint32_t kStageDout = 16384;
 constexpr uint32_t kStageLse = 32768;
 constexpr uint32_t kStageDpsum = 33024;
 

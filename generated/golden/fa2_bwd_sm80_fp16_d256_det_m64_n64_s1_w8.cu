@@ -75,7 +75,7 @@ constexpr uint32_t kSmemV = 32768;
 constexpr uint32_t kSmemP = 65536;
 constexpr uint32_t kSmemDs = 73728;
 constexpr uint32_t kSmemStages = 81920;
-constexpr uint32_t kStageDout = 32768;  // in a stage
+constexpr uint32_t kStageDout = 32768;
 constexpr uint32_t kStageLse = 65536;
 constexpr uint32_t kStageDpsum = 65792;
 

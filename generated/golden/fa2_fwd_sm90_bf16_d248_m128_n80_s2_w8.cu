@@ -61,7 +61,7 @@ constexpr uint32_t kStageBytes = 40960;
 constexpr uint32_t kSmemQ = 0;
 constexpr uint32_t kSmemK = 65536;
 constexpr uint32_t kSmemV = 147456;
-constexpr uint32_t kSmemO = 0;  // takes the place of Q, which the epilogue no longer needs
+constexpr uint32_t kSmemO = 0;  // takes the place of Q
 constexpr uint32_t kSmemBarriers = 229376;
 constexpr uint32_t kSmemTileSlots = 229456;
 

@@ -284,15 +284,15 @@ def test_shared_memory(name):
     plan = PLANS[name]
     statistics = plan.num_stages * plan.statistics_bytes
     parts = [
-        (plan.smem_k, plan.kv_tile.bytes, 1024),
-        (plan.smem_v, plan.kv_tile.bytes, 1024),
-        (plan.smem_q, plan.num_stages * plan.q_tile.bytes, 1024),
-        (plan.smem_dout, plan.num_stages * plan.q_tile.bytes, 1024),
-        (plan.smem_ds, plan.num_ds_stages * plan.ds_tile.bytes, 1024),
-        *([(plan.smem_dq, 4 * plan.dq_block_floats, 16)] if plan.stages_dq else []),
-        (plan.smem_lse, statistics, 16),
-        (plan.smem_dpsum, statistics, 16),
-        (plan.smem_barriers, 8 * plan.num_barriers, 8),
+        (plan.memory.offsets["k"], plan.kv_tile.bytes, 1024),
+        (plan.memory.offsets["v"], plan.kv_tile.bytes, 1024),
+        (plan.memory.offsets["q"], plan.num_stages * plan.q_tile.bytes, 1024),
+        (plan.memory.offsets["dout"], plan.num_stages * plan.q_tile.bytes, 1024),
+        (plan.memory.offsets["ds"], plan.num_ds_stages * plan.ds_tile.bytes, 1024),
+        *([(plan.memory.offsets["dq"], 4 * plan.dq_block_floats, 16)] if plan.stages_dq else []),
+        (plan.memory.offsets["lse"], statistics, 16),
+        (plan.memory.offsets["dpsum"], statistics, 16),
+        (plan.memory.offsets["barriers"], 8 * plan.num_barriers, 8),
     ]
     end = 0
     for begin, size, alignment in parts:

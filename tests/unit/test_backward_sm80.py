@@ -51,18 +51,18 @@ def column_of(plan, column_warp, num_warps, register):
 def test_shared_memory(name):
     plan = PLANS[name]
     parts = [
-        (plan.smem_k, plan.kv_tile.bytes),
-        (plan.smem_v, plan.kv_tile.bytes),
-        (plan.smem_p, plan.p_tile.bytes),
-        (plan.smem_ds, plan.p_tile.bytes),
+        (plan.memory.offsets["k"], plan.kv_tile.bytes),
+        (plan.memory.offsets["v"], plan.kv_tile.bytes),
+        (plan.memory.offsets["p"], plan.p_tile.bytes),
+        (plan.memory.offsets["ds"], plan.p_tile.bytes),
     ]
     for stage in range(plan.num_stages):
-        first = plan.smem_stages + stage * plan.stage_bytes
+        first = plan.memory.offsets["stages"] + stage * plan.stage_bytes
         parts += [
             (first, plan.q_tile.bytes),
-            (first + plan.stage_dout, plan.q_tile.bytes),
-            (first + plan.stage_lse, 4 * plan.tile_m),
-            (first + plan.stage_dpsum, 4 * plan.tile_m),
+            (first + plan.memory.in_stage["dout"], plan.q_tile.bytes),
+            (first + plan.memory.in_stage["lse"], 4 * plan.tile_m),
+            (first + plan.memory.in_stage["dpsum"], 4 * plan.tile_m),
         ]
     end = 0
     for begin, size in parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from types import SimpleNamespace
 
@@ -13,8 +12,7 @@ from fa2gen.catalog import TunedRow
 from fa2gen.cli import app
 from fa2gen.compile import ResourceReport
 from fa2gen.errors import CompileError, InvalidInput
-from fa2gen.explain import KNOWN_DEVICES, device_named, explain, lines, shared_memory_map
-from fa2gen.plan import make_plan
+from fa2gen.explain import KNOWN_DEVICES, device_named, explain, lines
 from fa2gen.select import default_tiling, forget
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
@@ -96,30 +94,6 @@ def test_a_backward_choice_is_explained(tuned, monkeypatch):
     assert "postprocess: 34 registers a thread, 160 threads, 16,384 B of shared memory" in text
     assert any(other.cycles for other in found.alternatives)
     json.dumps(found.to_json(), allow_nan=False)
-
-
-@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 144, 256])
-def test_the_backward_map_is_gapless(head_dim):
-    problem = Problem(direction="bwd", head_dim=head_dim)
-    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
-    spans = list(shared_memory_map(plan))
-    assert [offset for _, offset, _ in spans] == list(itertools.accumulate([0, *(size for *_, size in spans[:-1])]))
-    assert sum(size for *_, size in spans) == plan.shared_memory_bytes
-    staged = ["dq"] if head_dim <= 128 else []  # else it has no place there
-    assert [name for name, *_ in spans] == ["k", "v", "q", "dout", "ds", *staged, "lse", "dpsum", "barriers"]
-
-
-@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
-def test_the_map_is_gapless(head_dim):
-    problem = Problem(head_dim=head_dim)
-    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
-    spans = list(shared_memory_map(plan))
-    at = 0
-    for _, offset, size in spans:
-        assert offset == at and size > 0
-        at += size
-    assert at == plan.shared_memory_bytes
-    assert any("o" in name.split(", then ") for name, _, _ in spans)
 
 
 def test_devices_by_name():

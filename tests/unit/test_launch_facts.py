@@ -323,12 +323,12 @@ def test_barriers_are_all_different_and_in_their_place():
     found, out = set(), (ctypes.c_uint32 * 6)()
     for q_stage in range(plan.num_q_stages):
         for stage in range(plan.num_stages):
-            facts.barriers(plan.smem_barriers, q_stage, stage, out)
+            facts.barriers(plan.memory.offsets["barriers"], q_stage, stage, out)
             found |= {("q", q_stage, 0, out[0]), ("q", q_stage, 1, out[1])}
             found |= {("kv", stage, kind, out[2 + kind]) for kind in range(4)}
     places = sorted(place for *_, place in found)
     assert len(places) == 2 * plan.num_q_stages + 4 * plan.num_stages
-    assert places == list(range(plan.smem_barriers, plan.smem_tile_slots, 8))
+    assert places == list(range(plan.memory.offsets["barriers"], plan.memory.offsets["tile_slots"], 8))
 
 
 @needs_compiler

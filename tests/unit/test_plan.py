@@ -143,21 +143,21 @@ def regions(plan: Any) -> Iterator[tuple[str, int, int, int]]:
     """(what, first byte, bytes, alignment) of all that a block keeps in shared memory at one time."""
     q, kv = plan.tile_m * plan.q_tile.count * plan.q_tile.span, plan.tile_n * plan.kv_tile.count * plan.kv_tile.span
     if plan.arch == "sm80":
-        yield "q", plan.smem_q, q, 1024
+        yield "q", plan.memory.offsets["q"], q, 1024
         for stage in range(plan.num_stages):
-            yield f"k {stage}", plan.smem_k + stage * plan.stage_bytes, kv, 8 * plan.kv_tile.span
-            yield f"v {stage}", plan.smem_v + stage * plan.stage_bytes, kv, 8 * plan.kv_tile.span
+            yield f"k {stage}", plan.memory.offsets["k"] + stage * plan.stage_bytes, kv, 8 * plan.kv_tile.span
+            yield f"v {stage}", plan.memory.offsets["v"] + stage * plan.stage_bytes, kv, 8 * plan.kv_tile.span
         return
     for stage in range(plan.num_q_stages):
-        yield f"q {stage}", plan.smem_q + stage * plan.q_stage_bytes, q, 1024
-        yield f"tile slot {stage}", plan.smem_tile_slots + 16 * stage, 16, 16
+        yield f"q {stage}", plan.memory.offsets["q"] + stage * plan.q_stage_bytes, q, 1024
+        yield f"tile slot {stage}", plan.memory.offsets["tile_slots"] + 16 * stage, 16, 16
     for stage in range(plan.num_stages):
-        yield f"k {stage}", plan.smem_k + stage * plan.stage_bytes, kv, 1024
-        yield f"v {stage}", plan.smem_v + stage * plan.stage_bytes, kv, 1024
+        yield f"k {stage}", plan.memory.offsets["k"] + stage * plan.stage_bytes, kv, 1024
+        yield f"v {stage}", plan.memory.offsets["v"] + stage * plan.stage_bytes, kv, 1024
     if not plan.o_aliases_q:
-        yield "o", plan.smem_o, q, 1024
+        yield "o", plan.memory.offsets["o"], q, 1024
     for i in range(2 * (plan.num_q_stages + 2 * plan.num_stages)):  # full and empty, of Q, K and V
-        yield f"barrier {i}", plan.smem_barriers + 8 * i, 8, 8
+        yield f"barrier {i}", plan.memory.offsets["barriers"] + 8 * i, 8, 8
 
 
 def test_the_shared_memory_map():
@@ -178,7 +178,7 @@ def test_the_shared_memory_map():
 def test_o_takes_the_place_of_q_only_where_it_must():
     """The next tile's Q then waits for O: half of what persistence gains."""
     for plan in (plan for plan in SM90 if plan.o_aliases_q):
-        assert plan.smem_o == plan.smem_q and plan.num_q_stages == 1
+        assert plan.memory.offsets["o"] == plan.memory.offsets["q"] and plan.num_q_stages == 1
         assert plan.shared_memory_bytes + plan.q_stage_bytes > ARCHES["sm90"].shared_memory_per_block
 
 
@@ -217,7 +217,11 @@ def few(plans: list[KernelPlan]) -> list[KernelPlan]:
 @pytest.mark.parametrize("plan", few([*SM90, *SM80]), ids=by_name)
 def test_chunk_arithmetic_finds_what_the_swizzle_of_addresses_stored(plan):
     """Kernels swizzle the chunk by the row, relative to their tile; the hardware swizzles absolute addresses."""
-    for tile, base in ((plan.q_tile, plan.smem_q), (plan.kv_tile, plan.smem_k), (plan.kv_tile, plan.smem_v)):
+    for tile, base in (
+        (plan.q_tile, plan.memory.offsets["q"]),
+        (plan.kv_tile, plan.memory.offsets["k"]),
+        (plan.kv_tile, plan.memory.offsets["v"]),
+    ):
         held = swizzled_tile(tile, base)
         assert len(held) == tile.rows * tile.count * tile.columns
         for row in range(tile.rows):
@@ -303,7 +307,10 @@ def test_descriptors_lead_to_the_elements(plan):
         return swizzle(fields["start"] + row // 8 * fields["stride"] + row % 8 * span + byte, span)
 
     # S = Q K^T: K-major, 16 columns a step. As gemm_qk forms the addresses, in units of 16 bytes.
-    for tile, base in ((plan.kv_tile, window + plan.smem_k), (plan.q_tile, window + plan.smem_q)):
+    for tile, base in (
+        (plan.kv_tile, window + plan.memory.offsets["k"]),
+        (plan.q_tile, window + plan.memory.offsets["q"]),
+    ):
         held = swizzled_tile(tile, base)
         for step in range(plan.num_k_steps_head_dim):
             panel, within = divmod(step, plan.k_steps_per_panel)
@@ -314,7 +321,7 @@ def test_descriptors_lead_to_the_elements(plan):
                     assert held[address(fields, row, 2 * column)] == (row, 16 * step + column)
 
     # O += P V: MN-major, 16 keys a step; `leading` is the way to the next panel of columns.
-    base = window + plan.smem_v
+    base = window + plan.memory.offsets["v"]
     held = swizzled_tile(plan.kv_tile, base)
     for step in range(plan.num_k_steps_pv):
         fields = decode(plan.desc_hi, base // 16 + plan.desc_lo_v + step * 16 * span // 16)
@@ -483,7 +490,7 @@ def test_sm90_rules():
     found = broken(128, 128, 128, 4, 8)
     assert (
         without_nearest(found) == {"shared memory"}
-        and "Q 32,768 + 4 stages x (K 32,768 + V 32,768)" in found["shared memory"]
+        and "Q 32,768 + 4 x K 32,768 + 4 x V 32,768" in found["shared memory"]
     )
     found = broken(64, 128, 256, 1, 8)
     assert (
