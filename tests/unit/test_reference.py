@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -171,9 +170,9 @@ def test_nothing_to_compare():
     assert check(*attention_reference(q, k, v), q, k, v).ok
 
 
-def test_verdict_is_json_and_nan_is_never_ok():
+def test_nan_is_never_ok():
     good = Verdict(1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
-    assert good.ok and json.loads(json.dumps(good.as_dict()))["ok"] is True
+    assert good.ok
     for name in ("max_error", "max_allowed", "mean_error", "mean_allowed", "lse_error", "lse_allowed"):
         assert not Verdict(**{**vars(good), name: math.nan}).ok
 
