@@ -232,6 +232,12 @@ class _Fields(_Model):
         return ", ".join(phrase for phrase in phrases if phrase)
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """All fields as they stand in a kernel's name: `("fwd", "bf16", "d128", "causal")`."""
+        words = (field.word(getattr(self, field.name)) for model, field in _in_name() if model is type(self))
+        return tuple(word for word in words if word is not None)
+
+    @property
     def options(self) -> str:
         """What the command line is told to mean it: `--head-dim 128 --mask causal`, without what it means by itself."""
         given = {name: getattr(self, name) for name in declared(type(self))}

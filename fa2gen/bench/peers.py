@@ -23,7 +23,7 @@ from fa2gen.features import key_range
 from fa2gen.gpus import current_device
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.select import select
-from fa2gen.spec import Direction, KernelSpec, Tiling, declared
+from fa2gen.spec import Direction, KernelSpec, Tiling
 
 __all__ = [
     "DEFAULT",
@@ -160,8 +160,7 @@ def _of_tiling(tiling: Tiling, specs: tuple[KernelSpec, ...]) -> Contestant:
             raise Missing("its tiling is not asked for here")
         return _launched(point, of_problem[point.problem], q, k, v, dout)
 
-    fields = (about.word(getattr(tiling, name)) for name, about in declared(Tiling).items())
-    return Contestant(f"fa2gen-{'_'.join(word for word in fields if word)}", prepare, specs=specs)
+    return Contestant(f"fa2gen-{'_'.join(tiling.words)}", prepare, specs=specs)
 
 
 def _selected(point: Point, arch: ArchName) -> KernelSpec:

@@ -70,10 +70,9 @@ class Point:
 
     def __str__(self) -> str:
         heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}:{self.heads_kv}"
-        mask = str(self.problem.mask)
-        if self.window_left >= 0 or self.window_right >= 0:
-            mask += f" {self.window_left},{0 if self.causal else self.window_right}"
-        return f"{self.direction} d{self.head_dim} {self.dtype} {mask} {self.batch} x {self.seqlen}, {heads} heads"
+        sides = f"{self.window_left},{0 if self.causal else self.window_right}"
+        window = [sides] if self.window_left >= 0 or self.window_right >= 0 else []
+        return f"{' '.join((*self.problem.words, *window))} {self.batch} x {self.seqlen}, {heads} heads"
 
 
 def flops_of(problem: Problem, shape: Shape, options: Options) -> float:

@@ -349,6 +349,7 @@ def test_a_sentence_says_every_field():
     assert Tiling(**TILING, lazy_rescale=1).text == (
         "sm90, 128 query rows, 128 keys, 2 stages, 8 mma warps, 128-byte panels, lazy rescale"
     )
+    assert problem.words == ("bwd", "fp16", "d96", "causal", "det")
     assert len({spec.problem.text for spec in SPECS}) == len({spec.problem for spec in SPECS})
 
 
