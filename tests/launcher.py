@@ -49,11 +49,10 @@ def _includes() -> Iterator[Path]:
 
 def call_type(plan: KernelPlan) -> Any:
     """The launcher's struct Call, as a ctypes.Structure."""
-    numbers = {"int": ctypes.c_int32, "float": ctypes.c_float, "int64_t": ctypes.c_int64}
     fields = [
         *((name, ctypes.c_int64) for name in ("batch", "seqlen_q", "seqlen_k", "num_heads", "num_heads_kv")),
         ("softmax_scale", ctypes.c_double),
-        *((param.name, numbers[param.ctype]) for param in recipe.given(plan)),
+        *((name, ctypes.c_int64) for name in recipe.options(plan)),
         *((name, Tensor) for name in recipe.strided(plan)),
         *((operand.name, ctypes.c_uint64) for operand in plan.operands if operand.of == "row"),
         *((scratch.name, ctypes.c_uint64) for scratch in plan.scratch),

@@ -67,6 +67,7 @@ class Feature:
     rooms      room -> the block of templates/rooms/<room>/ that it puts there.
     params     numbers of Params that it adds, 4 bytes each, behind the sizes.
     values     their values at a call.
+    formulas   the same in C++, over options and lengths, for whoever launches a render: see fa2gen/plan/recipe.py.
     scratch    memory that it needs, of backward kernels.
     uneven     whether tiles do different amounts of work, so that the order in which they start matters.
     left_edge  whether keys before those that a query sees may be hidden from it.
@@ -78,6 +79,7 @@ class Feature:
     rooms: Mapping[str, str] = field(default_factory=dict, hash=False)
     params: tuple[Param, ...] = ()
     values: Callable[[Options, Shape], Mapping[str, int | float]] = _no_values
+    formulas: Mapping[str, str] = field(default_factory=dict, hash=False)
     scratch: tuple[Scratch, ...] = ()
     uneven: bool = False
     left_edge: bool = False

@@ -34,6 +34,12 @@ WINDOW = Feature(
     rooms={"mask": "window"},
     params=tuple(Param(name, "int") for name in ("window_left", "window_right", "chunk", "chunk_before")),
     values=_values,
+    formulas={
+        "window_left": "limited(window_left, seqlen_k)",
+        "window_right": "limited(window_right, seqlen_q)",
+        "chunk": "limited(chunk - 1, max(seqlen_q, seqlen_k) - 1) + 1",
+        "chunk_before": "(chunk < 1) * max(seqlen_q, seqlen_k)",
+    },
     uneven=True,
     left_edge=True,
     general=True,

@@ -21,13 +21,15 @@ __all__ = [
     "arguments",
     "braced",
     "call_fields",
-    "given",
+    "feature_assignments",
     "grid",
     "host_type",
     "limits",
     "lines",
     "maps",
     "memory",
+    "of_features",
+    "options",
     "passed_on",
     "row_bytes",
     "shared_bytes",
@@ -42,6 +44,13 @@ DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may have without being asked
 # K and V of the heads in flight should stay in L2: 32 MiB of an H200's 50 leave room for Q and O (4k causal, d = 128:
 # 587 TFLOP/s against 520 head by head, and 505 with all heads together).
 SECTION_BYTES = 32 << 20
+
+
+_OPTIONS = {
+    "window_left": "keys that a query sees before its own place; -1: all",
+    "window_right": "keys that it sees after it; -1: all, 0: a causal mask",
+    "chunk": "a query sees its own chunk of so many keys alone; 0: all are one",
+}
 
 
 def sizes(plan: KernelPlan) -> dict[str, str]:
@@ -154,14 +163,22 @@ def strided(plan: KernelPlan) -> list[str]:
     return [operand.name for operand in plan.operands if operand.of != "row"]
 
 
-def given(plan: KernelPlan) -> list[Param]:
-    """The fields of Params that the caller gives as they are: what the options say."""
-    return [param for feature in plan.features for param in feature.params]
+def of_features(plan: KernelPlan) -> dict[str, str]:
+    """Name -> formula of the fields of Params that features add, over options, seqlen_q and seqlen_k.
+
+    `limited(x, n)` is n where x is negative, else the less of the two.
+    """
+    return {name: text for feature in plan.features for name, text in feature.formulas.items()}
+
+
+def options(plan: KernelPlan) -> list[str]:
+    """The whole numbers of a call's options that those are computed from."""
+    return [name for name in _OPTIONS if name in _words(*of_features(plan).values())]
 
 
 def call_fields(plan: KernelPlan) -> Iterator[str]:
     """Declarations of what a call of the launcher says beside its sizes and scale."""
-    yield from (f"{host_type(param)} {param.name};" for param in given(plan))
+    yield from (f"std::int64_t {name};  // {_OPTIONS[name]}" for name in options(plan))
     yield from (f"Tensor {name};" for name in strided(plan))
     for operand in plan.operands:
         if operand.of == "row":
@@ -172,10 +189,17 @@ def call_fields(plan: KernelPlan) -> Iterator[str]:
         yield f"CUdeviceptr {scratch.name};  // see Scratch{note}"
 
 
+def feature_assignments(plan: KernelPlan) -> Iterator[str]:
+    """Statements that set what features add to Params, in the launcher."""
+    for name, formula in of_features(plan).items():
+        in_call = re.sub(r"\b(" + "|".join(_OPTIONS) + r")\b", r"call.\1", formula)
+        yield f"found.params.{name} = static_cast<std::int32_t>({in_call});"
+
+
 def passed_on(plan: KernelPlan) -> list[str]:
     """The fields of a call that go into Params as they are."""
     rows = [operand.name for operand in plan.operands if operand.of == "row"]
-    return [*rows, *(scratch.name for scratch in plan.scratch), *(param.name for param in given(plan))]
+    return [*rows, *(scratch.name for scratch in plan.scratch)]
 
 
 def lines(plan: KernelPlan) -> Iterator[str]:
@@ -205,8 +229,10 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         for one in scratch:
             note = "; all zeros before the first launch, and left so" if one.cleared else ""
             yield f"  {one.name}: {memory(plan)[one.name]}{note}"
-    if own := given(plan):
-        yield f"As the options say: {', '.join(param.name for param in own)}"
+    if options(plan):
+        yield "Options; limited(x, n) is n where x < 0, else min(x, n):"
+        yield from (f"  {name}: {_OPTIONS[name]}" for name in options(plan))
+        yield from (f"  Params has {name} = {text}" for name, text in of_features(plan).items())
 
 
 def _boxes(tensor_maps: list[TensorMapPlan]) -> Iterator[str]:

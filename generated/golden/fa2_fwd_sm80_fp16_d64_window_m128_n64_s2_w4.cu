@@ -778,6 +778,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
 //   num_heads_per_kv = num_heads / num_heads_kv
 //   num_m_blocks = (seqlen_q + 127) / 128
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
-// As the options say: window_left, window_right, chunk, chunk_before
+// Options; limited(x, n) is n where x < 0, else min(x, n):
+//   window_left: keys that a query sees before its own place; -1: all
+//   window_right: keys that it sees after it; -1: all, 0: a causal mask
+//   chunk: a query sees its own chunk of so many keys alone; 0: all are one
+//   Params has window_left = limited(window_left, seqlen_k)
+//   Params has window_right = limited(window_right, seqlen_q)
+//   Params has chunk = limited(chunk - 1, max(seqlen_q, seqlen_k) - 1) + 1
+//   Params has chunk_before = (chunk < 1) * max(seqlen_q, seqlen_k)
 
 }  // namespace fa2gen::fa2_fwd_sm80_fp16_d64_window_m128_n64_s2_w4

@@ -118,7 +118,7 @@ FAULTS = (
     Fault(
         "skipped-block-not-held-together",
         SM90,
-        "sync_warp();\n            release_k(leader);",
+        "sync_warp();\n                release_k(leader);",
         "release_k(leader);",
         schedules=8,
     ),

@@ -26,17 +26,19 @@ SHAPES = (Shape(2, 300, 700, 4, 2), Shape(1, 1, 513, 2, 2))
 
 @pytest.mark.parametrize("head_dim", [72, 128])
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("mask", ["causal", "window"])
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
-def test_the_launchers_results_are_ours(tmp_path, arch, direction, head_dim):
+def test_the_launchers_results_are_ours(tmp_path, arch, mask, direction, head_dim):
     if arch == "sm90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"sm90 kernels do not run on {torch.cuda.get_device_name()}")
     backward = direction == "bwd"
-    problem = Problem(direction=direction, head_dim=head_dim, mask="causal", deterministic=backward)
+    problem = Problem(direction=direction, head_dim=head_dim, mask=mask, deterministic=backward)
     chosen = select(problem, current_device(), arch)
     plan = chosen.plan
     kernel = Kernel(plan, Store().get_or_compile(plan, chosen.target).cubin, torch.cuda.current_device())
     door, functions = build(plan, tmp_path), (ctypes.c_void_p * len(kernel.functions))(*map(int, kernel.functions))
-    options = Options(softmax_scale=0.1, causal=True, deterministic=backward)
+    window = {"window_left": 100, "window_right": 0, "chunk": 0} if mask == "window" else {}
+    options = Options(softmax_scale=0.1, causal=True, window_left=window.get("window_left", -1), deterministic=backward)
     stream = torch.cuda.current_stream().cuda_stream
     for shape in SHAPES:
         torch.manual_seed(7)
@@ -54,7 +56,7 @@ def test_the_launchers_results_are_ours(tmp_path, arch, direction, head_dim):
             places[name], at = at, at + 4 * count
         tensors = {name: Tensor(addresses[name], *steps) for name, steps in strides.items()}
         rows = {x.name: addresses[x.name] for x in plan.operands if x.of == "row"}
-        call = call_type(plan)(**shape._asdict(), softmax_scale=0.1, **tensors, **rows, **places)
+        call = call_type(plan)(**shape._asdict(), softmax_scale=0.1, **window, **tensors, **rows, **places)
 
         poisoned(outputs)
         launch(tuple(addresses[operand.name] for operand in plan.operands), scratch.data_ptr(), stream)

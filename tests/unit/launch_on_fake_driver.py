@@ -16,7 +16,7 @@ from fa2gen.features import examples_of
 from fa2gen.kernel import Kernel, argument_sizes, zeroed_memory
 from fa2gen.launch import launch_of
 from fa2gen.options import Shape
-from fa2gen.plan import make_plan
+from fa2gen.plan import make_plan, recipe
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
 from tests.launcher import Tensor, build, call_type, cuda_include
@@ -448,11 +448,15 @@ def test_backward_that_no_launch_can_hold():
 @pytest.mark.skipif(cuda_include() is None, reason="no cuda.h")
 @pytest.mark.parametrize("arch", list(ARCHES))
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-def test_the_launcher_passes_what_the_package_does(tmp_path, arch, direction):
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_the_launcher_passes_what_the_package_does(tmp_path, arch, direction, mask):
     """Grids, boxes, strides and Params, bit by bit; a tensor of one row or head may have any stride there too."""
     backward = direction == "bwd"
-    kernel = make_backward(72, arch=arch, deterministic=True) if backward else make(arch, 72)
+    kernel = make_backward(72, mask, arch, deterministic=True) if backward else make(arch, 72, mask)
     plan = kernel.plan
+    options = scaled(plan, 0.3)
+    numbers = options._asdict() | {"window_right": 0 if options.causal else options.window_right}
+    numbers = {name: numbers[name] for name in recipe.options(plan)}
     door, call_of = build(plan, tmp_path), call_type(plan)
     history = (Launch * 4).in_dll(fake, "fake_launches")
     functions = (ctypes.c_void_p * len(plan.entry_points))(*((0x4001, 0x4000, 0x4002) if backward else (0x4000,)))
@@ -472,16 +476,16 @@ def test_the_launcher_passes_what_the_package_does(tmp_path, arch, direction):
         q, kv = strides(shape.seqlen_q, shape.num_heads, 72), strides(shape.seqlen_k, shape.num_heads_kv, 72)
         of = {x.name: q if x.of == "query" else kv for x in plan.operands if x.of != "row"}
         given = BACKWARD_ADDRESSES if backward else {**ADDRESSES, "scratch": ADDRESSES["tile_counter"]}
-        launch = kernel.prepare(shape, of, scaled(plan, 0.3))
+        launch = kernel.prepare(shape, of, options)
         call(launch, given, 0x55)
         expected = recorded()
         at, places = given["scratch"], {}
-        for name, count in launch_of(plan, shape, scaled(plan, 0.3), 132).scratch.items():
+        for name, count in launch_of(plan, shape, options, 132).scratch.items():
             places[name], at = at, at + 4 * count
         rows = {x.name: given[x.name] for x in plan.operands if x.of == "row"}
         tensors = {name: Tensor(given[name], *steps) for name, steps in of.items()}
         ctypes.memset(ctypes.byref(history), 0, ctypes.sizeof(history))
-        one = call_of(**shape._asdict(), softmax_scale=0.3, **tensors, **rows, **places)
+        one = call_of(**shape._asdict(), softmax_scale=0.3, **numbers, **tensors, **rows, **places)
         assert door(functions, 132, ctypes.byref(one), ctypes.c_void_p(0x55)) == 0
         assert recorded() == expected
     for wrong in (SHAPE._replace(batch=0), SHAPE._replace(num_heads=3), SHAPE._replace(seqlen_q=2**31)):

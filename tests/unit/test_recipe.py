@@ -23,6 +23,8 @@ PROBLEMS = [
     Problem(direction="bwd", head_dim=64),
     Problem(direction="bwd", head_dim=128, mask="causal"),
     Problem(direction="bwd", head_dim=256, deterministic=True),
+    Problem(head_dim=64, mask="window"),
+    Problem(direction="bwd", head_dim=128, mask="window", deterministic=True),
 ]
 PLANS = [
     make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
@@ -37,8 +39,13 @@ def computed(formulas: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
     """Their values, one after the other: C++'s `/` of whole numbers that are not negative is Python's `//`."""
     known = dict(known)
     for name, formula in formulas.items():
-        known[name] = eval(formula.replace("/", "//"), {"min": min, "max": max}, known)
+        known[name] = eval(formula.replace("/", "//"), {"min": min, "max": max, "limited": limited}, known)
     return known
+
+
+def limited(value: int, limit: int) -> int:
+    """As the launcher and the comment in renders say."""
+    return limit if value < 0 else min(value, limit)
 
 
 def shapes() -> list[Shape]:
@@ -72,6 +79,20 @@ def test_formulas_are_what_launches_compute(plan: KernelPlan):
         assert grids == launch.grids
         assert {n: computed({"n": text}, known)["n"] for n, text in recipe.memory(plan).items()} == launch.scratch
     assert fitting > 100
+
+
+@each_plan
+def test_what_features_add_to_params(plan: KernelPlan):
+    """Of every example, over lengths on both sides of every limit; no option is left out of the launcher's call."""
+    added = {param.name for feature in plan.features for param in feature.params}
+    assert recipe.of_features(plan).keys() == added
+    for example in examples_of(plan.problem):
+        right = 0 if example.causal else example.window_right
+        for shape in (Shape(1, q, k, 2, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
+            values = launch_of(plan, shape, example, NUM_SMS).values
+            known = shape._asdict() | example._asdict() | {"window_right": right}
+            for name, formula in recipe.of_features(plan).items():
+                assert computed({"found": formula}, known)["found"] == values[name], (name, shape, example)
 
 
 @each_plan
