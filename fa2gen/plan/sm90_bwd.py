@@ -82,6 +82,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return WARPGROUP_THREADS * self.num_mma_warpgroups
 
     @property
+    def num_row_tiles(self) -> int:
+        """16-key tiles of S^T in one warp: wgmma gives each of a warpgroup's four one."""
+        return ROWS_PER_WARPGROUP // (4 * WARP_ROWS)
+
+    @property
     def num_acc_s(self) -> int:
         """fp32 registers of S^T in one thread, and of dP^T."""
         return self.wgmma_s.num_accumulators
