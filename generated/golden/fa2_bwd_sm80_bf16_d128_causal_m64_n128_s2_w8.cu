@@ -8,8 +8,8 @@
 //   launch   256 threads, 164864 bytes of dynamic shared memory
 //   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
 //             238 cp.async,  257 Fragments,  272 Registers,  281 mma,  303 What is visible,
-//             513 Softmax and its gradient,  563 Matrix products,  696 Registers to shared memory,  826 Kernels,
-//            1020 Launch
+//             513 Softmax and its gradient,  560 Matrix products,  693 Registers to shared memory,  823 Kernels,
+//            1017 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -513,8 +513,7 @@ struct QueryPipeline {
 // Softmax and its gradient (FlashAttention-2, Algorithm 2, lines 11 to 14) ------------------------------------------------
 
 // P = exp(scale * S - LSE), in base 2. A row that does not exist has LSE = +inf, so P = 0.
-__device__ __forceinline__ void probabilities(
-    float (&acc_s)[kNumRowTiles][kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
+__device__ __forceinline__ void probabilities(float (*acc_s)[kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
     uint32_t const first = lse_log2 + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
@@ -531,8 +530,7 @@ __device__ __forceinline__ void probabilities(
 }
 
 // dS = P * (dP - dPsum), in the place of dP. It lacks the factor softmax_scale, which dQ and dK get at their end.
-__device__ __forceinline__ void score_gradients(
-    float (&acc_dp)[kNumRowTiles][kNumAccS], float const (&p)[kNumRowTiles][kNumAccS], uint32_t dpsum) {
+__device__ __forceinline__ void score_gradients(float (*acc_dp)[kNumAccS], float const (*p)[kNumAccS], uint32_t dpsum) {
     uint32_t const first = dpsum + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
@@ -549,8 +547,7 @@ __device__ __forceinline__ void score_gradients(
 }
 
 // Rounds to bf16. The accumulator layout of one product is the A layout of the next: no shuffles.
-__device__ __forceinline__ void pack(
-    uint32_t (&packed)[kNumRowTiles][kNumP], float const (&values)[kNumRowTiles][kNumAccS]) {
+__device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*values)[kNumAccS]) {
 #pragma unroll
     for (int tile = 0; tile < kNumRowTiles; ++tile) {
 #pragma unroll

@@ -8,8 +8,8 @@
 //   launch   256 threads, 147968 bytes of dynamic shared memory
 //   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
 //             261 cp.async,  280 Fragments,  295 Registers,  304 mma,  326 What is visible,
-//             536 Softmax and its gradient,  586 Matrix products,  719 Registers to shared memory,  811 Turns,
-//             880 Kernels, 1078 Launch
+//             536 Softmax and its gradient,  583 Matrix products,  716 Registers to shared memory,  808 Turns,
+//             877 Kernels, 1075 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -536,8 +536,7 @@ struct QueryPipeline {
 // Softmax and its gradient (FlashAttention-2, Algorithm 2, lines 11 to 14) ------------------------------------------------
 
 // P = exp(scale * S - LSE), in base 2. A row that does not exist has LSE = +inf, so P = 0.
-__device__ __forceinline__ void probabilities(
-    float (&acc_s)[kNumRowTiles][kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
+__device__ __forceinline__ void probabilities(float (*acc_s)[kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
     uint32_t const first = lse_log2 + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
@@ -554,8 +553,7 @@ __device__ __forceinline__ void probabilities(
 }
 
 // dS = P * (dP - dPsum), in the place of dP. It lacks the factor softmax_scale, which dQ and dK get at their end.
-__device__ __forceinline__ void score_gradients(
-    float (&acc_dp)[kNumRowTiles][kNumAccS], float const (&p)[kNumRowTiles][kNumAccS], uint32_t dpsum) {
+__device__ __forceinline__ void score_gradients(float (*acc_dp)[kNumAccS], float const (*p)[kNumAccS], uint32_t dpsum) {
     uint32_t const first = dpsum + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
@@ -572,8 +570,7 @@ __device__ __forceinline__ void score_gradients(
 }
 
 // Rounds to fp16. The accumulator layout of one product is the A layout of the next: no shuffles.
-__device__ __forceinline__ void pack(
-    uint32_t (&packed)[kNumRowTiles][kNumP], float const (&values)[kNumRowTiles][kNumAccS]) {
+__device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*values)[kNumAccS]) {
 #pragma unroll
     for (int tile = 0; tile < kNumRowTiles; ++tile) {
 #pragma unroll

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, full mask, deterministic
 //   tiling   80 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230752 bytes of dynamic shared memory
-//   contents   34 Problem and tiling,   54 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
-//             211 Global memory,  262 mbarriers,  306 TMA,  348 Bulk copies,  364 Fences,  376 Fragments,
-//             390 Registers,  398 Registers of a warpgroup,  410 wgmma,  542 What is visible,
-//             591 Softmax and its gradient,  686 Pipelines,  729 Loads,  766 Matrix products,  804 Staging,
-//             860 Producer,  892 Turns,  930 Consumer, 1051 Kernels, 1200 Launch
+//   contents   34 Problem and tiling,   55 Shared memory,  119 Threads,  163 Arithmetic,  191 Shared memory,
+//             212 Global memory,  263 mbarriers,  307 TMA,  349 Bulk copies,  365 Fences,  377 Fragments,
+//             391 Registers,  399 Registers of a warpgroup,  411 wgmma,  543 What is visible,
+//             592 Softmax and its gradient,  696 Pipelines,  739 Loads,  776 Matrix products,  814 Staging,
+//             870 Producer,  902 Turns,  940 Consumer, 1061 Kernels, 1210 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -42,6 +42,7 @@ constexpr int kNumMmaThreads = 256;
 constexpr int kNumThreads = 384;  // the first warpgroup produces, the others multiply
 
 // One thread's share of an mma warpgroup's tiles, in registers.
+constexpr int kNumRowTiles = 1;  // of 16 keys, in each warp
 constexpr int kNumAccS = 40;
 constexpr int kNumAccDkv = 64;
 constexpr int kNumAccDq = 40;
@@ -591,38 +592,47 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
 // Softmax and its gradient (FlashAttention-2, Algorithm 2, lines 11 to 14) ------------------------------------------------
 
 // P = exp(scale * S - LSE), in base 2. A row that does not exist has LSE = +inf, so P = 0.
-__device__ __forceinline__ void probabilities(float (&acc_s)[kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
+__device__ __forceinline__ void probabilities(float (*acc_s)[kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
     uint32_t const first = lse_log2 + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
         float offset[2];
         load_shared_float2(offset, first + 8 * i);
-        acc_s[i] = exp2_approx(fmaf(acc_s[i], softmax_scale_log2, -offset[0]));
-        acc_s[i + 1] = exp2_approx(fmaf(acc_s[i + 1], softmax_scale_log2, -offset[1]));
-        acc_s[i + 2] = exp2_approx(fmaf(acc_s[i + 2], softmax_scale_log2, -offset[0]));
-        acc_s[i + 3] = exp2_approx(fmaf(acc_s[i + 3], softmax_scale_log2, -offset[1]));
+#pragma unroll
+        for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+            for (int j = i; j < i + 4; ++j) {
+                acc_s[tile][j] = exp2_approx(fmaf(acc_s[tile][j], softmax_scale_log2, -offset[j % 2]));
+            }
+        }
     }
 }
 
 // dS = P * (dP - dPsum), in the place of dP. It lacks the factor softmax_scale, which dQ and dK get at their end.
-__device__ __forceinline__ void score_gradients(float (&acc_dp)[kNumAccS], float const (&p)[kNumAccS], uint32_t dpsum) {
+__device__ __forceinline__ void score_gradients(float (*acc_dp)[kNumAccS], float const (*p)[kNumAccS], uint32_t dpsum) {
     uint32_t const first = dpsum + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
         float offset[2];
         load_shared_float2(offset, first + 8 * i);
-        acc_dp[i] = p[i] * (acc_dp[i] - offset[0]);
-        acc_dp[i + 1] = p[i + 1] * (acc_dp[i + 1] - offset[1]);
-        acc_dp[i + 2] = p[i + 2] * (acc_dp[i + 2] - offset[0]);
-        acc_dp[i + 3] = p[i + 3] * (acc_dp[i + 3] - offset[1]);
+#pragma unroll
+        for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+            for (int j = i; j < i + 4; ++j) {
+                acc_dp[tile][j] = p[tile][j] * (acc_dp[tile][j] - offset[j % 2]);
+            }
+        }
     }
 }
 
 // Rounds to bf16. The accumulator layout of one product is the A layout of the next: no shuffles.
-__device__ __forceinline__ void pack(uint32_t (&packed)[kNumP], float const (&values)[kNumAccS]) {
+__device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*values)[kNumAccS]) {
 #pragma unroll
-    for (int i = 0; i < kNumP; ++i) {
-        packed[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
+    for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < kNumP; ++i) {
+            packed[tile][i] = pack_bf16(values[tile][2 * i], values[tile][2 * i + 1]);
+        }
     }
 }
 
@@ -989,12 +999,12 @@ __device__ __forceinline__ void consume(
         if (walk.needs_mask(blocks)) {
             apply_mask(acc_s, begins, walk.m_block * kTileM);
         }
-        probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
-        pack(p_tile, acc_s);
+        probabilities(&acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
+        pack(&p_tile, &acc_s);
         wgmma_wait_0();
         wgmma_touch(acc_dp);
-        score_gradients(acc_dp, acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
-        pack(ds_tile, acc_dp);
+        score_gradients(&acc_dp, &acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
+        pack(&ds_tile, &acc_dp);
 
         // dS to all warpgroups under dV. Two stages: who writes one has passed the barrier that followed its last use.
         stage_ds(ds_tile, ds_panel + ds_stage * kDsBytes, warp);

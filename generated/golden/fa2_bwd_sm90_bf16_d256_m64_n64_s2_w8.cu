@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 64 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 214128 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  116 Threads,  160 Arithmetic,  188 Shared memory,
-//             203 Global memory,  237 mbarriers,  277 TMA,  314 Bulk copies,  323 Fences,  330 Fragments,
-//             344 Registers of a warpgroup,  356 wgmma,  510 What is visible,  555 Softmax and its gradient,
-//             645 Pipelines,  690 Loads,  727 Matrix products,  764 Staging,  819 Producer,  851 Consumers,
-//            1033 Kernels, 1171 Launch
+//   contents   33 Problem and tiling,   56 Shared memory,  117 Threads,  161 Arithmetic,  189 Shared memory,
+//             204 Global memory,  238 mbarriers,  278 TMA,  315 Bulk copies,  324 Fences,  331 Fragments,
+//             345 Registers of a warpgroup,  357 wgmma,  511 What is visible,  556 Softmax and its gradient,
+//             655 Pipelines,  700 Loads,  737 Matrix products,  774 Staging,  829 Producer,  861 Consumers,
+//            1043 Kernels, 1181 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -42,6 +42,7 @@ constexpr int kNumMmaThreads = 256;
 constexpr int kNumThreads = 384;  // the first warpgroup produces, the others multiply
 
 // One thread's share of an mma warpgroup's tiles, in registers.
+constexpr int kNumRowTiles = 1;  // of 16 keys, in each warp
 constexpr int kNumAccS = 32;
 constexpr int kNumAccDkv = 128;
 constexpr int kNumAccDq = 64;
@@ -555,38 +556,47 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
 // Softmax and its gradient (FlashAttention-2, Algorithm 2, lines 11 to 14) ------------------------------------------------
 
 // P = exp(scale * S - LSE), in base 2. A row that does not exist has LSE = +inf, so P = 0.
-__device__ __forceinline__ void probabilities(float (&acc_s)[kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
+__device__ __forceinline__ void probabilities(float (*acc_s)[kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
     uint32_t const first = lse_log2 + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
         float offset[2];
         load_shared_float2(offset, first + 8 * i);
-        acc_s[i] = exp2_approx(fmaf(acc_s[i], softmax_scale_log2, -offset[0]));
-        acc_s[i + 1] = exp2_approx(fmaf(acc_s[i + 1], softmax_scale_log2, -offset[1]));
-        acc_s[i + 2] = exp2_approx(fmaf(acc_s[i + 2], softmax_scale_log2, -offset[0]));
-        acc_s[i + 3] = exp2_approx(fmaf(acc_s[i + 3], softmax_scale_log2, -offset[1]));
+#pragma unroll
+        for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+            for (int j = i; j < i + 4; ++j) {
+                acc_s[tile][j] = exp2_approx(fmaf(acc_s[tile][j], softmax_scale_log2, -offset[j % 2]));
+            }
+        }
     }
 }
 
 // dS = P * (dP - dPsum), in the place of dP. It lacks the factor softmax_scale, which dQ and dK get at their end.
-__device__ __forceinline__ void score_gradients(float (&acc_dp)[kNumAccS], float const (&p)[kNumAccS], uint32_t dpsum) {
+__device__ __forceinline__ void score_gradients(float (*acc_dp)[kNumAccS], float const (*p)[kNumAccS], uint32_t dpsum) {
     uint32_t const first = dpsum + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
         float offset[2];
         load_shared_float2(offset, first + 8 * i);
-        acc_dp[i] = p[i] * (acc_dp[i] - offset[0]);
-        acc_dp[i + 1] = p[i + 1] * (acc_dp[i + 1] - offset[1]);
-        acc_dp[i + 2] = p[i + 2] * (acc_dp[i + 2] - offset[0]);
-        acc_dp[i + 3] = p[i + 3] * (acc_dp[i + 3] - offset[1]);
+#pragma unroll
+        for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+            for (int j = i; j < i + 4; ++j) {
+                acc_dp[tile][j] = p[tile][j] * (acc_dp[tile][j] - offset[j % 2]);
+            }
+        }
     }
 }
 
 // Rounds to bf16. The accumulator layout of one product is the A layout of the next: no shuffles.
-__device__ __forceinline__ void pack(uint32_t (&packed)[kNumP], float const (&values)[kNumAccS]) {
+__device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*values)[kNumAccS]) {
 #pragma unroll
-    for (int i = 0; i < kNumP; ++i) {
-        packed[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
+    for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < kNumP; ++i) {
+            packed[tile][i] = pack_bf16(values[tile][2 * i], values[tile][2 * i + 1]);
+        }
     }
 }
 
@@ -915,8 +925,8 @@ __device__ __forceinline__ void consume_dv_dq(
         if (walk.needs_mask(work.blocks)) {
             apply_mask(acc_s, work.begins, walk.m_block * kTileM);
         }
-        probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
-        pack(p_tile, acc_s);
+        probabilities(&acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
+        pack(&p_tile, &acc_s);
 
         // Q is released behind a product that needs P, so when LSE has arrived in registers. An arrival may overtake loads that
         // are still queued, behind the additions to dQ for long: dV was wrong at head dims 208 to 248 on an H200.
@@ -993,11 +1003,11 @@ __device__ __forceinline__ void consume_dk(
         if (walk.needs_mask(work.blocks)) {
             apply_mask(acc_s, work.begins, walk.m_block * kTileM);
         }
-        probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
+        probabilities(&acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
         wgmma_wait_0();
         wgmma_touch(acc_dp);
-        score_gradients(acc_dp, acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
-        pack(ds, acc_dp);
+        score_gradients(&acc_dp, &acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
+        pack(&ds, &acc_dp);
 
         // dS to the other warpgroup under dK.
         mbarrier_wait(barriers.ds_empty(ds_state.stage), ds_state.phase ^ 1);

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 198752 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   53 Shared memory,  115 Threads,  159 Arithmetic,  187 Shared memory,
-//             208 Global memory,  236 mbarriers,  280 TMA,  322 Bulk copies,  338 Fences,  345 Fragments,
-//             359 Registers,  367 Registers of a warpgroup,  379 wgmma,  507 What is visible,
-//             552 Softmax and its gradient,  642 Pipelines,  685 Loads,  722 Matrix products,  759 Staging,
-//             815 Producer,  865 Consumer,  986 Kernels, 1128 Launch
+//   contents   33 Problem and tiling,   54 Shared memory,  116 Threads,  160 Arithmetic,  188 Shared memory,
+//             209 Global memory,  237 mbarriers,  281 TMA,  323 Bulk copies,  339 Fences,  346 Fragments,
+//             360 Registers,  368 Registers of a warpgroup,  380 wgmma,  508 What is visible,
+//             553 Softmax and its gradient,  652 Pipelines,  695 Loads,  732 Matrix products,  769 Staging,
+//             825 Producer,  875 Consumer,  996 Kernels, 1138 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -41,6 +41,7 @@ constexpr int kNumMmaThreads = 256;
 constexpr int kNumThreads = 384;  // the first warpgroup produces, the others multiply
 
 // One thread's share of an mma warpgroup's tiles, in registers.
+constexpr int kNumRowTiles = 1;  // of 16 keys, in each warp
 constexpr int kNumAccS = 64;
 constexpr int kNumAccDkv = 32;
 constexpr int kNumAccDq = 32;
@@ -552,38 +553,47 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
 // Softmax and its gradient (FlashAttention-2, Algorithm 2, lines 11 to 14) ------------------------------------------------
 
 // P = exp(scale * S - LSE), in base 2. A row that does not exist has LSE = +inf, so P = 0.
-__device__ __forceinline__ void probabilities(float (&acc_s)[kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
+__device__ __forceinline__ void probabilities(float (*acc_s)[kNumAccS], uint32_t lse_log2, float softmax_scale_log2) {
     uint32_t const first = lse_log2 + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
         float offset[2];
         load_shared_float2(offset, first + 8 * i);
-        acc_s[i] = exp2_approx(fmaf(acc_s[i], softmax_scale_log2, -offset[0]));
-        acc_s[i + 1] = exp2_approx(fmaf(acc_s[i + 1], softmax_scale_log2, -offset[1]));
-        acc_s[i + 2] = exp2_approx(fmaf(acc_s[i + 2], softmax_scale_log2, -offset[0]));
-        acc_s[i + 3] = exp2_approx(fmaf(acc_s[i + 3], softmax_scale_log2, -offset[1]));
+#pragma unroll
+        for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+            for (int j = i; j < i + 4; ++j) {
+                acc_s[tile][j] = exp2_approx(fmaf(acc_s[tile][j], softmax_scale_log2, -offset[j % 2]));
+            }
+        }
     }
 }
 
 // dS = P * (dP - dPsum), in the place of dP. It lacks the factor softmax_scale, which dQ and dK get at their end.
-__device__ __forceinline__ void score_gradients(float (&acc_dp)[kNumAccS], float const (&p)[kNumAccS], uint32_t dpsum) {
+__device__ __forceinline__ void score_gradients(float (*acc_dp)[kNumAccS], float const (*p)[kNumAccS], uint32_t dpsum) {
     uint32_t const first = dpsum + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
         float offset[2];
         load_shared_float2(offset, first + 8 * i);
-        acc_dp[i] = p[i] * (acc_dp[i] - offset[0]);
-        acc_dp[i + 1] = p[i + 1] * (acc_dp[i + 1] - offset[1]);
-        acc_dp[i + 2] = p[i + 2] * (acc_dp[i + 2] - offset[0]);
-        acc_dp[i + 3] = p[i + 3] * (acc_dp[i + 3] - offset[1]);
+#pragma unroll
+        for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+            for (int j = i; j < i + 4; ++j) {
+                acc_dp[tile][j] = p[tile][j] * (acc_dp[tile][j] - offset[j % 2]);
+            }
+        }
     }
 }
 
 // Rounds to fp16. The accumulator layout of one product is the A layout of the next: no shuffles.
-__device__ __forceinline__ void pack(uint32_t (&packed)[kNumP], float const (&values)[kNumAccS]) {
+__device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*values)[kNumAccS]) {
 #pragma unroll
-    for (int i = 0; i < kNumP; ++i) {
-        packed[i] = pack_fp16(values[2 * i], values[2 * i + 1]);
+    for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < kNumP; ++i) {
+            packed[tile][i] = pack_fp16(values[tile][2 * i], values[tile][2 * i + 1]);
+        }
     }
 }
 
@@ -924,12 +934,12 @@ __device__ __forceinline__ void consume(
         if (walk.needs_mask(blocks)) {
             apply_mask(acc_s, begins, walk.m_block * kTileM);
         }
-        probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
-        pack(p_tile, acc_s);
+        probabilities(&acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
+        pack(&p_tile, &acc_s);
         wgmma_wait_0();
         wgmma_touch(acc_dp);
-        score_gradients(acc_dp, acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
-        pack(ds_tile, acc_dp);
+        score_gradients(&acc_dp, &acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
+        pack(&ds_tile, &acc_dp);
 
         // dS to all warpgroups under dV. Two stages: who writes one has passed the barrier that followed its last use.
         stage_ds(ds_tile, ds_panel + ds_stage * kDsBytes, warp);

@@ -62,9 +62,20 @@ def kernels() -> list[Any]:
         for arch in ("sm90", "sm80")
         for head_dim, dtype in zip(HEAD_DIMS, itertools.cycle(["bf16", "fp16"]), strict=False)
     ]
+    beyond += [
+        default(arch, head_dim, "bf16", "window", "bwd", deterministic)
+        for arch in ("sm90", "sm80")
+        for deterministic, head_dims in ((False, every_other), (True, (64, 80, 128, 192, 256)))
+        for head_dim in head_dims
+    ]
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
     quick |= {
         default(arch, head_dim, "bf16", "window").name for arch in ("sm90", "sm80") for head_dim in (80, 192, 256)
+    }
+    quick |= {
+        default(arch, head_dim, "bf16", "window", "bwd", deterministic=True).name
+        for arch in ("sm90", "sm80")
+        for head_dim in (80, 192)
     }
     quick |= {default("sm80", head_dim, "bf16", "causal", "bwd").name for head_dim in (64, 128, 256)}
     quick |= {default("sm90", head_dim, "bf16", "full", "bwd", deterministic=True).name for head_dim in (128, 256)}
@@ -306,7 +317,7 @@ def test_kernel(name, compiled, tmp_path):
     "name",
     [
         default("sm80", head_dim, "bf16", mask, way).name
-        for way, mask in (("fwd", "causal"), ("fwd", "window"), ("bwd", "causal"))
+        for way, mask in itertools.product(("fwd", "bwd"), ("causal", "window"))
         for head_dim in HEAD_DIMS[::2]
     ],
 )
