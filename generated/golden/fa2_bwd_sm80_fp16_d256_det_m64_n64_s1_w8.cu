@@ -9,7 +9,7 @@
 //   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
 //             261 cp.async,  280 Fragments,  295 Registers,  304 mma,  326 What is visible,
 //             536 Softmax and its gradient,  583 Matrix products,  716 Registers to shared memory,  808 Turns,
-//             877 Kernels, 1075 Launch
+//             877 Kernels, 1074 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -1030,8 +1030,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d
 
             float acc_dq[kNumDqRowTiles][kNumAccDq];
             gemm_dq(acc_dq, recompute(ds_lane), recompute(k_columns), dq_column_warp);
-            int const n_block = first_key / kTileN;
-            add_dq_in_turn(p, acc_dq, walk.query_block, n_block, recompute(thread), dq_column_warp);
+            add_dq_in_turn(p, acc_dq, walk.query_block, first_key / kTileN, recompute(thread), dq_column_warp);
         }
     }
 
