@@ -27,7 +27,6 @@ from fa2gen.cli.options import Asked, takes_kernels
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fa2gen.options import Shape
     from fa2gen.plan import KernelPlan
     from fa2gen.spec import KernelSpec
     from fa2gen.verify import Outcome
@@ -319,7 +318,7 @@ def _print_verdicts(outcomes: Sequence[Outcome]) -> None:
         return max(outcome.max_error / (outcome.max_allowed or 1), outcome.mean_error / (outcome.mean_allowed or 1))
 
     def row(outcome: Outcome) -> tuple[str, ...]:
-        sizes = _sizes(outcome.shape)
+        sizes = _sizes(outcome)
         if outcome.max_error is None:
             return (outcome.name, f"WRONG: {outcome.error}", sizes, "-", "-", "-", "-")
         errors = (outcome.max_error, outcome.max_allowed, outcome.mean_error, outcome.mean_allowed)
@@ -339,8 +338,13 @@ def _print_counts(outcomes: Sequence[Outcome]) -> None:
 
     for name, of_kernel in groupby(outcomes, key=lambda outcome: outcome.name):
         largest = max(of_kernel, key=lambda o: o.shape.batch * o.shape.num_heads * o.shape.seqlen_q * o.shape.seqlen_k)
-        typer.echo(f"\n{name}, {_sizes(largest.shape)}\n{counts_table(largest.counts)}")
+        typer.echo(f"\n{name}, {_sizes(largest)}\n{counts_table(largest.counts)}")
 
 
-def _sizes(shape: Shape) -> str:
-    return f"{shape.batch} x {shape.seqlen_q} x {shape.seqlen_k}, heads {shape.num_heads}:{shape.num_heads_kv}"
+def _sizes(outcome: Outcome) -> str:
+    """Lengths and heads, and those numbers of the call that the kernel's name leaves open."""
+    shape, plain = outcome.shape, type(outcome.options)()
+    given = outcome.options._asdict().items() - plain._asdict().items()
+    numbers = [f"{name} {value}" for name, value in sorted(given) if not isinstance(value, bool)]
+    sizes = f"{shape.batch} x {shape.seqlen_q} x {shape.seqlen_k}, heads {shape.num_heads}:{shape.num_heads_kv}"
+    return ", ".join((sizes, *numbers))

@@ -693,6 +693,8 @@ def test_at_80_columns_nothing_is_cut(quick, cache, narrow, monkeypatch):
         assert all(len(line) <= 80 for line in lines), done.stdout
         assert arguments[0] in lines[1].split(), done.stdout
         assert all(word in done.stdout for word in words), done.stdout
+    outcomes[1] = replace(outcomes[1], options=Options(causal=True, window_left=64, chunk=48, deterministic=True))
+    assert "heads 4:4, chunk 48, window_left 64" in fa2("verify", LONG).stdout
     assert "ok" not in fa2("verify", LONG).stdout.split()  # of a kernel that fails at a shape, the failures
     outcomes[1] = replace(outcomes[1], ok=True)
     assert "ok" in fa2("verify", LONG).stdout.split()
