@@ -27,6 +27,7 @@ __all__ = ["Asked", "takes_kernels"]
 TYPICAL = {"head_dim": 128}  # where a command takes one kernel and nothing is said; other fields have a default
 FAMILIES: tuple[ArchName, ...] = declared(Tiling)["arch"].values
 TYPICAL_FAMILY: ArchName = "sm90"
+LONGEST_NUMBER = 20  # digits; Python reads no number of more than 4300
 
 Base = Literal["catalogue", "typical", "preset", "none"]
 """What a command is for when nothing is said: the catalogue, one typical problem, a preset's points; or it must be."""
@@ -148,9 +149,9 @@ class Asked:
         tiling: dict[str, Any] = spec.tiling.model_dump()
         for setting in self.settings:
             name, _, value = setting.partition("=")
-            if not value.removeprefix("-").isdecimal():
-                raise typer.BadParameter(f"--set takes FIELD=VALUE with a whole number, not {setting!r}")
-            tiling[name] = int(value[:20])
+            if not value.removeprefix("-").isdecimal() or len(value) > LONGEST_NUMBER:
+                raise typer.BadParameter(f"--set takes FIELD=VALUE with a whole number, not {setting[:60]!r}")
+            tiling[name] = int(value)
         return KernelSpec(problem=spec.problem, tiling=Tiling(**tiling)) if self.settings else spec
 
 

@@ -173,6 +173,7 @@ def test_shim_works_from_anywhere(tmp_path):
         ("render --direction sideways", "bwd"),
         ("render --set tile_n", "FIELD=VALUE"),
         ("render --set tile_n=many", "FIELD=VALUE"),
+        (f"render --set tile_n={'9' * 5000}", "FIELD=VALUE"),
         ("render --set tile_q=64", "did you mean 'tile_"),
         ("render --set tile_n=100", "multiple of 16"),
         ("render --set swizzle_bytes=48", "128, 64 or 32"),
