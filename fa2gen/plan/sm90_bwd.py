@@ -67,7 +67,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def walks_queries_down(self) -> bool:
         """Where additions have an order: under a causal mask all blocks of keys then begin at the same block of
-        queries, and none waits for the one before to come to its diagonal (templates/sm90/README.md)."""
+        queries, and none waits for the one before to come to its diagonal (templates/sm90/bwd/README.md)."""
         return self.deterministic
 
     @property
