@@ -19,15 +19,14 @@ import threading
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fa2gen import env
 from fa2gen.arch import ARCHES, ArchName
-from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.features import MASKS
+from fa2gen.errors import InvalidInput
 from fa2gen.gpus import device_at
 from fa2gen.ops.scratch import StreamScratch, scratch_of_capture, scratch_of_stream
 from fa2gen.ops.validate import DTYPES, validate, validate_backward, validate_options
@@ -346,8 +345,6 @@ def _chosen(
     """The kernel of reduced options. Plans are made for a range of lengths, not for each."""
     key = (direction, head_dim, dtype, options.mask, options.deterministic, device, arch, tiling)
     if (known := _problems.get(key)) is None:
-        if options.mask not in MASKS:
-            _refuse_window(options)
         family = kernel_arch(device_at(device), _family(arch, tiling))[0]
         bounds = () if tiling else seqlen_bounds(options.problem(direction, head_dim, DTYPES[dtype]), family)
         known = _problems.setdefault(key, (bounds, [None] * (len(bounds) + 1)))
@@ -379,16 +376,6 @@ def _family(arch: str | None, tiling: Tiling | None) -> ArchName | None:
     if family != asked:
         raise InvalidInput(f"arch is {asked!r}; it must be one of {', '.join(ARCHES)}, or None for the device's best")
     return family
-
-
-def _refuse_window(options: Options) -> NoReturn:
-    asked = f"window_size={(options.window_left, options.window_right)}"
-    if options.chunk:
-        asked += f", attention_chunk={options.chunk}"
-    raise UnsupportedProblem(
-        f"CUDA kernels for windows are not built yet ({asked}, causal={options.causal}); nearest: (-1, -1), "
-        "causal=True for (-1, 0), or tensors on the CPU, which the reference computes"
-    )
 
 
 def _kernel(plan: KernelPlan, target: str, device: int) -> Kernel:

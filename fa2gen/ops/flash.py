@@ -84,7 +84,7 @@ def flash_attn_func(  # type: ignore[misc]  # the second overload leaves out wha
     attention_chunk    query i sees keys of its own chunk alone: those j with j // chunk == d // chunk. 0: no chunks.
 
     CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout,
-    softcap and ALiBi, and for CUDA tensors windows and chunks, but for those that hide nothing or mean causal.
+    softcap and ALiBi.
     """
     if (
         dropout_p.__class__ is not float

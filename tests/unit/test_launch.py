@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.features import MASKS
 from fa2gen.ops import attention, flash_attn_func
 from fa2gen.ops import call as calls
 from fa2gen.ops.scratch import scratch_of_capture
@@ -447,19 +446,26 @@ def test_numbers_of_any_type_are_what_they_mean(cuda):
     assert launches(cuda) == 9 and only(cuda).prepared[0][2] == Options(1.0, True) and len(only(cuda).prepared) == 1
 
 
-def test_windows_that_no_kernel_has_are_refused(cuda):
-    q, k, v = tensors()
-    for options, words in (
-        ({"window_size": (3, 0)}, r"window_size=\(3, -1\).*causal=True"),
-        ({"window_size": (2, -1), "causal": True}, r"window_size=\(2, -1\), causal=True"),
-        ({"attention_chunk": 16}, "attention_chunk=16"),
-    ):
-        if "window" not in MASKS:
-            with pytest.raises(UnsupportedProblem, match=words):
-                flash_attn_func(q, k, v, **options)
-    flash_attn_func(q, k, v, window_size=(100, 0))
-    flash_attn_func(q, k, v, attention_chunk=64, causal=True)
-    assert {kernel.plan.mask for kernel in cuda.kernels.values()} == {"causal"}
+@pytest.mark.parametrize(
+    ("options", "mask", "expected"),
+    [
+        ({"window_size": (3, 0)}, "window", Options(None, True, 3)),
+        ({"window_size": (2, -1), "causal": True}, "window", Options(None, True, 2)),
+        ({"window_size": (2, 4)}, "window", Options(None, False, 2, 4)),
+        ({"attention_chunk": 16}, "window", Options(None, False, chunk=16)),
+        ({"window_size": (100, 0)}, "causal", Options(None, True)),
+        ({"attention_chunk": 64, "causal": True}, "causal", Options(None, True)),
+        ({"window_size": (100, 100)}, "full", Options()),
+    ],
+    ids=str,
+)
+def test_windows_choose_the_plainest_kernel(cuda, options, mask, expected):
+    """Of both passes; what hides nothing at these lengths is left out."""
+    leaves = [x.requires_grad_() for x in tensors()]
+    torch.autograd.grad(flash_attn_func(*leaves, **options).sum(), leaves)
+    for kernel in cuda.kernels.values():
+        assert kernel.plan.mask == mask and [options for _, _, options in kernel.prepared] == [expected]
+    assert [kernel.plan.problem.direction for kernel in cuda.kernels.values()] == ["fwd", "bwd"]
 
 
 def test_lse_is_only_made_where_it_is_asked_for(cuda):
