@@ -55,7 +55,11 @@ def flash_attn_func(
 ) -> WithLse: ...
 
 
-def flash_attn_func(  # type: ignore[misc]  # the second overload leaves out what the first says
+@overload
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *args: Any, return_attn_probs: bool, **options: Any) -> Result: ...
+
+
+def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what the first says
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -143,7 +147,11 @@ def flash_attn_qkvpacked_func(
 def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, return_attn_probs: Literal[True], **options: Any) -> WithLse: ...
 
 
-def flash_attn_qkvpacked_func(  # type: ignore[misc]  # the second overload leaves out what the first says
+@overload
+def flash_attn_qkvpacked_func(qkv: Tensor, *args: Any, return_attn_probs: bool, **options: Any) -> Result: ...
+
+
+def flash_attn_qkvpacked_func(  # type: ignore[misc]  # the later overloads leave out what the first says
     qkv: Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
@@ -185,7 +193,11 @@ def flash_attn_kvpacked_func(
 ) -> WithLse: ...
 
 
-def flash_attn_kvpacked_func(  # type: ignore[misc]  # the second overload leaves out what the first says
+@overload
+def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, *args: Any, return_attn_probs: bool, **options: Any) -> Result: ...
+
+
+def flash_attn_kvpacked_func(  # type: ignore[misc]  # the later overloads leave out what the first says
     q: Tensor,
     kv: Tensor,
     dropout_p: float = 0.0,

@@ -203,7 +203,10 @@ def test_prepared_calls_are_bounded(gpu, monkeypatch):
     monkeypatch.setattr(calls, "_REMEMBERED_CALLS", 8)
     for seqlen in range(1, 40):
         calls.forward_cuda(*tensors(seqlen_q=seqlen), Options(0.1, True))
-    assert len(calls._calls) <= 8
+    assert len(calls._calls) == 8
+    for seqlen in range(39, 31, -1):  # the newest are there still
+        calls.forward_cuda(*tensors(seqlen_q=seqlen), Options(0.1, True))
+    assert len(only(gpu).prepared) == 39
 
 
 def test_misaligned_tensors_are_copied(gpu):

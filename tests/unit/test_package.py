@@ -168,3 +168,22 @@ def test_type_checkers_see_the_same_names():
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     seen = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == {name: f"fa2gen.{module}" for name, module in fa2gen._HOME.items()}
+
+
+def test_type_checkers_know_what_comes_back(tmp_path):
+    """One tensor, or three values with `return_attn_probs`; a misspelt option or name is an error."""
+    (tmp_path / "use.py").write_text(
+        "import fa2gen\n"
+        "from fa2gen import flash_attn_func as f\n"
+        "def use(x: object, flag: bool) -> None:\n"
+        "    f(x, x, x, causal=True).float()\n"
+        "    f(x, x, x, 0.0, None, True, (3, 0), deterministic=True).float()\n"
+        "    out, lse, none = f(x, x, x, return_attn_probs=True)\n"
+        "    f(x, x, x, return_attn_probs=flag)\n"
+        "    f(x, x, x, causual=True)  # error\n"
+        "    fa2gen.nonsense  # error\n"
+    )
+    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(tmp_path / "use.py")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    wrong = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
+    assert wrong == {8, 9}, done.stdout + done.stderr
