@@ -41,7 +41,8 @@ TILINGS = (
 
 
 def kernels():
-    """Each family, head dim and mask with the tilings that specs/ names for it, or its default; dtypes take turns."""
+    """Each family and head dim with the tilings that specs/ names for it, in both masks, or with its default: then the
+    masks take turns from one head dim to the next, and dtypes always do."""
     written = collections.defaultdict(dict)
     for spec in (spec for spec in catalogue() if spec.problem.direction == "fwd"):
         problem = spec.problem
@@ -50,8 +51,10 @@ def kernels():
     names = dict.fromkeys(TILINGS)
     for arch, head_dim, mask in itertools.product(ARCHES, HEAD_DIMS, ("full", "causal")):
         problem = Problem(head_dim=head_dim, dtype=next(dtypes), mask=mask)
-        for tiling in written[arch, head_dim, mask] or (default_tiling(problem, arch),):
-            names[KernelSpec(problem=problem, tiling=tiling).name] = None
+        tilings = [*written[arch, head_dim, mask]]
+        if not tilings and (mask == "causal") == (head_dim % 16 == 0):
+            tilings = [default_tiling(problem, arch)]
+        names |= dict.fromkeys(KernelSpec(problem=problem, tiling=tiling).name for tiling in tilings)
     return tuple(names)
 
 
