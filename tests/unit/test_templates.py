@@ -272,12 +272,10 @@ def test_unused_names_are_found():
 
 
 def test_every_field_of_params_is_read():
-    offenders = {
-        f"{plan.template}: {param.name}": plan.name
-        for plan in plans()
-        for param in plan.params
-        if not re.search(rf"\bp\.{param.name}\b", renders()[plan.name].source)
-    }
+    offenders = {}
+    for plan in plans():
+        read = set(re.findall(r"\bp\.(\w+)", renders()[plan.name].source))
+        offenders |= {f"{plan.template}: {x.name}": plan.name for x in plan.params if x.name not in read}
     assert not offenders, report(offenders)
 
 
@@ -311,7 +309,9 @@ def test_every_line_of_every_template_is_rendered_by_some_kernel():
 
 
 def test_every_line_of_the_cpu_primitives_is_rendered_too():
-    wanted = {line for name in NAMES if name.startswith("cpu/") for line in literal_lines(name)}
-    covered = {origin for plan in plans() for origin in render(plan, "cpu").origins}
-    holes = wanted - covered
+    holes = {line for name in NAMES if name.startswith("cpu/") for line in literal_lines(name)}
+    for plan in (*plans()[::40], *plans()):  # a few show all
+        holes -= set(render(plan, "cpu").origins)
+        if not holes:
+            break
     assert not holes, "no kernel shows\n" + "\n".join(sorted(holes))
