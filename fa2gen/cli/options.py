@@ -88,7 +88,7 @@ class Asked:
         """What a command that takes many kernels is for: of sources all, else the catalogue, narrowed.
 
         Family by family, each direction by itself. Where the catalogue has nothing of what is asked for, kernels are
-        made with the best tiling known, for each value of the open fields that the catalogue has in other kernels.
+        made with the best tiling known, for those values of the open fields that the catalogue has at most head dims.
         """
         if self.sources:
             found = [each.kernel() for one in self._from_sources() for each in one.of_families()]
@@ -131,7 +131,7 @@ class Asked:
                 if narrowed:
                     yield from narrowed
                     continue
-                wanted = dict.fromkeys(Problem(**{**spec.problem.model_dump(), **fixed}) for spec in listed)
+                wanted = dict.fromkeys(Problem(**{**spec.problem.model_dump(), **fixed}) for spec in _usual(listed))
                 yield from (Chosen(problem, arch=arch).kernel() for problem in wanted)
 
     def _of(self, direction: Direction, directions: Sequence[Direction]) -> dict[str, Sequence[Any]]:
@@ -174,6 +174,19 @@ def _listed(arch: ArchName) -> list[KernelSpec]:
 
     rows = [row for (_, family), found in tuned_rows().items() if family == arch for row in found]
     return list(dict.fromkeys([*catalogue(arch), *(spec for row in rows for spec in served_by(row))]))
+
+
+def _usual(listed: Sequence[KernelSpec]) -> list[KernelSpec]:
+    """The kernels whose dtype, mask and so on the catalogue has at half of its head dims or more."""
+    head_dims: dict[Problem, set[int]] = {}
+
+    def kind(spec: KernelSpec) -> Problem:
+        return spec.problem.model_copy(update=TYPICAL)
+
+    for spec in listed:
+        head_dims.setdefault(kind(spec), set()).add(spec.problem.head_dim)
+    known = {spec.problem.head_dim for spec in listed}
+    return [spec for spec in listed if 2 * len(head_dims[kind(spec)]) >= len(known)]
 
 
 def _products(given: Mapping[str, Sequence[Any]]) -> list[Problem]:

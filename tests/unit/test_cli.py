@@ -471,10 +471,11 @@ def test_list_has_what_the_selector_takes(cache, direction):
 
 
 def test_a_head_dim_that_specs_lacks_has_the_kinds_that_specs_has(monkeypatch):
-    """A mask that the catalogue does not hold is built where it is asked for, not because it exists."""
+    """A mask that the catalogue does not hold, or at few head dims, is built where it is asked for, not because it
+    exists."""
     from fa2gen.catalog import catalogue
 
-    kinds = {(s.problem.direction, s.problem.dtype, s.problem.mask) for s in catalogue() if not s.problem.deterministic}
+    kinds = set(itertools.product(("fwd", "bwd"), ("fp16", "bf16"), ("full", "causal")))
     specs = listed("--head-dim", "24", "--arch", "sm90")
     assert {(spec.problem.direction, spec.problem.dtype, spec.problem.mask) for spec in specs} == kinds
     assert len(specs) == len(kinds)
