@@ -6,9 +6,9 @@
 //   problem  fwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   25 Problem and tiling,   89 Threads,  107 Arithmetic,  141 Shared memory,  160 Global memory,
-//             172 cp.async,  191 Fragments,  206 Registers,  215 mma,  237 What is visible,  287 Online softmax,
-//             433 Pipeline,  491 Matrix products,  574 Epilogue,  662 Kernel,  736 Launch
+//   contents   25 Problem and tiling,   89 Threads,  111 Arithmetic,  145 Shared memory,  164 Global memory,
+//             176 cp.async,  195 Fragments,  210 Registers,  219 mma,  241 What is visible,  291 Online softmax,
+//             461 Pipeline,  519 Matrix products,  602 Epilogue,  690 Kernel,  764 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -94,6 +94,10 @@ __device__ __forceinline__ int lane_id() {
 
 __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+
+__device__ __forceinline__ bool any_lane(bool holds) {
+    return __any_sync(0xffffffffu, holds) != 0;
 }
 
 __device__ __forceinline__ void sync_warp() {
@@ -314,6 +318,28 @@ __device__ __forceinline__ void exponentiate(
     }
 }
 
+// Scaled maxima beyond this are rounded by more than 2^-9, and far beyond it by so much that exp2 of it is 0 or infinite.
+constexpr float kLargeOffset = 65536.0f;
+
+__device__ __forceinline__ bool has_large(float const (&offset)[2]) {
+    return fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kLargeOffset;
+}
+
+// Where a scaled maximum of the warp is large, the maxima are taken off the scores themselves, which is exact near them. Others
+// pay for the question: 4 instructions a block, 2 where the maximum is looked at anyway (353 to 355 of d = 128 causal).
+__device__ __forceinline__ void take_off_large(float (&acc_s)[kNumAccS], float const (&base)[2], float (&offset)[2]) {
+    if (any_lane(has_large(offset))) {
+#pragma unroll
+        for (int i = 0; i < kNumAccS; i += 4) {
+            acc_s[i] -= base[0];
+            acc_s[i + 1] -= base[0];
+            acc_s[i + 2] -= base[1];
+            acc_s[i + 3] -= base[1];
+        }
+        offset[0] = offset[1] = 0.0f;
+    }
+}
+
 // The maximum of this thread's scores of a row, and `maximum`. Two chains: one alone waits for itself
 // (d = 128 full 4k: 1.02, H200).
 __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int row, float maximum) {
@@ -329,16 +355,18 @@ __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int 
 // A block in which a row may have seen no key yet: its maximum is -inf, and (-inf) - (-inf) would be NaN.
 __device__ __forceinline__ bool online_softmax_masked(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
+    float base[2];
     float offset[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const new_max = quad_max(thread_max(acc_s, row, row_max[row]));
-        float const base = new_max == -kInfinity ? 0.0f : new_max;
-        offset[row] = base * softmax_scale_log2;
-        correction[row] = exp2_approx((row_max[row] - base) * softmax_scale_log2);
+        base[row] = new_max == -kInfinity ? 0.0f : new_max;
+        offset[row] = base[row] * softmax_scale_log2;
+        correction[row] = exp2_approx((row_max[row] - base[row]) * softmax_scale_log2);
         row_max[row] = new_max;
         row_sum[row] *= correction[row];
     }
+    take_off_large(acc_s, base, offset);
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
     return true;
 }

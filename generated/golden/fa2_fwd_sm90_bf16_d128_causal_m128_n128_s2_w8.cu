@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229504 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  122 Arithmetic,  160 Shared memory,
-//             181 Global memory,  195 mbarriers,  239 TMA,  281 Fences,  288 Fragments,  296 Registers of a warpgroup,
-//             308 wgmma,  410 What is visible,  462 Online softmax,  586 Pipelines,  614 Loads,  666 Matrix products,
-//             693 Epilogue,  738 Producer,  787 Consumer,  940 Kernel,  980 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  164 Shared memory,
+//             185 Global memory,  199 mbarriers,  243 TMA,  285 Fences,  292 Fragments,  300 Registers of a warpgroup,
+//             312 wgmma,  414 What is visible,  466 Online softmax,  615 Pipelines,  643 Loads,  695 Matrix products,
+//             722 Epilogue,  767 Producer,  816 Consumer,  969 Kernel, 1009 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -102,6 +102,10 @@ __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
 
 __device__ __forceinline__ int shfl_from_lane_0(int value) {
     return __shfl_sync(0xffffffffu, value, 0);
+}
+
+__device__ __forceinline__ bool any_lane(bool holds) {
+    return __any_sync(0xffffffffu, holds) != 0;
 }
 
 __device__ __forceinline__ void sync_warp() {
@@ -489,6 +493,28 @@ __device__ __forceinline__ void exponentiate(
     }
 }
 
+// Scaled maxima beyond this are rounded by more than 2^-9, and far beyond it by so much that exp2 of it is 0 or infinite.
+constexpr float kLargeOffset = 65536.0f;
+
+__device__ __forceinline__ bool has_large(float const (&offset)[2]) {
+    return fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kLargeOffset;
+}
+
+// Where a scaled maximum of the warp is large, the maxima are taken off the scores themselves, which is exact near them. Others
+// pay for the question: 4 instructions a block, 2 where the maximum is looked at anyway (353 to 355 of d = 128 causal).
+__device__ __forceinline__ void take_off_large(float (&acc_s)[kNumAccS], float const (&base)[2], float (&offset)[2]) {
+    if (any_lane(has_large(offset))) {
+#pragma unroll
+        for (int i = 0; i < kNumAccS; i += 4) {
+            acc_s[i] -= base[0];
+            acc_s[i + 1] -= base[0];
+            acc_s[i + 2] -= base[1];
+            acc_s[i + 3] -= base[1];
+        }
+        offset[0] = offset[1] = 0.0f;
+    }
+}
+
 // The maximum of this thread's scores of a row, and `maximum`. Two chains: one alone waits for itself
 // (d = 128 full 4k: 1.02, H200).
 __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int row, float maximum) {
@@ -515,6 +541,7 @@ __device__ __forceinline__ bool online_softmax(
         row_max[row] = new_max;
         row_sum[row] *= correction[row];
     }
+    take_off_large(acc_s, row_max, offset);
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
     return true;
 }
@@ -522,16 +549,18 @@ __device__ __forceinline__ bool online_softmax(
 // A block in which a row may have seen no key yet: its maximum is -inf, and (-inf) - (-inf) would be NaN.
 __device__ __forceinline__ bool online_softmax_masked(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
+    float base[2];
     float offset[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const new_max = quad_max(thread_max(acc_s, row, row_max[row]));
-        float const base = new_max == -kInfinity ? 0.0f : new_max;
-        offset[row] = base * softmax_scale_log2;
-        correction[row] = exp2_approx((row_max[row] - base) * softmax_scale_log2);
+        base[row] = new_max == -kInfinity ? 0.0f : new_max;
+        offset[row] = base[row] * softmax_scale_log2;
+        correction[row] = exp2_approx((row_max[row] - base[row]) * softmax_scale_log2);
         row_max[row] = new_max;
         row_sum[row] *= correction[row];
     }
+    take_off_large(acc_s, base, offset);
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
     return true;
 }

@@ -8,8 +8,8 @@
 //   launch   512 threads, 229504 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  164 Shared memory,
 //             185 Global memory,  199 mbarriers,  243 TMA,  285 Fences,  292 Fragments,  300 Registers,
-//             308 Registers of a warpgroup,  320 wgmma,  426 What is visible,  478 Online softmax,  610 Pipelines,
-//             638 Loads,  690 Matrix products,  717 Epilogue,  762 Producer,  811 Consumer,  964 Kernel, 1004 Launch
+//             308 Registers of a warpgroup,  320 wgmma,  426 What is visible,  478 Online softmax,  636 Pipelines,
+//             664 Loads,  716 Matrix products,  743 Epilogue,  788 Producer,  837 Consumer,  990 Kernel, 1030 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -505,6 +505,28 @@ __device__ __forceinline__ void exponentiate(
     }
 }
 
+// Scaled maxima beyond this are rounded by more than 2^-9, and far beyond it by so much that exp2 of it is 0 or infinite.
+constexpr float kLargeOffset = 65536.0f;
+
+__device__ __forceinline__ bool has_large(float const (&offset)[2]) {
+    return fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kLargeOffset;
+}
+
+// Where a scaled maximum of the warp is large, the maxima are taken off the scores themselves, which is exact near them. Others
+// pay for the question: 4 instructions a block, 2 where the maximum is looked at anyway (353 to 355 of d = 128 causal).
+__device__ __forceinline__ void take_off_large(float (&acc_s)[kNumAccS], float const (&base)[2], float (&offset)[2]) {
+    if (any_lane(has_large(offset))) {
+#pragma unroll
+        for (int i = 0; i < kNumAccS; i += 4) {
+            acc_s[i] -= base[0];
+            acc_s[i + 1] -= base[0];
+            acc_s[i + 2] -= base[1];
+            acc_s[i + 3] -= base[1];
+        }
+        offset[0] = offset[1] = 0.0f;
+    }
+}
+
 // The maximum of this thread's scores of a row, and `maximum`. Two chains: one alone waits for itself
 // (d = 128 full 4k: 1.02, H200).
 __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int row, float maximum) {
@@ -525,8 +547,9 @@ __device__ __forceinline__ bool online_softmax(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
     constexpr float kMaxRise = 8.0f;  // log2
     float const maxima[2] = {thread_max(acc_s, 0, row_max[0]), thread_max(acc_s, 1, row_max[1])};
-    bool const risen = any_lane((maxima[0] - row_max[0]) * softmax_scale_log2 > kMaxRise ||
-                                (maxima[1] - row_max[1]) * softmax_scale_log2 > kMaxRise);
+    float offset[2] = {row_max[0] * softmax_scale_log2, row_max[1] * softmax_scale_log2};
+    bool const risen = any_lane(((maxima[0] - row_max[0]) * softmax_scale_log2 > kMaxRise) |
+                                ((maxima[1] - row_max[1]) * softmax_scale_log2 > kMaxRise) | has_large(offset));
     if (risen) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -536,9 +559,10 @@ __device__ __forceinline__ bool online_softmax(
             correction[row] = keep ? 1.0f : exp2_approx(-rise);
             row_max[row] = keep ? row_max[row] : new_max;
             row_sum[row] *= correction[row];
+            offset[row] = row_max[row] * softmax_scale_log2;
         }
+        take_off_large(acc_s, row_max, offset);
     }
-    float const offset[2] = {row_max[0] * softmax_scale_log2, row_max[1] * softmax_scale_log2};
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
     return risen;
 }
@@ -546,16 +570,18 @@ __device__ __forceinline__ bool online_softmax(
 // A block in which a row may have seen no key yet: its maximum is -inf, and (-inf) - (-inf) would be NaN.
 __device__ __forceinline__ bool online_softmax_masked(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
+    float base[2];
     float offset[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const new_max = quad_max(thread_max(acc_s, row, row_max[row]));
-        float const base = new_max == -kInfinity ? 0.0f : new_max;
-        offset[row] = base * softmax_scale_log2;
-        correction[row] = exp2_approx((row_max[row] - base) * softmax_scale_log2);
+        base[row] = new_max == -kInfinity ? 0.0f : new_max;
+        offset[row] = base[row] * softmax_scale_log2;
+        correction[row] = exp2_approx((row_max[row] - base[row]) * softmax_scale_log2);
         row_max[row] = new_max;
         row_sum[row] *= correction[row];
     }
+    take_off_large(acc_s, base, offset);
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
     return any_lane(correction[0] != 1.0f || correction[1] != 1.0f);
 }

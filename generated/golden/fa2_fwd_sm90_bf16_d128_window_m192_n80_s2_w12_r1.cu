@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,   93 Threads,  131 Arithmetic,  169 Shared memory,
 //             190 Global memory,  204 mbarriers,  248 TMA,  290 Fences,  297 Fragments,  305 Registers,
 //             313 Registers of a warpgroup,  325 wgmma,  432 d - window_left <= j <= d + window_right,
-//             509 Online softmax,  641 Pipelines,  669 Loads,  721 Matrix products,  748 Epilogue,  793 Producer,
-//             842 Consumer, 1003 Kernel, 1043 Launch
+//             509 Online softmax,  667 Pipelines,  695 Loads,  747 Matrix products,  774 Epilogue,  819 Producer,
+//             868 Consumer, 1029 Kernel, 1069 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -536,6 +536,28 @@ __device__ __forceinline__ void exponentiate(
     }
 }
 
+// Scaled maxima beyond this are rounded by more than 2^-9, and far beyond it by so much that exp2 of it is 0 or infinite.
+constexpr float kLargeOffset = 65536.0f;
+
+__device__ __forceinline__ bool has_large(float const (&offset)[2]) {
+    return fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kLargeOffset;
+}
+
+// Where a scaled maximum of the warp is large, the maxima are taken off the scores themselves, which is exact near them. Others
+// pay for the question: 4 instructions a block, 2 where the maximum is looked at anyway (353 to 355 of d = 128 causal).
+__device__ __forceinline__ void take_off_large(float (&acc_s)[kNumAccS], float const (&base)[2], float (&offset)[2]) {
+    if (any_lane(has_large(offset))) {
+#pragma unroll
+        for (int i = 0; i < kNumAccS; i += 4) {
+            acc_s[i] -= base[0];
+            acc_s[i + 1] -= base[0];
+            acc_s[i + 2] -= base[1];
+            acc_s[i + 3] -= base[1];
+        }
+        offset[0] = offset[1] = 0.0f;
+    }
+}
+
 // The maximum of this thread's scores of a row, and `maximum`. Two chains: one alone waits for itself
 // (d = 128 full 4k: 1.02, H200).
 __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int row, float maximum) {
@@ -556,8 +578,9 @@ __device__ __forceinline__ bool online_softmax(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
     constexpr float kMaxRise = 8.0f;  // log2
     float const maxima[2] = {thread_max(acc_s, 0, row_max[0]), thread_max(acc_s, 1, row_max[1])};
-    bool const risen = any_lane((maxima[0] - row_max[0]) * softmax_scale_log2 > kMaxRise ||
-                                (maxima[1] - row_max[1]) * softmax_scale_log2 > kMaxRise);
+    float offset[2] = {row_max[0] * softmax_scale_log2, row_max[1] * softmax_scale_log2};
+    bool const risen = any_lane(((maxima[0] - row_max[0]) * softmax_scale_log2 > kMaxRise) |
+                                ((maxima[1] - row_max[1]) * softmax_scale_log2 > kMaxRise) | has_large(offset));
     if (risen) {
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
@@ -567,9 +590,10 @@ __device__ __forceinline__ bool online_softmax(
             correction[row] = keep ? 1.0f : exp2_approx(-rise);
             row_max[row] = keep ? row_max[row] : new_max;
             row_sum[row] *= correction[row];
+            offset[row] = row_max[row] * softmax_scale_log2;
         }
+        take_off_large(acc_s, row_max, offset);
     }
-    float const offset[2] = {row_max[0] * softmax_scale_log2, row_max[1] * softmax_scale_log2};
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
     return risen;
 }
@@ -577,16 +601,18 @@ __device__ __forceinline__ bool online_softmax(
 // A block in which a row may have seen no key yet: its maximum is -inf, and (-inf) - (-inf) would be NaN.
 __device__ __forceinline__ bool online_softmax_masked(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
+    float base[2];
     float offset[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const new_max = quad_max(thread_max(acc_s, row, row_max[row]));
-        float const base = new_max == -kInfinity ? 0.0f : new_max;
-        offset[row] = base * softmax_scale_log2;
-        correction[row] = exp2_approx((row_max[row] - base) * softmax_scale_log2);
+        base[row] = new_max == -kInfinity ? 0.0f : new_max;
+        offset[row] = base[row] * softmax_scale_log2;
+        correction[row] = exp2_approx((row_max[row] - base[row]) * softmax_scale_log2);
         row_max[row] = new_max;
         row_sum[row] *= correction[row];
     }
+    take_off_large(acc_s, base, offset);
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
     return any_lane(correction[0] != 1.0f || correction[1] != 1.0f);
 }

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 248, bf16, full mask
 //   tiling   128 query rows x 80 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229472 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  124 Arithmetic,  162 Shared memory,
-//             183 Global memory,  197 mbarriers,  241 TMA,  283 Fences,  290 Fragments,  304 Registers of a warpgroup,
-//             316 wgmma,  439 What is visible,  489 Online softmax,  608 Pipelines,  636 Loads,  688 Matrix products,
-//             715 Epilogue,  761 Producer,  810 Consumer,  955 Kernel,  995 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  128 Arithmetic,  166 Shared memory,
+//             187 Global memory,  201 mbarriers,  245 TMA,  287 Fences,  294 Fragments,  308 Registers of a warpgroup,
+//             320 wgmma,  443 What is visible,  493 Online softmax,  637 Pipelines,  665 Loads,  717 Matrix products,
+//             744 Epilogue,  790 Producer,  839 Consumer,  984 Kernel, 1024 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -100,6 +100,10 @@ __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
 
 __device__ __forceinline__ int shfl_from_lane_0(int value) {
     return __shfl_sync(0xffffffffu, value, 0);
+}
+
+__device__ __forceinline__ bool any_lane(bool holds) {
+    return __any_sync(0xffffffffu, holds) != 0;
 }
 
 __device__ __forceinline__ void sync_warp() {
@@ -516,6 +520,28 @@ __device__ __forceinline__ void exponentiate(
     }
 }
 
+// Scaled maxima beyond this are rounded by more than 2^-9, and far beyond it by so much that exp2 of it is 0 or infinite.
+constexpr float kLargeOffset = 65536.0f;
+
+__device__ __forceinline__ bool has_large(float const (&offset)[2]) {
+    return fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kLargeOffset;
+}
+
+// Where a scaled maximum of the warp is large, the maxima are taken off the scores themselves, which is exact near them. Others
+// pay for the question: 4 instructions a block, 2 where the maximum is looked at anyway (353 to 355 of d = 128 causal).
+__device__ __forceinline__ void take_off_large(float (&acc_s)[kNumAccS], float const (&base)[2], float (&offset)[2]) {
+    if (any_lane(has_large(offset))) {
+#pragma unroll
+        for (int i = 0; i < kNumAccS; i += 4) {
+            acc_s[i] -= base[0];
+            acc_s[i + 1] -= base[0];
+            acc_s[i + 2] -= base[1];
+            acc_s[i + 3] -= base[1];
+        }
+        offset[0] = offset[1] = 0.0f;
+    }
+}
+
 // The maximum of this thread's scores of a row, and `maximum`. Two chains: one alone waits for itself
 // (d = 128 full 4k: 1.02, H200).
 __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int row, float maximum) {
@@ -542,6 +568,7 @@ __device__ __forceinline__ bool online_softmax(
         row_max[row] = new_max;
         row_sum[row] *= correction[row];
     }
+    take_off_large(acc_s, row_max, offset);
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
     return true;
 }
@@ -549,16 +576,18 @@ __device__ __forceinline__ bool online_softmax(
 // A block in which a row may have seen no key yet: its maximum is -inf, and (-inf) - (-inf) would be NaN.
 __device__ __forceinline__ bool online_softmax_masked(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
+    float base[2];
     float offset[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const new_max = quad_max(thread_max(acc_s, row, row_max[row]));
-        float const base = new_max == -kInfinity ? 0.0f : new_max;
-        offset[row] = base * softmax_scale_log2;
-        correction[row] = exp2_approx((row_max[row] - base) * softmax_scale_log2);
+        base[row] = new_max == -kInfinity ? 0.0f : new_max;
+        offset[row] = base[row] * softmax_scale_log2;
+        correction[row] = exp2_approx((row_max[row] - base[row]) * softmax_scale_log2);
         row_max[row] = new_max;
         row_sum[row] *= correction[row];
     }
+    take_off_large(acc_s, base, offset);
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
     return true;
 }

@@ -194,9 +194,9 @@ def check_sm90(plan: Any, sass: Sass) -> None:
         moves = sum(line.startswith("R2UR") for line in loop)
         assert moves <= (0 if plan.head_dim <= WIDEST_WITHOUT_R2UR else 12), f"{moves} R2UR in the loop"
     if (plan.head_dim, plan.tile_n) == (128, 128):
-        # 500 with descriptor arithmetic in bytes instead of 16-byte units. What a block does whose maximum has risen
-        # lies in the loop too, behind a branch: 24 more.
-        assert min(map(len, loops)) <= 465 + 25 * plan.tiling.lazy_rescale
+        # 585 with descriptor arithmetic in bytes instead of 16-byte units. Behind branches the loop holds what a block
+        # does whose maximum has risen (24), and the 64 subtractions of one whose scores are large.
+        assert min(map(len, loops)) <= 550 + 25 * plan.tiling.lazy_rescale
 
 
 # A turn (templates/common/turns.cuh.j2): its acquire and its release, which no mma warp waits for.

@@ -44,9 +44,11 @@ def run(name, sizes=(), rendered=None, **options):
 
 FAULTS = (
     Fault(
-        "first-row-missed", FULL, "any_lane((maxima[0] - row_max[0]) * softmax_scale_log2 > kMaxRise ||", "any_lane("
+        "first-row-missed", FULL, "any_lane(((maxima[0] - row_max[0]) * softmax_scale_log2 > kMaxRise) |", "any_lane("
     ),
-    Fault("second-row-missed", FULL, "(maxima[1] - row_max[1]) * softmax_scale_log2 > kMaxRise);", "false);"),
+    Fault(
+        "second-row-missed", FULL, "((maxima[1] - row_max[1]) * softmax_scale_log2 > kMaxRise) | has_large", "has_large"
+    ),
     Fault("lanes-decide-alone", FULL, "bool const risen = any_lane(", "bool const risen = ("),
     Fault(
         "maximum-of-one-lane",
