@@ -82,7 +82,7 @@ def _widest(_: int) -> tuple[Span, ...]:
 
 
 _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
-    # Two blocks of 4 warps share an SM wherever registers allow it: 32 rows a warp up to head dim 176, since each
+    # Two blocks of 4 warps share an SM wherever registers allow it: 32 rows a warp up to head dim 160, since each
     # fragment of K and V that a warp loads should serve two products (the time is then set by the products, not by
     # ldmatrix). All compile without a spill, for sm_80 and sm_90, with every mask and dtype. What comes later in a row
     # is for devices with less shared memory, the last for any.
@@ -94,10 +94,9 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
                 120, ((128, 48, 2, 4), (128, 48, 1, 4), (64, 32, 1, 4))
             ),  # 64 keys spill 4 registers (causal) or 2 (at 112, windows)
             _Row(128, ((128, 64, 1, 4), (64, 32, 1, 4))),
-            _Row(160, ((128, 32, 1, 4), (64, 32, 1, 4))),
-            # 32 rows a warp spill 2 registers here, and not at 176.
-            _Row(168, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4))),
-            _Row(176, ((128, 32, 1, 4), (64, 32, 1, 4)), left_edge=False),  # else 3 are spilt
+            _Row(152, ((128, 32, 1, 4), (64, 32, 1, 4))),
+            _Row(160, ((128, 32, 1, 4), (64, 32, 1, 4)), left_edge=False),
+            # 32 rows a warp spill on sm_90: 7 registers at 160 with a window, 4 at 176.
             _Row(224, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4))),
             # Where an SM has room for two blocks of 64 rows (H100, H200), FlashAttention-2 prefers them.
             _Row(256, ((64, 64, 1, 4), (128, 64, 1, 8), (64, 32, 1, 4)), from_bytes=200 << 10),
