@@ -62,6 +62,21 @@ def test_differences_of_large_scores_are_kept(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("sign", (1, -1))
+def test_few_rows_of_a_warp_are_large(name, sign):
+    """A row here and there, of either sign, among others and rows that see no key, in each tile of a warp."""
+    torch.manual_seed(0)
+    q, k, v = 1e-4 * torch.randn(300, 64), 100 * torch.randn(256, 64).abs(), torch.randn(256, 64)
+    large = [7, 90, 108, 150, 299]
+    q[large] = sign * 1e4 * torch.randn(len(large), 64).abs()
+    out, lse, expected, expected_lse = attend(name, q, k, v, options_of(name, softmax_scale=64.0))
+    unseen = expected_lse.isinf()
+    assert unseen.sum() == (44 if "causal" in name else 0) and not out[unseen].any() and lse[unseen].isneginf().all()
+    torch.testing.assert_close(out[~unseen], expected[~unseen], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(lse[~unseen], expected_lse[~unseen], rtol=1e-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("value", (torch.inf, torch.nan))
 def test_rows_of_infinite_scores_are_nan_as_in_torch(name, value):
     torch.manual_seed(0)
