@@ -7,10 +7,12 @@ that was put together again from options: so no check can check another kernel t
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from fa2gen.errors import InvalidInput
@@ -36,6 +38,8 @@ _GUARD = 4096  # elements on either side of a result; a multiple of 16 bytes, so
 class Case:
     """One call of one kernel.
 
+    shape    of a ragged batch the rows of all sequences together (see Shape).
+    rows     of a ragged batch: (first query, past the last, first key, past the last) of each sequence.
     tensors  by the names of the plan's operands. Results are views in the middle of buffers full of NaN, NaN themselves
              before a run: an element that is not written, or one beside them that is, shows.
     buffers  those buffers, by the same names.
@@ -46,6 +50,7 @@ class Case:
     options: Options
     tensors: Mapping[str, Any]
     buffers: Mapping[str, Any]
+    rows: tuple[tuple[int, int, int, int], ...] = ()
 
     @property
     def results(self) -> dict[str, Any]:
@@ -77,6 +82,8 @@ def make(
 ) -> Case:
     """Random tensors, normally distributed, the same on every device; results NaN.
 
+    shape      of a ragged batch the lengths of the longest sequence, and two sequences less than there are; the others'
+               lengths are drawn, and how much of them is used. Rows that no sequence uses are NaN.
     options    default: the first of the problem's examples. Their problem must be the spec's.
     seed       default: one that depends on the lengths.
     gain       what random numbers are multiplied with.
@@ -94,40 +101,88 @@ def make(
     dtype = torch_dtype(problem.dtype)
     if seed is None:
         seed = shape.seqlen_q * 4099 + shape.seqlen_k
-    place = device if large else "cpu"
-    generator = torch.Generator(place).manual_seed(seed)
     tensors: dict[str, Any] = {}
     buffers: dict[str, Any] = {}
+    rows: tuple[tuple[int, int, int, int], ...] = ()
+    if problem.varlen:
+        shape, rows, lengths = _ragged(shape, seed)
+        tensors |= {name: torch.tensor(x, dtype=torch.int32, device=device) for name, x in lengths.items()}
+    place = device if large else "cpu"
+    generator = torch.Generator(place).manual_seed(seed)
     for operand in OPERANDS[problem.direction]:
-        size = operand.shape(shape, problem.head_dim)
+        size = operand.shape(shape, problem.head_dim, problem.varlen)
         of_dtype = torch.float32 if operand.of == "row" else dtype
         if operand.out:
             buffers[operand.name], tensors[operand.name] = _guarded(torch, size, of_dtype, device)
         elif operand.name not in ("o", "lse") and (with_dlse or not operand.optional):
             x = gain * torch.randn(size, generator=generator, device=place)
             tensors[operand.name] = x.to(of_dtype).to(device)
-    if problem.direction == "bwd":
-        tensors |= _forward(spec, shape, options, tensors, large)
-    return Case(spec, shape, options, tensors, buffers)
+            if rows and operand.is_tensor:
+                _forget_unused(tensors[operand.name], [r[:2] if operand.of == "query" else r[2:] for r in rows])
+    case = Case(spec, shape, options, tensors, buffers, rows)
+    return replace(case, tensors=tensors | _forward(case, large)) if problem.direction == "bwd" else case
 
 
-def _forward(
-    spec: KernelSpec, shape: Shape, options: Options, tensors: Mapping[str, Any], by_kernel: bool
-) -> dict[str, Any]:
+def _ragged(longest: Shape, seed: int) -> tuple[Shape, tuple[tuple[int, int, int, int], ...], dict[str, list[int]]]:
+    """(shape, rows, lengths by operand) of a ragged batch, of two sequences more than the shape has."""
+    random = Random(seed)
+    longest = longest._replace(batch=longest.batch + 2)
+    sides = []
+    for seqlen in (longest.seqlen_q, longest.seqlen_k):
+        lengths = [seqlen, *(random.randint(0, seqlen) for _ in range(longest.batch - 1))]
+        used = [length if random.random() < 0.7 else random.randint(0, length) for length in lengths]
+        sides.append((list(itertools.accumulate(lengths, initial=0)), used))
+    (starts_q, used_q), (starts_k, used_k) = sides
+    rows = tuple(
+        (starts_q[i], starts_q[i] + used_q[i], starts_k[i], starts_k[i] + used_k[i]) for i in range(longest.batch)
+    )
+    shape = longest._replace(seqlen_q=starts_q[-1] + 5, seqlen_k=starts_k[-1] + 3)  # and rows behind the last
+    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+    return shape, rows, dict(zip(names, (starts_q, starts_k, used_q, used_k), strict=True))
+
+
+def _forget_unused(x: Any, rows: Sequence[tuple[int, ...]]) -> None:
+    """NaN in all rows of (1, rows, heads, head_dim) but these."""
+    used = import_module("torch").zeros(x.shape[1], dtype=import_module("torch").bool)
+    for first, end in rows:
+        used[first:end] = True
+    x[:, ~used.to(x.device)] = math.nan
+
+
+def _forward(case: Case, by_kernel: bool) -> dict[str, Any]:
     """O and LSE of a backward case."""
-    q, k, v = (tensors[name] for name in "qkv")
+    q = case.tensors["q"]
+    problem = case.spec.problem
+    results = {"o": q.new_zeros(q.shape), "lse": q.new_zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=_fp32())}
+    both = replace(case, tensors={**case.tensors, **results})
     if not by_kernel:
         from fa2gen.reference import attention_reference
 
-        out, lse = attention_reference(q, k, v, **options._asdict())
-        return {"o": out.contiguous(), "lse": lse.contiguous()}
+        results["lse"].fill_(-math.inf)
+        for part in _parts(both):
+            out, lse = attention_reference(*(part[name] for name in "qkv"), **case.options._asdict())
+            part["o"].copy_(out)
+            part["lse"].copy_(lse)
+        return results
     from fa2gen.select import select
 
-    problem = options.problem("fwd", spec.problem.head_dim, spec.problem.dtype)
-    forward = select(problem, current_device(), None, shape.seqlen_k).plan.spec
-    results = {"o": q.new_empty(q.shape), "lse": q.new_empty(OPERANDS["fwd"][-1].shape(shape, 0), dtype=_fp32())}
-    prepare(load(forward), Case(forward, shape, options, {"q": q, "k": k, "v": v, **results}, {}))()
+    wanted = case.options.problem("fwd", problem.head_dim, problem.dtype)
+    forward = select(wanted, current_device(), None, case.shape.seqlen_k).plan.spec
+    prepare(load(forward), replace(both, spec=forward, buffers={}))()
     return results
+
+
+def _parts(case: Case) -> Iterator[dict[str, Any]]:
+    """Views of the tensors, by name: of each sequence that has queries and keys, or of all of a dense batch."""
+    if not case.spec.problem.varlen:
+        yield dict(case.tensors)
+        return
+    for first_q, end_q, first_k, end_k in case.rows:
+        if first_q < end_q and first_k < end_k:
+            of = {"query": (1, first_q, end_q), "key": (1, first_k, end_k), "row": (2, first_q, end_q)}
+            operands = [x for x in OPERANDS[case.spec.problem.direction] if x.name in case.tensors]
+            cuts = ((x.name, *of[x.of]) for x in operands)
+            yield {name: case.tensors[name].narrow(dim, first, end - first) for name, dim, first, end in cuts}
 
 
 def _fp32() -> Any:
@@ -171,7 +226,7 @@ def prepare(kernel: Kernel, case: Case) -> Callable[[], None]:
     torch = import_module("torch")
     plan = kernel.plan
     strides = {
-        operand.name: tuple(case.tensors[operand.name].stride()[:3]) for operand in plan.operands if operand.of != "row"
+        operand.name: tuple(case.tensors[operand.name].stride()[:3]) for operand in plan.operands if operand.is_tensor
     }
     launch = kernel.prepare(case.shape, strides, case.options)
     scratch = torch.zeros(max(1, launch.scratch_bytes), dtype=torch.uint8, device="cuda")
@@ -186,22 +241,42 @@ def prepare(kernel: Kernel, case: Case) -> Callable[[], None]:
 
 
 def verdict(case: Case) -> Verdict | GradientVerdict:
-    """The results against attention in fp32, by the rules of `fa2gen.reference`."""
+    """The results against attention in fp32, by the rules of `fa2gen.reference`; of a ragged batch the worst part's.
+
+    Rows that have nothing to see must be 0 (LSE -inf): NaN, as of a row that is not written, is judged as such.
+    """
     from fa2gen.reference import check, check_gradients
 
-    x, options = case.tensors, case.options._asdict()
+    options = case.options._asdict()
+    found: list[Verdict | GradientVerdict] = []
     with import_module("torch").no_grad():
-        if case.spec.problem.direction == "fwd":
-            return check(x["o"], x["lse"], x["q"], x["k"], x["v"], **options)
-        gradients = (x["dq"], x["dk"], x["dv"])
-        return check_gradients(gradients, x["dout"], x["q"], x["k"], x["v"], dlse=x.get("dlse"), **options)
+        for x in _parts(case):
+            if case.spec.problem.direction == "fwd":
+                found.append(check(x["o"], x["lse"], x["q"], x["k"], x["v"], **options))
+            else:
+                gradients = (x["dq"], x["dk"], x["dv"])
+                found.append(
+                    check_gradients(gradients, x["dout"], x["q"], x["k"], x["v"], dlse=x.get("dlse"), **options)
+                )
+    return max(found, key=lambda one: one.share)
 
 
 def written_outside(case: Case) -> str | None:
-    """What is wrong beside the results, or None."""
+    """What is wrong beside the rows that see something, or None."""
+    torch = import_module("torch")
     for name, view in case.results.items():
         if outside := int((~case.buffers[name].isnan()).sum()) - int((~view.isnan()).sum()):
             return f"{outside} elements outside of {name} were written"
+    if not case.spec.problem.varlen:
+        return None
+    blank = {name: torch.full_like(x, -math.inf if name == "lse" else 0.0) for name, x in case.results.items()}
+    rest = {name: x.clone() for name, x in case.results.items()}
+    for part in _parts(replace(case, tensors={**case.tensors, **rest})):
+        for name in rest:
+            part[name].fill_(-math.inf if name == "lse" else 0.0)
+    for name, x in rest.items():
+        if wrong := int((x != blank[name]).sum()):
+            return f"{wrong} elements of {name} in rows that see nothing are not {blank[name].flatten()[0].item()}"
     return None
 
 

@@ -11,7 +11,7 @@ import ctypes
 import itertools
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, cached_property, partial
 from operator import itemgetter
 from typing import Any
@@ -20,7 +20,7 @@ from cuda.bindings import driver
 
 from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.launch import NUMBER_BYTES, Launch, launch_of
+from fa2gen.launch import NUMBER_BYTES, Launch, launch_of, ragged_dimensions
 from fa2gen.layout import ELEMENT_BYTES, align_up
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan
@@ -36,6 +36,7 @@ Strides = tuple[int, int, int]
 
 _MAP_BYTES = 128  # sizeof(CUtensorMap); it must lie on a 64-byte boundary
 _ALIGNMENT = 64
+SCRATCH_ALIGNMENT = 128
 _PACK_MAP = struct.Struct(f"{_MAP_BYTES}s").pack_into  # a fifth of the time of ctypes.memmove
 _MAX_GRID_YZ = 65_535
 _MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bits
@@ -203,10 +204,11 @@ class PreparedLaunch:
     def __init__(self, kernel: Kernel, shape: Shape, launch: Launch, strides: Mapping[str, Strides]) -> None:
         plan, layout = kernel.plan, kernel.layout
         self.kernel = kernel  # keeps the module loaded
-        counts = launch.scratch.values()
-        self.scratch_bytes = NUMBER_BYTES * sum(counts)
+        # Each scratch memory begins on a cache line.
+        counts = [align_up(NUMBER_BYTES * count, SCRATCH_ALIGNMENT) for count in launch.scratch.values()]
+        self.scratch_bytes = sum(counts)
         self.scratch_cleared = layout.cleared
-        self._scratch_at = [NUMBER_BYTES * count for count in itertools.accumulate(counts, initial=0)][:-1]
+        self._scratch_at = [*itertools.accumulate(counts, initial=0)][:-1]
         self._lock = threading.Lock()
         # The operands and scratch that the block holds the addresses of; None: it is being written.
         self._packed: tuple[tuple[int, ...], int] | None = None
@@ -222,7 +224,7 @@ class PreparedLaunch:
         layout.pointers.pack_into(
             memory, start + layout.pointers_at, *[base + offset for offset in layout.argument_offsets]
         )
-        dims = [operand.shape(shape, plan.head_dim) for operand in plan.operands]
+        dims = [operand.shape(shape, plan.head_dim, plan.varlen) for operand in plan.operands]
         self._maps = []
         at = start
         for operand, tensor_map in layout.maps:
@@ -355,8 +357,12 @@ class _TensorMap:
                 f"{tensor_map.name} has a stride of {longest:,} B; a tensor map holds less than 2^40 B; "
                 "use a contiguous copy, or an SM80 kernel (arch='sm80')"
             )
-        self._sizes = _SIZES_AND_STEPS(head_dim, seqlen, heads, batch, row_step, head_step, batch_step)
-        self._constants = _map_constants(tensor_map, plan.dtype)
+        sizes: tuple[int, ...] = (seqlen, heads, batch)
+        steps: Sequence[int] = (row_step, head_step, batch_step)
+        if plan.varlen:
+            sizes, steps = ragged_dimensions(heads, row_step, head_step)
+        self._sizes = (ctypes.c_uint64 * (2 * len(sizes) + 1))(head_dim, *sizes, *steps)
+        self._constants = _map_constants(tensor_map, plan.dtype, 1 + len(sizes))
 
     def point_to(self, address: int) -> None:
         """Encode for the tensor at `address`, or copy what was encoded for it before (0.1 us instead of 1)."""
@@ -365,12 +371,13 @@ class _TensorMap:
             destination = ctypes.addressof(self._memory) + self._offset
             sizes = ctypes.addressof(self._sizes)
             head, tail = self._constants
-            result = _encode_tiled()(destination, *head, address, sizes, sizes + 32, *tail)
+            rank = head[1]
+            result = _encode_tiled()(destination, *head, address, sizes, sizes + 8 * rank, *tail)
             if result:
                 self.address = 0
-                dims, steps = tuple(self._sizes[:4]), self._sizes[4:]
+                dims, steps = tuple(self._sizes[:rank]), self._sizes[rank:]
                 _checked(
-                    f"{self._plan.name}: tensor map of {self._tensor_map.name}, (D, S, H, B) = {dims}, {steps} B "
+                    f"{self._plan.name}: tensor map of {self._tensor_map.name}, innermost first {dims}, {steps} B "
                     f"apart, address {address:#x}",
                     (driver.CUresult(result),),
                 )
@@ -382,15 +389,12 @@ class _TensorMap:
         self.address = address
 
 
-_SIZES_AND_STEPS = ctypes.c_uint64 * 7
-
-
 @cache
-def _map_constants(tensor_map: TensorMapPlan, dtype: str) -> tuple[tuple[int, int], tuple[Any, ...]]:
+def _map_constants(tensor_map: TensorMapPlan, dtype: str, rank: int) -> tuple[tuple[int, int], tuple[Any, ...]]:
     """What cuTensorMapEncodeTiled takes before the address, and after the sizes and strides."""
-    return (_DATA_TYPE[dtype], 4), (
-        (ctypes.c_uint32 * 4)(tensor_map.box_cols, tensor_map.box_rows, 1, 1),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
+    return (_DATA_TYPE[dtype], rank), (
+        (ctypes.c_uint32 * rank)(tensor_map.box_cols, tensor_map.box_rows, *[1] * (rank - 2)),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
         int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
         _SWIZZLE[tensor_map.swizzle_bytes],
         int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),

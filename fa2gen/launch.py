@@ -13,13 +13,17 @@ from typing import Any
 
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
+from fa2gen.features.varlen import ENTRY_NUMBERS, capacity, entries
 from fa2gen.layout import ELEMENT_BYTES, ceil_div
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.recipe import NUMBER_BYTES, SECTION_BYTES
 
-__all__ = ["NUMBER_BYTES", "SECTION_BYTES", "Launch", "launch_of"]
+__all__ = ["NUMBER_BYTES", "RAGGED_ROWS", "SECTION_BYTES", "Launch", "launch_of", "ragged_dimensions"]
+
+
+RAGGED_ROWS = 1 << 30  # as in templates/ptx/tma.cuh.j2
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) ->
     blocks = _Blocks.of(plan, shape)
     blocks.check(plan, shape, num_sms)
     group = shape.num_heads // shape.num_heads_kv
+    batch = 1 if plan.varlen else shape.batch
     scale = options.scale(plan.head_dim)
     values: dict[str, Any] = {
         "seqlen_q": shape.seqlen_q,
@@ -57,8 +62,8 @@ def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) ->
         "num_m_blocks": blocks.num_m_blocks,
         "num_n_blocks": blocks.num_n_blocks,
         "num_tiles": blocks.of_queries,
-        "num_batch_heads": shape.batch * shape.num_heads,
-        "num_batch_heads_kv": shape.batch * shape.num_heads_kv,
+        "num_batch_heads": batch * shape.num_heads,
+        "num_batch_heads_kv": batch * shape.num_heads_kv,
         "heads_per_section": _heads_per_section(plan, shape),
         "softmax_scale": scale,
         "softmax_scale_log2": scale * math.log2(math.e),
@@ -67,12 +72,17 @@ def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) ->
         values |= feature.values(options, shape)
     grids = {
         "persistent": (min(blocks.of_queries, num_sms), 1, 1),
-        "tiles": (blocks.num_m_blocks, shape.num_heads, shape.batch),
+        "tiles": (blocks.num_m_blocks, shape.num_heads, batch),
         "query blocks": (blocks.of_queries, 1, 1),
         "key blocks": (blocks.of_keys, 1, 1),
+        "one": (1, 1, 1),
     }
     rows = blocks.of_queries * plan.tile_m
     counts = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "dq_turns": blocks.of_queries}
+    if plan.varlen:
+        m, n = blocks.num_m_blocks, blocks.num_n_blocks
+        counts |= {"sequences": ENTRY_NUMBERS * entries(shape.batch), "num_blocks": 4, "m_list": 2 * m, "n_list": 2 * n}
+        counts |= {"m_levels": 3 * (m + 1), "n_levels": 3 * (n + 1)}
     if isinstance(plan, BackwardPlan):
         counts["dq_acc"] = blocks.of_queries * plan.dq_block_floats
     return Launch(
@@ -80,6 +90,17 @@ def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) ->
         values=values,
         scratch={scratch.name: counts[scratch.name] for scratch in plan.scratch},
     )
+
+
+def ragged_dimensions(heads: int, row_bytes: int, head_bytes: int) -> tuple[tuple[int, ...], list[int]]:
+    """Sizes and steps in bytes of a ragged batch's tensor map, beside its columns: (rows, heads, round, rows again).
+
+    Rows end at RAGGED_ROWS, where a kernel puts the last row of a sequence, so that TMA clips what is behind it. The
+    third leads from there round 2^64 bytes, and the fourth from the tensor's first row to the end of the sequence:
+    RAGGED_ROWS * row + RAGGED_ROWS * (2^34 - row) = 2^64.
+    """
+    sizes = (RAGGED_ROWS, heads, 2 * RAGGED_ROWS, 2 * RAGGED_ROWS)
+    return sizes, [row_bytes, head_bytes, 2**64 // RAGGED_ROWS - row_bytes, row_bytes]
 
 
 @dataclass(frozen=True)
@@ -93,6 +114,12 @@ class _Blocks:
 
     @classmethod
     def of(cls, plan: KernelPlan, shape: Shape) -> _Blocks:
+        if plan.varlen:  # as many as there may be: the kernels know how many there are
+            m, n = (
+                capacity(rows, shape.batch, tile)
+                for rows, tile in ((shape.seqlen_q, plan.tile_m), (shape.seqlen_k, plan.tile_n))
+            )
+            return cls(m, n, m * shape.num_heads, n * shape.num_heads_kv)
         m, n = ceil_div(shape.seqlen_q, plan.tile_m), ceil_div(shape.seqlen_k, plan.tile_n)
         return cls(m, n, m * shape.batch * shape.num_heads, n * shape.batch * shape.num_heads_kv)
 
@@ -119,8 +146,9 @@ def _heads_per_section(plan: KernelPlan, shape: Shape) -> int:
     of their groups. Never more than there are: kernels multiply it with a number of blocks in 32 bits.
     """
     group = shape.num_heads // shape.num_heads_kv
+    batch = 1 if plan.varlen else shape.batch
     if plan.problem.direction == "bwd":
         read = group * shape.seqlen_q * plan.head_dim * (2 * ELEMENT_BYTES + NUMBER_BYTES)
-        return min(max(1, SECTION_BYTES // max(read, 1)), shape.batch * shape.num_heads_kv)
+        return min(max(1, SECTION_BYTES // max(read, 1)), batch * shape.num_heads_kv)
     read = 2 * shape.seqlen_k * plan.head_dim * ELEMENT_BYTES
-    return min(max(1, SECTION_BYTES // max(read, 1)) * group, shape.batch * shape.num_heads)
+    return min(max(1, SECTION_BYTES // max(read, 1)) * group, batch * shape.num_heads)

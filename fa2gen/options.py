@@ -15,7 +15,9 @@ UNLIMITED = -1
 class Shape(NamedTuple):
     """Sizes of one call, but for the head dim, which a kernel knows.
 
-    q and out (batch, seqlen_q, num_heads, head_dim); k and v (batch, seqlen_k, num_heads_kv, head_dim).
+    q and out (batch, seqlen_q, num_heads, head_dim); k and v (batch, seqlen_k, num_heads_kv, head_dim). Of a ragged
+    batch, batch is the number of sequences, seqlen_q and seqlen_k are the rows of all of them together: q and out
+    (seqlen_q, num_heads, head_dim), k and v (seqlen_k, num_heads_kv, head_dim).
     """
 
     batch: int
@@ -34,6 +36,7 @@ class Options(NamedTuple):
     window_right   query i sees no key after d + window_right; -1: no limit.
     chunk          query i sees keys of its own chunk alone, floor(j / chunk) == floor(d / chunk); 0: no chunks.
     deterministic  gradients are the same bits in every run.
+    varlen         the batch is ragged: sequences of their own lengths, packed.
     """
 
     softmax_scale: float | None = None
@@ -42,6 +45,7 @@ class Options(NamedTuple):
     window_right: int = UNLIMITED
     chunk: int = 0
     deterministic: bool = False
+    varlen: bool = False
 
     def scale(self, head_dim: int) -> float:
         """What scores are multiplied with."""
@@ -58,7 +62,8 @@ class Options(NamedTuple):
         if right >= seqlen_q - 1 and right > 0:  # the first query's is seqlen_k - seqlen_q
             right = UNLIMITED
         # Queries stand at seqlen_k - seqlen_q to seqlen_k - 1: all in the keys' one chunk, if that begins at key 0.
-        chunk = 0 if self.chunk >= seqlen_k and seqlen_q <= seqlen_k else self.chunk
+        one_chunk = self.chunk >= seqlen_k and seqlen_q <= seqlen_k and not self.varlen
+        chunk = 0 if one_chunk else self.chunk
         causal = right == 0
         return self._replace(causal=causal, window_left=left, window_right=UNLIMITED if causal else right, chunk=chunk)
 
@@ -79,5 +84,6 @@ class Options(NamedTuple):
             head_dim=head_dim,
             dtype=dtype,
             mask=self.mask,
+            varlen=self.varlen,
             deterministic=self.deterministic and direction == "bwd",
         )

@@ -10,6 +10,7 @@ out 0 and lse -inf.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,11 +25,14 @@ from fa2gen.options import Options
 __all__ = [
     "GradientVerdict",
     "Verdict",
+    "attention_backward_ragged",
     "attention_backward_tiled",
+    "attention_ragged",
     "attention_reference",
     "attention_tiled",
     "check",
     "check_gradients",
+    "ragged_rows",
 ]
 
 
@@ -177,6 +181,92 @@ def attention_backward_tiled(
     return dq.flatten(2, 3).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
+def attention_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`attention_tiled`, one sequence of a ragged batch at a time.
+
+    q (total_q, H, D) with cu_seqlens_q (batch + 1,), else (batch, Sq, H, D); k and v likewise; seqused (batch,): so
+    many rows of a sequence count. Rows that no sequence has are not read; there out is 0, lse -inf.
+
+    Returns (out, lse): out like q, lse (H, total_q). Lengths are read: of CUDA tensors the host waits for them.
+    """
+    packed_q, packed_k, packed_v = (_packed(x) for x in (q, k, v))
+    out = packed_q.new_zeros(packed_q.shape)
+    lse = packed_q.new_full((q.shape[-2], packed_q.shape[0]), float("-inf"), dtype=_at_least_fp32(q[:0]).dtype)
+    for q0, q1, k0, k1 in ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+        one = (x.unsqueeze(0) for x in (packed_q[q0:q1], packed_k[k0:k1], packed_v[k0:k1]))
+        out[q0:q1], lse[:, q0:q1] = (x[0] for x in attention_tiled(*one, **options))
+    return out.view(q.shape), lse
+
+
+def attention_backward_ragged(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attention_backward_tiled`, one sequence of a ragged batch at a time; tensors as of `attention_ragged`.
+
+    Returns (dq, dk, dv), contiguous; 0 where no sequence has the row.
+    """
+    of_query, of_key = [_packed(x) for x in (q, dout, out)], [_packed(x) for x in (k, v)]
+    dq, (dk, dv) = of_query[0].new_zeros(of_query[0].shape), (x.new_zeros(x.shape) for x in of_key)
+    for q0, q1, k0, k1 in ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+        one_q, one_dout, one_out = (x[None, q0:q1] for x in of_query)
+        one_k, one_v = (x[None, k0:k1] for x in of_key)
+        rows, drows = lse[None, :, q0:q1], None if dlse is None else dlse[None, :, q0:q1]
+        found = attention_backward_tiled(one_dout, one_q, one_k, one_v, one_out, rows, drows, **options)
+        dq[q0:q1], dk[k0:k1], dv[k0:k1] = (x[0] for x in found)
+    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
+
+def ragged_rows(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+) -> list[tuple[int, int, int, int]]:
+    """(first query, past the last, first key, past the last) of each sequence of a ragged batch, as kernels see them:
+    within the tensors, whatever the lengths say."""
+    of_each = [_rows_of_sequences(*side) for side in ((q, cu_seqlens_q, seqused_q), (k, cu_seqlens_k, seqused_k))]
+    return [(*of_query, *of_key) for of_query, of_key in zip(*of_each, strict=True)]
+
+
+def _rows_of_sequences(x: Tensor, bounds: Tensor | None, used: Tensor | None) -> list[tuple[int, int]]:
+    total = _packed(x).shape[0]
+    if bounds is None:
+        starts = [i * x.shape[1] for i in range(x.shape[0] + 1)]
+    else:
+        starts = [min(max(start, 0), total) for start in bounds.tolist()]
+    ends = [max(start, end) for start, end in itertools.pairwise(starts)]
+    if used is not None:
+        ends = [min(end, start + max(n, 0)) for start, end, n in zip(starts, ends, used.tolist(), strict=False)]
+    return list(zip(starts, ends, strict=False))
+
+
+def _packed(x: Tensor) -> Tensor:
+    """(total, heads, head_dim), of sequences of equal lengths too."""
+    return x if x.dim() == 3 else x.flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How far a result is from the truth, beside what is allowed (all absolute; NaN where the result holds NaN)."""
@@ -196,6 +286,12 @@ class Verdict:
             and self.mean_error <= self.mean_allowed
             and self.lse_error <= self.lse_allowed
         )
+
+    @property
+    def share(self) -> float:
+        """The largest part of its bound that an error takes; NaN counts as infinite."""
+        pairs = ((self.max_error, self.max_allowed), (self.mean_error, self.mean_allowed))
+        return max(_share(*pair) for pair in (*pairs, (self.lse_error, self.lse_allowed)))
 
     def __str__(self) -> str:
         return (
@@ -261,12 +357,13 @@ class GradientVerdict:
         columns = (self.max_error, self.max_allowed, self.mean_error, self.mean_allowed)
         of_each: list[tuple[float, ...]] = [tuple(column[i] for column in columns) for i in range(3)]
 
-        def excess(numbers: Any) -> float:
-            pairs = zip(numbers[::2], numbers[1::2], strict=True)
-            return max(math.inf if math.isnan(error) else error / bound if bound else error for error, bound in pairs)
-
         names = ("max_error", "max_allowed", "mean_error", "mean_allowed")
-        return dict(zip(names, max(of_each, key=excess), strict=True))
+        return dict(zip(names, max(of_each, key=_excess), strict=True))
+
+    @property
+    def share(self) -> float:
+        """The largest part of its bound that an error takes; NaN counts as infinite."""
+        return _excess(tuple(self.worst().values()))
 
     def __str__(self) -> str:
         rows = zip(
@@ -316,6 +413,15 @@ def check_gradients(
         max_allowed = math.hypot(2 * _max(pt_error) + floor, 2 * _max(of_rounding))
         rows.append((_max(error), max_allowed, _mean(error), mean_allowed))
     return GradientVerdict(*zip(*rows, strict=True))
+
+
+def _share(error: float, bound: float) -> float:
+    return math.inf if math.isnan(error) else error / bound if bound else error
+
+
+def _excess(numbers: Any) -> float:
+    """The largest share of (error, bound, error, bound)."""
+    return max(map(_share, numbers[::2], numbers[1::2]))
 
 
 def _longest_row(x: Tensor) -> float:

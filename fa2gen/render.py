@@ -130,7 +130,15 @@ def render(plan: KernelPlan, target: Target = "cuda") -> Rendered:
 
 
 def render_launcher(plan: KernelPlan) -> Rendered:
-    """A launcher for one kernel's cubin: C++17 over the driver API, to be compiled alone or behind the kernel."""
+    """A launcher for one kernel's cubin: C++17 over the driver API, to be compiled alone or behind the kernel.
+
+    Raises RenderError for ragged batches, of which the launcher encodes no tensor maps.
+    """
+    if plan.varlen:
+        raise RenderError(
+            f"{plan.name}: there is no launcher of ragged batches\n"
+            "  nearest        without it: the comment at the end of the render says how it is launched"
+        )
     return _strip_marks(_text(plan, LAUNCHER, "cuda"))
 
 

@@ -8,6 +8,7 @@ rules no longer allow, is passed over.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -158,17 +159,19 @@ def _rows(problem: Problem, arch: ArchName) -> list[TunedRow]:
 
 
 def _as_tuned(problem: Problem) -> Problem:
-    """The problem whose measured tilings serve this one: what keeps an order of additions costs every tiling alike."""
-    return problem.model_copy(update={"deterministic": False})
+    """The problem whose measured tilings serve this one: what keeps an order of additions, or looks up lengths, costs
+    every tiling alike."""
+    return problem.model_copy(update={"deterministic": False, "varlen": False})
 
 
 def served_by(row: TunedRow) -> Iterator[KernelSpec]:
-    """The kernels that `select` takes from a tuned row: its own and, backward, the deterministic one, if it fits."""
+    """The kernels that `select` takes from a tuned row: its own, and those tuned as it is that fit."""
     yield row.spec
-    if row.spec.problem.direction == "bwd" and not row.spec.problem.deterministic:
-        ordered = row.spec.problem.model_copy(update={"deterministic": True})
-        spec = KernelSpec(problem=ordered, tiling=row.spec.tiling)
-        if fits(spec):
+    of = row.spec.problem
+    for varlen, deterministic in itertools.product((False, True), (False, True) if of.direction == "bwd" else (False,)):
+        problem = of.model_copy(update={"varlen": varlen, "deterministic": deterministic})
+        spec = KernelSpec(problem=problem, tiling=row.spec.tiling)
+        if problem != of and _as_tuned(problem) == of and fits(spec):
             yield spec
 
 

@@ -271,6 +271,11 @@ class Problem(_Fields):
             "d's chunk from d - window_left to d + window_right."
         ),
     ] = "full"
+    varlen: Annotated[
+        bool,
+        Shown("varlen", optional=True, phrase="ragged batches"),
+        Field(description="Sequences of their own lengths, packed into one: (total, heads, head_dim)."),
+    ] = False
     deterministic: Annotated[
         bool,
         Shown("det", optional=True, phrase="deterministic"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from fa2gen.errors import InvalidInput
+from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.features import examples_of, key_range
 from fa2gen.options import UNLIMITED, Options, Shape
 from fa2gen.spec import Direction, DType, Mask, Problem
@@ -203,6 +203,8 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
 
     Without seqlens at those of the paper.
     """
+    if ragged := next((problem for problem in problems if problem.varlen), None):
+        raise UnsupportedProblem(f"bench measures no ragged batches: {ragged.text}\n  nearest        without varlen")
     lengths = seqlens or sorted({point.seqlen for point in PRESETS["paper"]("bf16")})
     points = []
     for problem, seqlen in itertools.product(problems, lengths):

@@ -67,7 +67,9 @@ def render(
     if with_host and target == "cpu":
         raise typer.BadParameter("--with-host adds a launcher for a GPU's kernel: leave --target cpu out")
     plans = [make_plan(one.kernel()) for one in asked.wanted()]
-    parts = [part for plan in plans for part in (render_plan(plan, target), *([render_launcher(plan)] * with_host))]
+    parts = [
+        part for plan in plans for part in (render_plan(plan, target), *([render_launcher(plan)] if with_host else []))
+    ]
     for rendered in parts:
         lines = rendered.source.splitlines()
         if origins:

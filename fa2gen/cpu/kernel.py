@@ -13,7 +13,7 @@ from fa2gen.cpu.build import build_library
 from fa2gen.cpu.run import Argument, Count, Job, KernelFault, Memory, run
 from fa2gen.errors import InvalidInput
 from fa2gen.features.attention import Operand
-from fa2gen.launch import NUMBER_BYTES, launch_of
+from fa2gen.launch import NUMBER_BYTES, launch_of, ragged_dimensions
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan, make_plan
@@ -108,7 +108,7 @@ def run_kernel(
     """
     plan = kernel if isinstance(kernel, KernelPlan) else make_plan(kernel)
     views = _checked_views(plan, tensors)
-    shape = _shape(views)
+    shape = _shape(plan, views)
     launch = launch_of(plan, shape, options, run_options.num_sms)
     memories = [view.memory(name) for name, view in views.items()]
     buffers = []
@@ -129,7 +129,7 @@ def run_kernel(
     counts: Mapping[str, Count] = {}
     started = time.perf_counter()
     for entry, grid in zip(plan.entry_points, launch.grids, strict=True):
-        maps = (tensor_map(m, views[m.name], where[m.name]) for m in entry.tensor_maps)
+        maps = (tensor_map(m, views[m.name], where[m.name], plan.varlen) for m in entry.tensor_maps)
         job = Job(
             grid=grid,
             num_threads=entry.num_threads,
@@ -167,14 +167,14 @@ def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any]) -> dict[str, Vi
         operand.name: view_of(operand.name, given[operand.name]) for operand in plan.operands if operand.name in given
     }
     for operand in plan.operands:
-        if operand.name in views and operand.of != "row":
+        if operand.name in views and operand.is_tensor:
             _check_tensor(operand, views[operand.name])
-    shape = _shape(views)
+    shape = _shape(plan, views)
     for operand in plan.operands:
-        wanted = operand.shape(shape, plan.head_dim)
+        wanted = operand.shape(shape, plan.head_dim, plan.varlen)
         view = views.get(operand.name)
-        if view and (view.shape != wanted or view.element_bytes != (4 if operand.of == "row" else ELEMENT_BYTES)):
-            kind = "fp32" if operand.of == "row" else "16-bit"
+        if view and (view.shape != wanted or view.element_bytes != (ELEMENT_BYTES if operand.is_tensor else 4)):
+            kind = "16-bit" if operand.is_tensor else "fp32" if operand.of == "row" else "int32"
             raise InvalidInput(f"{operand.name} has shape {view.shape}: {wanted}, {kind}, is needed")
     return views
 
@@ -193,8 +193,15 @@ def _check_tensor(operand: Operand, view: View) -> None:
         )
 
 
-def _shape(views: Mapping[str, View]) -> Shape:
+def _shape(plan: KernelPlan, views: Mapping[str, View]) -> Shape:
     (batch, seqlen_q, heads, _), (_, seqlen_k, heads_kv, _) = views["q"].shape, views["k"].shape
+    if plan.varlen:
+        of = [
+            views[operand.name].shape[0] - (operand.of == "bounds")
+            for operand in plan.operands
+            if operand.of in ("bounds", "lengths") and operand.name in views
+        ]
+        batch = min(of, default=1)
     return Shape(batch, seqlen_q, seqlen_k, heads, heads_kv)
 
 
@@ -221,13 +228,22 @@ def _params_argument(plan: KernelPlan, values: Mapping[str, Any], memories: Sequ
     return Argument(struct.pack(plan.params_format, *plan.pack_params({**null, **values})), tuple(pointers))
 
 
-def tensor_map(plan: TensorMapPlan, view: View, memory: int) -> Argument:
-    """The map of a (batch, seqlen, heads, head_dim) tensor; dimensions innermost first, as TMA counts them."""
+def tensor_map(plan: TensorMapPlan, view: View, memory: int, ragged: bool = False) -> Argument:
+    """The map of a (batch, seqlen, heads, head_dim) tensor; dimensions innermost first, as TMA counts them.
+
+    ragged  as launch.ragged_dimensions has it: the batch is one, its rows are those of all sequences.
+    """
     batch, seqlen, heads, head_dim = view.shape
     steps = (view.strides[1], view.strides[2], view.strides[0])
     # One element's stride is never used, and may be anything in torch and numpy.
-    sizes = (seqlen, heads, batch)
+    sizes: tuple[int, ...] = (seqlen, heads, batch)
     strides = [step * ELEMENT_BYTES if size > 1 else _ALIGNMENT for size, step in zip(sizes, steps, strict=True)]
-    box = (plan.box_cols, plan.box_rows, 1, 1, 0)
-    data = _TENSOR_MAP.pack(0, *strides, 0, head_dim, *sizes, 0, *box, 4, ELEMENT_BYTES, plan.swizzle_bytes)
+    if ragged:
+        sizes, strides = ragged_dimensions(heads, *strides[:2])
+    rank = 1 + len(sizes)
+    padding = [0] * (5 - rank)
+    box = (plan.box_cols, plan.box_rows, *[1] * (rank - 2), *padding)
+    data = _TENSOR_MAP.pack(
+        0, *strides, *padding, head_dim, *sizes, *padding, *box, rank, ELEMENT_BYTES, plan.swizzle_bytes
+    )
     return Argument(data, ((0, memory, 0),))

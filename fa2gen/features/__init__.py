@@ -12,6 +12,7 @@ import itertools
 from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.features.deterministic import DETERMINISTIC
 from fa2gen.features.mask import CAUSAL, FULL, key_range
+from fa2gen.features.varlen import VARLEN
 from fa2gen.features.window import WINDOW
 from fa2gen.options import Options
 from fa2gen.spec import Problem
@@ -23,7 +24,11 @@ MASKS: dict[str, Feature] = {"full": FULL, "causal": CAUSAL, "window": WINDOW}
 
 def features_of(problem: Problem) -> tuple[Feature, ...]:
     """The features of a problem's kernels."""
-    return (MASKS[problem.mask], *([DETERMINISTIC] if problem.deterministic else []))
+    return (
+        MASKS[problem.mask],
+        *([VARLEN[problem.direction]] if problem.varlen else []),
+        *([DETERMINISTIC] if problem.deterministic else []),
+    )
 
 
 def examples_of(problem: Problem) -> tuple[Options, ...]:

@@ -16,28 +16,38 @@ class Operand:
     """One tensor of a kernel.
 
     of        whose rows and heads it has: "query" and "key" tensors are (batch, seqlen, heads, head_dim) in the
-              kernel's dtype, the head dim contiguous; "row" tensors are (batch, num_heads, seqlen_q), fp32, dense.
+              kernel's dtype, the head dim contiguous; "row" tensors are (batch, num_heads, seqlen_q), fp32, dense;
+              "bounds" (batch + 1,) and "lengths" (batch,), int32, dense.
     out       whether kernels write it.
     optional  whether it may be missing: its address is 0 then.
     """
 
     name: str
-    of: Literal["query", "key", "row"]
+    of: Literal["query", "key", "row", "bounds", "lengths"]
     out: bool = False
     optional: bool = False
 
-    def shape(self, shape: Shape, head_dim: int) -> tuple[int, ...]:
-        """Its sizes at a call."""
+    def shape(self, shape: Shape, head_dim: int, ragged: bool = False) -> tuple[int, ...]:
+        """Its sizes at a call; those of a ragged batch's packed tensors with a batch of one before them."""
+        if self.of in ("bounds", "lengths"):
+            return (shape.batch + (self.of == "bounds"),)
+        batch = 1 if ragged else shape.batch
         if self.of == "row":
-            return (shape.batch, shape.num_heads, shape.seqlen_q)
+            return (batch, shape.num_heads, shape.seqlen_q)
         if self.of == "key":
-            return (shape.batch, shape.seqlen_k, shape.num_heads_kv, head_dim)
-        return (shape.batch, shape.seqlen_q, shape.num_heads, head_dim)
+            return (batch, shape.seqlen_k, shape.num_heads_kv, head_dim)
+        return (batch, shape.seqlen_q, shape.num_heads, head_dim)
+
+    @property
+    def is_tensor(self) -> bool:
+        """Whether it is (batch, seqlen, heads, head_dim), with strides."""
+        return self.of in ("query", "key")
 
     @property
     def ctype(self) -> str:
         """Of the pointer to it in Params."""
-        return ("float" if self.of == "row" else "void") + ("*" if self.out else " const*")
+        of = {"row": "float", "bounds": "int", "lengths": "int"}.get(self.of, "void")
+        return of + ("*" if self.out else " const*")
 
 
 OPERANDS: dict[Direction, tuple[Operand, ...]] = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fa2gen.features.attention import Operand
 from fa2gen.options import Options, Shape
 
 __all__ = ["Feature", "Param", "Scratch"]
@@ -16,6 +17,7 @@ _CODES = {
     "float*": "Q",
     "float const*": "Q",
     "int*": "Q",
+    "int const*": "Q",
     "int64_t": "q",
     "int": "i",
     "float": "f",
@@ -65,10 +67,12 @@ class Feature:
 
     name       the value, as the field or its word says it.
     rooms      room -> the block of templates/rooms/<room>/ that it puts there.
+    operands   tensors of a call that it takes beside q, k and v.
     params     numbers of Params that it adds, 4 bytes each, behind the sizes.
     values     their values at a call.
     formulas   the same in C++, over options and lengths, for whoever launches a render: see fa2gen/plan/recipe.py.
-    scratch    memory that it needs, of backward kernels.
+    scratch    memory that it needs.
+    prepare    whether an entry point of its own, <kernel>_prepare, runs before the others.
     uneven     whether tiles do different amounts of work, so that the order in which they start matters.
     left_edge  whether keys before those that a query sees may be hidden from it.
     general    of a mask: whether it shows, by its numbers, what every other mask does.
@@ -77,10 +81,12 @@ class Feature:
 
     name: str
     rooms: Mapping[str, str] = field(default_factory=dict, hash=False)
+    operands: tuple[Operand, ...] = ()
     params: tuple[Param, ...] = ()
     values: Callable[[Options, Shape], Mapping[str, int | float]] = _no_values
     formulas: Mapping[str, str] = field(default_factory=dict, hash=False)
     scratch: tuple[Scratch, ...] = ()
+    prepare: bool = False
     uneven: bool = False
     left_edge: bool = False
     general: bool = False

@@ -1,4 +1,5 @@
-"""The PyTorch door: the functions of flash_attn 2.8, and behind them the operators `fa2gen::fwd` and `fa2gen::bwd`.
+"""The PyTorch door: the functions of flash_attn 2.8, and behind them the operators `fa2gen::fwd` and `fa2gen::bwd`, and
+`fwd_varlen` and `bwd_varlen` of ragged batches.
 
 Shapes everywhere: q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim), heads a multiple of
 heads_kv; out like q, contiguous; lse (batch, heads, seqlen_q), fp32, the natural logarithm of the softmax sums. fp16 or
@@ -13,10 +14,12 @@ from fa2gen.ops.flash import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+from fa2gen.ops.flash_varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
 )
 from fa2gen.ops.operator import attention, forward_into
 

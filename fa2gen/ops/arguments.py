@@ -15,7 +15,7 @@ from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops.validate import describe
 from fa2gen.options import UNLIMITED, Options
 
-__all__ = ["NO_WINDOW", "Window", "default_scale", "flag", "options_of", "refuse_unbuilt", "window_sides"]
+__all__ = ["NO_WINDOW", "Window", "default_scale", "flag", "named", "options_of", "refuse_unbuilt", "window_sides"]
 
 Window: TypeAlias = Sequence[int | None] | Tensor | None
 NO_WINDOW = (UNLIMITED, UNLIMITED)
@@ -29,6 +29,7 @@ def options_of(
     window: tuple[int, int] = NO_WINDOW,
     attention_chunk: Any = 0,
     deterministic: Any = False,
+    varlen: bool = False,
 ) -> Options:
     """What these arguments of a call mean; a scale of None is q's head_dim ** -0.5. Raises InvalidInput."""
     return Options(
@@ -38,7 +39,15 @@ def options_of(
         window_right=window[1],
         chunk=_chunk(attention_chunk),
         deterministic=flag("deterministic", deterministic),
+        varlen=varlen,
     )
+
+
+def named(options: Options) -> dict[str, Any]:
+    """Options as an operator takes them, by name: which operator is called says whether a batch is ragged."""
+    said = options._asdict()
+    del said["varlen"]
+    return said
 
 
 def default_scale(q: Tensor) -> float:

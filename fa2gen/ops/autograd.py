@@ -1,13 +1,15 @@
 """The gradients of attention, for every way in which PyTorch asks for them.
 
-`Attention` is the one autograd function. The operator `fa2gen::fwd` applies it in its Autograd kernel (see
-`fa2gen.ops.library`), so that whoever calls the operator gets gradients: exported programs, graphs of make_fx,
-torch.compile. A plain eager call applies it around the CUDA kernels themselves, without the operator's dispatch.
+`Attention` is the autograd function, `RaggedAttention` that of ragged batches. The operators `fa2gen::fwd` and
+`fwd_varlen` apply them in their Autograd kernels (see `fa2gen.ops.library`), so that whoever calls an operator gets
+gradients: exported programs, graphs of make_fx, torch.compile. A plain eager call applies them around the CUDA kernels
+themselves, without the operator's dispatch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -16,10 +18,12 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from fa2gen.errors import UnsupportedProblem
+from fa2gen.ops.arguments import named
 from fa2gen.ops.call import backward_cuda
+from fa2gen.ops.ragged import backward_ragged
 from fa2gen.options import Options
 
-__all__ = ["Attention", "Gradients", "apply", "is_plain", "refuse_tangents", "wants_gradient"]
+__all__ = ["Attention", "Gradients", "RaggedAttention", "apply", "is_plain", "refuse_tangents", "wants_gradient"]
 
 # Bound here, as a lookup through torch's modules costs a third of what these do.
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -87,20 +91,64 @@ class Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        # With grad mode (create_graph=True) the gradients must remember what they came from, if only to refuse.
-        plain = type(dout) is Tensor and is_plain(q, k, v) and not torch.is_grad_enabled()
-        run = backward_cuda if plain and (dlse is None or type(dlse) is Tensor) else by_operator
+        run = backward_cuda if _is_plain_backward(dout, q, k, v, dlse) else by_operator
         dq, dk, dv = run(dout, q, k, v, out, lse, dlse, ctx.options)
         return None, dq, dk, dv, None
 
 
+class RaggedAttention(torch.autograd.Function):
+    """`Attention` of a ragged batch: with its four lengths, and the keys of the longest sequence if they are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[..., tuple[Tensor, Tensor]],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        options: Any,
+        max_keys: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        out, lse = run(q, k, v, *lengths, options, max_keys)
+        ctx.save_for_backward(q, k, v, out, lse, *lengths)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.max_keys = options, max_keys
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 10
+        q, k, v, out, lse, *lengths = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        run = by_operator
+        if _is_plain_backward(dout, q, k, v, dlse):
+            run = partial(backward_ragged, max_keys=ctx.max_keys)
+        dq, dk, dv = run(dout, q, k, v, out, lse, dlse, *lengths, ctx.options)
+        return None, dq, dk, dv, *(None,) * 6
+
+
+def _is_plain_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None) -> bool:
+    """`is_plain` of gradients. With grad mode (create_graph=True) they must remember what they came from, if only to
+    refuse."""
+    plain = type(dout) is Tensor and (dlse is None or type(dlse) is Tensor)
+    return plain and is_plain(q, k, v) and not torch.is_grad_enabled()
+
+
 def by_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) by `fa2gen::bwd`; the last argument are options."""
+    """(dq, dk, dv) by `fa2gen::bwd`, or `bwd_varlen` of a ragged batch; the last argument are options."""
     *tensors, options = arguments
-    named = Options(*options)._asdict()
-    if named["softmax_scale"] is None:
-        named["softmax_scale"] = tensors[1].shape[-1] ** -0.5
-    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.fa2gen.bwd.default(*tensors, **named)
+    said = Options(*options)
+    if said.softmax_scale is None:
+        said = said._replace(softmax_scale=tensors[1].shape[-1] ** -0.5)
+    operator = torch.ops.fa2gen.bwd_varlen.default if said.varlen else torch.ops.fa2gen.bwd.default
+    gradients: tuple[Tensor, Tensor, Tensor] = operator(*tensors, **named(said))
     return gradients
 
 

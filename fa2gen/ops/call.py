@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -39,14 +40,28 @@ if TYPE_CHECKING:
     from fa2gen.kernel import Kernel, PreparedLaunch, Strides
     from fa2gen.store import Store
 
-__all__ = ["AnyOptions", "backward_cuda", "choose", "forget", "forward_cuda", "forward_out"]
+__all__ = [
+    "AnyOptions",
+    "Call",
+    "Gradients",
+    "aligned",
+    "backward_cuda",
+    "choose",
+    "dense",
+    "forget",
+    "forward_cuda",
+    "forward_out",
+    "launch_with_scratch",
+    "packed",
+    "prepared",
+]
 
-AnyOptions: TypeAlias = Options | tuple[float | None, bool, int, int, int, bool]
+AnyOptions: TypeAlias = Options | tuple[Any, ...]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class Call:
     """What all calls with one signature share.
 
     out_shape, lse_shape  of a forward pass's results.
@@ -90,7 +105,7 @@ _SCRATCH_ROWS = 1 << 14
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
 
-_calls: dict[tuple[Any, ...], _Call] = {}  # in the order of their making
+_calls: dict[tuple[Any, ...], Call] = {}  # in the order of their making
 # A kind of problem on a device -> the key lengths from which another kernel may be chosen, and what was chosen below
 # the first of them, from each of them on.
 _problems: dict[tuple[Any, ...], tuple[tuple[int, ...], list[_Chosen | None]]] = {}
@@ -125,7 +140,7 @@ def forward_cuda(
         return out, lse
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if launch is None or (q_at | k_at | v_at) & 15:
-        q, k, v = (_aligned(x) for x in (q, k, v))
+        q, k, v = (aligned(x) for x in (q, k, v))
         return forward_cuda(q, k, v, options, arch, tiling, (out, lse))
     _launch_forward(call, q_at, k_at, v_at, out, lse)
     return out, lse
@@ -172,9 +187,7 @@ def backward_cuda(
         *[None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse)],
         *(options, tiling),
     )
-    call = _calls.get(key)
-    if call is None:
-        call = _remember(key, _prepare_backward(dout, q, k, v, out, lse, dlse, Options(*options), tiling))
+    call = prepared(key, _prepare_backward, dout, q, k, v, out, lse, dlse, options, tiling)
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     launch = call.launch
     if launch is None and not call.misaligned:  # no query or no key
@@ -184,35 +197,36 @@ def backward_cuda(
     at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
     at.append(0 if dlse is None else dlse.data_ptr())
     if launch is None or any(address & 15 for address in at):
-        q, k, v, dout, out = (_aligned(x) for x in (q, k, v, dout, out))
+        q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
         lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
         return backward_cuda(dout, q, k, v, out, lse, dlse, options, tiling, (dq, dk, dv))
-    if _current_device() != call.device:
-        with torch.cuda.device(call.device):
-            _launch_backward(call, q, tuple(at))
-    else:
-        _launch_backward(call, q, tuple(at))
+    launch_with_scratch(call, q, tuple(at))
     return dq, dk, dv
 
 
-def _launch_backward(call: _Call, q: Tensor, operands: tuple[int, ...]) -> None:
+def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...]) -> None:
+    """Launch on the current stream of q's device, with scratch memory of any content."""
     assert call.launch is not None
+    if _current_device() != call.device:
+        with torch.cuda.device(call.device):
+            launch_with_scratch(call, q, operands)
+        return
     # Freed for the allocator at return, when no later kernel of this stream can have started.
     scratch = q.new_empty(call.launch.scratch_bytes, dtype=torch.uint8)
     call.launch(operands, scratch.data_ptr(), torch._C._cuda_getCurrentRawStream(call.device))
 
 
-def _find(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions, arch: str | None, tiling: Tiling | None) -> _Call:
+def _find(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions, arch: str | None, tiling: Tiling | None) -> Call:
     """What forward calls with this signature share: remembered, or prepared now."""
     key = (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
         q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
         options, arch, tiling,
     )  # fmt: skip
-    return _calls.get(key) or _remember(key, _prepare(q, k, v, Options(*options), arch, tiling))
+    return _calls.get(key) or prepared(key, _prepare, q, k, v, Options(*options), arch, tiling)
 
 
-def _launch_forward(call: _Call, q: int, k: int, v: int, out: Tensor, lse: Tensor | None) -> None:
+def _launch_forward(call: Call, q: int, k: int, v: int, out: Tensor, lse: Tensor | None) -> None:
     """Launch on the current stream of the call's device; an lse that nobody wants is written to the stream's scratch.
 
     Launches on one stream follow each other, and each leaves its counter 0: so there is one scratch for each stream. A
@@ -243,8 +257,12 @@ def _first_scratch(device: int, stream: int) -> StreamScratch:
         return _scratches[device, stream]
 
 
-def _remember(key: tuple[Any, ...], call: _Call) -> _Call:
-    """Keep a call for the next one of its signature; the oldest makes room, one at a time."""
+def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any) -> Call:
+    """What calls with this signature share: remembered, or prepared now, for the next one too; the oldest makes room,
+    one at a time."""
+    if (known := _calls.get(key)) is not None:
+        return known
+    call = prepare(*arguments)
     with _lock:
         while len(_calls) >= _REMEMBERED_CALLS:
             del _calls[next(iter(_calls))]
@@ -268,22 +286,23 @@ def forget() -> None:
 # Once for each signature ------------------------------------------------------------------------------------------
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, options: Options, arch: str | None, tiling: Tiling | None) -> _Call:
+def _prepare(q: Tensor, k: Tensor, v: Tensor, options: Options, arch: str | None, tiling: Tiling | None) -> Call:
     """Validate a signature; choose, load and pack its kernel."""
     validate(q, k, v)
     validate_options(options)
     tensors = {"q": q, "k": k, "v": v}
     batch, seqlen_q, num_heads, head_dim = q.shape
-    out_strides = _dense(seqlen_q, num_heads, head_dim)
-    launch = _packed("fwd", tensors, {"o": out_strides}, options, arch, tiling)
-    return _Call(
+    out_strides = dense(seqlen_q, num_heads, head_dim)
+    shape = Shape(batch, seqlen_q, k.shape[1], num_heads, k.shape[2])
+    launch = packed("fwd", tensors, {"o": out_strides}, options, shape, shape.seqlen_k, arch, tiling)
+    return Call(
         device=q.get_device(),
         out_shape=(batch, seqlen_q, num_heads, head_dim),
         lse_shape=(batch, num_heads, seqlen_q),
         num_rows=batch * num_heads * seqlen_q,
         out_is_like_q=q.stride() == (*out_strides, 1),
         launch=launch,
-        misaligned=launch is None and bool(q.numel() and k.numel()),
+        misaligned=launch is None and 0 not in shape,
     )
 
 
@@ -295,40 +314,45 @@ def _prepare_backward(
     out: Tensor,
     lse: Tensor,
     dlse: Tensor | None,
-    options: Options,
+    options: AnyOptions,
     tiling: Tiling | None,
-) -> _Call:
+) -> Call:
     """`_prepare` of gradients."""
+    options = Options(*options)
     validate_backward(dout, q, k, v, out, lse, dlse)
     validate_options(options)
-    of_query = _dense(*q.shape[1:])
-    of_key = _dense(*k.shape[1:])
+    batch, seqlen_q, num_heads, _ = q.shape
+    shape = Shape(batch, seqlen_q, k.shape[1], num_heads, k.shape[2])
+    of_query = dense(*q.shape[1:])
+    of_key = dense(*k.shape[1:])
     tensors = {"q": q, "k": k, "v": v, "o": out, "dout": dout}
-    launch = _packed("bwd", tensors, {"dq": of_query, "dk": of_key, "dv": of_key}, options, None, tiling)
-    return _Call(q.get_device(), (), (), 0, False, launch, launch is None and bool(q.numel() and k.numel()))
+    results = {"dq": of_query, "dk": of_key, "dv": of_key}
+    launch = packed("bwd", tensors, results, options, shape, shape.seqlen_k, None, tiling)
+    return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
 
 
-def _packed(
+def packed(
     direction: Direction,
     tensors: dict[str, Tensor],
     results: dict[str, Strides],
     options: Options,
-    arch: str | None,
-    tiling: Tiling | None,
+    shape: Shape,
+    keys: int,
+    arch: str | None = None,
+    tiling: Tiling | None = None,
 ) -> PreparedLaunch | None:
     """The launch for q, k, v and other inputs; None where there is no query or key, or an input must be copied first.
 
-    The kernel is chosen in each case: what is wrong is wrong at any length.
+    tensors  each (batch, seqlen, heads, head_dim); those of a ragged batch with a batch of one.
+    keys     how many a sequence has, for the choice of the kernel. It is chosen in each case: what is wrong is wrong
+             at any length.
     """
-    q, k = tensors["q"], tensors["k"]
-    batch, seqlen_q, num_heads, head_dim = q.shape
-    seqlen_k, num_heads_kv = k.shape[1:3]
-    options = options.reduced(seqlen_q, seqlen_k)
-    chosen = _chosen(direction, head_dim, q.dtype, options, q.get_device(), arch, tiling, seqlen_k)
-    if not (q.numel() and k.numel() and all(_has_aligned_strides(x) for x in tensors.values())):
+    q = tensors["q"]
+    options = options.reduced(shape.seqlen_q, shape.seqlen_k)
+    chosen = _chosen(direction, q.shape[3], q.dtype, options, q.get_device(), arch, tiling, keys)
+    if 0 in shape or not all(_has_aligned_strides(x) for x in tensors.values()):
         return None
     strides = {name: x.stride()[:3] for name, x in tensors.items()}
-    shape = Shape(batch, seqlen_q, seqlen_k, num_heads, num_heads_kv)
     return chosen.kernel().prepare(shape, strides | results, options)
 
 
@@ -343,7 +367,7 @@ def _chosen(
     seqlen_k: int,
 ) -> _Chosen:
     """The kernel of reduced options. Plans are made for a range of lengths, not for each."""
-    key = (direction, head_dim, dtype, options.mask, options.deterministic, device, arch, tiling)
+    key = (direction, head_dim, dtype, options.mask, options.varlen, options.deterministic, device, arch, tiling)
     if (known := _problems.get(key)) is None:
         family = kernel_arch(device_at(device), _family(arch, tiling))[0]
         bounds = () if tiling else seqlen_bounds(options.problem(direction, head_dim, DTYPES[dtype]), family)
@@ -398,7 +422,8 @@ def _store() -> Store:
     return Store()
 
 
-def _dense(seqlen: int, heads: int, head_dim: int) -> Strides:
+def dense(seqlen: int, heads: int, head_dim: int) -> Strides:
+    """Of a contiguous tensor."""
     return seqlen * heads * head_dim, heads * head_dim, head_dim
 
 
@@ -408,8 +433,8 @@ def _has_aligned_strides(x: Tensor) -> bool:
     return last == 1 and all(size == 1 or step % 8 == 0 for size, step in zip(x.shape, steps, strict=False))
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """A (batch, seqlen, heads, head_dim) tensor as 16-byte loads and TMA can read it: itself, or else a copy."""
+def aligned(x: Tensor) -> Tensor:
+    """A tensor with the head dim last as 16-byte loads and TMA can read it: itself, or else a copy."""
     if x.data_ptr() % 16 == 0 and _has_aligned_strides(x):
         return x
     return x.clone(memory_format=torch.contiguous_format)

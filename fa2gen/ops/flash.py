@@ -18,13 +18,13 @@ from fa2gen.ops.operator import attention
 from fa2gen.ops.validate import refuse_non_tensors, refuse_tensor_kinds
 
 __all__ = [
+    "Result",
+    "WithLse",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
-    "flash_attn_varlen_func",
-    "flash_attn_varlen_kvpacked_func",
-    "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "unpacked",
 ]
 
 WithLse: TypeAlias = tuple[Tensor, Tensor, None]
@@ -76,7 +76,8 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
 ) -> Result:
     """softmax(q k^T * softmax_scale) v, exactly, and its gradients.
 
-    q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim); fp16 or bf16.
+    q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim); fp16 or bf16. Nested tensors of
+    layout jagged, with a jagged seqlen, run as `flash_attn_varlen_func`; out is one like q then.
 
     softmax_scale      default head_dim ** -0.5.
     causal             query i sees no key after d = i + seqlen_k - seqlen_q.
@@ -107,7 +108,7 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
         and attention_chunk.__class__ is int
         and is_plain(q, k, v)
     ):
-        options = (softmax_scale, causal, left, right, attention_chunk, deterministic)
+        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False)
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = Attention.apply(forward_cuda, q, k, v, options)
         elif return_attn_probs:
@@ -165,7 +166,7 @@ def flash_attn_qkvpacked_func(  # type: ignore[misc]  # the later overloads leav
     attention_chunk: int = 0,
 ) -> Result:
     """`flash_attn_func` of the three slices of qkv (batch, seqlen, 3, heads, head_dim), which are not copied."""
-    q, k, v = _unpacked("qkv", qkv, 3)
+    q, k, v = unpacked("qkv", qkv, 3)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return flash_attn_func(q, k, v, *options, attention_chunk=attention_chunk)  # type: ignore[call-overload]
 
@@ -212,24 +213,9 @@ def flash_attn_kvpacked_func(  # type: ignore[misc]  # the later overloads leave
     attention_chunk: int = 0,
 ) -> Result:
     """`flash_attn_func` of q and the slices of kv (batch, seqlen_k, 2, heads_kv, head_dim), which are not copied."""
-    k, v = _unpacked("kv", kv, 2)
+    k, v = unpacked("kv", kv, 2)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return flash_attn_func(q, k, v, *options, attention_chunk=attention_chunk)  # type: ignore[call-overload]
-
-
-def flash_attn_varlen_func(*args: Any, **kwargs: Any) -> NoReturn:
-    """Not built yet: raises UnsupportedProblem."""
-    _refuse_function("flash_attn_varlen_func", "flash_attn_func, once for each sequence")
-
-
-def flash_attn_varlen_qkvpacked_func(*args: Any, **kwargs: Any) -> NoReturn:
-    """Not built yet: raises UnsupportedProblem."""
-    _refuse_function("flash_attn_varlen_qkvpacked_func", "flash_attn_qkvpacked_func, once for each sequence")
-
-
-def flash_attn_varlen_kvpacked_func(*args: Any, **kwargs: Any) -> NoReturn:
-    """Not built yet: raises UnsupportedProblem."""
-    _refuse_function("flash_attn_varlen_kvpacked_func", "flash_attn_kvpacked_func, once for each sequence")
 
 
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> NoReturn:
@@ -243,12 +229,14 @@ def _refuse_function(name: str, nearest: str) -> NoReturn:
     raise UnsupportedProblem(f"{name} is not built yet; nearest: {nearest}")
 
 
-def _unpacked(name: str, packed: Tensor, count: int) -> tuple[Tensor, ...]:
+def unpacked(name: str, packed: Tensor, count: int, before: str = "batch, seqlen") -> tuple[Tensor, ...]:
+    """The slices of a tensor (..., count, heads, head_dim), whose dimensions `before` are the first."""
     refuse_non_tensors(**{name: packed})
     refuse_tensor_kinds([name], [packed])
-    if packed.dim() != 5 or packed.shape[2] != count:
+    rank = len(before.split()) + 3
+    if packed.dim() != rank or packed.shape[-3] != count:
         raise InvalidInput(
-            f"{name} has shape {tuple(packed.shape)}; it must be (batch, seqlen, {count}, heads, head_dim): "
-            f"torch.stack([...], dim=2) of {count} tensors"
+            f"{name} has shape {tuple(packed.shape)}; it must be ({before}, {count}, heads, head_dim): "
+            f"torch.stack([...], dim={rank - 3}) of {count} tensors"
         )
-    return tuple(packed.unbind(2))
+    return tuple(packed.unbind(-3))

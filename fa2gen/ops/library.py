@@ -1,9 +1,12 @@
-"""The `torch.library` operators `fa2gen::fwd` and `fa2gen::bwd`.
+"""The `torch.library` operators `fa2gen::fwd` and `fa2gen::bwd`, and those of ragged batches.
 
 fwd(Tensor q, k, v, float softmax_scale, bool causal, ...) -> (Tensor out, Tensor lse)
 bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool causal, ...) -> (Tensor dq, dk, dv)
 
-where ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
+`fwd_varlen` and `bwd_varlen` take `Tensor? cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k` behind these tensors; what
+each is says `fa2gen.ops.validate.validate_ragged`.
+
+... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
 field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
 CUDA tensors run generated kernels, CPU tensors the reference, fake tensors its shapes.
 All that belongs to an operator is here, whoever calls it: autograd, a vmap rule, flop counts, and sharding rules for
@@ -16,19 +19,36 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fa2gen._when_imported import when_imported
-from fa2gen.ops.autograd import Attention, Gradients, apply, refuse_tangents, wants_gradient
+from fa2gen.errors import UnsupportedProblem
+from fa2gen.ops.autograd import Attention, Gradients, RaggedAttention, apply, refuse_tangents, wants_gradient
 from fa2gen.ops.call import backward_cuda, forward_cuda
-from fa2gen.ops.validate import refuse_tensor_kinds, validate, validate_backward, validate_options
+from fa2gen.ops.ragged import backward_ragged, forward_ragged
+from fa2gen.ops.validate import (
+    LENGTHS,
+    refuse_tensor_kinds,
+    validate,
+    validate_backward,
+    validate_options,
+    validate_ragged,
+    validate_ragged_backward,
+)
 from fa2gen.options import Options
-from fa2gen.reference import attention_backward_tiled, attention_tiled
+from fa2gen.reference import (
+    attention_backward_ragged,
+    attention_backward_tiled,
+    attention_ragged,
+    attention_tiled,
+    ragged_rows,
+)
 
 __all__ = ["OPTION_SCHEMA"]
 
@@ -39,17 +59,22 @@ _POSITIONAL = ("softmax_scale", "causal")  # these came first, without a default
 def _option_schema() -> str:
     types = typing.get_type_hints(Options)
     first = [f"{_TYPES[types[name]]} {name}" for name in _POSITIONAL]
-    others = [name for name in Options._fields if name not in _POSITIONAL]
+    others = [name for name in Options._fields if name not in (*_POSITIONAL, "varlen")]  # that is another operator's
     return ", ".join([*first, *(f"{_TYPES[types[n]]} {n}={Options._field_defaults[n]}" for n in others)])
 
 
 OPTION_SCHEMA = _option_schema()
+_FORWARD = "Tensor q, Tensor k, Tensor v"
+_BACKWARD = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
+_RAGGED = ", ".join(f"Tensor? {name}" for name in LENGTHS)
 _SCHEMAS = {
-    "fwd": f"(Tensor q, Tensor k, Tensor v, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
-    "bwd": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "
-    f"{OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "fwd": f"({_FORWARD}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
+    "bwd": f"({_BACKWARD}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "fwd_varlen": f"({_FORWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
+    "bwd_varlen": f"({_BACKWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
 }
-_NUM_TENSORS = {"fwd": 3, "bwd": 7}
+_NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
+_RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -83,6 +108,37 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _forward_ragged_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, *lengths, options = arguments
+    validate_ragged(q, k, v, tuple(lengths))
+    validate_options(options)
+    with torch.autocast("cpu", enabled=False):
+        return attention_ragged(q, k, v, *lengths, **options._asdict())
+
+
+def _forward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, *lengths, options = arguments
+    validate_ragged(q, k, v, tuple(lengths))
+    validate_options(options)
+    rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
+    return q.new_empty(q.shape), q.new_empty((q.shape[-2], rows), dtype=torch.float32)
+
+
+def _backward_ragged_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out, lse, dlse, *lengths, options = arguments
+    validate_ragged_backward(dout, q, k, v, out, lse, dlse, tuple(lengths))
+    validate_options(options)
+    with torch.autocast("cpu", enabled=False):
+        return attention_backward_ragged(*arguments[:-1], **options._asdict())
+
+
+def _backward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out, lse, dlse, *lengths, options = arguments
+    validate_ragged_backward(dout, q, k, v, out, lse, dlse, tuple(lengths))
+    validate_options(options)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def _forward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
     """Of shapes, as torch counts its scaled_dot_product_attention: two products over all pairs, whatever the mask."""
     batch, seqlen_q, num_heads, head_dim = q
@@ -92,6 +148,25 @@ def _forward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
 def _backward_flops(dout: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
     """Five products: scores anew, dP, dQ, dK and dV."""
     return _forward_flops(q, k) // 2 * 5
+
+
+def _ragged_flops(name: str) -> Callable[..., int]:
+    """Of tensors: over the pairs of each sequence, whose lengths are read for it, as torch reads those of its own
+    attention; fake tensors count as sequences of equal lengths."""
+
+    def flops(*arguments: Any, **_: Any) -> int:
+        tensors = arguments[: _NUM_TENSORS[name]]
+        q, k, v = tensors[:3] if name == "fwd_varlen" else tensors[1:4]
+        lengths = tensors[-len(LENGTHS) :]
+        if isinstance(q, FakeTensor) or q.is_meta:
+            rows_q, rows_k = (x.shape[:-2].numel() for x in (q, k))
+            pairs = rows_q * rows_k // max(validate_ragged(q, k, v, lengths), 1)
+        else:
+            pairs = sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in ragged_rows(q, k, *lengths))
+        products = 2 if name == "fwd_varlen" else 5
+        return int(2 * products * q.shape[-2] * q.shape[-1] * pairs)
+
+    return flops
 
 
 def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -112,7 +187,7 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
                 return operator.redispatch(below, *given[: len(names)], *others, **named)
 
         if torch.is_grad_enabled() and wants_gradient(*tensors):
-            return apply(function, run, *tensors, Options(*others, **named))
+            return apply(function, run, *tensors, Options(*others, **{**named, "varlen": name in _RAGGED_NAMES}))
         return run(*tensors)
 
     return kernel
@@ -140,10 +215,21 @@ def _folded(x: Tensor, in_dim: int | None, size: int) -> Tensor:
     return mapped.flatten(0, 1) if mapped.dim() > 1 else mapped  # of no rank that is taken: refused by it
 
 
+def _refuse_vmap(*_: Any) -> NoReturn:
+    raise UnsupportedProblem(
+        "torch.func.vmap of a ragged batch is not built; it is a longer one: put the tensors one behind the other, and "
+        "join their cu_seqlens, each with the totals before it added"
+    )
+
+
 def _with_options(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """An implementation whose last argument is an Options, as the dispatcher calls it."""
-    count = _NUM_TENSORS[name]
-    return lambda *arguments, **named: implementation(*arguments[:count], Options(*arguments[count:], **named))
+    count, ragged = _NUM_TENSORS[name], name in _RAGGED_NAMES
+
+    def implemented(*arguments: Any, **others: Any) -> Any:
+        return implementation(*arguments[:count], Options(*arguments[count:], **{**others, "varlen": ragged}))
+
+    return implemented
 
 
 def _kernels(name: str) -> dict[str, Callable[..., Any]]:
@@ -151,12 +237,16 @@ def _kernels(name: str) -> dict[str, Callable[..., Any]]:
     kernels: dict[str, dict[str, Callable[..., Any]]] = {
         "fwd": {"CPU": _forward_cpu, "CUDA": forward_cuda, "fake": _forward_fake},
         "bwd": {"CPU": _backward_cpu, "CUDA": backward_cuda, "fake": _backward_fake},
+        "fwd_varlen": {"CPU": _forward_ragged_cpu, "CUDA": forward_ragged, "fake": _forward_ragged_fake},
+        "bwd_varlen": {"CPU": _backward_ragged_cpu, "CUDA": backward_ragged, "fake": _backward_ragged_fake},
     }
+    functions: dict[str, type[torch.autograd.Function]] = {"fwd": Attention, "fwd_varlen": RaggedAttention}
+    ragged = name in _RAGGED_NAMES
     return {
         **{key: _with_options(name, implementation) for key, implementation in kernels[name].items()},
-        "Autograd": _autograd(name, Attention if name == "fwd" else Gradients),
-        "vmap": _vmap(name),
-        "flops": _forward_flops if name == "fwd" else _backward_flops,
+        "Autograd": _autograd(name, functions.get(name, Gradients)),
+        "vmap": _refuse_vmap if ragged else _vmap(name),
+        "flops": _ragged_flops(name) if ragged else _forward_flops if name == "fwd" else _backward_flops,
     }
 
 
@@ -181,7 +271,8 @@ class _Held:
             self.library.impl(name, self._latest(name, key), key, with_keyset=key == "Autograd")
         torch.library.register_fake(f"fa2gen::{name}", self._latest(name, "fake"), lib=self.library)
         torch.library.register_vmap(f"fa2gen::{name}", self._latest(name, "vmap"), lib=self.library)
-        register_flop_formula(getattr(torch.ops.fa2gen, name))(self._latest(name, "flops"))
+        raw = name in _RAGGED_NAMES  # tensors rather than shapes
+        register_flop_formula(getattr(torch.ops.fa2gen, name), get_raw=raw)(self._latest(name, "flops"))
 
     def _latest(self, name: str, key: str) -> Callable[..., Any]:
         return lambda *arguments, **named: self.kernels[name, key](*arguments, **named)

@@ -1,4 +1,4 @@
-"""`attention`: one call of the operators, or past them."""
+"""One call of the operators, or past them: `attention`, and `run_ragged` of ragged batches."""
 
 from __future__ import annotations
 
@@ -9,16 +9,27 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
-from fa2gen.ops.arguments import NO_WINDOW, Window, options_of, window_sides
-from fa2gen.ops.autograd import Attention, is_plain, wants_gradient
-from fa2gen.ops.call import forward_cuda
-from fa2gen.ops.validate import DTYPES, describe, refuse_non_tensors, refuse_tensor_kinds, validate
+from fa2gen.ops.arguments import NO_WINDOW, Window, default_scale, named, options_of, window_sides
+from fa2gen.ops.autograd import Attention, RaggedAttention, is_plain, wants_gradient
+from fa2gen.ops.call import AnyOptions, forward_cuda
+from fa2gen.ops.nested import jagged_like, packed_jagged
+from fa2gen.ops.ragged import forward_ragged
+from fa2gen.ops.validate import (
+    DTYPES,
+    Lengths,
+    describe,
+    refuse_non_tensors,
+    refuse_tensor_kinds,
+    validate,
+    validate_ragged,
+)
 from fa2gen.options import Options
 from fa2gen.spec import Tiling
 
-__all__ = ["attention", "forward_into", "run"]
+__all__ = ["attention", "forward_into", "run", "run_ragged"]
 
 _OPERATOR = torch.ops.fa2gen.fwd.default
+_RAGGED_OPERATOR = torch.ops.fa2gen.fwd_varlen.default
 
 
 def attention(
@@ -43,6 +54,8 @@ def attention(
     deterministic    gradients that are the same bits in every run, at some cost in speed; so they are also under
                      torch.use_deterministic_algorithms(True). The forward pass always is.
 
+    q, k and v may be nested tensors of layout jagged, (batch, jagged, heads, head_dim): out is one like q then, and lse
+    is packed, (heads, total_q).
     Under torch.autocast q, k and v are cast to its dtype, as torch's scaled_dot_product_attention casts them; gradients
     come back in the dtypes of the inputs.
     With `arch` or `tiling` the kernel is called directly, not through the operator: torch.compile cannot see into that.
@@ -50,10 +63,15 @@ def attention(
     """
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
-    refuse_tensor_kinds("qkv", (q, k, v))
-    options = options_of(q, softmax_scale, causal, window_sides(window_size), attention_chunk, deterministic)
+    said = (softmax_scale, causal, window_sides(window_size), attention_chunk, deterministic)
     if arch is None and tiling is None:
-        return run(q, k, v, options)
+        if q.is_nested or k.is_nested or v.is_nested:
+            packed, lengths = packed_jagged(q, k, v)
+            out, lse = run_ragged(*packed, lengths, options_of(packed[0], *said, varlen=True))
+            return jagged_like(q, out), lse
+        return run(q, k, v, options_of(q, *said))
+    refuse_tensor_kinds("qkv", (q, k, v))
+    options = options_of(q, *said)
     if torch.is_grad_enabled() and wants_gradient(q, k, v):
         raise UnsupportedProblem(
             "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach it"
@@ -72,10 +90,31 @@ def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tens
         return forward_cuda(q, k, v, options)
     q, k, v = _autocast(q, k, v)
     try:
-        out, lse = _OPERATOR(q, k, v, **options._asdict())
+        out, lse = _OPERATOR(q, k, v, **named(options))
         return out, lse
     except NotImplementedError:  # ours, or torch's two pages about a backend that has no kernel
         validate(q, k, v)
+        raise
+
+
+def run_ragged(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, max_keys: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`run` of a ragged batch; max_keys as in `forward_ragged`."""
+    if is_plain(q, k, v) and all(x is None or type(x) is Tensor for x in lengths):
+        if torch.is_grad_enabled() and wants_gradient(q, k, v):
+            out, lse = RaggedAttention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
+            return out, lse
+        return forward_ragged(q, k, v, *lengths, options, max_keys)
+    said = Options(*options)
+    if said.softmax_scale is None:
+        said = said._replace(softmax_scale=default_scale(q))
+    q, k, v = _autocast(q, k, v)
+    try:
+        out, lse = _RAGGED_OPERATOR(q, k, v, *lengths, **named(said))
+        return out, lse
+    except NotImplementedError:
+        validate_ragged(q, k, v, lengths)
         raise
 
 

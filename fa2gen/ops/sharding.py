@@ -6,46 +6,60 @@ lie on several devices; everything else must be whole on each.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
+from fa2gen.ops.validate import LENGTHS
+
 __all__ = ["register"]
 
-# Dimensions of (batch, seqlen, heads, head_dim) tensors, and of (batch, heads, seqlen) rows.
-_BATCH, _HEADS, _ROW_HEADS = 0, 2, 1
+_BATCH = 0  # dimension of all tensors of a batch that is not ragged
+_NUM_LENGTHS = len(LENGTHS)
 
 
 def register() -> None:
-    """Tell DTensor the rules of both operators."""
-    register_sharding(torch.ops.fa2gen.fwd.default)(_forward)
-    register_sharding(torch.ops.fa2gen.bwd.default)(_backward)
+    """Tell DTensor the rules of all operators."""
+    register_sharding(torch.ops.fa2gen.fwd.default)(partial(_forward, False))
+    register_sharding(torch.ops.fa2gen.bwd.default)(partial(_backward, False))
+    register_sharding(torch.ops.fa2gen.fwd_varlen.default)(partial(_forward, True))
+    register_sharding(torch.ops.fa2gen.bwd_varlen.default)(partial(_backward, True))
 
 
-def _forward(q: Any, k: Any, v: Any, *options: Any) -> list[tuple[list[Any], list[Any]]]:
-    """Placements of (out, lse), and of (q, k, v, and None for each option), that go together."""
-    none = [None] * len(options)
-    return [([of_q, rows], [of_q, of_k, of_k, *none]) for of_q, of_k, rows in _placements(q, k)]
+def _forward(ragged: bool, q: Any, k: Any, v: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
+    """Placements of (out, lse), and of (q, k, v, lengths if ragged, and None for each option), that go together."""
+    rest = _of_others(ragged, others)
+    return [([of_q, rows], [of_q, of_k, of_k, *rest]) for of_q, of_k, rows in _placements(ragged, q, k)]
 
 
 def _backward(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *options: Any
+    ragged: bool, dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *others: Any
 ) -> list[tuple[list[Any], list[Any]]]:
-    """The same of (dq, dk, dv), and of (dout, q, k, v, out, lse, dlse, options)."""
-    none = [None] * len(options)
+    """The same of (dq, dk, dv), and of (dout, q, k, v, out, lse, dlse, lengths if ragged, options)."""
+    rest = _of_others(ragged, others)
     return [
-        ([of_q, of_k, of_k], [of_q, of_q, of_k, of_k, of_q, rows, None if dlse is None else rows, *none])
-        for of_q, of_k, rows in _placements(q, k)
+        ([of_q, of_k, of_k], [of_q, of_q, of_k, of_k, of_q, rows, None if dlse is None else rows, *rest])
+        for of_q, of_k, rows in _placements(ragged, q, k)
     ]
 
 
-def _placements(q: Any, k: Any) -> list[tuple[Any, Any, Any]]:
+def _of_others(ragged: bool, others: tuple[Any, ...]) -> list[Any]:
+    """Lengths are the same everywhere; options are no tensors."""
+    lengths = others[:_NUM_LENGTHS] if ragged else ()
+    return [*(None if x is None else Replicate() for x in lengths), *[None] * (len(others) - len(lengths))]
+
+
+def _placements(ragged: bool, q: Any, k: Any) -> list[tuple[Any, Any, Any]]:
     """Of tensors like q, of k and v, and of rows."""
-    found = [(Replicate(), Replicate(), Replicate()), (Shard(_BATCH), Shard(_BATCH), Shard(_BATCH))]
-    if _heads_stay_together(q.shape[_HEADS], k.shape[_HEADS], q.mesh):
-        found.append((Shard(_HEADS), Shard(_HEADS), Shard(_ROW_HEADS)))
+    found: list[tuple[Any, Any, Any]] = [(Replicate(), Replicate(), Replicate())]
+    if not ragged:
+        found.append((Shard(_BATCH), Shard(_BATCH), Shard(_BATCH)))
+    of_q, of_k = len(q.shape) - 2, len(k.shape) - 2  # (..., heads, head_dim), and rows (batch, heads, seqlen)
+    if _heads_stay_together(q.shape[of_q], k.shape[of_k], q.mesh):
+        found.append((Shard(of_q), Shard(of_k), Shard(0 if ragged else 1)))
     return found
 
 

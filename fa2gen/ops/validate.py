@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,15 +15,22 @@ from fa2gen.spec import HEAD_DIM_STEP, MAX_HEAD_DIM, DType
 
 __all__ = [
     "DTYPES",
+    "LENGTHS",
+    "Lengths",
     "describe",
     "refuse_non_tensors",
     "refuse_tensor_kinds",
     "validate",
     "validate_backward",
     "validate_options",
+    "validate_ragged",
+    "validate_ragged_backward",
 ]
 
 DTYPES: dict[Any, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+Lengths: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of the sequences of a ragged batch, as LENGTHS names them."""
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 # Kernels hold the scale, and log2(e) times it, in fp32; products of q and k up to 1e8 times the greatest stay finite.
 _MIN_SCALE: float = torch.finfo(torch.float32).tiny
@@ -36,27 +43,64 @@ def validate(q: Tensor, k: Tensor, v: Tensor) -> None:
 
     For any device, and for fake tensors with symbolic sizes.
     """
-    _validate_kind(q, k, v)
-    batch, _, num_heads, head_dim = q.shape
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != batch:
-            raise InvalidInput(f"q has batch {batch}, {name} has batch {x.shape[0]}: expand or slice one of them")
-        if x.shape[3] != head_dim:
-            raise UnsupportedProblem(
-                f"q has head_dim {head_dim}, {name} has {x.shape[3]}; they must be equal: pad the shorter one "
-                "with zeros (torch.nn.functional.pad) and give softmax_scale"
-            )
-    for i, what in ((1, "seqlen"), (2, "heads")):
-        if k.shape[i] != v.shape[i]:
-            raise InvalidInput(f"k has {what} {k.shape[i]}, v has {what} {v.shape[i]}; they must be equal: slice one")
-    _validate_head_dim(head_dim)
-    _validate_heads(num_heads, k.shape[2])
+    refuse_tensor_kinds("qkv", (q, k, v))
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(3) != 1 and x.numel() > 0:
+        if x.dim() != 4:
             raise InvalidInput(
-                f"{name}.stride(-1) is {x.stride(3)} (strides {tuple(x.stride())}); the last dimension must be "
-                f"contiguous, stride 1: pass {name}.contiguous()"
+                f"{name} has {x.dim()} dimensions, {tuple(x.shape)}; it must have 4, (batch, seqlen, heads, head_dim)"
+                + (f": for a batch of one, {name}.unsqueeze(0)" if x.dim() == 3 else "")
             )
+    _validate_kind(q, k, v)
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != q.shape[0]:
+            raise InvalidInput(f"q has batch {q.shape[0]}, {name} has batch {x.shape[0]}: expand or slice one of them")
+    _validate_sizes(q, k, v)
+
+
+def validate_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> int:
+    """The number of sequences of a ragged batch. Raises InvalidInput or UnsupportedProblem as `validate` does.
+
+    q (total_q, heads, head_dim) with cu_seqlens_q (batch + 1,), else (batch, seqlen_q, heads, head_dim); k and v
+    likewise; seqused (batch,). Lengths are contiguous int32 tensors on q's device; their values are not looked at.
+    """
+    of_query, of_key, *_ = lengths
+    refuse_tensor_kinds(("q", "k", "v", *LENGTHS), (q, k, v, *lengths))
+    if all(x is None for x in lengths):
+        raise InvalidInput(
+            "a ragged batch needs lengths, and cu_seqlens and seqused are all None: give cu_seqlens_q and "
+            "cu_seqlens_k, or call flash_attn_func for sequences of equal lengths"
+        )
+    for name, x, bounds, side in (("q", q, of_query, "q"), ("k", k, of_key, "k"), ("v", v, of_key, "k")):
+        if x.dim() != (4 if bounds is None else 3):
+            given, rank, what = "without", 4, f"(batch, seqlen_{side}, heads, head_dim)"
+            hint = f"give cu_seqlens_{side}, (batch + 1,) int32, for sequences that are packed"
+            if bounds is not None:
+                given, rank, what = "with", 3, f"(total_{side}, heads, head_dim)"
+                hint = f"{name}.flatten(0, 1) packs sequences of equal lengths"
+            raise InvalidInput(
+                f"{name} has {x.dim()} dimensions, {tuple(x.shape)}; {given} cu_seqlens_{side} it must have {rank}, "
+                f"{what}: {hint}"
+            )
+    _validate_kind(q, k, v)
+    counts = []  # (name, of how many sequences it is)
+    for name, x in zip(LENGTHS, lengths, strict=True):
+        if x is not None:
+            _validate_lengths(name, x, q)
+            counts.append((name, x.shape[0] - 1 if name in LENGTHS[:2] else x.shape[0]))
+    for name, x, bounds in (("q", q, of_query), ("k", k, of_key), ("v", v, of_key)):
+        if bounds is None:
+            counts.append((name, x.shape[0]))
+            _validate_even(name, x)
+    first = counts[0][0]
+    batch: int = counts[0][1]
+    for name, count in counts:
+        if count != batch:
+            raise InvalidInput(
+                f"{first} is of {batch} sequences, {name} of {count}; they must be of as many: cu_seqlens has one "
+                "number more than there are sequences, seqused one for each"
+            )
+    _validate_sizes(q, k, v)
+    return batch
 
 
 def validate_options(options: Options) -> None:
@@ -64,7 +108,7 @@ def validate_options(options: Options) -> None:
 
     Symbolic ones, under torch.compile, are checked when they have a value.
     """
-    scale, _, left, right, chunk, _ = options
+    scale, left, right, chunk = options.softmax_scale, options.window_left, options.window_right, options.chunk
     if isinstance(scale, float | int) and not _MIN_SCALE <= scale <= _MAX_SCALE:  # NaN fails every comparison
         _refuse_scale(scale)
     for name, number, least in (("window_left", left, -1), ("window_right", right, -1), ("chunk", chunk, 0)):
@@ -78,7 +122,22 @@ def validate_backward(
     """Raise InvalidInput or UnsupportedProblem unless gradients can be computed from these. Also for fake tensors."""
     validate(q, k, v)
     batch, seqlen_q, num_heads, _ = q.shape
-    rows = (batch, num_heads, seqlen_q)
+    _validate_results(dout, q, out, lse, dlse, (batch, num_heads, seqlen_q))
+
+
+def validate_ragged_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, lengths: Lengths
+) -> int:
+    """`validate_ragged` of gradients: dout and out are shaped as q, lse and dlse (heads, total_q)."""
+    batch = validate_ragged(q, k, v, lengths)
+    rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
+    _validate_results(dout, q, out, lse, dlse, (q.shape[-2], rows))
+    return batch
+
+
+def _validate_results(
+    dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, rows: tuple[int, ...]
+) -> None:
     for name, x, shape, dtype in (
         ("dout", dout, q.shape, q.dtype),
         ("out", out, q.shape, q.dtype),
@@ -104,9 +163,10 @@ def refuse_tensor_kinds(names: Iterable[str], tensors: Iterable[Tensor | None]) 
             continue
         if x.is_nested:
             raise UnsupportedProblem(
-                f"{name} is a nested tensor, whose sequences have lengths of their own; kernels for them are not built "
-                "yet. Nearest: one call for each sequence, with a batch of one: flash_attn_func(q.unsqueeze(0), ...) "
-                "for q, k, v in zip(q.unbind(), k.unbind(), v.unbind())"
+                f"{name} is a nested tensor. flash_attn_func and attention take q, k and v that are nested, all three, "
+                "of layout jagged, (batch, jagged, heads, head_dim); flash_attn_varlen_func takes their values, "
+                f"{name}.values(), with {name}.offsets().int() as cu_seqlens. Of layout strided, first "
+                f"torch.nested.as_nested_tensor({name}.unbind(), layout=torch.jagged)"
             )
         if x.layout != torch.strided:
             raise UnsupportedProblem(f"{name} has layout {x.layout}; kernels take dense tensors: {name}.to_dense()")
@@ -122,17 +182,11 @@ def describe(x: object) -> str:
 
 
 def _validate_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Rank, layout, device and dtype."""
-    refuse_tensor_kinds("qkv", (q, k, v))
+    """Device and dtype."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.device.type not in ("cuda", "cpu", "meta"):
             raise UnsupportedProblem(
                 f"{name} is on {x.device}; fa2gen runs on cuda (NVIDIA), and a reference on the CPU"
-            )
-        if x.dim() != 4:
-            raise InvalidInput(
-                f"{name} has {x.dim()} dimensions, {tuple(x.shape)}; it must have 4, (batch, seqlen, heads, head_dim)"
-                + (f": for a batch of one, {name}.unsqueeze(0)" if x.dim() == 3 else "")
             )
     for name, x in (("k", k), ("v", v)):
         if x.device != q.device:
@@ -143,6 +197,51 @@ def _validate_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise UnsupportedProblem(
             f"q, k and v are {q.dtype}; kernels take torch.float16 and torch.bfloat16: cast with .to(torch.bfloat16)"
         )
+
+
+def _validate_lengths(name: str, x: Tensor, q: Tensor) -> None:
+    if x.dtype != torch.int32:
+        raise InvalidInput(f"{name} is {x.dtype}; kernels take torch.int32: {name}.to(torch.int32), of whole numbers")
+    if x.device != q.device:
+        raise InvalidInput(f"q is on {q.device}, {name} on {x.device}; use one device: {name}.to(q.device)")
+    bounds = name in LENGTHS[:2]
+    if x.dim() != 1 or (bounds and x.shape[0] == 0):
+        what = "(batch + 1,): 0, and where each sequence ends" if bounds else "(batch,): the rows of each that count"
+        raise InvalidInput(f"{name} has shape {tuple(x.shape)}; it must be {what}")
+    if x.shape[0] > 1 and x.stride(0) != 1:
+        raise InvalidInput(f"{name} has a stride of {x.stride(0)}; it must be contiguous: pass {name}.contiguous()")
+
+
+def _validate_even(name: str, x: Tensor) -> None:
+    """Sequences of a side without cu_seqlens: one behind the other."""
+    batch, seqlen, *_ = x.shape
+    if batch > 1 and seqlen > 1 and x.stride(0) != seqlen * x.stride(1) and x.numel() > 0:
+        raise InvalidInput(
+            f"{name} has batches {x.stride(0)} elements apart, of {seqlen} rows {x.stride(1)} apart; beside a ragged "
+            f"batch its rows must be evenly spaced, also from one batch to the next: pass {name}.contiguous()"
+        )
+
+
+def _validate_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Head dims, rows and heads; the last dimension's stride."""
+    head_dim = q.shape[-1]
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[-1] != head_dim:
+            raise UnsupportedProblem(
+                f"q has head_dim {head_dim}, {name} has {x.shape[-1]}; they must be equal: pad the shorter one "
+                "with zeros (torch.nn.functional.pad) and give softmax_scale"
+            )
+    for i, what in ((-3, "seqlen" if k.dim() == 4 else "rows"), (-2, "heads")):
+        if k.shape[i] != v.shape[i]:
+            raise InvalidInput(f"k has {what} {k.shape[i]}, v has {what} {v.shape[i]}; they must be equal: slice one")
+    _validate_head_dim(head_dim)
+    _validate_heads(q.shape[-2], k.shape[-2])
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.stride(-1) != 1 and x.numel() > 0:
+            raise InvalidInput(
+                f"{name}.stride(-1) is {x.stride(-1)} (strides {tuple(x.stride())}); the last dimension must be "
+                f"contiguous, stride 1: pass {name}.contiguous()"
+            )
 
 
 def _validate_head_dim(head_dim: int) -> None:

@@ -17,6 +17,9 @@ from fa2gen.spec import KernelSpec, Problem, Tiling
 __all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "bytes_text"]
 
 
+PREPARE_THREADS = 1024
+
+
 @dataclass(frozen=True)
 class BrokenRule:
     """One reason why a spec does not fit: `rule` names it, `detail` has the numbers."""
@@ -50,8 +53,8 @@ class TensorMapPlan:
 class EntryPoint:
     """One `extern "C"` kernel of a source: its symbol, and what a launch of it takes before the shared Params.
 
-    grid          its blocks of threads: "persistent", one an SM or fewer; "tiles", (m block, head, batch); or one for
-                  each block of queries, or of keys, of all heads.
+    grid          its blocks of threads: "persistent", one an SM or fewer; "tiles", (m block, head, batch); one for each
+                  block of queries, or of keys, of all heads; or "one".
     starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
                   executes griddepcontrol.wait before it uses what that one writes.
     """
@@ -60,7 +63,7 @@ class EntryPoint:
     num_threads: int
     shared_memory_bytes: int
     tensor_maps: tuple[TensorMapPlan, ...]
-    grid: Literal["persistent", "tiles", "query blocks", "key blocks"]
+    grid: Literal["persistent", "tiles", "query blocks", "key blocks", "one"]
     starts_early: bool = False
 
 
@@ -129,6 +132,36 @@ class KernelPlan:
     def left_edge(self) -> bool:
         """Whether keys before those that a query sees may be hidden from it."""
         return any(feature.left_edge for feature in self.features)
+
+    @property
+    def varlen(self) -> bool:
+        return self.problem.varlen
+
+    @property
+    def has_griddepcontrol(self) -> bool:
+        """Whether a kernel's blocks can start before the kernel before it has ended: an instruction of sm_90."""
+        return self.arch == "sm90"
+
+    @property
+    def prepare_threads(self) -> int:
+        return PREPARE_THREADS
+
+    @property
+    def lists_keys(self) -> bool:
+        """Whether blocks of keys are listed, beside those of queries."""
+        return any(scratch.name == "n_list" for scratch in self.scratch)
+
+    @property
+    def has_tile_counter(self) -> bool:
+        """Whether blocks fetch the numbers of their tiles from a counter in memory."""
+        return any(scratch.name == "tile_counter" for scratch in self.scratch)
+
+    @property
+    def prepare_entries(self) -> tuple[EntryPoint, ...]:
+        """The kernel that runs before the others, where a feature has one; 4 bytes of shared memory a thread."""
+        if not any(feature.prepare for feature in self.features):
+            return ()
+        return (EntryPoint(f"{self.name}_prepare", PREPARE_THREADS, 4 * PREPARE_THREADS, (), "one"),)
 
     @property
     def deterministic(self) -> bool:
@@ -203,7 +236,7 @@ class KernelPlan:
     @property
     def operands(self) -> tuple[Operand, ...]:
         """The tensors that a launch takes, in the order of their addresses."""
-        return OPERANDS[self.problem.direction]
+        return (*OPERANDS[self.problem.direction], *(x for feature in self.features for x in feature.operands))
 
     @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
@@ -225,9 +258,9 @@ class KernelPlan:
         """Fields of the kernels' Params struct in order; addresses, then other 8-byte fields, so that C++ adds no
         padding."""
         strided = [operand for operand in self.operands if operand.name in self.strided_tensors]
-        rows = [operand for operand in self.operands if operand.of == "row"]
+        others = [operand for operand in self.operands if not operand.is_tensor]
         return (
-            *(Param(operand.name, operand.ctype) for operand in (*strided, *rows)),
+            *(Param(operand.name, operand.ctype) for operand in (*strided, *others)),
             *(scratch.param for scratch in self.scratch),
             *(Param(f"{x.name}_{step}_stride", "int64_t") for x in strided for step in ("batch", "row", "head")),
             *(Param(name, "int") for name in self.sizes),

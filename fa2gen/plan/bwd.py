@@ -23,12 +23,9 @@ class BackwardPlan(KernelPlan):
         raise NotImplementedError
 
     @property
-    def has_griddepcontrol(self) -> bool:
-        """Whether a kernel's blocks can start before the kernel before it has ended: an instruction of sm_90."""
-        return self.arch == "sm90"
-
-    @property
     def schedule(self) -> str:
+        if self.varlen:
+            return "key_blocks_listed"
         return "key_blocks_in_sections" if self.walks_sections else "key_blocks_by_head"
 
     @property
@@ -71,13 +68,16 @@ class BackwardPlan(KernelPlan):
 
     @property
     def sizes(self) -> tuple[str, ...]:
+        sections = ("heads_per_section",) if self.walks_sections else ()
+        if not self.varlen:
+            sections = (*(("num_batch_heads_kv",) if self.walks_sections else ()), *sections)
         return (
             "seqlen_q",
             "seqlen_k",
-            "num_heads",
+            *(() if self.varlen else ("num_heads",)),
             "num_heads_kv",
             "num_heads_per_kv",
             "num_m_blocks",
             "num_n_blocks",
-            *(("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()),
+            *sections,
         )

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from fa2gen.features import Param
+from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.plan.base import EntryPoint, KernelPlan, TensorMapPlan
 from fa2gen.plan.bwd import BackwardPlan
@@ -56,24 +57,25 @@ _OPTIONS = {
 def sizes(plan: KernelPlan) -> dict[str, str]:
     """Name -> formula of what a plan's launch computes from batch, seqlen_q, seqlen_k, num_heads, num_heads_kv and
     softmax_scale; later ones use earlier ones."""
-    tiling = plan.tiling
+    tiling, of_batch = plan.tiling, "" if plan.varlen else "batch * "
     if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
         read = f"num_heads_per_kv * seqlen_q * {2 * row_bytes(plan) + plan.problem.head_dim * NUMBER_BYTES}"
-        section = f"min(max(1, {SECTION_BYTES} / ({read})), batch * num_heads_kv)"
+        section = f"min(max(1, {SECTION_BYTES} / ({read})), {of_batch}num_heads_kv)"
     else:  # whole groups of query heads that share K and V
         read = f"seqlen_k * {2 * row_bytes(plan)}"
-        section = f"min(max(1, {SECTION_BYTES} / ({read})) * num_heads_per_kv, batch * num_heads)"
+        section = f"min(max(1, {SECTION_BYTES} / ({read})) * num_heads_per_kv, {of_batch}num_heads)"
     found = {
         "num_heads_per_kv": "num_heads / num_heads_kv",
-        "num_m_blocks": f"(seqlen_q + {tiling.tile_m - 1}) / {tiling.tile_m}",
-        "num_n_blocks": f"(seqlen_k + {tiling.tile_n - 1}) / {tiling.tile_n}",
-        "num_tiles": "num_m_blocks * batch * num_heads",
-        "num_batch_heads": "batch * num_heads",
-        "num_batch_heads_kv": "batch * num_heads_kv",
+        "num_m_blocks": _blocks(plan, "seqlen_q", tiling.tile_m),
+        "num_n_blocks": _blocks(plan, "seqlen_k", tiling.tile_n),
+        "num_tiles": f"num_m_blocks * {of_batch}num_heads",
+        "num_batch_heads": f"{of_batch}num_heads",
+        "num_batch_heads_kv": f"{of_batch}num_heads_kv",
+        "num_sequences": "batch",
         "heads_per_section": section,
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
     }
-    grids = (text for entry in plan.entry_points for text in grid(entry))
+    grids = (text for entry in plan.entry_points for text in grid(plan, entry))
     wanted = {param.name for param in plan.params} | _words(*grids, *memory(plan).values(), *limits(plan))
     for name in reversed(found):
         if name in wanted:
@@ -85,20 +87,33 @@ def _words(*formulas: str) -> set[str]:
     return set(re.findall(r"[a-z]\w*", " ".join(formulas)))
 
 
-def grid(entry: EntryPoint) -> tuple[str, str, str]:
+def _blocks(plan: KernelPlan, rows: str, tile: int) -> str:
+    """How many blocks a head has; of a ragged batch, the most that it can have."""
+    return f"{rows} / {tile} + 2 * batch + 1" if plan.varlen else f"({rows} + {tile - 1}) / {tile}"
+
+
+def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
     """Formulas of a kernel's grid; `num_sms` is the device's number of multiprocessors."""
+    of_batch, batch = ("", "1") if plan.varlen else (" * batch", "batch")
     return {
         "persistent": ("min(num_tiles, num_sms)", "1", "1"),
-        "tiles": ("num_m_blocks", "num_heads", "batch"),
-        "query blocks": ("num_m_blocks * num_heads * batch", "1", "1"),
-        "key blocks": ("num_n_blocks * num_heads_kv * batch", "1", "1"),
+        "tiles": ("num_m_blocks", "num_heads", batch),
+        "query blocks": (f"num_m_blocks * num_heads{of_batch}", "1", "1"),
+        "key blocks": (f"num_n_blocks * num_heads_kv{of_batch}", "1", "1"),
+        "one": ("1", "1", "1"),
     }[entry.grid]
 
 
 def memory(plan: KernelPlan) -> dict[str, str]:
     """Name -> formula of how many 4-byte numbers each of the plan's scratch memories holds."""
-    blocks = "num_m_blocks * num_heads * batch"
+    blocks = f"num_m_blocks * num_heads{'' if plan.varlen else ' * batch'}"
     counts = {
+        "sequences": f"{ENTRY_NUMBERS} * (3 * batch + 2)",
+        "num_blocks": "4",
+        "m_list": "2 * num_m_blocks",
+        "n_list": "2 * num_n_blocks",
+        "m_levels": "3 * (num_m_blocks + 1)",
+        "n_levels": "3 * (num_n_blocks + 1)",
         "tile_counter": "1",
         "lse_log2": f"{blocks} * {plan.tiling.tile_m}",
         "dpsum": f"{blocks} * {plan.tiling.tile_m}",
@@ -111,10 +126,11 @@ def memory(plan: KernelPlan) -> dict[str, str]:
 
 def limits(plan: KernelPlan) -> list[str]:
     """Formulas of what must be less than 2^31, as the kernels count in 32 bits."""
-    found = ["seqlen_q", "seqlen_k", "num_m_blocks * batch * num_heads + num_sms"]
+    of_batch = "" if plan.varlen else "batch * "
+    found = ["seqlen_q", "seqlen_k", f"num_m_blocks * {of_batch}num_heads + num_sms"]
     if plan.problem.direction == "bwd":
         rows = f"num_m_blocks * {plan.tiling.tile_m} * num_heads_per_kv"
-        found += ["num_n_blocks * batch * num_heads_kv", rows, f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"]
+        found += [f"num_n_blocks * {of_batch}num_heads_kv", rows, f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"]
     return found
 
 
@@ -160,7 +176,7 @@ def host_type(param: Param) -> str:
 
 def strided(plan: KernelPlan) -> list[str]:
     """The (batch, seqlen, heads, head_dim) tensors of a launch."""
-    return [operand.name for operand in plan.operands if operand.of != "row"]
+    return [operand.name for operand in plan.operands if operand.is_tensor]
 
 
 def of_features(plan: KernelPlan) -> dict[str, str]:
@@ -176,14 +192,21 @@ def options(plan: KernelPlan) -> list[str]:
     return [name for name in _OPTIONS if name in _words(*of_features(plan).values())]
 
 
+_DENSE = {
+    "row": "(batch, num_heads, seqlen_q), fp32, dense",
+    "bounds": "(batch + 1,), int32, dense",
+    "lengths": "(batch,), int32, dense",
+}
+
+
 def call_fields(plan: KernelPlan) -> Iterator[str]:
     """Declarations of what a call of the launcher says beside its sizes and scale."""
     yield from (f"std::int64_t {name};  // {_OPTIONS[name]}" for name in options(plan))
     yield from (f"Tensor {name};" for name in strided(plan))
     for operand in plan.operands:
-        if operand.of == "row":
+        if not operand.is_tensor:
             note = "; or 0" if operand.optional else ""
-            yield f"CUdeviceptr {operand.name};  // (batch, num_heads, seqlen_q), fp32, dense{note}"
+            yield f"CUdeviceptr {operand.name};  // {_DENSE[operand.of]}{note}"
     for scratch in plan.scratch:
         note = "; all zeros before the first launch, and left so" if scratch.cleared else ""
         yield f"CUdeviceptr {scratch.name};  // see Scratch{note}"
@@ -198,8 +221,8 @@ def feature_assignments(plan: KernelPlan) -> Iterator[str]:
 
 def passed_on(plan: KernelPlan) -> list[str]:
     """The fields of a call that go into Params as they are."""
-    rows = [operand.name for operand in plan.operands if operand.of == "row"]
-    return [*rows, *(scratch.name for scratch in plan.scratch)]
+    dense = [operand.name for operand in plan.operands if not operand.is_tensor]
+    return [*dense, *(scratch.name for scratch in plan.scratch)]
 
 
 def lines(plan: KernelPlan) -> Iterator[str]:
@@ -212,7 +235,7 @@ def lines(plan: KernelPlan) -> Iterator[str]:
     for entry in plan.entry_points:
         yield f"  {entry.symbol}"
         shared = f"{entry.shared_memory_bytes} bytes of dynamic shared memory"
-        yield f"    grid ({', '.join(grid(entry))}), {entry.num_threads} threads, {shared}"
+        yield f"    grid ({', '.join(grid(plan, entry))}), {entry.num_threads} threads, {shared}"
         if entry.tensor_maps:
             yield f"    maps of {', '.join(m.argument.removeprefix('map_') for m in entry.tensor_maps)}"
         if entry.shared_memory_bytes > DEFAULT_SHARED_BYTES:
@@ -220,7 +243,12 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         if entry.starts_early:
             yield "    may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early"
     if maps(plan):
-        yield "Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes"
+        sizes_of_map = "(head_dim, seqlen, heads, batch)"
+        if plan.varlen:
+            sizes_of_map = "(head_dim, 2^30, heads, 2^31, 2^31)"
+        yield f"Tensor maps: tiled, {sizes_of_map}, 16-bit elements, zeros outside, on 64 bytes"
+        if plan.varlen:
+            yield "  steps in bytes: of a row, of a head, 2^34 - that of a row, of a row"
         yield from (f"  {text}" for text in _boxes(maps(plan)))
     yield "Sizes, in whole numbers:"
     yield from (f"  {name} = {text}" for name, text in sizes(plan).items())

@@ -25,6 +25,7 @@ QUERIES = (32, 64, 128)  # powers of two, so that addresses of a warp's steps ha
 # Registers that a thread needs beside the accumulators: fragments in flight, addresses, P as 16-bit numbers. The least
 # with which every default compiles without a spill; ptxas has the last word (tests/compile).
 REGISTERS_BESIDE_TILES = 56
+REGISTERS_OF_LENGTHS = 8  # of a ragged batch: they are no constants of the launch (d = 128: 64 x 128 spill 8 bytes)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,11 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         """The most that is alive at one time: dK and dV, and either P and dP or dQ."""
         scores = 2 * self.num_row_tiles * self.num_acc_s
         sums = 2 * self.num_row_tiles * self.num_acc_dkv
-        return sums + max(scores, self.num_dq_row_tiles * self.num_acc_dq) + REGISTERS_BESIDE_TILES
+        return sums + max(scores, self.num_dq_row_tiles * self.num_acc_dq) + self.registers_beside_tiles
+
+    @property
+    def registers_beside_tiles(self) -> int:
+        return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if self.varlen and self.head_dim > 112 else 0)
 
     # Shared memory
 
@@ -179,6 +184,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (
+            *self.prepare_entries,
             EntryPoint(self.preprocess_name, self.preprocess_threads, 0, (), "query blocks"),
             EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "key blocks"),
             EntryPoint(self.postprocess_name, self.num_threads, self.q_tile.bytes, (), "query blocks"),
@@ -225,8 +231,9 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
                     "registers",
                     f"{self.register_estimate} a thread needed ({self.num_row_tiles} x (dK {self.num_acc_dkv} + dV "
                     f"{self.num_acc_dkv}) + the more of {self.num_row_tiles} x (P {self.num_acc_s} + dP "
-                    f"{self.num_acc_s}) and dQ {self.num_dq_row_tiles * self.num_acc_dq} + {REGISTERS_BESIDE_TILES}), "
-                    f"{self.registers_available} available to {self.num_mma_warps} warps",
+                    f"{self.num_acc_s}) and dQ {self.num_dq_row_tiles * self.num_acc_dq} + "
+                    f"{self.registers_beside_tiles}), {self.registers_available} available to {self.num_mma_warps} "
+                    "warps",
                 )
             )
         return broken

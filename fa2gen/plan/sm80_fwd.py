@@ -112,11 +112,12 @@ class Sm80FwdPlan(Sm80Plan):
 
     @property
     def schedule(self) -> str:
-        return "longest_first" if self.uneven else "by_head"
+        return "listed" if self.varlen else "longest_first" if self.uneven else "by_head"
 
     @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
-        return (EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "tiles"),)
+        main = EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "tiles")
+        return (*self.prepare_entries, main)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
@@ -124,7 +125,8 @@ class Sm80FwdPlan(Sm80Plan):
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", *(("num_m_blocks",) if self.uneven else ()))
+        heads = () if self.varlen else ("num_heads",)
+        return ("seqlen_q", "seqlen_k", *heads, "num_heads_per_kv", *(("num_m_blocks",) if self.uneven else ()))
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []

@@ -299,7 +299,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         return (
-            EntryPoint(self.preprocess_name, self.preprocess_threads, 0, (), "query blocks"),
+            *self.prepare_entries,
+            EntryPoint(
+                self.preprocess_name, self.preprocess_threads, 0, (), "query blocks", STARTS_EARLY and self.varlen
+            ),
             EntryPoint(
                 self.name,
                 self.num_threads,

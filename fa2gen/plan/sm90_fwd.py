@@ -131,7 +131,7 @@ class Sm90FwdPlan(Sm90Plan):
 
     @property
     def schedule(self) -> str:
-        return "longest_first" if self.uneven else "by_head"
+        return "listed" if self.varlen else "longest_first" if self.uneven else "by_head"
 
     @cached_property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
@@ -145,11 +145,14 @@ class Sm90FwdPlan(Sm90Plan):
 
     @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
-        return (EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, self.tensor_maps, "persistent"),)
+        shared, early = self.shared_memory_bytes, self.varlen
+        main = EntryPoint(self.name, self.num_threads, shared, self.tensor_maps, "persistent", early)
+        return (*self.prepare_entries, main)
 
     @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
-        return (Scratch("tile_counter", "int*", cleared=True),)
+        # The kernel that prepares a ragged batch clears it: memory of any content will do there.
+        return (Scratch("tile_counter", "int*", cleared=not self.prepare_entries), *super().scratch)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
@@ -157,8 +160,9 @@ class Sm90FwdPlan(Sm90Plan):
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        sections = ("num_batch_heads", "heads_per_section") if self.uneven else ()
-        return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", "num_tiles", *sections)
+        tiles = () if self.varlen else ("num_tiles", *(("num_batch_heads",) if self.uneven else ()))
+        sections = ("heads_per_section",) if self.uneven else ()
+        return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", *tiles, *sections)
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []

@@ -7,9 +7,9 @@
 //   tiling   64 query rows x 64 keys, 1 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 147968 bytes of dynamic shared memory
 //   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
-//             261 cp.async,  280 Fragments,  295 Registers,  304 mma,  326 What is visible,
-//             536 Softmax and its gradient,  583 Matrix products,  716 Registers to shared memory,  808 Turns,
-//             877 Kernels, 1074 Launch
+//             261 cp.async,  280 Fragments,  295 Registers,  304 mma,  361 What is visible,
+//             567 Softmax and its gradient,  614 Matrix products,  747 Registers to shared memory,  839 Turns,
+//             908 Kernels, 1106 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -323,6 +323,41 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
+__device__ __forceinline__ int num_query_blocks(Params const& p, Seqlen const&) {
+    return p.num_m_blocks;
+}
+
+// Where the rows of q (o, dout, dq) begin, and those of k (v, dk, dv), in elements; and a head's rows of LSE.
+__device__ __forceinline__ int64_t first_query(Seqlen const&, int bidb, int64_t batch_stride, int64_t) {
+    return bidb * batch_stride;
+}
+
+__device__ __forceinline__ int64_t first_key(Seqlen const&, int bidb, int64_t batch_stride, int64_t) {
+    return bidb * batch_stride;
+}
+
+__device__ __forceinline__ int64_t lse_of_head(Params const& p, Seqlen const& s, int bidh, int bidb) {
+    return (static_cast<int64_t>(bidb) * p.num_heads + bidh) * s.q;
+}
+
+// A block of queries of one head; `index` is where it has its row statistics and its sums of dQ, one after the other of
+// all heads.
+struct QueryBlock {
+    int m_block;
+    int bidh;
+    int bidb;
+    int index;
+};
+
+__device__ __forceinline__ int query_block_index(Params const& p, Seqlen const&, int bidb, int bidh, int m_block) {
+    return (bidb * p.num_heads + bidh) * p.num_m_blocks + m_block;
+}
+
+__device__ __forceinline__ QueryBlock query_block_at(Params const& p, int block_index) {
+    int const batch_head = block_index / p.num_m_blocks;
+    return {block_index % p.num_m_blocks, batch_head % p.num_heads, batch_head / p.num_heads, block_index};
+}
+
 // What is visible: full -----------------------------------------------------------------------------------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
@@ -345,7 +380,8 @@ __device__ __forceinline__ int query_begin(Params const&, Seqlen const& s, int k
 }
 
 __device__ __forceinline__ BlockRange query_blocks(Params const& p, Seqlen const& s, int first_key) {
-    return {0, first_key + kTileN <= s.k ? 0 : p.num_m_blocks, p.num_m_blocks, p.num_m_blocks};
+    int const end = num_query_blocks(p, s);
+    return {0, first_key + kTileN <= s.k ? 0 : end, end, end};
 }
 
 // Sets the scores of queries that do not see a key to -inf: one comparison and one select an element. Bits as on Hopper take
@@ -409,15 +445,11 @@ struct QueryWalk {
     }
 };
 
-// Where a block of queries has its row statistics, its sums of dQ, its turn: one after the other of all heads.
-__device__ __forceinline__ int query_block_index(Params const& p, int bidb, int bidh, int m_block) {
-    return (bidb * p.num_heads + bidh) * p.num_m_blocks + m_block;
-}
-
-__device__ __forceinline__ QueryWalk start_walk(Params const& p, KeyBlock const& block, BlockRange const& blocks) {
+__device__ __forceinline__ QueryWalk start_walk(
+    Params const& p, Seqlen const& s, KeyBlock const& block, BlockRange const& blocks) {
     int const m_block = blocks.begin;
     int const bidh = block.head_kv * p.num_heads_per_kv;
-    return {m_block, bidh, query_block_index(p, block.bidb, bidh, m_block),
+    return {m_block, bidh, query_block_index(p, s, block.bidb, bidh, m_block),
             (blocks.end - blocks.begin) * p.num_heads_per_kv};
 }
 
@@ -440,16 +472,15 @@ __device__ __forceinline__ CopyLane copy_lane(int thread) {
     return {row, 8 * chunk, static_cast<uint32_t>(row * kPanelRowBytes + ((chunk ^ row_swizzle(row)) << 4))};
 }
 
-// Where a thread reads a tensor: its chunk of its first row in the next tile.
+// Where a thread reads a tensor: its chunk of its first row in the next tile. `first` leads to the sequence's row 0.
 struct Source {
     unsigned char const* next;
     int64_t row_bytes;
 };
 
 __device__ __forceinline__ Source source_of(
-    void const* tensor, int64_t batch_stride, int64_t row_stride, int64_t head_stride, int bidb, int64_t row, int head,
-    int column) {
-    int64_t const elements = bidb * batch_stride + row * row_stride + head * head_stride + column;
+    void const* tensor, int64_t first, int64_t row_stride, int64_t head_stride, int64_t row, int head, int column) {
+    int64_t const elements = first + row * row_stride + head * head_stride + column;
     return {static_cast<unsigned char const*>(tensor) + kElementBytes * elements, kElementBytes * row_stride};
 }
 
@@ -762,8 +793,8 @@ struct Destination {
 };
 
 __device__ __forceinline__ Destination destination_of(
-    void* tensor, int64_t batch_stride, int64_t row_stride, int64_t head_stride, int bidb, int64_t row, int head, int column) {
-    int64_t const elements = bidb * batch_stride + row * row_stride + head * head_stride + column;
+    void* tensor, int64_t first, int64_t row_stride, int64_t head_stride, int64_t row, int head, int column) {
+    int64_t const elements = first + row * row_stride + head * head_stride + column;
     return {static_cast<unsigned char*>(tensor) + kElementBytes * elements, kElementBytes * row_stride};
 }
 
@@ -864,14 +895,14 @@ __device__ __forceinline__ void finish(
         stage_rows(acc_dv[tile], kColumnStepsDkv, kNumPeers, rows + (kSmemV - kSmemK), kKvPanelBytes, 1.0f, peer);
     }
     sync_block();
-    int const first_key = block.n_block * kTileN;
-    int const num_keys = seqlen_of(p, block.bidb).k - first_key;
-    Destination const dk = destination_of(p.dk, p.dk_batch_stride, p.dk_row_stride, p.dk_head_stride, block.bidb,
-                                          first_key + copy.row, block.head_kv, copy.column);
-    Destination const dv = destination_of(p.dv, p.dv_batch_stride, p.dv_row_stride, p.dv_head_stride, block.bidb,
-                                          first_key + copy.row, block.head_kv, copy.column);
-    store_tile(smem + kSmemK, kTileN, kKvPanelBytes, dk, copy, num_keys);
-    store_tile(smem + kSmemV, kTileN, kKvPanelBytes, dv, copy, num_keys);
+    int const key = block.n_block * kTileN;
+    Seqlen const s = seqlen_of(p, block.bidb);
+    Destination const dk = destination_of(p.dk, first_key(s, block.bidb, p.dk_batch_stride, p.dk_row_stride), p.dk_row_stride,
+                                          p.dk_head_stride, key + copy.row, block.head_kv, copy.column);
+    Destination const dv = destination_of(p.dv, first_key(s, block.bidb, p.dv_batch_stride, p.dv_row_stride), p.dv_row_stride,
+                                          p.dv_head_stride, key + copy.row, block.head_kv, copy.column);
+    store_tile(smem + kSmemK, kTileN, kKvPanelBytes, dk, copy, s.k - key);
+    store_tile(smem + kSmemV, kTileN, kKvPanelBytes, dv, copy, s.k - key);
 }
 
 // Kernels -------------------------------------------------------------------------------------------------------------
@@ -882,20 +913,20 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_fp16_d256_det_m64
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 32;
     constexpr float kLog2E = 1.44269504088896341f;
-    int const query_block = static_cast<int>(blockIdx.x);  // query_block_index
-    int const m_block = query_block % p.num_m_blocks;
-    int const batch_head = query_block / p.num_m_blocks;
-    int const bidh = batch_head % p.num_heads;
-    int const bidb = batch_head / p.num_heads;
+    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    int const m_block = block.m_block;
+    int const bidh = block.bidh;
+    int const bidb = block.bidb;
     Seqlen const s = seqlen_of(p, bidb);
     int const thread = static_cast<int>(threadIdx.x);
     int const chunk = thread % kLanesPerRow;
-    int64_t const of_head = static_cast<int64_t>(batch_head) * s.q;
-    int64_t const padded = static_cast<int64_t>(query_block) * kTileM;
+    int64_t const of_head = lse_of_head(p, s, bidh, bidb);
+    int64_t const padded = static_cast<int64_t>(block.index) * kTileM;
     // 16-bit numbers as bytes: the pointers have no type.
-    char const* const o = static_cast<char const*>(p.o) + 2 * (bidb * p.o_batch_stride + bidh * p.o_head_stride + 8 * chunk);
-    char const* const dout =
-        static_cast<char const*>(p.dout) + 2 * (bidb * p.dout_batch_stride + bidh * p.dout_head_stride + 8 * chunk);
+    int64_t const first_o = first_query(s, bidb, p.o_batch_stride, p.o_row_stride) + bidh * p.o_head_stride;
+    int64_t const first_dout = first_query(s, bidb, p.dout_batch_stride, p.dout_row_stride) + bidh * p.dout_head_stride;
+    char const* const o = static_cast<char const*>(p.o) + 2 * (first_o + 8 * chunk);
+    char const* const dout = static_cast<char const*>(p.dout) + 2 * (first_dout + 8 * chunk);
 
     for (int first = 0; first < kTileM; first += kThreads / kLanesPerRow) {
         int const row_of_block = first + thread / kLanesPerRow;
@@ -938,9 +969,9 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_fp16_d256_det_m64
     }
 
     if (thread == 0) {
-        store_global_int(p.dq_turns + query_block, key_begin(p, s, m_block * kTileM) / kTileN);
+        store_global_int(p.dq_turns + block.index, key_begin(p, s, m_block * kTileM) / kTileN);
     }
-    float* const dq_acc = p.dq_acc + static_cast<int64_t>(query_block) * kDqBlockFloats;
+    float* const dq_acc = p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats;
     for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -957,9 +988,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d
     int const warp_query = peer * kWarpQueries;
     int const dq_column_warp = warp % kNumDqColumnWarps;
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    int const first_key = block.n_block * kTileN;
+    int const block_key = block.n_block * kTileN;
     Seqlen const s = seqlen_of(p, block.bidb);
-    BlockRange const blocks = query_blocks(p, s, first_key);
+    BlockRange const blocks = query_blocks(p, s, block_key);
 
     float acc_dk[kNumRowTiles][kNumAccDkv];
     float acc_dv[kNumRowTiles][kNumAccDkv];
@@ -972,20 +1003,20 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d
         }
     }
 
-    QueryWalk walk = start_walk(p, block, blocks);
+    QueryWalk walk = start_walk(p, s, block, blocks);
     if (walk.remaining > 0) {
         CopyLane const copy = copy_lane(thread);
-        Source const key = source_of(p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride, block.bidb,
-                                     first_key + copy.row, block.head_kv, copy.column);
-        Source const value = source_of(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride, block.bidb,
-                                       first_key + copy.row, block.head_kv, copy.column);
+        Source const key = source_of(p.k, first_key(s, block.bidb, p.k_batch_stride, p.k_row_stride), p.k_row_stride,
+                                     p.k_head_stride, block_key + copy.row, block.head_kv, copy.column);
+        Source const value = source_of(p.v, first_key(s, block.bidb, p.v_batch_stride, p.v_row_stride), p.v_row_stride,
+                                       p.v_head_stride, block_key + copy.row, block.head_kv, copy.column);
         int const first_row = walk.m_block * kTileM + copy.row;
-        Source const q = source_of(p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride, block.bidb, first_row, walk.bidh,
-                                   copy.column);
-        Source const dout = source_of(p.dout, p.dout_batch_stride, p.dout_row_stride, p.dout_head_stride, block.bidb,
-                                      first_row, walk.bidh, copy.column);
-        load_tile(smem + kSmemK, kTileN, kKvPanelBytes, key, copy, s.k - first_key);
-        load_tile(smem + kSmemV, kTileN, kKvPanelBytes, value, copy, s.k - first_key);
+        Source const q = source_of(p.q, first_query(s, block.bidb, p.q_batch_stride, p.q_row_stride), p.q_row_stride,
+                                   p.q_head_stride, first_row, walk.bidh, copy.column);
+        Source const dout = source_of(p.dout, first_query(s, block.bidb, p.dout_batch_stride, p.dout_row_stride),
+                                      p.dout_row_stride, p.dout_head_stride, first_row, walk.bidh, copy.column);
+        load_tile(smem + kSmemK, kTileN, kKvPanelBytes, key, copy, s.k - block_key);
+        load_tile(smem + kSmemV, kTileN, kKvPanelBytes, value, copy, s.k - block_key);
         QueryPipeline pipeline = { {smem + kSmemStages, q.next, dout.next} };
         pipeline.start(p, s, walk);
 
@@ -1007,7 +1038,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d
             uint32_t p_tile[kNumRowTiles][kNumP];
             gemm_s(acc_s, recompute(k_lane), stage + q_lane);
             if (walk.needs_mask(blocks)) {
-                mask_scores(p, s, acc_s, first_key + warp_key, walk.m_block * kTileM + warp_query, recompute(lane));
+                mask_scores(p, s, acc_s, block_key + warp_key, walk.m_block * kTileM + warp_query, recompute(lane));
             }
             probabilities(acc_s, stage + kStageLse + 4 * warp_query, p.softmax_scale_log2);
             pack(p_tile, acc_s);
@@ -1030,7 +1061,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d
 
             float acc_dq[kNumDqRowTiles][kNumAccDq];
             gemm_dq(acc_dq, recompute(ds_lane), recompute(k_columns), dq_column_warp);
-            add_dq_in_turn(p, acc_dq, walk.query_block, first_key / kTileN, recompute(thread), dq_column_warp);
+            add_dq_in_turn(p, acc_dq, walk.query_block, block_key / kTileN, recompute(thread), dq_column_warp);
         }
     }
 
@@ -1043,13 +1074,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_fp16_d
 extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8_postprocess(
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    int const m_block = static_cast<int>(blockIdx.x) % p.num_m_blocks;
-    int const batch_head = static_cast<int>(blockIdx.x) / p.num_m_blocks;
+    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    Seqlen const s = seqlen_of(p, block.bidb);
     int const lane = lane_id();
     int const warp = warp_id();
     int const column_warp = warp % kNumDqColumnWarps;
     int const warp_row = warp / kNumDqColumnWarps * kNumDqRowTiles * 16;
-    float const* const slice = dq_slice(p, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x));
+    float const* const slice = dq_slice(p, block.index, static_cast<int>(threadIdx.x));
     float acc_dq[kNumDqRowTiles][kNumAccDq];
 #pragma unroll
     for (int tile = 0; tile < kNumDqRowTiles; ++tile) {
@@ -1066,9 +1097,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_fp16_d256
     }
     sync_block();
     CopyLane const copy = copy_lane(static_cast<int>(threadIdx.x));
-    Destination const dq = destination_of(p.dq, p.dq_batch_stride, p.dq_row_stride, p.dq_head_stride, batch_head / p.num_heads,
-                                          m_block * kTileM + copy.row, batch_head % p.num_heads, copy.column);
-    store_tile(smem, kTileM, kQPanelBytes, dq, copy, seqlen_of(p, batch_head / p.num_heads).q - m_block * kTileM);
+    int const first_row = block.m_block * kTileM;
+    Destination const dq = destination_of(p.dq, first_query(s, block.bidb, p.dq_batch_stride, p.dq_row_stride), p.dq_row_stride,
+                                          p.dq_head_stride, first_row + copy.row, block.bidh, copy.column);
+    store_tile(smem, kTileM, kQPanelBytes, dq, copy, s.q - first_row);
 }
 
 // Launch --------------------------------------------------------------------------------------------------------------

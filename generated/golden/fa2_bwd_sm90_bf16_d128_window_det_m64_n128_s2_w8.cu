@@ -8,9 +8,9 @@
 //   launch   384 threads, 197728 bytes of dynamic shared memory
 //   contents   34 Problem and tiling,   55 Shared memory,  123 Threads,  167 Arithmetic,  195 Shared memory,
 //             216 Global memory,  267 mbarriers,  311 TMA,  353 Bulk copies,  369 Fences,  381 Fragments,
-//             395 Registers,  403 Registers of a warpgroup,  415 wgmma,  544 d - window_left <= j <= d + window_right,
-//             621 Softmax and its gradient,  725 Pipelines,  768 Loads,  805 Matrix products,  843 Staging,
-//             899 Producer,  931 Turns,  969 Consumer, 1091 Kernels, 1240 Launch
+//             395 Registers,  403 Registers of a warpgroup,  415 wgmma,  589 d - window_left <= j <= d + window_right,
+//             666 Softmax and its gradient,  766 Pipelines,  809 Loads,  857 Matrix products,  895 Staging,
+//             953 Producer,  986 Turns, 1025 Consumer, 1147 Kernels, 1295 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -540,6 +540,51 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
+// Where TMA finds a row, beside its head and columns.
+struct Box {
+    int row;
+    int batch;
+};
+
+__device__ __forceinline__ Box query_box(Seqlen const&, int row, int bidb) {
+    return {row, bidb};
+}
+
+__device__ __forceinline__ Box key_box(Seqlen const&, int row, int bidb) {
+    return {row, bidb};
+}
+
+// Where the rows of q (o, dout, dq) begin, and those of k (v, dk, dv), in elements; and a head's rows of LSE.
+__device__ __forceinline__ int64_t first_query(Seqlen const&, int bidb, int64_t batch_stride, int64_t) {
+    return bidb * batch_stride;
+}
+
+__device__ __forceinline__ int64_t first_key(Seqlen const&, int bidb, int64_t batch_stride, int64_t) {
+    return bidb * batch_stride;
+}
+
+__device__ __forceinline__ int64_t lse_of_head(Params const& p, Seqlen const& s, int bidh, int bidb) {
+    return (static_cast<int64_t>(bidb) * p.num_heads + bidh) * s.q;
+}
+
+// A block of queries of one head; `index` is where it has its row statistics and its sums of dQ, one after the other of
+// all heads.
+struct QueryBlock {
+    int m_block;
+    int bidh;
+    int bidb;
+    int index;
+};
+
+__device__ __forceinline__ int query_block_index(Params const& p, Seqlen const&, int bidb, int bidh, int m_block) {
+    return (bidb * p.num_heads + bidh) * p.num_m_blocks + m_block;
+}
+
+__device__ __forceinline__ QueryBlock query_block_at(Params const& p, int block_index) {
+    int const batch_head = block_index / p.num_m_blocks;
+    return {block_index % p.num_m_blocks, batch_head % p.num_heads, batch_head / p.num_heads, block_index};
+}
+
 // What is visible: a window, aligned to the bottom right: with d = i + seqlen_k - seqlen_q, key j to row i iff
 // d - window_left <= j <= d + window_right, and j and d lie in the same chunk of so many keys --------------------------
 //
@@ -710,15 +755,11 @@ struct QueryWalk {
     }
 };
 
-// Where a block of queries has its row statistics, its sums of dQ, its turn: one after the other of all heads.
-__device__ __forceinline__ int query_block_index(Params const& p, int bidb, int bidh, int m_block) {
-    return (bidb * p.num_heads + bidh) * p.num_m_blocks + m_block;
-}
-
-__device__ __forceinline__ QueryWalk start_walk(Params const& p, KeyBlock const& block, BlockRange const& blocks) {
+__device__ __forceinline__ QueryWalk start_walk(
+    Params const& p, Seqlen const& s, KeyBlock const& block, BlockRange const& blocks) {
     int const m_block = blocks.end - 1;
     int const bidh = block.head_kv * p.num_heads_per_kv;
-    return {m_block, bidh, query_block_index(p, block.bidb, bidh, m_block),
+    return {m_block, bidh, query_block_index(p, s, block.bidb, bidh, m_block),
             (blocks.end - blocks.begin) * p.num_heads_per_kv};
 }
 
@@ -767,6 +808,16 @@ struct Barriers {
 
 // Loads ---------------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ void load_box(
+    uint32_t destination, CUtensorMap const& map, uint32_t barrier, int column, Box const& box, int head) {
+    tma_load(destination, map, barrier, column, box.row, head, box.batch);
+}
+
+__device__ __forceinline__ void store_box(
+    CUtensorMap const& map, uint32_t source, int column, Box const& box, int head) {
+    tma_store(map, source, column, box.row, head, box.batch);
+}
+
 // How TMA sees the panels of a tensor. The last may be narrower: columns beyond the head dim would cost as much as others.
 struct TileMaps {
     CUtensorMap const& panel;
@@ -774,29 +825,30 @@ struct TileMaps {
 };
 
 __device__ __forceinline__ void load_tile(
-    TileMaps const& maps, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, int row, int head, int batch) {
+    TileMaps const& maps, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, Box const& box, int head) {
 #pragma unroll
     for (int panel = 0; panel < kNumPanels; ++panel) {
-        tma_load(destination + panel * panel_bytes, panel + 1 < kNumPanels ? maps.panel : maps.last_panel, barrier,
-                 panel * kPanelColumns, row, head, batch);
+        load_box(destination + panel * panel_bytes, panel + 1 < kNumPanels ? maps.panel : maps.last_panel, barrier,
+                 panel * kPanelColumns, box, head);
     }
 }
 
-__device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t tile, uint32_t full, KeyBlock const& block) {
+__device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t tile, uint32_t full, Seqlen const& s,
+                                               KeyBlock const& block) {
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvBytes);
-        load_tile({map, map}, tile, kKvPanelBytes, full, block.n_block * kTileN, block.head_kv, block.bidb);
+        load_tile({map, map}, tile, kKvPanelBytes, full, key_box(s, block.n_block * kTileN, block.bidb), block.head_kv);
     }
 }
 
 // A block of Q or dO and one number for each of its rows, when the stage is free.
 __device__ __forceinline__ void load_query_block(
     TileMaps const& maps, uint32_t tile, float const* statistics, uint32_t rows, uint32_t full, uint32_t empty,
-    PipelineState& state, int m_block, int head, int batch) {
+    PipelineState& state, Box const& box, int head) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kQReadBytes + kStatisticsBytes);
-        load_tile(maps, tile, kQPanelBytes, full, m_block * kTileM, head, batch);
+        load_tile(maps, tile, kQPanelBytes, full, box, head);
         bulk_load(rows, statistics, kStatisticsBytes, full);
     }
     state.advance(kNumStages);
@@ -871,13 +923,15 @@ __device__ __forceinline__ void stage_rows(
 }
 
 // What stage_rows wrote, to global memory; clips at seqlen_k and at the head dim.
-__device__ __forceinline__ void store_rows(CUtensorMap const& map, uint32_t rows, int row, KeyBlock const& block) {
+__device__ __forceinline__ void store_rows(
+    CUtensorMap const& map, Seqlen const& s, uint32_t rows, int row, KeyBlock const& block) {
+    Box const box = key_box(s, row, block.bidb);
     fence_proxy_async();
     sync_warp();
     if (elect_one()) {
 #pragma unroll
         for (int panel = 0; panel < kNumPanels; ++panel) {
-            tma_store(map, rows + panel * kKvPanelBytes, panel * kPanelColumns, row, block.head_kv, block.bidb);
+            store_box(map, rows + panel * kKvPanelBytes, panel * kPanelColumns, box, block.head_kv);
         }
         tma_store_commit();
     }
@@ -902,25 +956,26 @@ __device__ __forceinline__ void produce(
     TileMaps const& maps_q, CUtensorMap const& map_k, CUtensorMap const& map_v, TileMaps const& maps_dout,
     Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    BlockRange const blocks = query_blocks(p, seqlen_of(p, block.bidb), block.n_block * kTileN);
+    Seqlen const s = seqlen_of(p, block.bidb);
+    BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
     bool has_kv = false;
-    for (QueryWalk walk = start_walk(p, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
+    for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
         auto load = [&](TileMaps const& maps, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
                         uint32_t empty, PipelineState& state) {
             load_query_block(maps, smem + tiles + state.stage * kQBytes,
                              statistics + static_cast<int64_t>(walk.query_block) * kTileM,
-                             smem + rows + state.stage * kStatisticsBytes, full, empty, state, walk.m_block, walk.bidh,
-                             block.bidb);
+                             smem + rows + state.stage * kStatisticsBytes, full, empty, state,
+                             query_box(s, walk.m_block * kTileM, block.bidb), walk.bidh);
         };
         if (!has_kv) {
-            load_key_block(map_k, smem + kSmemK, barriers.k_full(), block);
+            load_key_block(map_k, smem + kSmemK, barriers.k_full(), s, block);
             griddepcontrol_wait();  // the preprocess kernel writes what comes with Q and dO
         }
         load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state);
         if (!has_kv) {
-            load_key_block(map_v, smem + kSmemV, barriers.v_full(), block);
+            load_key_block(map_v, smem + kSmemV, barriers.v_full(), s, block);
             has_kv = true;
         }
         load(maps_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
@@ -948,9 +1003,10 @@ __device__ __forceinline__ void pass_turn(int* turn, int n_block) {
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
 __device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    BlockRange const blocks = query_blocks(p, seqlen_of(p, block.bidb), block.n_block * kTileN);
+    Seqlen const s = seqlen_of(p, block.bidb);
+    BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     uint32_t phase = 0;
-    for (QueryWalk walk = start_walk(p, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
+    for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
         int* const turn = p.dq_turns + walk.query_block;
         wait_for_turn(turn, block.n_block);
         mbarrier_wait(barriers.dq_full(), phase);
@@ -1000,7 +1056,7 @@ __device__ __forceinline__ void consume(
         acc_dv[i] = 0.0f;
     }
 
-    QueryWalk walk = start_walk(p, block, blocks);
+    QueryWalk walk = start_walk(p, s, block, blocks);
     uint32_t dq_phase = 0;
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
@@ -1082,9 +1138,9 @@ __device__ __forceinline__ void consume(
     uint32_t const dv_rows = smem + kSmemV + warp_key * kPanelRowBytes;
     int const row = block.n_block * kTileN + warp_key;
     stage_rows(acc_dv, dv_rows, kKvPanelBytes, 1.0f);
-    store_rows(map_dv, dv_rows, row, block);
+    store_rows(map_dv, s, dv_rows, row, block);
     stage_rows(acc_dk, dk_rows, kKvPanelBytes, p.softmax_scale);
-    store_rows(map_dk, dk_rows, row, block);
+    store_rows(map_dk, s, dk_rows, row, block);
     tma_store_wait();
 }
 
@@ -1097,20 +1153,20 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_window_
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
     constexpr float kLog2E = 1.44269504088896341f;
-    int const query_block = static_cast<int>(blockIdx.x);  // query_block_index
-    int const m_block = query_block % p.num_m_blocks;
-    int const batch_head = query_block / p.num_m_blocks;
-    int const bidh = batch_head % p.num_heads;
-    int const bidb = batch_head / p.num_heads;
+    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    int const m_block = block.m_block;
+    int const bidh = block.bidh;
+    int const bidb = block.bidb;
     Seqlen const s = seqlen_of(p, bidb);
     int const thread = static_cast<int>(threadIdx.x);
     int const chunk = thread % kLanesPerRow;
-    int64_t const of_head = static_cast<int64_t>(batch_head) * s.q;
-    int64_t const padded = static_cast<int64_t>(query_block) * kTileM;
+    int64_t const of_head = lse_of_head(p, s, bidh, bidb);
+    int64_t const padded = static_cast<int64_t>(block.index) * kTileM;
     // 16-bit numbers as bytes: the pointers have no type.
-    char const* const o = static_cast<char const*>(p.o) + 2 * (bidb * p.o_batch_stride + bidh * p.o_head_stride + 8 * chunk);
-    char const* const dout =
-        static_cast<char const*>(p.dout) + 2 * (bidb * p.dout_batch_stride + bidh * p.dout_head_stride + 8 * chunk);
+    int64_t const first_o = first_query(s, bidb, p.o_batch_stride, p.o_row_stride) + bidh * p.o_head_stride;
+    int64_t const first_dout = first_query(s, bidb, p.dout_batch_stride, p.dout_row_stride) + bidh * p.dout_head_stride;
+    char const* const o = static_cast<char const*>(p.o) + 2 * (first_o + 8 * chunk);
+    char const* const dout = static_cast<char const*>(p.dout) + 2 * (first_dout + 8 * chunk);
 
     for (int first = 0; first < kTileM; first += kThreads / kLanesPerRow) {
         int const row_of_block = first + thread / kLanesPerRow;
@@ -1153,9 +1209,9 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_window_
     }
 
     if (thread == 0) {
-        store_global_int(p.dq_turns + query_block, key_begin(p, s, m_block * kTileM) / kTileN);
+        store_global_int(p.dq_turns + block.index, key_begin(p, s, m_block * kTileM) / kTileN);
     }
-    float* const dq_acc = p.dq_acc + static_cast<int64_t>(query_block) * kDqBlockFloats;
+    float* const dq_acc = p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats;
     for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -1203,11 +1259,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    int const m_block = static_cast<int>(blockIdx.x) % p.num_m_blocks;
-    int const batch_head = static_cast<int>(blockIdx.x) / p.num_m_blocks;
+    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
     int const warp = warp_id();
     float const* const slice =
-        p.dq_acc + static_cast<int64_t>(blockIdx.x) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
+        p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
     int const row = lane_id() % 8;
     int const chunk = warp % 4 * 2 + lane_id() / 8 % 2;
@@ -1227,10 +1282,10 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_
     fence_proxy_async();
     sync_block();
     if (warp == 0 && elect_one()) {
+        Box const box = query_box(seqlen_of(p, block.bidb), block.m_block * kTileM, block.bidb);
 #pragma unroll
         for (int panel = 0; panel < kNumPanels; ++panel) {
-            tma_store(map_dq, smem + panel * kQPanelBytes, panel * kPanelColumns, m_block * kTileM, batch_head % p.num_heads,
-                      batch_head / p.num_heads);
+            store_box(map_dq, smem + panel * kQPanelBytes, panel * kPanelColumns, box, block.bidh);
         }
         tma_store_commit();
         tma_store_wait();

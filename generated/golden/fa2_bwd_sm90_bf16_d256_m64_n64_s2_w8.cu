@@ -8,9 +8,9 @@
 //   launch   384 threads, 214128 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   56 Shared memory,  117 Threads,  161 Arithmetic,  189 Shared memory,
 //             204 Global memory,  238 mbarriers,  278 TMA,  315 Bulk copies,  324 Fences,  331 Fragments,
-//             345 Registers of a warpgroup,  357 wgmma,  511 What is visible,  556 Softmax and its gradient,
-//             655 Pipelines,  700 Loads,  737 Matrix products,  774 Staging,  829 Producer,  861 Consumers,
-//            1043 Kernels, 1181 Launch
+//             345 Registers of a warpgroup,  357 wgmma,  560 What is visible,  606 Softmax and its gradient,
+//             701 Pipelines,  746 Loads,  794 Matrix products,  831 Staging,  888 Producer,  921 Consumers,
+//            1105 Kernels, 1242 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -508,6 +508,55 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
+__device__ __forceinline__ int num_query_blocks(Params const& p, Seqlen const&) {
+    return p.num_m_blocks;
+}
+
+// Where TMA finds a row, beside its head and columns.
+struct Box {
+    int row;
+    int batch;
+};
+
+__device__ __forceinline__ Box query_box(Seqlen const&, int row, int bidb) {
+    return {row, bidb};
+}
+
+__device__ __forceinline__ Box key_box(Seqlen const&, int row, int bidb) {
+    return {row, bidb};
+}
+
+// Where the rows of q (o, dout, dq) begin, and those of k (v, dk, dv), in elements; and a head's rows of LSE.
+__device__ __forceinline__ int64_t first_query(Seqlen const&, int bidb, int64_t batch_stride, int64_t) {
+    return bidb * batch_stride;
+}
+
+__device__ __forceinline__ int64_t first_key(Seqlen const&, int bidb, int64_t batch_stride, int64_t) {
+    return bidb * batch_stride;
+}
+
+__device__ __forceinline__ int64_t lse_of_head(Params const& p, Seqlen const& s, int bidh, int bidb) {
+    return (static_cast<int64_t>(bidb) * p.num_heads + bidh) * s.q;
+}
+
+// A block of queries of one head; `index` is where it has its row statistics and its sums of dQ, one after the other of
+// all heads.
+struct QueryBlock {
+    int m_block;
+    int bidh;
+    int bidb;
+    int index;
+};
+
+__device__ __forceinline__ int query_block_index(Params const& p, Seqlen const&, int bidb, int bidh, int m_block) {
+    return (bidb * p.num_heads + bidh) * p.num_m_blocks + m_block;
+}
+
+__device__ __forceinline__ QueryBlock query_block_at(Params const& p, int block_index) {
+    int const batch_head = block_index / p.num_m_blocks;
+    return {block_index % p.num_m_blocks, batch_head % p.num_heads, batch_head / p.num_heads, block_index};
+}
+
 // What is visible: full -----------------------------------------------------------------------------------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
@@ -526,7 +575,8 @@ __device__ __forceinline__ int query_begin(Params const&, Seqlen const& s, int k
 }
 
 __device__ __forceinline__ BlockRange query_blocks(Params const& p, Seqlen const& s, int first_key) {
-    return {0, first_key + kTileN <= s.k ? 0 : p.num_m_blocks, p.num_m_blocks, p.num_m_blocks};
+    int const end = num_query_blocks(p, s);
+    return {0, first_key + kTileN <= s.k ? 0 : end, end, end};
 }
 
 // How many of a thread's registers of a key hold queries before this one, counted from the thread's first: the r-th holds
@@ -640,15 +690,11 @@ struct QueryWalk {
     }
 };
 
-// Where a block of queries has its row statistics, its sums of dQ: one after the other of all heads.
-__device__ __forceinline__ int query_block_index(Params const& p, int bidb, int bidh, int m_block) {
-    return (bidb * p.num_heads + bidh) * p.num_m_blocks + m_block;
-}
-
-__device__ __forceinline__ QueryWalk start_walk(Params const& p, KeyBlock const& block, BlockRange const& blocks) {
+__device__ __forceinline__ QueryWalk start_walk(
+    Params const& p, Seqlen const& s, KeyBlock const& block, BlockRange const& blocks) {
     int const m_block = blocks.begin;
     int const bidh = block.head_kv * p.num_heads_per_kv;
-    return {m_block, bidh, query_block_index(p, block.bidb, bidh, m_block),
+    return {m_block, bidh, query_block_index(p, s, block.bidb, bidh, m_block),
             (blocks.end - blocks.begin) * p.num_heads_per_kv};
 }
 
@@ -699,6 +745,16 @@ struct Barriers {
 
 // Loads ---------------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ void load_box(
+    uint32_t destination, CUtensorMap const& map, uint32_t barrier, int column, Box const& box, int head) {
+    tma_load(destination, map, barrier, column, box.row, head, box.batch);
+}
+
+__device__ __forceinline__ void store_box(
+    CUtensorMap const& map, uint32_t source, int column, Box const& box, int head) {
+    tma_store(map, source, column, box.row, head, box.batch);
+}
+
 // How TMA sees the panels of a tensor. The last may be narrower: columns beyond the head dim would cost as much as others.
 struct TileMaps {
     CUtensorMap const& panel;
@@ -706,29 +762,30 @@ struct TileMaps {
 };
 
 __device__ __forceinline__ void load_tile(
-    TileMaps const& maps, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, int row, int head, int batch) {
+    TileMaps const& maps, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, Box const& box, int head) {
 #pragma unroll
     for (int panel = 0; panel < kNumPanels; ++panel) {
-        tma_load(destination + panel * panel_bytes, panel + 1 < kNumPanels ? maps.panel : maps.last_panel, barrier,
-                 panel * kPanelColumns, row, head, batch);
+        load_box(destination + panel * panel_bytes, panel + 1 < kNumPanels ? maps.panel : maps.last_panel, barrier,
+                 panel * kPanelColumns, box, head);
     }
 }
 
-__device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t tile, uint32_t full, KeyBlock const& block) {
+__device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t tile, uint32_t full, Seqlen const& s,
+                                               KeyBlock const& block) {
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvBytes);
-        load_tile({map, map}, tile, kKvPanelBytes, full, block.n_block * kTileN, block.head_kv, block.bidb);
+        load_tile({map, map}, tile, kKvPanelBytes, full, key_box(s, block.n_block * kTileN, block.bidb), block.head_kv);
     }
 }
 
 // A block of Q or dO and one number for each of its rows, when the stage is free.
 __device__ __forceinline__ void load_query_block(
     TileMaps const& maps, uint32_t tile, float const* statistics, uint32_t rows, uint32_t full, uint32_t empty,
-    PipelineState& state, int m_block, int head, int batch) {
+    PipelineState& state, Box const& box, int head) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kQReadBytes + kStatisticsBytes);
-        load_tile(maps, tile, kQPanelBytes, full, m_block * kTileM, head, batch);
+        load_tile(maps, tile, kQPanelBytes, full, box, head);
         bulk_load(rows, statistics, kStatisticsBytes, full);
     }
     state.advance(kNumStages);
@@ -802,13 +859,15 @@ __device__ __forceinline__ void stage_rows(
 }
 
 // What stage_rows wrote, to global memory; clips at seqlen_k and at the head dim.
-__device__ __forceinline__ void store_rows(CUtensorMap const& map, uint32_t rows, int row, KeyBlock const& block) {
+__device__ __forceinline__ void store_rows(
+    CUtensorMap const& map, Seqlen const& s, uint32_t rows, int row, KeyBlock const& block) {
+    Box const box = key_box(s, row, block.bidb);
     fence_proxy_async();
     sync_warp();
     if (elect_one()) {
 #pragma unroll
         for (int panel = 0; panel < kNumPanels; ++panel) {
-            tma_store(map, rows + panel * kKvPanelBytes, panel * kPanelColumns, row, block.head_kv, block.bidb);
+            store_box(map, rows + panel * kKvPanelBytes, panel * kPanelColumns, box, block.head_kv);
         }
         tma_store_commit();
     }
@@ -832,25 +891,26 @@ __device__ __forceinline__ void produce(
     TileMaps const& maps_q, CUtensorMap const& map_k, CUtensorMap const& map_v, TileMaps const& maps_dout,
     Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    BlockRange const blocks = query_blocks(p, seqlen_of(p, block.bidb), block.n_block * kTileN);
+    Seqlen const s = seqlen_of(p, block.bidb);
+    BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
     bool has_kv = false;
-    for (QueryWalk walk = start_walk(p, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
+    for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
         auto load = [&](TileMaps const& maps, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
                         uint32_t empty, PipelineState& state) {
             load_query_block(maps, smem + tiles + state.stage * kQBytes,
                              statistics + static_cast<int64_t>(walk.query_block) * kTileM,
-                             smem + rows + state.stage * kStatisticsBytes, full, empty, state, walk.m_block, walk.bidh,
-                             block.bidb);
+                             smem + rows + state.stage * kStatisticsBytes, full, empty, state,
+                             query_box(s, walk.m_block * kTileM, block.bidb), walk.bidh);
         };
         if (!has_kv) {
-            load_key_block(map_k, smem + kSmemK, barriers.k_full(), block);
+            load_key_block(map_k, smem + kSmemK, barriers.k_full(), s, block);
             griddepcontrol_wait();  // the preprocess kernel writes what comes with Q and dO
         }
         load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state);
         if (!has_kv) {
-            load_key_block(map_v, smem + kSmemV, barriers.v_full(), block);
+            load_key_block(map_v, smem + kSmemV, barriers.v_full(), s, block);
             has_kv = true;
         }
         load(maps_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
@@ -863,6 +923,7 @@ __device__ __forceinline__ void produce(
 // What a warp of either knows of its block.
 struct Work {
     KeyBlock block;
+    Seqlen s;
     BlockRange blocks;
     int begins[2];
 };
@@ -874,6 +935,7 @@ __device__ __forceinline__ Work work_of_block(Params const& p, int warp) {
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     return {
         block,
+        s,
         blocks,
         {query_begin(p, s, key), query_begin(p, s, key + 8)},
     };
@@ -892,7 +954,7 @@ __device__ __forceinline__ void finish(
     named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
     uint32_t const rows = tile + 16 * warp * kPanelRowBytes;
     stage_rows(acc, rows, kKvPanelBytes, factor);
-    store_rows(map, rows, work.block.n_block * kTileN + 16 * warp, work.block);
+    store_rows(map, work.s, rows, work.block.n_block * kTileN + 16 * warp, work.block);
     tma_store_wait();
 }
 
@@ -908,7 +970,7 @@ __device__ __forceinline__ void consume_dv_dq(
     float acc_dv[kNumAccDkv];
     clear(acc_dv);
 
-    QueryWalk walk = start_walk(p, work.block, work.blocks);
+    QueryWalk walk = start_walk(p, work.s, work.block, work.blocks);
     float* dq_acc = p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warp * kDqSliceFloats;
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
@@ -980,7 +1042,7 @@ __device__ __forceinline__ void consume_dk(
     float acc_dk[kNumAccDkv];
     clear(acc_dk);
 
-    QueryWalk walk = start_walk(p, work.block, work.blocks);
+    QueryWalk walk = start_walk(p, work.s, work.block, work.blocks);
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
@@ -1049,20 +1111,20 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 32;
     constexpr float kLog2E = 1.44269504088896341f;
-    int const query_block = static_cast<int>(blockIdx.x);  // query_block_index
-    int const m_block = query_block % p.num_m_blocks;
-    int const batch_head = query_block / p.num_m_blocks;
-    int const bidh = batch_head % p.num_heads;
-    int const bidb = batch_head / p.num_heads;
+    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    int const m_block = block.m_block;
+    int const bidh = block.bidh;
+    int const bidb = block.bidb;
     Seqlen const s = seqlen_of(p, bidb);
     int const thread = static_cast<int>(threadIdx.x);
     int const chunk = thread % kLanesPerRow;
-    int64_t const of_head = static_cast<int64_t>(batch_head) * s.q;
-    int64_t const padded = static_cast<int64_t>(query_block) * kTileM;
+    int64_t const of_head = lse_of_head(p, s, bidh, bidb);
+    int64_t const padded = static_cast<int64_t>(block.index) * kTileM;
     // 16-bit numbers as bytes: the pointers have no type.
-    char const* const o = static_cast<char const*>(p.o) + 2 * (bidb * p.o_batch_stride + bidh * p.o_head_stride + 8 * chunk);
-    char const* const dout =
-        static_cast<char const*>(p.dout) + 2 * (bidb * p.dout_batch_stride + bidh * p.dout_head_stride + 8 * chunk);
+    int64_t const first_o = first_query(s, bidb, p.o_batch_stride, p.o_row_stride) + bidh * p.o_head_stride;
+    int64_t const first_dout = first_query(s, bidb, p.dout_batch_stride, p.dout_row_stride) + bidh * p.dout_head_stride;
+    char const* const o = static_cast<char const*>(p.o) + 2 * (first_o + 8 * chunk);
+    char const* const dout = static_cast<char const*>(p.dout) + 2 * (first_dout + 8 * chunk);
 
     for (int first = 0; first < kTileM; first += kThreads / kLanesPerRow) {
         int const row_of_block = first + thread / kLanesPerRow;
@@ -1104,7 +1166,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
         }
     }
 
-    float* const dq_acc = p.dq_acc + static_cast<int64_t>(query_block) * kDqBlockFloats;
+    float* const dq_acc = p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats;
     for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
@@ -1148,11 +1210,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    int const m_block = static_cast<int>(blockIdx.x) % p.num_m_blocks;
-    int const batch_head = static_cast<int>(blockIdx.x) / p.num_m_blocks;
+    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
     int const warp = warp_id();
     float const* const slice =
-        p.dq_acc + static_cast<int64_t>(blockIdx.x) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
+        p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
     float acc_dq[kNumAccDkv];
 #pragma unroll
@@ -1168,10 +1229,10 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
     fence_proxy_async();
     sync_block();
     if (warp == 0 && elect_one()) {
+        Box const box = query_box(seqlen_of(p, block.bidb), block.m_block * kTileM, block.bidb);
 #pragma unroll
         for (int panel = 0; panel < kNumPanels; ++panel) {
-            tma_store(map_dq, smem + panel * kQPanelBytes, panel * kPanelColumns, m_block * kTileM, batch_head % p.num_heads,
-                      batch_head / p.num_heads);
+            store_box(map_dq, smem + panel * kQPanelBytes, panel * kPanelColumns, box, block.bidh);
         }
         tma_store_commit();
         tma_store_wait();

@@ -7,8 +7,8 @@
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,   89 Threads,  111 Arithmetic,  145 Shared memory,  164 Global memory,
-//             176 cp.async,  195 Fragments,  210 Registers,  219 mma,  241 What is visible,  291 Online softmax,
-//             493 Pipeline,  551 Matrix products,  634 Epilogue,  722 Kernel,  798 Launch
+//             176 cp.async,  195 Fragments,  210 Registers,  219 mma,  254 What is visible,  304 Online softmax,
+//             512 Pipeline,  570 Matrix products,  653 Epilogue,  741 Kernel,  819 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -238,6 +238,19 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
+// Where the rows of q (o, dout, dq) begin, and those of k (v, dk, dv), in elements; and a head's rows of LSE.
+__device__ __forceinline__ int64_t first_query(Seqlen const&, int bidb, int64_t batch_stride, int64_t) {
+    return bidb * batch_stride;
+}
+
+__device__ __forceinline__ int64_t first_key(Seqlen const&, int bidb, int64_t batch_stride, int64_t) {
+    return bidb * batch_stride;
+}
+
+__device__ __forceinline__ int64_t lse_of_head(Params const& p, Seqlen const& s, int bidh, int bidb) {
+    return (static_cast<int64_t>(bidb) * p.num_heads + bidh) * s.q;
+}
+
 // What is visible: full -----------------------------------------------------------------------------------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
@@ -433,9 +446,16 @@ __device__ __forceinline__ void online_softmax_tiles(
     }
 }
 
+// Order of tiles: head by head, so that neighbouring blocks share K and V in L2.
+struct Tile {
+    int m_block;
+    int bidh;
+    int bidb;
+};
+
 // Blocks start in order of x first: the tiles of one head run together and share its K and V in L2.
-__device__ __forceinline__ int m_block_at(Params const&, int block_x) {
-    return block_x;
+__device__ __forceinline__ Tile tile_of_block(Params const&, int block_x, int block_y, int block_z) {
+    return {block_x, block_y, block_z};
 }
 
 __device__ __forceinline__ int row_swizzle(int row) {
@@ -457,16 +477,15 @@ __device__ __forceinline__ CopyLane copy_lane(int thread) {
     return {row, 8 * chunk, static_cast<uint32_t>(row * kPanelRowBytes + ((chunk ^ row_swizzle(row)) << 4))};
 }
 
-// Where a thread reads a tensor: its chunk of its first row in the next tile.
+// Where a thread reads a tensor: its chunk of its first row in the next tile. `first` leads to the sequence's row 0.
 struct Source {
     unsigned char const* next;
     int64_t row_bytes;
 };
 
 __device__ __forceinline__ Source source_of(
-    void const* tensor, int64_t batch_stride, int64_t row_stride, int64_t head_stride, int bidb, int64_t row, int head,
-    int column) {
-    int64_t const elements = bidb * batch_stride + row * row_stride + head * head_stride + column;
+    void const* tensor, int64_t first, int64_t row_stride, int64_t head_stride, int64_t row, int head, int column) {
+    int64_t const elements = first + row * row_stride + head * head_stride + column;
     return {static_cast<unsigned char const*>(tensor) + kElementBytes * elements, kElementBytes * row_stride};
 }
 
@@ -652,7 +671,7 @@ __device__ __forceinline__ void store_o(
     Params const& p, Seqlen const& s, uint32_t o_rows, int first_row, int bidh, int bidb, int lane) {
     int const lane_row = lane / kPanelChunks;
     int const lane_chunk = lane % kPanelChunks;
-    int64_t const elements = bidb * p.o_batch_stride + bidh * p.o_head_stride + 8 * lane_chunk;
+    int64_t const elements = first_query(s, bidb, p.o_batch_stride, p.o_row_stride) + bidh * p.o_head_stride + 8 * lane_chunk;
     unsigned char* const of_head = static_cast<unsigned char*>(p.o) + kElementBytes * elements;
 #pragma unroll
     for (int first = 0; first < kNumRowTiles * 16; first += kStoreRows) {
@@ -675,7 +694,7 @@ __device__ __forceinline__ void store_o(
 __device__ __forceinline__ void store_lse(
     Params const& p, Seqlen const& s, float const (&lse)[2], int row, int bidh, int bidb, int lane) {
     if (lane % 4 == 0) {
-        float* const of_head = p.lse + (static_cast<int64_t>(bidb) * p.num_heads + bidh) * s.q;
+        float* const of_head = p.lse + lse_of_head(p, s, bidh, bidb);
         int const first = row + lane / 4;
         if (first < s.q) {
             store_global_float(of_head + first, lse[0]);
@@ -724,13 +743,15 @@ __device__ __forceinline__ void finish(
 extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4(
     const __grid_constant__ Params p) {
     int const thread = static_cast<int>(threadIdx.x);
-    int const bidh = static_cast<int>(blockIdx.y);
-    int const bidb = static_cast<int>(blockIdx.z);
+    Tile const tile = tile_of_block(
+        p, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z));
+    int const bidh = tile.bidh;
+    int const bidb = tile.bidb;
     uint32_t const smem = shared_memory_base();
     int const lane = thread % 32;
     int const warp_row = thread / 32 * kNumRowTiles * 16;  // of the tile
     uint32_t const q_rows = smem + kSmemQ + warp_row * kPanelRowBytes;
-    int const first_row = m_block_at(p, static_cast<int>(blockIdx.x)) * kTileM;
+    int const first_row = tile.m_block * kTileM;
     Seqlen const s = seqlen_of(p, bidb);
     BlockRange const blocks = key_blocks(p, s, first_row, kTileM);
 
@@ -753,12 +774,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
         int const last_key = n_block * kTileN;
         int const head_kv = bidh / p.num_heads_per_kv;
         CopyLane const copy = copy_lane(thread);
-        Source const q = source_of(p.q, p.q_batch_stride, p.q_row_stride, p.q_head_stride, bidb, first_row + copy.row,
-                                   bidh, copy.column);
-        Source const key = source_of(p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride, bidb, last_key + copy.row,
-                                     head_kv, copy.column);
-        Source const value = source_of(p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride, bidb,
-                                       last_key + copy.row, head_kv, copy.column);
+        Source const q = source_of(p.q, first_query(s, bidb, p.q_batch_stride, p.q_row_stride), p.q_row_stride,
+                                   p.q_head_stride, first_row + copy.row, bidh, copy.column);
+        Source const key = source_of(p.k, first_key(s, bidb, p.k_batch_stride, p.k_row_stride), p.k_row_stride,
+                                     p.k_head_stride, last_key + copy.row, head_kv, copy.column);
+        Source const value = source_of(p.v, first_key(s, bidb, p.v_batch_stride, p.v_row_stride), p.v_row_stride,
+                                       p.v_head_stride, last_key + copy.row, head_kv, copy.column);
         load_tile(smem + kSmemQ, kTileM, kQPanelBytes, q, copy, s.q - first_row);
         KvPipeline pipeline = {smem + kSmemK, key, value, copy};
         pipeline.start(blocks.end - blocks.begin, s.k - last_key);

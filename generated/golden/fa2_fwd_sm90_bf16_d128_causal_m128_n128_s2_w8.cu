@@ -8,8 +8,8 @@
 //   launch   384 threads, 229504 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  164 Shared memory,
 //             185 Global memory,  199 mbarriers,  243 TMA,  285 Fences,  292 Fragments,  300 Registers of a warpgroup,
-//             312 wgmma,  414 What is visible,  466 Online softmax,  615 Pipelines,  643 Loads,  695 Matrix products,
-//             722 Epilogue,  767 Producer,  816 Consumer,  969 Kernel, 1009 Launch
+//             312 wgmma,  436 What is visible,  488 Online softmax,  641 Pipelines,  669 Loads,  732 Matrix products,
+//             759 Epilogue,  806 Producer,  857 Consumer, 1010 Kernel, 1050 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -411,6 +411,28 @@ __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int) {
     return {p.seqlen_q, p.seqlen_k};
 }
 
+// Where TMA finds a row, beside its head and columns.
+struct Box {
+    int row;
+    int batch;
+};
+
+__device__ __forceinline__ Box query_box(Seqlen const&, int row, int bidb) {
+    return {row, bidb};
+}
+
+__device__ __forceinline__ Box key_box(Seqlen const&, int row, int bidb) {
+    return {row, bidb};
+}
+
+__device__ __forceinline__ int64_t first_key(Seqlen const&, int bidb, int64_t batch_stride, int64_t) {
+    return bidb * batch_stride;
+}
+
+__device__ __forceinline__ int64_t lse_of_head(Params const& p, Seqlen const& s, int bidh, int bidb) {
+    return (static_cast<int64_t>(bidb) * p.num_heads + bidh) * s.q;
+}
+
 // What is visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q -------------------
 
 // Blocks [begin, end), of which [begin_full, end_full) need no mask.
@@ -603,6 +625,10 @@ struct Tile {
     int bidb;
 };
 
+__device__ __forceinline__ int num_tiles(Params const& p) {
+    return p.num_tiles;
+}
+
 __device__ __forceinline__ Tile tile_at(Params const& p, int index) {
     int const section_tiles = p.heads_per_section * p.num_m_blocks;
     int const first_batch_head = index / section_tiles * p.heads_per_section;
@@ -642,6 +668,16 @@ struct Barriers {
 
 // Loads ---------------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ void load_box(
+    uint32_t destination, CUtensorMap const& map, uint32_t barrier, int column, Box const& box, int head) {
+    tma_load(destination, map, barrier, column, box.row, head, box.batch);
+}
+
+__device__ __forceinline__ void store_box(
+    CUtensorMap const& map, uint32_t source, int column, Box const& box, int head) {
+    tma_store(map, source, column, box.row, head, box.batch);
+}
+
 // How TMA sees the panels of a tensor. The last may be narrower: columns beyond the head dim would cost as much as others.
 struct TileMaps {
     CUtensorMap const& panel;
@@ -649,11 +685,11 @@ struct TileMaps {
 };
 
 __device__ __forceinline__ void load_tile(
-    TileMaps const& maps, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, int row, int head, int batch) {
+    TileMaps const& maps, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, Box const& box, int head) {
 #pragma unroll
     for (int panel = 0; panel < kNumPanels; ++panel) {
-        tma_load(destination + panel * panel_bytes, panel + 1 < kNumPanels ? maps.panel : maps.last_panel, barrier,
-                 panel * kPanelColumns, row, head, batch);
+        load_box(destination + panel * panel_bytes, panel + 1 < kNumPanels ? maps.panel : maps.last_panel, barrier,
+                 panel * kPanelColumns, box, head);
     }
 }
 
@@ -665,7 +701,8 @@ __device__ __forceinline__ Tile load_tile_slot(uint32_t smem, int stage) {
 }
 
 __device__ __forceinline__ void load_q(
-    CUtensorMap const& map_q, uint32_t smem, Barriers const& barriers, PipelineState& state, Tile const& tile) {
+    CUtensorMap const& map_q, uint32_t smem, Barriers const& barriers, PipelineState& state, Seqlen const& s,
+    Tile const& tile) {
     uint32_t const full = barriers.q_full(state.stage);
     mbarrier_wait(barriers.q_empty(state.stage), state.phase ^ 1);
     if (elect_one()) {
@@ -673,7 +710,7 @@ __device__ __forceinline__ void load_q(
         if (tile.m_block >= 0) {
             mbarrier_arrive_expect_tx(full, kQBytes);
             load_tile({map_q, map_q}, smem + kSmemQ + state.stage * kQStageBytes, kQPanelBytes, full,
-                      tile.m_block * kTileM, tile.bidh, tile.bidb);
+                      query_box(s, tile.m_block * kTileM, tile.bidb), tile.bidh);
         } else {
             mbarrier_arrive(full);
         }
@@ -682,12 +719,12 @@ __device__ __forceinline__ void load_q(
 }
 
 __device__ __forceinline__ void load_kv_block(
-    TileMaps const& maps, uint32_t tiles, uint32_t full, uint32_t empty, PipelineState& state, int n_block, int head,
-    int batch) {
+    TileMaps const& maps, uint32_t tiles, uint32_t full, uint32_t empty, PipelineState& state, Box const& box,
+    int head) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvReadBytes);
-        load_tile(maps, tiles + state.stage * kStageBytes, kKvPanelBytes, full, n_block * kTileN, head, batch);
+        load_tile(maps, tiles + state.stage * kStageBytes, kKvPanelBytes, full, box, head);
     }
     state.advance(kNumStages);
 }
@@ -738,13 +775,15 @@ __device__ __forceinline__ void stage_o(float const (&acc_o)[kNumAccO], uint32_t
 }
 
 // The stores clip at seqlen_q and at the head dim.
-__device__ __forceinline__ void store_o(CUtensorMap const& map_o, uint32_t o_rows, int row, Tile const& tile) {
+__device__ __forceinline__ void store_o(
+    CUtensorMap const& map_o, Seqlen const& s, uint32_t o_rows, int row, Tile const& tile) {
+    Box const box = query_box(s, row, tile.bidb);
     fence_proxy_async();
     sync_warp();
     if (elect_one()) {
 #pragma unroll
         for (int panel = 0; panel < kNumPanels; ++panel) {
-            tma_store(map_o, o_rows + panel * kOPanelBytes, panel * kPanelColumns, row, tile.bidh, tile.bidb);
+            store_box(map_o, o_rows + panel * kOPanelBytes, panel * kPanelColumns, box, tile.bidh);
         }
         tma_store_commit();
     }
@@ -753,7 +792,7 @@ __device__ __forceinline__ void store_o(CUtensorMap const& map_o, uint32_t o_row
 __device__ __forceinline__ void store_lse(
     Params const& p, Seqlen const& s, float const (&lse)[2], int row, Tile const& tile) {
     if (lane_id() % 4 == 0) {
-        float* const of_head = p.lse + (static_cast<int64_t>(tile.bidb) * p.num_heads + tile.bidh) * s.q;
+        float* const of_head = p.lse + lse_of_head(p, s, tile.bidh, tile.bidb);
         int const first = row + lane_id() / 4;
         if (first < s.q) {
             store_global_float(of_head + first, lse[0]);
@@ -772,25 +811,27 @@ __device__ __forceinline__ void produce(
     PipelineState q_state = {0, 0};
     PipelineState k_state = {0, 0};
     PipelineState v_state = {0, 0};
+    int const tiles = num_tiles(p);
     int index = static_cast<int>(blockIdx.x);
-    while (index < p.num_tiles) {
+    while (index < tiles) {
         Tile const tile = tile_at(p, index);
+        Seqlen const s = seqlen_of(p, tile.bidb);
         int const head_kv = tile.bidh / p.num_heads_per_kv;
         auto load_k = [&](int n_block) {
             load_kv_block(maps_k, smem + kSmemK, barriers.k_full(k_state.stage), barriers.k_empty(k_state.stage), k_state,
-                          n_block, head_kv, tile.bidb);
+                          key_box(s, n_block * kTileN, tile.bidb), head_kv);
         };
         auto load_v = [&](int n_block) {
             load_kv_block(maps_v, smem + kSmemV, barriers.v_full(v_state.stage), barriers.v_empty(v_state.stage), v_state,
-                          n_block, head_kv, tile.bidb);
+                          key_box(s, n_block * kTileN, tile.bidb), head_kv);
         };
-        BlockRange const blocks = key_blocks(p, seqlen_of(p, tile.bidb), tile.m_block * kTileM, kTileM);
+        BlockRange const blocks = key_blocks(p, s, tile.m_block * kTileM, kTileM);
 
         // K first: where Q has one stage, the last tile still holds it.
         if (blocks.begin < blocks.end) {
             load_k(blocks.end - 1);
         }
-        load_q(map_q, smem, barriers, q_state, tile);
+        load_q(map_q, smem, barriers, q_state, s, tile);
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
             load_k(n_block);
             load_v(n_block + 1);
@@ -804,13 +845,13 @@ __device__ __forceinline__ void produce(
         int fetched = 0;
         if (lane_id() == 0) {
             fetched = fetch_add_global(p.tile_counter, 1);
-            if (fetched == p.num_tiles - 1) {
+            if (fetched == tiles - 1) {
                 store_global_int(p.tile_counter, 0);
             }
         }
         index = shfl_from_lane_0(fetched) + static_cast<int>(gridDim.x);
     }
-    load_q(map_q, smem, barriers, q_state, {-1, 0, 0});
+    load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});
 }
 
 // Consumer: one of the mma warpgroups, 64 query rows of each tile ------------------------------------------------------
@@ -961,7 +1002,7 @@ __device__ __forceinline__ void consume(
         tma_store_wait_read();
         sync_warp();
         stage_o(acc_o, o_rows);
-        store_o(map_o, o_rows, row, tile);
+        store_o(map_o, s, o_rows, row, tile);
     }
     tma_store_wait();
 }

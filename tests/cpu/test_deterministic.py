@@ -89,7 +89,7 @@ FAULTS = (
     Fault(
         "turns-not-initialised",
         STAGED,
-        "store_global_int(p.dq_turns + query_block, key_begin(p, s, m_block * kTileM) / kTileN);",
+        "store_global_int(p.dq_turns + block.index, key_begin(p, s, m_block * kTileM) / kTileN);",
         "",
         message="deadlock",
     ),

@@ -168,7 +168,7 @@ FAULTS = (
     Fault("store-still-reads-o", SM90, "tma_store_wait_read();\n        sync_warp();\n        stage_o", "stage_o"),
     Fault("store-not-committed", SM90, "        tma_store_commit();\n", ""),
     Fault("exit-before-store", SM90, "    tma_store_wait();\n", ""),
-    Fault("counter-not-reset", SM90, "if (fetched == p.num_tiles - 1) {", "if (fetched == p.num_tiles) {"),
+    Fault("counter-not-reset", SM90, "if (fetched == tiles - 1) {", "if (fetched == tiles) {"),
     # SM90: descriptors and addresses
     Fault("descriptor-stride", SM90, "kDescHi = 0x40000040u", "kDescHi = 0x40000080u"),
     Fault("descriptor-swizzle", SM90, "kDescHi = 0x40000040u", "kDescHi = 0x80000040u"),
@@ -186,22 +186,20 @@ FAULTS = (
     Fault(
         "o-panels-swapped",
         SM90,
-        "tma_store(map_o, o_rows + panel * kOPanelBytes",
-        "tma_store(map_o, o_rows + (1 - panel) * kOPanelBytes",
+        "store_box(map_o, o_rows + panel * kOPanelBytes",
+        "store_box(map_o, o_rows + (1 - panel) * kOPanelBytes",
     ),
     # SM90: coordinates, masks, numbers
-    Fault("key-row-coordinate", SM90, "n_block * kTileN, head, batch);", "n_block * kTileN + 1, head, batch);"),
-    Fault("panel-coordinate", SM90, "panel * kPanelColumns, row, head", "0 * panel * kPanelColumns, row, head"),
+    Fault("key-row-coordinate", SM90, "return {row, bidb};", "return {row + 1, bidb};", count=2),
+    Fault("panel-coordinate", SM90, "panel * kPanelColumns, box, head", "0 * panel * kPanelColumns, box, head"),
     Fault(
         "query-batch-coordinate",
         SM90,
-        "tile.m_block * kTileM, tile.bidh, tile.bidb);",
-        "tile.m_block * kTileM, tile.bidh, 0);",
+        "query_box(s, tile.m_block * kTileM, tile.bidb)",
+        "query_box(s, tile.m_block * kTileM, 0)",
     ),
     Fault("kv-head", SM90, "tile.bidh / p.num_heads_per_kv;", "tile.bidh;"),
-    Fault(
-        "o-row-coordinate", SM90, "panel * kPanelColumns, row, tile.bidh", "panel * kPanelColumns, row + 1, tile.bidh"
-    ),
+    Fault("o-row-coordinate", SM90, "query_box(s, row, tile.bidb)", "query_box(s, row + 1, tile.bidb)"),
     Fault("diagonal-off-by-one", SM90, "row + 1 + (s.k", "row + (s.k"),
     Fault("diagonal-off-by-one-up", SM90, "row + 1 + (s.k", "row + 2 + (s.k"),
     Fault("unmasked-blocks-off-by-one", SM90, "{0, 0, of_first / kTileN,", "{0, 0, of_first / kTileN + 1,"),
@@ -286,7 +284,7 @@ FAULTS = (
     Fault("no-row-predicate", SINGLE, "< num_rows ? 16 : 0;", "< num_rows ? 16 : 16;"),
     Fault("stale-rows-not-finite", SINGLE, "cp_async_16(to + panel", "if (bytes != 0) cp_async_16(to + panel"),
     Fault("next-block-of-keys", SINGLE, "k.next -= kTileN * k.row_bytes;", ""),
-    Fault("query-row-stride", SINGLE, "bidb, first_row + copy.row,", "bidb, first_row + copy.row + 1,"),
+    Fault("query-row-stride", SINGLE, "first_row + copy.row, bidh,", "first_row + copy.row + 1, bidh,"),
     Fault("kv-head", SINGLE, "bidh / p.num_heads_per_kv;", "bidh;"),
     Fault("no-store-predicate", SINGLE, "if (first_row + row < s.q) {", "if (true) {"),
     Fault("o-not-swizzled", SINGLE, "((lane_chunk ^ row_swizzle(row)) << 4)", "(lane_chunk << 4)"),

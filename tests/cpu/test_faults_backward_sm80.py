@@ -44,8 +44,8 @@ FAULTS = (
     Fault(
         "rows-stored-before-they-are-there",
         SINGLE,
-        "    sync_block();\n    int const first_key = block",
-        "    int const first_key = block",
+        "    sync_block();\n    int const key = block",
+        "    int const key = block",
         8,
     ),
     # Which block of queries
@@ -106,7 +106,7 @@ FAULTS = (
         "keys-that-do-not-exist",
         SINGLE,
         "if (walk.needs_mask(blocks)) {",
-        "if (walk.needs_mask(blocks) && first_key + kTileN <= s.k) {",
+        "if (walk.needs_mask(blocks) && (block.n_block + 1) * kTileN <= s.k) {",
     ),
     Fault("no-dpsum", DOUBLE, "(acc_dp[tile][j] - offset[j % 2]);", "acc_dp[tile][j];"),
     Fault(

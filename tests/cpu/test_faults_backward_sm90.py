@@ -182,7 +182,7 @@ FAULTS = (
     Fault("dv-over-v-in-use", PRODUCTS, f"{SYNC}\n    uint32_t const rows", "uint32_t const rows"),
     Fault("dk-and-dv-not-published", STAGED, PUBLISH_ROWS, PUBLISH_ROWS.replace("fence_proxy_async();\n", "")),
     Fault("stored-before-the-warp-is-done", STAGED, PUBLISH_ROWS, "fence_proxy_async();\n    if (lane_id() == 0) {"),
-    Fault("dv-stored-as-dk", STAGED, "store_rows(map_dk, dk_rows,", "store_rows(map_dk, dv_rows,"),
+    Fault("dv-stored-as-dk", STAGED, "store_rows(map_dk, s, dk_rows,", "store_rows(map_dk, s, dv_rows,"),
     Fault(
         "second-warpgroup-has-the-firsts-keys",
         STAGED,

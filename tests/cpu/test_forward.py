@@ -10,6 +10,7 @@ import torch
 
 from fa2gen.catalog import catalogue
 from fa2gen.cpu import KernelFault, build, build_library
+from fa2gen.features import examples_of
 from fa2gen.plan import make_plan
 from fa2gen.render import Rendered, render
 from fa2gen.select import default_tiling
@@ -122,7 +123,8 @@ def test_numpy_memory(machine):
     generator = torch.Generator().manual_seed(128)
     q, k, v = (torch.randn(1, 1, 1, 128, generator=generator).bfloat16() for _ in range(3))
     arrays = (x.view(torch.int16).numpy().view("uint16") for x in (q, k, v))
-    out_array, lse_array, _ = run_on_cpu(KernelSpec.from_name(name), *arrays)
+    spec = KernelSpec.from_name(name)
+    out_array, lse_array, _ = run_on_cpu(spec, *arrays, examples_of(spec.problem)[0])
     assert torch.equal(torch.from_numpy(out_array.view("int16")), out.view(torch.int16))
     assert torch.equal(torch.from_numpy(lse_array), lse)
 

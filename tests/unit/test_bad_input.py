@@ -30,6 +30,7 @@ from fa2gen.ops import (
     flash_attn_with_kvcache,
     forward_into,
 )
+from fa2gen.padding import unpad_input
 from fa2gen.select import Device, default_tiling, kernel_arch
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -46,6 +47,17 @@ def run(q: Any = None, k: Any = None, v: Any = None, **options: Any) -> Any:
     """flash_attn_func on good tensors, but for what is given."""
     q, k = (t(*Q) if q is None else q), (t(*K) if k is None else k)
     return flash_attn_func(q, k, (k if v is None else v), **options)
+
+
+def ints(*numbers: int) -> Any:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def ragged(q: Any = None, k: Any = None, v: Any = None, **changes: Any) -> Any:
+    """flash_attn_varlen_func of two sequences, but for what is given."""
+    q, k = (t(8, 6, 64) if q is None else q), (t(9, 2, 64) if k is None else k)
+    named = {"cu_seqlens_q": ints(0, 3, 8), "cu_seqlens_k": ints(0, 4, 9), **changes}
+    return flash_attn_varlen_func(q, k, (k if v is None else v), **named)
 
 
 def nested(layout: Any) -> Any:
@@ -104,8 +116,8 @@ CASES: dict[str, Case] = {
     "k is a numpy array": Case(InvalidInput, "k must be|ndarray|as_tensor", lambda: run(k=numpy.zeros(K))),
     "v is a list": Case(InvalidInput, "v must be|list", lambda: run(v=[[[[0.0]]]])),
     "q is a number, with a window": Case(InvalidInput, "q must be|3 (int)", lambda: run(q=3, window_size=(-1, 0))),
-    "q is nested": Case(UnsupportedProblem, "q is a nested tensor|unbind", lambda: run(nested(torch.jagged))),
-    "k is nested, strided": Case(UnsupportedProblem, "k is a nested tensor|unbind", lambda: run(k=nested(torch.strided))),
+    "q is nested": Case(UnsupportedProblem, "q is a nested tensor|all three|flash_attn_varlen_func|q.values()", lambda: run(nested(torch.jagged))),
+    "k is nested, strided": Case(UnsupportedProblem, "k is a nested tensor|k.unbind()|layout=torch.jagged", lambda: run(k=nested(torch.strided))),
     "qkv is nested": Case(UnsupportedProblem, "qkv is a nested tensor", lambda: flash_attn_qkvpacked_func(nested(torch.strided))),
     "arch and nested": Case(UnsupportedProblem, "v is a nested tensor", lambda: attention(t(*Q), t(*K), nested(torch.jagged), arch="sm80")),
     "the operator and nested": Case(UnsupportedProblem, "q is a nested tensor", lambda: torch.ops.fa2gen.fwd(nested(torch.strided), t(*K), t(*K), 0.1, True)),
@@ -195,10 +207,52 @@ CASES: dict[str, Case] = {
     "gradient and arch": Case(
         UnsupportedProblem, "arch|detach", lambda: fa2gen.attention(t(*Q).requires_grad_(), t(*K), t(*K), arch="sm90")
     ),
-    "varlen": Case(UnsupportedProblem, "flash_attn_varlen_func|nearest: flash_attn_func", lambda: flash_attn_varlen_func(1, causal=True)),
-    "varlen qkvpacked": Case(UnsupportedProblem, "flash_attn_varlen_qkvpacked_func", lambda: flash_attn_varlen_qkvpacked_func()),
-    "varlen kvpacked": Case(UnsupportedProblem, "flash_attn_varlen_kvpacked_func", lambda: flash_attn_varlen_kvpacked_func()),
     "kvcache": Case(UnsupportedProblem, "flash_attn_with_kvcache|nearest", lambda: flash_attn_with_kvcache()),
+    # ragged batches
+    "ragged: q of rank 4": Case(InvalidInput, "q has 4 dimensions|with cu_seqlens_q it must have 3|(total_q, heads, head_dim)|q.flatten(0, 1)", lambda: ragged(q=t(2, 5, 6, 64))),
+    "ragged: k of rank 3, no bounds": Case(InvalidInput, "k has 3 dimensions|without cu_seqlens_k it must have 4|give cu_seqlens_k", lambda: ragged(cu_seqlens_k=None)),
+    "ragged: v of rank 2": Case(InvalidInput, "v has 2 dimensions|(total_k, heads, head_dim)", lambda: ragged(v=t(9, 64))),
+    "ragged: fp32": Case(UnsupportedProblem, "float32|bfloat16", lambda: ragged(q=t(8, 6, 64, dtype=torch.float32), k=t(9, 2, 64, dtype=torch.float32))),
+    "ragged: k of another dtype": Case(InvalidInput, "q is torch.bfloat16|k is torch.float16", lambda: ragged(k=t(9, 2, 64, dtype=FP16))),
+    "ragged: v of other rows": Case(InvalidInput, "k has rows 9, v has rows 8|slice one", lambda: ragged(v=t(8, 2, 64))),
+    "ragged: v of other heads": Case(InvalidInput, "k has heads 2, v has heads 1", lambda: ragged(v=t(9, 1, 64))),
+    "ragged: heads 6:4": Case(InvalidInput, "q has 6 heads|have 4|nearest for k and v: 3", lambda: ragged(k=t(9, 4, 64))),
+    "ragged: head dim 12": Case(UnsupportedProblem, "head_dim is 12|pad", lambda: ragged(q=t(8, 6, 12), k=t(9, 2, 12))),
+    "ragged: k of another head dim": Case(UnsupportedProblem, "head_dim 64|k has 32|pad", lambda: ragged(k=t(9, 2, 32))),
+    "ragged: q with a strided last dim": Case(InvalidInput, "q.stride(-1) is 2|q.contiguous()", lambda: ragged(q=wide(t(8, 6, 64)))),
+    "ragged: bounds in int64": Case(InvalidInput, "cu_seqlens_q is torch.int64|torch.int32|.to(torch.int32)", lambda: ragged(cu_seqlens_q=torch.tensor([0, 3, 8]))),
+    "ragged: bounds of floats": Case(InvalidInput, "cu_seqlens_k is torch.float32|torch.int32|whole numbers", lambda: ragged(cu_seqlens_k=torch.zeros(3))),
+    "ragged: bounds are a list": Case(InvalidInput, "cu_seqlens_q must be a torch.Tensor or None, not list|dtype=torch.int32", lambda: ragged(cu_seqlens_q=[0, 3, 8])),
+    "ragged: bounds of rank 2": Case(InvalidInput, "cu_seqlens_q has shape (1, 3)|(batch + 1,)", lambda: ragged(cu_seqlens_q=ints(0, 3, 8).unsqueeze(0))),
+    "ragged: bounds of nothing": Case(InvalidInput, "cu_seqlens_q has shape (0,)|(batch + 1,)", lambda: ragged(cu_seqlens_q=ints())),
+    "ragged: bounds with gaps": Case(InvalidInput, "cu_seqlens_q has a stride of 2|cu_seqlens_q.contiguous()", lambda: ragged(cu_seqlens_q=ints(0, 1, 3, 5, 8)[::2])),
+    "ragged: of 2 and 3 sequences": Case(InvalidInput, "cu_seqlens_q is of 2 sequences, cu_seqlens_k of 3", lambda: ragged(cu_seqlens_k=ints(0, 3, 5, 9))),
+    "ragged: used of 3 sequences": Case(InvalidInput, "cu_seqlens_q is of 2 sequences, seqused_k of 3|one for each", lambda: ragged(seqused_k=ints(1, 2, 3))),
+    "ragged: used in int64": Case(InvalidInput, "seqused_q is torch.int64|torch.int32", lambda: ragged(seqused_q=torch.tensor([1, 2]))),
+    "ragged: used of rank 0": Case(InvalidInput, "seqused_q has shape ()|(batch,)", lambda: ragged(seqused_q=torch.tensor(1, dtype=torch.int32))),
+    "ragged: dense keys of 3 sequences": Case(InvalidInput, "cu_seqlens_q is of 2 sequences, k of 3", lambda: ragged(k=t(3, 4, 2, 64), cu_seqlens_k=None)),
+    "ragged: dense keys, unevenly spaced": Case(InvalidInput, "k has batches 768 elements apart, of 4 rows 128 apart|k.contiguous()", lambda: ragged(k=t(2, 6, 2, 64)[:, :4], cu_seqlens_k=None)),
+    "ragged: no lengths": Case(InvalidInput, "cu_seqlens and seqused are all None|flash_attn_func", lambda: ragged(q=t(2, 4, 6, 64), k=t(2, 4, 2, 64), cu_seqlens_q=None, cu_seqlens_k=None)),
+    "ragged: bounds on the CPU": Case(InvalidInput, "q is on cuda:0, cu_seqlens_q on cpu|cu_seqlens_q.to(q.device)", lambda: fake_cuda(lambda: ragged(q=t(8, 6, 64, device="cuda"), k=t(9, 2, 64, device="cuda")))),
+    "ragged: q is None": Case(InvalidInput, "q must be a torch.Tensor|NoneType", lambda: flash_attn_varlen_func(None, t(9, 2, 64), t(9, 2, 64), ints(0, 8), ints(0, 9))),
+    "ragged: longest of floats": Case(InvalidInput, "max_seqlen_k must be a whole number|5.0 (float)", lambda: ragged(max_seqlen_k=5.0)),
+    "ragged: longest below 0": Case(InvalidInput, "max_seqlen_q must be a whole number|-1 (int)", lambda: ragged(max_seqlen_q=-1)),
+    "ragged: paged": Case(UnsupportedProblem, "block_table|k[block_table].flatten(1, 2)|seqused_k", lambda: ragged(block_table=ints(0, 1).view(2, 1))),
+    "ragged: dropout": Case(UnsupportedProblem, "dropout|0.1|pass 0.0", lambda: ragged(dropout_p=0.1)),
+    "ragged: dropout is two numbers": Case(InvalidInput, "dropout_p must be a number", lambda: ragged(dropout_p=torch.zeros(2))),
+    "ragged: softcap": Case(UnsupportedProblem, "softcap|pass 0.0", lambda: ragged(softcap=3.0)),
+    "ragged: scale nan": Case(InvalidInput, "nan|finite", lambda: ragged(softmax_scale=math.nan)),
+    "ragged: causal is text": Case(InvalidInput, "causal must be|'yes'", lambda: ragged(causal="yes")),
+    "ragged: qkv of two": Case(InvalidInput, "qkv has shape (8, 2, 6, 64)|(total, 3, heads, head_dim)|dim=1", lambda: flash_attn_varlen_qkvpacked_func(t(8, 2, 6, 64), ints(0, 8), 8)),
+    "ragged: kv of rank 5": Case(InvalidInput, "kv has shape|(total, 2, heads, head_dim)", lambda: flash_attn_varlen_kvpacked_func(t(8, 6, 64), t(1, 9, 2, 2, 64), ints(0, 8), ints(0, 9), 8, 9)),
+    "ragged: nested": Case(UnsupportedProblem, "q is a nested tensor", lambda: ragged(q=nested(torch.jagged))),
+    "ragged: the operator's lse": Case(InvalidInput, "lse is|it must be (6, 8)", lambda: torch.ops.fa2gen.bwd_varlen(t(8, 6, 64), t(8, 6, 64), t(9, 2, 64), t(9, 2, 64), t(8, 6, 64), t(8, 6, dtype=torch.float32), None, ints(0, 8), ints(0, 9), None, None, 0.1, True)),
+    "ragged: vmap": Case(UnsupportedProblem, "vmap|one behind the other", lambda: torch.func.vmap(lambda q: ragged(q=q))(t(3, 8, 6, 64))),
+    "nested: offsets of their own": Case(InvalidInput, "offsets of their own|nested_tensor_from_jagged(v.values(), k.offsets()", lambda: run(nested(torch.jagged), nested(torch.jagged), nested(torch.jagged))),
+    "nested: heads first": Case(UnsupportedProblem, "q is nested with its jagged dimension elsewhere|q.transpose(1, 2)", lambda: run(nested(torch.jagged).transpose(1, 2), nested(torch.jagged))),
+    "nested: of rank 3": Case(InvalidInput, "q has 3 dimensions|(batch, jagged, heads, head_dim)", lambda: run(torch.nested.nested_tensor([t(3, 64), t(5, 64)], layout=torch.jagged), nested(torch.jagged))),
+    "nested: strided": Case(UnsupportedProblem, "q is a nested tensor|as_nested_tensor(q.unbind(), layout=torch.jagged)", lambda: run(nested(torch.strided), nested(torch.strided))),
+    "mask of another batch": Case(InvalidInput, "attention_mask has shape (2, 4)|hidden_states (2, 5, 6, 64)", lambda: unpad_input(t(*Q), t(2, 4, dtype=torch.int32))),
     # GPUs
     "a Turing GPU": Case(UnsupportedProblem, "T4|7.5|8.0|9.0", lambda: kernel_arch(gpu("NVIDIA T4", 7, 5))),
     "a B200": Case(UnsupportedProblem, "B200|10.0|9.0", lambda: kernel_arch(gpu("NVIDIA B200", 10, 0))),

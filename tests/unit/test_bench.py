@@ -19,7 +19,7 @@ from fa2gen.bench.plot import plot
 from fa2gen.bench.points import HIDDEN, PRESETS, TOKENS, Point, preset_points
 from fa2gen.cli import app
 from fa2gen.cli.options import Asked
-from fa2gen.errors import InvalidInput
+from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.select import best_spec
 from fa2gen.spec import KernelSpec, Problem, Tiling
 from fa2gen.testing import problems
@@ -395,7 +395,7 @@ def test_a_field_narrows_a_preset(field, value):
     assert {getattr(point.problem, field) for point in points} == {value}
 
 
-@pytest.mark.parametrize("problem", problems(head_dim=72), ids=lambda problem: problem.text)
+@pytest.mark.parametrize("problem", problems(head_dim=72, varlen=False), ids=lambda problem: problem.text)
 def test_a_kernel_that_is_named_is_measured(problem):
     """At the paper's lengths, every field of it; the contestant is that very kernel."""
     spec = best_spec(problem, "sm90")
@@ -406,6 +406,11 @@ def test_a_kernel_that_is_named_is_measured(problem):
     (contestant,) = peers.of_specs(specs)
     assert contestant.specs == (spec,) and peers.is_ours(contestant.name)
     assert contestant.name == f"fa2gen-sm90_m{spec.name.split('_m')[-1]}"
+
+
+def test_ragged_batches_are_not_measured():
+    with pytest.raises(UnsupportedProblem, match="ragged batches"):
+        points_of(sources=(best_spec(Problem(head_dim=72, varlen=True), "sm90").name,))
 
 
 def test_tilings_are_contestants_with_all_their_problems():

@@ -121,6 +121,7 @@ def test_a_result_as_json():
         "deterministic": False,
         "dtype": "bf16",
         "mask": "full",
+        "varlen": False,
         "target": "sm_90a",
         "registers": 168,
         "spill_bytes": 20,

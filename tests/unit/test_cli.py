@@ -425,13 +425,13 @@ def test_list_is_the_catalogue():
 
     everything = listed()
     assert [spec.tiling.arch for spec in everything] == sorted(spec.tiling.arch for spec in everything)
-    assert not any(spec.problem.deterministic for spec in everything)
+    assert not any(spec.problem.deterministic or spec.problem.varlen for spec in everything)
     for arch, direction in itertools.product(ARCHES, get_args(Direction)):
         specs = listed("--arch", arch, "--direction", direction)
         ours = [spec for spec in everything if (spec.tiling.arch, spec.problem.direction) == (arch, direction)]
         assert specs == ours
         written = [spec for spec in catalogue(arch) if spec.problem.direction == direction]
-        written = [spec for spec in written if not spec.problem.deterministic]
+        written = [spec for spec in written if not spec.problem.deterministic and not spec.problem.varlen]
         assert specs[: len(written)] == written
         tuned = {
             spec
@@ -439,7 +439,7 @@ def test_list_is_the_catalogue():
             if (family, problem.direction) == (arch, direction)
             for row in rows
             for spec in served_by(row)
-            if not spec.problem.deterministic
+            if not spec.problem.deterministic and not spec.problem.varlen
         }
         assert {*specs[len(written) :]} == tuned - {*written}
 
@@ -460,7 +460,8 @@ def test_list_has_what_the_selector_takes(cache, direction):
     from fa2gen.explain import device_named
     from fa2gen.select import select
 
-    flags = [["--direction", direction]] + ([["--direction", "bwd", "--deterministic"]] if direction == "bwd" else [])
+    ways = ((), ("--varlen",), *((("--deterministic",), ("--varlen", "--deterministic")) if direction == "bwd" else ()))
+    flags = [("--direction", direction, *way) for way in ways]
     names = {spec.name for arguments in flags for spec in listed(*arguments)}
     problems = {spec.problem for spec in catalogue() if spec.problem.direction == direction}
     assert any(problem.deterministic for problem in problems) == (direction == "bwd")
@@ -495,6 +496,7 @@ VALUES = {
     "head_dim": 72,
     "dtype": "fp16",
     "mask": "causal",
+    "varlen": True,
     "deterministic": True,
 }
 """Of each field of a problem a value that is not its default."""

@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops import attention, flash_attn_func
+from fa2gen.ops import attention, flash_attn_func, flash_attn_varlen_func
 from fa2gen.ops import call as calls
+from fa2gen.ops.ragged import backward_ragged, forward_ragged
 from fa2gen.ops.scratch import scratch_of_capture
+from fa2gen.ops.validate import LENGTHS
 from fa2gen.options import Options
 from fa2gen.plan import make_plan
 from fa2gen.reference import attention_tiled
@@ -389,6 +391,103 @@ def test_errors_are_not_remembered(gpu):
     assert not calls._calls
 
 
+# Ragged batches ---------------------------------------------------------------------------------------------------
+
+
+def ragged_tensors(total_q=37, total_k=53, head_dim=64):
+    """q, k, v, and the four lengths of two sequences."""
+    q, k, v = (x[0] for x in tensors(1, total_q, total_k, head_dim=head_dim))
+    lengths = [torch.tensor(x, dtype=torch.int32) for x in ([0, 20, 37], [0, 13, 50], [20, 11], [13, 37])]
+    return q, k, v, *lengths
+
+
+RAGGED = Options(0.1, True, varlen=True)
+
+
+def test_a_ragged_call_is_launched_without_a_look_at_its_lengths(gpu):
+    for _ in range(3):
+        arguments = ragged_tensors()
+        out, lse = forward_ragged(*arguments, RAGGED)
+        q, k, v, *lengths = arguments
+        assert only(gpu).launched[-1][:9] == tuple(x.data_ptr() for x in (q, k, v, out, lse, *lengths))
+    assert len(only(gpu).prepared) == 1 and only(gpu).plan.varlen and not calls._scratches
+    assert [operand.name for operand in only(gpu).plan.operands[5:]] == list(LENGTHS)
+    shape, strides, options = only(gpu).prepared[0]
+    assert shape == (2, 37, 53, 6, 2) and options == RAGGED and lse.shape == (6, 37)
+    assert strides["q"][1:] == strides["o"][1:] == (6 * 64, 64)
+    forward_ragged(*arguments[:5], None, None, RAGGED)
+    assert only(gpu).launched[-1][7:9] == (0, 0) and len(only(gpu).prepared) == 2
+
+
+def test_ragged_gradients_are_launched(gpu):
+    q, k, v, *lengths = ragged_tensors()
+    out, lse = forward_ragged(q, k, v, *lengths, RAGGED)
+    for dlse in (None, torch.randn_like(lse)):
+        gpu.kernels.clear()
+        forget_calls()
+        dout = torch.randn(6, 37, 64).to(q.dtype).transpose(0, 1)
+        gradients = backward_ragged(dout, q, k, v, out, lse, dlse, *lengths, RAGGED)
+        given = (q, k, v, out, dout, *gradients, lse)
+        expected = [*(x.data_ptr() for x in given), 0 if dlse is None else dlse.data_ptr()]
+        assert [*only(gpu).launched[-1][:14]] == [*expected, *(x.data_ptr() for x in lengths)]
+        assert all(x.is_contiguous() and x.shape == y.shape for x, y in zip(gradients, (q, k, v), strict=True))
+        assert only(gpu).prepared[0][1]["dout"][1:] == (64, 37 * 64)
+
+
+def test_a_dense_side_of_a_ragged_call_is_its_rows(gpu):
+    q, k, v, of_query, _, _, used = ragged_tensors(total_k=2 * 25)
+    k, v = (torch.cat((x, x), 2).unflatten(0, (2, 25))[..., :64] for x in (k, v))  # rows 256 elements apart
+    assert not k.is_contiguous()
+    forward_ragged(q, k, v, of_query, None, None, used, RAGGED)
+    shape, strides, _ = only(gpu).prepared[0]
+    assert shape == (2, 37, 50, 6, 2) and strides["k"][1:] == (256, 128)
+    assert only(gpu).launched[-1][1:3] == (k.data_ptr(), v.data_ptr())
+    out, lse = forward_ragged(k, k, v, None, None, used, None, RAGGED)
+    assert out.shape == k.shape and out.is_contiguous() and lse.shape == (2, 50)
+    gradients = backward_ragged(
+        out.transpose(0, 1).contiguous().transpose(0, 1), k, k, v, out, lse, None, None, None, used, None, RAGGED
+    )
+    assert all(x.shape == k.shape and x.is_contiguous() for x in gradients)
+
+
+def test_misaligned_ragged_tensors_are_copied(gpu):
+    q, k, v, *lengths = ragged_tensors()
+    odd = torch.randn(k.numel() + 1).to(k.dtype)[1:].view(k.shape)
+    odd_rows = torch.randn(37, 6 * 64 + 1).to(q.dtype)[:, :-1].unflatten(1, (6, 64))
+    for a, b in ((q, odd), (odd_rows, k), (odd_rows, odd)):
+        gpu.kernels.clear()
+        forget_calls()
+        out, lse = forward_ragged(a, b, v, *lengths, RAGGED)
+        assert all(address % 16 == 0 for address in only(gpu).launched[-1][:5]) and len(only(gpu).launched) == 1
+        backward_ragged(odd_rows, a, b, v, out, lse, None, *lengths, RAGGED)
+        assert all(address % 16 == 0 for address in [*gpu.kernels.values()][1].launched[-1][:9])
+
+
+@pytest.mark.parametrize("sizes", [(0, 53), (37, 0), (0, 0)], ids=str)
+def test_nothing_is_launched_for_a_ragged_batch_of_nothing(gpu, sizes):
+    q, k, v, *lengths = ragged_tensors(*sizes)
+    out, lse = forward_ragged(q, k, v, *lengths, RAGGED)
+    assert not gpu.kernels and not out.any() and lse.isneginf().all() and out.shape == q.shape
+    for x, y in zip(backward_ragged(out, q, k, v, out, lse, None, *lengths, RAGGED), (q, k, v), strict=True):
+        assert x.shape == y.shape and not x.any()
+    nothing = [torch.zeros(1, dtype=torch.int32)] * 2
+    out, lse = forward_ragged(*ragged_tensors()[:3], *nothing, None, None, RAGGED)
+    assert not out.any() and lse.isneginf().all() and not gpu.kernels
+
+
+def test_the_longest_length_chooses_the_kernel(gpu, monkeypatch):
+    """Known on the host or not, it is no part of the launch; and other numbers near it are no other signature."""
+    asked = []
+    choose = calls.choose
+    monkeypatch.setattr(calls, "seqlen_bounds", lambda problem, family: (20, 300))
+    monkeypatch.setattr(calls, "choose", lambda *given: asked.append(given[-1]) or choose(*given))
+    arguments = ragged_tensors(total_k=500)
+    for longest in (None, 17, 20, 31, 32, 257, 400, 10**6):
+        forward_ragged(*arguments, RAGGED, longest)
+    assert asked == [250, 500] and len(calls._calls) == 4  # 500 / 2, 32, 512 and more are cut to 500
+    assert sum(len(kernel.prepared) for kernel in gpu.kernels.values()) == 4
+
+
 # Plain calls go past the operator -----------------------------------------------------------------------------------
 
 
@@ -436,6 +535,22 @@ def test_gradients_of_plain_calls_are_launched(cuda):
     with Listening():
         torch.autograd.grad(out, (q, k, v), torch.ones_like(q))
     assert len(backward.launched) == 2
+
+
+def test_plain_ragged_calls_are_launched(cuda):
+    """Both passes; what a kernel was chosen by in the first one is it in the second too."""
+    q, k, v, of_query, of_key, _, _ = ragged_tensors()
+    flash_attn_varlen_func(q, k, v, of_query, of_key, 20, 40)
+    assert launches(cuda) == 1
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = flash_attn_varlen_func(*leaves, of_query, of_key, 20, 40)
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+    forward, backward = cuda.kernels.values()
+    assert (len(forward.launched), len(backward.launched)) == (2, 1) and len(forward.prepared) == 1
+    assert [key[-1] for key in calls._calls] == [64, 64]
+    with Listening():
+        flash_attn_varlen_func(*leaves, of_query, of_key, 20, 40)
+    assert launches(cuda) == 3
 
 
 def test_numbers_of_any_type_are_what_they_mean(cuda):

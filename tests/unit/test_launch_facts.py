@@ -122,7 +122,9 @@ void positions(int num_stages, int steps, int* out) {
     }
 }
 """
-_TILE_SM80 = "int m_block(void const* p, int x) { return m_block_at(*static_cast<Params const*>(p), x); }"
+_TILE_SM80 = (
+    "int m_block(void const* p, int x) { return tile_of_block(*static_cast<Params const*>(p), x, 0, 0).m_block; }"
+)
 
 
 @functools.cache

@@ -41,7 +41,8 @@ int walk(void const* params, int index, int* out) {
     out[1] = block.head_kv;
     out[2] = block.bidb;
     int steps = 0;
-    for (QueryWalk walk = start_walk(p, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
+    QueryWalk walk = start_walk(p, seqlen_of(p, block.bidb), block, blocks);
+    for (; walk.remaining > 0; walk.next(p, blocks)) {
         int* const step = out + 3 + 4 * steps++;
         step[0] = walk.m_block;
         step[1] = walk.bidh;

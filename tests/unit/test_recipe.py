@@ -74,7 +74,7 @@ def test_formulas_are_what_launches_compute(plan: KernelPlan):
         values = {param.name: launch.values[param.name] for param in plan.params if param.name in known}
         assert {name: known[name] for name in values} == values and values.keys() >= set(plan.sizes)
         grids = tuple(
-            tuple(computed({"n": text}, known)["n"] for text in recipe.grid(entry)) for entry in plan.entry_points
+            tuple(computed({"n": text}, known)["n"] for text in recipe.grid(plan, entry)) for entry in plan.entry_points
         )
         assert grids == launch.grids
         assert {n: computed({"n": text}, known)["n"] for n, text in recipe.memory(plan).items()} == launch.scratch
@@ -101,7 +101,8 @@ def test_a_render_says_how_it_is_launched(plan: KernelPlan):
     said = source[source.index("\n// Launch ---") :]
     for entry in plan.entry_points:
         assert (
-            f"//   {entry.symbol}\n//     grid ({', '.join(recipe.grid(entry))}), {entry.num_threads} threads" in said
+            f"//   {entry.symbol}\n//     grid ({', '.join(recipe.grid(plan, entry))}), {entry.num_threads} threads"
+            in said
         )
         assert f"{entry.shared_memory_bytes} bytes of dynamic" in said
         if entry.tensor_maps:

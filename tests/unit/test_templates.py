@@ -302,7 +302,7 @@ def literal_lines(name: str) -> set[str]:
 def test_every_line_of_every_template_is_rendered_by_some_kernel():
     """A line that no test renders is a line that no test compiles: a misspelt field could lie in it."""
     covered = {origin for rendered in renders().values() for origin in rendered.origins}
-    covered |= {origin for plan in plans()[::10] for origin in render_launcher(plan).origins}
+    covered |= {origin for plan in plans()[::10] if not plan.varlen for origin in render_launcher(plan).origins}
     wanted = {line for name in NAMES if not name.startswith("cpu/") for line in literal_lines(name)}
     holes = wanted - covered
     assert not holes, "no kernel shows\n" + "\n".join(sorted(holes))

@@ -190,10 +190,11 @@ def test_opcheck(window):
 def test_operators_have_the_options_of_a_call():
     """Each by its name, optional but for the first two: what was exported before a field was added goes on to load.
     None is keyword-only: AOTInductor of torch 2.11 leaves the defaults of those out, and calls nothing."""
-    for operator in (FWD, BWD):
+    fields = [name for name in Options._fields if name != "varlen"]  # that is which operator it is
+    for operator in (FWD, BWD, torch.ops.fa2gen.fwd_varlen.default, torch.ops.fa2gen.bwd_varlen.default):
         own = [a for a in operator._schema.arguments if a.name in Options._fields]
-        assert [a.name for a in own] == [*Options._fields] and not any(a.kwarg_only for a in own)
-        expected = [Options._field_defaults[name] for name in Options._fields[2:]]
+        assert [a.name for a in own] == fields and not any(a.kwarg_only for a in own)
+        expected = [Options._field_defaults[name] for name in fields[2:]]
         assert [a.default_value for a in own[2:]] == expected
         assert [a.has_default_value() for a in own] == [False, False, *(True for _ in expected)]
 
@@ -239,18 +240,6 @@ def test_a_traced_module_trains_its_parameters():
     expected = torch.autograd.grad(module(*xs), module.linear.weight)
     traced = torch.jit.trace(module, xs)
     torch.testing.assert_close(torch.autograd.grad(traced(*xs), module.linear.weight), expected)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=["jagged", "strided"])
-def test_what_is_advised_for_nested_tensors_works(layout):
-    sequences = [inputs(batch=1, seqlen_q=n, seqlen_k=n, heads_kv=4) for n in (3, 8)]
-    expected = [flash_attn_func(*one) for one in sequences]
-    nested = [torch.nested.nested_tensor([x[0] for x in many], layout=layout) for many in zip(*sequences, strict=True)]
-    with pytest.raises(UnsupportedProblem, match=r"flash_attn_func\(q\.unsqueeze\(0\), \.\.\.\) for q, k, v in zip\("):
-        flash_attn_func(*nested)
-    found = [flash_attn_func(*(x.unsqueeze(0) for x in one)) for one in zip(*(x.unbind() for x in nested), strict=True)]
-    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def test_flops_are_those_of_torch_s_own_attention():

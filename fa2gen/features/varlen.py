@@ -1,0 +1,57 @@
+"""Ragged batches: sequences packed one behind the other, whose lengths the host never sees.
+
+`<kernel>_prepare` reads the lengths on the device, and writes a table of sequences and lists of blocks, longest first;
+the other kernels take their work from the lists and look a sequence's place up in the table. Rows that no sequence
+covers are entries of the table too, of queries without keys or keys without queries: so padding is defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fa2gen.features.attention import Operand
+from fa2gen.features.base import Feature, Param, Scratch
+from fa2gen.options import Options, Shape
+from fa2gen.spec import Direction
+
+__all__ = ["ENTRY_NUMBERS", "VARLEN", "capacity", "entries"]
+
+ENTRY_NUMBERS = 8  # of the table, a sequence: lengths, first rows, first block of queries, and three to spare
+
+
+def entries(sequences: int) -> int:
+    """Of the table: the sequences, and the gaps between them, of queries and of keys."""
+    return 3 * sequences + 2
+
+
+def capacity(rows: int, sequences: int, tile: int) -> int:
+    """The most blocks that so many rows make: every sequence and every gap may end in a block that is not full."""
+    return rows // tile + 2 * sequences + 1
+
+
+def _values(_: Options, shape: Shape) -> Mapping[str, int | float]:
+    return {"num_sequences": shape.batch}
+
+
+def _varlen(*lists: str) -> Feature:
+    """With a list of blocks of queries, "m", and of keys, "n"."""
+    tables = ("sequences", "num_blocks", *(f"{of}_{what}" for what in ("list", "levels") for of in lists))
+    return Feature(
+        "varlen",
+        rooms={"seqlen": "ragged"},
+        operands=(
+            Operand("cu_seqlens_q", "bounds", optional=True),
+            Operand("cu_seqlens_k", "bounds", optional=True),
+            Operand("seqused_q", "lengths", optional=True),
+            Operand("seqused_k", "lengths", optional=True),
+        ),
+        params=(Param("num_sequences", "int"),),
+        values=_values,
+        scratch=tuple(Scratch(name, "int*") for name in tables),
+        prepare=True,
+        uneven=True,
+        examples=({"varlen": True},),
+    )
+
+
+VARLEN: dict[Direction, Feature] = {"fwd": _varlen("m"), "bwd": _varlen("m", "n")}

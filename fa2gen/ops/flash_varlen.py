@@ -1,0 +1,270 @@
+"""The functions of flash_attn 2.8 for ragged batches: same names, argument order, defaults and shapes.
+
+Longest lengths may be left out, and are never read from the device. Options that flash_attn does not have are
+keyword-only, behind its own.
+"""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any, Literal, NoReturn, TypeAlias, overload
+
+import torch
+from torch import Tensor
+
+from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, options_of, refuse_unbuilt, window_sides
+from fa2gen.ops.call import AnyOptions
+from fa2gen.ops.flash import Result, WithLse, unpacked
+from fa2gen.ops.operator import run_ragged
+from fa2gen.ops.validate import LENGTHS, describe, refuse_non_tensors
+
+__all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
+
+MaxSeqlen: TypeAlias = int | Tensor | None
+
+
+@overload
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: MaxSeqlen = None,
+    max_seqlen_k: MaxSeqlen = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: Literal[False] = False,
+    block_table: Tensor | None = None,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    attention_chunk: int = 0,
+) -> Tensor: ...
+
+
+@overload
+def flash_attn_varlen_func(
+    q: Tensor, k: Tensor, v: Tensor, *args: Any, return_attn_probs: Literal[True], **options: Any
+) -> WithLse: ...
+
+
+def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves out what the first says
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: MaxSeqlen = None,
+    max_seqlen_k: MaxSeqlen = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    attention_chunk: int = 0,
+) -> Result:
+    """`flash_attn_func` of a ragged batch: sequences of their own lengths, packed one behind the other.
+
+    q (total_q, heads, head_dim); k, v (total_k, heads_kv, head_dim); fp16 or bf16. Sequence i has queries
+    cu_seqlens_q[i] to cu_seqlens_q[i + 1], or the first seqused_q[i] of them, and keys likewise; masks are aligned to
+    the bottom right of each. Rows that no sequence has are padding: whatever they hold reaches no result, and there out
+    and gradients are 0, LSE -inf.
+
+    cu_seqlens_q, _k   (batch + 1,) int32, on q's device. None: that side is dense, (batch, seqlen, heads, head_dim),
+                       its rows evenly spaced.
+    max_seqlen_q, _k   may be left out. A tensor is not read; a number of keys helps to choose the quickest kernel.
+    return_attn_probs  return (out, lse, None) rather than out; lse (heads, total_q) fp32, differentiable.
+    seqused_q, _k      (batch,) int32: how many rows of each sequence count; None: all.
+
+    The others are those of `flash_attn_func`. Lengths stay on the device, which nothing here waits for; ones that do
+    not rise, or run past the tensors, give wrong numbers at worst. Raises InvalidInput, or UnsupportedProblem as
+    `flash_attn_func` does, and for block_table (paged keys).
+    """
+    if block_table is not None:
+        raise UnsupportedProblem(
+            "paged keys are not built yet (block_table was given); nearest: gather the pages, and pass "
+            "k[block_table].flatten(1, 2), which is (batch, seqlen_k, heads_kv, head_dim), with cu_seqlens_k=None and "
+            "seqused_k"
+        )
+    if (
+        dropout_p.__class__ is not float
+        or dropout_p
+        or softcap.__class__ is not float
+        or softcap
+        or alibi_slopes is not None
+    ):
+        refuse_unbuilt(dropout_p, softcap, alibi_slopes)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        refuse_non_tensors(q=q, k=k, v=v)
+    for x in lengths:
+        if not (x is None or isinstance(x, Tensor)):
+            _refuse_lengths(lengths)
+    max_keys = None
+    if not torch.compiler.is_compiling():  # there a number would be a constant of the graph, and another make a new one
+        _longest("max_seqlen_q", max_seqlen_q)
+        max_keys = _longest("max_seqlen_k", max_seqlen_k)
+    sides = window_sides(window_size)
+    options: AnyOptions
+    if (
+        (softmax_scale is None or softmax_scale.__class__ is float)
+        and (causal is True or causal is False)
+        and (deterministic is False or deterministic is True)
+        and attention_chunk.__class__ is int
+        and attention_chunk >= 0
+    ):
+        options = (softmax_scale, causal, *sides, attention_chunk, deterministic, True)
+    else:
+        options = options_of(q, softmax_scale, causal, sides, attention_chunk, deterministic, varlen=True)
+    return_attn_probs = flag("return_attn_probs", return_attn_probs)
+    out, lse = run_ragged(q, k, v, lengths, options, max_keys)
+    return (out, lse, None) if return_attn_probs else out
+
+
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: MaxSeqlen = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: Literal[False] = False,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    attention_chunk: int = 0,
+) -> Tensor: ...
+
+
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor, *args: Any, return_attn_probs: Literal[True], **options: Any
+) -> WithLse: ...
+
+
+def flash_attn_varlen_qkvpacked_func(  # type: ignore[misc]  # the second overload leaves out what the first says
+    qkv: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: MaxSeqlen = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    attention_chunk: int = 0,
+) -> Result:
+    """`flash_attn_varlen_func` of the slices of qkv (total, 3, heads, head_dim), which are not copied."""
+    q, k, v = unpacked("qkv", qkv, 3, "batch, seqlen" if cu_seqlens is None else "total")
+    lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(  # type: ignore[call-overload]
+        *(q, k, v, *lengths, *options), seqused_q=seqused_q, seqused_k=seqused_k, attention_chunk=attention_chunk
+    )
+
+
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: MaxSeqlen = None,
+    max_seqlen_k: MaxSeqlen = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: Literal[False] = False,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    attention_chunk: int = 0,
+) -> Tensor: ...
+
+
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor, kv: Tensor, *args: Any, return_attn_probs: Literal[True], **options: Any
+) -> WithLse: ...
+
+
+def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # the second overload leaves out what the first says
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: MaxSeqlen = None,
+    max_seqlen_k: MaxSeqlen = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    attention_chunk: int = 0,
+) -> Result:
+    """`flash_attn_varlen_func` of q and the slices of kv (total_k, 2, heads_kv, head_dim), which are not copied."""
+    k, v = unpacked("kv", kv, 2, "batch, seqlen" if cu_seqlens_k is None else "total")
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
+    return flash_attn_varlen_func(  # type: ignore[call-overload]
+        *(q, k, v, *lengths, *options), seqused_q=seqused_q, seqused_k=seqused_k, attention_chunk=attention_chunk
+    )
+
+
+def _refuse_lengths(lengths: tuple[Any, ...]) -> NoReturn:
+    name, x = next(pair for pair in zip(LENGTHS, lengths, strict=True) if not isinstance(pair[1], Tensor | None))
+    raise InvalidInput(
+        f"{name} must be a torch.Tensor or None, not {describe(x)}: torch.tensor({name}, dtype=torch.int32, "
+        "device=q.device)"
+    )
+
+
+def _longest(name: str, given: Any) -> int | None:
+    """The rows of the longest sequence, as far as the host knows them; a tensor is not read."""
+    if given.__class__ is int and given >= 0:
+        return given
+    if given is None or isinstance(given, Tensor | torch.SymInt):
+        return None
+    try:
+        rows = -1 if isinstance(given, bool) else index(given)
+    except TypeError:
+        rows = -1
+    if rows < 0:
+        raise InvalidInput(
+            f"{name} must be a whole number of rows, a tensor (which is not read) or None, not {describe(given)}"
+        )
+    return rows

@@ -1,0 +1,189 @@
+"""Ragged batches on CUDA: from packed tensors and lengths to launches of both passes.
+
+Signatures, kernels and copies are those of `fa2gen.ops.call`. Lengths lie on the device and are not read here: not for
+a grid, nor for the kernel, which is chosen by how many keys the caller says that there are, or by their mean.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa2gen.ops.call import AnyOptions, Call, Gradients, aligned, dense, launch_with_scratch, packed, prepared
+from fa2gen.ops.validate import Lengths, validate_options, validate_ragged, validate_ragged_backward
+from fa2gen.options import Options, Shape
+
+__all__ = ["backward_ragged", "forward_ragged"]
+
+
+def forward_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    options: AnyOptions,
+    max_keys: int | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
+
+    q, k, v and lengths as `validate_ragged` says. out like q, lse (heads, total_q) fp32; both contiguous.
+    max_keys  of the longest sequence, if that is known: it decides which kernel is the quickest, nothing else.
+
+    Raises as `forward_cuda` does.
+    """
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    keys = _few_kinds(max_keys)
+    key = (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+        q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
+        *map(_kind, lengths), options, keys,
+    )  # fmt: skip
+    call = prepared(key, _prepare, q, k, v, lengths, options, keys)
+    out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
+    if call.launch is None and not call.misaligned:  # no query, or no key for any
+        out.zero_()
+        lse.fill_(-math.inf)
+        return out, lse
+    at = [x.data_ptr() for x in (q, k, v, out, lse)]
+    if call.launch is None or any(address & 15 for address in at):
+        q, k, v = (aligned(x) for x in (q, k, v))
+        return forward_ragged(q, k, v, *lengths, options, max_keys, (out, lse))
+    launch_with_scratch(call, q, (*at, *map(_address, lengths)))
+    return out, lse
+
+
+def backward_ragged(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    options: AnyOptions,
+    max_keys: int | None = None,
+    into: Gradients | None = None,
+) -> Gradients:
+    """(dq, dk, dv) by generated kernels, contiguous, on the current stream of q's device.
+
+    dout, out  shaped as q, of any strides; lse, dlse (heads, total_q) fp32.
+
+    Deterministic where `backward_cuda` is. Raises as it does.
+    """
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    if torch.are_deterministic_algorithms_enabled():
+        options = Options(*options)._replace(deterministic=True)
+    if dout.dim() == 4:  # its rows must be evenly spaced
+        dout, out = dout.contiguous(), out.contiguous()
+    lse = lse.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    keys = _few_kinds(max_keys)
+    key = (
+        *[(x.shape, x.stride(), x.dtype, x.get_device()) for x in (dout, q, k, v, out)],
+        *[None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse)],
+        *map(_kind, lengths), options, keys,
+    )  # fmt: skip
+    call = prepared(key, _prepare_backward, dout, q, k, v, out, lse, dlse, lengths, options, keys)
+    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    if call.launch is None and not call.misaligned:  # no query or no key
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return dq, dk, dv
+    at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
+    at.append(_address(dlse))
+    if call.launch is None or any(address & 15 for address in at):
+        q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
+        lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
+        return backward_ragged(dout, q, k, v, out, lse, dlse, *lengths, options, max_keys, (dq, dk, dv))
+    launch_with_scratch(call, q, (*at, *map(_address, lengths)))
+    return dq, dk, dv
+
+
+def _kind(x: Tensor | None) -> Any:
+    """What of a tensor of lengths is part of a call's signature."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _few_kinds(max_keys: int | None) -> int | None:
+    """Rounded up to a power of two: a batch with another longest sequence is no other signature for that."""
+    return None if max_keys is None else 1 << max(max_keys - 1, 0).bit_length()
+
+
+# Once for each signature ------------------------------------------------------------------------------------------
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, keys: int | None) -> Call:
+    """Validate a signature; choose, load and pack its kernel."""
+    options = Options(*options)
+    batch = validate_ragged(q, k, v, lengths)
+    validate_options(options)
+    tensors = {name: _packed_rows(x) for name, x in (("q", q), ("k", k), ("v", v))}
+    shape = _shape(batch, tensors)
+    out_strides = dense(*tensors["q"].shape[1:])
+    launch = packed("fwd", tensors, {"o": out_strides}, options, shape, _keys(shape, keys))
+    return Call(
+        device=q.get_device(),
+        out_shape=tuple(q.shape),
+        lse_shape=(shape.num_heads, shape.seqlen_q),
+        num_rows=shape.num_heads * shape.seqlen_q,
+        out_is_like_q=q.stride() == (*out_strides[1:], 1),
+        launch=launch,
+        misaligned=launch is None and 0 not in shape,
+    )
+
+
+def _prepare_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    lengths: Lengths,
+    options: AnyOptions,
+    keys: int | None,
+) -> Call:
+    """`_prepare` of gradients."""
+    options = Options(*options)
+    batch = validate_ragged_backward(dout, q, k, v, out, lse, dlse, lengths)
+    validate_options(options)
+    given = (("q", q), ("k", k), ("v", v), ("o", out), ("dout", dout))
+    tensors = {name: _packed_rows(x) for name, x in given}
+    shape = _shape(batch, tensors)
+    of_query, of_key = dense(*tensors["q"].shape[1:]), dense(*tensors["k"].shape[1:])
+    results = {"dq": of_query, "dk": of_key, "dv": of_key}
+    launch = packed("bwd", tensors, results, options, shape, _keys(shape, keys))
+    return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
+
+
+def _packed_rows(x: Tensor) -> Tensor:
+    """As a kernel sees it: (1, rows, heads, head_dim). A batch of even sequences is one row behind the other."""
+    return (x if x.dim() == 3 else x.flatten(0, 1)).unsqueeze(0)
+
+
+def _shape(batch: int, tensors: dict[str, Tensor]) -> Shape:
+    _, total_q, num_heads, _ = tensors["q"].shape
+    _, total_k, num_heads_kv, _ = tensors["k"].shape
+    return Shape(batch, total_q, total_k, num_heads, num_heads_kv)
+
+
+def _keys(shape: Shape, keys: int | None) -> int:
+    """How many a sequence is taken to have."""
+    return shape.seqlen_k // max(shape.batch, 1) if keys is None else min(keys, shape.seqlen_k)

@@ -1,0 +1,122 @@
+"""Ragged batches on the CPU: both passes, every mask, and what must not leak from one sequence into the next."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fa2gen import cases
+from fa2gen.cpu import RunOptions, run_kernel
+from fa2gen.features import examples_of
+from fa2gen.options import Options, Shape
+from fa2gen.plan import make_plan
+from fa2gen.select import best_spec
+from fa2gen.spec import Direction, KernelSpec, Mask, Problem
+from fa2gen.testing import problems
+from tests.cpu.faults import Fault, symptom
+
+ARCHES = ("sm80", "sm90")
+SHAPES = (Shape(1, 37, 150, 2, 1), Shape(4, 150, 203, 2, 2))
+"""Of cases.make: sequences, and the longest one's lengths; the other lengths and those used are drawn."""
+
+
+def kernel(
+    arch: str, direction: Direction = "fwd", mask: Mask = "full", head_dim: int = 64, **fields: bool
+) -> KernelSpec:
+    problem = Problem(direction=direction, head_dim=head_dim, mask=mask, varlen=True, **fields)
+    return best_spec(problem, arch)
+
+
+def run(name: str, shape: Shape, options: Options | None = None, rendered=None, **how):
+    """(verdict, tensors) of a case; what is beside the rows that see something is looked at too."""
+    spec = KernelSpec.from_name(name)
+    case = cases.make(spec, shape, options)
+    run_kernel(make_plan(spec), case.tensors, case.options, run_options=RunOptions(**how), rendered=rendered)
+    assert cases.written_outside(case) is None
+    return cases.verdict(case), case.tensors
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("problem", problems(head_dim=64, dtype="bf16", varlen=True), ids=lambda problem: problem.text)
+def test_every_kind(arch, problem):
+    for options, shape in itertools.product(examples_of(problem), SHAPES):
+        verdict, _ = run(best_spec(problem, arch).name, shape, options)
+        assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize(
+    "name",
+    [kernel(a, d, "causal", head_dim).name for a in ARCHES for d in ("fwd", "bwd") for head_dim in (80, 128, 192, 256)],
+)
+def test_every_shape_of_kernel(name):
+    verdict, _ = run(name, SHAPES[1])
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_even_lengths_give_the_bits_of_a_dense_batch(arch, direction, mask):
+    spec = kernel(arch, direction, mask, deterministic=direction == "bwd")
+    plain = KernelSpec(problem=spec.problem.model_copy(update={"varlen": False}), tiling=spec.tiling)
+    dense = cases.make(plain, Shape(3, 113, 203, 2, 1))
+    cases.run(dense, "cpu")
+    packed = {
+        name: x.transpose(0, 1).reshape(1, x.shape[1], -1) if name == "lse" else x.flatten(0, 1)[None]
+        for name, x in dense.tensors.items()
+    }
+    results = dense.results.keys()
+    tensors = {name: torch.full_like(x, math.nan) if name in results else x.contiguous() for name, x in packed.items()}
+    tensors |= {
+        f"cu_seqlens_{of}": torch.arange(4, dtype=torch.int32) * length for of, length in (("q", 113), ("k", 203))
+    }
+    options = Options(causal=mask == "causal", deterministic=spec.problem.deterministic, varlen=True)
+    run_kernel(make_plan(spec), tensors, options)
+    for name in results:
+        assert torch.equal(tensors[name], packed[name]), name
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_no_schedule_changes_the_result(arch, direction):
+    """However many blocks of threads share the lists, and in whatever order they come."""
+    name = kernel(arch, direction, "causal", deterministic=direction == "bwd").name
+    results = ("o", "lse") if direction == "fwd" else ("dq", "dk", "dv")
+    _, first = run(name, SHAPES[1])
+    for seed in range(1, 4):
+        verdict, again = run(name, SHAPES[1], seed=seed, num_sms=1 + seed)
+        assert verdict.ok and all(torch.equal(again[x], first[x]) for x in results), f"seed {seed}"
+
+
+SM80, SM90 = (kernel(arch, "fwd", "causal").name for arch in ARCHES)
+SM80_BACKWARD, SM90_BACKWARD = (kernel(arch, "bwd", "causal").name for arch in ARCHES)
+FAULTS = [
+    Fault("no-wait-for-the-table", SM90, "griddepcontrol_wait();  // for the table", "//", schedules=8),
+    Fault("rows-behind-a-sequence-are-seen", SM90, "kRaggedRows - s.k + row", "row"),
+    Fault("first-key-forgotten", SM90, "s.first_k + s.k}", "s.k}"),
+    Fault("first-query-forgotten", SM80, "return s.first_q * row_stride;", "return 0;"),
+    Fault("first-key-forgotten", SM80, "return s.first_k * row_stride;", "return 0;"),
+    Fault("lse-of-the-batch", SM90, "p.seqlen_q + s.first_q;", "p.seqlen_q;"),
+    Fault("gaps-are-not-listed", SM90, "num_entries = 2 * p.num_sequences + 1;", "num_entries = p.num_sequences;"),
+    Fault("gaps-of-keys-are-not-listed", SM90_BACKWARD, "num_entries = 3 * p.num_sequences + 2;", "num_entries = 9;"),
+    Fault("statistics-of-another-sequence", SM80_BACKWARD, "+ s.first_m_block + m_block;", "+ m_block;"),
+    Fault(
+        "counter-begins-late",
+        SM90,
+        "store_global_int(p.tile_counter, 0);",
+        "store_global_int(p.tile_counter, 3);",
+        count=2,
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_is_seen(fault):
+    shapes = itertools.product(SHAPES[1:], range(fault.schedules))
+    for shape, seed in shapes:
+        if symptom(run, fault, [shape], seed):
+            return
+    pytest.fail("no run shows it")
