@@ -3,7 +3,7 @@
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
     compute-sanitizer --tool racecheck python tests/gpu/sanitize.py --head-dim 64
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py --direction bwd
-    compute-sanitizer --tool initcheck python tests/gpu/sanitize.py
+    compute-sanitizer --tool initcheck python tests/gpu/sanitize.py --varlen
 
 Run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor is an allocation of its own, and a read past its end one
 that the sanitizer sees. Exit status 1 when a result is wrong; the sanitizer reports the rest.
@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=get_args(DType))
     parser.add_argument("--mask", nargs="+", default=get_args(Mask), choices=get_args(Mask))
     parser.add_argument("--deterministic", action="store_true", help="gradients of the same bits in every run")
+    parser.add_argument("--varlen", action="store_true", help="ragged batches")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no NVIDIA GPU here")
@@ -50,6 +51,7 @@ def main() -> int:
             dtype=dtype,
             mask=mask,
             deterministic=options.deterministic,
+            varlen=options.varlen,
         )
         spec = KernelSpec(problem=problem, tiling=default_tiling(problem, arch))
         for shape, call in itertools.product(SHAPES, examples_of(problem)):
