@@ -290,7 +290,7 @@ FAULTS = (
     Fault("o-not-swizzled", SINGLE, "((lane_chunk ^ row_swizzle(row)) << 4)", "(lane_chunk << 4)"),
     Fault("store-before-warp-is-ready", SINGLE, "sync_warp();\n    store_o(", "store_o(", schedules=8),
     Fault("diagonal-off-by-one", SINGLE, "row + 1 + (s.k", "row + (s.k"),
-    Fault("no-guard-for-empty-rows", SINGLE, "new_max == -kInfinity ? 0.0f : new_max", "new_max"),
+    Fault("no-guard-for-empty-rows", SINGLE, "no_key = row_max[tile][row] == -kInfinity;", "no_key = false;"),
     Fault("no-rescale", SINGLE, "rescale_o(acc_o[i], correction[i]);", ""),
 )
 
