@@ -51,7 +51,7 @@ def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) ->
     blocks = _Blocks.of(plan, shape)
     blocks.check(plan, shape, num_sms)
     group = shape.num_heads // shape.num_heads_kv
-    batch = 1 if plan.varlen else shape.batch
+    batch = _batch(plan, shape)
     scale = options.scale(plan.head_dim)
     values: dict[str, Any] = {
         "seqlen_q": shape.seqlen_q,
@@ -115,13 +115,12 @@ class _Blocks:
     @classmethod
     def of(cls, plan: KernelPlan, shape: Shape) -> _Blocks:
         if plan.varlen:  # as many as there may be: the kernels know how many there are
-            m, n = (
-                capacity(rows, shape.batch, tile)
-                for rows, tile in ((shape.seqlen_q, plan.tile_m), (shape.seqlen_k, plan.tile_n))
-            )
-            return cls(m, n, m * shape.num_heads, n * shape.num_heads_kv)
-        m, n = ceil_div(shape.seqlen_q, plan.tile_m), ceil_div(shape.seqlen_k, plan.tile_n)
-        return cls(m, n, m * shape.batch * shape.num_heads, n * shape.batch * shape.num_heads_kv)
+            m = capacity(shape.seqlen_q, shape.batch, plan.tile_m)
+            n = capacity(shape.seqlen_k, shape.batch, plan.tile_n)
+        else:
+            m, n = ceil_div(shape.seqlen_q, plan.tile_m), ceil_div(shape.seqlen_k, plan.tile_n)
+        batch = _batch(plan, shape)
+        return cls(m, n, m * batch * shape.num_heads, n * batch * shape.num_heads_kv)
 
     def check(self, plan: KernelPlan, shape: Shape, num_sms: int) -> None:
         """Raise OverflowError where the kernels' 32-bit integers do not hold a count."""
@@ -139,6 +138,11 @@ class _Blocks:
                 raise OverflowError(f"{count:,} {what} exceed 2^31")
 
 
+def _batch(plan: KernelPlan, shape: Shape) -> int:
+    """Of the tensors as kernels see them: a ragged batch's sequences lie behind each other in one."""
+    return 1 if plan.varlen else shape.batch
+
+
 def _heads_per_section(plan: KernelPlan, shape: Shape) -> int:
     """How many neighbouring (batch, head) pairs are walked together, so that what they read stays in L2.
 
@@ -146,7 +150,7 @@ def _heads_per_section(plan: KernelPlan, shape: Shape) -> int:
     of their groups. Never more than there are: kernels multiply it with a number of blocks in 32 bits.
     """
     group = shape.num_heads // shape.num_heads_kv
-    batch = 1 if plan.varlen else shape.batch
+    batch = _batch(plan, shape)
     if plan.problem.direction == "bwd":
         read = group * shape.seqlen_q * plan.head_dim * (2 * ELEMENT_BYTES + NUMBER_BYTES)
         return min(max(1, SECTION_BYTES // max(read, 1)), batch * shape.num_heads_kv)

@@ -68,16 +68,8 @@ class BackwardPlan(KernelPlan):
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        sections = ("heads_per_section",) if self.walks_sections else ()
-        if not self.varlen:
-            sections = (*(("num_batch_heads_kv",) if self.walks_sections else ()), *sections)
-        return (
-            "seqlen_q",
-            "seqlen_k",
-            *(() if self.varlen else ("num_heads",)),
-            "num_heads_kv",
-            "num_heads_per_kv",
-            "num_m_blocks",
-            "num_n_blocks",
-            *sections,
-        )
+        both = ("num_heads_kv", "num_heads_per_kv", "num_m_blocks", "num_n_blocks")
+        if self.varlen:
+            return ("seqlen_q", "seqlen_k", *both, "heads_per_section")
+        sections = ("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()
+        return ("seqlen_q", "seqlen_k", "num_heads", *both, *sections)

@@ -229,7 +229,8 @@ def lines(plan: KernelPlan) -> Iterator[str]:
     """The recipe in words, a line of a comment each."""
     many, takes = len(plan.entry_points) > 1, "tensor maps, then Params, by value" if maps(plan) else "Params by value"
     yield f"Compile with nvcc -std=c++17 -arch={plan.target} -cubin, or with NVRTC."
-    yield f"`fa2gen render {plan.name} --with-host` adds a launcher in C++."
+    if not plan.varlen:
+        yield f"`fa2gen render {plan.name} --with-host` adds a launcher in C++."
     yield ""
     yield f"Kernels, one after the other on one stream; each takes {takes}:" if many else f"Kernel; it takes {takes}:"
     for entry in plan.entry_points:
@@ -254,9 +255,10 @@ def lines(plan: KernelPlan) -> Iterator[str]:
     yield from (f"  {name} = {text}" for name, text in sizes(plan).items())
     if scratch := plan.scratch:
         yield "Device memory beside the tensors, in 4-byte numbers:"
+        counts = memory(plan)
         for one in scratch:
             note = "; all zeros before the first launch, and left so" if one.cleared else ""
-            yield f"  {one.name}: {memory(plan)[one.name]}{note}"
+            yield f"  {one.name}: {counts[one.name]}{note}"
     if options(plan):
         yield "Options; limited(x, n) is n where x < 0, else min(x, n):"
         yield from (f"  {name}: {_OPTIONS[name]}" for name in options(plan))
