@@ -18,7 +18,7 @@ from fa2gen.layout import ELEMENT_BYTES, ceil_div
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan
 from fa2gen.plan.bwd import BackwardPlan
-from fa2gen.plan.recipe import GROUPED_SECTION_BYTES, NUMBER_BYTES, SECTION_BYTES
+from fa2gen.plan.recipe import NUMBER_BYTES, SECTION_BYTES, SECTIONS_OF_GROUPS
 
 __all__ = ["NUMBER_BYTES", "RAGGED_ROWS", "SECTION_BYTES", "Launch", "launch_of", "ragged_dimensions"]
 
@@ -153,7 +153,7 @@ def _heads_per_section(plan: KernelPlan, shape: Shape) -> int:
     batch = _batch(plan, shape)
     if plan.problem.direction == "bwd":
         read = group * shape.seqlen_q * plan.head_dim * (2 * ELEMENT_BYTES + NUMBER_BYTES)
-        room = GROUPED_SECTION_BYTES if group > 1 else SECTION_BYTES
+        room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS)
         return min(max(1, room // max(read, 1)), batch * shape.num_heads_kv)
     read = 2 * shape.seqlen_k * plan.head_dim * ELEMENT_BYTES
     return min(max(1, SECTION_BYTES // max(read, 1)) * group, batch * shape.num_heads)

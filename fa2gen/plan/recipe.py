@@ -17,8 +17,8 @@ from fa2gen.plan.base import EntryPoint, KernelPlan, TensorMapPlan
 from fa2gen.plan.bwd import BackwardPlan
 
 __all__ = [
-    "GROUPED_SECTION_BYTES",
     "NUMBER_BYTES",
+    "SECTIONS_OF_GROUPS",
     "SECTION_BYTES",
     "arguments",
     "braced",
@@ -47,10 +47,10 @@ DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may have without being asked
 # 587 TFLOP/s against 520 head by head, and 505 with all heads together).
 SECTION_BYTES = 32 << 20
 
-# Of gradients with grouped queries a single head of K and V, with all that its group reads, may fill those 32 MiB: sections
-# of one, whose longest blocks come last. Two in 64 MiB: 1.08 times at 32:8 heads of 128 and 8k, 1.10 at 32:4 and 2k, 1.09
-# at 64:8 heads of 64 and 8k; but 0.94 without groups at 16:16 and 2k, and 0.94 with two of 64 MiB each (H100).
-GROUPED_SECTION_BYTES = 64 << 20
+# Of grouped gradients a single head of K and V, with all that its group reads, may fill those 32 MiB: then sections are
+# of one head, whose longest blocks come last. Twice as much: 1.08 times at 32:8 heads of 128, 8k, 1.10 at 32:4, 2k,
+# 1.09 at 64:8 heads of 64, 8k; but 0.94 without groups at 16:16 and 2k (H100).
+SECTIONS_OF_GROUPS = 2
 
 
 _OPTIONS = {
@@ -66,8 +66,7 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
     tiling, of_batch = plan.tiling, "" if plan.varlen else "batch * "
     if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
         read = f"num_heads_per_kv * seqlen_q * {2 * row_bytes(plan) + plan.problem.head_dim * NUMBER_BYTES}"
-        room = f"({SECTION_BYTES} + {GROUPED_SECTION_BYTES - SECTION_BYTES} * min(num_heads_per_kv - 1, 1))"
-        section = f"min(max(1, {room} / ({read})), {of_batch}num_heads_kv)"
+        section = f"min(max(1, section_bytes / ({read})), {of_batch}num_heads_kv)"
     else:  # whole groups of query heads that share K and V
         read = f"seqlen_k * {2 * row_bytes(plan)}"
         section = f"min(max(1, {SECTION_BYTES} / ({read})) * num_heads_per_kv, {of_batch}num_heads)"
@@ -79,6 +78,7 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
         "num_batch_heads": f"{of_batch}num_heads",
         "num_batch_heads_kv": f"{of_batch}num_heads_kv",
         "num_sequences": "batch",
+        "section_bytes": f"{SECTION_BYTES} * min(num_heads_per_kv, {SECTIONS_OF_GROUPS})",
         "heads_per_section": section,
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
     }
