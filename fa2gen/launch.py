@@ -81,8 +81,7 @@ def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) ->
     counts = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "dq_turns": blocks.of_queries}
     if plan.varlen:
         m, n = blocks.num_m_blocks, blocks.num_n_blocks
-        counts |= {"sequences": ENTRY_NUMBERS * entries(shape.batch), "num_blocks": 4, "m_list": 2 * m, "n_list": 2 * n}
-        counts |= {"m_levels": 3 * (m + 1), "n_levels": 3 * (n + 1)}
+        counts |= {"sequences": ENTRY_NUMBERS * entries(shape.batch), "num_blocks": 2, "m_list": 2 * m, "n_list": 2 * n}
     if isinstance(plan, BackwardPlan):
         counts["dq_acc"] = blocks.of_queries * plan.dq_block_floats
     return Launch(

@@ -74,6 +74,7 @@ class Feature:
     scratch    memory that it needs.
     prepare    whether an entry point of its own, <kernel>_prepare, runs before the others.
     uneven     whether tiles do different amounts of work, so that the order in which they start matters.
+    right_edge whether keys behind those that a query sees may be hidden from it.
     left_edge  whether keys before those that a query sees may be hidden from it.
     general    of a mask: whether it shows, by its numbers, what every other mask does.
     examples   options of calls that need it: what `fa2gen verify`, `tune` and tests try.
@@ -88,6 +89,7 @@ class Feature:
     scratch: tuple[Scratch, ...] = ()
     prepare: bool = False
     uneven: bool = False
+    right_edge: bool = False
     left_edge: bool = False
     general: bool = False
     examples: tuple[Mapping[str, Any], ...] = field(default=({},), hash=False)

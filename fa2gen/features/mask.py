@@ -14,7 +14,7 @@ from fa2gen.options import Options
 __all__ = ["CAUSAL", "FULL", "key_range"]
 
 FULL = Feature("full", rooms={"mask": "full"})
-CAUSAL = Feature("causal", rooms={"mask": "causal"}, uneven=True, examples=({"causal": True},))
+CAUSAL = Feature("causal", rooms={"mask": "causal"}, uneven=True, right_edge=True, examples=({"causal": True},))
 
 
 def key_range(options: Options, seqlen_q: int, seqlen_k: int, row: Any) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ def _values(_: Options, shape: Shape) -> Mapping[str, int | float]:
 
 def _varlen(*lists: str) -> Feature:
     """With a list of blocks of queries, "m", and of keys, "n"."""
-    tables = ("sequences", "num_blocks", *(f"{of}_{what}" for what in ("list", "levels") for of in lists))
+    tables = ("sequences", "num_blocks", *(f"{of}_list" for of in lists))
     return Feature(
         "varlen",
         rooms={"seqlen": "ragged"},

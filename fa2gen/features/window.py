@@ -41,6 +41,7 @@ WINDOW = Feature(
         "chunk_before": "(chunk < 1) * max(seqlen_q, seqlen_k)",
     },
     uneven=True,
+    right_edge=True,
     left_edge=True,
     general=True,
     examples=(

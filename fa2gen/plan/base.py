@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
+from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import Panels, align_up
 from fa2gen.plan.memory import SharedMemory
 from fa2gen.spec import KernelSpec, Problem, Tiling
@@ -18,6 +19,9 @@ __all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "bytes_tex
 
 
 PREPARE_THREADS = 1024
+# Of a list of blocks, in shared memory. With 128 rows a block, batches of more than 131,072 rows have levels of several
+# blocks: the order is a little coarser then.
+PREPARE_LEVELS = 1024
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,11 @@ class KernelPlan:
         return any(feature.uneven for feature in self.features)
 
     @property
+    def right_edge(self) -> bool:
+        """Whether keys behind those that a query sees may be hidden from it: more blocks than the last need a mask."""
+        return any(feature.right_edge for feature in self.features)
+
+    @property
     def left_edge(self) -> bool:
         """Whether keys before those that a query sees may be hidden from it."""
         return any(feature.left_edge for feature in self.features)
@@ -147,6 +156,15 @@ class KernelPlan:
         return PREPARE_THREADS
 
     @property
+    def prepare_levels(self) -> int:
+        return PREPARE_LEVELS
+
+    @property
+    def sequence_numbers(self) -> int:
+        """Of a sequence in the table that the kernel before the others writes."""
+        return ENTRY_NUMBERS
+
+    @property
     def lists_keys(self) -> bool:
         """Whether blocks of keys are listed, beside those of queries."""
         return any(scratch.name == "n_list" for scratch in self.scratch)
@@ -158,10 +176,12 @@ class KernelPlan:
 
     @property
     def prepare_entries(self) -> tuple[EntryPoint, ...]:
-        """The kernel that runs before the others, where a feature has one; 4 bytes of shared memory a thread."""
+        """The kernel that runs before the others, where a feature has one."""
         if not any(feature.prepare for feature in self.features):
             return ()
-        return (EntryPoint(f"{self.name}_prepare", PREPARE_THREADS, 4 * PREPARE_THREADS, (), "one"),)
+        # Two counters, and of each list three numbers a level.
+        shared_bytes = 16 + 3 * 4 * PREPARE_LEVELS * (1 + self.lists_keys)
+        return (EntryPoint(f"{self.name}_prepare", PREPARE_THREADS, shared_bytes, (), "one"),)
 
     @property
     def deterministic(self) -> bool:

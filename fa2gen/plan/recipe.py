@@ -116,11 +116,9 @@ def memory(plan: KernelPlan) -> dict[str, str]:
     blocks = f"num_m_blocks * num_heads{'' if plan.varlen else ' * batch'}"
     counts = {
         "sequences": f"{ENTRY_NUMBERS} * (3 * batch + 2)",
-        "num_blocks": "4",
+        "num_blocks": "2",
         "m_list": "2 * num_m_blocks",
         "n_list": "2 * num_n_blocks",
-        "m_levels": "3 * (num_m_blocks + 1)",
-        "n_levels": "3 * (num_n_blocks + 1)",
         "tile_counter": "1",
         "lse_log2": f"{blocks} * {plan.tiling.tile_m}",
         "dpsum": f"{blocks} * {plan.tiling.tile_m}",

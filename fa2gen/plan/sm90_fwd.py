@@ -16,7 +16,7 @@ from fa2gen.ptx import Wgmma
 
 __all__ = ["Sm90FwdPlan"]
 
-TILE_SLOT_BYTES = 16  # block of queries, head, batch entry: one vector load
+TILE_SLOT_BYTES = 16  # block of queries, head, batch entry: one vector load; a ragged batch's sequence: another
 
 # Registers that a thread needs beside S, O and P: addresses, row statistics, loop state. With 160 registers 28 separate
 # the tilings that compile clean (head dim 144 with 80 keys, 72 with 128) from those that spill (128 with 96, 80 with
@@ -90,6 +90,10 @@ class Sm90FwdPlan(Sm90Plan):
         """From one stage of K or V to the next: whole tiles, on the 1024-byte grid of the widest swizzle."""
         return align_up(self.kv_tile.bytes, 1024)
 
+    @property
+    def tile_slot_bytes(self) -> int:
+        return TILE_SLOT_BYTES * (2 if self.varlen else 1)
+
     def _memory(self, num_q_stages: int, o_aliases_q: bool) -> SharedMemory:
         num_barriers = 2 * (num_q_stages + 2 * self.num_stages)  # full and empty ones, of every stage
         return SharedMemory(
@@ -99,7 +103,9 @@ class Sm90FwdPlan(Sm90Plan):
                 Region("v", self.stage_bytes, self.num_stages, label="V"),
                 Region("o", self.q_stage_bytes, label="O", in_place_of="q" if o_aliases_q else None),
                 Region("barriers", BARRIER_BYTES * num_barriers),
-                Region("tile_slots", TILE_SLOT_BYTES * num_q_stages, label="slots"),  # for the tile of each stage of Q
+                Region(
+                    "tile_slots", self.tile_slot_bytes * num_q_stages, label="slots"
+                ),  # for the tile of each stage of Q
             )
         )
 
@@ -152,7 +158,7 @@ class Sm90FwdPlan(Sm90Plan):
     @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
         # The kernel that prepares a ragged batch clears it: memory of any content will do there.
-        return (Scratch("tile_counter", "int*", cleared=not self.prepare_entries), *super().scratch)
+        return (Scratch("tile_counter", "int*", cleared=not self.varlen), *super().scratch)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:

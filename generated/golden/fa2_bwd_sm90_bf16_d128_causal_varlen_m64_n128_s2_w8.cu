@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, ragged batches
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   54 Shared memory,  126 Threads,  174 Arithmetic,  202 Shared memory,
-//             233 Global memory,  282 mbarriers,  326 TMA,  374 Bulk copies,  390 Fences,  397 Fragments,
-//             411 Registers,  419 Registers of a warpgroup,  431 wgmma,  622 What is visible,
-//             671 Softmax and its gradient,  775 Pipelines,  818 Loads,  866 Matrix products,  904 Staging,
-//             962 Producer, 1014 Consumer, 1135 Kernels, 1137 Prepare, 1458 Launch
+//   contents   33 Problem and tiling,   54 Shared memory,  124 Threads,  176 Arithmetic,  204 Shared memory,
+//             242 Global memory,  298 mbarriers,  342 TMA,  390 Bulk copies,  406 Fences,  413 Fragments,
+//             427 Registers,  435 Registers of a warpgroup,  447 wgmma,  640 What is visible,
+//             689 Softmax and its gradient,  793 Pipelines,  836 Loads,  884 Matrix products,  922 Staging,
+//             980 Producer, 1032 Consumer, 1153 Kernels, 1155 Prepare, 1540 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -103,8 +103,6 @@ struct Params {
     int* num_blocks;
     int* m_list;
     int* n_list;
-    int* m_levels;
-    int* n_levels;
     int64_t o_batch_stride;
     int64_t o_row_stride;
     int64_t o_head_stride;
@@ -140,6 +138,10 @@ __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
 
 __device__ __forceinline__ int shfl_from_lane_0(int value) {
     return __shfl_sync(0xffffffffu, value, 0);
+}
+
+__device__ __forceinline__ int shfl_from(int value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
 }
 
 __device__ __forceinline__ void sync_warp() {
@@ -218,6 +220,13 @@ __device__ __forceinline__ int load_shared_int(uint32_t address) {
     return value;
 }
 
+// Adds, atomically, and returns what was there before.
+__device__ __forceinline__ int fetch_add_shared(uint32_t address, int value) {
+    int before;
+    asm volatile("atom.shared.add.s32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+    return before;
+}
+
 // 8 bytes; the address is a multiple of 8.
 __device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -231,10 +240,6 @@ __device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, 
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int fetch_add_global(int* counter, int value) {
-    return atomicAdd(counter, value);
-}
 
 // What another thread of the block, or an earlier kernel, has written.
 __device__ __forceinline__ int load_global_int(int const* address) {
@@ -251,6 +256,17 @@ __device__ __forceinline__ void load_global_int4(int (&r)[4], int const* address
 
 __device__ __forceinline__ void store_global_int(int* address, int value) {
     *address = value;
+}
+
+// 8 bytes; the address is a multiple of 8.
+__device__ __forceinline__ void store_global_int2(int* address, int r0, int r1) {
+    asm volatile("st.global.v2.s32 [%0], {%1, %2};" :: "l"(address), "r"(r0), "r"(r1) : "memory");
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void store_global_int4(int* address, int r0, int r1, int r2, int r3) {
+    asm volatile("st.global.v4.s32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
@@ -548,6 +564,8 @@ enum NamedBarrier : int {
 
 // Sequences: a ragged batch's, each with its own lengths, one behind the other in the packed tensors. Entries behind the
 // sequences are gaps, rows that no sequence has: of queries without keys, or of keys without queries.
+constexpr int kSequenceNumbers = 8;  // of the table, an entry
+
 struct Seqlen {
     int q;
     int k;
@@ -558,8 +576,8 @@ struct Seqlen {
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
     int places[4];
-    load_global_int4(places, p.sequences + 8 * bidb);
-    return {places[0], places[1], places[2], places[3], load_global_int(p.sequences + 8 * bidb + 4)};
+    load_global_int4(places, p.sequences + kSequenceNumbers * bidb);
+    return {places[0], places[1], places[2], places[3], load_global_int(p.sequences + kSequenceNumbers * bidb + 4)};
 }
 
 __device__ __forceinline__ int num_query_blocks(Params const&, Seqlen const& s) {
@@ -1138,26 +1156,43 @@ __device__ __forceinline__ void consume(
 //
 // A list is in levels: level L has block L of every entry that has so many, the entry with the most blocks first. Queries go
 // from the last level to the first, keys from the first to the last; so a causal mask's longest rows come first, and of one
-// sequence the first keys.
+// sequence the first keys. Where there are more blocks than kMaxLevels, a level has 2^shift in a row of each entry, and the
+// entries that end in it, with no more than those, come behind the others.
 
 constexpr int kPrepareThreads = 1024;
+constexpr int kMaxLevels = 1024;
 
-// The sum of the values of all threads up to this one.
-__device__ __forceinline__ int sum_up_to(int value, uint32_t smem) {
-    int const thread = static_cast<int>(threadIdx.x);
-    store_shared_int(smem + 4 * thread, value);
-    sync_block();
-    for (int step = 1; step < kPrepareThreads; step *= 2) {
-        int const before = thread >= step ? load_shared_int(smem + 4 * (thread - step)) : 0;
-        sync_block();
-        value += before;
-        store_shared_int(smem + 4 * thread, value);
-        sync_block();
+// What a list's levels have in shared memory, an int for each level: its entries, from which ranks are taken; where its blocks
+// begin; and how many there are of entries that end in it, then where the last of these ends.
+struct Levels {
+    uint32_t entries;
+    int count;
+    int shift;
+
+    __device__ __forceinline__ uint32_t begin() const { return entries + 4 * kMaxLevels; }
+    __device__ __forceinline__ uint32_t tails() const { return entries + 8 * kMaxLevels; }
+};
+
+__device__ __forceinline__ Levels levels_in(uint32_t smem, int most_blocks) {
+    int shift = 0;
+    while (((most_blocks - 1) >> shift) >= kMaxLevels) {
+        ++shift;
+    }
+    return {smem, ((most_blocks - 1) >> shift) + 1, shift};
+}
+
+// The sum of the values of a warp's lanes up to this one.
+__device__ __forceinline__ int sum_of_lanes(int value) {
+    int const lane = lane_id();
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        int const before = shfl_from(value, lane - step);
+        value += lane >= step ? before : 0;
     }
     return value;
 }
 
-// The rows of one sequence in one tensor, within the tensor.
+// The rows of one sequence in one tensor: as they are given, and within the tensor.
 struct Rows {
     int begin;
     int end;
@@ -1167,14 +1202,17 @@ __device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int 
     int const even = total / num_sequences;  // without bounds all are as long
     int begin = sequence * even;
     int end = begin + even;
+    int rows = total;
     if (bounds != nullptr) {
-        begin = min(max(load_global_int(bounds + sequence), 0), total);
-        end = min(max(load_global_int(bounds + sequence + 1), begin), total);
+        begin = load_global_int(bounds + sequence);
+        end = load_global_int(bounds + sequence + 1);
     }
     if (used != nullptr) {
-        end = min(end, begin + max(load_global_int(used + sequence), 0));
+        rows = load_global_int(used + sequence);
     }
-    return {begin, end};
+    begin = min(max(begin, 0), total);
+    end = min(max(end, begin), total);
+    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
 }
 
 // The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
@@ -1184,61 +1222,94 @@ __device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int t
     return {begin, max(begin, end)};
 }
 
-// Takes places for an entry's blocks, and counts it among those with as many; false where there is no place for them.
-__device__ __forceinline__ bool count_blocks(int num_blocks, int capacity, int* total, int* levels, int* first) {
-    *first = num_blocks > 0 ? fetch_add_global(total, num_blocks) : 0;
-    if (num_blocks == 0 || *first + num_blocks > capacity) {  // bounds that do not rise make sequences overlap
-        return num_blocks == 0;
-    }
-    fetch_add_global(levels + num_blocks - 1, 1);
-    return true;
-}
-
-// From counts of entries to places of levels. levels[c] has the entries of c + 1 blocks, and gets those of more than c; behind
-// it lie the places where levels begin, and zeros that count entries again.
-__device__ __forceinline__ void place_levels(int* levels, int num_levels, bool from_the_last, int* num_blocks, uint32_t smem) {
-    int const thread = static_cast<int>(threadIdx.x);
-    int* const places = levels + num_levels;
-    int entries = 0;
-    int blocks = 0;
-    for (int first = 0; first < num_levels; first += kPrepareThreads) {
-        int const level = num_levels - 1 - first - thread;
-        int const width = entries + sum_up_to(level >= 0 ? load_global_int(levels + level) : 0, smem);
-        entries = load_shared_int(smem + 4 * (kPrepareThreads - 1)) + entries;
-        sync_block();
-        int const up_to_here = blocks + sum_up_to(level >= 0 ? width : 0, smem);
-        blocks = load_shared_int(smem + 4 * (kPrepareThreads - 1)) + blocks;
-        sync_block();
-        if (level >= 0) {
-            store_global_int(levels + level, width);
-            store_global_int(places + level, up_to_here - width);
+// Takes places for the blocks of a warp's entries, one a lane, and counts each entry in the level where it ends; returns the
+// first block's place. Bounds that do not rise make sequences overlap: where there are no places left, rows become none.
+__device__ __forceinline__ int count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Levels const& levels) {
+    int const num_blocks = min((rows.end - rows.begin + tile - 1) / tile, capacity + 1);
+    int const up_to_here = sum_of_lanes(num_blocks);
+    int const of_warp = min(shfl_from(up_to_here, 31), capacity + 1);
+    int before = 0;
+    if (lane_id() == 0 && of_warp > 0) {
+        before = load_shared_int(taken);
+        if (before <= capacity) {  // no more, or the sum would leave 32 bits
+            before = fetch_add_shared(taken, of_warp);
         }
     }
-    if (thread == 0) {
-        store_global_int(num_blocks, blocks);
+    int const first = shfl_from_lane_0(before) + up_to_here - num_blocks;
+    if (first + num_blocks > capacity) {
+        rows.end = rows.begin;
+    } else if (num_blocks > 0) {
+        int const level = (num_blocks - 1) >> levels.shift;
+        fetch_add_shared(levels.entries + 4 * level, 1);
+        fetch_add_shared(levels.tails() + 4 * level, num_blocks - (level << levels.shift));
     }
-    sync_block();
-    for (int level = thread; level < num_levels && !from_the_last; level += kPrepareThreads) {
-        store_global_int(places + level, blocks - load_global_int(places + level) - load_global_int(levels + level));
-    }
-    sync_block();
+    return first;
 }
 
-// Writes an entry's blocks into the list, by one warp.
-__device__ __forceinline__ void list_blocks(int entry, int num_blocks, int* levels, int num_levels, int* list) {
-    if (num_blocks == 0) {
-        return;
+// From counts to places, by one warp; returns how many blocks there are. Each lane has some levels in a row, the last levels
+// those of lane 0; an odd number, so that no two lanes read one bank.
+__device__ __forceinline__ int place_levels(Levels const& levels, bool from_the_last) {
+    int const width = (levels.count + 31) / 32 | 1;
+    int const first = levels.count - 1 - lane_id() * width;
+    int const end = max(first - width, -1);
+    int entries = 0;
+    for (int level = first; level > end; --level) {
+        entries += load_shared_int(levels.entries + 4 * level);
     }
+    entries = sum_of_lanes(entries) - entries;  // of the levels behind
+    int blocks = 0;
+    for (int level = first; level > end; --level) {
+        int const here = (entries << levels.shift) + load_shared_int(levels.tails() + 4 * level);
+        entries += load_shared_int(levels.entries + 4 * level);
+        blocks += here;
+        store_shared_int(levels.entries + 4 * level, entries);
+        store_shared_int(levels.tails() + 4 * level, here);
+    }
+    int const up_to_here = sum_of_lanes(blocks);
+    int const total = shfl_from(up_to_here, 31);
+    int behind = up_to_here - blocks;
+    for (int level = first; level > end; --level) {
+        int const here = load_shared_int(levels.tails() + 4 * level);
+        int const begin = from_the_last ? behind : total - behind - here;
+        store_shared_int(levels.begin() + 4 * level, begin);
+        store_shared_int(levels.tails() + 4 * level, begin + here);
+        behind += here;
+    }
+    return total;
+}
+
+// Writes the blocks of a warp's entries into the list: `entry` is this lane's, and has so many.
+__device__ __forceinline__ void list_blocks(int entry, int num_blocks, Levels const& levels, int* list) {
+    int const lane = lane_id();
+    int const last = (num_blocks - 1) >> levels.shift;
+    int const tail = num_blocks - (last << levels.shift);
     int rank = 0;
-    if (lane_id() == 0) {
-        int const with_more = num_blocks < num_levels ? load_global_int(levels + num_blocks) : 0;
-        rank = with_more + fetch_add_global(levels + 2 * num_levels + num_blocks - 1, 1);
+    int tail_at = 0;
+    if (num_blocks > 0) {
+        rank = fetch_add_shared(levels.entries + 4 * last, -1) - 1;
+        tail_at = fetch_add_shared(levels.tails() + 4 * last, -tail) - tail;
     }
-    rank = shfl_from_lane_0(rank);
-    for (int block = lane_id(); block < num_blocks; block += 32) {
-        int* const place = list + 2 * (load_global_int(levels + num_levels + block) + rank);
-        store_global_int(place, entry);
-        store_global_int(place + 1, block);
+    int const up_to_here = sum_of_lanes(num_blocks);
+    int const of_warp = shfl_from(up_to_here, 31);
+    for (int first = 0; first < of_warp; first += 32) {
+        int const index = first + lane;
+        int owner = 0;  // the lane whose entry has this block: as many lanes have all of theirs before it
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            owner += shfl_from(up_to_here, owner + step - 1) <= index ? step : 0;
+        }
+        int const block = index - shfl_from(up_to_here - num_blocks, owner);
+        int const owners_last = shfl_from(last, owner);
+        int const owners_rank = shfl_from(rank, owner);
+        int const owners_tail = shfl_from(tail_at, owner);
+        if (index < of_warp) {
+            int const level = block >> levels.shift;
+            int const in_level = block - (level << levels.shift);
+            int const begin = level < owners_last
+                                  ? load_shared_int(levels.begin() + 4 * level) + (owners_rank << levels.shift)
+                                  : owners_tail;
+            store_global_int2(list + 2 * (begin + in_level), entry - lane + owner, block);
+        }
     }
 }
 
@@ -1246,22 +1317,27 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_bwd_sm90_bf16_
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
-    int const num_m_levels = p.seqlen_q / kTileM + 1;
-    int const num_n_levels = p.seqlen_k / kTileN + 1;
+    uint32_t const taken = smem;  // places for blocks: of queries, and of keys
+    Levels const m_levels = levels_in(smem + 16, p.seqlen_q / kTileM + 1);
+    Levels const n_levels = levels_in(m_levels.entries + 12 * kMaxLevels, p.seqlen_k / kTileN + 1);
     int const num_entries = 3 * p.num_sequences + 2;
     griddepcontrol_launch_dependents();
-    for (int i = thread; i < 3 * num_m_levels; i += kPrepareThreads) {
-        store_global_int(p.m_levels + i, 0);
+    if (thread < 2) {
+        store_shared_int(taken + 4 * thread, 0);
     }
-    for (int i = thread; i < 3 * num_n_levels; i += kPrepareThreads) {
-        store_global_int(p.n_levels + i, 0);
+    for (int level = thread; level < m_levels.count; level += kPrepareThreads) {
+        store_shared_int(m_levels.entries + 4 * level, 0);
+        store_shared_int(m_levels.tails() + 4 * level, 0);
     }
-    if (thread < 4) {
-        store_global_int(p.num_blocks + thread, 0);
+    for (int level = thread; level < n_levels.count; level += kPrepareThreads) {
+        store_shared_int(n_levels.entries + 4 * level, 0);
+        store_shared_int(n_levels.tails() + 4 * level, 0);
     }
     sync_block();
 
-    for (int entry = thread; entry < num_entries; entry += kPrepareThreads) {
+    // A warp takes 32 entries at a time, and whole warps go on: lanes without an entry have no rows.
+    for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
+        int const entry = first + lane_id();
         Rows q = {0, 0};
         Rows keys = {0, 0};
         if (entry < p.num_sequences) {
@@ -1269,35 +1345,41 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_bwd_sm90_bf16_
             keys = rows_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry);
         } else if (entry <= 2 * p.num_sequences) {
             q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry - p.num_sequences);
-        } else {
+        } else if (entry < num_entries) {
             keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
         }
-        int first_m_block = 0;
-        int const num_m_blocks = (q.end - q.begin + kTileM - 1) / kTileM;
-        if (!count_blocks(num_m_blocks, p.num_m_blocks, p.num_blocks + 2, p.m_levels, &first_m_block)) {
-            q.end = q.begin;
+        int const first_m_block = count_blocks(q, kTileM, p.num_m_blocks, taken, m_levels);
+        count_blocks(keys, kTileN, p.num_n_blocks, taken + 4, n_levels);
+        if (entry < num_entries) {
+            int* const row = p.sequences + kSequenceNumbers * entry;
+            store_global_int4(row, q.end - q.begin, keys.end - keys.begin, q.begin, keys.begin);
+            store_global_int(row + 4, first_m_block);
         }
-        int first_n_block = 0;
-        int const num_n_blocks = (keys.end - keys.begin + kTileN - 1) / kTileN;
-        if (!count_blocks(num_n_blocks, p.num_n_blocks, p.num_blocks + 3, p.n_levels, &first_n_block)) {
-            keys.end = keys.begin;
-        }
-        int* const row = p.sequences + 8 * entry;
-        store_global_int(row, q.end - q.begin);
-        store_global_int(row + 1, keys.end - keys.begin);
-        store_global_int(row + 2, q.begin);
-        store_global_int(row + 3, keys.begin);
-        store_global_int(row + 4, first_m_block);
     }
     sync_block();
 
-    place_levels(p.m_levels, num_m_levels, /*from_the_last=*/true, p.num_blocks, smem);
-    place_levels(p.n_levels, num_n_levels, /*from_the_last=*/false, p.num_blocks + 1, smem);
-    for (int entry = thread / 32; entry < num_entries; entry += kPrepareThreads / 32) {
-        int const rows = load_global_int(p.sequences + 8 * entry);
-        list_blocks(entry, (rows + kTileM - 1) / kTileM, p.m_levels, num_m_levels, p.m_list);
-        int const num_keys = load_global_int(p.sequences + 8 * entry + 1);
-        list_blocks(entry, (num_keys + kTileN - 1) / kTileN, p.n_levels, num_n_levels, p.n_list);
+    if (warp_id() == 0) {
+        int const num_blocks = place_levels(m_levels, /*from_the_last=*/true);
+        if (lane_id() == 0) {
+            store_global_int(p.num_blocks, num_blocks);
+        }
+    }
+    if (warp_id() == 1) {
+        int const num_blocks = place_levels(n_levels, /*from_the_last=*/false);
+        if (lane_id() == 0) {
+            store_global_int(p.num_blocks + 1, num_blocks);
+        }
+    }
+    sync_block();
+
+    for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
+        int const entry = first + lane_id();
+        int lengths[4] = {0, 0, 0, 0};
+        if (entry < num_entries) {
+            load_global_int4(lengths, p.sequences + kSequenceNumbers * entry);
+        }
+        list_blocks(entry, (lengths[0] + kTileM - 1) / kTileM, m_levels, p.m_list);
+        list_blocks(entry, (lengths[1] + kTileN - 1) / kTileN, n_levels, p.n_list);
     }
 }
 
@@ -1460,7 +1542,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
 //   fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare
-//     grid (1, 1, 1), 1024 threads, 4096 bytes of dynamic shared memory
+//     grid (1, 1, 1), 1024 threads, 24592 bytes of dynamic shared memory
 //   fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_preprocess
 //     grid (num_m_blocks * num_heads, 1, 1), 128 threads, 0 bytes of dynamic shared memory
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
@@ -1491,10 +1573,8 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //   dpsum: num_m_blocks * num_heads * 64
 //   dq_acc: num_m_blocks * num_heads * 8192
 //   sequences: 8 * (3 * batch + 2)
-//   num_blocks: 4
+//   num_blocks: 2
 //   m_list: 2 * num_m_blocks
 //   n_list: 2 * num_n_blocks
-//   m_levels: 3 * (num_m_blocks + 1)
-//   n_levels: 3 * (num_n_blocks + 1)
 
 }  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8

@@ -5,12 +5,12 @@
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
-//   launch   512 threads, 229504 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   96 Threads,  144 Arithmetic,  182 Shared memory,
-//             213 Global memory,  240 mbarriers,  284 TMA,  332 Fences,  339 Fragments,  347 Registers,
-//             355 Registers of a warpgroup,  367 wgmma,  503 What is visible,  555 Online softmax,  717 Pipelines,
-//             745 Loads,  808 Matrix products,  835 Epilogue,  882 Producer,  933 Consumer, 1086 Kernel, 1088 Prepare,
-//            1285 Launch
+//   launch   512 threads, 229536 bytes of dynamic shared memory
+//   contents   28 Problem and tiling,   46 Shared memory,   95 Threads,  147 Arithmetic,  185 Shared memory,
+//             223 Global memory,  261 mbarriers,  305 TMA,  353 Fences,  360 Fragments,  368 Registers,
+//             376 Registers of a warpgroup,  388 wgmma,  526 What is visible,  578 Online softmax,  740 Pipelines,
+//             768 Loads,  839 Matrix products,  866 Epilogue,  913 Producer,  964 Consumer, 1117 Kernel, 1119 Prepare,
+//            1379 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -81,7 +81,6 @@ struct Params {
     int* sequences;
     int* num_blocks;
     int* m_list;
-    int* m_levels;
     int seqlen_q;
     int seqlen_k;
     int num_heads;
@@ -110,6 +109,10 @@ __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
 
 __device__ __forceinline__ int shfl_from_lane_0(int value) {
     return __shfl_sync(0xffffffffu, value, 0);
+}
+
+__device__ __forceinline__ int shfl_from(int value, int lane) {
+    return __shfl_sync(0xffffffffu, value, lane);
 }
 
 __device__ __forceinline__ bool any_lane(bool holds) {
@@ -198,6 +201,13 @@ __device__ __forceinline__ int load_shared_int(uint32_t address) {
     return value;
 }
 
+// Adds, atomically, and returns what was there before.
+__device__ __forceinline__ int fetch_add_shared(uint32_t address, int value) {
+    int before;
+    asm volatile("atom.shared.add.s32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(value) : "memory");
+    return before;
+}
+
 // 16 bytes; the address is a multiple of 16.
 __device__ __forceinline__ void store_shared_int4(uint32_t address, int r0, int r1, int r2, int r3) {
     asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};"
@@ -231,6 +241,17 @@ __device__ __forceinline__ void load_global_int4(int (&r)[4], int const* address
 
 __device__ __forceinline__ void store_global_int(int* address, int value) {
     *address = value;
+}
+
+// 8 bytes; the address is a multiple of 8.
+__device__ __forceinline__ void store_global_int2(int* address, int r0, int r1) {
+    asm volatile("st.global.v2.s32 [%0], {%1, %2};" :: "l"(address), "r"(r0), "r"(r1) : "memory");
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void store_global_int4(int* address, int r0, int r1, int r2, int r3) {
+    asm volatile("st.global.v4.s32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
@@ -462,6 +483,8 @@ __device__ __forceinline__ void wgmma_m64n128k16_rs_km(
 
 // Sequences: a ragged batch's, each with its own lengths, one behind the other in the packed tensors. Entries behind the
 // sequences are gaps, rows that no sequence has: of queries without keys, or of keys without queries.
+constexpr int kSequenceNumbers = 8;  // of the table, an entry
+
 struct Seqlen {
     int q;
     int k;
@@ -472,8 +495,8 @@ struct Seqlen {
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
     int places[4];
-    load_global_int4(places, p.sequences + 8 * bidb);
-    return {places[0], places[1], places[2], places[3], load_global_int(p.sequences + 8 * bidb + 4)};
+    load_global_int4(places, p.sequences + kSequenceNumbers * bidb);
+    return {places[0], places[1], places[2], places[3], load_global_int(p.sequences + kSequenceNumbers * bidb + 4)};
 }
 
 // Where TMA finds a row: coordinates behind kRaggedRows are clipped, which is where the sequence's last row is put; the batch
@@ -769,11 +792,18 @@ __device__ __forceinline__ void load_tile(
     }
 }
 
-// The tile travels with its Q, decoded, in a slot of 16 bytes. No tile: m_block < 0 and no copy.
+// The tile travels with its Q, decoded, in a slot of 32 bytes, with its sequence. No tile: m_block < 0 and no copy.
 __device__ __forceinline__ Tile load_tile_slot(uint32_t smem, int stage) {
     int slot[4];
-    load_shared_int4(slot, smem + kSmemTileSlots + 16 * stage);
+    load_shared_int4(slot, smem + kSmemTileSlots + 32 * stage);
     return {slot[0], slot[1], slot[2]};
+}
+
+// All but where its row statistics are, which gradients alone have.
+__device__ __forceinline__ Seqlen load_sequence_slot(uint32_t smem, int stage) {
+    int slot[4];
+    load_shared_int4(slot, smem + kSmemTileSlots + 32 * stage + 16);
+    return {slot[0], slot[1], slot[2], slot[3], 0};
 }
 
 __device__ __forceinline__ void load_q(
@@ -782,7 +812,8 @@ __device__ __forceinline__ void load_q(
     uint32_t const full = barriers.q_full(state.stage);
     mbarrier_wait(barriers.q_empty(state.stage), state.phase ^ 1);
     if (elect_one()) {
-        store_shared_int4(smem + kSmemTileSlots + 16 * state.stage, tile.m_block, tile.bidh, tile.bidb, 0);
+        store_shared_int4(smem + kSmemTileSlots + 32 * state.stage, tile.m_block, tile.bidh, tile.bidb, 0);
+        store_shared_int4(smem + kSmemTileSlots + 32 * state.stage + 16, s.q, s.k, s.first_q, s.first_k);
         if (tile.m_block >= 0) {
             mbarrier_arrive_expect_tx(full, kQBytes);
             load_tile({map_q, map_q}, smem + kSmemQ + state.stage * kQStageBytes, kQPanelBytes, full,
@@ -968,7 +999,7 @@ __device__ __forceinline__ void consume(
         if (tile.m_block < 0) {
             break;
         }
-        Seqlen const s = seqlen_of(p, tile.bidb);
+        Seqlen const s = load_sequence_slot(smem, q_state.stage);
         int const first_row = tile.m_block * kTileM;
         int const row = first_row + warp_row;  // this warp's first
         int const ends[2] = {key_end(p, s, row + lane_id() / 4), key_end(p, s, row + lane_id() / 4 + 8)};
@@ -1089,26 +1120,43 @@ __device__ __forceinline__ void consume(
 //
 // A list is in levels: level L has block L of every entry that has so many, the entry with the most blocks first. Queries go
 // from the last level to the first, keys from the first to the last; so a causal mask's longest rows come first, and of one
-// sequence the first keys.
+// sequence the first keys. Where there are more blocks than kMaxLevels, a level has 2^shift in a row of each entry, and the
+// entries that end in it, with no more than those, come behind the others.
 
 constexpr int kPrepareThreads = 1024;
+constexpr int kMaxLevels = 1024;
 
-// The sum of the values of all threads up to this one.
-__device__ __forceinline__ int sum_up_to(int value, uint32_t smem) {
-    int const thread = static_cast<int>(threadIdx.x);
-    store_shared_int(smem + 4 * thread, value);
-    sync_block();
-    for (int step = 1; step < kPrepareThreads; step *= 2) {
-        int const before = thread >= step ? load_shared_int(smem + 4 * (thread - step)) : 0;
-        sync_block();
-        value += before;
-        store_shared_int(smem + 4 * thread, value);
-        sync_block();
+// What a list's levels have in shared memory, an int for each level: its entries, from which ranks are taken; where its blocks
+// begin; and how many there are of entries that end in it, then where the last of these ends.
+struct Levels {
+    uint32_t entries;
+    int count;
+    int shift;
+
+    __device__ __forceinline__ uint32_t begin() const { return entries + 4 * kMaxLevels; }
+    __device__ __forceinline__ uint32_t tails() const { return entries + 8 * kMaxLevels; }
+};
+
+__device__ __forceinline__ Levels levels_in(uint32_t smem, int most_blocks) {
+    int shift = 0;
+    while (((most_blocks - 1) >> shift) >= kMaxLevels) {
+        ++shift;
+    }
+    return {smem, ((most_blocks - 1) >> shift) + 1, shift};
+}
+
+// The sum of the values of a warp's lanes up to this one.
+__device__ __forceinline__ int sum_of_lanes(int value) {
+    int const lane = lane_id();
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+        int const before = shfl_from(value, lane - step);
+        value += lane >= step ? before : 0;
     }
     return value;
 }
 
-// The rows of one sequence in one tensor, within the tensor.
+// The rows of one sequence in one tensor: as they are given, and within the tensor.
 struct Rows {
     int begin;
     int end;
@@ -1118,14 +1166,17 @@ __device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int 
     int const even = total / num_sequences;  // without bounds all are as long
     int begin = sequence * even;
     int end = begin + even;
+    int rows = total;
     if (bounds != nullptr) {
-        begin = min(max(load_global_int(bounds + sequence), 0), total);
-        end = min(max(load_global_int(bounds + sequence + 1), begin), total);
+        begin = load_global_int(bounds + sequence);
+        end = load_global_int(bounds + sequence + 1);
     }
     if (used != nullptr) {
-        end = min(end, begin + max(load_global_int(used + sequence), 0));
+        rows = load_global_int(used + sequence);
     }
-    return {begin, end};
+    begin = min(max(begin, 0), total);
+    end = min(max(end, begin), total);
+    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
 }
 
 // The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
@@ -1135,61 +1186,94 @@ __device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int t
     return {begin, max(begin, end)};
 }
 
-// Takes places for an entry's blocks, and counts it among those with as many; false where there is no place for them.
-__device__ __forceinline__ bool count_blocks(int num_blocks, int capacity, int* total, int* levels, int* first) {
-    *first = num_blocks > 0 ? fetch_add_global(total, num_blocks) : 0;
-    if (num_blocks == 0 || *first + num_blocks > capacity) {  // bounds that do not rise make sequences overlap
-        return num_blocks == 0;
-    }
-    fetch_add_global(levels + num_blocks - 1, 1);
-    return true;
-}
-
-// From counts of entries to places of levels. levels[c] has the entries of c + 1 blocks, and gets those of more than c; behind
-// it lie the places where levels begin, and zeros that count entries again.
-__device__ __forceinline__ void place_levels(int* levels, int num_levels, bool from_the_last, int* num_blocks, uint32_t smem) {
-    int const thread = static_cast<int>(threadIdx.x);
-    int* const places = levels + num_levels;
-    int entries = 0;
-    int blocks = 0;
-    for (int first = 0; first < num_levels; first += kPrepareThreads) {
-        int const level = num_levels - 1 - first - thread;
-        int const width = entries + sum_up_to(level >= 0 ? load_global_int(levels + level) : 0, smem);
-        entries = load_shared_int(smem + 4 * (kPrepareThreads - 1)) + entries;
-        sync_block();
-        int const up_to_here = blocks + sum_up_to(level >= 0 ? width : 0, smem);
-        blocks = load_shared_int(smem + 4 * (kPrepareThreads - 1)) + blocks;
-        sync_block();
-        if (level >= 0) {
-            store_global_int(levels + level, width);
-            store_global_int(places + level, up_to_here - width);
+// Takes places for the blocks of a warp's entries, one a lane, and counts each entry in the level where it ends; returns the
+// first block's place. Bounds that do not rise make sequences overlap: where there are no places left, rows become none.
+__device__ __forceinline__ int count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Levels const& levels) {
+    int const num_blocks = min((rows.end - rows.begin + tile - 1) / tile, capacity + 1);
+    int const up_to_here = sum_of_lanes(num_blocks);
+    int const of_warp = min(shfl_from(up_to_here, 31), capacity + 1);
+    int before = 0;
+    if (lane_id() == 0 && of_warp > 0) {
+        before = load_shared_int(taken);
+        if (before <= capacity) {  // no more, or the sum would leave 32 bits
+            before = fetch_add_shared(taken, of_warp);
         }
     }
-    if (thread == 0) {
-        store_global_int(num_blocks, blocks);
+    int const first = shfl_from_lane_0(before) + up_to_here - num_blocks;
+    if (first + num_blocks > capacity) {
+        rows.end = rows.begin;
+    } else if (num_blocks > 0) {
+        int const level = (num_blocks - 1) >> levels.shift;
+        fetch_add_shared(levels.entries + 4 * level, 1);
+        fetch_add_shared(levels.tails() + 4 * level, num_blocks - (level << levels.shift));
     }
-    sync_block();
-    for (int level = thread; level < num_levels && !from_the_last; level += kPrepareThreads) {
-        store_global_int(places + level, blocks - load_global_int(places + level) - load_global_int(levels + level));
-    }
-    sync_block();
+    return first;
 }
 
-// Writes an entry's blocks into the list, by one warp.
-__device__ __forceinline__ void list_blocks(int entry, int num_blocks, int* levels, int num_levels, int* list) {
-    if (num_blocks == 0) {
-        return;
+// From counts to places, by one warp; returns how many blocks there are. Each lane has some levels in a row, the last levels
+// those of lane 0; an odd number, so that no two lanes read one bank.
+__device__ __forceinline__ int place_levels(Levels const& levels, bool from_the_last) {
+    int const width = (levels.count + 31) / 32 | 1;
+    int const first = levels.count - 1 - lane_id() * width;
+    int const end = max(first - width, -1);
+    int entries = 0;
+    for (int level = first; level > end; --level) {
+        entries += load_shared_int(levels.entries + 4 * level);
     }
+    entries = sum_of_lanes(entries) - entries;  // of the levels behind
+    int blocks = 0;
+    for (int level = first; level > end; --level) {
+        int const here = (entries << levels.shift) + load_shared_int(levels.tails() + 4 * level);
+        entries += load_shared_int(levels.entries + 4 * level);
+        blocks += here;
+        store_shared_int(levels.entries + 4 * level, entries);
+        store_shared_int(levels.tails() + 4 * level, here);
+    }
+    int const up_to_here = sum_of_lanes(blocks);
+    int const total = shfl_from(up_to_here, 31);
+    int behind = up_to_here - blocks;
+    for (int level = first; level > end; --level) {
+        int const here = load_shared_int(levels.tails() + 4 * level);
+        int const begin = from_the_last ? behind : total - behind - here;
+        store_shared_int(levels.begin() + 4 * level, begin);
+        store_shared_int(levels.tails() + 4 * level, begin + here);
+        behind += here;
+    }
+    return total;
+}
+
+// Writes the blocks of a warp's entries into the list: `entry` is this lane's, and has so many.
+__device__ __forceinline__ void list_blocks(int entry, int num_blocks, Levels const& levels, int* list) {
+    int const lane = lane_id();
+    int const last = (num_blocks - 1) >> levels.shift;
+    int const tail = num_blocks - (last << levels.shift);
     int rank = 0;
-    if (lane_id() == 0) {
-        int const with_more = num_blocks < num_levels ? load_global_int(levels + num_blocks) : 0;
-        rank = with_more + fetch_add_global(levels + 2 * num_levels + num_blocks - 1, 1);
+    int tail_at = 0;
+    if (num_blocks > 0) {
+        rank = fetch_add_shared(levels.entries + 4 * last, -1) - 1;
+        tail_at = fetch_add_shared(levels.tails() + 4 * last, -tail) - tail;
     }
-    rank = shfl_from_lane_0(rank);
-    for (int block = lane_id(); block < num_blocks; block += 32) {
-        int* const place = list + 2 * (load_global_int(levels + num_levels + block) + rank);
-        store_global_int(place, entry);
-        store_global_int(place + 1, block);
+    int const up_to_here = sum_of_lanes(num_blocks);
+    int const of_warp = shfl_from(up_to_here, 31);
+    for (int first = 0; first < of_warp; first += 32) {
+        int const index = first + lane;
+        int owner = 0;  // the lane whose entry has this block: as many lanes have all of theirs before it
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) {
+            owner += shfl_from(up_to_here, owner + step - 1) <= index ? step : 0;
+        }
+        int const block = index - shfl_from(up_to_here - num_blocks, owner);
+        int const owners_last = shfl_from(last, owner);
+        int const owners_rank = shfl_from(rank, owner);
+        int const owners_tail = shfl_from(tail_at, owner);
+        if (index < of_warp) {
+            int const level = block >> levels.shift;
+            int const in_level = block - (level << levels.shift);
+            int const begin = level < owners_last
+                                  ? load_shared_int(levels.begin() + 4 * level) + (owners_rank << levels.shift)
+                                  : owners_tail;
+            store_global_int2(list + 2 * (begin + in_level), entry - lane + owner, block);
+        }
     }
 }
 
@@ -1197,21 +1281,25 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_fwd_sm90_bf16_
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
-    int const num_m_levels = p.seqlen_q / kTileM + 1;
+    uint32_t const taken = smem;  // places for blocks: of queries, and of keys
+    Levels const m_levels = levels_in(smem + 16, p.seqlen_q / kTileM + 1);
     int const num_entries = 2 * p.num_sequences + 1;
     griddepcontrol_launch_dependents();
-    for (int i = thread; i < 3 * num_m_levels; i += kPrepareThreads) {
-        store_global_int(p.m_levels + i, 0);
+    if (thread < 2) {
+        store_shared_int(taken + 4 * thread, 0);
     }
-    if (thread < 4) {
-        store_global_int(p.num_blocks + thread, 0);
+    for (int level = thread; level < m_levels.count; level += kPrepareThreads) {
+        store_shared_int(m_levels.entries + 4 * level, 0);
+        store_shared_int(m_levels.tails() + 4 * level, 0);
     }
     if (thread == 0) {
         store_global_int(p.tile_counter, 0);
     }
     sync_block();
 
-    for (int entry = thread; entry < num_entries; entry += kPrepareThreads) {
+    // A warp takes 32 entries at a time, and whole warps go on: lanes without an entry have no rows.
+    for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
+        int const entry = first + lane_id();
         Rows q = {0, 0};
         Rows keys = {0, 0};
         if (entry < p.num_sequences) {
@@ -1219,27 +1307,33 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_fwd_sm90_bf16_
             keys = rows_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry);
         } else if (entry <= 2 * p.num_sequences) {
             q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry - p.num_sequences);
-        } else {
+        } else if (entry < num_entries) {
             keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
         }
-        int first_m_block = 0;
-        int const num_m_blocks = (q.end - q.begin + kTileM - 1) / kTileM;
-        if (!count_blocks(num_m_blocks, p.num_m_blocks, p.num_blocks + 2, p.m_levels, &first_m_block)) {
-            q.end = q.begin;
+        int const first_m_block = count_blocks(q, kTileM, p.num_m_blocks, taken, m_levels);
+        if (entry < num_entries) {
+            int* const row = p.sequences + kSequenceNumbers * entry;
+            store_global_int4(row, q.end - q.begin, keys.end - keys.begin, q.begin, keys.begin);
+            store_global_int(row + 4, first_m_block);
         }
-        int* const row = p.sequences + 8 * entry;
-        store_global_int(row, q.end - q.begin);
-        store_global_int(row + 1, keys.end - keys.begin);
-        store_global_int(row + 2, q.begin);
-        store_global_int(row + 3, keys.begin);
-        store_global_int(row + 4, first_m_block);
     }
     sync_block();
 
-    place_levels(p.m_levels, num_m_levels, /*from_the_last=*/true, p.num_blocks, smem);
-    for (int entry = thread / 32; entry < num_entries; entry += kPrepareThreads / 32) {
-        int const rows = load_global_int(p.sequences + 8 * entry);
-        list_blocks(entry, (rows + kTileM - 1) / kTileM, p.m_levels, num_m_levels, p.m_list);
+    if (warp_id() == 0) {
+        int const num_blocks = place_levels(m_levels, /*from_the_last=*/true);
+        if (lane_id() == 0) {
+            store_global_int(p.num_blocks, num_blocks);
+        }
+    }
+    sync_block();
+
+    for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
+        int const entry = first + lane_id();
+        int lengths[4] = {0, 0, 0, 0};
+        if (entry < num_entries) {
+            load_global_int4(lengths, p.sequences + kSequenceNumbers * entry);
+        }
+        list_blocks(entry, (lengths[0] + kTileM - 1) / kTileM, m_levels, p.m_list);
     }
 }
 
@@ -1247,7 +1341,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
     const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
     const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_o,
     const __grid_constant__ Params p) {
-    griddepcontrol_wait();  // for the table and the lists
     uint32_t const smem = shared_memory_base();
     Barriers const barriers = {smem + kSmemBarriers};
     int const warp = warp_id();
@@ -1274,6 +1367,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
     if (warp < 4) {
         setmaxnreg_dec_32();
         if (warp == 0) {
+            griddepcontrol_wait();  // for the table and the lists
             produce(map_q, {map_k, map_k}, {map_v, map_v}, p, smem, barriers);
         }
     } else {
@@ -1287,11 +1381,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1_prepare
-//     grid (1, 1, 1), 1024 threads, 4096 bytes of dynamic shared memory
+//     grid (1, 1, 1), 1024 threads, 12304 bytes of dynamic shared memory
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1
-//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 229504 bytes of dynamic shared memory
+//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 229536 bytes of dynamic shared memory
 //     maps of q, k, v, o
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 229504
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 229536
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
 // Tensor maps: tiled, (head_dim, 2^30, heads, 2^31, 2^31), 16-bit elements, zeros outside, on 64 bytes
 //   steps in bytes: of a row, of a head, 2^34 - that of a row, of a row
@@ -1308,8 +1402,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 // Device memory beside the tensors, in 4-byte numbers:
 //   tile_counter: 1
 //   sequences: 8 * (3 * batch + 2)
-//   num_blocks: 4
+//   num_blocks: 2
 //   m_list: 2 * num_m_blocks
-//   m_levels: 3 * (num_m_blocks + 1)
 
 }  // namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1

@@ -192,7 +192,7 @@ def check_sm90(plan: Any, sass: Sass) -> None:
     for opcode in ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
     loops = main_loops(plan, sass)
-    assert len(loops) == 1 + plan.uneven + plan.left_edge, "masked at the right, unmasked, masked at the left"
+    assert len(loops) == 1 + plan.right_edge + plan.left_edge, "masked at the right, unmasked, masked at the left"
     for loop in loops:
         exponentials = [i for i, line in enumerate(loop) if line.startswith("MUFU.EX2")]
         # What the release of K that depends on the row sums is for (templates/sm90/fwd.cu.j2): 5% at d = 64.
@@ -321,6 +321,18 @@ def test_kernel(name, compiled, tmp_path):
         assert not calls, "a function that was not inlined"  # .L_x_: ptxas's own jumps
     checks = {"fwd": {"sm80": check_sm80, "sm90": check_sm90}, "bwd": {"sm80": check_sm80_bwd, "sm90": check_sm90_bwd}}
     checks[plan.problem.direction][plan.arch](plan, sass)
+
+
+@pytest.mark.skipif(disassembler() is None, reason="needs nvdisasm to read SASS (pip install nvidia-cuda-nvdisasm)")
+@pytest.mark.parametrize("mask", ["full", "causal"])
+def test_a_ragged_batch_has_the_loops_of_a_dense_one(mask, tmp_path):
+    ragged = default("sm90", 128, "bf16", mask, varlen=True)
+    dense = KernelSpec(problem=ragged.problem.model_copy(update={"varlen": False}), tiling=ragged.tiling)
+    lengths = []
+    for spec in (ragged, dense):
+        plan = make_plan(spec)
+        lengths.append([len(loop) for loop in main_loops(plan, sass_of(compile_kernel(plan).cubin, tmp_path))])
+    assert len(lengths[0]) == len(lengths[1]) and sum(lengths[0]) <= sum(lengths[1])
 
 
 @pytest.mark.slow

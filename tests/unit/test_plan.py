@@ -150,7 +150,12 @@ def regions(plan: Any) -> Iterator[tuple[str, int, int, int]]:
         return
     for stage in range(plan.num_q_stages):
         yield f"q {stage}", plan.memory.offsets["q"] + stage * plan.q_stage_bytes, q, 1024
-        yield f"tile slot {stage}", plan.memory.offsets["tile_slots"] + 16 * stage, 16, 16
+        yield (
+            f"tile slot {stage}",
+            plan.memory.offsets["tile_slots"] + plan.tile_slot_bytes * stage,
+            plan.tile_slot_bytes,
+            16,
+        )
     for stage in range(plan.num_stages):
         yield f"k {stage}", plan.memory.offsets["k"] + stage * plan.stage_bytes, kv, 1024
         yield f"v {stage}", plan.memory.offsets["v"] + stage * plan.stage_bytes, kv, 1024

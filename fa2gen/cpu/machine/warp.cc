@@ -23,27 +23,23 @@ namespace {
 
 struct Shuffle {
     std::uint32_t value, result;
+    unsigned source;
 };
 
-template <class Source>
-std::uint32_t shuffle(std::uint32_t value, int line, Source source) {
-    Shuffle operands{value, 0};
-    collective("shfl.sync", operands, line, [&](Shuffle** lanes) {
+}  // namespace
+
+std::uint32_t shuffle_from(std::uint32_t value, int source, int line) {
+    Shuffle operands{value, 0, static_cast<unsigned>(source) % kWarp};
+    collective("shfl.sync", operands, line, [](Shuffle** lanes) {
         for (int lane = 0; lane < kWarp; ++lane) {
-            lanes[lane]->result = lanes[source(lane)]->value;
+            lanes[lane]->result = lanes[lanes[lane]->source]->value;
         }
     });
     return operands.result;
 }
 
-}  // namespace
-
 std::uint32_t shuffle_xor(std::uint32_t value, int lane_mask, int line) {
-    return shuffle(value, line, [=](int lane) { return (lane ^ lane_mask) % kWarp; });
-}
-
-std::uint32_t shuffle_from(std::uint32_t value, int source, int line) {
-    return shuffle(value, line, [=](int) { return source % kWarp; });
+    return shuffle_from(value, current().lane ^ lane_mask, line);
 }
 
 // Barriers by number (PTX ISA, "bar / barrier") ----------------------------------------------------------------------------
