@@ -78,7 +78,7 @@ def attention(
         )
     if not q.is_cuda:
         raise InvalidInput(f"arch and tiling choose a CUDA kernel, but q is on {q.device}: leave them out")
-    return forward_cuda(*_autocast(q, k, v), options, arch, tiling)
+    return forward_cuda(*autocasted(q, k, v), options, arch, tiling)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tens
             out, lse = Attention.apply(forward_cuda, q, k, v, options)
             return out, lse
         return forward_cuda(q, k, v, options)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocasted(q, k, v)
     try:
         out, lse = _OPERATOR(q, k, v, **named(options))
         return out, lse
@@ -109,7 +109,7 @@ def run_ragged(
     said = Options(*options)
     if said.softmax_scale is None:
         said = said._replace(softmax_scale=default_scale(q))
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocasted(q, k, v)
     try:
         out, lse = _RAGGED_OPERATOR(q, k, v, *lengths, **named(said))
         return out, lse
@@ -118,7 +118,7 @@ def run_ragged(
         raise
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def autocasted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In the dtype of the autocast region, by torch's rule: all but fp64 and integers, which validation refuses."""
     if not (q.is_cuda or q.is_cpu) or not torch.is_autocast_enabled(q.device.type):
         return q, k, v

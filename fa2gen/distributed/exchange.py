@@ -1,0 +1,58 @@
+"""Collectives that travel while something else is computed.
+
+Each is started at once and waited for where its result is used: on a GPU the current stream waits then, not the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+__all__ = ["Pending", "all_gather", "all_to_all", "hop"]
+
+
+class Pending:
+    """A result that is on its way."""
+
+    def __init__(self, result: Tensor, works: Sequence[Any], sent: Tensor) -> None:
+        self._result, self._works = result, works
+        self._sent = sent  # memory that must stay until it is sent
+
+    def wait(self) -> Tensor:
+        """The result, for what is computed from now on."""
+        for work in self._works:
+            work.wait()
+        self._works, self._sent = (), self._result
+        return self._result
+
+
+def all_gather(x: Tensor, group: ProcessGroup) -> Pending:
+    """(W, ...): x of each process, in the order of ranks."""
+    x = x.contiguous()
+    found = x.new_empty((group.size(), *x.shape))
+    work = dist.all_gather_into_tensor(found.flatten(0, 1), x, group=group, async_op=True)
+    return Pending(found, [work], x)
+
+
+def all_to_all(x: Tensor, group: ProcessGroup) -> Pending:
+    """Of x (W, ...), which has a part for each process, the parts for this one: (W, ...), in the order of ranks."""
+    x = x.contiguous()
+    found = torch.empty_like(x)
+    work = dist.all_to_all_single(found, x, group=group, async_op=True)
+    return Pending(found, [work], x)
+
+
+def hop(x: Tensor, distance: int, group: ProcessGroup) -> Pending:
+    """x of the process `distance` ranks before this one, round the end; this one's goes as far ahead."""
+    rank, world = group.rank(), group.size()
+    found = torch.empty_like(x)
+    to, source = (dist.get_global_rank(group, (rank + step) % world) for step in (distance, -distance))
+    send: Callable[..., Any] = dist.isend
+    receive: Callable[..., Any] = dist.irecv
+    pair = [dist.P2POp(send, x, to, group), dist.P2POp(receive, found, source, group)]
+    return Pending(found, dist.batch_isend_irecv(pair), x)

@@ -1,0 +1,107 @@
+"""K and V of the whole sequence, some heads at a time, for this process's queries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from fa2gen.distributed.exchange import Pending, all_gather, all_to_all
+from fa2gen.distributed.partial import forward_of, gradients_of
+from fa2gen.distributed.plan import Split
+from fa2gen.options import Options
+
+__all__ = ["AllGather", "in_order", "of_heads"]
+
+
+class AllGather(torch.autograd.Function):
+    """(out, lse) of this process's rows. Keys of the next `stride` heads travel while these are computed, and so do
+    sums of their gradients; each process adds up, in the order of ranks, what all have for its rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, split: Split, group: ProcessGroup, stride: int
+    ) -> tuple[Tensor, Tensor]:
+        batch, rows, heads, _ = q.shape
+        seen = sum(end - first for first, end in (call.queries for call in split.of_all_keys))
+        make = torch.empty if seen == rows else torch.zeros
+        out = make(q.shape, dtype=q.dtype, device=q.device)
+        lse = q.new_full((batch, heads, rows), float("-inf"), dtype=torch.float32)
+        coming = _keys_of_heads(k, v, 0, stride, group)
+        for first in range(0, k.shape[2], stride):
+            keys = [in_order(x.wait(), split) for x in coming]
+            coming = _keys_of_heads(k, v, first + stride, stride, group)
+            mine = of_heads(q, k, first, stride)
+            for call in split.of_all_keys:
+                found, found_lse = forward_of(call, q[:, :, mine], keys[0], keys[1], options)
+                out[:, slice(*call.queries), mine] = found
+                lse[:, mine, slice(*call.queries)] = found_lse
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.said = options, split, group, stride
+        return out, lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        options, split, group, stride = ctx.said
+        dout = torch.zeros_like(out) if dout is None else dout
+        dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        coming = _keys_of_heads(k, v, 0, stride, group)
+        travelling: list[tuple[int, Pending]] = []
+        for first in range(0, k.shape[2], stride):
+            keys = [in_order(x.wait(), split) for x in coming]
+            coming = _keys_of_heads(k, v, first + stride, stride, group)
+            mine = of_heads(q, k, first, stride)
+            of_rows = (out[:, :, mine], lse[:, mine], None if dlse is None else dlse[:, mine])
+            parts = k.new_zeros((split.world, 2, *k.shape[:2], *keys[0].shape[2:]), dtype=torch.float32)
+            for call in split.of_all_keys:
+                of_call = gradients_of(call, dout[:, :, mine], q[:, :, mine], keys[0], keys[1], *of_rows, options)
+                dq[:, slice(*call.queries), mine] = of_call[0]
+                _add_by_owner(parts, of_call[1:], call.keys, split)
+            travelling.append((first, all_to_all(parts, group)))
+            if len(travelling) > 1:  # those of the heads before travelled meanwhile
+                _store(dk, dv, *travelling.pop(0), stride)
+        for arrived in travelling:
+            _store(dk, dv, *arrived, stride)
+        return dq, dk, dv, None, None, None, None
+
+
+def of_heads(q: Tensor, k: Tensor, first: int, stride: int) -> slice:
+    """The heads of q that read key heads [first, first + stride)."""
+    group = q.shape[2] // k.shape[2]
+    return slice(first * group, min(first + stride, k.shape[2]) * group)
+
+
+def in_order(gathered: Tensor, split: Split) -> Tensor:
+    """(batch, seqlen, heads, head_dim), of the rows that each process has, (W, batch, seqlen / W, heads, head_dim)."""
+    if split.layout == "contiguous" and gathered.shape[1] == 1:  # they lie so already
+        return gathered.flatten(0, 2)[None]
+    return torch.cat([gathered[rank, :, p.at : p.at + p.end - p.start] for rank, p in split.in_order], dim=1)
+
+
+def _keys_of_heads(k: Tensor, v: Tensor, first: int, stride: int, group: ProcessGroup) -> list[Pending]:
+    if first >= k.shape[2]:
+        return []
+    return [all_gather(x[:, :, first : first + stride], group) for x in (k, v)]
+
+
+def _add_by_owner(parts: Tensor, dkeys: tuple[Tensor, ...], keys: tuple[int, int], split: Split) -> None:
+    """Add gradients of keys [first, end) of the sequence to their owners' parts (W, 2, batch, seqlen / W, ...)."""
+    first, end = keys
+    for rank, piece in split.in_order:
+        start, stop = max(first, piece.start), min(end, piece.end)
+        if start < stop:
+            at = piece.at + start - piece.start
+            for part, gradient in zip(parts[rank], dkeys, strict=True):
+                part[:, at : at + stop - start] += gradient[:, start - first : stop - first]
+
+
+def _store(dk: Tensor, dv: Tensor, first: int, arriving: Pending, stride: int) -> None:
+    for whole, part in zip((dk, dv), arriving.wait().sum(dim=0), strict=True):
+        whole[:, :, first : first + stride] = part

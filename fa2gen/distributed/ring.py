@@ -1,0 +1,72 @@
+"""K and V go from process to process; each adds its part to the results of its own queries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from fa2gen.distributed.exchange import Pending, hop
+from fa2gen.distributed.partial import Sums, forward_of, gradients_of
+from fa2gen.distributed.plan import Split
+from fa2gen.options import Options
+
+__all__ = ["Ring"]
+
+
+class Ring(torch.autograd.Function):
+    """(out, lse) of this process's rows; one message for each step of the split, and of gradients two.
+
+    Gradients of K and V travel as fp32 sums one step behind them, and home from the last process that adds to them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, split: Split, group: ProcessGroup
+    ) -> tuple[Tensor, Tensor]:
+        sums = Sums(q)
+        keys = torch.stack((k, v))
+        for step, distance in _steps(split):
+            coming = hop(keys, distance, group) if distance else None
+            for call in split.of_keys_from((split.rank - step) % split.world):
+                sums.add(call.queries, *forward_of(call, q, keys[0], keys[1], options))
+            keys = coming.wait() if coming else keys
+        out, lse = sums.result()
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.said = options, split, group
+        return out, lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        options, split, group = ctx.said
+        dout = torch.zeros_like(out) if dout is None else dout
+        dq = torch.zeros_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
+        keys = torch.stack((k, v))
+        arriving: Pending | None = None
+        for step, distance in _steps(split):
+            coming = hop(keys, distance, group) if distance else None
+            dkeys = torch.zeros_like(keys, dtype=torch.float32)
+            for call in split.of_keys_from((split.rank - step) % split.world):
+                of_call = gradients_of(call, dout, q, keys[0], keys[1], out, lse, dlse, options)
+                for total, rows, part in zip((dq, *dkeys), (call.queries, call.keys, call.keys), of_call, strict=True):
+                    total[:, rows[0] : rows[1]] += part
+            if arriving:
+                dkeys += arriving.wait()
+            onwards = distance or -step % split.world
+            arriving = hop(dkeys, onwards, group) if onwards else Pending(dkeys, (), dkeys)
+            keys = coming.wait() if coming else keys
+        assert arriving is not None
+        dk, dv = arriving.wait()
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _steps(split: Split) -> list[tuple[int, int]]:
+    """(how many ranks before this one the keys at hand come from, how far they go on: 0 after the last)."""
+    ends = (*split.steps[1:], split.steps[-1])
+    return [(step, end - step) for step, end in zip(split.steps, ends, strict=True)]
