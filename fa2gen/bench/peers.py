@@ -1,14 +1,16 @@
 """Who is measured: every contestant behind one callable, and the reason for each that is missing.
 
-A contestant's `prepare(point, q, k, v, dout)`, of tensors (batch, seqlen, heads, head_dim), gives a callable without
-arguments that returns tensors of the same layout: at a forward point (out,), at a backward one (dq, dk, dv) alone, from
-a forward pass that is made beforehand. Layout changes are views, made beforehand too.
+A contestant's `prepare(point, q, k, v, dout)`, of tensors (batch, seqlen, heads, head_dim), those of a ragged batch
+(total, heads, head_dim), gives a callable without arguments that returns tensors of the same layout: at a forward point
+(out,), at a backward one (dq, dk, dv) alone, from a forward pass that is made beforehand. Layout changes are views,
+made beforehand too.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +29,7 @@ from fa2gen.spec import Direction, KernelSpec, Tiling
 
 __all__ = [
     "DEFAULT",
+    "DENSE",
     "DETERMINISTIC",
     "NAMES",
     "OURS",
@@ -40,6 +43,8 @@ __all__ = [
 ]
 
 DETERMINISTIC = "-det"  # ends the names of those of ours whose gradients have the same bits in every run
+DENSE = "fa2gen-dense"
+"""Of ragged batches: dense calls of ours, one for each run of sequences of one length."""
 OURS = tuple(f"fa2gen-{arch}" for arch in reversed(ARCHES))
 DEFAULT = (*OURS, "cudnn", "fa2", "fa3", "fa4")
 """`math` and `flex` only when asked for: one keeps the S x S matrix in memory, the other compiles at each point."""
@@ -126,30 +131,75 @@ def _by_autograd(forward: Forward) -> Prepare:
     return prepare
 
 
+def _bounds(point: Point, device: Any) -> Any:
+    """cu_seqlens of a ragged batch."""
+    torch = import_module("torch")
+    return torch.tensor([0, *itertools.accumulate(point.lengths)], dtype=torch.int32, device=device)
+
+
+def _runs(point: Point, *tensors: Any) -> Iterator[tuple[Point, list[Any]]]:
+    """Of a ragged batch, each run of neighbours of one length as a dense batch: its point, and its part of tensors."""
+    runs = [(length, len(list(same))) for length, same in itertools.groupby(point.lengths)]
+    cuts = [x.split([length * batch for length, batch in runs]) for x in tensors]
+    for (length, batch), parts in zip(runs, zip(*cuts, strict=True), strict=True):
+        dense = replace(point, batch=batch, seqlen=length, lengths=())
+        yield dense, [part.unflatten(0, (batch, length)) for part in parts]
+
+
+def _by_sequence(forward: Forward) -> Forward:
+    """Of a ragged batch, a call for each run of neighbours of one length."""
+    torch = import_module("torch")
+
+    def of_all(point: Point, q: Any, k: Any, v: Any) -> Call:
+        if not point.lengths:
+            return forward(point, q, k, v)
+        calls = [forward(run, *parts) for run, parts in _runs(point, q, k, v)]
+        return lambda: torch.cat([call().flatten(0, 1) for call in calls])
+
+    return of_all
+
+
+def _refuse_ragged(point: Point, who: str) -> None:
+    if point.lengths:
+        raise Missing(f"{who} is measured on dense batches alone")
+
+
 # Ours ----------------------------------------------------------------------------------------------------------------
 
 
 def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path | None) -> Contestant:
     """Forward on the device's own family what a user calls; else the kernel that the selector gives, launched alone."""
     torch = import_module("torch")
-    from fa2gen.ops import flash_attn_func
+    from fa2gen.ops import flash_attn_func, flash_attn_varlen_func
 
     if deterministic and direction == "fwd":
         raise Missing("the forward pass is always deterministic")
     capability = torch.cuda.get_device_capability()
     if arch == "sm90" and capability != (9, 0):
         raise Missing(f"its kernels run on compute capability 9.0, this GPU has {capability[0]}.{capability[1]}")
-    native = "sm90" if capability == (9, 0) else "sm80"
+    native = _native()
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
         options = point.options
         if point.direction == "fwd" and arch == native:
-            window = (options.window_left, options.window_right)
-            return lambda: (flash_attn_func(q, k, v, causal=options.causal, window_size=window),)
+            said: dict[str, Any] = {
+                "causal": options.causal,
+                "window_size": (options.window_left, options.window_right),
+            }
+            if point.lengths:
+                bounds = _bounds(point, q.device)
+                said |= {"max_seqlen_q": point.seqlen, "max_seqlen_k": point.seqlen}
+                return lambda: (flash_attn_varlen_func(q, k, v, bounds, bounds, **said),)
+            return lambda: (flash_attn_func(q, k, v, **said),)
         point = replace(point, deterministic=deterministic)
         return _launched(point, _selected(point, arch), q, k, v, dout)
 
     return Contestant(f"fa2gen-{arch}{DETERMINISTIC if deterministic else ''}", prepare)
+
+
+def _native() -> ArchName:
+    """The family of kernels that the current device is given."""
+    return "sm90" if import_module("torch").cuda.get_device_capability() == (9, 0) else "sm80"
 
 
 def _of_tiling(tiling: Tiling, specs: tuple[KernelSpec, ...]) -> Contestant:
@@ -167,29 +217,57 @@ def _selected(point: Point, arch: ArchName) -> KernelSpec:
     return select(point.problem, current_device(), arch, point.seqlen).plan.spec
 
 
-def _launched(point: Point, spec: KernelSpec, q: Any, k: Any, v: Any, dout: Any) -> Call:
-    """The kernel launched alone; backward after a forward pass of its family that is made beforehand."""
+def _launched(
+    point: Point, spec: KernelSpec, q: Any, k: Any, v: Any, dout: Any, into: Sequence[Any] | None = None
+) -> Call:
+    """The kernel launched alone; backward after a forward pass of its family that is made beforehand.
+
+    into  tensors for its results.
+    """
     torch = import_module("torch")
     from fa2gen import cases
 
     def launcher(point: Point, spec: KernelSpec, tensors: dict[str, Any]) -> Callable[[], None]:
-        return cases.prepare(cases.load(spec), cases.Case(spec, point.shape, point.options, tensors, {}))
+        shaped = dict(tensors)
+        if point.lengths:  # a kernel takes one batch of all sequences, and their bounds
+            shaped = {name: x.unsqueeze(0) for name, x in tensors.items()}
+            bounds = _bounds(point, q.device)
+            shaped |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+        return cases.prepare(cases.load(spec), cases.Case(spec, point.shape, point.options, shaped, {}))
 
     forward = replace(point, direction="fwd", deterministic=False)
     tensors = {
         "q": q,
         "k": k,
         "v": v,
-        "o": torch.empty_like(q),
-        "lse": q.new_empty(q.shape[0], q.shape[2], q.shape[1]).float(),
+        "o": into[0] if into and point.direction == "fwd" else torch.empty_like(q),
+        "lse": q.new_empty(*q.shape[:-3], q.shape[-2], q.shape[-3]).float(),
     }
     if point.direction == "fwd":
         call = launcher(forward, spec, tensors)
         return lambda: (call(), (tensors["o"],))[1]
     launcher(forward, _selected(forward, spec.tiling.arch), tensors)()
-    gradients = {name: torch.empty_like(x) for name, x in (("dq", q), ("dk", k), ("dv", v))}
+    gradients = dict(zip(("dq", "dk", "dv"), into or [torch.empty_like(x) for x in (q, k, v)], strict=True))
     back = launcher(point, spec, {**tensors, **gradients, "dout": dout})
     return lambda: (back(), tuple(gradients.values()))[1]
+
+
+def _dense(*_: Any) -> Contestant:
+    """Dense launches of ours in place of a ragged one, into parts of the same results: what raggedness costs."""
+    torch = import_module("torch")
+    arch = _native()
+
+    def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        if not point.lengths:
+            raise Missing("it stands for ragged batches alone")
+        results = tuple(torch.empty_like(x) for x in ((q,) if point.direction == "fwd" else (q, k, v)))
+        calls = [
+            _launched(run, _selected(run, arch), x, y, z, dx, into)
+            for run, (x, y, z, dx, *into) in _runs(point, q, k, v, dout, *results)
+        ]
+        return lambda: ([call() for call in calls], results)[1]
+
+    return Contestant(DENSE, prepare)
 
 
 def _window(point: Point) -> tuple[int, int] | None:
@@ -232,11 +310,12 @@ def _math(*_: Any) -> Contestant:
 
         return call
 
-    return Contestant("math", _by_autograd(forward))
+    return Contestant("math", _by_autograd(_by_sequence(forward)))
 
 
-def _sdpa(name: str, backend: str, *_: Any) -> Contestant:
-    """torch.nn.functional.scaled_dot_product_attention, held to one backend."""
+def _sdpa(name: str, backend: str, ragged: str, *_: Any) -> Contestant:
+    """torch.nn.functional.scaled_dot_product_attention, held to one backend; of ragged batches, that backend's operator
+    `ragged`, as scaled_dot_product_attention takes none."""
     torch = import_module("torch")
     attention = import_module("torch.nn.attention")
     allowed = getattr(attention.SDPBackend, backend)
@@ -244,6 +323,14 @@ def _sdpa(name: str, backend: str, *_: Any) -> Contestant:
     def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
         if _window(point):
             raise Missing("torch's scaled_dot_product_attention takes no window")
+        if point.lengths:
+            bounds = _bounds(point, q.device)
+            longest = (point.seqlen, point.seqlen)
+            if name == "fa2":
+                last: tuple[Any, ...] = (bounds, bounds, *longest, 0.0, point.causal, False)
+            else:
+                last = (None, bounds, bounds, *longest, True, 0.0, point.causal)
+            return lambda: getattr(torch.ops.aten, ragged)(q, k, v, *last)[0]
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         options: dict[str, Any] = {"is_causal": point.causal}
         if point.heads != point.heads_kv:
@@ -283,6 +370,10 @@ def _fa3(direction: Direction, library: Path | None) -> Contestant:
         options: dict[str, Any] = {"softmax_scale": point.head_dim**-0.5, "is_causal": point.causal}
         if window := _window(point):
             options |= zip(("window_size_left", "window_size_right"), window, strict=True)
+        if point.lengths:
+            bounds = _bounds(point, q.device)
+            options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+            options |= {"max_seqlen_q": point.seqlen, "max_seqlen_k": point.seqlen}
         if point.direction == "fwd":
             return lambda: operators.fwd(q, k, v, **options, num_splits=1)[:1]
         out, lse = operators.fwd(q, k, v, **options, num_splits=1)[:2]
@@ -305,6 +396,7 @@ def _fa4(*_: Any) -> Contestant:
         raise Missing(f"flash_attn.cute cannot be imported: {error}") from error
 
     def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
+        _refuse_ragged(point, "FlashAttention-4")
         options: dict[str, Any] = {"causal": point.causal}
         if window := _window(point):
             options["window_size"] = tuple(None if side < 0 else side for side in window)
@@ -331,6 +423,7 @@ def _flex(*_: Any) -> Contestant:
     keeps_graph = partial(import_module("torch._functorch.config").patch, donated_buffer=False)
 
     def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
+        _refuse_ragged(point, "FlexAttention")
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         options: dict[str, Any] = {"enable_gqa": point.heads != point.heads_kv}
         if point.problem.mask != "full":
@@ -348,8 +441,9 @@ def _flex(*_: Any) -> Contestant:
 _FACTORIES: dict[str, Callable[[Direction, Path | None], Contestant]] = {
     **{f"fa2gen-{arch}": partial(_fa2gen, arch, False) for arch in reversed(ARCHES)},
     **{f"fa2gen-{arch}{DETERMINISTIC}": partial(_fa2gen, arch, True) for arch in reversed(ARCHES)},
-    "cudnn": partial(_sdpa, "cudnn", "CUDNN_ATTENTION"),
-    "fa2": partial(_sdpa, "fa2", "FLASH_ATTENTION"),
+    DENSE: _dense,
+    "cudnn": partial(_sdpa, "cudnn", "CUDNN_ATTENTION", "_cudnn_attention_forward"),
+    "fa2": partial(_sdpa, "fa2", "FLASH_ATTENTION", "_flash_attention_forward"),
     "fa3": _fa3,
     "fa4": _fa4,
     "math": _math,

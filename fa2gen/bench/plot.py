@@ -22,6 +22,7 @@ _COLOURS = {
     "fa2gen-sm90-det": "#922b21",
     "fa2gen-sm80": "#e59866",
     "fa2gen-sm80-det": "#ca6f1e",
+    "fa2gen-dense": "#d98880",
     "cudnn": "#6aa84f",
     "fa2": "#7f8fa6",
     "fa3": "#3d6fb6",

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from statistics import NormalDist
 from typing import Any
 
-from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.errors import InvalidInput
 from fa2gen.features import examples_of, key_range
 from fa2gen.options import UNLIMITED, Options, Shape
 from fa2gen.spec import Direction, DType, Mask, Problem
 
-__all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "flops_of", "preset_points", "spec_points"]
+__all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "documents", "flops_of", "preset_points", "spec_points"]
 
 TOKENS, HIDDEN = 16_384, 2048  # of one batch: FlashAttention-2, section 4.1
+GOLDEN = 0.6180339887498949
 BACKWARD_FLOPS = 2.5  # five matrix products beside the forward's two
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: q (batch, seqlen, heads, head_dim), k and v (batch, seqlen, heads_kv, head_dim)."""
+    """One measurement: q (batch, seqlen, heads, head_dim), k and v (batch, seqlen, heads_kv, head_dim).
+
+    lengths  of a ragged batch's sequences, of which seqlen is the longest: q (total, heads, head_dim), and k and v
+             likewise.
+    """
 
     preset: str
     direction: Direction
@@ -34,10 +41,21 @@ class Point:
     window_left: int = UNLIMITED
     window_right: int = UNLIMITED
     deterministic: bool = False
+    lengths: tuple[int, ...] = ()
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.batch, self.seqlen, self.seqlen, self.heads, self.heads_kv)
+        rows = sum(self.lengths) or self.seqlen
+        return Shape(self.batch, rows, rows, self.heads, self.heads_kv)
+
+    def size(self, heads: int) -> tuple[int, ...]:
+        """Of a tensor with so many heads."""
+        return (*((sum(self.lengths),) if self.lengths else (self.batch, self.seqlen)), heads, self.head_dim)
+
+    @property
+    def sequences(self) -> list[Point]:
+        """Of a ragged batch, each sequence as a dense point of its own."""
+        return [replace(self, batch=1, seqlen=length, lengths=()) for length in self.lengths]
 
     @property
     def options(self) -> Options:
@@ -47,12 +65,15 @@ class Point:
             window_left=self.window_left,
             window_right=self.window_right,
             deterministic=self.deterministic,
+            varlen=bool(self.lengths),
         )
         return whole.reduced(self.seqlen, self.seqlen)
 
     @property
     def flops(self) -> float:
-        """See `flops_of`."""
+        """See `flops_of`; of a ragged batch the sum over its sequences."""
+        if self.lengths:
+            return sum(point.flops for point in self.sequences)
         return flops_of(self.problem, self.shape, self.options)
 
     @property
@@ -63,7 +84,8 @@ class Point:
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Point:
         """The point of a row of results, also of one that was saved before a field was known."""
-        return cls(**{item.name: row[item.name] for item in fields(cls) if item.name in row})
+        known = {item.name: row[item.name] for item in fields(cls) if item.name in row}
+        return cls(**known | {"lengths": tuple(known.get("lengths", ()))})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +94,8 @@ class Point:
         heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}:{self.heads_kv}"
         sides = f"{self.window_left},{0 if self.causal else self.window_right}"
         window = [sides] if self.window_left >= 0 or self.window_right >= 0 else []
-        return f"{' '.join((*self.problem.words, *window))} {self.batch} x {self.seqlen}, {heads} heads"
+        size = f"{sum(self.lengths)} in {self.batch}" if self.lengths else f"{self.batch} x {self.seqlen}"
+        return f"{' '.join((*self.problem.words, *window))} {size}, {heads} heads"
 
 
 def flops_of(problem: Problem, shape: Shape, options: Options) -> float:
@@ -150,6 +173,34 @@ def _window(dtype: DType) -> list[Point]:
     ]
 
 
+def _ragged(
+    preset: str, head_dim: int, dtype: DType, causal: bool, lengths: Sequence[int], heads: int, heads_kv: int
+) -> Point:
+    sizes = {"batch": len(lengths), "heads": heads, "heads_kv": heads_kv}
+    return replace(_point(preset, head_dim, dtype, causal, max(lengths), **sizes), lengths=tuple(lengths))
+
+
+def documents(total: int, longest: int) -> list[int]:
+    """Lengths of documents that are packed to `total` tokens: log-normal, as texts of the web are, with a median of 500
+    tokens; none above `longest`, the last one cut. The same ones each time."""
+    lengths: list[int] = []
+    while (left := total - sum(lengths)) > 0:
+        share = (len(lengths) + 0.5) * GOLDEN % 1.0  # evenly spread, in no order
+        lengths.append(min(left, longest, round(math.exp(math.log(500) + 1.2 * NormalDist().inv_cdf(share)))))
+    return lengths
+
+
+def _varlen(dtype: DType) -> list[Point]:
+    """Ragged batches: six sequences of 64 to 4096 tokens, packed documents, and sequences of one length."""
+    six = (4096, 64, 4096, 1984, 2048, 4096)
+    return [
+        _ragged("varlen", 128, dtype, True, six, 16, 16),
+        *(_ragged("varlen", 128, dtype, True, documents(n, n // 4), 64, 8) for n in (4096, 8192, 16_384, 32_768)),
+        *(_ragged("varlen", 128, dtype, causal, [512] * 32, 16, 16) for causal in (False, True)),
+        _ragged("varlen", 128, dtype, True, [2048] * 8, 16, 16),
+    ]
+
+
 def _host(dtype: DType) -> list[Point]:
     """Problems so small that the GPU waits for the host."""
     return [_point("host", head_dim, dtype, True, 128, batch=1, heads=1) for head_dim in (64, 128)]
@@ -160,6 +211,7 @@ PRESETS: dict[str, Callable[[DType], list[Point]]] = {
     "odd": _odd,
     "gqa": _gqa,
     "window": _window,
+    "varlen": _varlen,
     "host": _host,
 }
 FORWARD_ONLY = {"host"}  # what autograd adds to a call is torch's
@@ -201,14 +253,14 @@ def preset_points(
 def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> list[Point]:
     """Each problem with the typical options of its calls, at TOKENS tokens and hidden size HIDDEN.
 
-    Without seqlens at those of the paper.
+    Without seqlens at those of the paper; of ragged batches, they are the longest of packed documents.
     """
-    if ragged := next((problem for problem in problems if problem.varlen), None):
-        raise UnsupportedProblem(f"bench measures no ragged batches: {ragged.text}\n  nearest        without varlen")
-    lengths = seqlens or sorted({point.seqlen for point in PRESETS["paper"]("bf16")})
     points = []
-    for problem, seqlen in itertools.product(problems, lengths):
+    for problem, seqlen in itertools.product(
+        problems, seqlens or sorted({point.seqlen for point in PRESETS["paper"]("bf16")})
+    ):
         typical, heads = examples_of(problem)[0], max(1, HIDDEN // problem.head_dim)
+        lengths = tuple(documents(TOKENS, seqlen)) if problem.varlen else ()
         points.append(
             Point(
                 preset="specs",
@@ -216,13 +268,14 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
                 head_dim=problem.head_dim,
                 dtype=problem.dtype,
                 causal=typical.causal,
-                batch=max(1, TOKENS // seqlen),
-                seqlen=seqlen,
+                batch=len(lengths) or max(1, TOKENS // seqlen),
+                seqlen=max(lengths, default=seqlen),
                 heads=heads,
                 heads_kv=heads,
                 window_left=typical.window_left,
                 window_right=typical.window_right,
                 deterministic=problem.deterministic,
+                lengths=lengths,
             )
         )
     return points

@@ -80,8 +80,7 @@ class Bench:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[point.dtype]
 
         def random(heads: int) -> Any:
-            shape = (point.batch, point.seqlen, heads, point.head_dim)
-            return torch.randn(shape, generator=generator, device="cuda", dtype=dtype)
+            return torch.randn(point.size(heads), generator=generator, device="cuda", dtype=dtype)
 
         inputs = random(point.heads), random(point.heads_kv), random(point.heads_kv), random(point.heads)
         with torch.no_grad():

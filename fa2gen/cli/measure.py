@@ -74,6 +74,7 @@ def _need_gpu(what: str) -> None:
         "fa2gen bench --preset odd --peer fa3 --fa3-library fa3.so --save odd.json",
         "fa2gen bench --head-dim 128 --seqlen 4096 --json | jq .rows",
         "fa2gen bench my.toml --peer fa3         what a spec of your own says",
+        "fa2gen bench --preset varlen            ragged batches",
         "fa2gen bench --preset host              host time of a call, in microseconds",
         "fa2gen bench --plot odd.json --out .    figures from a result; needs no GPU",
     ),
@@ -81,7 +82,9 @@ def _need_gpu(what: str) -> None:
 @takes_kernels("preset", tilings=False)
 def bench(
     asked: Asked,
-    preset: Annotated[Literal["paper", "odd", "gqa", "window", "host"], typer.Option(help="Which points.")] = "paper",
+    preset: Annotated[
+        Literal["paper", "odd", "gqa", "window", "varlen", "host"], typer.Option(help="Which points.")
+    ] = "paper",
     seqlen: Seqlens = None,
     peer: Annotated[
         list[str] | None,
@@ -130,6 +133,8 @@ def bench(
     mine = [] if specs else [f"fa2gen-{arch}" for arch in asked.arches] or list(peers.OURS)
     if asked.fields.get("deterministic") and not asked.sources:
         mine += [name + peers.DETERMINISTIC for name in mine]
+    if any(point.lengths for point in points):
+        mine.append(peers.DENSE)
     others = peer or [name for name in peers.DEFAULT if not peers.is_ours(name)]
     peers.check([*mine, *others])
     if save is not None:

@@ -19,7 +19,7 @@ from fa2gen.bench.plot import plot
 from fa2gen.bench.points import HIDDEN, PRESETS, TOKENS, Point, preset_points
 from fa2gen.cli import app
 from fa2gen.cli.options import Asked
-from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.errors import InvalidInput
 from fa2gen.select import best_spec
 from fa2gen.spec import KernelSpec, Problem, Tiling
 from fa2gen.testing import problems
@@ -204,13 +204,36 @@ def libraries(monkeypatch):
     torch = pytest.importorskip("torch")
     from fa2gen.reference import attention_backward_tiled, attention_reference
 
-    def fwd(q, k, v, *, softmax_scale, is_causal, num_splits):
-        return (*attention_reference(q, k, v, causal=is_causal, softmax_scale=softmax_scale), None, None)
+    def sequences(x, bounds, longest):
+        lengths = bounds.diff().tolist()
+        assert max(lengths) == longest
+        return [part.unsqueeze(0) for part in x.split(lengths)]
 
-    def bwd(dout, q, k, v, out, lse, dq, dk, dv, *, softmax_scale, is_causal):
+    def fwd(
+        q, k, v, *, softmax_scale, is_causal, num_splits,
+        cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    ):  # fmt: skip
         options = {"causal": is_causal, "softmax_scale": softmax_scale}
-        for x, right in zip((dq, dk, dv), attention_backward_tiled(dout, q, k, v, out, lse, **options), strict=True):
-            x.copy_(right)
+        if cu_seqlens_q is None:
+            return (*attention_reference(q, k, v, **options), None, None)
+        parts = [sequences(x, cu_seqlens_k, max_seqlen_k) for x in (q, k, v)]
+        found = [attention_reference(*of_one, **options) for of_one in zip(*parts, strict=True)]
+        return torch.cat([out[0] for out, _ in found]), torch.cat([lse[0] for _, lse in found], 1), None, None
+
+    def bwd(
+        dout, q, k, v, out, lse, dq, dk, dv, *, softmax_scale, is_causal, cu_seqlens_q=None, max_seqlen_q=None, **_
+    ):
+        options = {"causal": is_causal, "softmax_scale": softmax_scale}
+        parts = [[x] for x in (dout, q, k, v, out, lse, dq, dk, dv)]
+        if cu_seqlens_q is not None:
+            parts = [
+                sequences(x.T if x is lse else x, cu_seqlens_q, max_seqlen_q)
+                for x in (dout, q, k, v, out, lse, dq, dk, dv)
+            ]
+            parts[5] = [x.transpose(1, 2) for x in parts[5]]
+        for *of_one, dq, dk, dv in zip(*parts, strict=True):
+            for x, right in zip((dq, dk, dv), attention_backward_tiled(*of_one, **options), strict=True):
+                x.copy_(right)
         return [lse]
 
     def flash_attn_func(q, k, v, causal):
@@ -408,9 +431,48 @@ def test_a_kernel_that_is_named_is_measured(problem):
     assert contestant.name == f"fa2gen-sm90_m{spec.name.split('_m')[-1]}"
 
 
-def test_ragged_batches_are_not_measured():
-    with pytest.raises(UnsupportedProblem, match="ragged batches"):
-        points_of(sources=(best_spec(Problem(head_dim=72, varlen=True), "sm90").name,))
+@pytest.mark.parametrize("problem", problems(head_dim=72, dtype="bf16", varlen=True), ids=lambda problem: problem.text)
+def test_a_ragged_kernel_is_measured_on_documents(problem):
+    spec = best_spec(problem, "sm90")
+    points, specs = points_of(sources=(spec.name,))
+    assert specs == [spec] and {point.problem for point in points} == {problem}
+    for point, longest in zip(points, [512, 1024, 2048, 4096, 8192, 16_384], strict=True):
+        assert sum(point.lengths) == TOKENS and max(point.lengths) == point.seqlen <= longest
+        assert point.shape[:3] == (len(point.lengths), TOKENS, TOKENS)
+
+
+def test_ragged_points():
+    """What they are made of is said in the results, and their work is that of their sequences."""
+    for point in preset_points("varlen"):
+        assert point.options.varlen and point.batch == len(point.lengths) and point.seqlen == max(point.lengths)
+        assert point.flops == sum(one.flops for one in point.sequences)
+        assert Point.of_row(json.loads(json.dumps(point.to_json()))) == point
+    for point in preset_points("varlen")[1:5]:
+        assert point.seqlen <= sum(point.lengths) // 4
+    equal, dense = preset_points("varlen")[-1], Point("", "fwd", 128, "bf16", True, 8, 2048, 16, 16)
+    assert equal.flops == pytest.approx(dense.flops)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_peers_of_ragged_batches(libraries, direction):
+    """math takes each sequence by itself, fa3 all of them; the others say why not."""
+    torch = pytest.importorskip("torch")
+    from fa2gen.reference import attention_reference
+
+    found, _ = peers.find(["math", "fa3", "fa4"], direction=direction)
+    point = Point("varlen", direction, 32, "bf16", True, 3, 40, 4, 4, lengths=(40, 9, 9))
+    q, k, v, dout = (torch.randn(58, 4, 32) for _ in range(4))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    cuts = [x.unsqueeze(0).split(point.lengths, 1) for x in leaves]
+    out = torch.cat([attention_reference(*parts, causal=True)[0][0] for parts in zip(*cuts, strict=True)])
+    expected = (out.detach(),) if direction == "fwd" else torch.autograd.grad(out, leaves, dout)
+    for one in found:
+        with torch.no_grad():
+            if one.name == "fa4":
+                with pytest.raises(peers.Missing, match="dense batches alone"):
+                    one.prepare(point, q, k, v, dout)
+                continue
+            torch.testing.assert_close(tuple(one.prepare(point, q, k, v, dout)()), expected)
 
 
 def test_tilings_are_contestants_with_all_their_problems():
