@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "fa2gen"
 # Layer -> modules. Within a layer, too, a module imports only from those before it.
 LAYERS: dict[int, tuple[str, ...]] = {
     0: ("_version", "errors", "arch", "log", "files", "env", "_paths", "_when_imported", "_lazy_operators"),
-    1: ("spec", "options", "layout", "ptx"),
+    1: ("expression", "spec", "options", "layout", "ptx"),
     2: ("features", "plan", "catalog"),
     3: ("source", "render", "select", "launch"),
     4: ("compile", "store"),

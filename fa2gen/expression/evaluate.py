@@ -1,0 +1,133 @@
+"""Trees on tensors, or on numbers: the definition that kernels are held to.
+
+The operations are those of the library that is passed in, torch, so that autograd differentiates what is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fa2gen.expression.tree import Node, walk
+
+__all__ = ["evaluate_on_numbers", "evaluate_tree"]
+
+
+def evaluate_tree(root: Node, values: Mapping[str, Any], torch: Any) -> Any:
+    """The value of a tree.
+
+    values  of names, numbers and tensors; what is a torch tensor broadcasts. Whole numbers are int32 and wrap, as in
+            kernels; floats are those of `s`, but fp32 at least where a position becomes one.
+    torch   the library.
+    Indices beyond a tensor's ends are taken at its ends.
+    """
+    score = values.get("s")
+    wide = torch.float64 if score is not None and score.dtype == torch.float64 else torch.float32
+    found: dict[Node, Any] = {}
+    for node in walk(root):
+        found[node] = _on_tensors(node, [found[arg] for arg in node.args], values, torch, wide)
+    return found[root]
+
+
+def _on_tensors(node: Node, args: list[Any], values: Mapping[str, Any], torch: Any, wide: Any) -> Any:
+    match node.op:
+        case "const":
+            return _tensor(node.value, node.type, values, torch, wide)
+        case "name" | "number":
+            return _tensor(values[node.value], node.type, values, torch, wide)
+        case "tensor":
+            table = values[node.value]
+            inside = [index.clamp(0, size - 1).long() for index, size in zip(args, table.shape, strict=True)]
+            found = table[tuple(inside)]
+            return found if node.type == "float" else found.to(torch.bool if node.type == "bool" else torch.int32)
+        case "float":
+            return args[0].to(wide)
+        case "not":
+            return ~args[0]
+        case "where":
+            return torch.where(*args)
+        case "recip":
+            return 1.0 / args[0]
+        case "neg" | "abs" | "sign" | "exp" | "log" | "tanh" | "sigmoid" | "sqrt" | "exp2" | "log2":
+            return getattr(torch, node.op)(args[0])
+    found = args[0]
+    for arg in args[1:]:
+        found = _pair(node.op, found, arg, torch)
+    return found
+
+
+def _tensor(value: Any, type: str, values: Mapping[str, Any], torch: Any, wide: Any) -> Any:
+    """A number or a tensor as a tensor, whole numbers as int32."""
+    dtype = {"int": torch.int32, "bool": torch.bool}.get(type)
+    if isinstance(value, torch.Tensor):
+        return value if dtype is None else value.to(dtype)
+    device = next((other.device for other in values.values() if isinstance(other, torch.Tensor)), None)
+    return torch.tensor(value, dtype=dtype or wide, device=device)
+
+
+def _pair(op: str, a: Any, b: Any, torch: Any) -> Any:
+    match op:
+        case "+":
+            return a + b
+        case "*":
+            return a * b
+        case "/":
+            return a / b
+        case "//":
+            return torch.div(a, b, rounding_mode="floor")
+        case "%":
+            return torch.remainder(a, b)
+        case "<":
+            return a < b
+        case "<=":
+            return a <= b
+        case "==":
+            return a == b
+        case "!=":
+            return a != b
+        case "and":
+            return a & b
+        case "or":
+            return a | b
+        case "min":
+            return torch.minimum(a, b)
+    return torch.maximum(a, b)
+
+
+def evaluate_on_numbers(root: Node, values: Mapping[str, Any]) -> Any:
+    """The value of a tree without tensors on Python's numbers, where whole ones do not wrap."""
+    found: dict[Node, Any] = {}
+    for node in walk(root):
+        found[node] = _on_numbers(node, [found[arg] for arg in node.args], values)
+    return found[root]
+
+
+_ON_NUMBERS: dict[str, Any] = {
+    "+": lambda *args: sum(args),
+    "*": lambda *args: math.prod(args),
+    "/": lambda a, b: a / b,
+    "//": lambda a, b: a // b,
+    "%": lambda a, b: a % b,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+    "and": lambda *args: all(args),
+    "or": lambda *args: any(args),
+    "not": lambda a: not a,
+    "neg": lambda a: -a,
+    "where": lambda condition, a, b: a if condition else b,
+    "min": min,
+    "max": max,
+    "abs": abs,
+    "float": float,
+}
+
+
+def _on_numbers(node: Node, args: list[Any], values: Mapping[str, Any]) -> Any:
+    if node.op == "const":
+        return node.value
+    if node.op in ("name", "number"):
+        return values[node.value]
+    return _ON_NUMBERS[node.op](*args)

@@ -1,0 +1,223 @@
+"""Which keys a tile of queries sees, from the ends of its positions: none, all of them or some.
+
+`bounds` gives trees for the least and the greatest value of a tree over a tile of positions i0 to i1 and j0 to j1, both
+inclusive; of a condition, whether it must and whether it may hold. They are sound: what must hold holds everywhere, and
+what may not holds nowhere. None stands for a bound that is not known: of sums with tensors, whose numbers nobody knows
+beforehand, and of floats that are rounded on the way, since a kernel need not round as often as this would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from fa2gen.expression.hoist import KEY, QUERY, level_of
+from fa2gen.expression.simplify import FALSE, TRUE, add, multiply, negate, simplify
+from fa2gen.expression.tree import Node, const, make, name, walk
+
+__all__ = ["TILE", "Bounds", "any_and_all", "bounds", "position_axis"]
+
+Bounds = tuple[Node | None, Node | None]
+
+TILE: Mapping[Node, Bounds] = {QUERY: (name("i0"), name("i1")), KEY: (name("j0"), name("j1"))}
+"""The first and the last position of a tile."""
+
+
+def any_and_all(condition: Node) -> tuple[Node, Node]:
+    """Whether a simplified condition may hold somewhere in a tile, and whether it holds everywhere.
+
+    One axis of a tensor may be a position: of a tensor that has them on several, nothing is known.
+    """
+    axes: dict[str, set[int | None]] = {}
+    for node in walk(condition):
+        if node.op == "tensor":
+            axes.setdefault(node.value, set()).add(position_axis(node))
+    several = {word for word, found in axes.items() if len(found - {None}) > 1}
+    must, may = bounds(condition, several)[condition]
+    return simplify(may or TRUE), simplify(must or FALSE)
+
+
+def bounds(root: Node, unknown: Collection[str] = ()) -> dict[Node, Bounds]:
+    """(least, greatest) of every whole number and exact float of a simplified tree; of conditions (must, may).
+
+    unknown  tensors that no bounds are kept of.
+    """
+    found: dict[Node, Bounds] = {}
+    for node in walk(root):
+        if level_of(node) == "head":
+            found[node] = node, node
+        elif node.op == "tensor" and node.value in unknown:
+            found[node] = None, None
+        else:
+            found[node] = _bounds(node, found)
+    return found
+
+
+def _bounds(node: Node, found: dict[Node, Bounds]) -> Bounds:
+    of = [found[arg] for arg in node.args]
+    match node.op:
+        case "name":
+            return TILE.get(node, (None, None))
+        case "tensor":
+            return _of_tensor(node)
+        case "+" if node.type == "int":
+            return _sum(of)
+        case "*" if node.type == "int":
+            return _product(of)
+        case "//":
+            return _monotone(node, of[0])
+        case "%":
+            return _remainder(node, of[0])
+        case "min" | "max":
+            return _extreme(node, of)
+        case "abs":
+            return _abs(node, *of[0])
+        case "float":
+            return _monotone(node, of[0])
+        case "neg":
+            return tuple(None if end is None else negate(end) for end in of[0][::-1])  # type: ignore[return-value]
+        case "where":
+            return _where(node, *of)
+        case "and" | "or":
+            default = (FALSE, TRUE)  # of a bound that is not known
+            ends = [[end or default[side] for end in ends] for side, ends in enumerate(zip(*of, strict=True))]
+            return tuple(simplify(make(node.op, *end, type="bool")) for end in ends)  # type: ignore[return-value]
+        case "not":
+            return tuple(None if end is None else simplify(make("not", end, type="bool")) for end in of[0][::-1])  # type: ignore[return-value]
+        case "<" | "<=" | "==" | "!=":
+            return _compare(node, found)
+    return None, None
+
+
+def position_axis(node: Node) -> int | None:
+    """Of a tensor at a place: which index is a position, where the others are the head's."""
+    positions = [axis for axis, index in enumerate(node.args) if level_of(index) != "head"]
+    return positions[0] if len(positions) == 1 and node.args[positions[0]] in (QUERY, KEY) else None
+
+
+def _of_tensor(node: Node) -> Bounds:
+    """From the numbers of a tile, where one index is a position and the others are the head's."""
+    axis = position_axis(node)
+    if axis is None:
+        return None, None
+    side = str(node.args[axis].value)
+    rest = [index for place, index in enumerate(node.args) if place != axis]
+    type = "int" if node.type == "bool" else node.type
+    ends = [make(op, *rest, type=type, value=(node.value, side, axis)) for op in ("lowest", "highest")]
+    if node.type == "bool":
+        ends = [make("!=", end, const(0), type="bool") for end in ends]
+    return ends[0], ends[1]
+
+
+def _has_tensor(node: Node) -> bool:
+    return any(part.op == "tensor" for part in walk(node))
+
+
+def _sum(of: list[Bounds]) -> Bounds:
+    if any(end is None or _is_of_tensor(end) for ends in of for end in ends):
+        return None, None
+    return tuple(add(end for end in ends if end is not None) for ends in zip(*of, strict=True))  # type: ignore[return-value]
+
+
+def _is_of_tensor(node: Node) -> bool:
+    """Whether arithmetic with it could exceed 32 bits without a call's knowing."""
+    return any(part.op in ("tensor", "lowest", "highest") for part in walk(node))
+
+
+def _product(of: list[Bounds]) -> Bounds:
+    least, greatest = of[0]
+    for low, high in of[1:]:
+        ends = (least, greatest, low, high)
+        if any(end is None or _is_of_tensor(end) for end in ends):
+            return None, None
+        if least is greatest and least is not None and least.number is not None and low and high:
+            both = multiply((least, low)), multiply((least, high))
+            least, greatest = both if least.number >= 0 else both[::-1]
+            continue
+        corners = [multiply((a, b)) for a in (least, greatest) for b in (low, high) if a and b]
+        least, greatest = (simplify(make(op, *corners, type="int")) for op in ("min", "max"))
+    return least, greatest
+
+
+def _monotone(node: Node, ends: Bounds) -> Bounds:
+    """Of what never falls with its first argument."""
+    return tuple(  # type: ignore[return-value]
+        None if end is None else simplify(make(node.op, end, *node.args[1:], type=node.type)) for end in ends
+    )
+
+
+def _remainder(node: Node, ends: Bounds) -> Bounds:
+    low, high = ends
+    by = node.args[1]
+    last = add((by, const(-1)))
+    if low is None or high is None:
+        return const(0), last
+    quotients = [make("//", end, by, type="int") for end in (low, high)]
+    same = make("==", *quotients, type="bool")
+    inner = [make("%", end, by, type="int") for end in (low, high)]
+    return (
+        simplify(make("where", same, inner[0], const(0), type="int")),
+        simplify(make("where", same, inner[1], last, type="int")),
+    )
+
+
+def _extreme(node: Node, of: list[Bounds]) -> Bounds:
+    """The least of some is known from above where one is known from above; from below where all are."""
+    found: list[Node | None] = []
+    for side, ends in enumerate(zip(*of, strict=True)):
+        known = [end for end in ends if end is not None]
+        enough = known if side == (node.op == "min") else known if len(known) == len(ends) else []
+        found.append(simplify(make(node.op, *enough, type=node.type)) if len(enough) > 1 else (enough or [None])[0])
+    return found[0], found[1]
+
+
+def _abs(node: Node, low: Node | None, high: Node | None) -> Bounds:
+    zero = const(0 if node.type == "int" else 0.0)
+    if low is None or high is None or _is_of_tensor(low) or _is_of_tensor(high):
+        return zero, None
+    return (
+        simplify(make("max", zero, low, negate(high), type=node.type)),
+        simplify(make("max", high, negate(low), type=node.type)),
+    )
+
+
+def _where(node: Node, condition: Bounds, left: Bounds, right: Bounds) -> Bounds:
+    must, may = condition[0] or FALSE, condition[1] or TRUE
+    if node.type == "bool":
+        left, right = ((ends[0] or FALSE, ends[1] or TRUE) for ends in (left, right))
+    found: list[Node | None] = []
+    for op, a, b in zip(("and", "or") if node.type == "bool" else ("min", "max"), left, right, strict=True):
+        if a is None or b is None:
+            found.append(None)
+            continue
+        either = make("where", may, make(op, a, b, type=node.type), b, type=node.type)
+        found.append(simplify(make("where", must, a, either, type=node.type)))
+    return found[0], found[1]
+
+
+def _compare(node: Node, found: dict[Node, Bounds]) -> Bounds:
+    left, right = node.args
+    if left.type == "bool":
+        return None, None
+    a, b = found[left], found[right]
+    if left.type == "int" and not _has_tensor(left) and not _has_tensor(right):
+        # Of the difference: i - j < i has one i less than its sides.
+        difference = add((left, negate(right)))
+        a, zero = (
+            bounds(difference)[difference] if level_of(difference) != "head" else (difference, difference),
+            const(0),
+        )
+        b = zero, zero
+    (a0, a1), (b0, b1) = a, b
+
+    def holds(op: str, x: Node | None, y: Node | None) -> Node | None:
+        return None if x is None or y is None else simplify(make(op, x, y, type="bool"))
+
+    def both(x: Node | None, y: Node | None) -> Node | None:
+        return None if x is None or y is None else simplify(make("and", x, y, type="bool"))
+
+    if node.op in ("<", "<="):
+        return holds(node.op, a1, b0), holds(node.op, a0, b1)
+    equal = both(holds("<=", a1, b0), holds("<=", b1, a0)), both(holds("<=", a0, b1), holds("<=", b0, a1))
+    if node.op == "==":
+        return equal
+    return tuple(None if end is None else simplify(make("not", end, type="bool")) for end in equal[::-1])  # type: ignore[return-value]

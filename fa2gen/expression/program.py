@@ -1,0 +1,318 @@
+"""A score and a mask as a call says them: read, checked, named and turned into C++."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fa2gen.errors import InvalidInput
+from fa2gen.expression.cuda import Statements, statements
+from fa2gen.expression.derive import derivative
+from fa2gen.expression.evaluate import evaluate_on_numbers, evaluate_tree
+from fa2gen.expression.grammar import FUNCTIONS, NAMES, TYPES
+from fa2gen.expression.hoist import SCALE, Level, factored, level_of, lowered
+from fa2gen.expression.infer import infer
+from fa2gen.expression.intervals import any_and_all, bounds
+from fa2gen.expression.read import Text, parsed, read
+from fa2gen.expression.simplify import ACC, TRUE, multiply, simplify
+from fa2gen.expression.tree import Node, Type, const, name, substitute, walk
+from fa2gen.expression.write import write
+
+__all__ = ["Access", "Code", "Input", "Program", "TileBound", "emit", "evaluate", "parse"]
+
+_S = name("s", "float")
+_FLOAT_EXACT = 2**24  # whole numbers up to here are floats
+
+
+@dataclass(frozen=True)
+class Input:
+    """A number or a tensor of a call that expressions name.
+
+    token    what code calls it: number_0, input_1, counted over all inputs of the program.
+    indices  the different indices that it is read at; none of a number.
+    axes     of a tensor, of each axis: the name that alone stands there, "b", "h", "hk", "i" or "j"; "" where it is
+             computed, or differs from one use to the next.
+    """
+
+    name: str
+    type: Type
+    token: str
+    indices: tuple[tuple[Node, ...], ...] = ()
+
+    @property
+    def is_tensor(self) -> bool:
+        return bool(self.indices)
+
+    @property
+    def rank(self) -> int:
+        return len(self.indices[0]) if self.indices else 0
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(
+            str(places[0].value) if len(set(places)) == 1 and places[0].op == "name" else ""
+            for places in zip(*self.indices, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Program:
+    """What `parse` makes of texts; equal where texts and types are.
+
+    score, allow  the texts in one spelling; "" where it changes nothing. `parse` of them and `types` is this again.
+    types         (name, type) of all inputs, by name.
+    inputs        in the order in which they are first used, in the score first.
+    """
+
+    score: str
+    allow: str
+    types: tuple[tuple[str, Type], ...]
+    inputs: tuple[Input, ...] = field(compare=False)
+    score_tree: Node | None = field(compare=False, repr=False)
+    allow_tree: Node | None = field(compare=False, repr=False)
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        return {given.name: given.token for given in self.inputs}
+
+    @functools.cached_property
+    def formulas(self) -> tuple[tuple[str, str], ...]:
+        """(what, formula) in tokens: the score, its derivative by s and by each float input, and allow."""
+        found = []
+        if self.score_tree is not None:
+            found = [("score", self._written(self.score_tree)), ("d score / d s", self._written(self.slope))]
+            for access in self.accesses:
+                found.append((f"d score / d {self._written(access.leaf)}", self._written(access.derivative)))
+        if self.allow_tree is not None:
+            found.append(("allow", self._written(self.allow_tree)))
+        return tuple(found)
+
+    @functools.cached_property
+    def slope(self) -> Node:
+        """The derivative of the score by s."""
+        return const(1.0) if self.score_tree is None else derivative(self.score_tree, _S)
+
+    @functools.cached_property
+    def accesses(self) -> tuple[Access, ...]:
+        """Each place of a float input that the score reads, with the score's derivative by it."""
+        if self.score_tree is None:
+            return ()
+        tree = simplify(self.score_tree)
+        leaves = [node for node in walk(tree) if node.op in ("number", "tensor") and node.type == "float"]
+        found = [Access(self.tokens[leaf.value], leaf, derivative(tree, leaf)) for leaf in leaves]
+        return tuple(access for access in found if access.derivative.number != 0)
+
+    @functools.cached_property
+    def tile_bounds(self) -> tuple[TileBound, ...]:
+        """What the code of "blocks" asks of tensors, each once."""
+        nodes = [node for node in walk(*_results(self, "blocks").values()) if node.op in ("lowest", "highest")]
+        return tuple(dict.fromkeys(TileBound(self.tokens[node.value[0]], *node.value[1:]) for node in nodes))
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Eight hexadecimal digits that tell programs apart; names of inputs do not matter."""
+        texts = [self._written(tree) if tree else "" for tree in (self.score_tree, self.allow_tree)]
+        said = "\n".join([*texts, *(f"{given.token} {given.type}" for given in self.inputs)])
+        return hashlib.sha256(said.encode()).hexdigest()[:8]
+
+    def _written(self, tree: Node) -> str:
+        return write(tree, self.tokens.__getitem__)
+
+    def check(self, seqlen_q: int, seqlen_k: int, numbers: Mapping[str, Any], batch: int = 1, heads: int = 1) -> None:
+        """InvalidInput where positions of these lengths and these numbers exceed 32 bits, or a divisor is not positive.
+
+        numbers  the values of the program's numbers, by name.
+        """
+        ends = {"i0": 0, "i1": max(seqlen_q - 1, 0), "j0": 0, "j1": max(seqlen_k - 1, 0)}
+        values = {**ends, **numbers, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
+        corners = [values | {"b": b, "h": h, "hk": h} for b in {0, batch - 1} for h in {0, heads - 1}]
+        for tree in (self.score_tree, self.allow_tree):
+            if tree is not None:
+                self._check(simplify(tree), corners)
+
+    def _check(self, tree: Node, corners: list[dict[str, Any]]) -> None:
+        known = bounds(tree)
+        for node in walk(tree):
+            if node.op in ("//", "%"):
+                for values in corners:
+                    divisor = evaluate_on_numbers(node.args[1], values)
+                    if divisor <= 0:
+                        raise InvalidInput(f"{write(node)} divides by {divisor}; it must be positive")
+            if node.type != "int" or node.op in ("const", "name", "number", "tensor"):
+                continue
+            limit = _FLOAT_EXACT if any(user.op == "float" and node in user.args for user in walk(tree)) else 2**31 - 1
+            for end in known[node]:
+                if end is None or any(part.op in ("tensor", "lowest", "highest") for part in walk(end)):
+                    continue
+                for values in corners:
+                    found = evaluate_on_numbers(end, values)
+                    if abs(found) > limit:
+                        raise InvalidInput(f"{write(node)} reaches {found} at these lengths, beyond {limit}")
+
+
+@dataclass(frozen=True)
+class TileBound:
+    """A tensor whose least and greatest numbers over a tile's positions decide which tiles are visited.
+
+    side  whose positions: "i", the queries' or "j", the keys'.
+    axis  which of its axes they are; the code's indices are those of the others.
+    """
+
+    token: str
+    side: str
+    axis: int
+
+
+@dataclass(frozen=True)
+class Access:
+    """One number, or one tensor at one place, and the score's derivative by it; `level` is that of the place."""
+
+    token: str
+    leaf: Node
+    derivative: Node
+
+    @property
+    def level(self) -> Level:
+        return level_of(self.leaf)
+
+
+@dataclass(frozen=True)
+class Code(Statements):
+    """C++ of a program: see `emit`.
+
+    is_one     whether the weight is 1, so that it need not be multiplied with.
+    is_finite  whether results are finite for finite scores, where the numbers of the call are.
+    """
+
+    is_one: bool
+    is_finite: bool
+
+
+def parse(score: str = "", allow: str = "", types: Mapping[str, Type] | None = None) -> Program:
+    """The program of a score and of a condition which keys are seen; of "" neither changes anything.
+
+    types  of named numbers and tensors, "float", "int" or "bool"; others are inferred: see fa2gen.expression.infer.
+    Raises InvalidInput, with the column, for what is not in the language.
+    """
+    types = {} if types is None else dict(types)
+    for word, type in types.items():
+        if not isinstance(word, str) or type not in TYPES:
+            raise InvalidInput(f"types of inputs are {', '.join(TYPES)}, not {type!r}, of {word!r}")
+    if not isinstance(score, str) or not isinstance(allow, str):
+        raise InvalidInput("score and allow must be strings")
+    return _parse(score, allow, tuple(sorted(types.items())))
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(score: str, allow: str, types: tuple[tuple[str, Type], ...]) -> Program:
+    texts = Text("score", score), Text("allow", allow)
+    syntax = [parsed(text) if text.text else None for text in texts]
+    inferred = infer(dict(types), *syntax)
+    ranks: dict[str, int] = {}
+    trees = [
+        None if tree is None else read(text, tree, inferred, ranks) for text, tree in zip(texts, syntax, strict=True)
+    ]
+    for word, _ in types:
+        if word not in ranks:
+            taken = "a word of the language" if word in NAMES or word in FUNCTIONS else "not in score or allow"
+            raise InvalidInput(f"the input {word!r} is {taken}; they name {', '.join(ranks) or 'no inputs'}")
+    if trees[0] is not None and simplify(trees[0]) is _S:
+        trees[0] = None
+    if trees[1] is not None and simplify(trees[1]) is TRUE:
+        trees[1] = None
+    inputs = _inputs([tree for tree in trees if tree is not None])
+    return Program(
+        score="" if trees[0] is None else write(trees[0]),
+        allow="" if trees[1] is None else write(trees[1]),
+        types=tuple(sorted((given.name, given.type) for given in inputs)),
+        inputs=inputs,
+        score_tree=trees[0],
+        allow_tree=trees[1],
+    )
+
+
+def _inputs(trees: Iterable[Node]) -> tuple[Input, ...]:
+    found: dict[str, list[Node]] = {}
+    for node in walk(*trees):
+        if node.op in ("number", "tensor"):
+            found.setdefault(node.value, []).append(node)
+    return tuple(
+        Input(
+            word,
+            nodes[0].type,
+            f"{'input' if nodes[0].args else 'number'}_{place}",
+            tuple(node.args for node in nodes if node.args),
+        )
+        for place, (word, nodes) in enumerate(found.items())
+    )
+
+
+def evaluate(program: Program, what: Literal["score", "allow"], torch: Any, values: Mapping[str, Any]) -> Any:
+    """The score or the mask on tensors, differentiable by torch's autograd.
+
+    values  s (float), i, j, b, h, hk (whole numbers), which broadcast against each other; seqlen_q, seqlen_k; and the
+            inputs by name. Only what the text names is needed.
+    torch   the library, which this package does not import.
+    """
+    tree = program.score_tree if what == "score" else program.allow_tree
+    if tree is None:
+        return values["s"] if what == "score" else torch.tensor(True)
+    return evaluate_tree(tree, values, torch)
+
+
+def emit(program: Program, what: Literal["score", "gradient", "allow", "blocks", "inputs"]) -> Code:
+    """C++ of a program: statements by level, and results that use them. Free names: see the package's README.
+
+    score     "score" and "factor": the softmax's argument is factor * score, with a positive factor of the head.
+    gradient  these two, and "weight", the derivative of the score by s.
+    allow     "allow": whether a key is seen.
+    blocks    "any" and "all": whether some and whether all keys of a tile may be seen, i0..i1 and j0..j1 inclusive.
+    inputs    one a place of an input, in the order of `Program.accesses`: the derivative by it.
+    """
+    results = {key: lowered(tree) for key, tree in _results(program, what).items()}
+    made = statements(results, program.tokens)
+    return Code(
+        levels=made.levels,
+        results=made.results,
+        helpers=made.helpers,
+        most_alive=made.most_alive,
+        instructions=made.instructions,
+        is_one="weight" in results and results["weight"].number == 1,
+        is_finite=all(map(_is_finite, walk(*results.values()))),
+    )
+
+
+def _results(program: Program, what: str) -> dict[str, Node]:
+    if what in ("allow", "blocks"):
+        tree = TRUE if program.allow_tree is None else simplify(program.allow_tree)
+        return {"allow": tree} if what == "allow" else dict(zip(("any", "all"), any_and_all(tree), strict=True))
+    of_acc = multiply((ACC, SCALE))
+    if what == "inputs":
+        return {
+            f"access_{place}": simplify(substitute(access.derivative, {_S: of_acc}))
+            for place, access in enumerate(program.accesses)
+        }
+    score = of_acc if program.score_tree is None else simplify(substitute(program.score_tree, {_S: of_acc}))
+    factor, rest, shared = factored(score)
+    found = {"score": rest, "factor": multiply((factor, const(1.4426950408889634)))}
+    if what == "gradient":
+        weight = simplify(substitute(program.slope, {_S: of_acc}))
+        found["weight"] = simplify(substitute(weight, shared))
+    return found
+
+
+def _is_finite(node: Node) -> bool:
+    """Whether an operation keeps finite numbers finite: not of tensors of positions, which may hold -inf."""
+    if node.op in ("/", "recip") and level_of(node) != "head":
+        return (
+            node.op == "recip"
+            and node.args[0].op == "+"
+            and node.args[0].args[0].number == 1.0
+            and (node.args[0].args[1].op == "exp2")
+        )
+    if node.op == "tensor" and node.type == "float":
+        return level_of(node) == "head"
+    return node.op not in ("exp2", "log2", "sqrt")

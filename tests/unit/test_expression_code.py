@@ -1,0 +1,269 @@
+"""What expressions become: derivatives, C++ for this machine, and which tiles are visited, against their definition."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import random
+
+import pytest
+import torch
+
+from fa2gen.expression import Program, emit, evaluate, parse
+from fa2gen.expression.examples import EXAMPLES, Sizes
+from tests.expressions import TYPES, inputs, random_condition, random_score
+from tests.unit.test_launch_facts import compiled, needs_compiler
+
+BATCH, HEADS, LENGTH = 2, 2, 24
+SCALE = 0.37
+SIZES = Sizes(BATCH, HEADS, LENGTH, LENGTH + 5)
+
+
+def random_programs(count: int) -> list[Program]:
+    """With a score and a mask each, of the same names with the same types."""
+    rng = random.Random(5)
+    found = []
+    while len(found) < count:
+        score, allow = random_score(rng), random_condition(rng)
+        given = {name: type for name, type in TYPES.items() if name in score or name in allow}
+        found.append(parse(score, allow, given))
+    return found
+
+
+def values_of(program: Program, made: dict) -> dict:
+    """Names of the language over all of (batch, head, i, j), and the program's inputs."""
+    shape = {
+        "b": (BATCH, 1, 1, 1),
+        "h": (1, HEADS, 1, 1),
+        "i": (1, 1, SIZES.seqlen_q, 1),
+        "j": (1, 1, 1, SIZES.seqlen_k),
+    }
+    places = {name: torch.arange(math.prod(sizes)).view(sizes) for name, sizes in shape.items()}
+    lengths = {"seqlen_q": SIZES.seqlen_q, "seqlen_k": SIZES.seqlen_k}
+    return places | {"hk": places["h"] // 2} | lengths | {given.name: made[given.name] for given in program.inputs}
+
+
+def scores(dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """s, some of them far out."""
+    shape = (BATCH, HEADS, SIZES.seqlen_q, SIZES.seqlen_k)
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) * 3).to(dtype)
+
+
+def in_double(made: dict) -> dict:
+    floats = {name: x.double() for name, x in made.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    return made | floats
+
+
+RANDOM = inputs(torch, BATCH, HEADS, LENGTH + 5)
+CASES = [(program, RANDOM) for program in random_programs(100)]
+CASES += [(parse(made.score, made.allow), made.inputs(torch, SIZES)) for made in EXAMPLES.values()]
+
+
+# Derivatives ---------------------------------------------------------------------------------------------------------
+
+
+def number_of(tree, values: dict):
+    """A tree's value: `evaluate` of a program that has it for its score."""
+    return functools.partial(evaluate, what="score", torch=torch)(
+        Program("", "", (), (), score_tree=tree, allow_tree=None), values=values
+    )
+
+
+@pytest.mark.parametrize(("program", "made"), CASES, ids=lambda x: getattr(x, "score", None))
+def test_derivatives_are_those_of_autograd(program, made):
+    """By s, by each number and by each tensor: what stands in the kernel's comment, and what its code is made from."""
+    if not program.score:
+        return
+    s = scores().requires_grad_()
+    values = values_of(program, in_double(made)) | {"s": s}
+    for name in ("cap", "gain"):
+        if name in values:
+            values[name] = torch.tensor(values[name], dtype=torch.float64, requires_grad=True)
+    tensors = {
+        name: x.requires_grad_() for name, x in values.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }
+    score = evaluate(program, "score", torch, values)
+    weights = torch.randn(score.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    names = list(tensors)
+    truth = dict(
+        zip(names, torch.autograd.grad((score * weights).sum(), [tensors[name] for name in names]), strict=True)
+    )
+    with torch.no_grad():
+        slope = number_of(program.slope, values).expand(score.shape)
+        assert torch.allclose(slope * weights, truth["s"], rtol=1e-5, atol=1e-6), program.score
+        found = {name: torch.zeros_like(x) for name, x in tensors.items() if name != "s"}
+        for access in program.accesses:
+            of_each = (number_of(access.derivative, values) * weights).expand(score.shape)
+            name = access.leaf.value
+            places = [number_of(index, values).expand(score.shape) for index in access.leaf.args]
+            inside = tuple(
+                place.clamp(0, size - 1).long() for place, size in zip(places, found[name].shape, strict=True)
+            )
+            found[name] = found[name].index_put(inside, of_each, accumulate=True) if inside else of_each.sum()
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, truth[name], rtol=1e-5, atol=1e-5), f"{name} of {program.score}"
+
+
+# The kernel's own statements, on the CPU -----------------------------------------------------------------------------
+
+_FUNCTIONS = """
+#include <cmath>
+using std::abs;
+float tanh_approx(float x) { return std::tanh(x); }
+float exp2_approx(float x) { return std::exp2(x); }
+float log2_approx(float x) { return std::log2(x); }
+float sqrt_approx(float x) { return std::sqrt(x); }
+float reciprocal_approx(float x) { return 1.0f / x; }
+int floor_divide(int a, int b) { return a / b - (a % b < 0); }
+int floor_modulo(int a, int b) { return a % b + (a % b < 0 ? b : 0); }
+static int clamped(int index, int size) { return max(0, min(index, size - 1)); }
+static int tile[4];
+"""
+
+_PROGRAM = """
+namespace n%(index)d {
+struct Params { float softmax_scale; %(fields)s };
+%(loads)s
+static void at(Params const& p, float acc, int b, int h, int i, int j, float* out) {
+    int const hk = h / 2, seqlen_q = %(seqlen_q)d, seqlen_k = %(seqlen_k)d;
+    float const float_i = i, float_j = j;
+    (void)hk, (void)float_i, (void)float_j, (void)seqlen_q, (void)seqlen_k;
+    { %(gradient)s
+      out[0] = (%(score)s) * (%(factor)s);
+      out[1] = %(weight)s; }
+    { %(allow_lines)s
+      out[2] = %(allow)s; }
+}
+}
+extern "C" void run_%(index)d(void const* params, float const* scores, float* out) {
+    n%(index)d::Params const& p = *static_cast<n%(index)d::Params const*>(params);
+    for (int b = 0; b < %(batch)d; ++b) for (int h = 0; h < %(heads)d; ++h)
+        for (int i = 0; i < %(seqlen_q)d; ++i) for (int j = 0; j < %(seqlen_k)d; ++j, ++scores, out += 3)
+            n%(index)d::at(p, *scores / p.softmax_scale, b, h, i, j, out);
+}
+extern "C" int blocks_%(index)d(void const* params, int b, int h, int i0, int i1, int j0, int j1) {
+    n%(index)d::Params const& p = *static_cast<n%(index)d::Params const*>(params);
+    using namespace n%(index)d;
+    int const hk = h / 2, seqlen_q = %(seqlen_q)d, seqlen_k = %(seqlen_k)d;
+    tile[0] = i0, tile[1] = i1, tile[2] = j0, tile[3] = j1;
+    (void)p, (void)hk, (void)seqlen_q, (void)seqlen_k;
+    %(block_lines)s
+    return (%(any)s ? 1 : 0) + (%(all)s ? 2 : 0);
+}
+"""
+_CTYPES = {"float": "float", "int": "int", "bool": "bool"}
+
+
+def text_of(index: int, program: Program) -> str:
+    """C++ that runs a program at every place, and asks for the blocks of a tile."""
+    bounds = {bound.token: bound.axis for bound in program.tile_bounds}
+    fields, loads = "", ""
+    for given in program.inputs:
+        ctype = _CTYPES[given.type]
+        if not given.is_tensor:
+            fields += f"{ctype} {given.token}; "
+            continue
+        axes = range(given.rank)
+        fields += f"{ctype} const* {given.token}; int {given.token}_sizes[4]; "
+        place = "0"
+        for axis in axes:
+            place = f"({place}) * p.{given.token}_sizes[{axis}] + clamped(x{axis}, p.{given.token}_sizes[{axis}])"
+        arguments = ", ".join(f"int x{axis}" for axis in axes)
+        read = "int" if given.type == "bool" else ctype
+        loads += f"{read} load_{given.token}(Params const& p, {arguments}) {{ return p.{given.token}[{place}]; }}\n"
+        if given.token in bounds:
+            axis = bounds[given.token]
+            others = "".join(f", int x{other}" for other in axes if other != axis)
+            passed = ", ".join("at" if other == axis else f"x{other}" for other in axes)
+            for which, best in (("lowest", "min"), ("highest", "max")):
+                loads += (
+                    f"{read} {which}_{given.token}(Params const& p, int side{others}) {{ int at = tile[2 * side]; "
+                    f"{read} found = load_{given.token}(p, {passed}); for (; at <= tile[2 * side + 1]; ++at) "
+                    f"found = {best}(found, load_{given.token}(p, {passed})); return found; }}\n"
+                )
+    gradient, allow, blocks = (emit(program, what) for what in ("gradient", "allow", "blocks"))
+
+    def lines(code) -> str:
+        return " ".join(line for level in code.levels.values() for line in level)
+
+    for code in (gradient, allow, blocks):
+        assert all(len(line) <= 118 for level in code.levels.values() for line in level), "a kernel's line has 128"
+        assert all(len(result) <= 118 for result in code.results.values())
+    named = {"gradient": lines(gradient), "allow_lines": lines(allow), "block_lines": lines(blocks)}
+    sizes = {"batch": BATCH, "heads": HEADS, "seqlen_q": SIZES.seqlen_q, "seqlen_k": SIZES.seqlen_k}
+    results = gradient.results | allow.results | blocks.results
+    return _PROGRAM % {"index": index, "fields": fields, "loads": loads, **named, **sizes, **results}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """All programs in one: a compiler's start is dearer than they are."""
+    return compiled(_FUNCTIONS + "".join(text_of(index, program) for index, (program, _) in enumerate(CASES)))
+
+
+def params_of(program: Program, made: dict) -> tuple[ctypes.Structure, list]:
+    """The program's Params, and what it points to."""
+    fields, values, kept = [("softmax_scale", ctypes.c_float)], [SCALE], []
+    for given in program.inputs:
+        ctype = {"float": ctypes.c_float, "int": ctypes.c_int, "bool": ctypes.c_bool}[given.type]
+        value = made[given.name]
+        if given.is_tensor:
+            dtype = {"float": torch.float32, "int": torch.int32, "bool": torch.bool}[given.type]
+            kept.append(value.to(dtype).contiguous())
+            fields += [(given.token, ctypes.c_void_p), (f"{given.token}_sizes", ctypes.c_int * 4)]
+            values += [kept[-1].data_ptr(), (ctypes.c_int * 4)(*value.shape)]
+        else:
+            fields.append((given.token, ctype))
+            values.append(value)
+    made_type = type("Params", (ctypes.Structure,), {"_fields_": fields})
+    return made_type(*values), kept
+
+
+@needs_compiler
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{p.score}; {p.allow}" for p, _ in CASES])
+def test_code_computes_what_is_written(index):
+    """Score, weight and mask at every place, in fp32, against the text on tensors in fp64."""
+    program, made = CASES[index]
+    s = scores().float()
+    params, kept = params_of(program, made)
+    out = torch.empty(*s.shape, 3)
+    library()[f"run_{index}"](ctypes.byref(params), ctypes.c_void_p(s.data_ptr()), ctypes.c_void_p(out.data_ptr()))
+    del kept
+    truths = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = s.to(dtype).requires_grad_()
+        values = values_of(program, in_double(made) if dtype == torch.float64 else made) | {"s": leaf}
+        score = evaluate(program, "score", torch, values)
+        truths.append((score.detach().double(), torch.autograd.grad(score.sum(), leaf)[0].double()))
+    for x, truth, pt in zip((out[..., 0].double() * math.log(2), out[..., 1].double()), *truths, strict=True):
+        # Where fp32 decides otherwise than fp64 (the greater of two nearly equal numbers), either is right.
+        error = torch.minimum((x - truth).abs(), (x - pt).abs())
+        assert (error <= 2e-5 * (1 + truth.abs())).all(), f"{program.score}: {error.max()}"
+    seen = evaluate(program, "allow", torch, values).expand(s.shape)
+    assert (out[..., 2].bool() == seen).all(), program.allow
+
+
+@needs_compiler
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{p.allow}" for p, _ in CASES])
+def test_no_tile_is_skipped_or_left_unmasked_that_must_not_be(index):
+    """The kernel's own decision, tile by tile, against every place of the tile."""
+    program, made = CASES[index]
+    if not program.allow:
+        return
+    params, kept = params_of(program, made)
+    shape = (BATCH, HEADS, SIZES.seqlen_q, SIZES.seqlen_k)
+    seen = evaluate(program, "allow", torch, values_of(program, made)).expand(shape)
+    decide = library()[f"blocks_{index}"]
+    rng = random.Random(index)
+    for _ in range(150):
+        b, h = rng.randrange(BATCH), rng.randrange(HEADS)
+        (i0, i1), (j0, j1) = (sorted(rng.choices(range(size), k=2)) for size in shape[2:])
+        if rng.random() < 0.4:
+            i1, j1 = min(i0 + 3, i1), min(j0 + 3, j1)
+        found = decide(ctypes.byref(params), b, h, i0, i1, j0, j1)
+        inside = seen[b, h, i0 : i1 + 1, j0 : j1 + 1]
+        where = f"{program.allow} in {i0}..{i1} x {j0}..{j1}"
+        assert found & 1 or not inside.any(), f"{where} is skipped, and some see a key"
+        assert not found & 2 or inside.all(), f"{where} has no mask, and some do not see a key"
+    del kept
