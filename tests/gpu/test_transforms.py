@@ -171,7 +171,7 @@ def test_aot_inductor(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("what", ["DDP", "fully_shard", "DTensor"])
+@pytest.mark.parametrize("what", ["DDP", "fully_shard", "DTensor", "context_parallel"])
 def test_two_gpus(what):
     """tests/gpu/two_gpus.py in processes of its own."""
     command = [sys.executable, str(ROOT / "tests/gpu/two_gpus.py"), what]

@@ -1,17 +1,24 @@
-"""Training on two GPUs, one process each: python tests/gpu/two_gpus.py DDP | fully_shard | DTensor
+"""Training on two GPUs, one process each: python tests/gpu/two_gpus.py DDP | fully_shard | DTensor | context_parallel
 
 Says "right" where the gradients are those of one GPU.
 """
 
 from __future__ import annotations
 
+import itertools
 import socket
 import sys
 
 import torch
 
+from fa2gen.distributed import (
+    context_parallel_attention,
+    context_parallel_varlen_attention,
+    shard,
+    unshard,
+)
 from fa2gen.ops import attention, flash_attn_func
-from fa2gen.reference import check_gradients
+from fa2gen.reference import check, check_gradients
 
 
 class Block(torch.nn.Module):
@@ -75,7 +82,46 @@ def _dtensors(rank):
         assert verdict.ok, verdict
 
 
+def _context_parallel(rank):
+    """Every scheme and mask by the project's rule, dense and packed; with `deterministic`, the same bits again."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(1, 1200, heads, 64, generator=generator).to(f"cuda:{rank}", torch.bfloat16)
+        for heads in (4, 2, 2, 4)
+    )
+    ends = [0, 300, 301, 777, 1200]
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=q.device)
+    for scheme, packed, options in itertools.product(
+        ("ring", "allgather", "ulysses"),
+        (False, True),
+        ({"causal": True}, {"causal": False}, {"causal": True, "window_size": (200, 0)}),
+    ):
+        runs = []
+        for _ in range(2):
+            xs = [shard(x).requires_grad_() for x in (q, k, v)]
+            said = dict(options, scheme=scheme, deterministic=True)
+            if packed:
+                out, lse = context_parallel_varlen_attention(*(x[0] for x in xs), cu_seqlens, **said)
+                out, lse = out[None], lse[None]
+            else:
+                out, lse = context_parallel_attention(*xs, **said)
+            gradients = torch.autograd.grad(out, xs, shard(dout))
+            whole = [unshard(x.detach()) for x in (out, *gradients)]
+            runs.append([*whole, unshard(lse.detach(), dim=2)])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True)), (scheme, packed, options)
+        out, *gradients, lse = runs[0]
+        left, _ = options.get("window_size", (-1, -1))
+        said = {"causal": options["causal"], "window_left": left}
+        for a, b in itertools.pairwise(ends) if packed else [(0, 1200)]:
+            rows = [x[:, a:b] for x in (q, k, v)]
+            verdict = check(out[:, a:b], lse[..., a:b], *rows, **said)
+            assert verdict.ok, (scheme, packed, options, verdict)
+            verdict = check_gradients(tuple(x[:, a:b] for x in gradients), dout[:, a:b], *rows, **said)
+            assert verdict.ok, (scheme, packed, options, verdict)
+
+
 WORK = {
+    "context_parallel": _context_parallel,
     "DDP": lambda rank: _trains(_ddp, rank),
     "fully_shard": lambda rank: _trains(_fsdp, rank),
     "DTensor": _dtensors,

@@ -1,0 +1,114 @@
+"""Context parallel beside one GPU: torchrun --nproc-per-node W tests/bench/context_parallel.py [--rows 131072 32768]
+
+For each length and scheme: how many times as fast as one GPU with the whole sequence, causal, 32 heads of 128 over 8 of
+keys, bf16, forward and backward; the contestants take turns. First each scheme's results are compared with one GPU's:
+the mean difference over the mean value, the greatest one, and whether a second run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fa2gen import attention
+from fa2gen.distributed import context_parallel_attention, shard, unshard
+
+HEADS, HEADS_KV, HEAD_DIM = 32, 8, 128
+MODES = [(scheme, layout) for layout in ("zigzag", "contiguous") for scheme in ("ring", "allgather", "ulysses")]
+CAUSAL_MODES = [mode for mode in MODES if mode[1] == "zigzag" or mode[0] == "ulysses"]
+
+
+def leaves(rows: int) -> list[Any]:
+    """q, k, v and dout (1, rows, heads, head_dim), the same in every process."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    sizes = (HEADS, HEADS_KV, HEADS_KV, HEADS)
+    tensors = [torch.randn(1, rows, n, HEAD_DIM, device="cuda", generator=generator) for n in sizes]
+    return [x.to(torch.bfloat16) for x in tensors]
+
+
+def run(attend: Callable[..., Any], tensors: list[Any]) -> tuple[Any, ...]:
+    """(out, dq, dk, dv)."""
+    *qkv, dout = tensors
+    inputs = [x.detach().requires_grad_() for x in qkv]
+    out, _ = attend(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, dout)
+
+
+def compare(rows: int) -> None:
+    whole = leaves(rows)
+    expected = run(lambda *x: attention(*x, causal=True), whole)
+    for scheme, layout in MODES:
+        spread = partial(context_parallel_attention, causal=True, scheme=scheme, layout=layout, deterministic=True)
+        here = [shard(x, layout=layout) for x in whole]
+        found, again = run(spread, here), run(spread, here)
+        says = []
+        for name, x, y in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+            difference = (unshard(x, layout=layout).float() - y.float()).abs()
+            says.append(f"{name} {difference.mean() / y.float().abs().mean():.1e} {difference.max():.1e}")
+        same = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+        if dist.get_rank() == 0:
+            print(f"{scheme:10} {layout:10} {'; '.join(says)}; {'same bits' if same else 'OTHER BITS'}")
+
+
+def timed(call: Callable[[], Any]) -> float:
+    """Milliseconds of the slowest process."""
+    dist.barrier()
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    took = torch.tensor(start.elapsed_time(end), device="cuda")
+    dist.all_reduce(took, dist.ReduceOp.MAX)
+    return took.item()
+
+
+def measure(rows: int, rounds: int) -> None:
+    whole = leaves(rows)
+
+    contestants: dict[str, tuple[Callable[..., Any], list[Any]]] = {"one GPU": (partial(attention, causal=True), whole)}
+    for scheme, layout in CAUSAL_MODES:
+        spread = partial(context_parallel_attention, causal=True, scheme=scheme, layout=layout)
+        contestants[f"{scheme} {layout}"] = spread, [shard(x, layout=layout) for x in whole]
+    times: dict[tuple[str, str], list[float]] = {}
+    for at in range(rounds + 1):  # the first warms up
+        for name, (attend, tensors) in contestants.items():
+            with torch.no_grad():
+                forward = timed(lambda a=attend, t=tensors: a(*t[:3]))
+            both = timed(lambda a=attend, t=tensors: run(a, t))
+            if at:
+                times.setdefault((name, "forward"), []).append(forward)
+                times.setdefault((name, "forward and backward"), []).append(both)
+    if dist.get_rank():
+        return
+    for what in ("forward", "forward and backward"):
+        base = statistics.median(times["one GPU", what])
+        print(f"{rows} rows, {what}: one GPU {base:.2f} ms")
+        for name in list(contestants)[1:]:
+            took = statistics.median(times[name, what])
+            share = base / took / dist.get_world_size()
+            print(f"  {name:20} {took:8.2f} ms  {base / took:.3f} times as fast, {share:.3f} of linear")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[131072, 32768])
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    dist.init_process_group("nccl")
+    torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    compare(8192)
+    for rows in given.rows:
+        measure(rows, given.rounds)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
