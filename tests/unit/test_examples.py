@@ -1,8 +1,11 @@
-"""The examples that need neither a GPU nor torch run, and tell right from wrong."""
+"""The examples run where there is no GPU, and tell right from wrong."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,3 +47,25 @@ def test_a_wrong_kernel_is_seen(example, monkeypatch, capsys):
     monkeypatch.setattr(example, "run_on_cpu", wrong)
     monkeypatch.setattr("sys.argv", ["run_on_cpu.py", SMALL])
     assert example.main() == 1 and capsys.readouterr().out.endswith("WRONG\n")
+
+
+# Every other example, as its first lines say that it is run; without a GPU in seconds, and with "right" at the end
+
+LAUNCHERS = {"context_parallel": ("-m", "torch.distributed.run", "--nproc-per-node", "2")}
+TESTED_ELSEWHERE = {"run_on_cpu", "train_gpt"}
+EXAMPLES = sorted(path for path in PATH.parent.glob("*.py") if path.stem not in TESTED_ELSEWHERE)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_right(path, tmp_path):
+    pytest.importorskip("torch")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(PATH.parents[1]), *filter(None, sys.path)]),
+        "FA2GEN_CACHE_DIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, *LAUNCHERS.get(path.stem, ()), str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert done.stdout.endswith("right\n"), done.stdout
