@@ -96,7 +96,7 @@ def make(
     torch = import_module("torch")
     problem = spec.problem
     options = examples_of(problem)[0] if options is None else options
-    if options.problem(problem.direction, problem.head_dim, problem.dtype) != problem:
+    if options.problem(problem.direction, problem.head_dim, problem.dtype, problem.head_dim_v) != problem:
         raise InvalidInput(f"{options} are no options of {spec.name}: examples are {examples_of(problem)}")
     dtype = torch_dtype(problem.dtype)
     if seed is None:
@@ -110,7 +110,7 @@ def make(
     place = device if large else "cpu"
     generator = torch.Generator(place).manual_seed(seed)
     for operand in OPERANDS[problem.direction]:
-        size = operand.shape(shape, problem.head_dim, problem.varlen)
+        size = operand.shape(shape, problem)
         of_dtype = torch.float32 if operand.of == "row" else dtype
         if operand.out:
             buffers[operand.name], tensors[operand.name] = _guarded(torch, size, of_dtype, device)
@@ -153,7 +153,10 @@ def _forward(case: Case, by_kernel: bool) -> dict[str, Any]:
     """O and LSE of a backward case."""
     q = case.tensors["q"]
     problem = case.spec.problem
-    results = {"o": q.new_zeros(q.shape), "lse": q.new_zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=_fp32())}
+    results = {
+        "o": q.new_zeros((*q.shape[:-1], problem.head_dims[1])),
+        "lse": q.new_zeros((q.shape[0], q.shape[2], q.shape[1]), dtype=_fp32()),
+    }
     both = replace(case, tensors={**case.tensors, **results})
     if not by_kernel:
         from fa2gen.reference import attention_reference
@@ -166,7 +169,7 @@ def _forward(case: Case, by_kernel: bool) -> dict[str, Any]:
         return results
     from fa2gen.select import select
 
-    wanted = case.options.problem("fwd", problem.head_dim, problem.dtype)
+    wanted = case.options.problem("fwd", problem.head_dim, problem.dtype, problem.head_dim_v)
     forward = select(wanted, current_device(), None, case.shape.seqlen_k).plan.spec
     prepare(load(forward), replace(both, spec=forward, buffers={}))()
     return results

@@ -224,7 +224,7 @@ class PreparedLaunch:
         layout.pointers.pack_into(
             memory, start + layout.pointers_at, *[base + offset for offset in layout.argument_offsets]
         )
-        dims = [operand.shape(shape, plan.head_dim, plan.varlen) for operand in plan.operands]
+        dims = [operand.shape(shape, plan.problem) for operand in plan.operands]
         self._maps = []
         at = start
         for operand, tensor_map in layout.maps:

@@ -151,8 +151,9 @@ def _heads_per_section(plan: KernelPlan, shape: Shape) -> int:
     group = shape.num_heads // shape.num_heads_kv
     batch = _batch(plan, shape)
     if plan.problem.direction == "bwd":
-        read = group * shape.seqlen_q * plan.head_dim * (2 * ELEMENT_BYTES + NUMBER_BYTES)
+        row = (plan.head_dim + plan.head_dim_v) * ELEMENT_BYTES + plan.head_dim * NUMBER_BYTES
+        read = group * shape.seqlen_q * row
         room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS)
         return min(max(1, room // max(read, 1)), batch * shape.num_heads_kv)
-    read = 2 * shape.seqlen_k * plan.head_dim * ELEMENT_BYTES
+    read = shape.seqlen_k * (plan.head_dim + plan.head_dim_v) * ELEMENT_BYTES
     return min(max(1, SECTION_BYTES // max(read, 1)) * group, batch * shape.num_heads)

@@ -13,11 +13,11 @@ UNLIMITED = -1
 
 
 class Shape(NamedTuple):
-    """Sizes of one call, but for the head dim, which a kernel knows.
+    """Sizes of one call, but for the head dims, which a kernel knows.
 
-    q and out (batch, seqlen_q, num_heads, head_dim); k and v (batch, seqlen_k, num_heads_kv, head_dim). Of a ragged
-    batch, batch is the number of sequences, seqlen_q and seqlen_k are the rows of all of them together: q and out
-    (seqlen_q, num_heads, head_dim), k and v (seqlen_k, num_heads_kv, head_dim).
+    q (batch, seqlen_q, num_heads, head_dim), k (batch, seqlen_k, num_heads_kv, head_dim); v and out likewise, with v's
+    head dim. Of a ragged batch, batch is the number of sequences, seqlen_q and seqlen_k are the rows of all of them
+    together: q (seqlen_q, num_heads, head_dim), k (seqlen_k, num_heads_kv, head_dim).
     """
 
     batch: int
@@ -77,11 +77,12 @@ class Options(NamedTuple):
                 return "full"
         return "window"
 
-    def problem(self, direction: Direction, head_dim: int, dtype: DType) -> Problem:
+    def problem(self, direction: Direction, head_dim: int, dtype: DType, head_dim_v: int | None = None) -> Problem:
         """What a kernel for these options computes."""
         return Problem(
             direction=direction,
             head_dim=head_dim,
+            head_dim_v=head_dim_v,
             dtype=dtype,
             mask=self.mask,
             varlen=self.varlen,

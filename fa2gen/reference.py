@@ -1,10 +1,10 @@
 """What the kernels are measured against: attention in plain PyTorch, Algorithms 1 and 2, and the tolerance rule.
 
-All functions take q (B, Sq, H, D) and k, v (B, Sk, Hk, D) with H a multiple of Hk (query head h reads key head
-h // (H / Hk)), on any device and in any floating dtype, and return out (B, Sq, H, D) in q's dtype and lse (B, H, Sq),
-the natural logarithm of the softmax sums, in fp32 (fp64 for fp64 inputs). Their further keywords are the fields of
-`fa2gen.options.Options`: softmax_scale, causal and the others, which say what a query sees. A row that sees no key has
-out 0 and lse -inf.
+All functions take q (B, Sq, H, D), k (B, Sk, Hk, D) and v (B, Sk, Hk, Dv) with H a multiple of Hk (query head h reads
+key head h // (H / Hk)), on any device and in any floating dtype, and return out (B, Sq, H, Dv) in q's dtype and lse
+(B, H, Sq), the natural logarithm of the softmax sums, in fp32 (fp64 for fp64 inputs). Their further keywords are the
+fields of `fa2gen.options.Options`: softmax_scale, causal and the others, which say what a query sees. A row that sees
+no key has out 0 and lse -inf.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ def attention_tiled(
     scale = said.scale(q.shape[-1])
     kf, vf = _at_least_fp32(k), _at_least_fp32(v)
     qf = _group_heads(_at_least_fp32(q), k) * scale
-    out = qf.new_zeros(qf.shape)  # contiguous, whatever the strides of q
+    out = qf.new_zeros((*qf.shape[:-1], v.shape[-1]))  # contiguous, whatever the strides of q
     lse = qf.new_full((*qf.shape[:1], *qf.shape[2:4], seqlen_q), float("-inf"))  # (B, Hk, H / Hk, Sq)
 
     for m0 in range(0, seqlen_q, tile_m):
         m1 = min(m0 + tile_m, seqlen_q)
         q_tile = qf[:, m0:m1]
-        acc_o = q_tile.new_zeros(lse[..., m0:m1].shape + q_tile.shape[-1:])
+        acc_o = q_tile.new_zeros(lse[..., m0:m1].shape + v.shape[-1:])
         row_max = lse.new_full(lse[..., m0:m1].shape, float("-inf"))
         row_sum = torch.zeros_like(row_max)
         first_key, last_key = key_range(said, seqlen_q, seqlen_k, m0)[0], key_range(said, seqlen_q, seqlen_k, m1 - 1)[1]
@@ -150,7 +150,7 @@ def attention_backward_tiled(
     said = Options(**options)
     scale = said.scale(q.shape[-1])
     kf, vf = _at_least_fp32(k), _at_least_fp32(v)
-    qf, dof, of = (_group_heads(_at_least_fp32(x), k) for x in (q, dout, out))  # (B, Sq, Hk, H / Hk, D)
+    qf, dof, of = (_group_heads(_at_least_fp32(x), k) for x in (q, dout, out))  # (B, Sq, Hk, H / Hk, D or Dv)
     lsef = _at_least_fp32(lse).unflatten(1, qf.shape[2:4])  # (B, Hk, H / Hk, Sq)
     no_key = torch.isneginf(lsef)
     lsef = lsef.masked_fill(no_key, 0.0)  # all scores of such a row are hidden
@@ -196,15 +196,16 @@ def attention_ragged(
     q (total_q, H, D) with cu_seqlens_q (batch + 1,), else (batch, Sq, H, D); k and v likewise; seqused (batch,): so
     many rows of a sequence count. Rows that no sequence has are not read; there out is 0, lse -inf.
 
-    Returns (out, lse): out like q, lse (H, total_q). Lengths are read: of CUDA tensors the host waits for them.
+    Returns (out, lse): out like q, with v's head dim, lse (H, total_q). Lengths are read: of CUDA tensors the host
+    waits for them.
     """
     packed_q, packed_k, packed_v = (_packed(x) for x in (q, k, v))
-    out = packed_q.new_zeros(packed_q.shape)
+    out = packed_q.new_zeros((*packed_q.shape[:-1], v.shape[-1]))
     lse = packed_q.new_full((q.shape[-2], packed_q.shape[0]), float("-inf"), dtype=_at_least_fp32(q[:0]).dtype)
     for q0, q1, k0, k1 in ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
         one = (x.unsqueeze(0) for x in (packed_q[q0:q1], packed_k[k0:k1], packed_v[k0:k1]))
         out[q0:q1], lse[:, q0:q1] = (x[0] for x in attention_tiled(*one, **options))
-    return out.view(q.shape), lse
+    return out.view((*q.shape[:-1], v.shape[-1])), lse
 
 
 def attention_backward_ragged(

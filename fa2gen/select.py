@@ -146,7 +146,7 @@ def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> It
         if (written := written_tilings().get((named, arch))) is not None:
             yield Choice("specs", written, f"specs/ names this tiling for {arch}", _misfit(problem, written, device))
     default = default_tiling(problem, arch, device.shared_memory_per_block)
-    yield Choice("default", default, f"default tiling for head dim {problem.head_dim} on {arch}")
+    yield Choice("default", default, f"default tiling for {problem.head_dims_text} on {arch}")
 
 
 def _known_as(problem: Problem) -> tuple[Problem, ...]:

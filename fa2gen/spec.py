@@ -82,8 +82,10 @@ class Range:
             else (f"from {self.least} to {self.most}")
         )
 
-    def check(self, value: int) -> int:
-        """`value` if it is in the range, else a ValueError that names the nearest number that is."""
+    def check(self, value: int | None) -> int | None:
+        """`value` if it is in the range, else a ValueError that names the nearest number that is. None stays None."""
+        if value is None:
+            return None
         if value % self.step or not self.least <= value <= self.most:
             nearest = min(max(-(-value // self.step) * self.step, self.least), self.most)
             raise ValueError(f"must be {self}{self.why and f' ({self.why})'}; nearest {nearest}")
@@ -111,7 +113,7 @@ class Declared:
     """What is known of one field.
 
     values    all that it may be, where that is a closed set; else `range` says it.
-    default   None: it must be given.
+    default   None: it must be given, or stands for what another field says.
     """
 
     name: str
@@ -152,6 +154,8 @@ class Declared:
 
     def phrase(self, value: Any) -> str | None:
         """How the value reads in a sentence, None where nothing is said of it."""
+        if value is None:
+            return None
         if "{}" in self.shown.phrase:
             return self.shown.phrase.format(value)
         return self.shown.phrase if value else None
@@ -260,8 +264,14 @@ class Problem(_Fields):
         int,
         Range(HEAD_DIM_STEP, HEAD_DIM_STEP, MAX_HEAD_DIM),
         Shown("d", phrase="head dim {}"),
-        Field(description="Elements of a row, the same for Q, K and V."),
+        Field(description="Elements of a row of Q and K."),
     ]
+    head_dim_v: Annotated[
+        int | None,
+        Range(HEAD_DIM_STEP, HEAD_DIM_STEP, MAX_HEAD_DIM),
+        Shown("v", optional=True, phrase="of V and O {}"),
+        Field(description="Elements of a row of V and O, where they are not as many."),
+    ] = None
     dtype: Annotated[DType, Shown(place=1), Field(description="Of Q, K, V and O. Sums are kept in fp32.")] = "bf16"
     mask: Annotated[
         Mask,
@@ -282,6 +292,23 @@ class Problem(_Fields):
         OnlyFor("bwd", "a forward kernel always is"),
         Field(description="Blocks of keys add to dQ in one order: gradients are the same bits in every run."),
     ] = False
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Of Q and K, and of V and O."""
+        return self.head_dim, self.head_dim_v or self.head_dim
+
+    @property
+    def head_dims_text(self) -> str:
+        """`head dim 128`, `head dims 192 and 128`."""
+        q, v = self.head_dims
+        return f"head dim {q}" if q == v else f"head dims {q} and {v}"
+
+    @field_validator("head_dim_v")
+    @classmethod
+    def _is_another(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """None where it is head_dim's: one problem has one name."""
+        return None if value == info.data.get("head_dim") else value
 
     @field_validator("*")
     @classmethod

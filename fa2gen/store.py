@@ -415,7 +415,8 @@ def _ahead_of_time(plan: KernelPlan, target: str) -> tuple[Entry | None, str]:
 
 
 def _not_built(plan: KernelPlan, target: str, missing: str) -> str:
+    of_v = f" --head-dim-v {plan.head_dim_v}" if plan.head_dim_v != plan.head_dim else ""
     return (
         f"{plan.name} for {target} is {missing}. Build it where NVRTC is installed: fa2gen build --arch {plan.arch} "
-        f"--head-dim {plan.head_dim} --out DIR, then set FA2GEN_AOT_DIR=DIR."
+        f"--head-dim {plan.head_dim}{of_v} --out DIR, then set FA2GEN_AOT_DIR=DIR."
     )

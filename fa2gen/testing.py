@@ -21,7 +21,7 @@ def problems(**given: Any) -> list[Problem]:
     """
     fields = declared(Problem)
     choices = [
-        value if isinstance(value := given.get(name, list(field.values)), list | tuple | range) else [value]
+        value if isinstance(value := given.get(name, field.values or field.default), list | tuple | range) else [value]
         for name, field in fields.items()
     ]
     combinations = (dict(zip(fields, values, strict=True)) for values in itertools.product(*choices))
@@ -47,20 +47,23 @@ def run_on_cpu(
     """Runs a forward kernel on the CPU: (out, lse, report).
 
     q (batch, seqlen_q, heads, head_dim), k, v (batch, seqlen_k, heads_kv, head_dim): torch CPU tensors in the kernel's
-    dtype, or numpy arrays of two-byte elements that hold its bits. out has q's kind, shape and dtype; lse (batch,
-    heads, seqlen_q) is fp32. Both are NaN before the kernel runs. Options and errors are those of run_kernel.
+    dtype, or numpy arrays of two-byte elements that hold its bits. out has q's kind, dtype and shape, with v's head
+    dim; lse (batch, heads, seqlen_q) is fp32. Both are NaN before the kernel runs. Options and errors are those of
+    run_kernel.
     """
     plan = kernel if isinstance(kernel, KernelPlan) else make_plan(kernel)
     batch, seqlen_q, heads, _ = q.shape
     if hasattr(q, "data_ptr"):
         import torch
 
-        out = torch.full(tuple(q.shape), float("nan"), dtype=q.dtype)
+        out = torch.full((batch, seqlen_q, heads, v.shape[3]), float("nan"), dtype=q.dtype)
         lse = torch.full((batch, heads, seqlen_q), float("nan"), dtype=torch.float32)
     else:
         import numpy
 
-        out = numpy.full(q.shape, 0xFFFF, dtype=numpy.uint16).view(q.dtype)  # a NaN in either type
+        out = numpy.full((batch, seqlen_q, heads, v.shape[3]), 0xFFFF, dtype=numpy.uint16).view(
+            q.dtype
+        )  # a NaN in either type
         lse = numpy.full((batch, heads, seqlen_q), numpy.nan, dtype=numpy.float32)
     tensors = {"q": q, "k": k, "v": v, "o": out, "lse": lse}
     report = run_kernel(plan, tensors, options, run_options=run_options)

@@ -240,7 +240,7 @@ def _launched(
         "q": q,
         "k": k,
         "v": v,
-        "o": into[0] if into and point.direction == "fwd" else torch.empty_like(q),
+        "o": into[0] if into and point.direction == "fwd" else _like_o(q, v),
         "lse": q.new_empty(*q.shape[:-3], q.shape[-2], q.shape[-3]).float(),
     }
     if point.direction == "fwd":
@@ -252,6 +252,11 @@ def _launched(
     return lambda: (back(), tuple(gradients.values()))[1]
 
 
+def _like_o(q: Any, v: Any) -> Any:
+    """Room for the output."""
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
 def _dense(*_: Any) -> Contestant:
     """Dense launches of ours in place of a ragged one, into parts of the same results: what raggedness costs."""
     torch = import_module("torch")
@@ -260,7 +265,7 @@ def _dense(*_: Any) -> Contestant:
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
         if not point.lengths:
             raise Missing("it stands for ragged batches alone")
-        results = tuple(torch.empty_like(x) for x in ((q,) if point.direction == "fwd" else (q, k, v)))
+        results = (_like_o(q, v),) if point.direction == "fwd" else tuple(torch.empty_like(x) for x in (q, k, v))
         calls = [
             _launched(run, _selected(run, arch), x, y, z, dx, into)
             for run, (x, y, z, dx, *into) in _runs(point, q, k, v, dout, *results)

@@ -18,15 +18,15 @@ __all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "documents", "flops_of", "pre
 
 TOKENS, HIDDEN = 16_384, 2048  # of one batch: FlashAttention-2, section 4.1
 GOLDEN = 0.6180339887498949
-BACKWARD_FLOPS = 2.5  # five matrix products beside the forward's two
 
 
 @dataclass(frozen=True)
 class Point:
     """One measurement: q (batch, seqlen, heads, head_dim), k and v (batch, seqlen, heads_kv, head_dim).
 
-    lengths  of a ragged batch's sequences, of which seqlen is the longest: q (total, heads, head_dim), and k and v
-             likewise.
+    lengths     of a ragged batch's sequences, of which seqlen is the longest: q (total, heads, head_dim), and k and v
+                likewise.
+    head_dim_v  of v, where it is another.
     """
 
     preset: str
@@ -42,15 +42,16 @@ class Point:
     window_right: int = UNLIMITED
     deterministic: bool = False
     lengths: tuple[int, ...] = ()
+    head_dim_v: int | None = None
 
     @property
     def shape(self) -> Shape:
         rows = sum(self.lengths) or self.seqlen
         return Shape(self.batch, rows, rows, self.heads, self.heads_kv)
 
-    def size(self, heads: int) -> tuple[int, ...]:
+    def size(self, heads: int, head_dim: int) -> tuple[int, ...]:
         """Of a tensor with so many heads."""
-        return (*((sum(self.lengths),) if self.lengths else (self.batch, self.seqlen)), heads, self.head_dim)
+        return (*((sum(self.lengths),) if self.lengths else (self.batch, self.seqlen)), heads, head_dim)
 
     @property
     def sequences(self) -> list[Point]:
@@ -79,7 +80,7 @@ class Point:
     @property
     def problem(self) -> Problem:
         """What a kernel for it computes."""
-        return self.options.problem(self.direction, self.head_dim, self.dtype)
+        return self.options.problem(self.direction, self.head_dim, self.dtype, self.head_dim_v)
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Point:
@@ -100,7 +101,8 @@ class Point:
 
 def flops_of(problem: Problem, shape: Shape, options: Options) -> float:
     """As the FlashAttention-2 paper counts: 4 D H B for each score, 2.5 times that backward; causal half of S^2, and a
-    window the scores that it shows."""
+    window the scores that it shows. Each product counts its own head dim: Q K^T, dK, dQ and, backward, S again that of
+    Q and K, the others that of V."""
     scores = float(shape.seqlen_q) * shape.seqlen_k
     if problem.mask == "causal":
         scores *= 0.5
@@ -108,8 +110,9 @@ def flops_of(problem: Problem, shape: Shape, options: Options) -> float:
         rows = range(shape.seqlen_q)
         ranges = (key_range(options, shape.seqlen_q, shape.seqlen_k, row) for row in rows)
         scores = float(sum(max(0, end - first) for first, end in ranges))
-    forward = 4.0 * scores * problem.head_dim * shape.num_heads * shape.batch
-    return forward * (BACKWARD_FLOPS if problem.direction == "bwd" else 1.0)
+    d, dv = problem.head_dims
+    depth = 3 * d + 2 * dv if problem.direction == "bwd" else d + dv
+    return 2.0 * scores * depth * shape.num_heads * shape.batch
 
 
 def _point(preset: str, head_dim: int, dtype: DType, causal: bool, seqlen: int, **sizes: int) -> Point:
@@ -126,6 +129,7 @@ def _point(preset: str, head_dim: int, dtype: DType, causal: bool, seqlen: int, 
         heads=heads,
         heads_kv=sizes.get("heads_kv", heads),
         window_left=sizes.get("window_left", UNLIMITED),
+        head_dim_v=sizes.get("head_dim_v"),
     )
 
 
@@ -201,6 +205,15 @@ def _varlen(dtype: DType) -> list[Point]:
     ]
 
 
+def _mla(dtype: DType) -> list[Point]:
+    """Training of DeepSeek-V3: 128 heads of 192, whose values have 128."""
+    return [
+        _point("mla", 192, dtype, causal, seqlen, batch=1, heads=128, head_dim_v=128)
+        for causal in (False, True)
+        for seqlen in (4096, 8192)
+    ]
+
+
 def _host(dtype: DType) -> list[Point]:
     """Problems so small that the GPU waits for the host."""
     return [_point("host", head_dim, dtype, True, 128, batch=1, heads=1) for head_dim in (64, 128)]
@@ -212,6 +225,7 @@ PRESETS: dict[str, Callable[[DType], list[Point]]] = {
     "gqa": _gqa,
     "window": _window,
     "varlen": _varlen,
+    "mla": _mla,
     "host": _host,
 }
 FORWARD_ONLY = {"host"}  # what autograd adds to a call is torch's
@@ -224,8 +238,9 @@ def preset_points(
     seqlens: Sequence[int] = (),
     direction: Direction = "fwd",
     masks: Sequence[Mask] = (),
+    head_dims_v: Sequence[int] = (),
 ) -> list[Point]:
-    """The points of a preset in one direction, narrowed to some head dims, seqlens and masks.
+    """The points of a preset in one direction, narrowed to some head dims, of V too, seqlens and masks.
 
     Raises InvalidInput where nothing is left.
     """
@@ -241,6 +256,7 @@ def preset_points(
         if (not head_dims or point.head_dim in head_dims)
         and (not seqlens or point.seqlen in seqlens)
         and (not masks or point.problem.mask in masks)
+        and (not head_dims_v or point.problem.head_dims[1] in head_dims_v)
     ]
     if not left:
         raise InvalidInput(
@@ -276,6 +292,7 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
                 window_right=typical.window_right,
                 deterministic=problem.deterministic,
                 lengths=lengths,
+                head_dim_v=problem.head_dim_v,
             )
         )
     return points

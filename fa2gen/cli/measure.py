@@ -184,7 +184,13 @@ def _points(asked: Asked, preset: str, seqlens: Sequence[int]) -> tuple[list[Poi
             for direction in given.get("direction", ("fwd",))
             for dtype in given.get("dtype", ("bf16",))
             for point in preset_points(
-                preset, dtype, given.get("head_dim", ()), seqlens, direction, given.get("mask", ())
+                preset,
+                dtype,
+                given.get("head_dim", ()),
+                seqlens,
+                direction,
+                given.get("mask", ()),
+                given.get("head_dim_v", ()),
             )
         ]
     if len({point.direction for point in points}) > 1:

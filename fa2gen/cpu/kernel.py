@@ -171,7 +171,7 @@ def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any]) -> dict[str, Vi
             _check_tensor(operand, views[operand.name])
     shape = _shape(plan, views)
     for operand in plan.operands:
-        wanted = operand.shape(shape, plan.head_dim, plan.varlen)
+        wanted = operand.shape(shape, plan.problem)
         view = views.get(operand.name)
         if view and (view.shape != wanted or view.element_bytes != (ELEMENT_BYTES if operand.is_tensor else 4)):
             kind = "16-bit" if operand.is_tensor else "fp32" if operand.of == "row" else "int32"

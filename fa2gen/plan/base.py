@@ -11,11 +11,11 @@ from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
 from fa2gen.features.varlen import ENTRY_NUMBERS
-from fa2gen.layout import Panels, align_up
+from fa2gen.layout import ELEMENT_BYTES, Panels, align_up
 from fa2gen.plan.memory import SharedMemory
 from fa2gen.spec import KernelSpec, Problem, Tiling
 
-__all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "bytes_text"]
+__all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "Width", "bytes_text"]
 
 
 PREPARE_THREADS = 1024
@@ -72,6 +72,41 @@ class EntryPoint:
 
 
 @dataclass(frozen=True)
+class Width:
+    """A head dim of a kernel's tensors, and how the source names what has that width.
+
+    Q, K, dQ and dK have the problem's head dim, V, O, dO and dV may have one of their own. Names of theirs then end
+    otherwise: `kHeadDimV`, `load_tile_v`.
+
+    constant  what names of constants end in: "V" or nothing.
+    function  what names of functions end in: "_v" or nothing.
+    """
+
+    head_dim: int
+    span: int
+    constant: str = ""
+    function: str = ""
+
+    def tile(self, rows: int) -> Panels:
+        """So many rows of a tensor in shared memory."""
+        return Panels(rows, self.head_dim, self.span)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row in global memory."""
+        return self.head_dim * ELEMENT_BYTES
+
+    @property
+    def num_panels(self) -> int:
+        return self.tile(1).count
+
+    @property
+    def num_k_steps(self) -> int:
+        """Steps of 16 along the head dim; the last reads zeros where the head dim is an odd multiple of 8."""
+        return align_up(self.head_dim, 16) // 16
+
+
+@dataclass(frozen=True)
 class KernelPlan:
     """A spec with every derived number that its template and its launch need. Built by `make_plan` only."""
 
@@ -103,7 +138,13 @@ class KernelPlan:
 
     @property
     def head_dim(self) -> int:
+        """Of Q, K and their gradients."""
         return self.problem.head_dim
+
+    @property
+    def head_dim_v(self) -> int:
+        """Of V, O and their gradients."""
+        return self.problem.head_dims[1]
 
     @property
     def dtype(self) -> str:
@@ -203,22 +244,43 @@ class KernelPlan:
     def num_mma_warps(self) -> int:
         return self.tiling.num_mma_warps
 
+    @cached_property
+    def qk(self) -> Width:
+        """The width of Q, K and their gradients."""
+        return Width(self.head_dim, self.tiling.swizzle_bytes)
+
+    @cached_property
+    def vo(self) -> Width:
+        """The width of V, O and their gradients: `qk`, or one with names of its own."""
+        if self.head_dim_v == self.head_dim:
+            return self.qk
+        return Width(self.head_dim_v, self.tiling.swizzle_bytes, constant="V", function="_v")
+
+    @property
+    def widths(self) -> tuple[Width, ...]:
+        """The widths of the kernel's tensors, each once."""
+        return tuple(dict.fromkeys((self.qk, self.vo)))
+
     @property
     def q_tile(self) -> Panels:
-        return Panels(self.tile_m, self.head_dim, self.tiling.swizzle_bytes)
+        return self.qk.tile(self.tile_m)
 
     @property
-    def kv_tile(self) -> Panels:
-        return Panels(self.tile_n, self.head_dim, self.tiling.swizzle_bytes)
+    def k_tile(self) -> Panels:
+        return self.qk.tile(self.tile_n)
 
     @property
-    def num_k_steps_head_dim(self) -> int:
-        """Steps of 16 along the head dim; the last reads zeros where the head dim is an odd multiple of 8."""
-        return align_up(self.head_dim, 16) // 16
+    def v_tile(self) -> Panels:
+        return self.vo.tile(self.tile_n)
+
+    @property
+    def o_tile(self) -> Panels:
+        """Of O, and of dO."""
+        return self.vo.tile(self.tile_m)
 
     @property
     def k_steps_per_panel(self) -> int:
-        return self.kv_tile.columns // 16
+        return self.k_tile.columns // 16
 
     @property
     def swizzle_shift(self) -> int:

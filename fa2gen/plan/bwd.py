@@ -42,7 +42,7 @@ class BackwardPlan(KernelPlan):
     @property
     def chunks_per_row(self) -> int:
         """16-byte chunks of a row of O."""
-        return self.head_dim // 8
+        return self.head_dim_v // 8
 
     @property
     def lanes_per_row(self) -> int:

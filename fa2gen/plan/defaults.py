@@ -27,7 +27,7 @@ Shape = tuple[int, int, int, int]  # tile_m, tile_n, num_stages, num_mma_warps
 class _Row:
     """Tilings for some problems, in order of preference.
 
-    head_dim    the largest that they are for.
+    head_dim    the largest that they are for, of Q and K or of V and O.
     from_bytes  least shared memory of a block on the device that they are for.
     uneven      whether they are for masks whose blocks hold different amounts of work; None: for all.
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
@@ -44,12 +44,12 @@ class _Row:
 class _Family:
     """The default tilings of one architecture's kernels for one pass: the first row that a problem meets is its own.
 
-    spans         bytes of a panel's row, for a head dim: each is tried for a shape before the next shape is.
+    spans         bytes of a panel's row, for head dims: each is tried for a shape before the next shape is.
     lazy_rescale  of all tilings.
     """
 
     rows: tuple[_Row, ...]
-    spans: Callable[[int], tuple[Span, ...]]
+    spans: Callable[[tuple[int, int]], tuple[Span, ...]]
     lazy_rescale: Literal[0, 1] = 0
 
     def row(self, problem: Problem, shared_memory_limit: int) -> _Row:
@@ -58,26 +58,26 @@ class _Family:
         return next(
             row
             for row in self.rows
-            if problem.head_dim <= row.head_dim
+            if max(problem.head_dims) <= row.head_dim
             and shared_memory_limit >= row.from_bytes
             and row.uneven in (None, uneven)
             and row.left_edge in (None, left_edge)
         )
 
 
-def _least_padding(head_dim: int) -> tuple[Span, ...]:
+def _least_padding(head_dims: tuple[int, int]) -> tuple[Span, ...]:
     """The widest panels that waste no more than 64-byte ones do; 32 bytes where those would be half empty."""
-    if head_dim <= 16:
+    if max(head_dims) <= 16:
         return (32,)
-    return (128,) if align_up(head_dim, 64) == align_up(head_dim, 32) else (64,)
+    return (128,) if all(align_up(d, 64) == align_up(d, 32) for d in head_dims) else (64,)
 
 
-def _widest_that_fits(_: int) -> tuple[Span, ...]:
+def _widest_that_fits(_: tuple[int, int]) -> tuple[Span, ...]:
     """A narrow panel wastes less of a ragged head dim, but takes more copies."""
     return (128, 64, 32)
 
 
-def _widest(_: int) -> tuple[Span, ...]:
+def _widest(_: tuple[int, int]) -> tuple[Span, ...]:
     return (128,)
 
 
@@ -153,7 +153,7 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
     limit = shared_memory_limit or ARCHES[arch].shared_memory_per_block
     family = _FAMILIES[arch, problem.direction]
     for tile_m, tile_n, stages, warps in family.row(problem, limit).shapes:
-        for span in family.spans(problem.head_dim):
+        for span in family.spans(problem.head_dims):
             tiling = Tiling(
                 arch=arch,
                 tile_m=tile_m,
@@ -168,7 +168,7 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
                 return tiling
     of_gradients = "the gradients of " if problem.direction == "bwd" else ""
     raise InfeasibleSpec(
-        f"no tiling for {of_gradients}head dim {problem.head_dim} fits {arch} with {bytes_text(limit)} of "
+        f"no tiling for {of_gradients}{problem.head_dims_text} fits {arch} with {bytes_text(limit)} of "
         f"shared memory\n  nearest        {bytes_text(found.shared_memory_bytes)} (tile_m {tile_m}, tile_n {tile_n}, "
         f"num_stages {stages})"
     )

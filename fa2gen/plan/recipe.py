@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from fa2gen.features import Param
+from fa2gen.features.attention import Operand
 from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.plan.base import EntryPoint, KernelPlan, TensorMapPlan
@@ -23,6 +24,7 @@ __all__ = [
     "arguments",
     "braced",
     "call_fields",
+    "encoder",
     "feature_assignments",
     "grid",
     "host_type",
@@ -33,7 +35,6 @@ __all__ = [
     "of_features",
     "options",
     "passed_on",
-    "row_bytes",
     "shared_bytes",
     "sizes",
     "strided",
@@ -65,10 +66,11 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
     softmax_scale; later ones use earlier ones."""
     tiling, of_batch = plan.tiling, "" if plan.varlen else "batch * "
     if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
-        read = f"num_heads_per_kv * seqlen_q * {2 * row_bytes(plan) + plan.problem.head_dim * NUMBER_BYTES}"
+        row = row_bytes(plan, "q") + row_bytes(plan, "dout") + plan.head_dim * NUMBER_BYTES
+        read = f"num_heads_per_kv * seqlen_q * {row}"
         section = f"min(max(1, section_bytes / ({read})), {of_batch}num_heads_kv)"
     else:  # whole groups of query heads that share K and V
-        read = f"seqlen_k * {2 * row_bytes(plan)}"
+        read = f"seqlen_k * {row_bytes(plan, 'k') + row_bytes(plan, 'v')}"
         section = f"min(max(1, {SECTION_BYTES} / ({read})) * num_heads_per_kv, {of_batch}num_heads)"
     found = {
         "num_heads_per_kv": "num_heads / num_heads_kv",
@@ -139,9 +141,13 @@ def limits(plan: KernelPlan) -> list[str]:
     return found
 
 
-def row_bytes(plan: KernelPlan) -> int:
-    """Of one row of a (batch, seqlen, heads, head_dim) tensor."""
-    return plan.problem.head_dim * ELEMENT_BYTES
+def row_bytes(plan: KernelPlan, name: str) -> int:
+    """Of one row of one of the plan's (batch, seqlen, heads, head_dim) tensors."""
+    return _operand(plan, name).head_dim(plan.problem) * ELEMENT_BYTES
+
+
+def _operand(plan: KernelPlan, name: str) -> Operand:
+    return next(operand for operand in plan.operands if operand.name == name)
 
 
 def maps(plan: KernelPlan) -> list[TensorMapPlan]:
@@ -151,8 +157,14 @@ def maps(plan: KernelPlan) -> list[TensorMapPlan]:
 
 def tensor_sizes(plan: KernelPlan, tensor_map: TensorMapPlan) -> str:
     """The rows and heads of the tensor that a map describes, as arguments in the launcher."""
-    of = next(operand.of for operand in plan.operands if operand.name == tensor_map.name)
+    of = _operand(plan, tensor_map.name).of
     return "call.seqlen_k, call.num_heads_kv" if of == "key" else "call.seqlen_q, call.num_heads"
+
+
+def encoder(plan: KernelPlan, tensor_map: TensorMapPlan) -> str:
+    """The launcher's function that encodes a map, of tensors of its width."""
+    width = plan.vo if _operand(plan, tensor_map.name).of_v else plan.qk
+    return f"encode{width.function}"
 
 
 def arguments(plan: KernelPlan, entry: EntryPoint) -> list[str]:

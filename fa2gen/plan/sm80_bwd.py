@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.layout import Panels, ceil_div
-from fa2gen.plan.base import BrokenRule, EntryPoint
+from fa2gen.plan.base import BrokenRule, EntryPoint, Width
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.memory import Region, SharedMemory, Stages
 from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan
@@ -70,7 +70,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
             row_warps = self.tile_m // (tiles * MMA_ROWS)
             if row_warps and self.num_mma_warps % row_warps == 0:
                 column_warps = self.num_mma_warps // row_warps
-                steps = ceil_div(self.num_k_steps_head_dim, column_warps)
+                steps = ceil_div(self.qk.num_k_steps, column_warps)
                 splits.append((tiles * steps, tiles + steps, tiles, column_warps))
         return min(splits)[2:] if splits else (0, 0)
 
@@ -94,15 +94,14 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     def num_k_steps_n(self) -> int:
         return self.tile_n // MMA_ROWS
 
-    @property
-    def num_column_steps_dkv(self) -> int:
-        """16-column steps of dK in one warp, and of dV; some warps may have one fewer."""
-        return ceil_div(self.num_k_steps_head_dim, self.num_peers)
+    def num_column_steps_dkv(self, width: Width) -> int:
+        """16-column steps of dK, or of dV, in one warp; some warps may have one fewer."""
+        return ceil_div(width.num_k_steps, self.num_peers)
 
     @property
     def num_column_steps_dq(self) -> int:
         """16-column steps of dQ in one warp; some warps may have one fewer."""
-        return ceil_div(self.num_k_steps_head_dim, self.num_dq_column_warps)
+        return ceil_div(self.qk.num_k_steps, self.num_dq_column_warps)
 
     # Registers, of 16 rows in one thread
 
@@ -116,10 +115,9 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         """32-bit registers of P^T, two elements each, and of dS^T."""
         return self.num_acc_s // 2
 
-    @property
-    def num_acc_dkv(self) -> int:
-        """fp32 registers of dK, and of dV."""
-        return 8 * self.num_column_steps_dkv
+    def num_acc_dkv(self, width: Width) -> int:
+        """fp32 registers of dK, or of dV."""
+        return 8 * self.num_column_steps_dkv(width)
 
     @property
     def num_acc_dq(self) -> int:
@@ -130,12 +128,13 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     def register_estimate(self) -> int:
         """The most that is alive at one time: dK and dV, and either P and dP or dQ."""
         scores = 2 * self.num_row_tiles * self.num_acc_s
-        sums = 2 * self.num_row_tiles * self.num_acc_dkv
+        sums = self.num_row_tiles * (self.num_acc_dkv(self.qk) + self.num_acc_dkv(self.vo))
         return sums + max(scores, self.num_dq_row_tiles * self.num_acc_dq) + self.registers_beside_tiles
 
     @property
     def registers_beside_tiles(self) -> int:
-        return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if self.varlen and self.head_dim > 112 else 0)
+        wide = max(self.head_dim, self.head_dim_v) > 112
+        return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if self.varlen and wide else 0)
 
     # Shared memory
 
@@ -150,14 +149,14 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         statistics = FLOAT_BYTES * self.tile_m
         stage = (
             Region("q", self.q_tile.bytes, label="Q"),
-            Region("dout", self.q_tile.bytes, label="dO"),
+            Region("dout", self.o_tile.bytes, label="dO"),
             Region("lse", statistics, label="LSE"),
             Region("dpsum", statistics, label="dPsum"),
         )
         return SharedMemory(
             (
-                Region("k", self.kv_tile.bytes, label="K"),
-                Region("v", self.kv_tile.bytes, label="V"),
+                Region("k", self.k_tile.bytes, label="K"),
+                Region("v", self.v_tile.bytes, label="V"),
                 Region("p", self.p_tile.bytes, label="P"),
                 Region("ds", self.p_tile.bytes, label="dS"),
                 Stages(self.num_stages, stage),
@@ -166,7 +165,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
 
     @property
     def stage_bytes(self) -> int:
-        return 2 * self.q_tile.bytes + 2 * FLOAT_BYTES * self.tile_m
+        return self.q_tile.bytes + self.o_tile.bytes + 2 * FLOAT_BYTES * self.tile_m
 
     # The dQ accumulator in global memory: for each block of queries one run for each warp, of its registers in the
     # order [register][lane], so that every addition of a warp is one line.
@@ -226,14 +225,14 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
             return broken
         broken += self.shared_memory_rule()
         if self.register_estimate > self.registers_available:
+            dk, dv = self.num_acc_dkv(self.qk), self.num_acc_dkv(self.vo)
             broken.append(
                 BrokenRule(
                     "registers",
-                    f"{self.register_estimate} a thread needed ({self.num_row_tiles} x (dK {self.num_acc_dkv} + dV "
-                    f"{self.num_acc_dkv}) + the more of {self.num_row_tiles} x (P {self.num_acc_s} + dP "
-                    f"{self.num_acc_s}) and dQ {self.num_dq_row_tiles * self.num_acc_dq} + "
-                    f"{self.registers_beside_tiles}), {self.registers_available} available to {self.num_mma_warps} "
-                    "warps",
+                    f"{self.register_estimate} a thread needed ({self.num_row_tiles} x (dK {dk} + dV {dv}) + the more "
+                    f"of {self.num_row_tiles} x (P {self.num_acc_s} + dP {self.num_acc_s}) and dQ "
+                    f"{self.num_dq_row_tiles * self.num_acc_dq} + {self.registers_beside_tiles}), "
+                    f"{self.registers_available} available to {self.num_mma_warps} warps",
                 )
             )
         return broken

@@ -45,7 +45,7 @@ class Sm80FwdPlan(Sm80Plan):
     @property
     def num_acc_o(self) -> int:
         """fp32 registers of 16 rows of O in one thread."""
-        return self.head_dim // 2
+        return self.head_dim_v // 2
 
     @property
     def num_p(self) -> int:
@@ -55,7 +55,7 @@ class Sm80FwdPlan(Sm80Plan):
     @property
     def num_q(self) -> int:
         """32-bit registers of all of a warp's Q, two elements each, in one thread."""
-        return self.num_row_tiles * 4 * self.num_k_steps_head_dim
+        return self.num_row_tiles * 4 * self.qk.num_k_steps
 
     @property
     def num_accumulators(self) -> int:
@@ -87,14 +87,14 @@ class Sm80FwdPlan(Sm80Plan):
     @cached_property
     def memory(self) -> SharedMemory:
         """O takes Q's place; a stage is one block of keys."""
-        tile = self.kv_tile.bytes
-        stages = Stages(self.num_stages, (Region("k", tile, label="K"), Region("v", tile, label="V")))
-        q = Region("q", self.q_tile.bytes, label="Q")
-        return SharedMemory((q, Region("o", q.bytes, label="O", in_place_of="q"), stages))
+        k, v = Region("k", self.k_tile.bytes, label="K"), Region("v", self.v_tile.bytes, label="V")
+        o = Region("o", self.o_tile.bytes, label="O", in_place_of="q")
+        q = Region("q", max(self.q_tile.bytes, o.bytes), label="Q")
+        return SharedMemory((q, o, Stages(self.num_stages, (k, v))))
 
     @property
     def stage_bytes(self) -> int:
-        return 2 * self.kv_tile.bytes
+        return self.k_tile.bytes + self.v_tile.bytes
 
     # Copies
 

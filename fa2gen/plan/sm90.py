@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fa2gen.layout import Panels
@@ -64,9 +65,21 @@ class Sm90Plan(KernelPlan):
         return (whole,) if last == whole else (whole, replace(last, last_panel=True))
 
     @property
-    def has_last_maps(self) -> bool:
-        """Whether streamed tensors have a second map, for the last panel."""
-        return self.kv_tile.count > 1 and self.kv_tile.last_columns < self.kv_tile.columns
+    def map_parameters(self) -> Iterator[str]:
+        """Lines of the main kernel's parameters that are tensor maps, two a line."""
+        declarations = [f"const __grid_constant__ CUtensorMap {found.argument}," for found in self.tensor_maps]
+        for first in range(0, len(declarations), 2):
+            yield " ".join(declarations[first : first + 2])
+
+    @property
+    def last_maps(self) -> tuple[str, ...]:
+        """Parameters of the main kernel that are maps of last panels."""
+        return tuple(found.argument for found in self.tensor_maps if found.last_panel)
+
+    def tile_maps(self, name: str) -> str:
+        """A tensor's `TileMaps`, of the main kernel's parameters: `{map_k, map_k_last}`."""
+        found = [one.argument for one in self.tensor_maps if one.name == name]
+        return f"{{{found[0]}, {found[-1]}}}"
 
     @property
     def swizzle_mode(self) -> int:

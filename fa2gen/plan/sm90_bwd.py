@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.layout import Panels, ceil_div
-from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan
+from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, Width
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.memory import Region, SharedMemory
 from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, WARPGROUP_THREADS, Sm90Plan
@@ -96,10 +96,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         """32-bit registers of P^T, two elements each, in one thread, and of dS^T."""
         return self.num_acc_s // 2
 
-    @property
-    def num_acc_dkv(self) -> int:
-        """fp32 registers of dK in one thread, and of dV."""
-        return self.wgmma_dkv.num_accumulators
+    def num_acc_dkv(self, width: Width) -> int:
+        """fp32 registers of dK, or of dV, in one thread."""
+        return self.wgmma_dkv(width).num_accumulators
 
     @property
     def num_acc_dq(self) -> int:
@@ -120,11 +119,13 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def register_estimate(self) -> int:
         """The most that is alive at one time, in the warpgroup that has the most."""
-        s, p, dkv, dq = self.num_acc_s, self.num_p, self.num_acc_dkv, self.num_acc_dq
+        s, p, dq = self.num_acc_s, self.num_p, self.num_acc_dq
+        dk, dv = self.num_acc_dkv(self.qk), self.num_acc_dkv(self.vo)
         if self.splits_products:
-            return dkv + p + max(2 * s, dq) + REGISTERS_BESIDE_TILES
+            return max(dk + 2 * s, dv + max(s, dq)) + p + REGISTERS_BESIDE_TILES
         rest = self.num_acc_dq_rest + REGISTERS_OF_DQ_REST if self.splits_dq_rest else 0
-        return 2 * dkv + p + max(2 * s + REGISTERS_OF_DQ_REST * self.splits_dq_rest, dq + rest) + REGISTERS_BESIDE_TILES
+        scores = 2 * s + REGISTERS_OF_DQ_REST * self.splits_dq_rest
+        return dk + dv + p + max(scores, dq + rest) + REGISTERS_BESIDE_TILES
 
     # Matrix instructions
 
@@ -133,10 +134,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         """S^T = K Q^T and dP^T = V dO^T: 64 keys x tile_m queries."""
         return Wgmma(self.dtype, self.tile_m, "shared", b_transposed=False)
 
-    @cached_property
-    def wgmma_dkv(self) -> Wgmma:
-        """dV += P^T dO and dK += dS^T Q: 64 keys x head_dim."""
-        return Wgmma(self.dtype, self.head_dim, "registers", b_transposed=True)
+    def wgmma_dkv(self, width: Width) -> Wgmma:
+        """dV += P^T dO, or dK += dS^T Q: 64 keys x its head dim."""
+        return Wgmma(self.dtype, width.head_dim, "registers", b_transposed=True)
 
     @cached_property
     def wgmma_dq(self) -> Wgmma:
@@ -156,7 +156,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         """
         if self.swaps_dq:
             return Wgmma(self.dtype, self.tile_m // 2, "shared", b_transposed=False, a_transposed=True)
-        if self.kv_tile.count * self.kv_tile.columns == 2 * self.wgmma_dq.n:
+        if self.k_tile.count * self.k_tile.columns == 2 * self.wgmma_dq.n:
             return self.wgmma_dq
         return Wgmma(self.dtype, self.head_dim - self.wgmma_dq.n, "shared", b_transposed=True)
 
@@ -175,13 +175,14 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def dq_rest_panel(self) -> int:
         """The panel of K where those columns begin."""
-        return self.num_mma_warpgroups if self.swaps_dq else self.wgmma_dq.n // self.kv_tile.columns
+        return self.num_mma_warpgroups if self.swaps_dq else self.wgmma_dq.n // self.k_tile.columns
 
     @cached_property
     def wgmmas(self) -> tuple[Wgmma, ...]:
         """The instructions, each once."""
         rest = (self.wgmma_dq_rest,) if self.has_dq_rest else ()
-        return tuple(dict.fromkeys((self.wgmma_s, self.wgmma_dkv, self.wgmma_dq, *rest)))
+        dkv = (self.wgmma_dkv(width) for width in self.widths)
+        return tuple(dict.fromkeys((self.wgmma_s, *dkv, self.wgmma_dq, *rest)))
 
     @property
     def num_k_steps_m(self) -> int:
@@ -224,10 +225,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         """dK and dV take the places of K and V."""
         return SharedMemory(
             (
-                Region("k", self.kv_tile.bytes, label="K"),
-                Region("v", self.kv_tile.bytes, label="V"),
+                Region("k", self.k_tile.bytes, label="K"),
+                Region("v", self.v_tile.bytes, label="V"),
                 Region("q", self.q_tile.bytes, self.num_stages, label="Q"),
-                Region("dout", self.q_tile.bytes, self.num_stages, label="dO"),
+                Region("dout", self.o_tile.bytes, self.num_stages, label="dO"),
                 Region("ds", self.ds_tile.bytes, self.num_ds_stages, label="dS"),
                 *((Region("dq", self.dq_block_floats * FLOAT_BYTES, label="dQ"),) if self.stages_dq else ()),
                 Region("lse", self.statistics_bytes, self.num_stages, label="LSE"),
@@ -246,7 +247,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def desc_lo_k(self) -> int:
         """K, MN-major, likewise."""
-        return (self.kv_tile.panel_bytes >> 4) << 16
+        return (self.k_tile.panel_bytes >> 4) << 16
 
     # The dQ accumulator in global memory: for each block of queries `num_dq_slices` runs, each of one warp's registers
     # in the order [register / 4][lane][register % 4], so that every access to it is linear.
@@ -282,12 +283,12 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @cached_property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
-        span, columns = self.tiling.swizzle_bytes, self.kv_tile.columns
+        span, columns = self.tiling.swizzle_bytes, self.k_tile.columns
         return (
             *self.streamed_maps("q", self.q_tile),
             TensorMapPlan("k", columns, self.tile_n, span),
             TensorMapPlan("v", columns, self.tile_n, span),
-            *self.streamed_maps("dout", self.q_tile),
+            *self.streamed_maps("dout", self.o_tile),
             TensorMapPlan("dk", columns, WARP_ROWS, span),
             TensorMapPlan("dv", columns, WARP_ROWS, span),
         )
@@ -380,7 +381,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 BrokenRule(
                     "registers",
                     f"{self.register_estimate} a thread needed (S {self.num_acc_s}, dP {self.num_acc_s}, "
-                    f"P {self.num_p}, dK and dV {self.num_acc_dkv} each, dQ {self.num_acc_dq}), "
+                    f"P {self.num_p}, dK {self.num_acc_dkv(self.qk)}, dV {self.num_acc_dkv(self.vo)}, "
+                    f"dQ {self.num_acc_dq}), "
                     f"{self.consumer_registers} available to {self.num_mma_warps} warps",
                 )
             )

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from fa2gen.arch import ARCHES
 from fa2gen.features import Scratch
-from fa2gen.layout import Panels, align_up
-from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan
+from fa2gen.layout import align_up
+from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, Width
 from fa2gen.plan.memory import Region, SharedMemory
 from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, Sm90Plan
 from fa2gen.ptx import Wgmma
@@ -64,7 +64,7 @@ class Sm90FwdPlan(Sm90Plan):
 
     @cached_property
     def wgmma_pv(self) -> Wgmma:
-        return Wgmma(self.dtype, self.head_dim, "registers", b_transposed=True)
+        return Wgmma(self.dtype, self.head_dim_v, "registers", b_transposed=True)
 
     @cached_property
     def wgmmas(self) -> tuple[Wgmma, ...]:
@@ -78,17 +78,12 @@ class Sm90FwdPlan(Sm90Plan):
     # Shared memory
 
     @property
-    def o_tile(self) -> Panels:
-        return self.q_tile
-
-    @property
     def q_stage_bytes(self) -> int:
         return align_up(self.q_tile.bytes, 1024)
 
-    @property
-    def stage_bytes(self) -> int:
-        """From one stage of K or V to the next: whole tiles, on the 1024-byte grid of the widest swizzle."""
-        return align_up(self.kv_tile.bytes, 1024)
+    def stage_bytes(self, width: Width) -> int:
+        """From one stage of K, or of V, to the next: whole tiles, on the 1024-byte grid of the widest swizzle."""
+        return align_up(width.tile(self.tile_n).bytes, 1024)
 
     @property
     def tile_slot_bytes(self) -> int:
@@ -96,12 +91,13 @@ class Sm90FwdPlan(Sm90Plan):
 
     def _memory(self, num_q_stages: int, o_aliases_q: bool) -> SharedMemory:
         num_barriers = 2 * (num_q_stages + 2 * self.num_stages)  # full and empty ones, of every stage
+        o_bytes = align_up(self.o_tile.bytes, 1024)
         return SharedMemory(
             (
-                Region("q", self.q_stage_bytes, num_q_stages, label="Q"),
-                Region("k", self.stage_bytes, self.num_stages, label="K"),
-                Region("v", self.stage_bytes, self.num_stages, label="V"),
-                Region("o", self.q_stage_bytes, label="O", in_place_of="q" if o_aliases_q else None),
+                Region("q", max(self.q_stage_bytes, o_bytes * o_aliases_q), num_q_stages, label="Q"),
+                Region("k", self.stage_bytes(self.qk), self.num_stages, label="K"),
+                Region("v", self.stage_bytes(self.vo), self.num_stages, label="V"),
+                Region("o", o_bytes, label="O", in_place_of="q" if o_aliases_q else None),
                 Region("barriers", BARRIER_BYTES * num_barriers),
                 Region(
                     "tile_slots", self.tile_slot_bytes * num_q_stages, label="slots"
@@ -131,7 +127,7 @@ class Sm90FwdPlan(Sm90Plan):
     @property
     def desc_lo_v(self) -> int:
         """V, MN-major: the leading byte offset is the step to the next panel of columns."""
-        return (self.kv_tile.panel_bytes >> 4) << 16
+        return (self.v_tile.panel_bytes >> 4) << 16
 
     # Launch
 
@@ -141,11 +137,11 @@ class Sm90FwdPlan(Sm90Plan):
 
     @cached_property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
-        span, columns = self.tiling.swizzle_bytes, self.kv_tile.columns
+        span, columns = self.tiling.swizzle_bytes, self.k_tile.columns
         return (
             TensorMapPlan("q", columns, self.tile_m, span),
-            *self.streamed_maps("k", self.kv_tile),
-            *self.streamed_maps("v", self.kv_tile),
+            *self.streamed_maps("k", self.k_tile),
+            *self.streamed_maps("v", self.v_tile),
             TensorMapPlan("o", columns, WARP_ROWS, span),
         )
 

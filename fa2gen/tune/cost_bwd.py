@@ -49,8 +49,9 @@ CYCLES_OF_A_LOAD = 800
 CYCLES_PER_TILE = 2500
 SUM_BYTES = 4  # of one element of dQ, in fp32
 
-# O and dO are read and a sum is cleared; a sum is read and dQ is written.
-EXTRA_BYTES = 2 * ELEMENT_BYTES + SUM_BYTES + SUM_BYTES + ELEMENT_BYTES
+# Of an element: O and dO are read; a sum is cleared, and later read, and dQ is written.
+EXTRA_BYTES_OF_O = 2 * ELEMENT_BYTES
+EXTRA_BYTES_OF_DQ = SUM_BYTES + SUM_BYTES + ELEMENT_BYTES
 EXTRA_BYTES_PER_CYCLE = 18
 
 
@@ -69,13 +70,14 @@ def block_cycles(plan: KernelPlan) -> float:
 
 def tile_cycles(plan: KernelPlan) -> float:
     """Of a block of keys, beside its blocks of queries."""
-    return CYCLES_PER_TILE + 4 * ELEMENT_BYTES * plan.tile_n * plan.head_dim / L2_BYTES_PER_CYCLE
+    return CYCLES_PER_TILE + 2 * ELEMENT_BYTES * plan.tile_n * (plan.head_dim + plan.head_dim_v) / L2_BYTES_PER_CYCLE
 
 
 def extra_cycles(plan: KernelPlan, seqlen: int) -> float:
     """Of one head, in the kernels before and after the main one."""
     rows = align_up(seqlen, plan.tile_m)
-    return EXTRA_BYTES * rows * plan.head_dim / EXTRA_BYTES_PER_CYCLE
+    row = EXTRA_BYTES_OF_O * plan.head_dim_v + EXTRA_BYTES_OF_DQ * plan.head_dim
+    return rows * row / EXTRA_BYTES_PER_CYCLE
 
 
 def _block_cycles_sm90(plan: Sm90BwdPlan) -> float:
@@ -86,8 +88,9 @@ def _block_cycles_sm90(plan: Sm90BwdPlan) -> float:
     scores = plan.tile_m * plan.tile_n
     dq_trips = 2 if plan.stages_dq else 1  # staged, it is written and then read by the bulk reduction
     sums = SUM_BYTES * plan.dq_block_floats
-    smem = (read + ELEMENT_BYTES * scores + dq_trips * sums + 2 * plan.q_tile.bytes) / SMEM_BYTES_PER_CYCLE
-    l2 = (2 * ELEMENT_BYTES * plan.tile_m * plan.head_dim + sums) / L2_BYTES_BOTH_WAYS
+    copied = plan.q_tile.bytes + plan.o_tile.bytes
+    smem = (read + ELEMENT_BYTES * scores + dq_trips * sums + copied) / SMEM_BYTES_PER_CYCLE
+    l2 = (ELEMENT_BYTES * plan.tile_m * (plan.head_dim + plan.head_dim_v) + sums) / L2_BYTES_BOTH_WAYS
     times = 2 if plan.splits_products else 1
     issue = (times * INSTRUCTIONS_PER_P + INSTRUCTIONS_PER_DS) * scores / LANES_PER_CYCLE
     exposed = EXPOSED * max(1.0, 2 / plan.num_mma_warpgroups) * (times * scores / EX2_PER_CYCLE + issue)
@@ -98,22 +101,23 @@ def _wgmmas(plan: Sm90BwdPlan) -> Iterator[tuple[int, int, int]]:
     """(how many, N, bytes of A in shared memory) of each kind of wgmma in one block."""
     shared = 64 * 16 * ELEMENT_BYTES
     groups = plan.num_mma_warpgroups
-    s_and_dp, dkv, dq = (3, 2, 1) if plan.splits_products else (2 * groups, 2 * groups, groups)
-    yield s_and_dp * plan.num_k_steps_head_dim, plan.wgmma_s.n, shared
-    yield dkv * plan.num_k_steps_m, plan.wgmma_dkv.n, 0
+    s, dp, dkv, dq = (2, 1, 1, 1) if plan.splits_products else (groups, groups, groups, groups)
+    yield s * plan.qk.num_k_steps + dp * plan.vo.num_k_steps, plan.wgmma_s.n, shared
+    yield dkv * plan.num_k_steps_m, plan.wgmma_dkv(plan.qk).n, 0
+    yield dkv * plan.num_k_steps_m, plan.wgmma_dkv(plan.vo).n, 0
     yield dq * plan.num_k_steps_n, plan.wgmma_dq.n, shared
     if plan.has_dq_rest:
         yield dq * plan.num_k_steps_n, plan.wgmma_dq_rest.n, shared
 
 
 def _block_cycles_sm80(plan: KernelPlan) -> float:
-    tile_m, tile_n, head_dim = plan.tile_m, plan.tile_n, align_up(plan.head_dim, 16)
-    mma = 5 * mma_sync_cycles(tile_m, tile_n, head_dim)
+    tile_m, tile_n, d, dv = plan.tile_m, plan.tile_n, align_up(plan.head_dim, 16), align_up(plan.head_dim_v, 16)
+    mma = 3 * mma_sync_cycles(tile_m, tile_n, d) + 2 * mma_sync_cycles(tile_m, tile_n, dv)
     scores = tile_m * tile_n
     issue = (INSTRUCTIONS_PER_P + INSTRUCTIONS_PER_DS) * scores / LANES_PER_CYCLE
     # S and dP read rows of Q or dO and of K or V; dV, dK and dQ read scores and one of those.
-    operands = (2 * (tile_m + tile_n) + 2 * tile_m + tile_n) * head_dim + 3 * scores
-    elements = math.sqrt(plan.num_mma_warps) * operands + 2 * scores + 2 * tile_m * head_dim
+    operands = (2 * tile_m + 2 * tile_n) * d + (2 * tile_m + tile_n) * dv + 3 * scores
+    elements = math.sqrt(plan.num_mma_warps) * operands + 2 * scores + tile_m * (d + dv)
     smem = ELEMENT_BYTES * elements / SMEM_BYTES_PER_CYCLE
     exposed = EXPOSED / plan.min_ctas_per_sm * (scores / EX2_PER_CYCLE + issue)
     return max(mma, smem) + exposed + _wait(plan)

@@ -70,27 +70,25 @@ def extra_cycles(plan: KernelPlan, seqlen: int) -> float:
 
 def _block_cycles_sm90(plan: Sm90FwdPlan) -> float:
     groups, tile_n, span = plan.num_mma_warpgroups, plan.tile_n, plan.tiling.swizzle_bytes
-    steps_qk, steps_pv, columns_o = plan.num_k_steps_head_dim, plan.num_k_steps_pv, align_up(plan.head_dim, 8)
+    steps_qk, steps_pv, columns_o = plan.qk.num_k_steps, plan.num_k_steps_pv, plan.head_dim_v
     mma = groups * (steps_qk * tile_n / 2 + steps_pv * columns_o / 2)
     ex2 = plan.tile_m * tile_n / EX2_PER_CYCLE
     issue = plan.num_mma_warps / 4 * (INSTRUCTIONS_PER_SCORE * tile_n / 2 + columns_o / 2)
     # An operand in shared memory costs its bytes: A is 64 x 16, B is N x 16; P comes from registers.
     read = groups * (steps_qk * (2048 + 32 * tile_n) + steps_pv * 32 * columns_o)
-    smem = (read + 2 * plan.kv_tile.bytes) / SMEM_BYTES_PER_CYCLE
-    l2 = 4 * tile_n * plan.head_dim / L2_BYTES_PER_CYCLE
+    smem = (read + plan.k_tile.bytes + plan.v_tile.bytes) / SMEM_BYTES_PER_CYCLE
+    l2 = 2 * tile_n * (plan.head_dim + plan.head_dim_v) / L2_BYTES_PER_CYCLE
     ratio = (ex2 + issue) / mma
     exposed = 0.18 * ratio * max(1.0, 2 / groups) + 0.2 * max(0.0, ratio - 1) * max(0, 3 - groups)
     return max(CYCLES_PER_BLOCK + mma + exposed * (ex2 + issue), smem, l2) * _ring(plan.num_stages) * PANELS[span]
 
 
 def _block_cycles_sm80(plan: KernelPlan) -> float:
-    tile_m, tile_n, head_dim = plan.tile_m, plan.tile_n, align_up(plan.head_dim, 16)
-    mma = 2 * mma_sync_cycles(tile_m, tile_n, head_dim)
+    tile_m, tile_n, d, dv = plan.tile_m, plan.tile_n, align_up(plan.head_dim, 16), align_up(plan.head_dim_v, 16)
+    mma = mma_sync_cycles(tile_m, tile_n, d) + mma_sync_cycles(tile_m, tile_n, dv)
     softmax = tile_m * tile_n / EX2_PER_CYCLE
-    softmax += (
-        plan.num_mma_warps / 4 * (tile_m / plan.num_mma_warps / 16) * (INSTRUCTIONS_PER_SCORE * tile_n + head_dim) / 2
-    )
-    smem = (plan.num_mma_warps + 1) * 4 * tile_n * head_dim / SMEM_BYTES_PER_CYCLE
+    softmax += plan.num_mma_warps / 4 * (tile_m / plan.num_mma_warps / 16) * (INSTRUCTIONS_PER_SCORE * tile_n + dv) / 2
+    smem = (plan.num_mma_warps + 1) * 2 * tile_n * (d + dv) / SMEM_BYTES_PER_CYCLE
     return (CYCLES_PER_BLOCK + max(mma + 0.6 / plan.min_ctas_per_sm * softmax, smem)) * _ring(plan.num_stages)
 
 

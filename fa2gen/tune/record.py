@@ -44,9 +44,10 @@ def rows_of(found: Found, provenance: Mapping[str, Any]) -> list[TunedRow]:
 
 
 def file_name(gpu: str, spec: KernelSpec) -> str:
-    """`nvidia-h200-sm90-fwd-d80.toml`."""
+    """`nvidia-h200-sm90-fwd-d80.toml`, `nvidia-h200-sm90-fwd-d192-v128.toml`."""
     slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return f"{slug}-{spec.tiling.arch}-{spec.problem.direction}-d{spec.problem.head_dim}.toml"
+    of_v = f"-v{spec.problem.head_dim_v}" if spec.problem.head_dim_v else ""
+    return f"{slug}-{spec.tiling.arch}-{spec.problem.direction}-d{spec.problem.head_dim}{of_v}.toml"
 
 
 def write(rows: Sequence[TunedRow], folder: Path) -> Path:

@@ -179,7 +179,7 @@ WAIT_S, WAIT_O = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0
 
 def main_loops(plan: Any, sass: Sass) -> list[tuple[str, ...]]:
     """The loops over blocks of keys: both products, each waited for once."""
-    products = plan.num_k_steps_head_dim + plan.num_k_steps_pv
+    products = plan.qk.num_k_steps + plan.num_k_steps_pv
     return [
         loop
         for loop in sass.loops()
@@ -201,8 +201,9 @@ def check_sm90(plan: Any, sass: Sass) -> None:
             "ptxas waits for P V before the exponentials: nothing runs under them"
         )
         moves = sum(line.startswith("R2UR") for line in loop)
-        assert moves <= (0 if plan.head_dim <= WIDEST_WITHOUT_R2UR else 12), f"{moves} R2UR in the loop"
-    if (plan.head_dim, plan.tile_n) == (128, 128):
+        widest = max(plan.head_dim, plan.head_dim_v)
+        assert moves <= (0 if widest <= WIDEST_WITHOUT_R2UR else 12), f"{moves} R2UR in the loop"
+    if (plan.head_dim, plan.head_dim_v, plan.tile_n) == (128, 128, 128):
         # 585 with descriptor arithmetic in bytes instead of 16-byte units. Behind branches the loop holds what a block
         # does whose maximum has risen (24), and the 64 subtractions of one whose scores are large.
         assert min(map(len, loops)) <= 550 + 25 * plan.tiling.lazy_rescale
@@ -243,16 +244,16 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
     if plan.deterministic:
         for pattern in ORDER_BETWEEN_BLOCKS:
             assert any(re.match(pattern, line) for line in sass.code), f"no {pattern}"
-    s, dkv, dq = plan.num_k_steps_head_dim, plan.num_k_steps_m, plan.num_k_steps_n
+    s, dp, dkv, dq = plan.qk.num_k_steps, plan.vo.num_k_steps, plan.num_k_steps_m, plan.num_k_steps_n
     # The innermost loops: S, dP, dV, dQ and dK of one block of queries, each product there (ptxas drops one whose
     # result is not used) and waited for as the template does.
     if plan.splits_products:
         slices = 2 if plan.has_dq_rest else 1
-        wanted = {s + dkv + slices * dq: [0, 1] + [0] * slices, 2 * s + dkv: [1, 0, 0]}
+        wanted = {s + dkv + slices * dq: [0, 1] + [0] * slices, s + dp + dkv: [1, 0, 0]}
     elif plan.has_dq_rest:
-        wanted = {2 * s + 2 * dkv + 2 * dq: [1, 0, 0, 1, 0]}
+        wanted = {s + dp + 2 * dkv + 2 * dq: [1, 0, 0, 1, 0]}
     else:
-        wanted = {2 * s + 2 * dkv + dq: [1, 0, 1, 1, 0]}
+        wanted = {s + dp + 2 * dkv + dq: [1, 0, 1, 1, 0]}
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
     for loop in loops:
         # No stage is released by an arrival that may overtake loads of row statistics from it: their use comes first.
@@ -272,7 +273,7 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
 def check_sm80(plan: Any, sass: Sass) -> None:
     for opcode in ("HMMA", "LDSM", "LDGSTS", "LDGDEPBAR", "DEPBAR"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
-    products = plan.num_row_tiles * (plan.num_k_steps_head_dim * plan.tile_n + plan.num_k_steps_pv * plan.head_dim) // 8
+    products = plan.num_row_tiles * (plan.qk.num_k_steps * plan.tile_n + plan.num_k_steps_pv * plan.head_dim_v) // 8
     loops = [loop for loop in sass.loops() if sum(line.startswith("HMMA") for line in loop) >= products]
     assert loops, f"no loop with the {products} HMMA of one block"
 
@@ -281,12 +282,13 @@ def check_sm80_bwd(plan: Any, sass: Sass) -> None:
     for opcode in ("HMMA", "LDSM", "LDGSTS", "RED"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
     # Of one block of queries, each product there, and every fragment in shared memory read once by each warp.
-    s = plan.num_k_steps_head_dim * plan.queries_per_warp // 8
-    dkv = plan.tile_m // 16 * 2 * plan.num_column_steps_dkv
+    steps_s_dp = plan.qk.num_k_steps + plan.vo.num_k_steps
+    s_dp = steps_s_dp * plan.queries_per_warp // 8
+    dkv = plan.tile_m // 16 * 2 * sum(plan.num_column_steps_dkv(width) for width in (plan.qk, plan.vo))
     dq = plan.num_k_steps_n * 2 * plan.num_column_steps_dq
-    products = plan.num_row_tiles * (2 * s + 2 * dkv) + plan.num_dq_row_tiles * dq
+    products = plan.num_row_tiles * (s_dp + dkv) + plan.num_dq_row_tiles * dq
     of_peers = plan.num_row_tiles * (plan.tile_m - plan.queries_per_warp) // 16
-    loads = 2 * (plan.num_row_tiles * plan.num_k_steps_head_dim + s // 2 + of_peers + dkv // 2)
+    loads = plan.num_row_tiles * steps_s_dp + s_dp // 2 + 2 * of_peers + dkv // 2
     loads += plan.num_k_steps_n * plan.num_dq_row_tiles + dq // 2
     counts = [Counter(line.split(".")[0].split()[0] for line in loop) for loop in sass.loops()]
     assert any((c["HMMA"], c["LDSM"]) == (products, loads) for c in counts), (

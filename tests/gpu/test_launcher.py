@@ -45,7 +45,7 @@ def test_the_launchers_results_are_ours(tmp_path, arch, mask, direction, head_di
         made = {}
         for operand in plan.operands:
             dtype = torch.float32 if operand.of == "row" else torch.bfloat16
-            made[operand.name] = torch.randn(operand.shape(shape, head_dim), device="cuda").to(dtype)
+            made[operand.name] = torch.randn(operand.shape(shape, problem), device="cuda").to(dtype)
         addresses = {name: tensor.data_ptr() for name, tensor in made.items()}
         strides = {x.name: made[x.name].stride()[:3] for x in plan.operands if x.of != "row"}
         outputs = [made[operand.name] for operand in plan.operands if operand.out]

@@ -284,10 +284,10 @@ def test_shared_memory(name):
     plan = PLANS[name]
     statistics = plan.num_stages * plan.statistics_bytes
     parts = [
-        (plan.memory.offsets["k"], plan.kv_tile.bytes, 1024),
-        (plan.memory.offsets["v"], plan.kv_tile.bytes, 1024),
+        (plan.memory.offsets["k"], plan.k_tile.bytes, 1024),
+        (plan.memory.offsets["v"], plan.v_tile.bytes, 1024),
         (plan.memory.offsets["q"], plan.num_stages * plan.q_tile.bytes, 1024),
-        (plan.memory.offsets["dout"], plan.num_stages * plan.q_tile.bytes, 1024),
+        (plan.memory.offsets["dout"], plan.num_stages * plan.o_tile.bytes, 1024),
         (plan.memory.offsets["ds"], plan.num_ds_stages * plan.ds_tile.bytes, 1024),
         *([(plan.memory.offsets["dq"], 4 * plan.dq_block_floats, 16)] if plan.stages_dq else []),
         (plan.memory.offsets["lse"], statistics, 16),
@@ -302,7 +302,7 @@ def test_shared_memory(name):
     # Stages and panels keep to the 8-row pattern of the swizzle, bulk copies to 16 bytes.
     assert (
         not plan.q_tile.panel_bytes % 1024
-        and not plan.kv_tile.panel_bytes % 1024
+        and not plan.k_tile.panel_bytes % 1024
         and not plan.ds_tile.panel_bytes % 1024
     )
     assert not plan.statistics_bytes % 16 and not 4 * plan.dq_slice_floats % 16

@@ -40,19 +40,19 @@ PLANS: dict[str, Any] = {plan.name: plan for plan in plans()}
 every_plan = pytest.mark.parametrize("name", PLANS)
 
 
-def column_of(plan, column_warp, num_warps, register):
+def column_of(width, column_warp, num_warps, register):
     """The first of the 8 columns that a warp's accumulator `register` of 16 rows lies in; None past the last step."""
     i, within = divmod(register, 8)
     step = column_warp + num_warps * i
-    return 16 * step + within // 4 * 8 if step < plan.num_k_steps_head_dim else None
+    return 16 * step + within // 4 * 8 if step < width.num_k_steps else None
 
 
 @every_plan
 def test_shared_memory(name):
     plan = PLANS[name]
     parts = [
-        (plan.memory.offsets["k"], plan.kv_tile.bytes),
-        (plan.memory.offsets["v"], plan.kv_tile.bytes),
+        (plan.memory.offsets["k"], plan.k_tile.bytes),
+        (plan.memory.offsets["v"], plan.v_tile.bytes),
         (plan.memory.offsets["p"], plan.p_tile.bytes),
         (plan.memory.offsets["ds"], plan.p_tile.bytes),
     ]
@@ -60,7 +60,7 @@ def test_shared_memory(name):
         first = plan.memory.offsets["stages"] + stage * plan.stage_bytes
         parts += [
             (first, plan.q_tile.bytes),
-            (first + plan.memory.in_stage["dout"], plan.q_tile.bytes),
+            (first + plan.memory.in_stage["dout"], plan.o_tile.bytes),
             (first + plan.memory.in_stage["lse"], 4 * plan.tile_m),
             (first + plan.memory.in_stage["dpsum"], 4 * plan.tile_m),
         ]
@@ -89,16 +89,17 @@ def test_scores_belong_to_one_warp(name):
 def test_sums_have_every_element_once(name):
     """dK and dV by keys and peers, dQ by rows and column warps: 8 columns at a time."""
     plan = PLANS[name]
-    for rows, row_tiles, num_warps, registers in (
-        (plan.tile_n, plan.num_row_tiles, plan.num_peers, plan.num_acc_dkv),
-        (plan.tile_m, plan.num_dq_row_tiles, plan.num_dq_column_warps, plan.num_acc_dq),
+    for width, rows, row_tiles, num_warps, registers in (
+        (plan.qk, plan.tile_n, plan.num_row_tiles, plan.num_peers, plan.num_acc_dkv(plan.qk)),
+        (plan.vo, plan.tile_n, plan.num_row_tiles, plan.num_peers, plan.num_acc_dkv(plan.vo)),
+        (plan.qk, plan.tile_m, plan.num_dq_row_tiles, plan.num_dq_column_warps, plan.num_acc_dq),
     ):
         found = Counter()
         for warp, tile in itertools.product(range(plan.num_mma_warps), range(row_tiles)):
             row = (warp // num_warps * row_tiles + tile) * 16
-            columns = (column_of(plan, warp % num_warps, num_warps, r) for r in range(0, registers, 4))
+            columns = (column_of(width, warp % num_warps, num_warps, r) for r in range(0, registers, 4))
             found.update((row, column) for column in columns if column is not None)
-        steps = range(0, 16 * plan.num_k_steps_head_dim, 8)
+        steps = range(0, 16 * width.num_k_steps, 8)
         assert found == Counter(itertools.product(range(0, rows, 16), steps))
     assert plan.dq_block_floats == plan.num_mma_warps * 32 * plan.num_dq_row_tiles * plan.num_acc_dq
 
@@ -123,15 +124,15 @@ def test_steps_of_a_warp_have_no_carry(name):
                 start = direct(row, first, tile.panel_bytes)
                 assert chunk_step(start, i, tile.panel_bytes) == direct(row, first + i, tile.panel_bytes)
 
-    queries, keys = plan.q_tile, plan.kv_tile
-    head_dim = range(2 * plan.num_k_steps_head_dim)
     for tile, num_warps, steps in (
-        (queries, plan.num_peers, plan.num_column_steps_dkv),
-        (keys, plan.num_dq_column_warps, plan.num_column_steps_dq),
+        (plan.q_tile, plan.num_peers, plan.num_column_steps_dkv(plan.qk)),
+        (plan.o_tile, plan.num_peers, plan.num_column_steps_dkv(plan.vo)),
+        (plan.k_tile, plan.num_dq_column_warps, plan.num_column_steps_dq),
     ):
         later = [2 * num_warps * i + half for i in range(steps) for half in (0, 1)]
         check(tile, [2 * warp for warp in range(num_warps)], later)
-    check(keys, (0, 1), [step for step in head_dim if step % 2 == 0])
+    for tile, width in ((plan.k_tile, plan.qk), (plan.v_tile, plan.vo)):
+        check(tile, (0, 1), range(0, 2 * width.num_k_steps, 2))
     warp_chunks = plan.queries_per_warp // 8
     check(plan.p_tile, [peer * warp_chunks for peer in range(plan.num_peers)], range(warp_chunks))
     dq_chunks = 2 * plan.num_dq_row_tiles

@@ -227,7 +227,7 @@ def test_the_schema_knows_what_the_reader_knows():
         for name, field in declared(model).items():
             rule = found["properties"][name]
             assert rule["description"] == field.help
-            assert (name in found["required"]) == (field.default is None)
+            assert (name in found["required"]) == model.model_fields[name].is_required()
             one, *many = rule["anyOf"] if model is Problem else (rule,)
             assert [item["items"] for item in many] == ([one] if model is Problem else [])
             if field.range:

@@ -494,6 +494,7 @@ def test_a_head_dim_that_specs_lacks_has_the_kinds_that_specs_has(monkeypatch):
 VALUES = {
     "direction": "bwd",
     "head_dim": 72,
+    "head_dim_v": 40,
     "dtype": "fp16",
     "mask": "causal",
     "varlen": True,

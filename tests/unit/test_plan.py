@@ -141,15 +141,16 @@ def test_every_c_type_has_a_struct_code_of_its_size(ctype):
 
 def regions(plan: Any) -> Iterator[tuple[str, int, int, int]]:
     """(what, first byte, bytes, alignment) of all that a block keeps in shared memory at one time."""
-    q, kv = plan.tile_m * plan.q_tile.count * plan.q_tile.span, plan.tile_n * plan.kv_tile.count * plan.kv_tile.span
+    q, k, v, o = (x.rows * x.count * x.span for x in (plan.q_tile, plan.k_tile, plan.v_tile, plan.o_tile))
     if plan.arch == "sm80":
-        yield "q", plan.memory.offsets["q"], q, 1024
+        yield "q or o", plan.memory.offsets["q"], max(q, o), 1024
         for stage in range(plan.num_stages):
-            yield f"k {stage}", plan.memory.offsets["k"] + stage * plan.stage_bytes, kv, 8 * plan.kv_tile.span
-            yield f"v {stage}", plan.memory.offsets["v"] + stage * plan.stage_bytes, kv, 8 * plan.kv_tile.span
+            yield f"k {stage}", plan.memory.offsets["k"] + stage * plan.stage_bytes, k, 8 * plan.k_tile.span
+            yield f"v {stage}", plan.memory.offsets["v"] + stage * plan.stage_bytes, v, 8 * plan.v_tile.span
         return
     for stage in range(plan.num_q_stages):
-        yield f"q {stage}", plan.memory.offsets["q"] + stage * plan.q_stage_bytes, q, 1024
+        alone = not plan.o_aliases_q
+        yield f"q {stage}", plan.memory.offsets["q"] + stage * plan.q_stage_bytes, q if alone else max(q, o), 1024
         yield (
             f"tile slot {stage}",
             plan.memory.offsets["tile_slots"] + plan.tile_slot_bytes * stage,
@@ -157,10 +158,10 @@ def regions(plan: Any) -> Iterator[tuple[str, int, int, int]]:
             16,
         )
     for stage in range(plan.num_stages):
-        yield f"k {stage}", plan.memory.offsets["k"] + stage * plan.stage_bytes, kv, 1024
-        yield f"v {stage}", plan.memory.offsets["v"] + stage * plan.stage_bytes, kv, 1024
+        yield f"k {stage}", plan.memory.offsets["k"] + stage * plan.stage_bytes(plan.qk), k, 1024
+        yield f"v {stage}", plan.memory.offsets["v"] + stage * plan.stage_bytes(plan.vo), v, 1024
     if not plan.o_aliases_q:
-        yield "o", plan.memory.offsets["o"], q, 1024
+        yield "o", plan.memory.offsets["o"], o, 1024
     for i in range(2 * (plan.num_q_stages + 2 * plan.num_stages)):  # full and empty, of Q, K and V
         yield f"barrier {i}", plan.memory.offsets["barriers"] + 8 * i, 8, 8
 
@@ -216,7 +217,7 @@ def swizzled_tile(tile: Panels, base: int) -> dict[int, tuple[int, int]]:
 def few(plans: list[KernelPlan]) -> list[KernelPlan]:
     """One small plan for each panel width, with a ragged head dim and without, of one panel and of several."""
     by_size = sorted(plans, key=lambda p: p.shared_memory_bytes, reverse=True)  # the last of a kind stays
-    return list({(p.tiling.swizzle_bytes, p.head_dim % 16, p.kv_tile.count > 1): p for p in by_size}.values())
+    return list({(p.tiling.swizzle_bytes, p.head_dim % 16, p.k_tile.count > 1): p for p in by_size}.values())
 
 
 @pytest.mark.parametrize("plan", few([*SM90, *SM80]), ids=by_name)
@@ -224,8 +225,8 @@ def test_chunk_arithmetic_finds_what_the_swizzle_of_addresses_stored(plan):
     """Kernels swizzle the chunk by the row, relative to their tile; the hardware swizzles absolute addresses."""
     for tile, base in (
         (plan.q_tile, plan.memory.offsets["q"]),
-        (plan.kv_tile, plan.memory.offsets["k"]),
-        (plan.kv_tile, plan.memory.offsets["v"]),
+        (plan.k_tile, plan.memory.offsets["k"]),
+        (plan.v_tile, plan.memory.offsets["v"]),
     ):
         held = swizzled_tile(tile, base)
         assert len(held) == tile.rows * tile.count * tile.columns
@@ -242,9 +243,9 @@ def test_chunk_arithmetic_finds_what_the_swizzle_of_addresses_stored(plan):
 def test_boxes_are_what_the_barriers_expect():
     """A barrier that expects one byte more than its copies bring is a kernel that hangs."""
     for plan in SM90:
-        tiles = {"q": plan.q_tile, "k": plan.kv_tile, "v": plan.kv_tile, "o": plan.o_tile}
+        tiles = {"q": plan.q_tile, "k": plan.k_tile, "v": plan.v_tile, "o": plan.o_tile}
         boxes_a_panel = {"q": 1, "k": 1, "v": 1, "o": plan.num_mma_warps}
-        expected = {"q": plan.q_tile.bytes, "k": plan.kv_tile.read_bytes, "v": plan.kv_tile.read_bytes}
+        expected = {"q": plan.q_tile.bytes, "k": plan.k_tile.read_bytes, "v": plan.v_tile.read_bytes}
         for name, tile in tiles.items():
             maps = [box for box in plan.tensor_maps if box.name == name]
             of_panels = [maps[0]] * (tile.count - 1) + [maps[-1]]
@@ -252,13 +253,13 @@ def test_boxes_are_what_the_barriers_expect():
             boxes = [box.box_cols * box.box_rows * ELEMENT * boxes_a_panel[name] for box in of_panels]
             assert sum(boxes) == expected.get(name, tile.bytes)
             assert all(part == tile.panel_bytes for part in boxes[:-1])
-            assert sum(box.box_cols for box in of_panels) >= -(-plan.head_dim // 16) * 16
+            assert sum(box.box_cols for box in of_panels) >= -(-tile.head_dim // 16) * 16
             for box in maps:  # cuTensorMapEncodeTiled's own rules
                 assert box.box_cols * ELEMENT <= box.swizzle_bytes == plan.tiling.swizzle_bytes
                 assert box.box_rows <= 256 and box.box_cols <= 256
         assert list(dict.fromkeys(box.name for box in plan.tensor_maps)) == list(tiles)
         # expect-tx counts 20 bits: PTX ISA, "mbarrier".
-        assert max(plan.q_tile.bytes, plan.kv_tile.bytes) < 1 << 20
+        assert max(plan.q_tile.bytes, plan.k_tile.bytes, plan.v_tile.bytes) < 1 << 20
 
 
 def test_registers_are_never_over_committed():
@@ -277,13 +278,13 @@ def test_accumulators_are_what_the_threads_hold():
     for plan in SM90:
         threads = 32 * plan.num_mma_warps
         assert plan.num_acc_s * threads == plan.tile_m * plan.tile_n
-        assert plan.num_acc_o * threads == plan.tile_m * plan.head_dim
+        assert plan.num_acc_o * threads == plan.tile_m * plan.head_dim_v
         assert plan.num_p * 2 == plan.num_acc_s == 8 * plan.num_k_steps_pv
         assert (
-            0 <= 16 * plan.num_k_steps_head_dim - plan.head_dim < 16
-            and plan.num_k_steps_head_dim * 16 <= plan.kv_tile.count * plan.kv_tile.columns
+            0 <= 16 * plan.qk.num_k_steps - plan.head_dim < 16
+            and plan.qk.num_k_steps * 16 <= plan.k_tile.count * plan.k_tile.columns
         )
-        assert (plan.wgmma_qk.n, plan.wgmma_pv.n) == (plan.tile_n, plan.head_dim)
+        assert (plan.wgmma_qk.n, plan.wgmma_pv.n) == (plan.tile_n, plan.head_dim_v)
 
 
 def decode(hi: int, lo: int) -> dict[str, int]:
@@ -313,11 +314,11 @@ def test_descriptors_lead_to_the_elements(plan):
 
     # S = Q K^T: K-major, 16 columns a step. As gemm_qk forms the addresses, in units of 16 bytes.
     for tile, base in (
-        (plan.kv_tile, window + plan.memory.offsets["k"]),
+        (plan.k_tile, window + plan.memory.offsets["k"]),
         (plan.q_tile, window + plan.memory.offsets["q"]),
     ):
         held = swizzled_tile(tile, base)
-        for step in range(plan.num_k_steps_head_dim):
+        for step in range(plan.qk.num_k_steps):
             panel, within = divmod(step, plan.k_steps_per_panel)
             fields = decode(plan.desc_hi, base // 16 + (panel * tile.panel_bytes + within * 32) // 16)
             assert fields["mode"] == {128: 1, 64: 2, 32: 3}[span] and fields["base offset"] == fields["rest"] == 0
@@ -327,13 +328,13 @@ def test_descriptors_lead_to_the_elements(plan):
 
     # O += P V: MN-major, 16 keys a step; `leading` is the way to the next panel of columns.
     base = window + plan.memory.offsets["v"]
-    held = swizzled_tile(plan.kv_tile, base)
+    held = swizzled_tile(plan.v_tile, base)
     for step in range(plan.num_k_steps_pv):
         fields = decode(plan.desc_hi, base // 16 + plan.desc_lo_v + step * 16 * span // 16)
         assert fields["base offset"] == fields["rest"] == 0
         for key in range(16):
-            for column in range(plan.head_dim):
-                panel, within = divmod(column, plan.kv_tile.columns)
+            for column in range(plan.head_dim_v):
+                panel, within = divmod(column, plan.v_tile.columns)
                 found = held[address({**fields, "start": fields["start"] + panel * fields["leading"]}, key, 2 * within)]
                 assert found == (16 * step + key, column)
 
@@ -343,7 +344,7 @@ def test_addresses_fit_a_descriptor():
     for plan in SM90:
         last = WIDEST_WINDOW + plan.shared_memory_bytes
         assert last >> 4 < 1 << 14
-        assert decode(plan.desc_hi, plan.desc_lo_v)["leading"] == plan.kv_tile.panel_bytes < 1 << 18
+        assert decode(plan.desc_hi, plan.desc_lo_v)["leading"] == plan.v_tile.panel_bytes < 1 << 18
         assert decode(plan.desc_hi, 0)["stride"] == 8 * plan.tiling.swizzle_bytes
 
 
@@ -357,9 +358,9 @@ def test_every_warp_owns_whole_row_tiles():
         )
         threads = plan.num_threads
         assert plan.num_row_tiles * plan.num_acc_s * threads == plan.tile_m * plan.tile_n
-        assert plan.num_row_tiles * plan.num_acc_o * threads == plan.tile_m * plan.head_dim
+        assert plan.num_row_tiles * plan.num_acc_o * threads == plan.tile_m * plan.head_dim_v
         assert plan.num_p * 2 == plan.num_acc_s == 8 * plan.num_k_steps_pv
-        assert 0 <= 16 * plan.num_k_steps_head_dim - plan.head_dim < 16
+        assert 0 <= 16 * plan.qk.num_k_steps - plan.head_dim < 16
 
 
 @pytest.mark.parametrize("plan", few(SM80), ids=by_name)
@@ -367,7 +368,7 @@ def test_copies_write_every_chunk_once(plan):
     """A chunk that no thread copies is what the block before left there."""
     chunks = plan.chunks_per_panel_row
     assert plan.num_threads % chunks == 0
-    for tile in (plan.q_tile, plan.kv_tile):
+    for tile in (plan.q_tile, plan.k_tile, plan.v_tile):
         written = [
             (panel, first + thread // chunks, thread % chunks)
             for thread in range(plan.num_threads)
@@ -402,12 +403,12 @@ def test_stores_read_every_row_of_the_warp_once(plan):
 @pytest.mark.parametrize("plan", few(SM80), ids=by_name)
 def test_ldmatrix_addresses_of_a_step_are_one_register_and_constants(plan):
     """16 columns on, a lane's address flips bits of its chunk or lies a panel on; 16 rows on, whole rows on."""
-    tile = plan.kv_tile
+    tile = plan.k_tile
     held = swizzled_tile(tile, 0)
     for lane in range(32):
         row = lane % 16
         start = row * tile.span + ((lane // 16 ^ (row >> plan.swizzle_shift & plan.swizzle_mask)) << 4)
-        for step in range(plan.num_k_steps_head_dim):
+        for step in range(plan.qk.num_k_steps):
             panel, within = divmod(step, plan.k_steps_per_panel)
             for rows in range(0, tile.rows, 16):
                 address = (start ^ 32 * within) + panel * tile.panel_bytes + rows * tile.span

@@ -25,6 +25,8 @@ PROBLEMS = [
     Problem(direction="bwd", head_dim=256, deterministic=True),
     Problem(head_dim=64, mask="window"),
     Problem(direction="bwd", head_dim=128, mask="window", deterministic=True),
+    Problem(head_dim=192, head_dim_v=128, mask="causal"),
+    Problem(direction="bwd", head_dim=192, head_dim_v=128, mask="causal"),
 ]
 PLANS = [
     make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))

@@ -84,6 +84,18 @@ def test_a_name_is_what_the_documents_show():
     )
 
 
+def test_a_head_dim_of_v_is_said_where_it_is_another():
+    """One problem has one name, whether or not somebody says that V is like Q and K."""
+    assert Problem(head_dim=64, head_dim_v=64) == Problem(head_dim=64)
+    spec = KernelSpec(problem=Problem(head_dim=192, head_dim_v=128, mask="causal"), tiling=Tiling(**TILING))
+    assert spec.name == "fa2_fwd_sm90_bf16_d192_v128_causal_m128_n128_s2_w8"
+    assert "is called 'fa2_fwd_sm90_bf16_d128_m" in refusal(
+        lambda: KernelSpec.from_name("fa2_fwd_sm90_bf16_d128_v128_m128_n128_s2_w8")
+    )
+    assert spec.problem.text == "fwd, head dim 192, of V and O 128, bf16, causal mask"
+    assert spec.problem.options == "--head-dim 192 --head-dim-v 128 --mask causal"
+
+
 def test_a_forward_kernel_has_no_other_way_than_deterministic():
     for make in (
         lambda: Problem(head_dim=64, deterministic=True),
@@ -192,7 +204,8 @@ def test_any_values_are_a_spec_or_refused_by_field(model, values):
         assert any(repr(name)[1:-1] in str(error) or name in str(error) for name in values), error
     else:
         for name, field in declared(model).items():
-            assert getattr(made, name) in (field.values or range(field.range.least, field.range.most + 1))
+            allowed = field.values or range(field.range.least, field.range.most + 1)
+            assert (value := getattr(made, name)) in allowed or value == field.default
 
 
 # Fields --------------------------------------------------------------------------------------------------------------
@@ -210,7 +223,7 @@ def test_a_misspelt_field_is_named_with_the_right_one(model):
 
 def test_a_field_like_no_other_is_answered_with_all_of_them():
     message = refusal(lambda: Problem(head_dim=64, zzz=1))
-    assert "zzz" in message and "direction, head_dim, dtype, mask" in message
+    assert "zzz" in message and "direction, head_dim, head_dim_v, dtype, mask" in message
 
 
 @pytest.mark.parametrize(

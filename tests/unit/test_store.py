@@ -52,6 +52,7 @@ class Plan:
     arch: str = "sm90"
     target: str = "sm_90a"
     head_dim: int = 128
+    head_dim_v: int = 128
     num_threads: int = 384
     shared_memory_bytes: int = 200_000
     params: tuple[Any, ...] = ()

@@ -16,7 +16,7 @@ from fa2gen.catalog import catalogue
 from fa2gen.plan import KernelPlan, feasible_tilings, fits, make_plan
 from fa2gen.render import LAUNCHER, Rendered, render, render_launcher
 from fa2gen.select import default_tiling
-from fa2gen.spec import KernelSpec, Mask, Problem, Tiling
+from fa2gen.spec import Direction, KernelSpec, Mask, Problem, Tiling
 
 TEMPLATES = Path(data_dir("templates"))
 NAMES = sorted(path.relative_to(TEMPLATES).as_posix() for path in TEMPLATES.rglob("*.j2"))
@@ -64,6 +64,12 @@ def plans() -> list[KernelPlan]:
                 tiling.model_copy(update={field: value}) for field, values in switches.items() for value in values
             ]
             specs += [spec for spec in (KernelSpec(problem=problem, tiling=t) for t in varied) if fits(spec)]
+    of_v = [
+        Problem(head_dim=d, head_dim_v=v, direction=way, varlen=d == 72)
+        for d, v in ((192, 128), (72, 8), (64, 256))
+        for way in get_args(Direction)
+    ]
+    specs += [KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in of_v for arch in ("sm80", "sm90")]
     problem = Problem(direction="bwd", head_dim=128)
     kinds = {(t.tile_m, t.tile_n, t.num_stages, t.num_mma_warps): t for t in feasible_tilings(problem, "sm90")}
     specs += [KernelSpec(problem=problem, tiling=tiling) for tiling in kinds.values()]
