@@ -29,7 +29,7 @@ from fa2gen import env
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput
 from fa2gen.gpus import device_at
-from fa2gen.ops.scratch import StreamScratch, scratch_of_capture, scratch_of_stream
+from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream
 from fa2gen.ops.validate import DTYPES, validate, validate_backward, validate_options
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, make_plan
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fa2gen.store import Store
 
 __all__ = [
+    "SCRATCH_ROWS",
     "AnyOptions",
     "Call",
     "Gradients",
@@ -51,6 +52,7 @@ __all__ = [
     "forget",
     "forward_cuda",
     "forward_out",
+    "launch_ragged",
     "launch_with_scratch",
     "packed",
     "prepared",
@@ -100,7 +102,7 @@ class _Chosen:
 
 _REMEMBERED_CALLS = 1024
 # What each stream keeps for an lse that is not asked for: 64 KiB. With more rows a kernel outlasts the host's call.
-_SCRATCH_ROWS = 1 << 14
+SCRATCH_ROWS = 1 << 14
 # torch.cuda's functions of these names without their Python, which costs as much again; a CPU build lacks them.
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
@@ -150,7 +152,7 @@ def forward_out(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions) -> Tensor:
     """`out` of `forward_cuda`, for who does not ask for lse: where it is small, no memory is allocated for it."""
     call = _find(q, k, v, options, None, None)
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    if call.launch is None or (q_at | k_at | v_at) & 15 or call.num_rows > _SCRATCH_ROWS:
+    if call.launch is None or (q_at | k_at | v_at) & 15 or call.num_rows > SCRATCH_ROWS:
         return forward_cuda(q, k, v, options)[0]
     out = call.new_out(q)
     _launch_forward(call, q_at, k_at, v_at, out, None)
@@ -250,10 +252,41 @@ def _launch_forward(call: Call, q: int, k: int, v: int, out: Tensor, lse: Tensor
     launch((q, k, v, out.data_ptr(), lse_at), counter_at, stream)
 
 
+def launch_ragged(
+    call: Call, q: Tensor, operands: tuple[int, ...], lse: Tensor | None, lengths: tuple[Tensor | None, ...]
+) -> None:
+    """`_launch_forward` of a ragged batch: its kernels hand a table and lists on, in the stream's scratch if they fit.
+
+    operands  addresses of q, k, v and out.
+    """
+    device, launch = call.device, call.launch
+    assert launch is not None
+    if _current_device() != device:
+        with torch.cuda.device(device):
+            launch_ragged(call, q, operands, lse, lengths)
+        return
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    bounds_q, bounds_k, used_q, used_k = lengths
+    bounds_q_at = 0 if bounds_q is None else bounds_q.data_ptr()
+    bounds_k_at = bounds_q_at if bounds_k is bounds_q else 0 if bounds_k is None else bounds_k.data_ptr()
+    used_q_at, used_k_at = 0 if used_q is None else used_q.data_ptr(), 0 if used_k is None else used_k.data_ptr()
+    at = (bounds_q_at, bounds_k_at, used_q_at, used_k_at)
+    if launch.scratch_bytes > WORK_BYTES or _is_capturing():
+        if lse is None:
+            lse = q.new_empty(call.lse_shape, dtype=torch.float32)
+        # Freed for the allocator at return, when no later kernel of this stream can have started.
+        memory = q.new_empty(launch.scratch_bytes, dtype=torch.uint8)
+        launch((*operands, lse.data_ptr(), *at), memory.data_ptr(), stream)
+        return
+    scratch = _scratches.get((device, stream)) or _first_scratch(device, stream)
+    with scratch.lock:
+        launch((*operands, scratch.lse if lse is None else lse.data_ptr(), *at), scratch.work, stream)
+
+
 def _first_scratch(device: int, stream: int) -> StreamScratch:
     with _lock:  # it is never freed: two threads must not both make one
         if (device, stream) not in _scratches:
-            _scratches[device, stream] = scratch_of_stream(device, stream, _SCRATCH_ROWS)
+            _scratches[device, stream] = scratch_of_stream(device, stream, SCRATCH_ROWS)
         return _scratches[device, stream]
 
 

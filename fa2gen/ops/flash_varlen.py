@@ -14,9 +14,11 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops.arguments import NO_WINDOW, Window, flag, options_of, refuse_unbuilt, window_sides
+from fa2gen.ops.autograd import RaggedAttention, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions
 from fa2gen.ops.flash import Result, WithLse, unpacked
 from fa2gen.ops.operator import run_ragged
+from fa2gen.ops.ragged import are_plain, forward_ragged, forward_ragged_out
 from fa2gen.ops.validate import LENGTHS, describe, refuse_non_tensors
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
@@ -109,6 +111,31 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     ):
         refuse_unbuilt(dropout_p, softcap, alibi_slopes)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    sides = window_sides(window_size)
+    plain_numbers = (
+        (softmax_scale is None or softmax_scale.__class__ is float)
+        and (causal is True or causal is False)
+        and (deterministic is False or deterministic is True)
+        and attention_chunk.__class__ is int
+        and attention_chunk >= 0
+    )
+    if (
+        plain_numbers
+        and (return_attn_probs is False or return_attn_probs is True)
+        and (max_seqlen_k is None or (max_seqlen_k.__class__ is int and max_seqlen_k >= 0))
+        and (max_seqlen_q is None or (max_seqlen_q.__class__ is int and max_seqlen_q >= 0))
+        and is_plain(q, k, v)
+        and are_plain(lengths)
+    ):
+        options: AnyOptions = (softmax_scale, causal, *sides, attention_chunk, deterministic, True)
+        max_keys: int | None = max_seqlen_k
+        if torch.is_grad_enabled() and wants_gradient(q, k, v):
+            out, lse = RaggedAttention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
+        elif return_attn_probs:
+            out, lse = forward_ragged(q, k, v, *lengths, options, max_keys)
+        else:
+            return forward_ragged_out(q, k, v, lengths, options, max_keys)
+        return (out, lse, None) if return_attn_probs else out
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
     for x in lengths:
@@ -118,15 +145,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     if not torch.compiler.is_compiling():  # there a number would be a constant of the graph, and another make a new one
         _longest("max_seqlen_q", max_seqlen_q)
         max_keys = _longest("max_seqlen_k", max_seqlen_k)
-    sides = window_sides(window_size)
-    options: AnyOptions
-    if (
-        (softmax_scale is None or softmax_scale.__class__ is float)
-        and (causal is True or causal is False)
-        and (deterministic is False or deterministic is True)
-        and attention_chunk.__class__ is int
-        and attention_chunk >= 0
-    ):
+    if plain_numbers:
         options = (softmax_scale, causal, *sides, attention_chunk, deterministic, True)
     else:
         options = options_of(q, softmax_scale, causal, sides, attention_chunk, deterministic, varlen=True)

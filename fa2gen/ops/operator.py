@@ -13,7 +13,7 @@ from fa2gen.ops.arguments import NO_WINDOW, Window, default_scale, named, option
 from fa2gen.ops.autograd import Attention, RaggedAttention, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions, forward_cuda
 from fa2gen.ops.nested import jagged_like, packed_jagged
-from fa2gen.ops.ragged import forward_ragged
+from fa2gen.ops.ragged import are_plain, forward_ragged
 from fa2gen.ops.validate import (
     DTYPES,
     Lengths,
@@ -101,7 +101,7 @@ def run_ragged(
     q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, max_keys: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """`run` of a ragged batch; max_keys as in `forward_ragged`."""
-    if is_plain(q, k, v) and all(x is None or type(x) is Tensor for x in lengths):
+    if is_plain(q, k, v) and are_plain(lengths):
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = RaggedAttention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
             return out, lse

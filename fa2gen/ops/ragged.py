@@ -12,11 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fa2gen.ops.call import AnyOptions, Call, Gradients, aligned, dense, launch_with_scratch, packed, prepared
+from fa2gen.ops.call import (
+    SCRATCH_ROWS,
+    AnyOptions,
+    Call,
+    Gradients,
+    aligned,
+    dense,
+    launch_ragged,
+    launch_with_scratch,
+    packed,
+    prepared,
+)
 from fa2gen.ops.validate import Lengths, validate_options, validate_ragged, validate_ragged_backward
 from fa2gen.options import Options, Shape
 
-__all__ = ["backward_ragged", "forward_ragged"]
+__all__ = ["are_plain", "backward_ragged", "forward_ragged", "forward_ragged_out"]
 
 
 def forward_ragged(
@@ -39,24 +50,46 @@ def forward_ragged(
     Raises as `forward_cuda` does.
     """
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    keys = _few_kinds(max_keys)
-    key = (
-        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
-        q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
-        *map(_kind, lengths), options, keys,
-    )  # fmt: skip
-    call = prepared(key, _prepare, q, k, v, lengths, options, keys)
+    call = _find(q, k, v, lengths, options, max_keys)
     out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
     if call.launch is None and not call.misaligned:  # no query, or no key for any
         out.zero_()
         lse.fill_(-math.inf)
         return out, lse
-    at = [x.data_ptr() for x in (q, k, v, out, lse)]
-    if call.launch is None or any(address & 15 for address in at):
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if call.launch is None or (q_at | k_at | v_at) & 15:
         q, k, v = (aligned(x) for x in (q, k, v))
         return forward_ragged(q, k, v, *lengths, options, max_keys, (out, lse))
-    launch_with_scratch(call, q, (*at, *map(_address, lengths)))
+    launch_ragged(call, q, (q_at, k_at, v_at, out.data_ptr()), lse, lengths)
     return out, lse
+
+
+def forward_ragged_out(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, max_keys: int | None
+) -> Tensor:
+    """`out` of `forward_ragged`, for who does not ask for lse: where it is small, no memory is allocated for it."""
+    call = _find(q, k, v, lengths, options, max_keys)
+    q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if call.launch is None or (q_at | k_at | v_at) & 15 or call.num_rows > SCRATCH_ROWS:
+        return forward_ragged(q, k, v, *lengths, options, max_keys)[0]
+    out = call.new_out(q)
+    launch_ragged(call, q, (q_at, k_at, v_at, out.data_ptr()), None, lengths)
+    return out
+
+
+def _find(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, max_keys: int | None) -> Call:
+    """What forward calls with this signature share: remembered, or prepared now."""
+    bounds_q, bounds_k, used_q, used_k = lengths
+    # A batch with another longest sequence is no other signature for that, but for one in another range.
+    bits = None if max_keys is None else (max_keys - 1).bit_length()
+    kind_q = _kind(bounds_q)
+    key = (
+        q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
+        q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
+        kind_q, kind_q if bounds_k is bounds_q else _kind(bounds_k),
+        None if used_q is None else _kind(used_q), None if used_k is None else _kind(used_k), options, bits,
+    )  # fmt: skip
+    return prepared(key, _prepare, q, k, v, lengths, options, bits)
 
 
 def backward_ragged(
@@ -89,13 +122,13 @@ def backward_ragged(
     lse = lse.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
-    keys = _few_kinds(max_keys)
+    bits = None if max_keys is None else (max_keys - 1).bit_length()
     key = (
         *[(x.shape, x.stride(), x.dtype, x.get_device()) for x in (dout, q, k, v, out)],
         *[None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse)],
-        *map(_kind, lengths), options, keys,
+        *map(_kind, lengths), options, bits,
     )  # fmt: skip
-    call = prepared(key, _prepare_backward, dout, q, k, v, out, lse, dlse, lengths, options, keys)
+    call = prepared(key, _prepare_backward, dout, q, k, v, out, lse, dlse, lengths, options, bits)
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     if call.launch is None and not call.misaligned:  # no query or no key
         for gradient in (dq, dk, dv):
@@ -111,6 +144,17 @@ def backward_ragged(
     return dq, dk, dv
 
 
+def are_plain(lengths: tuple[Any, ...]) -> bool:
+    """Whether these are tensors, none of a subclass, or None."""
+    bounds_q, bounds_k, used_q, used_k = lengths
+    return (
+        (bounds_q is None or type(bounds_q) is Tensor)
+        and (bounds_k is None or type(bounds_k) is Tensor)
+        and (used_q is None or type(used_q) is Tensor)
+        and (used_k is None or type(used_k) is Tensor)
+    )
+
+
 def _kind(x: Tensor | None) -> Any:
     """What of a tensor of lengths is part of a call's signature."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
@@ -120,15 +164,10 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _few_kinds(max_keys: int | None) -> int | None:
-    """Rounded up to a power of two: a batch with another longest sequence is no other signature for that."""
-    return None if max_keys is None else 1 << max(max_keys - 1, 0).bit_length()
-
-
 # Once for each signature ------------------------------------------------------------------------------------------
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, keys: int | None) -> Call:
+def _prepare(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, bits: int | None) -> Call:
     """Validate a signature; choose, load and pack its kernel."""
     options = Options(*options)
     batch = validate_ragged(q, k, v, lengths)
@@ -136,7 +175,7 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOpti
     tensors = {name: _packed_rows(x) for name, x in (("q", q), ("k", k), ("v", v))}
     shape = _shape(batch, tensors)
     out_strides = dense(*tensors["q"].shape[1:])
-    launch = packed("fwd", tensors, {"o": out_strides}, options, shape, _keys(shape, keys))
+    launch = packed("fwd", tensors, {"o": out_strides}, options, shape, _keys(shape, bits))
     return Call(
         device=q.get_device(),
         out_shape=tuple(q.shape),
@@ -158,7 +197,7 @@ def _prepare_backward(
     dlse: Tensor | None,
     lengths: Lengths,
     options: AnyOptions,
-    keys: int | None,
+    bits: int | None,
 ) -> Call:
     """`_prepare` of gradients."""
     options = Options(*options)
@@ -169,7 +208,7 @@ def _prepare_backward(
     shape = _shape(batch, tensors)
     of_query, of_key = dense(*tensors["q"].shape[1:]), dense(*tensors["k"].shape[1:])
     results = {"dq": of_query, "dk": of_key, "dv": of_key}
-    launch = packed("bwd", tensors, results, options, shape, _keys(shape, keys))
+    launch = packed("bwd", tensors, results, options, shape, _keys(shape, bits))
     return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
 
 
@@ -184,6 +223,6 @@ def _shape(batch: int, tensors: dict[str, Tensor]) -> Shape:
     return Shape(batch, total_q, total_k, num_heads, num_heads_kv)
 
 
-def _keys(shape: Shape, keys: int | None) -> int:
-    """How many a sequence is taken to have."""
-    return shape.seqlen_k // max(shape.batch, 1) if keys is None else min(keys, shape.seqlen_k)
+def _keys(shape: Shape, bits: int | None) -> int:
+    """How many a sequence is taken to have: the power of two that holds the longest, or the mean."""
+    return shape.seqlen_k // max(shape.batch, 1) if bits is None else min(1 << bits, shape.seqlen_k)

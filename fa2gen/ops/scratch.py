@@ -1,23 +1,36 @@
-"""Memory of a stream's launches: `counter`, an int32 that is 0 between them, and `lse`, rows that nobody reads."""
+"""Memory of a stream's launches: `counter`, an int32 that is 0 between them, `lse`, rows that nobody reads, and `work`
+of any content, for launches of several kernels: they hold `lock`, so that none of another thread comes between them."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 
-__all__ = ["StreamScratch", "scratch_of_capture", "scratch_of_stream"]
+from fa2gen.layout import align_up
 
+__all__ = ["WORK_BYTES", "StreamScratch", "scratch_of_capture", "scratch_of_stream"]
+
+WORK_BYTES = 1 << 16  # a ragged batch of 500 sequences and 30,000 rows takes as much
+
+_WORK_ALIGNMENT = 128
 _LSE_AT = 16  # bytes behind the counter, as rows are stored 16 bytes at once
 
 
 class StreamScratch:
     """Addresses in one piece of zeroed memory, and what keeps it: None where it is never freed."""
 
-    __slots__ = ("_keeper", "counter", "lse")
+    __slots__ = ("_keeper", "counter", "lock", "lse", "work")
 
-    def __init__(self, address: int, keeper: Any = None) -> None:
+    def __init__(self, address: int, rows: int, keeper: Any = None) -> None:
         self.counter, self.lse, self._keeper = address, address + _LSE_AT, keeper
+        self.work = address + _work_at(rows)
+        self.lock = threading.Lock()
+
+
+def _work_at(rows: int) -> int:
+    return align_up(_LSE_AT + 4 * rows, _WORK_ALIGNMENT)
 
 
 def scratch_of_stream(device: int, stream: int, rows: int) -> StreamScratch:
@@ -29,11 +42,11 @@ def scratch_of_stream(device: int, stream: int, rows: int) -> StreamScratch:
     """
     from fa2gen.kernel import zeroed_memory
 
-    return StreamScratch(zeroed_memory(device, _LSE_AT + 4 * rows, stream))
+    return StreamScratch(zeroed_memory(device, _work_at(rows) + WORK_BYTES, stream), rows)
 
 
 def scratch_of_capture(device: int, rows: int) -> StreamScratch:
-    """For one launch that is being captured: from the graph's own pool, zeroed by a node of the graph, and freed for
-    what the graph does later as soon as the caller drops it."""
+    """For one launch that is being captured, without `work`: from the graph's own pool, zeroed by a node of the graph,
+    and freed for what the graph does later as soon as the caller drops it."""
     memory = torch.zeros(_LSE_AT // 4 + rows, dtype=torch.int32, device=f"cuda:{device}")
-    return StreamScratch(memory.data_ptr(), memory)
+    return StreamScratch(memory.data_ptr(), rows, memory)

@@ -20,7 +20,7 @@ from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops import attention, flash_attn_func, flash_attn_varlen_func
 from fa2gen.ops import call as calls
-from fa2gen.ops.ragged import backward_ragged, forward_ragged
+from fa2gen.ops.ragged import backward_ragged, forward_ragged, forward_ragged_out
 from fa2gen.ops.scratch import scratch_of_capture
 from fa2gen.ops.validate import LENGTHS
 from fa2gen.options import Options
@@ -266,17 +266,17 @@ def test_out_alone_is_that_of_the_whole_call(gpu, monkeypatch):
         scratch = calls._scratches[-1, 5]
         assert (lse, counter, stream) == (scratch.lse, scratch.counter if arch == "sm90" else 0, 5)
         assert scratch.lse % 16 == 0 and scratch.lse >= scratch.counter + 4
-        assert scratch.lse + 4 * calls._SCRATCH_ROWS <= scratch._keeper.data_ptr() + scratch._keeper.nbytes
+        assert scratch.lse + 4 * calls.SCRATCH_ROWS <= scratch._keeper.data_ptr() + scratch._keeper.nbytes
     assert len(only(gpu).prepared) == 1 and len(calls._scratches) == 1
 
 
 def test_out_alone_of_many_rows_has_an_lse_of_its_own(gpu, monkeypatch):
     q, k, v = tensors()
-    monkeypatch.setattr(calls, "_SCRATCH_ROWS", 2 * 6 * 37)
+    monkeypatch.setattr(calls, "SCRATCH_ROWS", 2 * 6 * 37)
     calls.forward_out(q, k, v, Options(0.1, True))
     scratch = calls._scratches[-1, 5]
     assert only(gpu).launched[-1][4] == scratch.lse
-    monkeypatch.setattr(calls, "_SCRATCH_ROWS", 2 * 6 * 37 - 1)
+    monkeypatch.setattr(calls, "SCRATCH_ROWS", 2 * 6 * 37 - 1)
     calls.forward_out(q, k, v, Options(0.1, True))
     assert only(gpu).launched[-1][4] != scratch.lse
 
@@ -410,13 +410,39 @@ def test_a_ragged_call_is_launched_without_a_look_at_its_lengths(gpu):
         out, lse = forward_ragged(*arguments, RAGGED)
         q, k, v, *lengths = arguments
         assert only(gpu).launched[-1][:9] == tuple(x.data_ptr() for x in (q, k, v, out, lse, *lengths))
-    assert len(only(gpu).prepared) == 1 and only(gpu).plan.varlen and not calls._scratches
+    assert len(only(gpu).prepared) == 1 and only(gpu).plan.varlen
     assert [operand.name for operand in only(gpu).plan.operands[5:]] == list(LENGTHS)
     shape, strides, options = only(gpu).prepared[0]
     assert shape == (2, 37, 53, 6, 2) and options == RAGGED and lse.shape == (6, 37)
     assert strides["q"][1:] == strides["o"][1:] == (6 * 64, 64)
     forward_ragged(*arguments[:5], None, None, RAGGED)
     assert only(gpu).launched[-1][7:9] == (0, 0) and len(only(gpu).prepared) == 2
+
+
+def test_a_ragged_call_uses_the_scratch_of_its_stream(gpu, monkeypatch):
+    """Under a lock, as two kernels follow each other there. A captured call and one with long lists have their own."""
+    arguments = ragged_tensors()
+    locked = []
+    launch = FakeKernel.__call__
+    monkeypatch.setattr(FakeKernel, "__call__", lambda self, *given: (locked.append(in_use()), launch(self, *given)))
+
+    def in_use():
+        return [scratch.lock.locked() for scratch in calls._scratches.values()]
+
+    forward_ragged(*arguments, RAGGED)
+    scratch = calls._scratches[-1, 5]
+    assert only(gpu).launched[-1][9] == scratch.work and locked == [[True]] and in_use() == [False]
+    assert scratch.work % 128 == scratch.counter % 128 and scratch.work >= scratch.lse + 4 * calls.SCRATCH_ROWS
+    forward_ragged_out(*arguments[:3], arguments[3:], RAGGED, None)
+    assert only(gpu).launched[-1][4] == scratch.lse and only(gpu).launched[-1][9] == scratch.work
+    gpu.capturing = True
+    for _ in range(2):
+        forward_ragged_out(*arguments[:3], arguments[3:], RAGGED, None)
+        assert not {scratch.lse, scratch.work} & {*only(gpu).launched[-1]}
+    gpu.capturing = False
+    monkeypatch.setattr(calls, "WORK_BYTES", only(gpu).scratch_bytes - 1)
+    _, lse = forward_ragged(*arguments, RAGGED)
+    assert only(gpu).launched[-1][4] == lse.data_ptr() and only(gpu).launched[-1][9] != scratch.work
 
 
 def test_ragged_gradients_are_launched(gpu):
@@ -547,7 +573,7 @@ def test_plain_ragged_calls_are_launched(cuda):
     torch.autograd.grad(out, leaves, torch.ones_like(out))
     forward, backward = cuda.kernels.values()
     assert (len(forward.launched), len(backward.launched)) == (2, 1) and len(forward.prepared) == 1
-    assert [key[-1] for key in calls._calls] == [64, 64]
+    assert [key[-1] for key in calls._calls] == [6, 6]
     with Listening():
         flash_attn_varlen_func(*leaves, of_query, of_key, 20, 40)
     assert launches(cuda) == 3
