@@ -219,8 +219,11 @@ def _parse(score: str, allow: str, types: tuple[tuple[str, Type], ...]) -> Progr
         if word not in ranks:
             taken = "a word of the language" if word in NAMES or word in FUNCTIONS else "not in score or allow"
             raise InvalidInput(f"the input {word!r} is {taken}; they name {', '.join(ranks) or 'no inputs'}")
-    if trees[0] is not None and simplify(trees[0]) is _S:
-        trees[0] = None
+    if trees[0] is not None:
+        simple = simplify(trees[0])
+        if not any(node is _S for node in walk(simple)):
+            texts[0].refuse(0, f"this is {write(simple)}, whatever s, the score of q and k, is")
+        trees[0] = None if simple is _S else trees[0]
     if trees[1] is not None and simplify(trees[1]) is TRUE:
         trees[1] = None
     inputs = _inputs([tree for tree in trees if tree is not None])

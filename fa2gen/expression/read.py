@@ -22,6 +22,7 @@ __all__ = ["Text", "parsed", "read"]
 
 _INT_MAX = 2**31 - 1
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_NUMBER_AND_LETTER = re.compile(r"(?<![\w.])((?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?+)([A-Za-z_])")
 _HINTS = {
     "&": "write 'and'",
     "|": "write 'or'",
@@ -87,6 +88,8 @@ def parsed(text: Text) -> ast.expr:
         if character not in CHARACTERS:
             text.refuse(column, f"the character {character!a} is not allowed{_hint(character)}")
     plain = re.sub(r"\s", " ", text.text)
+    if found := _NUMBER_AND_LETTER.search(plain):
+        text.refuse(found.start(), f"a letter follows a number; write '{found[1]} * {found[2]}' for a product")
     lead = len(plain) - len(plain.lstrip())
     if not plain.strip():
         text.refuse(0, "nothing is written")
@@ -152,8 +155,6 @@ class _Reader:
 
     def _constant(self, syntax: ast.Constant) -> Node:
         value = syntax.value
-        if isinstance(value, complex):
-            self.text.refuse(syntax, "a number ends in j; write '2 * j' to multiply with the key's position")
         if not isinstance(value, bool | int | float):
             self.text.refuse(syntax, f"{value!r} is no number")
         if isinstance(value, int) and value > _INT_MAX:

@@ -6,12 +6,16 @@ import ctypes
 import functools
 import math
 import random
+import re
 
 import pytest
+import sympy
 import torch
 
 from fa2gen.expression import Program, emit, evaluate, parse
+from fa2gen.expression.evaluate import evaluate_tree
 from fa2gen.expression.examples import EXAMPLES, Sizes
+from fa2gen.expression.tree import Node, walk
 from tests.expressions import TYPES, inputs, random_condition, random_score
 from tests.unit.test_launch_facts import compiled, needs_compiler
 
@@ -63,13 +67,6 @@ CASES += [(parse(made.score, made.allow), made.inputs(torch, SIZES)) for made in
 # Derivatives ---------------------------------------------------------------------------------------------------------
 
 
-def number_of(tree, values: dict):
-    """A tree's value: `evaluate` of a program that has it for its score."""
-    return functools.partial(evaluate, what="score", torch=torch)(
-        Program("", "", (), (), score_tree=tree, allow_tree=None), values=values
-    )
-
-
 @pytest.mark.parametrize(("program", "made"), CASES, ids=lambda x: getattr(x, "score", None))
 def test_derivatives_are_those_of_autograd(program, made):
     """By s, by each number and by each tensor: what stands in the kernel's comment, and what its code is made from."""
@@ -90,19 +87,59 @@ def test_derivatives_are_those_of_autograd(program, made):
         zip(names, torch.autograd.grad((score * weights).sum(), [tensors[name] for name in names]), strict=True)
     )
     with torch.no_grad():
-        slope = number_of(program.slope, values).expand(score.shape)
+        slope = evaluate_tree(program.slope, values, torch).expand(score.shape)
         assert torch.allclose(slope * weights, truth["s"], rtol=1e-5, atol=1e-6), program.score
         found = {name: torch.zeros_like(x) for name, x in tensors.items() if name != "s"}
         for access in program.accesses:
-            of_each = (number_of(access.derivative, values) * weights).expand(score.shape)
+            of_each = (evaluate_tree(access.derivative, values, torch) * weights).expand(score.shape)
             name = access.leaf.value
-            places = [number_of(index, values).expand(score.shape) for index in access.leaf.args]
+            places = [evaluate_tree(index, values, torch).expand(score.shape) for index in access.leaf.args]
             inside = tuple(
                 place.clamp(0, size - 1).long() for place, size in zip(places, found[name].shape, strict=True)
             )
             found[name] = found[name].index_put(inside, of_each, accumulate=True) if inside else of_each.sum()
     for name, gradient in found.items():
         assert torch.allclose(gradient, truth[name], rtol=1e-5, atol=1e-5), f"{name} of {program.score}"
+
+
+SMOOTH = [made for made, _ in CASES if made.score and not re.search("where|min|max|abs|%", made.score)]
+
+
+@pytest.mark.parametrize("program", SMOOTH, ids=lambda program: program.score)
+def test_derivatives_are_those_of_sympy(program):
+    """As formulas, not at the places of one call alone."""
+    s = sympy.Symbol("s", real=True)
+    truth, found = sympy.diff(in_sympy(program.score_tree), s), in_sympy(program.slope)
+    rng = random.Random(1)
+    for _ in range(5):
+        at = {symbol: rng.uniform(0.3, 2.5) for symbol in (truth + found + s).free_symbols}
+        assert float(found.subs(at)) == pytest.approx(float(truth.subs(at)), rel=1e-6, abs=1e-6), program.score
+
+
+def in_sympy(root: Node) -> sympy.Expr:
+    """A tree of ours; a name, a number, and a tensor at each of its places, is a symbol."""
+    operations = {
+        "+": sympy.Add,
+        "*": sympy.Mul,
+        "/": lambda a, b: a / b,
+        "recip": lambda a: 1 / a,
+        "neg": lambda a: -a,
+        "exp": sympy.exp,
+        "log": sympy.log,
+        "tanh": sympy.tanh,
+        "sqrt": sympy.sqrt,
+        "sigmoid": lambda a: 1 / (1 + sympy.exp(-a)),
+        "float": lambda a: a,
+    }
+    made: dict[Node, sympy.Expr] = {}
+    for node in walk(root):
+        if node.op in operations:
+            made[node] = operations[node.op](*(made[arg] for arg in node.args))
+        elif node.op == "const":
+            made[node] = sympy.Float(node.value) if node.type == "float" else sympy.Integer(node.value)
+        else:
+            made[node] = sympy.Symbol("_".join([node.value, *(str(made[arg]) for arg in node.args)]), real=True)
+    return made[root]
 
 
 # The kernel's own statements, on the CPU -----------------------------------------------------------------------------
