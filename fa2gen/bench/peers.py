@@ -120,12 +120,22 @@ def _by_autograd(forward: Forward) -> Prepare:
     torch = import_module("torch")
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
-        if point.direction == "fwd":
+        if point.direction == "fwd" and point.calls != "step":
             call = forward(point, q, k, v)
             return lambda: (call(),)
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out = forward(point, *leaves)()
+            whole = forward(point, *leaves)
+
+        def step() -> Any:
+            with torch.enable_grad():
+                out = whole()
+            return torch.autograd.grad(out, leaves, dout)
+
+        if point.calls == "step":
+            return step
+        with torch.enable_grad():
+            out = whole()
         return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
     return prepare
@@ -182,6 +192,10 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
         options = point.options
         if point.direction == "fwd" and arch == native:
+            if point.calls == "step":
+                return _by_autograd(lambda point, *qkv: partial(flash_attn_func, *qkv, causal=point.causal))(
+                    point, q, k, v, dout
+                )
             said: dict[str, Any] = {
                 "causal": options.causal,
                 "window_size": (options.window_left, options.window_right),
@@ -372,6 +386,8 @@ def _fa3(direction: Direction, library: Path | None) -> Contestant:
             raise Missing(f"what was loaded registers no operator flash_attn_3::{needed}")
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        if point.calls == "step":
+            raise Missing("its operators have no autograd formula")
         options: dict[str, Any] = {"softmax_scale": point.head_dim**-0.5, "is_causal": point.causal}
         if window := _window(point):
             options |= zip(("window_size_left", "window_size_right"), window, strict=True)

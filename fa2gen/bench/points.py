@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 from fa2gen.errors import InvalidInput
 from fa2gen.features import examples_of, key_range
@@ -17,6 +17,7 @@ from fa2gen.spec import Direction, DType, Mask, Problem
 __all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "documents", "flops_of", "preset_points", "spec_points"]
 
 TOKENS, HIDDEN = 16_384, 2048  # of one batch: FlashAttention-2, section 4.1
+NEW_LENGTHS = 2048  # more than signatures are remembered; of one head, so that the GPU still waits
 GOLDEN = 0.6180339887498949
 
 
@@ -27,6 +28,8 @@ class Point:
     lengths     of a ragged batch's sequences, of which seqlen is the longest: q (total, heads, head_dim), and k and v
                 likewise.
     head_dim_v  of v, where it is another.
+    calls       what is called: "same", one call again and again; "new lengths", each call with another seqlen than
+                those before it, up to this one; or "step", a forward and a backward pass together.
     """
 
     preset: str
@@ -43,6 +46,7 @@ class Point:
     deterministic: bool = False
     lengths: tuple[int, ...] = ()
     head_dim_v: int | None = None
+    calls: Literal["same", "new lengths", "step"] = "same"
 
     @property
     def shape(self) -> Shape:
@@ -95,8 +99,9 @@ class Point:
         heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}:{self.heads_kv}"
         sides = f"{self.window_left},{0 if self.causal else self.window_right}"
         window = [sides] if self.window_left >= 0 or self.window_right >= 0 else []
+        of_calls = "" if self.calls == "same" else f", {self.calls}"
         size = f"{sum(self.lengths)} in {self.batch}" if self.lengths else f"{self.batch} x {self.seqlen}"
-        return f"{' '.join((*self.problem.words, *window))} {size}, {heads} heads"
+        return f"{' '.join((*self.problem.words, *window))} {size}, {heads} heads{of_calls}"
 
 
 def flops_of(problem: Problem, shape: Shape, options: Options) -> float:
@@ -216,7 +221,8 @@ def _mla(dtype: DType) -> list[Point]:
 
 def _host(dtype: DType) -> list[Point]:
     """Problems so small that the GPU waits for the host."""
-    return [_point("host", head_dim, dtype, True, 128, batch=1, heads=1) for head_dim in (64, 128)]
+    tiny = [_point("host", head_dim, dtype, True, 128, batch=1, heads=1) for head_dim in (64, 128)]
+    return [*tiny, replace(tiny[0], seqlen=NEW_LENGTHS, calls="new lengths"), replace(tiny[0], calls="step")]
 
 
 PRESETS: dict[str, Callable[[DType], list[Point]]] = {

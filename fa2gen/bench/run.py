@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -120,7 +121,7 @@ class Bench:
         for one in sorted(self.contestants, key=lambda one: is_ours(one.name)):  # it is ours that has to prove itself
             try:
                 with one.context():
-                    call = one.prepare(point, *inputs)
+                    call = _in_turn(one, point, inputs) if point.calls == "new lengths" else one.prepare(point, *inputs)
                     results = call()
                 torch.cuda.synchronize()
             except Exception as error:  # peers raise whatever they like; one that fails must not stop the others
@@ -157,6 +158,14 @@ class Bench:
 
 def _is_host_time(point: Point) -> bool:
     return point.preset == "host"
+
+
+def _in_turn(one: Contestant, point: Point, inputs: Sequence[Any]) -> Callable[[], Any]:
+    """A call of each length from the point's down, over and over."""
+    lengths = range(point.seqlen, 0, -1)
+    calls = [one.prepare(replace(point, seqlen=n), *(x[:, :n] for x in inputs)) for n in lengths]
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
 
 
 def _disagreement(results: Sequence[Any], truth: Sequence[Any]) -> str | None:

@@ -272,6 +272,40 @@ def test_peers_compute_attention_and_its_gradients(libraries, direction, causal)
     assert not any(x.requires_grad for x in (q, k, v))
 
 
+def test_a_step_is_both_passes(libraries):
+    """The same gradients at each call; and of operators without an autograd formula it is not measured."""
+    torch = pytest.importorskip("torch")
+    found, _ = peers.find(["math", "fa2", "fa3"])
+    assert [one.name for one in found] == ["math", "fa2", "fa3"]
+    point = Point("host", "fwd", 32, "bf16", True, 1, 48, 1, 1, calls="step")
+    q, k, v, dout = (torch.randn(1, 48, 1, 32) for _ in range(4))
+    alone = found[0].prepare(replace(point, direction="bwd", calls="same"), q, k, v, dout)()
+    for one in found:
+        with torch.no_grad(), one.context():
+            if one.name == "fa3":
+                with pytest.raises(peers.Missing, match="no autograd formula"):
+                    one.prepare(point, q, k, v, dout)
+                continue
+            call = one.prepare(point, q, k, v, dout)
+            for _ in range(2):
+                torch.testing.assert_close(tuple(call()), alone)
+
+
+def test_new_lengths_are_ever_new():
+    torch = pytest.importorskip("torch")
+    from fa2gen.bench.run import _in_turn
+    from fa2gen.ops import call as calls
+
+    (point,) = (point for point in preset_points("host") if point.calls == "new lengths")
+    assert point.seqlen > calls._REMEMBERED_CALLS
+    seen = []
+    one = peers.Contestant("math", lambda point, q, *_: lambda: seen.append((point.seqlen, q.shape[1])))
+    call = _in_turn(one, replace(point, seqlen=3), [torch.zeros(1, 3, 1, 8)] * 4)
+    for _ in range(4):
+        call()
+    assert seen == [(3, 3), (2, 2), (1, 1), (3, 3)]
+
+
 def test_math_of_grouped_heads():
     torch = pytest.importorskip("torch")
     from fa2gen.reference import attention_reference
