@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fa2gen.errors import InvalidInput
 from fa2gen.features import examples_of
-from fa2gen.features.attention import OPERANDS
 from fa2gen.gpus import current_device
 from fa2gen.options import Options, Shape
 from fa2gen.plan import make_plan
@@ -109,9 +108,9 @@ def make(
         tensors |= {name: torch.tensor(x, dtype=torch.int32, device=device) for name, x in lengths.items()}
     place = device if large else "cpu"
     generator = torch.Generator(place).manual_seed(seed)
-    for operand in OPERANDS[problem.direction]:
+    for operand in (x for x in make_plan(spec).operands if x.of not in ("bounds", "lengths")):
         size = operand.shape(shape, problem)
-        of_dtype = torch.float32 if operand.of == "row" else dtype
+        of_dtype = dtype if operand.is_tensor else torch.float32
         if operand.out:
             buffers[operand.name], tensors[operand.name] = _guarded(torch, size, of_dtype, device)
         elif operand.name not in ("o", "lse") and (with_dlse or not operand.optional):
@@ -163,7 +162,9 @@ def _forward(case: Case, by_kernel: bool) -> dict[str, Any]:
 
         results["lse"].fill_(-math.inf)
         for part in _parts(both):
-            out, lse = attention_reference(*(part[name] for name in "qkv"), **case.options._asdict())
+            out, lse = attention_reference(
+                *(part[name] for name in "qkv"), s_aux=part.get("s_aux"), **case.options._asdict()
+            )
             part["o"].copy_(out)
             part["lse"].copy_(lse)
         return results
@@ -176,16 +177,18 @@ def _forward(case: Case, by_kernel: bool) -> dict[str, Any]:
 
 
 def _parts(case: Case) -> Iterator[dict[str, Any]]:
-    """Views of the tensors, by name: of each sequence that has queries and keys, or of all of a dense batch."""
+    """Views of the tensors, by name: of each sequence that has queries and something to see, or of all of a dense
+    batch. What is one a head is there in each."""
     if not case.spec.problem.varlen:
         yield dict(case.tensors)
         return
+    operands = [x for x in make_plan(case.spec).operands if x.name in case.tensors]
     for first_q, end_q, first_k, end_k in case.rows:
-        if first_q < end_q and first_k < end_k:
+        if first_q < end_q and (first_k < end_k or case.options.sink):
             of = {"query": (1, first_q, end_q), "key": (1, first_k, end_k), "row": (2, first_q, end_q)}
-            operands = [x for x in OPERANDS[case.spec.problem.direction] if x.name in case.tensors]
-            cuts = ((x.name, *of[x.of]) for x in operands)
-            yield {name: case.tensors[name].narrow(dim, first, end - first) for name, dim, first, end in cuts}
+            cuts = ((x.name, *of[x.of]) for x in operands if x.of in of)
+            part = {name: case.tensors[name].narrow(dim, first, end - first) for name, dim, first, end in cuts}
+            yield part | {x.name: case.tensors[x.name] for x in operands if x.of == "head"}
 
 
 def _fp32() -> Any:
@@ -248,19 +251,20 @@ def verdict(case: Case) -> Verdict | GradientVerdict:
 
     Rows that have nothing to see must be 0 (LSE -inf): NaN, as of a row that is not written, is judged as such.
     """
-    from fa2gen.reference import check, check_gradients
+    from fa2gen.reference import check, check_gradients, check_sink_gradient
 
     options = case.options._asdict()
     found: list[Verdict | GradientVerdict] = []
     with import_module("torch").no_grad():
         for x in _parts(case):
             if case.spec.problem.direction == "fwd":
-                found.append(check(x["o"], x["lse"], x["q"], x["k"], x["v"], **options))
+                found.append(check(x["o"], x["lse"], x["q"], x["k"], x["v"], s_aux=x.get("s_aux"), **options))
             else:
                 gradients = (x["dq"], x["dk"], x["dv"])
-                found.append(
-                    check_gradients(gradients, x["dout"], x["q"], x["k"], x["v"], dlse=x.get("dlse"), **options)
-                )
+                more = options | {name: x.get(name) for name in ("dlse", "s_aux")}
+                found.append(check_gradients(gradients, x["dout"], x["q"], x["k"], x["v"], **more))
+        if "ds_aux" in case.results:
+            found.append(check_sink_gradient(case.tensors["ds_aux"], case.tensors["s_aux"], _parts(case)))
     return max(found, key=lambda one: one.share)
 
 
@@ -272,8 +276,9 @@ def written_outside(case: Case) -> str | None:
             return f"{outside} elements outside of {name} were written"
     if not case.spec.problem.varlen:
         return None
-    blank = {name: torch.full_like(x, -math.inf if name == "lse" else 0.0) for name, x in case.results.items()}
-    rest = {name: x.clone() for name, x in case.results.items()}
+    of_rows = {name: x for name, x in case.results.items() if x.dim() > 1}
+    blank = {name: torch.full_like(x, -math.inf if name == "lse" else 0.0) for name, x in of_rows.items()}
+    rest = {name: x.clone() for name, x in of_rows.items()}
     for part in _parts(replace(case, tensors={**case.tensors, **rest})):
         for name in rest:
             part[name].fill_(-math.inf if name == "lse" else 0.0)

@@ -84,6 +84,7 @@ def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) ->
         counts |= {"sequences": ENTRY_NUMBERS * entries(shape.batch), "num_blocks": 2, "m_list": 2 * m, "n_list": 2 * n}
     if isinstance(plan, BackwardPlan):
         counts["dq_acc"] = blocks.of_queries * plan.dq_block_floats
+        counts["sink_sums"] = blocks.of_queries * plan.preprocess_warps
     return Launch(
         grids=tuple(grids[entry.grid] for entry in plan.entry_points),
         values=values,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fa2gen.spec import Direction, DType, Mask, Problem
 
-__all__ = ["UNLIMITED", "Options", "Shape"]
+__all__ = ["SAID_BY_TENSORS", "UNLIMITED", "Options", "Shape"]
 
 UNLIMITED = -1
 """A side of a window that hides nothing."""
@@ -27,6 +27,10 @@ class Shape(NamedTuple):
     num_heads_kv: int
 
 
+SAID_BY_TENSORS = ("varlen", "sink")
+"""Options that a call's tensors say: operators have no argument for them."""
+
+
 class Options(NamedTuple):
     """The numbers and switches of a call.
 
@@ -37,6 +41,7 @@ class Options(NamedTuple):
     chunk          query i sees keys of its own chunk alone, floor(j / chunk) == floor(d / chunk); 0: no chunks.
     deterministic  gradients are the same bits in every run.
     varlen         the batch is ragged: sequences of their own lengths, packed.
+    sink           each softmax has a sink: the logits s_aux, one a query head, are a tensor of the call.
     """
 
     softmax_scale: float | None = None
@@ -46,6 +51,7 @@ class Options(NamedTuple):
     chunk: int = 0
     deterministic: bool = False
     varlen: bool = False
+    sink: bool = False
 
     def scale(self, head_dim: int) -> float:
         """What scores are multiplied with."""
@@ -86,5 +92,6 @@ class Options(NamedTuple):
             dtype=dtype,
             mask=self.mask,
             varlen=self.varlen,
+            sink=self.sink,
             deterministic=self.deterministic and direction == "bwd",
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,7 +32,9 @@ __all__ = [
     "attention_tiled",
     "check",
     "check_gradients",
+    "check_sink_gradient",
     "ragged_rows",
+    "sink_gradient",
 ]
 
 
@@ -43,12 +45,14 @@ def attention_reference(
     *,
     upcast: bool = True,
     reorder_ops: bool = False,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention as it is defined, with the whole score matrix in memory.
 
     upcast       compute in fp32; otherwise in the dtype of the inputs.
     reorder_ops  multiply K rather than Q by the scale: the same mathematics, rounded elsewhere.
+    s_aux        (H,): the logit of each head's sink.
 
     Returns (out, lse); see the module for shapes and options.
     """
@@ -61,7 +65,9 @@ def attention_reference(
     else:
         q = q * scale
     scores = torch.einsum("bqngd,bknd->bngqk", _group_heads(q, k), k)  # n key heads, g query heads of each
-    if said.mask == "full":
+    if s_aux is not None:
+        lse, probs = _softmax_with_sink(scores, s_aux, said, q.shape[1], k.shape[1])
+    elif said.mask == "full":
         lse, probs = torch.logsumexp(_at_least_fp32(scores), dim=-1), torch.softmax(scores, dim=-1)
     else:
         hidden = _hidden(said, q.shape[1], k.shape[1], scores.device)
@@ -74,6 +80,23 @@ def attention_reference(
     return out.flatten(2, 3).to(dtype), lse.flatten(1, 2)
 
 
+def _softmax_with_sink(
+    scores: Tensor, s_aux: Tensor, said: Options, seqlen_q: int, seqlen_k: int
+) -> tuple[Tensor, Tensor]:
+    """(lse, probabilities) of scores (B, Hk, H / Hk, Sq, Sk) with one more column, that of the sink, which is dropped.
+
+    A row of -inf alone has lse -inf and no probabilities; autograd would make NaN of it.
+    """
+    if said.mask != "full":
+        scores = scores.masked_fill(_hidden(said, seqlen_q, seqlen_k, scores.device), float("-inf"))
+    sinks = s_aux.to(scores.dtype).view(scores.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+    scores = torch.cat([sinks, scores], dim=-1)
+    nothing = torch.isneginf(scores).all(dim=-1)
+    scores = scores.masked_fill(nothing.unsqueeze(-1), 0.0)
+    lse = torch.logsumexp(_at_least_fp32(scores), dim=-1).masked_fill(nothing, float("-inf"))
+    return lse, torch.softmax(scores, dim=-1).masked_fill(nothing.unsqueeze(-1), 0.0)[..., 1:]
+
+
 def attention_tiled(
     q: Tensor,
     k: Tensor,
@@ -81,12 +104,14 @@ def attention_tiled(
     *,
     tile_m: int = 128,
     tile_n: int = 128,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of FlashAttention-2, in fp32 (fp64 for fp64 inputs), over all batches and heads at once.
 
     Queries are walked in tiles of `tile_m` rows, keys in blocks of `tile_n`; blocks above the diagonal are skipped. The
     running row maximum and row sum replace the score matrix, so that memory grows with Sq + Sk, not with Sq * Sk.
+    s_aux (H,) is the logit of each head's sink, or None.
 
     Returns (out, lse); see the module for shapes and options.
     """
@@ -119,6 +144,13 @@ def attention_tiled(
             row_sum = row_sum * correction + p.sum(dim=-1)
             acc_o = acc_o * correction.unsqueeze(-1) + torch.einsum("bngqk,bknd->bngqd", p, vf[:, n0:n1])
             row_max = new_max
+        if s_aux is not None:  # one more key, of no value
+            sink = _at_least_fp32(s_aux).to(row_max.dtype).view(*row_max.shape[1:3], 1)
+            new_max = torch.maximum(row_max, sink)
+            finite_max = new_max.masked_fill(torch.isneginf(new_max), 0.0)
+            correction = torch.exp(row_max - finite_max)
+            row_sum, row_max = row_sum * correction + torch.exp(sink - finite_max), new_max
+            acc_o = acc_o * correction.unsqueeze(-1)
         # One rescale at the end; a row without keys has the sum 0 and stays 0.
         out[:, m0:m1] = (acc_o / row_sum.masked_fill(row_sum == 0, 1.0).unsqueeze(-1)).movedim(-2, 1)
         lse[..., m0:m1] = row_max + torch.log(row_sum)
@@ -179,6 +211,19 @@ def attention_backward_tiled(
             dk[:, n0:n1] += torch.einsum("bngqk,bqngd->bknd", ds, q_tile) * scale
             dq[:, m0:m1] += torch.einsum("bngqk,bknd->bqngd", ds, kf[:, n0:n1]) * scale
     return dq.flatten(2, 3).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, s_aux: Tensor) -> Tensor:
+    """Of s_aux (H,): -sum over rows of P_sink * (rowsum(dO * O) - dLSE), with P_sink = exp(s_aux - LSE).
+
+    dout, out (B, Sq, H, D); lse, dlse (B, H, Sq). Rows with LSE -inf, which see nothing, are not counted.
+    """
+    lse, sinks = _at_least_fp32(lse), _at_least_fp32(s_aux).view(-1, 1)
+    dpsum = (_at_least_fp32(dout) * _at_least_fp32(out)).sum(dim=-1).transpose(1, 2)
+    if dlse is not None:
+        dpsum = dpsum - dlse
+    parts = torch.exp(sinks - lse) * dpsum
+    return -parts.masked_fill(torch.isneginf(lse), 0.0).sum(dim=(0, 2)).to(s_aux.dtype)
 
 
 def attention_ragged(
@@ -340,12 +385,13 @@ def check(
 
 @dataclass(frozen=True)
 class GradientVerdict:
-    """How far gradients are from the truth, beside what is allowed; each field as (dq, dk, dv), as in Verdict."""
+    """How far gradients are from the truth, beside what is allowed; each field as in Verdict, for each of `names`."""
 
-    max_error: tuple[float, float, float]
-    max_allowed: tuple[float, float, float]
-    mean_error: tuple[float, float, float]
-    mean_allowed: tuple[float, float, float]
+    max_error: tuple[float, ...]
+    max_allowed: tuple[float, ...]
+    mean_error: tuple[float, ...]
+    mean_allowed: tuple[float, ...]
+    names: tuple[str, ...] = ("dq", "dk", "dv")
 
     @property
     def ok(self) -> bool:
@@ -356,7 +402,7 @@ class GradientVerdict:
     def worst(self) -> dict[str, float]:
         """The four numbers of the gradient that comes nearest to its bound, or is farthest beyond it; NaN is worst."""
         columns = (self.max_error, self.max_allowed, self.mean_error, self.mean_allowed)
-        of_each: list[tuple[float, ...]] = [tuple(column[i] for column in columns) for i in range(3)]
+        of_each: list[tuple[float, ...]] = list(zip(*columns, strict=True))
 
         names = ("max_error", "max_allowed", "mean_error", "mean_allowed")
         return dict(zip(names, max(of_each, key=_excess), strict=True))
@@ -367,9 +413,7 @@ class GradientVerdict:
         return _excess(tuple(self.worst().values()))
 
     def __str__(self) -> str:
-        rows = zip(
-            ("dq", "dk", "dv"), self.max_error, self.max_allowed, self.mean_error, self.mean_allowed, strict=True
-        )
+        rows = zip(self.names, self.max_error, self.max_allowed, self.mean_error, self.mean_allowed, strict=True)
         parts = (f"{name} max {a:.3g} of {b:.3g}, mean {c:.3g} of {d:.3g}" for name, a, b, c, d in rows)
         return f"{'ok' if self.ok else 'WRONG'}: {'; '.join(parts)}"
 
@@ -382,6 +426,7 @@ def check_gradients(
     v: Tensor,
     *,
     dlse: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **options: Any,
 ) -> GradientVerdict:
     """Judge (dq, dk, dv) by the rule of `check`, each for itself: the truth is autograd through attention in fp32,
@@ -391,6 +436,8 @@ def check_gradients(
     allowed. What reading O rounded costs (Algorithm 2, line 4) is added to the bounds as an independent part: with two
     keys it exceeds all of pt's, with many it is nothing.
     """
+    scale = Options(**options).scale(q.shape[-1])
+    options["s_aux"] = s_aux
     with _full_fp32():
         truth = _gradients(dout, dlse, q, k, v, options)
         plain = _gradients(dout, dlse, q, k, v, options | {"upcast": False, "reorder_ops": True})
@@ -398,7 +445,6 @@ def check_gradients(
         out = attention_reference(q.float(), k.float(), v.float(), **options)[0]
         shift = (dout.float() * (out - out.to(q.dtype).float())).sum(-1).transpose(1, 2)
         rounded = _gradients(dout, shift if dlse is None else dlse + shift, q, k, v, options)
-    scale = Options(**options).scale(q.shape[-1])
     ds_noise = 4 * torch.finfo(torch.float32).eps * scale * _longest_row(dout) * _longest_row(v)
     of_key = (q.shape[1] * (q.shape[2] // max(k.shape[2], 1))) ** 0.5  # so many rows are summed
     noises = (ds_noise * _max(k.float().abs()), ds_noise * _max(q.float().abs()) * of_key, 0.0)
@@ -414,6 +460,24 @@ def check_gradients(
         max_allowed = math.hypot(2 * _max(pt_error) + floor, 2 * _max(of_rounding))
         rows.append((_max(error), max_allowed, _mean(error), mean_allowed))
     return GradientVerdict(*zip(*rows, strict=True))
+
+
+def check_sink_gradient(ds_aux: Tensor, s_aux: Tensor, parts: Iterable[Mapping[str, Tensor]]) -> GradientVerdict:
+    """Judge the gradient of s_aux (H,), head by head: against `sink_gradient` in fp64 of the tensors that a kernel was
+    given, within 1e-5 of what the terms of its sum are worth without their signs.
+
+    parts  o, dout (B, Sq, H, D), lse and dlse (B, H, Sq), dlse only where LSE has a gradient; of each sequence.
+    """
+    truth, size = (torch.zeros_like(s_aux, dtype=torch.float64) for _ in range(2))
+    for part in parts:
+        dout, out, lse = (part[name].double() for name in ("dout", "o", "lse"))
+        dlse = part["dlse"].double() if "dlse" in part else None
+        truth += sink_gradient(dout, out, lse, dlse, s_aux.double())
+        size -= sink_gradient(dout.abs(), out.abs(), lse, None if dlse is None else -dlse.abs(), s_aux.double())
+    errors = tuple((ds_aux.double() - truth).abs().tolist())
+    allowed = tuple((1e-5 * size + 1e-30).tolist())
+    names = tuple(f"ds_aux[{head}]" for head in range(len(errors)))
+    return GradientVerdict(errors, allowed, errors, allowed, names)
 
 
 def _share(error: float, bound: float) -> float:

@@ -159,17 +159,18 @@ def _rows(problem: Problem, arch: ArchName) -> list[TunedRow]:
 
 
 def _as_tuned(problem: Problem) -> Problem:
-    """The problem whose measured tilings serve this one: what keeps an order of additions, or looks up lengths, costs
-    every tiling alike."""
-    return problem.model_copy(update={"deterministic": False, "varlen": False})
+    """The problem whose measured tilings serve this one: what keeps an order of additions, looks up lengths, or adds
+    to a row's sum at its end costs every tiling alike."""
+    return problem.model_copy(update={"deterministic": False, "varlen": False, "sink": False})
 
 
 def served_by(row: TunedRow) -> Iterator[KernelSpec]:
     """The kernels that `select` takes from a tuned row: its own, and those tuned as it is that fit."""
     yield row.spec
     of = row.spec.problem
-    for varlen, deterministic in itertools.product((False, True), (False, True) if of.direction == "bwd" else (False,)):
-        problem = of.model_copy(update={"varlen": varlen, "deterministic": deterministic})
+    orders = (False, True) if of.direction == "bwd" else (False,)
+    for varlen, sink, deterministic in itertools.product((False, True), (False, True), orders):
+        problem = of.model_copy(update={"varlen": varlen, "sink": sink, "deterministic": deterministic})
         spec = KernelSpec(problem=problem, tiling=row.spec.tiling)
         if problem != of and _as_tuned(problem) == of and fits(spec):
             yield spec

@@ -286,6 +286,11 @@ class Problem(_Fields):
         Shown("varlen", optional=True, phrase="ragged batches"),
         Field(description="Sequences of their own lengths, packed into one: (total, heads, head_dim)."),
     ] = False
+    sink: Annotated[
+        bool,
+        Shown("sink", optional=True, phrase="attention sinks"),
+        Field(description="One more logit a query head in each softmax's sum, s_aux, which no value stands for."),
+    ] = False
     deterministic: Annotated[
         bool,
         Shown("det", optional=True, phrase="deterministic"),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
-from fa2gen.errors import InvalidInput
+from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.features import examples_of, key_range
 from fa2gen.options import UNLIMITED, Options, Shape
 from fa2gen.spec import Direction, DType, Mask, Problem
@@ -277,6 +277,8 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
 
     Without seqlens at those of the paper; of ragged batches, they are the longest of packed documents.
     """
+    if refused := next((problem for problem in problems if problem.sink), None):
+        raise UnsupportedProblem(f"bench measures no attention sinks: {refused.text}\n  nearest        without sink")
     points = []
     for problem, seqlen in itertools.product(
         problems, seqlens or sorted({point.seqlen for point in PRESETS["paper"]("bf16")})

@@ -174,7 +174,7 @@ def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any]) -> dict[str, Vi
         wanted = operand.shape(shape, plan.problem)
         view = views.get(operand.name)
         if view and (view.shape != wanted or view.element_bytes != (ELEMENT_BYTES if operand.is_tensor else 4)):
-            kind = "16-bit" if operand.is_tensor else "fp32" if operand.of == "row" else "int32"
+            kind = "16-bit" if operand.is_tensor else "fp32" if operand.of in ("row", "head") else "int32"
             raise InvalidInput(f"{operand.name} has shape {view.shape}: {wanted}, {kind}, is needed")
     return views
 

@@ -17,14 +17,14 @@ class Operand:
 
     of        whose rows and heads it has: "query" and "key" tensors are (batch, seqlen, heads, head_dim) in the
               kernel's dtype, the head dim contiguous; "row" tensors are (batch, num_heads, seqlen_q), fp32, dense;
-              "bounds" (batch + 1,) and "lengths" (batch,), int32, dense.
+              "bounds" (batch + 1,) and "lengths" (batch,), int32, dense; "head" (num_heads,), fp32, dense.
     of_v      of a "query" or "key" tensor: whether its head dim is V's, else that of Q and K.
     out       whether kernels write it.
     optional  whether it may be missing: its address is 0 then.
     """
 
     name: str
-    of: Literal["query", "key", "row", "bounds", "lengths"]
+    of: Literal["query", "key", "row", "bounds", "lengths", "head"]
     of_v: bool = False
     out: bool = False
     optional: bool = False
@@ -37,6 +37,8 @@ class Operand:
         """Its sizes at a call; those of a ragged batch's packed tensors with a batch of one before them."""
         if self.of in ("bounds", "lengths"):
             return (shape.batch + (self.of == "bounds"),)
+        if self.of == "head":
+            return (shape.num_heads,)
         batch = 1 if problem.varlen else shape.batch
         if self.of == "row":
             return (batch, shape.num_heads, shape.seqlen_q)
@@ -52,7 +54,7 @@ class Operand:
     @property
     def ctype(self) -> str:
         """Of the pointer to it in Params."""
-        of = {"row": "float", "bounds": "int", "lengths": "int"}.get(self.of, "void")
+        of = {"row": "float", "head": "float", "bounds": "int", "lengths": "int"}.get(self.of, "void")
         return of + ("*" if self.out else " const*")
 
 

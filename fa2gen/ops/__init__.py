@@ -1,5 +1,5 @@
-"""The PyTorch door: the functions of flash_attn 2.8, and behind them the operators `fa2gen::fwd` and `fa2gen::bwd`, and
-`fwd_varlen` and `bwd_varlen` of ragged batches.
+"""The PyTorch door: the functions of flash_attn 2.8, and behind them the operators `fa2gen::fwd` and `fa2gen::bwd`,
+`fwd_varlen` and `bwd_varlen` of ragged batches, and `fwd_general` and `bwd_general` of calls with further tensors.
 
 Shapes everywhere: q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim), heads a multiple of
 heads_kv; out like q, contiguous; lse (batch, heads, seqlen_q), fp32, the natural logarithm of the softmax sums. fp16 or

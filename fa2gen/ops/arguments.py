@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.validate import describe
-from fa2gen.options import UNLIMITED, Options
+from fa2gen.ops.validate import DTYPES, describe
+from fa2gen.options import SAID_BY_TENSORS, UNLIMITED, Options
 
-__all__ = ["NO_WINDOW", "Window", "default_scale", "flag", "named", "options_of", "refuse_unbuilt", "window_sides"]
+__all__ = [
+    "NO_WINDOW",
+    "Window",
+    "default_scale",
+    "flag",
+    "named",
+    "options_of",
+    "refuse_unbuilt",
+    "sinks",
+    "window_sides",
+]
 
 Window: TypeAlias = Sequence[int | None] | Tensor | None
 NO_WINDOW = (UNLIMITED, UNLIMITED)
@@ -44,10 +54,8 @@ def options_of(
 
 
 def named(options: Options) -> dict[str, Any]:
-    """Options as an operator takes them, by name: which operator is called says whether a batch is ragged."""
-    said = options._asdict()
-    del said["varlen"]
-    return said
+    """Options as an operator takes them, by name."""
+    return {name: value for name, value in options._asdict().items() if name not in SAID_BY_TENSORS}
 
 
 def default_scale(q: Tensor) -> float:
@@ -68,6 +76,19 @@ def flag(name: str, value: Any) -> bool:
         return bool(value)
     hint = f": take {name}.item(), which waits for the device" if isinstance(value, Tensor) else ""
     raise InvalidInput(f"{name} must be True or False, not {describe(value)}{hint}")
+
+
+def sinks(s_aux: Any) -> Tensor | None:
+    """The logits of sinks as operators take them: in fp32, of which a gradient comes back in the tensor's own type.
+
+    Raises InvalidInput for what is no tensor of floating-point numbers, or None.
+    """
+    if s_aux is None:
+        return None
+    if not isinstance(s_aux, Tensor) or s_aux.dtype not in (torch.float32, *DTYPES):
+        hint = "s_aux.float() makes one" if isinstance(s_aux, Tensor) else "torch.as_tensor(s_aux) makes one"
+        raise InvalidInput(f"s_aux must be a tensor of fp32, fp16 or bf16, or None, not {describe(s_aux)}: {hint}")
+    return s_aux.to(torch.float32)
 
 
 def window_sides(window: Any) -> tuple[int, int]:

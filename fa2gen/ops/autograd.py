@@ -1,9 +1,10 @@
 """The gradients of attention, for every way in which PyTorch asks for them.
 
-`Attention` is the autograd function, `RaggedAttention` that of ragged batches. The operators `fa2gen::fwd` and
-`fwd_varlen` apply them in their Autograd kernels (see `fa2gen.ops.library`), so that whoever calls an operator gets
-gradients: exported programs, graphs of make_fx, torch.compile. A plain eager call applies them around the CUDA kernels
-themselves, without the operator's dispatch.
+`Attention` is the autograd function, `RaggedAttention` that of ragged batches, `GeneralAttention` that of calls with
+further tensors, dense or ragged. The operators `fa2gen::fwd`, `fwd_varlen` and `fwd_general` apply them in their
+Autograd kernels (see `fa2gen.ops.library`), so that whoever calls an operator gets gradients: exported programs, graphs
+of make_fx, torch.compile. A plain eager call applies them around the CUDA kernels themselves, without the operator's
+dispatch.
 """
 
 from __future__ import annotations
@@ -20,10 +21,20 @@ from torch.autograd import forward_ad
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.ops.arguments import named
 from fa2gen.ops.call import backward_cuda
+from fa2gen.ops.general import backward_general
 from fa2gen.ops.ragged import backward_ragged
 from fa2gen.options import Options
 
-__all__ = ["Attention", "Gradients", "RaggedAttention", "apply", "is_plain", "refuse_tangents", "wants_gradient"]
+__all__ = [
+    "Attention",
+    "GeneralAttention",
+    "Gradients",
+    "RaggedAttention",
+    "apply",
+    "is_plain",
+    "refuse_tangents",
+    "wants_gradient",
+]
 
 # Bound here, as a lookup through torch's modules costs a third of what these do.
 _num_dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -134,6 +145,45 @@ class RaggedAttention(torch.autograd.Function):
         return None, dq, dk, dv, *(None,) * 6
 
 
+class GeneralAttention(torch.autograd.Function):
+    """`Attention` of a call with further tensors: lengths if the batch is ragged, sinks' logits if there are sinks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        run: Callable[..., tuple[Tensor, Tensor]],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        seqused_q: Tensor | None,
+        seqused_k: Tensor | None,
+        s_aux: Tensor | None,
+        options: Any,
+        max_keys: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        others = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux)
+        out, lse = run(q, k, v, *others, options, max_keys)
+        ctx.save_for_backward(q, k, v, out, lse, *others)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.max_keys = options, max_keys
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None and dlse is None:
+            return (None,) * 11
+        q, k, v, out, lse, *lengths, s_aux = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        run: Callable[..., Any] = by_general_operator
+        if _is_plain_backward(dout, q, k, v, dlse) and (s_aux is None or type(s_aux) is Tensor):
+            run = partial(backward_general, max_keys=ctx.max_keys)
+        dq, dk, dv, ds_aux = run(dout, q, k, v, out, lse, dlse, *lengths, s_aux, ctx.options)
+        return None, dq, dk, dv, *(None,) * 4, None if s_aux is None else ds_aux, None, None
+
+
 def _is_plain_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None) -> bool:
     """`is_plain` of gradients. With grad mode (create_graph=True) they must remember what they came from, if only to
     refuse."""
@@ -150,6 +200,14 @@ def by_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     operator = torch.ops.fa2gen.bwd_varlen.default if said.varlen else torch.ops.fa2gen.bwd.default
     gradients: tuple[Tensor, Tensor, Tensor] = operator(*tensors, **named(said))
     return gradients
+
+
+def by_general_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, ds_aux) by `fa2gen::bwd_general`; the last argument are options, with a scale."""
+    *tensors, options = arguments
+    gradients: tuple[Tensor, ...] = torch.ops.fa2gen.bwd_general.default(*tensors, **named(Options(*options)))
+    dq, dk, dv, ds_aux = gradients
+    return dq, dk, dv, ds_aux
 
 
 class Gradients(torch.autograd.Function):

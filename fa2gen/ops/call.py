@@ -52,6 +52,7 @@ __all__ = [
     "forget",
     "forward_cuda",
     "forward_out",
+    "launch_cleared",
     "launch_ragged",
     "launch_with_scratch",
     "packed",
@@ -216,6 +217,25 @@ def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...]) -> Non
     # Freed for the allocator at return, when no later kernel of this stream can have started.
     scratch = q.new_empty(call.launch.scratch_bytes, dtype=torch.uint8)
     call.launch(operands, scratch.data_ptr(), torch._C._cuda_getCurrentRawStream(call.device))
+
+
+def launch_cleared(call: Call, q: Tensor, operands: tuple[int, ...]) -> None:
+    """Launch on the current stream of q's device, with scratch memory of zeros that is left so: the stream's, or a
+    graph's own."""
+    assert call.launch is not None
+    device = call.device
+    if _current_device() != device:
+        with torch.cuda.device(device):
+            launch_cleared(call, q, operands)
+        return
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    counter = 0
+    if call.launch.scratch_bytes:
+        if _is_capturing():
+            counter = scratch_of_capture(device, 0).counter
+        else:
+            counter = (_scratches.get((device, stream)) or _first_scratch(device, stream)).counter
+    call.launch(operands, counter, stream)
 
 
 def _find(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions, arch: str | None, tiling: Tiling | None) -> Call:
@@ -400,7 +420,8 @@ def _chosen(
     seqlen_k: int,
 ) -> _Chosen:
     """The kernel of reduced options. Plans are made for a range of lengths, not for each."""
-    key = (direction, head_dim, dtype, options.mask, options.varlen, options.deterministic, device, arch, tiling)
+    key: tuple[Any, ...] = (direction, head_dim, dtype, options.mask, options.varlen, options.sink)
+    key += (options.deterministic, device, arch, tiling)
     if (known := _problems.get(key)) is None:
         family = kernel_arch(device_at(device), _family(arch, tiling))[0]
         bounds = () if tiling else seqlen_bounds(options.problem(direction, head_dim, DTYPES[dtype]), family)

@@ -46,6 +46,7 @@ def flash_attn_func(
     return_attn_probs: Literal[False] = False,
     *,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -73,6 +74,7 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
     return_attn_probs: bool = False,
     *,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Result:
     """softmax(q k^T * softmax_scale) v, exactly, and its gradients.
 
@@ -87,6 +89,9 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
                        torch.use_deterministic_algorithms(True). The forward pass always is.
     return_attn_probs  return (out, lse, None) rather than out; lse (batch, heads, seqlen_q) fp32, differentiable.
     attention_chunk    query i sees keys of its own chunk alone: those j with j // chunk == d // chunk. 0: no chunks.
+    s_aux              attention sinks: (heads,) fp32, fp16 or bf16, one more logit in each row's softmax, neither
+                       scaled nor masked, which no value stands for. Differentiable. LSE includes it, so that of a row
+                       that sees no key it is the sink; -inf: no sink.
 
     CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout,
     softcap and ALiBi.
@@ -106,9 +111,10 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
         and (deterministic is False or deterministic is True)
         and (return_attn_probs is False or return_attn_probs is True)
         and attention_chunk.__class__ is int
+        and s_aux is None
         and is_plain(q, k, v)
     ):
-        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False)
+        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False, False)
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = Attention.apply(forward_cuda, q, k, v, options)
         elif return_attn_probs:
@@ -124,6 +130,7 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
             window_size=(left, right),
             attention_chunk=attention_chunk,
             deterministic=deterministic,
+            s_aux=s_aux,
         )
     return (out, lse, None) if return_attn_probs else out
 
@@ -141,6 +148,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: Literal[False] = False,
     *,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -164,11 +172,12 @@ def flash_attn_qkvpacked_func(  # type: ignore[misc]  # the later overloads leav
     return_attn_probs: bool = False,
     *,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Result:
     """`flash_attn_func` of the three slices of qkv (batch, seqlen, 3, heads, head_dim), which are not copied."""
     q, k, v = unpacked("qkv", qkv, 3)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, attention_chunk=attention_chunk)  # type: ignore[call-overload]
+    return flash_attn_func(q, k, v, *options, attention_chunk=attention_chunk, s_aux=s_aux)  # type: ignore[call-overload]
 
 
 @overload
@@ -185,6 +194,7 @@ def flash_attn_kvpacked_func(
     return_attn_probs: Literal[False] = False,
     *,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -211,11 +221,12 @@ def flash_attn_kvpacked_func(  # type: ignore[misc]  # the later overloads leave
     return_attn_probs: bool = False,
     *,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Result:
     """`flash_attn_func` of q and the slices of kv (batch, seqlen_k, 2, heads_kv, head_dim), which are not copied."""
     k, v = unpacked("kv", kv, 2)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, attention_chunk=attention_chunk)  # type: ignore[call-overload]
+    return flash_attn_func(q, k, v, *options, attention_chunk=attention_chunk, s_aux=s_aux)  # type: ignore[call-overload]
 
 
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> NoReturn:

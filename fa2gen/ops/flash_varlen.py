@@ -48,6 +48,7 @@ def flash_attn_varlen_func(
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -78,6 +79,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Result:
     """`flash_attn_func` of a ragged batch: sequences of their own lengths, packed one behind the other.
 
@@ -121,13 +123,14 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     )
     if (
         plain_numbers
+        and s_aux is None
         and (return_attn_probs is False or return_attn_probs is True)
         and (max_seqlen_k is None or (max_seqlen_k.__class__ is int and max_seqlen_k >= 0))
         and (max_seqlen_q is None or (max_seqlen_q.__class__ is int and max_seqlen_q >= 0))
         and is_plain(q, k, v)
         and are_plain(lengths)
     ):
-        options: AnyOptions = (softmax_scale, causal, *sides, attention_chunk, deterministic, True)
+        options: AnyOptions = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False)
         max_keys: int | None = max_seqlen_k
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = RaggedAttention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
@@ -146,11 +149,11 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         _longest("max_seqlen_q", max_seqlen_q)
         max_keys = _longest("max_seqlen_k", max_seqlen_k)
     if plain_numbers:
-        options = (softmax_scale, causal, *sides, attention_chunk, deterministic, True)
+        options = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False)
     else:
         options = options_of(q, softmax_scale, causal, sides, attention_chunk, deterministic, varlen=True)
     return_attn_probs = flag("return_attn_probs", return_attn_probs)
-    out, lse = run_ragged(q, k, v, lengths, options, max_keys)
+    out, lse = run_ragged(q, k, v, lengths, options, max_keys, s_aux)
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -171,6 +174,7 @@ def flash_attn_varlen_qkvpacked_func(
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -196,13 +200,18 @@ def flash_attn_varlen_qkvpacked_func(  # type: ignore[misc]  # the second overlo
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Result:
     """`flash_attn_varlen_func` of the slices of qkv (total, 3, heads, head_dim), which are not copied."""
     q, k, v = unpacked("qkv", qkv, 3, "batch, seqlen" if cu_seqlens is None else "total")
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return flash_attn_varlen_func(  # type: ignore[call-overload]
-        *(q, k, v, *lengths, *options), seqused_q=seqused_q, seqused_k=seqused_k, attention_chunk=attention_chunk
+        *(q, k, v, *lengths, *options),
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        attention_chunk=attention_chunk,
+        s_aux=s_aux,
     )
 
 
@@ -226,6 +235,7 @@ def flash_attn_varlen_kvpacked_func(
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -254,13 +264,18 @@ def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # the second overloa
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     attention_chunk: int = 0,
+    s_aux: Tensor | None = None,
 ) -> Result:
     """`flash_attn_varlen_func` of q and the slices of kv (total_k, 2, heads_kv, head_dim), which are not copied."""
     k, v = unpacked("kv", kv, 2, "batch, seqlen" if cu_seqlens_k is None else "total")
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return flash_attn_varlen_func(  # type: ignore[call-overload]
-        *(q, k, v, *lengths, *options), seqused_q=seqused_q, seqused_k=seqused_k, attention_chunk=attention_chunk
+        *(q, k, v, *lengths, *options),
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        attention_chunk=attention_chunk,
+        s_aux=s_aux,
     )
 
 

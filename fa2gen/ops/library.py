@@ -1,10 +1,12 @@
-"""The `torch.library` operators `fa2gen::fwd` and `fa2gen::bwd`, and those of ragged batches.
+"""The `torch.library` operators `fa2gen::fwd` and `fa2gen::bwd`, those of ragged batches, and general ones.
 
 fwd(Tensor q, k, v, float softmax_scale, bool causal, ...) -> (Tensor out, Tensor lse)
 bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool causal, ...) -> (Tensor dq, dk, dv)
 
 `fwd_varlen` and `bwd_varlen` take `Tensor? cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k` behind these tensors; what
-each is says `fa2gen.ops.validate.validate_ragged`.
+each is says `fa2gen.ops.validate.validate_ragged`. `fwd_general` and `bwd_general` take all that a call may have:
+behind the lengths, which of a dense batch are all None, `Tensor? s_aux`, (heads,) fp32; `bwd_general` has a fourth
+result, ds_aux, which is empty where there is no s_aux.
 
 ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
 field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -29,25 +32,37 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fa2gen._when_imported import when_imported
 from fa2gen.errors import UnsupportedProblem
-from fa2gen.ops.autograd import Attention, Gradients, RaggedAttention, apply, refuse_tangents, wants_gradient
+from fa2gen.ops.autograd import (
+    Attention,
+    GeneralAttention,
+    Gradients,
+    RaggedAttention,
+    apply,
+    refuse_tangents,
+    wants_gradient,
+)
 from fa2gen.ops.call import backward_cuda, forward_cuda
+from fa2gen.ops.general import backward_general, forward_general
 from fa2gen.ops.ragged import backward_ragged, forward_ragged
 from fa2gen.ops.validate import (
     LENGTHS,
     refuse_tensor_kinds,
     validate,
     validate_backward,
+    validate_general,
+    validate_general_backward,
     validate_options,
     validate_ragged,
     validate_ragged_backward,
 )
-from fa2gen.options import Options
+from fa2gen.options import SAID_BY_TENSORS, Options
 from fa2gen.reference import (
     attention_backward_ragged,
     attention_backward_tiled,
     attention_ragged,
     attention_tiled,
     ragged_rows,
+    sink_gradient,
 )
 
 __all__ = ["OPTION_SCHEMA"]
@@ -59,7 +74,7 @@ _POSITIONAL = ("softmax_scale", "causal")  # these came first, without a default
 def _option_schema() -> str:
     types = typing.get_type_hints(Options)
     first = [f"{_TYPES[types[name]]} {name}" for name in _POSITIONAL]
-    others = [name for name in Options._fields if name not in (*_POSITIONAL, "varlen")]  # that is another operator's
+    others = [name for name in Options._fields if name not in (*_POSITIONAL, *SAID_BY_TENSORS)]
     return ", ".join([*first, *(f"{_TYPES[types[n]]} {n}={Options._field_defaults[n]}" for n in others)])
 
 
@@ -67,14 +82,27 @@ OPTION_SCHEMA = _option_schema()
 _FORWARD = "Tensor q, Tensor k, Tensor v"
 _BACKWARD = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
 _RAGGED = ", ".join(f"Tensor? {name}" for name in LENGTHS)
+_GENERAL = f"{_RAGGED}, Tensor? s_aux"
 _SCHEMAS = {
     "fwd": f"({_FORWARD}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd": f"({_BACKWARD}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "fwd_varlen": f"({_FORWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd_varlen": f"({_BACKWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "fwd_general": f"({_FORWARD}, {_GENERAL}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
+    "bwd_general": f"({_BACKWARD}, {_GENERAL}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor ds_aux)",
 }
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
 _RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
+_GENERAL_NAMES = ("fwd_general", "bwd_general")
+
+
+def _options(name: str, tensors: tuple[Any, ...], others: tuple[Any, ...], named: dict[str, Any]) -> Options:
+    """What an operator was called with, where others are its arguments behind the tensors."""
+    said = {"varlen": name in _RAGGED_NAMES}
+    if name in _GENERAL_NAMES:
+        *_, of_query, of_key, used_q, used_k, s_aux = tensors
+        said = {"varlen": not of_query is of_key is used_q is used_k is None, "sink": s_aux is not None}
+    return Options(*others, **{**named, **said})
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -139,6 +167,47 @@ def _backward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+def _forward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, *lengths, s_aux, options = arguments
+    sequences = validate_general(q, k, v, tuple(lengths), s_aux)
+    validate_options(options)
+    run = attention_tiled if sequences is None else attention_ragged
+    with torch.autocast("cpu", enabled=False):
+        return run(q, k, v, *(() if sequences is None else lengths), s_aux=s_aux, **options._asdict())
+
+
+def _forward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, *lengths, s_aux, options = arguments
+    if validate_general(q, k, v, tuple(lengths), s_aux) is None:
+        return _forward_fake(q, k, v, options)
+    return _forward_ragged_fake(q, k, v, *lengths, options)
+
+
+def _backward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout, q, k, v, out, lse, dlse, *lengths, s_aux, options = arguments
+    tensors = (dout, q, k, v, out, lse, dlse)
+    sequences = validate_general_backward(*tensors, tuple(lengths), s_aux)
+    validate_options(options)
+    with torch.autocast("cpu", enabled=False):
+        if sequences is None:
+            gradients = attention_backward_tiled(*tensors, **options._asdict())
+        else:
+            gradients = attention_backward_ragged(*tensors, *lengths, **options._asdict())
+            dout, out = ((x if x.dim() == 3 else x.flatten(0, 1)).unsqueeze(0) for x in (dout, out))
+            lse, dlse = (None if x is None else x.unsqueeze(0) for x in (lse, dlse))
+        if s_aux is None:
+            return *gradients, q.new_empty(0, dtype=torch.float32)
+        return *gradients, sink_gradient(dout, out, lse, dlse, s_aux)
+
+
+def _backward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout, q, k, v, out, lse, dlse, *lengths, s_aux, options = arguments
+    validate_general_backward(dout, q, k, v, out, lse, dlse, tuple(lengths), s_aux)
+    validate_options(options)
+    ds_aux = q.new_empty(0 if s_aux is None else s_aux.shape, dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ds_aux
+
+
 def _forward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
     """Of shapes, as torch counts its scaled_dot_product_attention: two products over all pairs, whatever the mask."""
     batch, seqlen_q, num_heads, head_dim = q
@@ -155,15 +224,15 @@ def _ragged_flops(name: str) -> Callable[..., int]:
     attention; fake tensors count as sequences of equal lengths."""
 
     def flops(*arguments: Any, **_: Any) -> int:
-        tensors = arguments[: _NUM_TENSORS[name]]
-        q, k, v = tensors[:3] if name == "fwd_varlen" else tensors[1:4]
-        lengths = tensors[-len(LENGTHS) :]
+        forward = name.startswith("fwd")
+        (q, k, v), lengths = (arguments[:3], arguments[3:7]) if forward else (arguments[1:4], arguments[7:11])
         if isinstance(q, FakeTensor) or q.is_meta:
             rows_q, rows_k = (x.shape[:-2].numel() for x in (q, k))
-            pairs = rows_q * rows_k // max(validate_ragged(q, k, v, lengths), 1)
+            dense = all(x is None for x in lengths)
+            pairs = rows_q * rows_k // max(q.shape[0] if dense else validate_ragged(q, k, v, lengths), 1)
         else:
             pairs = sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in ragged_rows(q, k, *lengths))
-        products = 2 if name == "fwd_varlen" else 5
+        products = 2 if forward else 5
         return int(2 * products * q.shape[-2] * q.shape[-1] * pairs)
 
     return flops
@@ -187,7 +256,7 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
                 return operator.redispatch(below, *given[: len(names)], *others, **named)
 
         if torch.is_grad_enabled() and wants_gradient(*tensors):
-            return apply(function, run, *tensors, Options(*others, **{**named, "varlen": name in _RAGGED_NAMES}))
+            return apply(function, run, *tensors, _options(name, tensors, others, named))
         return run(*tensors)
 
     return kernel
@@ -215,7 +284,12 @@ def _folded(x: Tensor, in_dim: int | None, size: int) -> Tensor:
     return mapped.flatten(0, 1) if mapped.dim() > 1 else mapped  # of no rank that is taken: refused by it
 
 
-def _refuse_vmap(*_: Any) -> NoReturn:
+def _refuse_vmap(name: str, *_: Any) -> NoReturn:
+    if name in _GENERAL_NAMES:
+        raise UnsupportedProblem(
+            "torch.func.vmap of attention with sinks is not built; make what is mapped over part of the batch: "
+            "q.flatten(0, 1) of (mapped, batch, seqlen, heads, head_dim)"
+        )
     raise UnsupportedProblem(
         "torch.func.vmap of a ragged batch is not built; it is a longer one: put the tensors one behind the other, and "
         "join their cu_seqlens, each with the totals before it added"
@@ -224,10 +298,11 @@ def _refuse_vmap(*_: Any) -> NoReturn:
 
 def _with_options(name: str, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """An implementation whose last argument is an Options, as the dispatcher calls it."""
-    count, ragged = _NUM_TENSORS[name], name in _RAGGED_NAMES
+    count = _NUM_TENSORS[name]
 
     def implemented(*arguments: Any, **others: Any) -> Any:
-        return implementation(*arguments[:count], Options(*arguments[count:], **{**others, "varlen": ragged}))
+        tensors = arguments[:count]
+        return implementation(*tensors, _options(name, tensors, arguments[count:], others))
 
     return implemented
 
@@ -239,14 +314,20 @@ def _kernels(name: str) -> dict[str, Callable[..., Any]]:
         "bwd": {"CPU": _backward_cpu, "CUDA": backward_cuda, "fake": _backward_fake},
         "fwd_varlen": {"CPU": _forward_ragged_cpu, "CUDA": forward_ragged, "fake": _forward_ragged_fake},
         "bwd_varlen": {"CPU": _backward_ragged_cpu, "CUDA": backward_ragged, "fake": _backward_ragged_fake},
+        "fwd_general": {"CPU": _forward_general_cpu, "CUDA": forward_general, "fake": _forward_general_fake},
+        "bwd_general": {"CPU": _backward_general_cpu, "CUDA": backward_general, "fake": _backward_general_fake},
     }
-    functions: dict[str, type[torch.autograd.Function]] = {"fwd": Attention, "fwd_varlen": RaggedAttention}
-    ragged = name in _RAGGED_NAMES
+    functions: dict[str, type[torch.autograd.Function]] = {
+        "fwd": Attention,
+        "fwd_varlen": RaggedAttention,
+        "fwd_general": GeneralAttention,
+    }
+    plain = name in ("fwd", "bwd")
     return {
         **{key: _with_options(name, implementation) for key, implementation in kernels[name].items()},
         "Autograd": _autograd(name, functions.get(name, Gradients)),
-        "vmap": _refuse_vmap if ragged else _vmap(name),
-        "flops": _ragged_flops(name) if ragged else _forward_flops if name == "fwd" else _backward_flops,
+        "vmap": _vmap(name) if plain else partial(_refuse_vmap, name),
+        "flops": (_forward_flops if name == "fwd" else _backward_flops) if plain else _ragged_flops(name),
     }
 
 
@@ -271,7 +352,7 @@ class _Held:
             self.library.impl(name, self._latest(name, key), key, with_keyset=key == "Autograd")
         torch.library.register_fake(f"fa2gen::{name}", self._latest(name, "fake"), lib=self.library)
         torch.library.register_vmap(f"fa2gen::{name}", self._latest(name, "vmap"), lib=self.library)
-        raw = name in _RAGGED_NAMES  # tensors rather than shapes
+        raw = name not in ("fwd", "bwd")  # tensors rather than shapes
         register_flop_formula(getattr(torch.ops.fa2gen, name), get_raw=raw)(self._latest(name, "flops"))
 
     def _latest(self, name: str, key: str) -> Callable[..., Any]:

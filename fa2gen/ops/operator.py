@@ -1,4 +1,4 @@
-"""One call of the operators, or past them: `attention`, and `run_ragged` of ragged batches."""
+"""One call of the operators, or past them: `attention`, `run_ragged` of ragged batches, `run_general` of all else."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
-from fa2gen.ops.arguments import NO_WINDOW, Window, default_scale, named, options_of, window_sides
-from fa2gen.ops.autograd import Attention, RaggedAttention, is_plain, wants_gradient
+from fa2gen.ops.arguments import NO_WINDOW, Window, default_scale, named, options_of, sinks, window_sides
+from fa2gen.ops.autograd import Attention, GeneralAttention, RaggedAttention, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions, forward_cuda
+from fa2gen.ops.general import forward_general
 from fa2gen.ops.nested import jagged_like, packed_jagged
 from fa2gen.ops.ragged import are_plain, forward_ragged
 from fa2gen.ops.validate import (
@@ -21,15 +22,18 @@ from fa2gen.ops.validate import (
     refuse_non_tensors,
     refuse_tensor_kinds,
     validate,
+    validate_general,
     validate_ragged,
 )
 from fa2gen.options import Options
 from fa2gen.spec import Tiling
 
-__all__ = ["attention", "forward_into", "run", "run_ragged"]
+__all__ = ["attention", "forward_into", "run", "run_general", "run_ragged"]
 
 _OPERATOR = torch.ops.fa2gen.fwd.default
 _RAGGED_OPERATOR = torch.ops.fa2gen.fwd_varlen.default
+_GENERAL_OPERATOR = torch.ops.fa2gen.fwd_general.default
+_NO_LENGTHS: Lengths = (None, None, None, None)
 
 
 def attention(
@@ -44,6 +48,7 @@ def attention(
     arch: str | None = None,
     tiling: Tiling | None = None,
     deterministic: bool = False,
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as (out, lse), both differentiable, once; shapes as in `fa2gen.ops`.
 
@@ -53,6 +58,7 @@ def attention(
     tiling           one exact tiling, instead of the selected one.
     deterministic    gradients that are the same bits in every run, at some cost in speed; so they are also under
                      torch.use_deterministic_algorithms(True). The forward pass always is.
+    s_aux            as in `flash_attn_func`.
 
     q, k and v may be nested tensors of layout jagged, (batch, jagged, heads, head_dim): out is one like q then, and lse
     is packed, (heads, total_q).
@@ -67,17 +73,22 @@ def attention(
     if arch is None and tiling is None:
         if q.is_nested or k.is_nested or v.is_nested:
             packed, lengths = packed_jagged(q, k, v)
-            out, lse = run_ragged(*packed, lengths, options_of(packed[0], *said, varlen=True))
+            out, lse = run_ragged(*packed, lengths, options_of(packed[0], *said, varlen=True), s_aux=s_aux)
             return jagged_like(q, out), lse
+        if s_aux is not None:
+            return run_general(q, k, v, _NO_LENGTHS, s_aux, options_of(q, *said))
         return run(q, k, v, options_of(q, *said))
     refuse_tensor_kinds("qkv", (q, k, v))
     options = options_of(q, *said)
-    if torch.is_grad_enabled() and wants_gradient(q, k, v):
+    if torch.is_grad_enabled() and wants_gradient(q, k, v, s_aux):
         raise UnsupportedProblem(
             "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach it"
         )
     if not q.is_cuda:
         raise InvalidInput(f"arch and tiling choose a CUDA kernel, but q is on {q.device}: leave them out")
+    if s_aux is not None:
+        given = (*autocasted(q, k, v), *_NO_LENGTHS, sinks(s_aux))
+        return forward_general(*given, options._replace(sink=True), None, arch, tiling)
     return forward_cuda(*autocasted(q, k, v), options, arch, tiling)
 
 
@@ -98,9 +109,17 @@ def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tens
 
 
 def run_ragged(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, max_keys: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    options: AnyOptions,
+    max_keys: int | None = None,
+    s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`run` of a ragged batch; max_keys as in `forward_ragged`."""
+    """`run` of a ragged batch; max_keys as in `forward_ragged`, s_aux as in `flash_attn_func`."""
+    if s_aux is not None:
+        return run_general(q, k, v, lengths, s_aux, options, max_keys)
     if is_plain(q, k, v) and are_plain(lengths):
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = RaggedAttention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
@@ -115,6 +134,34 @@ def run_ragged(
         return out, lse
     except NotImplementedError:
         validate_ragged(q, k, v, lengths)
+        raise
+
+
+def run_general(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    s_aux: Tensor | None,
+    options: AnyOptions,
+    max_keys: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`run` of a call with further tensors, ragged where there are lengths."""
+    said = Options(*options)._replace(varlen=any(x is not None for x in lengths), sink=s_aux is not None)
+    if said.softmax_scale is None:
+        said = said._replace(softmax_scale=default_scale(q))
+    others = (*lengths, sinks(s_aux))
+    if is_plain(q, k, v) and all(x is None or type(x) is Tensor for x in others):
+        if torch.is_grad_enabled() and wants_gradient(q, k, v, *others):
+            out, lse = GeneralAttention.apply(forward_general, q, k, v, *others, said, max_keys)
+            return out, lse
+        return forward_general(q, k, v, *others, said, max_keys)
+    q, k, v = autocasted(q, k, v)
+    try:
+        out, lse = _GENERAL_OPERATOR(q, k, v, *others, **named(said))
+        return out, lse
+    except NotImplementedError:
+        validate_general(q, k, v, lengths, others[-1])
         raise
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from fa2gen.ops.validate import LENGTHS
@@ -27,6 +27,8 @@ def register() -> None:
     register_sharding(torch.ops.fa2gen.bwd.default)(partial(_backward, False))
     register_sharding(torch.ops.fa2gen.fwd_varlen.default)(partial(_forward, True))
     register_sharding(torch.ops.fa2gen.bwd_varlen.default)(partial(_backward, True))
+    register_sharding(torch.ops.fa2gen.fwd_general.default)(_forward_general)
+    register_sharding(torch.ops.fa2gen.bwd_general.default)(_backward_general)
 
 
 def _forward(ragged: bool, q: Any, k: Any, v: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
@@ -44,6 +46,41 @@ def _backward(
         ([of_q, of_k, of_k], [of_q, of_q, of_k, of_k, of_q, rows, None if dlse is None else rows, *rest])
         for of_q, of_k, rows in _placements(ragged, q, k)
     ]
+
+
+def _forward_general(q: Any, k: Any, v: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
+    """`_forward` with lengths, or None in their places, and s_aux behind them."""
+    *lengths, s_aux = others[: _NUM_LENGTHS + 1]
+    options = others[_NUM_LENGTHS + 1 :]
+    found = []
+    for results, inputs in _forward(any(x is not None for x in lengths), q, k, v, *lengths, *options):
+        of_head = _of_heads(s_aux, results[1], len(q.shape))
+        at = 3 + _NUM_LENGTHS
+        found.append((results, [*inputs[:at], of_head, *inputs[at:]]))
+    return found
+
+
+def _backward_general(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *others: Any
+) -> list[tuple[list[Any], list[Any]]]:
+    """`_backward` likewise; ds_aux is a sum over the batch."""
+    *lengths, s_aux = others[: _NUM_LENGTHS + 1]
+    options = others[_NUM_LENGTHS + 1 :]
+    tensors = (dout, q, k, v, out, lse, dlse)
+    found = []
+    for results, inputs in _backward(any(x is not None for x in lengths), *tensors, *lengths, *options):
+        rows, at = inputs[5], 7 + _NUM_LENGTHS
+        of_head = _of_heads(s_aux, rows, len(q.shape))
+        of_gradient = Partial() if s_aux is not None and of_head == Replicate() != rows else of_head or Replicate()
+        found.append(([*results, of_gradient], [*inputs[:at], of_head, *inputs[at:]]))
+    return found
+
+
+def _of_heads(s_aux: Any, rows: Any, rank: int) -> Any:
+    """Where a tensor of one number a head is, when rows (batch, heads, seqlen), or (heads, total), are so."""
+    if s_aux is None:
+        return None
+    return Shard(0) if rows == Shard(rank - 3) else Replicate()
 
 
 def _of_others(ragged: bool, others: tuple[Any, ...]) -> list[Any]:

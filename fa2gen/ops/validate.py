@@ -22,6 +22,8 @@ __all__ = [
     "refuse_tensor_kinds",
     "validate",
     "validate_backward",
+    "validate_general",
+    "validate_general_backward",
     "validate_options",
     "validate_ragged",
     "validate_ragged_backward",
@@ -135,6 +137,39 @@ def validate_ragged_backward(
     return batch
 
 
+def validate_general(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, s_aux: Tensor | None) -> int | None:
+    """`validate`, or `validate_ragged` where there are lengths: the number of sequences then, else None; and of what
+    else a call may take: s_aux (heads,) fp32."""
+    sequences = None
+    if all(x is None for x in lengths):
+        validate(q, k, v)
+    else:
+        sequences = validate_ragged(q, k, v, lengths)
+    if s_aux is not None:
+        _validate_sinks(s_aux, q)
+    return sequences
+
+
+def validate_general_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    lengths: Lengths,
+    s_aux: Tensor | None,
+) -> int | None:
+    """`validate_general` of gradients."""
+    sequences = validate_general(q, k, v, lengths, s_aux)
+    rows: tuple[int, ...] = (q.shape[0], q.shape[-2], q.shape[1])
+    if sequences is not None:
+        rows = (q.shape[-2], q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1])
+    _validate_results(dout, q, out, lse, dlse, rows)
+    return sequences
+
+
 def _validate_results(
     dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, rows: tuple[int, ...]
 ) -> None:
@@ -210,6 +245,17 @@ def _validate_lengths(name: str, x: Tensor, q: Tensor) -> None:
         raise InvalidInput(f"{name} has shape {tuple(x.shape)}; it must be {what}")
     if x.shape[0] > 1 and x.stride(0) != 1:
         raise InvalidInput(f"{name} has a stride of {x.stride(0)}; it must be contiguous: pass {name}.contiguous()")
+
+
+def _validate_sinks(s_aux: Tensor, q: Tensor) -> None:
+    refuse_tensor_kinds(["s_aux"], [s_aux])
+    if s_aux.dtype != torch.float32 or s_aux.shape != (q.shape[-2],) or s_aux.device != q.device:
+        raise InvalidInput(
+            f"s_aux is {describe(s_aux)}; it must be ({q.shape[-2]},), one logit a query head, torch.float32 "
+            f"(functions take 16-bit types too), on {q.device}"
+        )
+    if s_aux.shape[0] > 1 and s_aux.stride(0) != 1:
+        raise InvalidInput(f"s_aux has a stride of {s_aux.stride(0)}; it must be contiguous: pass s_aux.contiguous()")
 
 
 def _validate_even(name: str, x: Tensor) -> None:

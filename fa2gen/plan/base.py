@@ -188,6 +188,15 @@ class KernelPlan:
         return self.problem.varlen
 
     @property
+    def sink(self) -> bool:
+        return self.problem.sink
+
+    @property
+    def sums_sinks(self) -> bool:
+        """Whether kernels sum gradients of sinks."""
+        return any(scratch.name == "sink_sums" for scratch in self.scratch)
+
+    @property
     def has_griddepcontrol(self) -> bool:
         """Whether a kernel's blocks can start before the kernel before it has ended: an instruction of sm_90."""
         return self.arch == "sm90"

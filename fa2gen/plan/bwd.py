@@ -54,6 +54,11 @@ class BackwardPlan(KernelPlan):
         return PREPROCESS_THREADS
 
     @property
+    def preprocess_warps(self) -> int:
+        """Each leaves a number of its own for the sink's gradient; four are read at once."""
+        return PREPROCESS_THREADS // 32
+
+    @property
     def preprocess_name(self) -> str:
         return f"{self.name}_preprocess"
 

@@ -128,6 +128,7 @@ def memory(plan: KernelPlan) -> dict[str, str]:
     }
     if isinstance(plan, BackwardPlan):
         counts["dq_acc"] = f"{blocks} * {plan.dq_block_floats}"
+        counts["sink_sums"] = f"{blocks} * {plan.preprocess_warps}"
     return {scratch.name: counts[scratch.name] for scratch in plan.scratch}
 
 
@@ -213,6 +214,7 @@ _DENSE = {
     "row": "(batch, num_heads, seqlen_q), fp32, dense",
     "bounds": "(batch + 1,), int32, dense",
     "lengths": "(batch,), int32, dense",
+    "head": "(num_heads,), fp32, dense",
 }
 
 

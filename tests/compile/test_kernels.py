@@ -46,7 +46,8 @@ def kernels() -> list[Any]:
     """Kernel names; those of the defaults beyond the catalogue are marked slow: together they take a minute."""
     written = [*catalogue()]
     tuned = [spec for rows in tuned_rows().values() for row in rows for spec in served_by(row)]
-    written += [spec for spec in tuned if not spec.problem.varlen]  # the catalogue's and the defaults below must do
+    # Of ragged ones and of sinks the catalogue's and the defaults below must do.
+    written += [spec for spec in tuned if not spec.problem.varlen and not spec.problem.sink]
     every_other = HEAD_DIMS[::2]  # of full masks: the causal kernel of a head dim has all that the full one has
     beyond = [
         default(arch, head_dim, dtype, mask, direction)
@@ -74,6 +75,12 @@ def kernels() -> list[Any]:
         for arch in ("sm90", "sm80")
         for direction, mask in (("fwd", "causal"), ("fwd", "window"), ("bwd", "causal"), ("bwd", "window"))
         for head_dim in (16, 80, 112, 128, 192, 256)
+    ]
+    beyond += [  # a row's end and two small kernels have more to do, and loops what they have without
+        default(arch, head_dim, dtype, mask, direction, sink=True)
+        for arch in ("sm90", "sm80")
+        for direction in ("fwd", "bwd")
+        for head_dim, dtype, mask in ((64, "bf16", "window"), (112, "fp16", "causal"), (128, "bf16", "full"))
     ]
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
     quick |= {

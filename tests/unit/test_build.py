@@ -122,6 +122,7 @@ def test_a_result_as_json():
         "dtype": "bf16",
         "mask": "full",
         "varlen": False,
+        "sink": False,
         "target": "sm_90a",
         "registers": 168,
         "spill_bytes": 20,

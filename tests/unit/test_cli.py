@@ -418,6 +418,10 @@ def listed(*arguments: str) -> list[KernelSpec]:
         return [KernelSpec.from_name(row["name"]) for row in fa2("list", *arguments, "--json").json]
 
 
+def is_usual(problem):
+    return not (problem.deterministic or problem.varlen or problem.sink)
+
+
 def test_list_is_the_catalogue():
     """Family by family and pass by pass: what specs/ writes, in its order, then what was tuned and is not among it."""
     from fa2gen.catalog import catalogue, tuned_rows
@@ -425,13 +429,13 @@ def test_list_is_the_catalogue():
 
     everything = listed()
     assert [spec.tiling.arch for spec in everything] == sorted(spec.tiling.arch for spec in everything)
-    assert not any(spec.problem.deterministic or spec.problem.varlen for spec in everything)
+    assert all(is_usual(spec.problem) for spec in everything)
     for arch, direction in itertools.product(ARCHES, get_args(Direction)):
         specs = listed("--arch", arch, "--direction", direction)
         ours = [spec for spec in everything if (spec.tiling.arch, spec.problem.direction) == (arch, direction)]
         assert specs == ours
         written = [spec for spec in catalogue(arch) if spec.problem.direction == direction]
-        written = [spec for spec in written if not spec.problem.deterministic and not spec.problem.varlen]
+        written = [spec for spec in written if is_usual(spec.problem)]
         assert specs[: len(written)] == written
         tuned = {
             spec
@@ -439,7 +443,7 @@ def test_list_is_the_catalogue():
             if (family, problem.direction) == (arch, direction)
             for row in rows
             for spec in served_by(row)
-            if not spec.problem.deterministic and not spec.problem.varlen
+            if is_usual(spec.problem)
         }
         assert {*specs[len(written) :]} == tuned - {*written}
 
@@ -498,6 +502,7 @@ VALUES = {
     "dtype": "fp16",
     "mask": "causal",
     "varlen": True,
+    "sink": True,
     "deterministic": True,
 }
 """Of each field of a problem a value that is not its default."""

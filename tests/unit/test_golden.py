@@ -26,6 +26,7 @@ REFRESH = "python -m tests.unit.test_golden --write"
 # ways to split the backward pass over warpgroups.
 NAMES = (
     "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
+    "fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8",
     "fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8",
     "fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8",
@@ -34,6 +35,7 @@ NAMES = (
     "fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8",
     "fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8",
     "fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4",
+    "fa2_fwd_sm80_bf16_d64_window_sink_m128_n64_s2_w4",
     "fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4",
     "fa2_fwd_sm80_fp16_d64_window_m128_n64_s2_w4",
     "fa2_fwd_sm90_bf16_d128_causal_m192_n80_s2_w12_r1",

@@ -132,7 +132,8 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
     """Params, the mask's and the tile order's functions of a rendered kernel, compiled for this machine."""
     plan = plan_of(arch, mask)
     rendered = render(plan)
-    wanted = ("common/params.", "rooms/", "sm90/pipeline", "sm90/fwd/pipeline")
+    rooms = ("rooms/seqlen/", "rooms/mask/", "rooms/schedule/")
+    wanted = ("common/params.", *rooms, "sm90/pipeline", "sm90/fwd/pipeline")
     text = [
         line
         for line, origin in zip(rendered.source.splitlines(), rendered.origins, strict=True)

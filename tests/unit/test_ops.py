@@ -115,7 +115,7 @@ _OPTIONS = {
 def test_signature_is_that_of_flash_attn(function, tensor_names):
     parameters = inspect.signature(function).parameters
     own = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
-    assert own == ["attention_chunk"]
+    assert own == ["attention_chunk", "s_aux"]
     assert [*parameters] == [*tensor_names.split(), *_OPTIONS, *own]
     assert {name: parameters[name].default for name in _OPTIONS} == _OPTIONS
 

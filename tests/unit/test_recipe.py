@@ -27,6 +27,7 @@ PROBLEMS = [
     Problem(direction="bwd", head_dim=128, mask="window", deterministic=True),
     Problem(head_dim=192, head_dim_v=128, mask="causal"),
     Problem(direction="bwd", head_dim=192, head_dim_v=128, mask="causal"),
+    Problem(direction="bwd", head_dim=64, sink=True),
 ]
 PLANS = [
     make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))

@@ -190,21 +190,19 @@ def test_what_is_tuned_for_deterministic_kernels_comes_first(rows):
     rows.extend(of.values())
     assert select(problem, H200).plan.name == name_of(problem, 48)
     assert select(usual, H200).plan.name == name_of(usual, 80)
-    ragged = usual.model_copy(update={"varlen": True})
+    kinds = itertools.product((False, True), (False, True), (False, True))
+    names = [dict(zip(("deterministic", "varlen", "sink"), kind, strict=True)) for kind in kinds]
     assert {spec.name for row in rows for spec in served_by(row)} == {
         name_of(problem, 48),
-        name_of(usual, 80),
-        name_of(problem, 80),
-        name_of(ragged, 80),
-        name_of(ragged.model_copy(update={"deterministic": True}), 80),
+        *(name_of(usual.model_copy(update=kind), 80) for kind in names),
     }
 
 
-def test_deterministic_and_ragged_kernels_take_the_tilings_that_were_measured_without(rows):
+def test_kernels_with_what_costs_every_tiling_alike_take_the_tilings_that_were_measured_without(rows):
     problem = Problem(direction="bwd", head_dim=128)
     tiling = Tiling(arch="sm90", tile_m=48, tile_n=128, num_stages=2, num_mma_warps=8)
     rows.append(tuned(KernelSpec(problem=problem, tiling=tiling).name))
-    for changed in ({"deterministic": True}, {"varlen": True}):
+    for changed in ({"deterministic": True}, {"varlen": True}, {"sink": True}):
         served = problem.model_copy(update=changed)
         assert default_tiling(served, "sm90") != tiling
         assert select(served, H200).plan.spec == KernelSpec(problem=served, tiling=tiling)

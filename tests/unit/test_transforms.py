@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fa2gen import UnsupportedProblem
 from fa2gen.ops import attention, flash_attn_func
-from fa2gen.options import Options
+from fa2gen.options import SAID_BY_TENSORS, Options
 
 ROOT = Path(__file__).resolve().parents[2]
 FWD, BWD = torch.ops.fa2gen.fwd.default, torch.ops.fa2gen.bwd.default
@@ -190,8 +190,10 @@ def test_opcheck(window):
 def test_operators_have_the_options_of_a_call():
     """Each by its name, optional but for the first two: what was exported before a field was added goes on to load.
     None is keyword-only: AOTInductor of torch 2.11 leaves the defaults of those out, and calls nothing."""
-    fields = [name for name in Options._fields if name != "varlen"]  # that is which operator it is
-    for operator in (FWD, BWD, torch.ops.fa2gen.fwd_varlen.default, torch.ops.fa2gen.bwd_varlen.default):
+    fields = [name for name in Options._fields if name not in SAID_BY_TENSORS]
+    names = [f"{way}_{kind}" for way in ("fwd", "bwd") for kind in ("varlen", "general")]
+    others = [getattr(torch.ops.fa2gen, name).default for name in names]
+    for operator in (FWD, BWD, *others):
         own = [a for a in operator._schema.arguments if a.name in Options._fields]
         assert [a.name for a in own] == fields and not any(a.kwarg_only for a in own)
         expected = [Options._field_defaults[name] for name in fields[2:]]

@@ -173,7 +173,7 @@ _SIDES = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
 def test_signature_is_that_of_flash_attn(function, first, last):
     parameters = inspect.signature(function).parameters
     own = [name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
-    assert own == ["seqused_q", "seqused_k", "attention_chunk"]
+    assert own == ["seqused_q", "seqused_k", "attention_chunk", "s_aux"]
     assert [*parameters] == [*first.split(), *_FLASH, *last, *own]
     assert {name: parameters[name].default for name in (*_FLASH, *last)} == _FLASH | last
 

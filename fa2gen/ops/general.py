@@ -1,0 +1,229 @@
+"""Calls with tensors beside q, k, v and lengths, on CUDA: from tensors to launches of both passes, dense and ragged.
+
+What is the same for all of a kind is in `fa2gen.ops.call`: signatures, kernels, copies. Such a call takes a few
+microseconds more than a plain one, as it looks at more tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fa2gen.ops.call import (
+    AnyOptions,
+    Call,
+    aligned,
+    dense,
+    launch_cleared,
+    launch_with_scratch,
+    packed,
+    prepared,
+)
+from fa2gen.ops.validate import Lengths, validate_general, validate_general_backward, validate_options
+from fa2gen.options import Options, Shape
+from fa2gen.spec import Tiling
+
+__all__ = ["AllGradients", "backward_general", "forward_general"]
+
+AllGradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(dq, dk, dv, ds_aux); the last is empty where there is no s_aux."""
+
+
+def forward_general(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    s_aux: Tensor | None,
+    options: AnyOptions,
+    max_keys: int | None = None,
+    arch: str | None = None,
+    tiling: Tiling | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
+
+    q, k, v  of a dense batch, where all lengths are None, else of a ragged one, as `validate_ragged` says.
+    s_aux    (heads,) fp32, contiguous, or None.
+
+    out like q; lse (batch, heads, seqlen_q), of a ragged batch (heads, total_q), fp32; both contiguous. Raises as
+    `forward_cuda` does.
+    """
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
+    key = (*map(_kind, (q, k, v, *lengths, s_aux)), options, keys, arch, tiling)
+    call = prepared(key, _prepare, q, k, v, lengths, s_aux, Options(*options), keys, arch, tiling)
+    out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
+    ragged = any(x is not None for x in lengths)
+    if call.launch is None and not call.misaligned:  # no query, or no key for any
+        if ragged and s_aux is not None and out.numel():
+            one_k, one_v, bounds = _keys_of_none(k, v, lengths)
+            given = (q, one_k, one_v, cu_seqlens_q, bounds, seqused_q, None, s_aux)
+            return forward_general(*given, options, max_keys, arch, tiling, (out, lse))
+        out.zero_()
+        lse.copy_(s_aux[:, None].expand_as(lse)) if s_aux is not None else lse.fill_(-math.inf)
+        return out, lse
+    at = [x.data_ptr() for x in (q, k, v, out, lse)]
+    if call.launch is None or any(address & 15 for address in at):
+        q, k, v = (aligned(x) for x in (q, k, v))
+        return forward_general(q, k, v, *lengths, s_aux, options, max_keys, arch, tiling, (out, lse))
+    others = [_address(x) for x in (*(lengths if ragged else ()), s_aux) if x is not None or ragged]
+    launch = launch_with_scratch if ragged else launch_cleared
+    launch(call, q, (*at, *others))
+    return out, lse
+
+
+def backward_general(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seqused_q: Tensor | None,
+    seqused_k: Tensor | None,
+    s_aux: Tensor | None,
+    options: AnyOptions,
+    max_keys: int | None = None,
+    into: AllGradients | None = None,
+) -> AllGradients:
+    """(dq, dk, dv, ds_aux) by generated kernels, contiguous, on the current stream of q's device.
+
+    dout, out  shaped as q, of any strides; lse, dlse as `forward_general` gives lse.
+
+    ds_aux is the same bits in every run; the others where `backward_cuda`'s are. Raises as it does.
+    """
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    if torch.are_deterministic_algorithms_enabled():
+        options = Options(*options)._replace(deterministic=True)
+    ragged = any(x is not None for x in lengths)
+    if ragged and dout.dim() == 4:  # its rows must be evenly spaced
+        dout, out = dout.contiguous(), out.contiguous()
+    lse = lse.contiguous()
+    if dlse is not None:
+        dlse = dlse.contiguous()
+    tensors = (dout, q, k, v, out, lse, dlse)
+    keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
+    key = (*map(_kind, (*tensors, *lengths, s_aux)), options, keys)
+    call = prepared(key, _prepare_backward, *tensors, lengths, s_aux, Options(*options), keys)
+    sinks = 0 if s_aux is None else s_aux.shape[0]
+    gradients = into or (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        q.new_empty(sinks, dtype=torch.float32),
+    )
+    if call.launch is None and not call.misaligned:  # no query or no key
+        if ragged and s_aux is not None and q.numel():
+            one_k, one_v, bounds = _keys_of_none(k, v, lengths)
+            given = (dout, q, one_k, one_v, out, lse, dlse, cu_seqlens_q, bounds, seqused_q, None, s_aux)
+            dq, _, _, ds_aux = backward_general(*given, options, max_keys)
+            return dq, gradients[1].zero_(), gradients[2].zero_(), ds_aux
+        for gradient in gradients:
+            gradient.zero_()
+        if s_aux is not None and dlse is not None:  # P of the sink is 1
+            gradients[3].copy_(dlse.sum(dim=(0, 2)).masked_fill(torch.isneginf(s_aux), 0.0))
+        return gradients
+    dq, dk, dv, ds_aux = gradients
+    at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
+    at.append(_address(dlse))
+    if call.launch is None or any(address & 15 for address in at):
+        q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
+        lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
+        return backward_general(dout, q, k, v, out, lse, dlse, *lengths, s_aux, options, max_keys, gradients)
+    of_sink = () if s_aux is None else (s_aux.data_ptr(), ds_aux.data_ptr())
+    launch_with_scratch(call, q, (*at, *(map(_address, lengths) if ragged else ()), *of_sink))
+    return gradients
+
+
+def _keys_of_none(k: Tensor, v: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor, Tensor]:
+    """(k, v, cu_seqlens_k) of one key, in no sequence, as kernels take no tensor without elements."""
+    batch = k.shape[0] if lengths[1] is None else lengths[1].shape[0] - 1
+    one_k, one_v = (x.new_zeros((1, *x.shape[-2:])) for x in (k, v))
+    return one_k, one_v, torch.zeros(batch + 1, dtype=torch.int32, device=k.device)
+
+
+def _kind(x: Tensor | None) -> Any:
+    """What of a tensor is part of a call's signature."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+# Once for each signature ------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    s_aux: Tensor | None,
+    options: Options,
+    keys: int | None,
+    arch: str | None,
+    tiling: Tiling | None,
+) -> Call:
+    """Validate a signature; choose, load and pack its kernel."""
+    sequences = validate_general(q, k, v, lengths, s_aux)
+    validate_options(options)
+    tensors, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v})
+    out_shape = (*q.shape[:-1], v.shape[-1])
+    out_strides = dense(shape.seqlen_q, shape.num_heads, v.shape[-1])
+    launch = packed("fwd", tensors, {"o": out_strides}, options, shape, _keys(shape, sequences, keys), arch, tiling)
+    rows = (shape.num_heads, shape.seqlen_q)
+    return Call(
+        device=q.get_device(),
+        out_shape=out_shape,
+        lse_shape=(shape.batch, *rows) if sequences is None else rows,
+        num_rows=0,
+        out_is_like_q=q.is_contiguous() and out_shape == q.shape,
+        launch=launch,
+        misaligned=launch is None and 0 not in shape,
+    )
+
+
+def _prepare_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    lengths: Lengths,
+    s_aux: Tensor | None,
+    options: Options,
+    keys: int | None,
+) -> Call:
+    """`_prepare` of gradients."""
+    sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, lengths, s_aux)
+    validate_options(options)
+    tensors, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v, "o": out, "dout": dout})
+    results = {f"d{name}": dense(*tensors[name].shape[1:]) for name in "qkv"}
+    launch = packed("bwd", tensors, results, options, shape, _keys(shape, sequences, keys))
+    return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
+
+
+def _as_kernels_see_them(sequences: int | None, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Shape]:
+    """(batch, rows, heads, head_dim); of a ragged batch, whose sequences are counted, with a batch of one."""
+    if sequences is not None:
+        tensors = {name: (x if x.dim() == 3 else x.flatten(0, 1)).unsqueeze(0) for name, x in tensors.items()}
+    (batch, seqlen_q, num_heads, _), (_, seqlen_k, num_heads_kv, _) = tensors["q"].shape, tensors["k"].shape
+    return tensors, Shape(batch if sequences is None else sequences, seqlen_q, seqlen_k, num_heads, num_heads_kv)
+
+
+def _keys(shape: Shape, sequences: int | None, keys: int | None) -> int:
+    """How many a sequence is taken to have, for the choice of a kernel."""
+    if sequences is None:
+        return shape.seqlen_k
+    return shape.seqlen_k // max(sequences, 1) if keys is None else min(keys, shape.seqlen_k)
