@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from fa2gen import __version__
-from fa2gen.cli import kernels, machine, measure
+from fa2gen.cli import kernels, machine, measure, report
 from fa2gen.cli.console import ExitStatus, examples
 from fa2gen.errors import Fa2GenError, InfeasibleSpec, InvalidInput
 
@@ -52,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for part in (kernels.app, measure.app, machine.app):
+for part in (kernels.app, measure.app, report.app, machine.app):
     app.add_typer(part)
 app.add_typer(machine.cache_app, name="cache")
 

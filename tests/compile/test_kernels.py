@@ -25,6 +25,7 @@ from fa2gen.arch import ARCHES
 from fa2gen.catalog import catalogue, tuned_rows
 from fa2gen.compile import Compiled, compile_kernel
 from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.report.sass import disassembler
 from fa2gen.select import default_tiling, served_by
 from fa2gen.spec import KernelSpec, Problem
 
@@ -155,16 +156,6 @@ class Sass:
             target = re.search(r"`\((\.L_x_\d+)\)", line) if line.startswith("BRA") else None
             if target and self.labels.get(target[1], end + 1) <= end:
                 yield self.code[self.labels[target[1]] : end + 1]
-
-
-@functools.cache
-def disassembler() -> str | None:
-    try:
-        from cuda.pathfinder import find_nvidia_binary_utility
-    except ImportError:
-        return None
-    found: str | None = find_nvidia_binary_utility("nvdisasm")
-    return found
 
 
 def sass_of(cubin: bytes, folder: Path) -> Sass:

@@ -31,7 +31,7 @@ from fa2gen.spec import Direction, KernelSpec, Problem, declared
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8"
-OF_KERNELS = ("build", "render", "plan", "list", "verify", "tune", "bench", "explain")
+OF_KERNELS = ("build", "render", "plan", "list", "verify", "tune", "bench", "explain", "report")
 """The commands that are told which kernels."""
 BUILD_KEYS = {
     *("name", "arch", "direction", "head_dim", "dtype", "mask"),
@@ -554,7 +554,8 @@ def test_options_offer_what_the_fields_allow(command):
 def test_the_table_has_every_field():
     assert VALUES.keys() == Problem.model_fields.keys()
     assert all(VALUES[name] != about.default for name, about in declared(Problem).items())
-    assert {*SHOWN, "bench"} == {*OF_KERNELS}  # bench measures: tests/unit/test_bench.py
+    # bench measures and report compiles: tests/unit/test_bench.py, test_report.py
+    assert {*SHOWN, "bench", "report"} == {*OF_KERNELS}
 
 
 @pytest.mark.parametrize("field", Problem.model_fields)

@@ -25,7 +25,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     4: ("compile", "store"),
     5: ("kernel", "build"),
     6: ("cpu", "testing", "reference", "gpus", "ops", "padding", "distributed", "cases", "bench"),
-    7: ("tune", "explain", "verify", "doctor"),
+    7: ("tune", "explain", "report", "verify", "doctor"),
     8: ("__init__", "cli", "__main__"),
 }
 ROW = {module: row for row, module in enumerate(module for modules in LAYERS.values() for module in modules)}
