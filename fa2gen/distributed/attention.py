@@ -121,6 +121,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Either function: packed documents are a batch of one."""
     refuse_non_tensors(q=q, k=k, v=v)
+    if k.shape[-1:] != v.shape[-1:]:
+        raise UnsupportedProblem(
+            f"k has head_dim {k.shape[-1]}, v has {v.shape[-1]}; context parallel sends both as one, of one head dim: "
+            "pad the shorter one with zeros (torch.nn.functional.pad), k with q, give softmax_scale, and take "
+            "out[..., :v.shape[-1]]"
+        )
     group = process_group(group)
     q, k, v = autocasted(q, k, v)
     validate(q, k, v)

@@ -2,9 +2,10 @@
 `fwd_varlen` and `bwd_varlen` of ragged batches, and `fwd_general` and `bwd_general` of calls with further tensors.
 
 Shapes everywhere: q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim), heads a multiple of
-heads_kv; out like q, contiguous; lse (batch, heads, seqlen_q), fp32, the natural logarithm of the softmax sums. fp16 or
-bf16, any strides with a contiguous last dimension. A causal mask is aligned to the bottom right. A row that sees no key
-has out 0 and lse -inf (flash_attn 2 says +inf there; flash_attn 3 and every merge of partial results want -inf).
+heads_kv; v may have a head dim of its own; out like q with v's head dim, contiguous; lse (batch, heads, seqlen_q), in
+fp32, the natural logarithm of the softmax sums. fp16 or bf16, any strides with a contiguous last dimension. A causal
+mask is aligned to the bottom right. A row that sees no key has out 0 and lse -inf (flash_attn 2 says +inf there;
+flash_attn 3 and every merge of partial results want -inf).
 """
 
 from __future__ import annotations

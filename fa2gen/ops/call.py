@@ -30,7 +30,7 @@ from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput
 from fa2gen.gpus import device_at
 from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream
-from fa2gen.ops.validate import DTYPES, validate, validate_backward, validate_options
+from fa2gen.ops.validate import DTYPES, out_shape, validate, validate_backward, validate_options
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.select import Device, kernel_arch, select, seqlen_bounds
@@ -129,7 +129,7 @@ def forward_cuda(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
 
-    out (batch, seqlen_q, heads, head_dim) in q's dtype; lse (batch, heads, seqlen_q) fp32; both contiguous.
+    out as `out_shape` says, in q's dtype; lse (batch, heads, seqlen_q) fp32; both contiguous.
 
     Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel
     raises.
@@ -174,7 +174,7 @@ def backward_cuda(
 ) -> Gradients:
     """(dq, dk, dv) by generated kernels, contiguous, on the current stream of q's device.
 
-    dout, out  shaped as q, of any strides; lse, dlse (batch, heads, seqlen_q) fp32.
+    dout, out  as `out_shape` says, of any strides; lse, dlse (batch, heads, seqlen_q) fp32.
     into       contiguous buffers to use.
 
     Where options.deterministic, or torch.use_deterministic_algorithms(True), the gradients are the same bits in every
@@ -344,16 +344,17 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, options: Options, arch: str | None
     validate(q, k, v)
     validate_options(options)
     tensors = {"q": q, "k": k, "v": v}
-    batch, seqlen_q, num_heads, head_dim = q.shape
-    out_strides = dense(seqlen_q, num_heads, head_dim)
+    batch, seqlen_q, num_heads, _ = q.shape
+    of_out = out_shape(q, v)
+    out_strides = dense(*of_out[1:])
     shape = Shape(batch, seqlen_q, k.shape[1], num_heads, k.shape[2])
     launch = packed("fwd", tensors, {"o": out_strides}, options, shape, shape.seqlen_k, arch, tiling)
     return Call(
         device=q.get_device(),
-        out_shape=(batch, seqlen_q, num_heads, head_dim),
+        out_shape=of_out,
         lse_shape=(batch, num_heads, seqlen_q),
         num_rows=batch * num_heads * seqlen_q,
-        out_is_like_q=q.stride() == (*out_strides, 1),
+        out_is_like_q=q.shape == of_out and q.stride() == (*out_strides, 1),
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
@@ -376,10 +377,8 @@ def _prepare_backward(
     validate_options(options)
     batch, seqlen_q, num_heads, _ = q.shape
     shape = Shape(batch, seqlen_q, k.shape[1], num_heads, k.shape[2])
-    of_query = dense(*q.shape[1:])
-    of_key = dense(*k.shape[1:])
     tensors = {"q": q, "k": k, "v": v, "o": out, "dout": dout}
-    results = {"dq": of_query, "dk": of_key, "dv": of_key}
+    results = {name: dense(*x.shape[1:]) for name, x in (("dq", q), ("dk", k), ("dv", v))}
     launch = packed("bwd", tensors, results, options, shape, shape.seqlen_k, None, tiling)
     return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
 
@@ -400,9 +399,9 @@ def packed(
     keys     how many a sequence has, for the choice of the kernel. It is chosen in each case: what is wrong is wrong
              at any length.
     """
-    q = tensors["q"]
+    q, head_dims = tensors["q"], (tensors["q"].shape[3], tensors["v"].shape[3])
     options = options.reduced(shape.seqlen_q, shape.seqlen_k)
-    chosen = _chosen(direction, q.shape[3], q.dtype, options, q.get_device(), arch, tiling, keys)
+    chosen = _chosen(direction, head_dims, q.dtype, options, q.get_device(), arch, tiling, keys)
     if 0 in shape or not all(_has_aligned_strides(x) for x in tensors.values()):
         return None
     strides = {name: x.stride()[:3] for name, x in tensors.items()}
@@ -411,7 +410,7 @@ def packed(
 
 def _chosen(
     direction: Direction,
-    head_dim: int,
+    head_dims: tuple[int, int],
     dtype: Any,
     options: Options,
     device: int,
@@ -420,18 +419,23 @@ def _chosen(
     seqlen_k: int,
 ) -> _Chosen:
     """The kernel of reduced options. Plans are made for a range of lengths, not for each."""
-    key: tuple[Any, ...] = (direction, head_dim, dtype, options.mask, options.varlen, options.sink)
+    key: tuple[Any, ...] = (direction, head_dims, dtype, options.mask, options.varlen, options.sink)
     key += (options.deterministic, device, arch, tiling)
     if (known := _problems.get(key)) is None:
         family = kernel_arch(device_at(device), _family(arch, tiling))[0]
-        bounds = () if tiling else seqlen_bounds(options.problem(direction, head_dim, DTYPES[dtype]), family)
+        bounds = () if tiling else seqlen_bounds(_problem(direction, head_dims, dtype, options), family)
         known = _problems.setdefault(key, (bounds, [None] * (len(bounds) + 1)))
     bounds, by_range = known
     index = bisect_right(bounds, seqlen_k)
     if (chosen := by_range[index]) is None:
-        problem = options.problem(direction, head_dim, DTYPES[dtype])
+        problem = _problem(direction, head_dims, dtype, options)
         chosen = by_range[index] = _Chosen(*choose(problem, device_at(device), arch, tiling, seqlen_k), device)
     return chosen
+
+
+def _problem(direction: Direction, head_dims: tuple[int, int], dtype: Any, options: Options) -> Problem:
+    head_dim, head_dim_v = head_dims
+    return options.problem(direction, head_dim, DTYPES[dtype], head_dim_v)
 
 
 def choose(

@@ -78,10 +78,11 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
 ) -> Result:
     """softmax(q k^T * softmax_scale) v, exactly, and its gradients.
 
-    q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim); fp16 or bf16. Nested tensors of
-    layout jagged, with a jagged seqlen, run as `flash_attn_varlen_func`; out is one like q then.
+    q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim); fp16 or bf16. v may have a head
+    dim of its own, which out has then. Nested tensors of layout jagged, with a jagged seqlen, run as
+    `flash_attn_varlen_func`; out is one like q then.
 
-    softmax_scale      default head_dim ** -0.5.
+    softmax_scale      default head_dim ** -0.5, of q's head dim.
     causal             query i sees no key after d = i + seqlen_k - seqlen_q.
     window_size        (left, right): query i sees keys d - left to d + right; -1 or None is no limit on that side, and
                        causal makes right 0. A sequence, an array or a tensor of two.

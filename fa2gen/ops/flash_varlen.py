@@ -83,10 +83,10 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
 ) -> Result:
     """`flash_attn_func` of a ragged batch: sequences of their own lengths, packed one behind the other.
 
-    q (total_q, heads, head_dim); k, v (total_k, heads_kv, head_dim); fp16 or bf16. Sequence i has queries
-    cu_seqlens_q[i] to cu_seqlens_q[i + 1], or the first seqused_q[i] of them, and keys likewise; masks are aligned to
-    the bottom right of each. Rows that no sequence has are padding: whatever they hold reaches no result, and there out
-    and gradients are 0, LSE -inf.
+    q (total_q, heads, head_dim); k, v (total_k, heads_kv, head_dim); fp16 or bf16. v may have a head dim of its own,
+    which out has then. Sequence i has queries cu_seqlens_q[i] to cu_seqlens_q[i + 1], or the first seqused_q[i] of
+    them, and keys likewise; masks are aligned to the bottom right of each. Rows that no sequence has are padding:
+    whatever they hold reaches no result, and there out and gradients are 0, LSE -inf.
 
     cu_seqlens_q, _k   (batch + 1,) int32, on q's device. None: that side is dense, (batch, seqlen, heads, head_dim),
                        its rows evenly spaced.

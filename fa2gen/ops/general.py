@@ -22,7 +22,7 @@ from fa2gen.ops.call import (
     packed,
     prepared,
 )
-from fa2gen.ops.validate import Lengths, validate_general, validate_general_backward, validate_options
+from fa2gen.ops.validate import Lengths, out_shape, validate_general, validate_general_backward, validate_options
 from fa2gen.options import Options, Shape
 from fa2gen.spec import Tiling
 
@@ -52,8 +52,8 @@ def forward_general(
     q, k, v  of a dense batch, where all lengths are None, else of a ragged one, as `validate_ragged` says.
     s_aux    (heads,) fp32, contiguous, or None.
 
-    out like q; lse (batch, heads, seqlen_q), of a ragged batch (heads, total_q), fp32; both contiguous. Raises as
-    `forward_cuda` does.
+    out as `out_shape` says; lse (batch, heads, seqlen_q), of a ragged batch (heads, total_q), fp32; both contiguous.
+    Raises as `forward_cuda` does.
     """
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
@@ -98,7 +98,7 @@ def backward_general(
 ) -> AllGradients:
     """(dq, dk, dv, ds_aux) by generated kernels, contiguous, on the current stream of q's device.
 
-    dout, out  shaped as q, of any strides; lse, dlse as `forward_general` gives lse.
+    dout, out  as `out_shape` says, of any strides; lse, dlse as `forward_general` gives lse.
 
     ds_aux is the same bits in every run; the others where `backward_cuda`'s are. Raises as it does.
     """
@@ -177,16 +177,16 @@ def _prepare(
     sequences = validate_general(q, k, v, lengths, s_aux)
     validate_options(options)
     tensors, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v})
-    out_shape = (*q.shape[:-1], v.shape[-1])
+    of_out = out_shape(q, v)
     out_strides = dense(shape.seqlen_q, shape.num_heads, v.shape[-1])
     launch = packed("fwd", tensors, {"o": out_strides}, options, shape, _keys(shape, sequences, keys), arch, tiling)
     rows = (shape.num_heads, shape.seqlen_q)
     return Call(
         device=q.get_device(),
-        out_shape=out_shape,
+        out_shape=of_out,
         lse_shape=(shape.batch, *rows) if sequences is None else rows,
         num_rows=0,
-        out_is_like_q=q.is_contiguous() and out_shape == q.shape,
+        out_is_like_q=q.is_contiguous() and of_out == q.shape,
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )

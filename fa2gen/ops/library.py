@@ -46,6 +46,7 @@ from fa2gen.ops.general import backward_general, forward_general
 from fa2gen.ops.ragged import backward_ragged, forward_ragged
 from fa2gen.ops.validate import (
     LENGTHS,
+    out_shape,
     refuse_tensor_kinds,
     validate,
     validate_backward,
@@ -64,6 +65,7 @@ from fa2gen.reference import (
     ragged_rows,
     sink_gradient,
 )
+from fa2gen.spec import Direction
 
 __all__ = ["OPTION_SCHEMA"]
 
@@ -116,7 +118,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     validate(q, k, v)
     validate_options(options)
     batch, seqlen_q, num_heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
+    return q.new_empty(out_shape(q, v)), q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
 
 
 def _backward_cpu(
@@ -149,7 +151,7 @@ def _forward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     validate_ragged(q, k, v, tuple(lengths))
     validate_options(options)
     rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
-    return q.new_empty(q.shape), q.new_empty((q.shape[-2], rows), dtype=torch.float32)
+    return q.new_empty(out_shape(q, v)), q.new_empty((q.shape[-2], rows), dtype=torch.float32)
 
 
 def _backward_ragged_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,15 +210,21 @@ def _backward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ds_aux
 
 
-def _forward_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
-    """Of shapes, as torch counts its scaled_dot_product_attention: two products over all pairs, whatever the mask."""
+def _flops_of_pair(direction: Direction, head_dim: int, head_dim_v: int) -> int:
+    """Of one query and one key, in one head. Forward two products; backward five: scores anew, dQ and dK have the head
+    dim of q and k, dP and dV that of v."""
+    return 2 * (head_dim + head_dim_v if direction == "fwd" else 3 * head_dim + 2 * head_dim_v)
+
+
+def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    """Of shapes, as torch counts its scaled_dot_product_attention: over all pairs, whatever the mask."""
     batch, seqlen_q, num_heads, head_dim = q
-    return int(4 * batch * num_heads * seqlen_q * k[1] * head_dim)
+    return int(batch * num_heads * seqlen_q * k[1] * _flops_of_pair("fwd", head_dim, v[-1]))
 
 
-def _backward_flops(dout: Any, q: Any, k: Any, *_: Any, **__: Any) -> int:
-    """Five products: scores anew, dP, dQ, dK and dV."""
-    return _forward_flops(q, k) // 2 * 5
+def _backward_flops(dout: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    batch, seqlen_q, num_heads, head_dim = q
+    return int(batch * num_heads * seqlen_q * k[1] * _flops_of_pair("bwd", head_dim, v[-1]))
 
 
 def _ragged_flops(name: str) -> Callable[..., int]:
@@ -232,8 +240,8 @@ def _ragged_flops(name: str) -> Callable[..., int]:
             pairs = rows_q * rows_k // max(q.shape[0] if dense else validate_ragged(q, k, v, lengths), 1)
         else:
             pairs = sum((q1 - q0) * (k1 - k0) for q0, q1, k0, k1 in ragged_rows(q, k, *lengths))
-        products = 2 if forward else 5
-        return int(2 * products * q.shape[-2] * q.shape[-1] * pairs)
+        direction: Direction = "fwd" if forward else "bwd"
+        return int(q.shape[-2] * pairs * _flops_of_pair(direction, q.shape[-1], v.shape[-1]))
 
     return flops
 

@@ -19,6 +19,7 @@ from fa2gen.ops.validate import (
     DTYPES,
     Lengths,
     describe,
+    out_shape,
     refuse_non_tensors,
     refuse_tensor_kinds,
     validate,
@@ -193,7 +194,7 @@ def forward_into(
 ) -> None:
     """`attention` of CUDA tensors into the caller's buffers, of which every element is written.
 
-    out (batch, seqlen_q, heads, head_dim) in q's dtype; lse (batch, heads, seqlen_q) fp32; both contiguous, on a
+    out (batch, seqlen_q, heads, v's head dim) in q's dtype; lse (batch, heads, seqlen_q) fp32; both contiguous, on a
     multiple of 16 bytes. Raises as `attention` does.
     """
     refuse_non_tensors(out=out, lse=lse, q=q, k=k, v=v)
@@ -201,9 +202,9 @@ def forward_into(
     options = options_of(q, softmax_scale, causal, window_sides(window_size), attention_chunk)
     if not q.is_cuda:
         raise InvalidInput(f"forward_into runs CUDA kernels, but q is on {q.device}: call fa2gen.attention")
-    batch, seqlen_q, num_heads, head_dim = q.shape
+    batch, seqlen_q, num_heads, _ = q.shape
     buffers: tuple[tuple[str, Tensor, tuple[int, ...], Any], ...] = (
-        ("out", out, (batch, seqlen_q, num_heads, head_dim), q.dtype),
+        ("out", out, out_shape(q, v), q.dtype),
         ("lse", lse, (batch, num_heads, seqlen_q), torch.float32),
     )
     for name, x, shape, dtype in buffers:

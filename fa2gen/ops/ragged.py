@@ -24,7 +24,7 @@ from fa2gen.ops.call import (
     packed,
     prepared,
 )
-from fa2gen.ops.validate import Lengths, validate_options, validate_ragged, validate_ragged_backward
+from fa2gen.ops.validate import Lengths, out_shape, validate_options, validate_ragged, validate_ragged_backward
 from fa2gen.options import Options, Shape
 
 __all__ = ["are_plain", "backward_ragged", "forward_ragged", "forward_ragged_out"]
@@ -44,7 +44,7 @@ def forward_ragged(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
 
-    q, k, v and lengths as `validate_ragged` says. out like q, lse (heads, total_q) fp32; both contiguous.
+    q, k, v and lengths as `validate_ragged` says; out as `out_shape`, lse (heads, total_q) fp32; both contiguous.
     max_keys  of the longest sequence, if that is known: it decides which kernel is the quickest, nothing else.
 
     Raises as `forward_cuda` does.
@@ -110,7 +110,7 @@ def backward_ragged(
 ) -> Gradients:
     """(dq, dk, dv) by generated kernels, contiguous, on the current stream of q's device.
 
-    dout, out  shaped as q, of any strides; lse, dlse (heads, total_q) fp32.
+    dout, out  as `out_shape` says, of any strides; lse, dlse (heads, total_q) fp32.
 
     Deterministic where `backward_cuda` is. Raises as it does.
     """
@@ -174,14 +174,15 @@ def _prepare(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOpti
     validate_options(options)
     tensors = {name: _packed_rows(x) for name, x in (("q", q), ("k", k), ("v", v))}
     shape = _shape(batch, tensors)
-    out_strides = dense(*tensors["q"].shape[1:])
+    of_out = out_shape(q, v)
+    out_strides = dense(*out_shape(tensors["q"], tensors["v"])[1:])
     launch = packed("fwd", tensors, {"o": out_strides}, options, shape, _keys(shape, bits))
     return Call(
         device=q.get_device(),
-        out_shape=tuple(q.shape),
+        out_shape=of_out,
         lse_shape=(shape.num_heads, shape.seqlen_q),
         num_rows=shape.num_heads * shape.seqlen_q,
-        out_is_like_q=q.stride() == (*out_strides[1:], 1),
+        out_is_like_q=q.shape == of_out and q.stride() == (*out_strides[1:], 1),
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
@@ -206,8 +207,7 @@ def _prepare_backward(
     given = (("q", q), ("k", k), ("v", v), ("o", out), ("dout", dout))
     tensors = {name: _packed_rows(x) for name, x in given}
     shape = _shape(batch, tensors)
-    of_query, of_key = dense(*tensors["q"].shape[1:]), dense(*tensors["k"].shape[1:])
-    results = {"dq": of_query, "dk": of_key, "dv": of_key}
+    results = {f"d{name}": dense(*tensors[name].shape[1:]) for name in "qkv"}
     launch = packed("bwd", tensors, results, options, shape, _keys(shape, bits))
     return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
 

@@ -18,6 +18,7 @@ __all__ = [
     "LENGTHS",
     "Lengths",
     "describe",
+    "out_shape",
     "refuse_non_tensors",
     "refuse_tensor_kinds",
     "validate",
@@ -41,7 +42,8 @@ _OTHER = "torch.nn.functional.scaled_dot_product_attention"
 
 
 def validate(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise InvalidInput or UnsupportedProblem unless q (B, Sq, H, D) and k, v (B, Sk, Hk, D) can be computed with.
+    """Raise InvalidInput or UnsupportedProblem unless q (B, Sq, H, D), k (B, Sk, Hk, D) and v (B, Sk, Hk, Dv) can be
+    computed with.
 
     For any device, and for fake tensors with symbolic sizes.
     """
@@ -124,16 +126,16 @@ def validate_backward(
     """Raise InvalidInput or UnsupportedProblem unless gradients can be computed from these. Also for fake tensors."""
     validate(q, k, v)
     batch, seqlen_q, num_heads, _ = q.shape
-    _validate_results(dout, q, out, lse, dlse, (batch, num_heads, seqlen_q))
+    _validate_results(dout, q, v, out, lse, dlse, (batch, num_heads, seqlen_q))
 
 
 def validate_ragged_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, lengths: Lengths
 ) -> int:
-    """`validate_ragged` of gradients: dout and out are shaped as q, lse and dlse (heads, total_q)."""
+    """`validate_ragged` of gradients: dout and out are shaped as `out_shape` says, lse and dlse (heads, total_q)."""
     batch = validate_ragged(q, k, v, lengths)
     rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
-    _validate_results(dout, q, out, lse, dlse, (q.shape[-2], rows))
+    _validate_results(dout, q, v, out, lse, dlse, (q.shape[-2], rows))
     return batch
 
 
@@ -166,16 +168,21 @@ def validate_general_backward(
     rows: tuple[int, ...] = (q.shape[0], q.shape[-2], q.shape[1])
     if sequences is not None:
         rows = (q.shape[-2], q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1])
-    _validate_results(dout, q, out, lse, dlse, rows)
+    _validate_results(dout, q, v, out, lse, dlse, rows)
     return sequences
 
 
+def out_shape(q: Tensor, v: Tensor) -> tuple[int, ...]:
+    """Of the output, and of its gradient: rows and heads of q, the head dim of v."""
+    return (*q.shape[:-1], v.shape[-1])
+
+
 def _validate_results(
-    dout: Tensor, q: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, rows: tuple[int, ...]
+    dout: Tensor, q: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, rows: tuple[int, ...]
 ) -> None:
     for name, x, shape, dtype in (
-        ("dout", dout, q.shape, q.dtype),
-        ("out", out, q.shape, q.dtype),
+        ("dout", dout, out_shape(q, v), q.dtype),
+        ("out", out, out_shape(q, v), q.dtype),
         ("lse", lse, rows, torch.float32),
         ("dlse", dlse, rows, torch.float32),
     ):
@@ -270,17 +277,16 @@ def _validate_even(name: str, x: Tensor) -> None:
 
 def _validate_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Head dims, rows and heads; the last dimension's stride."""
-    head_dim = q.shape[-1]
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[-1] != head_dim:
-            raise UnsupportedProblem(
-                f"q has head_dim {head_dim}, {name} has {x.shape[-1]}; they must be equal: pad the shorter one "
-                "with zeros (torch.nn.functional.pad) and give softmax_scale"
-            )
+    if q.shape[-1] != k.shape[-1]:
+        raise UnsupportedProblem(
+            f"q has head_dim {q.shape[-1]}, k has {k.shape[-1]}; they must be equal: pad the shorter one with zeros "
+            "(torch.nn.functional.pad) and give softmax_scale"
+        )
     for i, what in ((-3, "seqlen" if k.dim() == 4 else "rows"), (-2, "heads")):
         if k.shape[i] != v.shape[i]:
             raise InvalidInput(f"k has {what} {k.shape[i]}, v has {what} {v.shape[i]}; they must be equal: slice one")
-    _validate_head_dim(head_dim)
+    _validate_head_dim(q.shape[-1])
+    _validate_head_dim_v(v.shape[-1])
     _validate_heads(q.shape[-2], k.shape[-2])
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1 and x.numel() > 0:
@@ -291,12 +297,7 @@ def _validate_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _validate_head_dim(head_dim: int) -> None:
-    if head_dim == 0:
-        raise InvalidInput(
-            f"head_dim is 0; it must be a multiple of {HEAD_DIM_STEP} from {HEAD_DIM_STEP} to {MAX_HEAD_DIM}"
-        )
-    if head_dim > MAX_HEAD_DIM:
-        raise UnsupportedProblem(f"head_dim is {head_dim}; the largest is {MAX_HEAD_DIM}. Nearest: {_OTHER}")
+    _validate_range("head_dim", head_dim)
     if head_dim % HEAD_DIM_STEP:
         padded = -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
         raise UnsupportedProblem(
@@ -304,6 +305,25 @@ def _validate_head_dim(head_dim: int) -> None:
             f"torch.nn.functional.pad(x, (0, {padded - head_dim})), pass softmax_scale={head_dim}**-0.5, "
             f"and take out[..., :{head_dim}]"
         )
+
+
+def _validate_head_dim_v(head_dim: int) -> None:
+    _validate_range("v's head_dim", head_dim)
+    if head_dim % HEAD_DIM_STEP:
+        padded = -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
+        raise UnsupportedProblem(
+            f"v's head_dim is {head_dim}; it must be a multiple of {HEAD_DIM_STEP}: pad v to {padded} with "
+            f"torch.nn.functional.pad(v, (0, {padded - head_dim})), and take out[..., :{head_dim}]"
+        )
+
+
+def _validate_range(name: str, head_dim: int) -> None:
+    if head_dim == 0:
+        raise InvalidInput(
+            f"{name} is 0; it must be a multiple of {HEAD_DIM_STEP} from {HEAD_DIM_STEP} to {MAX_HEAD_DIM}"
+        )
+    if head_dim > MAX_HEAD_DIM:
+        raise UnsupportedProblem(f"{name} is {head_dim}; the largest is {MAX_HEAD_DIM}. Nearest: {_OTHER}")
 
 
 def _validate_heads(num_heads: int, num_heads_kv: int) -> None:

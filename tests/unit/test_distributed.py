@@ -284,3 +284,5 @@ def test_without_processes():
         context_parallel_attention(x, x, x)
     with pytest.raises(InvalidInput, match="init_process_group"):
         shard(x)
+    with pytest.raises(UnsupportedProblem, match=r"k has head_dim 16, v has 8.*pad"):
+        context_parallel_attention(x, x, x[..., :8])

@@ -9,10 +9,17 @@ import numpy
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fa2gen.ops
-from fa2gen.ops import attention, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
-from fa2gen.reference import attention_reference, check
+from fa2gen.ops import (
+    attention,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+)
+from fa2gen.reference import attention_reference, check, check_gradients
 
 FWD = torch.ops.fa2gen.fwd.default
 
@@ -59,6 +66,35 @@ def test_cpu_tensors_run_the_reference(causal, dtype):
     assert out.dtype == dtype and out.is_contiguous() and out.shape == q.shape
     assert lse.dtype == torch.float32 and lse.is_contiguous() and lse.shape == (2, 6, 37)
     assert check(out, lse, q, k, v, causal=causal, softmax_scale=0.3).ok
+
+
+@pytest.mark.parametrize("head_dim_v", [8, 72])
+def test_values_of_another_head_dim(head_dim_v):
+    """out, dout and dv have v's head dim, the scale is of q's: through every door, and under every transform."""
+    q, k, _ = tensors()
+    v = torch.randn(2, 53, 2, head_dim_v).to(q.dtype)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, lse = attention(q, k, v, causal=True)
+    assert out.shape == (2, 37, 6, head_dim_v) and out.is_contiguous()
+    assert check(out, lse, q, k, v, causal=True).ok
+    dout = torch.randn(out.shape).to(out.dtype)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    assert check_gradients(gradients, dout, q, k, v, causal=True).ok
+    assert set(torch.library.opcheck(FWD, (q, k, v, 0.2, True)).values()) == {"SUCCESS"}
+    assert_same(flash_attn_func(q, k, v, causal=True), out)
+
+    bounds_q, bounds_k = (torch.arange(0, 3 * n, n, dtype=torch.int32) for n in (37, 53))
+    packed = flash_attn_varlen_func(*(x.flatten(0, 1) for x in leaves), bounds_q, bounds_k, causal=True)
+    torch.testing.assert_close(packed, out.flatten(0, 1))
+    of_packed = torch.autograd.grad(packed, leaves, dout.flatten(0, 1))
+    torch.testing.assert_close(of_packed, gradients, rtol=0.02, atol=0.01)
+    arguments = (*(x.detach().flatten(0, 1) for x in leaves), bounds_q, bounds_k, None, None, 0.2, True)
+    checked = torch.library.opcheck(torch.ops.fa2gen.fwd_varlen.default, arguments)
+    assert set(checked.values()) == {"SUCCESS"}
+
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(attention(q, k, v)[0], leaves, dout)
+    assert counter.get_total_flops() == 2 * 2 * 6 * 37 * 53 * (4 * 40 + 3 * head_dim_v)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
