@@ -1,0 +1,150 @@
+"""The mask function: transformers' masks, as what kernels take.
+
+transformers asks for a mask once a forward pass and kind of layer, and gives it to the attention of each. It is
+
+    None                      what there is to hide, the attention's is_causal and sliding_window say.
+    (batch, keys) bool        the keys that count, beside that. `Rows` of it says more.
+    (batch, 1, q, keys) bool  everything, for what is neither: images that see themselves, prefixes, chunks.
+
+Which kind a mask is, is read off the functions that transformers composes it of, by an exact list: what is not in it is
+of the last kind.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa2gen.integrations.transformers.rows import Rows
+
+__all__ = ["mask"]
+
+_CAUSAL = "causal_mask_function"
+_PACKED = "packed_sequence_mask_function"
+# What the attention hears of otherwise: is_causal, sliding_window, and where packed sequences begin.
+_SAID = {
+    _CAUSAL,
+    _PACKED,
+    "bidirectional_mask_function",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+}
+_HOLDERS = {"and_masks", "remap_positions_for_packed_sequence"}  # of other functions, all of which hide
+# How a model asks for more than these.
+_OVERLAYS = re.compile(r"\b(?:or_mask_function|and_mask_function|block_sequence_ids)=(?!None\b)")
+
+
+def mask(
+    batch_size: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    q_length: int | None = None,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    cache_position: Tensor | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """The mask of a forward pass, of the kinds that the module names.
+
+    attention_mask  (batch, seen) bool, of all keys since the first.
+    q_length        queries, the first at place q_offset, which a static cache has on the device; transformers 4 gives
+                    their places in place of both, cache_position.
+    kv_length       keys, the first at place kv_offset; of a static cache those too that were not seen yet.
+    """
+    queries: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset}
+    if cache_position is not None:
+        queries = {"cache_position": cache_position}
+        q_length = cache_position.shape[0]
+        q_offset = 0 if q_length == kv_length else cache_position[0]
+    assert q_length is not None
+    tracing = torch.compiler.is_compiling()
+    parts = {} if tracing else _parts(mask_function)
+    known = _is_named(mask_function, others) if tracing else parts.keys() <= _SAID
+    if isinstance(q_offset, Tensor) and q_length > 1:
+        known = known and not tracing
+        q_offset = int(q_offset) if known else q_offset
+    causal = mask_function.__name__ != "bidirectional_mask_function" if tracing else _CAUSAL in parts
+    seen = q_offset + q_length - kv_offset if causal else kv_length  # how many keys the last query sees
+    if not known or (isinstance(seen, int) and seen > kv_length):
+        return _all_pairs(
+            batch_size=batch_size, kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask,
+            kv_offset=kv_offset, **queries, **others,
+        )  # fmt: skip
+    if attention_mask is None and _PACKED in parts:
+        ids = parts[_PACKED]["packed_sequence_mask"].expand(batch_size, -1)
+        begins = torch.nn.functional.pad(ids.diff(dim=1) != 0, (1, 0))
+        return Rows.of_packed(begins).told(torch.ones_like(begins), causal, kv_length)
+    device = others.get("device") if cache_position is None else cache_position.device
+    counted = _counted(attention_mask, kv_length, kv_offset)
+    if isinstance(seen, int) and seen == kv_length:
+        pass
+    elif q_length > 1:
+        counted = (
+            torch.ones(batch_size, seen, dtype=torch.bool, device=device) if counted is None else counted[:, :seen]
+        )
+    else:  # the next token of a static cache: masks of one shape for all of them
+        visible = (torch.arange(kv_length, device=device) < seen).expand(batch_size, -1)
+        counted = visible if counted is None else counted & visible
+    return counted if tracing or counted is None else Rows.of(counted).told(counted, causal, kv_length)
+
+
+def _counted(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """The part of a mask of all keys that is about these."""
+    if attention_mask is None:
+        return None
+    part = attention_mask[:, kv_offset : kv_offset + kv_length]
+    return torch.nn.functional.pad(part, (0, kv_length - part.shape[1])) if part.shape[1] < kv_length else part
+
+
+def _all_pairs(**said: Any) -> Tensor:
+    from transformers.masking_utils import sdpa_mask
+
+    made: Tensor = sdpa_mask(**{**said, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    return made
+
+
+def _parts(function: Callable[..., Any]) -> dict[str, dict[str, Any]]:
+    """The functions that a mask function is made of, by name, and what each encloses."""
+    name = function.__qualname__.partition(".")[0]
+    if function.__module__ != "transformers.masking_utils":
+        return {f"{function.__module__}.{name}": {}}
+    code, cells = function.__code__, function.__closure__ or ()
+    enclosed = {variable: cell.cell_contents for variable, cell in zip(code.co_freevars, cells, strict=True)}
+    if name not in _HOLDERS:
+        return {name: enclosed}
+    held = enclosed.get("mask_functions") or (enclosed["mask_function"],)
+    return {name: what for inner in held for name, what in _parts(inner).items()}
+
+
+def _is_named(function: Callable[..., Any], others: dict[str, Any]) -> bool:
+    """`_parts(function)` all in _SAID, as far as torch.compile can tell, which does not look into a function.
+
+    An intersection of masks may hold a union there, such as images in packed sequences: it is taken for the usual one
+    where no model that is loaded makes others.
+    """
+    name = function.__name__  # the one thing that can be asked for of a top-level function and of a nested one
+    if name in _SAID:
+        return True
+    if name != "and_mask" or others.get("use_vmap") or getattr(others.get("config"), "attention_chunk_size", None):
+        return False
+    return bool(others.get("allow_is_causal_skip", True)) or not _overlays_are_made()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _overlays_are_made() -> bool:
+    """Whether a model that is loaded makes masks that are more than causal, windows and packed sequences."""
+    names = [name for name in sys.modules if name.rpartition(".")[2].startswith("modeling_")]
+    return any(_makes_overlays(getattr(sys.modules[name], "__file__", None)) for name in names)
+
+
+@cache
+def _makes_overlays(file: str | None) -> bool:
+    return file is not None and _OVERLAYS.search(Path(file).read_text(encoding="utf-8")) is not None

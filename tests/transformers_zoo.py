@@ -1,0 +1,134 @@
+"""Tiny models of random weights, one of each architecture, and what transformers' eager attention makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VOCABULARY, SEQLEN = 64, 21
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_VISION = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64}
+_VISION |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+_NO_DROPOUT = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout_prob", "hidden_dropout")
+_NO_DROPOUT += ("attention_probs_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "classifier_dropout")
+
+
+@dataclass(frozen=True)
+class Animal:
+    """One architecture: transformers' model_type, what its config says beside the usual, and what its attention asks.
+
+    kind   "decoder", "encoder", "vision" or "both": encoder and decoder.
+    needs  options of `flash_attn_func` that a plain text needs.
+    runs   by what its attention runs where these are not refused: "fa2gen", or "sdpa" (a bias, chunks).
+    since  the first major version of transformers whose model has the attention interface.
+    """
+
+    model_type: str
+    kind: str = "decoder"
+    config: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    runs: str = "fa2gen"
+    since: int = 4
+
+    def __str__(self) -> str:
+        return self.model_type
+
+    def build(self, implementation: str, head_dim: int | None = None, heads: int = 4) -> Any:
+        """The model, in evaluation mode, of the same weights for each implementation."""
+        import transformers
+
+        usual: dict[str, Any] = {"vision": _VISION, "both": {}}.get(self.kind, _TEXT)
+        given = {**usual, **self.config}
+        if head_dim is not None:
+            given |= {"hidden_size": head_dim * heads, "num_attention_heads": heads}
+        config = transformers.AutoConfig.for_model(self.model_type, **given)
+        for name in _NO_DROPOUT:
+            if isinstance(getattr(config, name, None), float):
+                setattr(config, name, 0.0)
+        auto = transformers.AutoModelForCausalLM if self.kind == "decoder" else transformers.AutoModel
+        torch.manual_seed(1)
+        return auto.from_config(config, attn_implementation=implementation).eval()
+
+    def inputs(self, batch: int = 2) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        if self.kind == "vision":
+            return {"pixel_values": torch.randn(batch, 3, 32, 32)}
+        ids = torch.randint(3, VOCABULARY, (batch, SEQLEN))
+        return {"input_ids": ids, "decoder_input_ids": ids[:, :9]} if self.kind == "both" else {"input_ids": ids}
+
+
+_BOTH = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+}
+_BOTH |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+_SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+_MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_MLA |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+ZOO = [
+    Animal("llama"),
+    Animal("mistral", config={"sliding_window": 6, "head_dim": 8}),
+    Animal("mixtral", config=_MOE),
+    Animal("qwen2"),
+    Animal("qwen3", config={"head_dim": 8}),
+    Animal("qwen3_moe", config={**_MOE, "head_dim": 8}),
+    Animal("gemma", config={"head_dim": 8}),
+    Animal("gemma2", config={**_SLIDING, "query_pre_attn_scalar": 8}, needs=("softcap",)),
+    Animal("gemma3_text", config=_SLIDING),
+    Animal("phi"),
+    Animal("phi3", config={"pad_token_id": 0}),
+    Animal("gpt2", config=_GPT2),
+    Animal("gpt_neox"),
+    Animal("opt", config={"ffn_dim": 64, "word_embed_proj_dim": 32}, since=5),
+    Animal("olmo2"),
+    Animal("starcoder2"),
+    Animal("cohere2", config=_SLIDING),
+    Animal("granite"),
+    Animal("stablelm", since=5),
+    Animal("smollm3", config={"pad_token_id": 0}),
+    Animal("glm", config={"head_dim": 8, "pad_token_id": 0}),
+    Animal("helium", config={"head_dim": 8}),
+    Animal("nemotron", since=5),
+    Animal("deepseek_v3", config={**_MLA, "first_k_dense_replace": 1, "num_key_value_heads": 4}),
+    Animal("gpt_oss", config={**_MOE, **_SLIDING}, needs=("s_aux",)),
+    Animal(
+        "llama4_text",
+        config={**_MOE, "head_dim": 8, "attention_chunk_size": 8, "intermediate_size_mlp": 64},
+        runs="sdpa",
+    ),
+    Animal("bert", "encoder", since=5),
+    Animal("roberta", "encoder", config={"max_position_embeddings": 66}, since=5),
+    Animal("distilbert", "encoder", config={"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}, since=5),
+    Animal("electra", "encoder", config={"embedding_size": 32}, since=5),
+    Animal("modernbert", "encoder", config={"local_attention": 8, "pad_token_id": 0}, since=5),
+    Animal("clip_text_model", "encoder", since=5),
+    Animal("vit", "vision"),
+    Animal("dinov2", "vision"),
+    Animal("clip_vision_model", "vision"),
+    Animal("siglip_vision_model", "vision"),
+    Animal("bart", "both", config=_BOTH, since=5),
+    Animal(
+        "t5",
+        "both",
+        config={"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+        runs="sdpa",
+        since=5,
+    ),
+]

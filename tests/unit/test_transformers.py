@@ -1,0 +1,377 @@
+"""transformers on fa2gen: models of many architectures are what they are with eager attention, or say why not.
+
+The reference on the CPU computes in fp32 what kernels compute in 16 bits; here it is let to take fp32 as well, so that
+results can be compared to the last bits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+import transformers
+from transformers import AttentionInterface, masking_utils
+
+from fa2gen import UnsupportedProblem, flash_attn_func
+from fa2gen.integrations.transformers import attention, masks, register, report, rows
+from fa2gen.ops import validate
+from tests.transformers_zoo import SEQLEN, VOCABULARY, ZOO, Animal
+
+MAJOR = int(transformers.__version__.partition(".")[0])
+LLAMA = next(animal for animal in ZOO if animal.model_type == "llama")
+LEFT, RIGHT, HOLES = (torch.ones(2, SEQLEN, dtype=torch.long) for _ in range(3))
+LEFT[0, :6] = RIGHT[0, 11:] = HOLES[0, 3:5] = 0
+PACKED = [5, 9, SEQLEN - 14]
+POSITIONS = torch.cat([torch.arange(n) for n in PACKED]).unsqueeze(0)
+
+
+@pytest.fixture(autouse=True)
+def fp32(request, monkeypatch):
+    transformers.utils.logging.set_verbosity_error()
+    register()
+    attention._warned.clear()
+    if "bf16" not in request.fixturenames:
+        monkeypatch.setitem(validate.DTYPES, torch.float32, "fp32")
+
+
+@pytest.fixture
+def bf16():
+    """In a test's arguments: the reference takes what kernels take."""
+
+
+def pair(animal: Animal, implementation: str = "fa2gen"):
+    """The model with eager attention, and the same with another."""
+    eager, other = animal.build("eager"), animal.build(implementation)
+    other.load_state_dict(eager.state_dict())
+    return eager, other
+
+
+def result(model, **inputs):
+    out = model(**inputs)
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+def refused(animal: Animal) -> list[str]:
+    """What the model needs and flash_attn_func refuses, yet."""
+    values = {"softcap": 30.0, "s_aux": torch.zeros(2, dtype=torch.bfloat16)}
+    q = torch.zeros(1, 4, 2, 8, dtype=torch.bfloat16)
+    found = []
+    for name in animal.needs:
+        try:
+            assert name in inspect.signature(flash_attn_func).parameters
+            flash_attn_func(q, q, q, **{name: values[name]})
+        except (UnsupportedProblem, AssertionError):
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("animal", [x for x in ZOO if x.since <= MAJOR], ids=str)
+def test_a_model_equals_its_eager_self(animal):
+    """Dense, padded to either side, packed: by fa2gen in every layer, and where that refuses, by name."""
+    eager, model = pair(animal)
+    inputs = animal.inputs()
+    modes = {"dense": {}}
+    if animal.kind != "vision":
+        modes |= {"left": {"attention_mask": LEFT}, "right": {"attention_mask": RIGHT}}
+    if missing := refused(animal):
+        with pytest.raises(UnsupportedProblem, match=f"{missing[0]}.*eager"):
+            model(**inputs)
+        return
+    with torch.no_grad(), attention.recorded() as calls, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, more in modes.items():
+            difference = result(eager, **inputs, **more) - result(model, **inputs, **more)
+            if name != "dense" and animal.kind != "both":
+                difference = difference[more["attention_mask"].bool()]
+            assert difference.abs().max() < 2e-6, name
+        if animal.kind == "decoder" and animal.runs == "fa2gen":
+            ids = inputs["input_ids"][:1]
+            apart = [result(eager, input_ids=part, use_cache=False) for part in ids.split(PACKED, dim=1)]
+            together = result(model, input_ids=ids, position_ids=POSITIONS, use_cache=False)
+            assert (torch.cat(apart, dim=1) - together).abs().max() < 2e-6
+    assert {call.runs for call in calls.values()} == {animal.runs}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_gives_sdpas_tokens(model_type, cache):
+    """Left padding, a sliding window that is left behind, a narrower V."""
+    if (model_type, cache, MAJOR) == ("deepseek_v3", "static", 4):
+        pytest.skip("transformers 4 has no static cache for it")
+    animal = next(x for x in ZOO if x.model_type == model_type)
+    inputs = animal.inputs()["input_ids"]
+    said = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": LEFT}
+    if cache == "static":
+        said |= {"cache_implementation": "static", "disable_compile": True}
+    eager, model = pair(animal)
+    with attention.recorded() as calls:
+        assert model.generate(inputs, **said).tolist() == eager.generate(inputs, **said).tolist()
+    assert {call.runs for call in calls.values()} == {"fa2gen"}
+
+
+def test_a_static_cache_without_a_mask_hides_what_was_not_seen():
+    eager, model = pair(LLAMA)
+    ids = LLAMA.inputs()["input_ids"]
+    caches = [transformers.StaticCache(config=eager.config, max_cache_len=40) for _ in range(2)]
+    with torch.no_grad():
+        for part in ids.split([12, 1, SEQLEN - 13], dim=1):
+            expected, found = (
+                result(m, input_ids=part, past_key_values=c) for m, c in zip((eager, model), caches, strict=True)
+            )
+            assert (expected - found).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+def test_gradients(reentrant):
+    eager, model = (x.train() for x in pair(LLAMA))
+    ids = LLAMA.inputs()["input_ids"]
+    weights = torch.randn(2, SEQLEN, VOCABULARY) * LEFT.unsqueeze(-1)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for m in (eager, model):
+        (result(m, input_ids=ids, attention_mask=LEFT, use_cache=False) * weights).sum().backward()
+    for name, p in model.named_parameters():
+        expected = eager.get_parameter(name).grad
+        torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=2e-6 * expected.abs().max().item(), msg=name)
+
+
+def test_accuracy_in_bf16(bf16):
+    """Logits and gradients within 1.1 times the mean error of eager bf16, both against eager fp32."""
+    exact, _ = pair(LLAMA)
+    ids, weights = LLAMA.inputs(batch=8)["input_ids"], torch.randn(8, SEQLEN, VOCABULARY)
+    found = {}
+    for name, model in (("exact", exact), ("eager", pair(LLAMA)[0].bfloat16()), ("fa2gen", pair(LLAMA)[1].bfloat16())):
+        model.load_state_dict(exact.state_dict())
+        logits = result(model, input_ids=ids, use_cache=False).float()
+        (logits * weights).sum().backward()
+        found[name] = logits.detach(), torch.cat([p.grad.float().flatten() for p in model.parameters()])
+    for i in range(2):
+        errors = {name: (found[name][i] - found["exact"][i]).abs().mean() for name in ("eager", "fa2gen")}
+        assert errors["fa2gen"] <= 1.1 * errors["eager"]
+
+
+@pytest.mark.parametrize("mask", [LEFT, HOLES], ids=["left", "holes"])
+def test_sequences_are_looked_for_once_a_forward(mask, monkeypatch):
+    made = []
+    for name in ("padded_plan", "_gathering_plan"):
+        plan = getattr(rows, name)
+        monkeypatch.setattr(rows, name, lambda *given, plan=plan, name=name: made.append(name) or plan(*given))
+    eager, model = pair(LLAMA)
+    ids = LLAMA.inputs()["input_ids"]
+    with torch.no_grad():
+        difference = result(eager, input_ids=ids, attention_mask=mask) - result(
+            model, input_ids=ids, attention_mask=mask
+        )
+    assert difference[mask.bool()].abs().max() < 2e-6
+    assert made == ["padded_plan" if mask is LEFT else "_gathering_plan"]
+
+
+def test_packed_batches_by_cu_seq_lens():
+    eager, model = pair(LLAMA)
+    ids = LLAMA.inputs()["input_ids"][:1]
+    bounds = torch.tensor([0, *PACKED]).cumsum(0).int()
+    said = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 9, "max_length_k": torch.tensor(9)}
+    with torch.no_grad():
+        together = result(model, input_ids=ids, position_ids=POSITIONS, use_cache=False, **said)
+        apart = [result(eager, input_ids=part, use_cache=False) for part in ids.split(PACKED, dim=1)]
+    assert (torch.cat(apart, dim=1) - together).abs().max() < 2e-6
+
+
+def test_positions_that_are_written_to_are_looked_at_anew():
+    eager, model = pair(LLAMA)
+    ids, positions = LLAMA.inputs()["input_ids"][:1], torch.arange(SEQLEN).unsqueeze(0)
+    with torch.no_grad():
+        result(model, input_ids=ids, position_ids=positions, use_cache=False)
+        positions.copy_(POSITIONS)
+        together = result(model, input_ids=ids, position_ids=positions, use_cache=False)
+        apart = [result(eager, input_ids=part, use_cache=False) for part in ids.split(PACKED, dim=1)]
+    assert (torch.cat(apart, dim=1) - together).abs().max() < 2e-6
+
+
+# Masks ------------------------------------------------------------------------------------------------------------
+
+
+def causal_mask(config, **said):
+    """What the mask function makes of a model's call."""
+    embeddings = torch.empty(2, SEQLEN, 32)
+    usual = {"inputs_embeds": embeddings, "input_embeds": embeddings, "cache_position": torch.arange(SEQLEN)}
+    usual |= {"cache": None, "past_key_values": None, "attention_mask": None}  # some by the names of older versions
+    create = masking_utils.create_causal_mask
+    parameters = inspect.signature(create).parameters
+    return create(config=config, **{name: x for name, x in usual.items() if name in parameters} | said)
+
+
+@pytest.fixture
+def config():
+    return LLAMA.build("fa2gen").config
+
+
+def test_what_is_not_causal_windows_or_packed_is_a_mask_of_pairs(config):
+    """Image tokens that see each other, a prefix, a rule of the user's: never taken for a causal mask."""
+    images = torch.zeros(2, SEQLEN, dtype=torch.bool)
+    images[:, 3:7] = True
+
+    def overlay(batch, head, q, k):
+        return images[batch, q] & images[batch, k]
+
+    for said in ({"or_mask_function": overlay}, {"and_mask_function": overlay}):
+        mask = causal_mask(config, **said)
+        assert mask.shape == (2, 1, SEQLEN, SEQLEN)
+    if MAJOR > 4:  # an intersection that holds a union
+        mask = causal_mask(config, block_sequence_ids=images.long() - 1, position_ids=POSITIONS.expand(2, -1))
+        assert mask.shape == (2, 1, SEQLEN, SEQLEN)
+
+
+def test_masks_that_hide_nothing_are_none(config):
+    assert causal_mask(config) is None
+    assert causal_mask(config, attention_mask=torch.ones(2, SEQLEN)) is None
+    assert causal_mask(config, position_ids=torch.arange(SEQLEN).expand(2, -1)) is None
+
+
+def test_the_compiler_trusts_names_only_where_no_model_makes_other_masks(tmp_path):
+    model = tmp_path / "modeling_x.py"
+    for line, found in (
+        ("create_causal_mask(config, block_sequence_ids=ids)", True),
+        ("create_causal_mask(config, or_mask_function=image)", True),
+        ("create_causal_mask(config, or_mask_function=None)", False),
+    ):
+        model.write_text(line)
+        masks._makes_overlays.cache_clear()
+        assert masks._makes_overlays(str(model)) is found
+
+
+def compiled(model):
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def test_a_padded_batch_compiles_to_one_graph():
+    eager, model = pair(LLAMA)
+    ids = LLAMA.inputs()["input_ids"]
+    run = compiled(model)
+    for mask in (LEFT, RIGHT):
+        out = result(run, input_ids=ids, attention_mask=mask, use_cache=False)
+        expected = result(eager, input_ids=ids, attention_mask=mask, use_cache=False)
+        assert (out - expected)[mask.bool()].abs().max() < 2e-6
+    out.sum().backward()
+    out = result(run, input_ids=ids, attention_mask=HOLES, use_cache=False)
+    assert out[0].isnan().any() and not out[1].isnan().any(), "a mask that a graph cannot serve is not served wrongly"
+
+
+@pytest.mark.skipif(MAJOR == 4, reason="masks of static caches differ there")
+def test_the_next_token_of_a_static_cache_compiles_to_one_graph():
+    eager, model = pair(LLAMA)
+    ids = LLAMA.inputs()["input_ids"]
+    logits = []
+    for m, run in ((eager, eager), (model, compiled(model))):
+        cache = transformers.StaticCache(config=m.config, max_cache_len=32)
+        with torch.no_grad():
+            m(input_ids=ids[:, :15], attention_mask=LEFT[:, :15], past_key_values=cache)
+            mask = m.prepare_inputs_for_generation(
+                ids[:, :16], past_key_values=cache, attention_mask=LEFT[:, :16], next_sequence_length=1
+            )["attention_mask"]
+            logits.append(result(run, input_ids=ids[:, 15:16], attention_mask=mask, past_key_values=cache))
+    assert (logits[0] - logits[1]).abs().max() < 2e-6
+
+
+# Refusals ---------------------------------------------------------------------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+    num_key_value_groups = 1
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+
+
+def tensors(head_dim=16, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    return [torch.randn(2, 3, SEQLEN, head_dim).to(dtype) for _ in range(3)]
+
+
+def by(fallback="sdpa"):
+    return attention.attention_by(fallback)
+
+
+def test_what_is_refused_runs_by_sdpa_with_one_warning(bf16):
+    q, k, v = tensors(head_dim=264)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    with pytest.warns(
+        UserWarning, match=r"Layer runs by transformers' sdpa: head_dim is 264; the largest is 256"
+    ) as said:
+        for _ in range(2):
+            out, _ = by()(Layer(), q, k, v, None)
+    assert len(said) == 1
+    torch.testing.assert_close(out, expected)
+    with pytest.raises(UnsupportedProblem, match="head_dim is 264"):
+        by(None)(Layer(), q, k, v, None)
+
+
+@pytest.mark.parametrize("window", [None, 4], ids=["", "window"])
+@pytest.mark.parametrize("batch", ["dense", "left", "holes", "packed"])
+def test_sdpa_gets_the_mask_that_it_would_have_had(batch, window):
+    """A fallback sees the keys that fa2gen would have seen: padding, packing and windows are no less there."""
+    q, k, v = tensors(dtype=torch.float32)
+    said = {"sliding_window": window}
+    mask = {"left": LEFT, "holes": HOLES}.get(batch)
+    if batch == "packed":
+        bounds = torch.tensor([0, *PACKED, *PACKED]).cumsum(0).int()
+        said |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    given = None if mask is None else mask.bool()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of holes beside a window
+        expected, _ = by()(Layer(), q, k, v, given, **said)
+    zero = torch.zeros(1, 3, SEQLEN, SEQLEN)
+    with pytest.warns(UserWarning, match="position_bias"):
+        out, _ = by()(Layer(), q, k, v, given, position_bias=zero, **said)
+    difference = (out - expected).abs() if mask is None else (out - expected)[mask.bool()].abs()
+    assert difference.max() < 1e-5
+
+
+def test_what_would_be_left_out_is_refused():
+    q, k, v = tensors()
+    for said, match in (
+        ({"indices": torch.zeros(2, SEQLEN, 4)}, "sparse attention"),
+        ({"cache": object()}, "continuous batching"),
+        ({"some_bias": torch.zeros(3, SEQLEN, SEQLEN)}, "some_bias was given"),
+    ):
+        with pytest.raises(UnsupportedProblem, match=match):
+            by()(Layer(), q, k, v, None, **said)
+    by()(Layer(), q, k, v, None, use_cache=True, encoder_hidden_states=torch.zeros(2, 9, 4), logits_indices=None)
+
+
+def test_norms_and_rotations_in_fp32_leave_a_model_in_its_dtype(bf16):
+    q, k, v = tensors()
+    expected, _ = by()(Layer(), q, k, v, None)
+    for given in ((q.float(), k.float(), v), (q.float(), k.float(), v.float())):
+        out, _ = by()(Layer(), *given, None)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, expected)
+
+
+def test_names_that_transformers_looks_for_elsewhere_are_refused():
+    with pytest.raises(ValueError, match="flash"):
+        register("my_flash")
+    with pytest.raises(ValueError, match="fallback"):
+        register(fallback="eager")
+    assert "fa2gen" in AttentionInterface()
+
+
+def test_report():
+    model = LLAMA.build("fa2gen")
+    (line, _) = report(model)
+    assert line.runs == "fa2gen" and line.module == "model.layers.0.self_attn"
+    assert str(line).endswith("(LlamaAttention): 4/2 heads of 8, float32, causal")
+    (line, _) = report(LLAMA.build("sdpa"))
+    assert line.runs == "sdpa" and "attn_implementation is 'sdpa'" in line.why
+    if MAJOR > 4:
+        t5 = next(x for x in ZOO if x.model_type == "t5")
+        with pytest.warns(UserWarning, match="position_bias"):
+            lines = report(t5.build("fa2gen"), **t5.inputs())
+        assert {line.runs for line in lines} == {"sdpa"} and "position_bias" in lines[0].why
