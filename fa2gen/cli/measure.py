@@ -83,7 +83,7 @@ def _need_gpu(what: str) -> None:
 def bench(
     asked: Asked,
     preset: Annotated[
-        Literal["paper", "odd", "gqa", "window", "varlen", "host"], typer.Option(help="Which points.")
+        Literal["paper", "odd", "gqa", "window", "varlen", "mla", "host"], typer.Option(help="Which points.")
     ] = "paper",
     seqlen: Seqlens = None,
     peer: Annotated[
