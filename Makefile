@@ -2,6 +2,7 @@
 #
 #   make demo    set up .venv, build SM90 kernels; run them on the GPU if there is one, else one of them on the CPU
 #   make test    set up .venv, lint, type-check, run the tests
+#   make docs    set up .venv, build the documentation into site/
 #
 # Variables: PYTHON (the interpreter that makes .venv), TORCH (what pip is asked for; empty: none),
 # VENV_ARGS (--system-site-packages, with TORCH empty, takes a torch that is installed already), ARGS (more for pytest).
@@ -16,7 +17,7 @@ BIN  := $(VENV)/bin
 # The outer pip fills .venv: a Debian python3 without python3-venv cannot put a pip inside.
 PIP  := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check --quiet
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: $(VENV)/.stamp-demo
 	$(BIN)/fa2gen build --arch sm90 --head-dim 64 --head-dim 128
@@ -32,6 +33,10 @@ test: $(VENV)/.stamp-test
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 $(ARGS)
 
+docs: $(VENV)/.stamp-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV_ARGS) $(VENV) || $(PYTHON) -m venv $(VENV_ARGS) --without-pip $(VENV)
 
@@ -45,4 +50,4 @@ $(VENV)/.stamp-test: pyproject.toml | $(BIN)/python
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache dist site
