@@ -15,10 +15,11 @@ from importlib import import_module
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
+from fa2gen.cases_cached import cached_tensors, sequences
 from fa2gen.errors import InvalidInput
 from fa2gen.features import examples_of
 from fa2gen.gpus import current_device
-from fa2gen.options import Options, Shape
+from fa2gen.options import AnyShape, Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.spec import KernelSpec
 
@@ -45,7 +46,7 @@ class Case:
     """
 
     spec: KernelSpec
-    shape: Shape
+    shape: AnyShape
     options: Options
     tensors: Mapping[str, Any]
     buffers: Mapping[str, Any]
@@ -82,7 +83,8 @@ def make(
     """Random tensors, normally distributed, the same on every device; results NaN.
 
     shape      of a ragged batch the lengths of the longest sequence, and two sequences less than there are; the others'
-               lengths are drawn, and how much of them is used. Rows that no sequence uses are NaN.
+               lengths are drawn, and how much of them is used. Rows that no sequence uses are NaN. Over a cache the
+               longest sequence's length; see `fa2gen.cases_cached`.
     options    default: the first of the problem's examples. Their problem must be the spec's.
     seed       default: one that depends on the lengths.
     gain       what random numbers are multiplied with.
@@ -95,7 +97,8 @@ def make(
     torch = import_module("torch")
     problem = spec.problem
     options = examples_of(problem)[0] if options is None else options
-    if options.problem(problem.direction, problem.head_dim, problem.dtype, problem.head_dim_v) != problem:
+    asked = options.problem(problem.direction, problem.head_dim, problem.dtype, problem.head_dim_v, problem.paged)
+    if asked != problem:
         raise InvalidInput(f"{options} are no options of {spec.name}: examples are {examples_of(problem)}")
     dtype = torch_dtype(problem.dtype)
     if seed is None:
@@ -106,19 +109,23 @@ def make(
     if problem.varlen:
         shape, rows, lengths = _ragged(shape, seed)
         tensors |= {name: torch.tensor(x, dtype=torch.int32, device=device) for name, x in lengths.items()}
+    sizes: AnyShape = shape
+    if problem.direction == "decode":
+        sizes, cached = cached_tensors(problem, shape, dtype, seed, device, large)
+        tensors |= cached
     place = device if large else "cpu"
     generator = torch.Generator(place).manual_seed(seed)
-    for operand in (x for x in make_plan(spec).operands if x.of not in ("bounds", "lengths")):
-        size = operand.shape(shape, problem)
+    for operand in (x for x in make_plan(spec).operands if x.of not in ("bounds", "lengths") and x.name not in tensors):
+        size = operand.shape(sizes, problem)
         of_dtype = dtype if operand.is_tensor else torch.float32
-        if operand.out:
+        if operand.out and operand.name != "q":  # which a kernel turns, where a call appends
             buffers[operand.name], tensors[operand.name] = _guarded(torch, size, of_dtype, device)
         elif operand.name not in ("o", "lse") and (with_dlse or not operand.optional):
             x = gain * torch.randn(size, generator=generator, device=place)
             tensors[operand.name] = x.to(of_dtype).to(device)
             if rows and operand.is_tensor:
                 _forget_unused(tensors[operand.name], [r[:2] if operand.of == "query" else r[2:] for r in rows])
-    case = Case(spec, shape, options, tensors, buffers, rows)
+    case = Case(spec, sizes, options, tensors, buffers, rows)
     return replace(case, tensors=tensors | _forward(case, large)) if problem.direction == "bwd" else case
 
 
@@ -179,6 +186,9 @@ def _forward(case: Case, by_kernel: bool) -> dict[str, Any]:
 def _parts(case: Case) -> Iterator[dict[str, Any]]:
     """Views of the tensors, by name: of each sequence that has queries and something to see, or of all of a dense
     batch. What is one a head is there in each."""
+    if case.spec.problem.direction == "decode":
+        yield from sequences(case.tensors)
+        return
     if not case.spec.problem.varlen:
         yield dict(case.tensors)
         return
@@ -203,7 +213,7 @@ def run(case: Case, place: Place, *, stats: bool = False) -> Mapping[str, Count]
     if place == "cpu":
         machine = import_module("fa2gen.cpu")
         run_options = machine.RunOptions(stats=stats)
-        report = machine.run_kernel(case.spec, case.tensors, case.options, run_options=run_options)
+        report = machine.run_kernel(case.spec, case.tensors, case.options, shape=case.shape, run_options=run_options)
         counts: Mapping[str, Count] = report.counts
         return counts
     prepare(load(case.spec), case)()
@@ -232,16 +242,19 @@ def prepare(kernel: Kernel, case: Case) -> Callable[[], None]:
     torch = import_module("torch")
     plan = kernel.plan
     strides = {
-        operand.name: tuple(case.tensors[operand.name].stride()[:3]) for operand in plan.operands if operand.is_tensor
+        operand.name: tuple(case.tensors[operand.name].stride()[:3])
+        for operand in plan.operands
+        if operand.is_tensor and operand.name in case.tensors
     }
     launch = kernel.prepare(case.shape, strides, case.options)
     scratch = torch.zeros(max(1, launch.scratch_bytes), dtype=torch.uint8, device="cuda")
+    cleared = torch.zeros(max(1, launch.cleared_bytes), dtype=torch.uint8, device="cuda")
     given = (case.tensors.get(operand.name) for operand in plan.operands)
     addresses = tuple(0 if x is None else x.data_ptr() for x in given)
     stream = torch.cuda.current_stream().cuda_stream
 
     def call() -> None:
-        launch(addresses, scratch.data_ptr(), stream)
+        launch(addresses, scratch.data_ptr(), stream, cleared.data_ptr())
 
     return call
 
@@ -257,7 +270,7 @@ def verdict(case: Case) -> Verdict | GradientVerdict:
     found: list[Verdict | GradientVerdict] = []
     with import_module("torch").no_grad():
         for x in _parts(case):
-            if case.spec.problem.direction == "fwd":
+            if case.spec.problem.direction != "bwd":
                 found.append(check(x["o"], x["lse"], x["q"], x["k"], x["v"], s_aux=x.get("s_aux"), **options))
             else:
                 gradients = (x["dq"], x["dk"], x["dv"])
@@ -274,7 +287,7 @@ def written_outside(case: Case) -> str | None:
     for name, view in case.results.items():
         if outside := int((~case.buffers[name].isnan()).sum()) - int((~view.isnan()).sum()):
             return f"{outside} elements outside of {name} were written"
-    if not case.spec.problem.varlen:
+    if not case.spec.problem.varlen and case.spec.problem.direction != "decode":
         return None
     of_rows = {name: x for name, x in case.results.items() if x.dim() > 1}
     blank = {name: torch.full_like(x, -math.inf if name == "lse" else 0.0) for name, x in of_rows.items()}

@@ -15,10 +15,10 @@ from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
 from fa2gen.features.varlen import ENTRY_NUMBERS, capacity, entries
 from fa2gen.layout import ELEMENT_BYTES, ceil_div
-from fa2gen.options import Options, Shape
+from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan
 from fa2gen.plan.bwd import BackwardPlan
-from fa2gen.plan.recipe import NUMBER_BYTES, SECTION_BYTES, SECTIONS_OF_GROUPS
+from fa2gen.plan.recipe import LEAST_UNITS, NUMBER_BYTES, SECTION_BYTES, SECTIONS_OF_GROUPS, UNIT_KEYS
 
 __all__ = ["NUMBER_BYTES", "RAGGED_ROWS", "SECTION_BYTES", "Launch", "launch_of", "ragged_dimensions"]
 
@@ -40,7 +40,7 @@ class Launch:
     scratch: Mapping[str, int]
 
 
-def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> Launch:
+def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int) -> Launch:
     """Grids, Params and scratch of a kernel.
 
     num_sms is the device's number of multiprocessors: persistent kernels take one block on each. Raises InvalidInput
@@ -48,6 +48,8 @@ def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) ->
     """
     if options.mask != plan.mask and not MASKS[plan.mask].general:
         raise InvalidInput(f"{plan.name} has a {plan.mask} mask, and {options} ask for a {options.mask} one")
+    if isinstance(shape, CacheShape):
+        return _decoding_launch(plan, shape, options, num_sms)
     blocks = _Blocks.of(plan, shape)
     blocks.check(plan, shape, num_sms)
     group = shape.num_heads // shape.num_heads_kv
@@ -90,6 +92,59 @@ def launch_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) ->
         values=values,
         scratch={scratch.name: counts[scratch.name] for scratch in plan.scratch},
     )
+
+
+def _decoding_launch(plan: KernelPlan, shape: CacheShape, options: Options, num_sms: int) -> Launch:
+    """`launch_of` of queries over a cache. Nothing in it depends on what the lengths are, but for the most they can be.
+
+    Each block leaves at most two parts of items, or with fixed parts each part has a place of its own.
+    """
+    group = shape.num_heads // shape.num_heads_kv
+    num_m_blocks = ceil_div(shape.seqlen_q * group, plan.tile_m)
+    unit_tiles = UNIT_KEYS // plan.tile_n
+    if shape.splits:
+        unit_tiles *= ceil_div(ceil_div(shape.seqlen_k, shape.splits), UNIT_KEYS)
+    # A window's first and last unit may both be cut.
+    units = (ceil_div(shape.seqlen_k, unit_tiles * plan.tile_n) + 1) * shape.batch * shape.num_heads_kv * num_m_blocks
+    rows = shape.seqlen_k + unit_tiles * plan.tile_n
+    turned = shape.seqlen_q * shape.num_heads if shape.rotary_dim else 0
+    new = plan.head_dim // 8 * shape.batch * (2 * shape.seqlen_new * shape.num_heads_kv + turned)
+    for what, count in (
+        ("units of keys", units + num_sms * UNIT_KEYS),
+        ("keys of a sequence", 2 * rows),
+        ("pieces of new keys and of queries", new),
+    ):
+        if count >= 2**31:
+            raise OverflowError(f"{count:,} {what} exceed 2^31")
+    least = 1 if shape.splits else LEAST_UNITS
+    blocks = min(ceil_div(units, least), num_sms)
+    slots, counters = (units, units) if shape.splits else (2 * blocks, blocks)
+    scale = options.scale(plan.head_dim)
+    values: dict[str, Any] = {
+        "seqlen_q": shape.seqlen_q,
+        "seqlen_k": shape.seqlen_k,
+        "seqlen_new": shape.seqlen_new,
+        "num_sequences": shape.batch,
+        "cache_entries": shape.entries,
+        "num_heads": shape.num_heads,
+        "num_heads_kv": shape.num_heads_kv,
+        "num_heads_per_kv": group,
+        "num_m_blocks": num_m_blocks,
+        "unit_tiles": unit_tiles,
+        "least_units": least,
+        "fixed_parts": int(shape.splits > 0),
+        "rotary_dim": shape.rotary_dim,
+        "rotary_rows": shape.rotary_rows,
+        "rotary_interleaved": int(shape.interleaved),
+        "rotary_steps": int(shape.rotary_steps),
+        "softmax_scale": scale,
+        "softmax_scale_log2": scale * math.log2(math.e),
+    }
+    for feature in plan.features:
+        values |= feature.values(options, shape)
+    counts = {"parts": slots * plan.tile_m * plan.head_dim, "part_sums": 2 * slots * plan.tile_m, "counters": counters}
+    append, _ = plan.entry_points
+    return Launch(((ceil_div(new, append.num_threads), 1, 1), (blocks, 1, 1)), values, counts)
 
 
 def ragged_dimensions(heads: int, row_bytes: int, head_bytes: int) -> tuple[tuple[int, ...], list[int]]:

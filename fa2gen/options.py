@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from fa2gen.spec import Direction, DType, Mask, Problem
 
-__all__ = ["SAID_BY_TENSORS", "UNLIMITED", "Options", "Shape"]
+__all__ = ["SAID_BY_TENSORS", "UNLIMITED", "AnyShape", "CacheShape", "Options", "Shape"]
 
 UNLIMITED = -1
 """A side of a window that hides nothing."""
@@ -25,6 +25,44 @@ class Shape(NamedTuple):
     seqlen_k: int
     num_heads: int
     num_heads_kv: int
+
+
+class CacheShape(NamedTuple):
+    """Sizes of one call over a cache of keys and values; its lengths lie on the device.
+
+    q and out (batch, seqlen_q, num_heads, head_dim). Caches (entries, rows, num_heads_kv, head_dim): an entry is a
+    sequence's place, or a page.
+
+    seqlen_k      the most keys that a sequence can have: the rows of an entry, or those of all pages of a table's row.
+    seqlen_new    keys of each sequence that this call has written behind its length.
+    entries       of the caches.
+    page_size     rows of a page; 0: no pages.
+    table_rows    sequences in the table of pages, and table_stride the numbers from one to the next.
+    rotary_dim    columns of Q and of the new keys that are turned, by tables of angles of rotary_rows positions.
+    interleaved   whether pairs of columns that are turned are neighbours, or else half of rotary_dim apart.
+    rotary_steps  whether each query has a position of its own, or else all that behind the sequence's keys.
+    splits        0: keys are split as keeps the device busy; n: into at most n parts, of lengths that are the same
+                  whatever the batch.
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads: int
+    num_heads_kv: int
+    seqlen_new: int = 0
+    entries: int = 1
+    page_size: int = 0
+    table_rows: int = 0
+    table_stride: int = 0
+    splits: int = 0
+    rotary_dim: int = 0
+    rotary_rows: int = 0
+    interleaved: bool = False
+    rotary_steps: bool = False
+
+
+AnyShape: TypeAlias = Shape | CacheShape
 
 
 SAID_BY_TENSORS = ("varlen", "sink")
@@ -83,8 +121,10 @@ class Options(NamedTuple):
                 return "full"
         return "window"
 
-    def problem(self, direction: Direction, head_dim: int, dtype: DType, head_dim_v: int | None = None) -> Problem:
-        """What a kernel for these options computes."""
+    def problem(
+        self, direction: Direction, head_dim: int, dtype: DType, head_dim_v: int | None = None, paged: bool = False
+    ) -> Problem:
+        """What a kernel for these options computes; `paged` is whether its cache is."""
         return Problem(
             direction=direction,
             head_dim=head_dim,
@@ -94,4 +134,5 @@ class Options(NamedTuple):
             varlen=self.varlen,
             sink=self.sink,
             deterministic=self.deterministic and direction == "bwd",
+            paged=paged,
         )

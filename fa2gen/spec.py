@@ -35,7 +35,7 @@ from fa2gen.errors import InvalidInput
 
 __all__ = ["DType", "Declared", "Direction", "KernelSpec", "Mask", "Problem", "Tiling", "declared"]
 
-Direction = Literal["fwd", "bwd"]
+Direction = Literal["fwd", "bwd", "decode"]
 DType = Literal["fp16", "bf16"]
 Mask = Literal["full", "causal", "window"]
 
@@ -102,9 +102,9 @@ class Range:
 
 @dataclass(frozen=True)
 class OnlyFor:
-    """A field that may leave its default in one direction alone, and why."""
+    """A field that may leave its default in some directions alone, and why."""
 
-    direction: Direction
+    directions: tuple[Direction, ...]
     why: str
 
 
@@ -258,7 +258,10 @@ class Problem(_Fields):
     direction: Annotated[
         Direction,
         Shown(place=0),
-        Field(description="fwd: Algorithm 1 of FlashAttention-2; bwd: Algorithm 2, the gradients of Q, K and V."),
+        Field(
+            description="fwd: Algorithm 1 of FlashAttention-2; bwd: Algorithm 2, the gradients of Q, K and V; decode: "
+            "a few queries of each sequence over a cache of keys and values, whose lengths lie on the device."
+        ),
     ] = "fwd"
     head_dim: Annotated[
         int,
@@ -270,6 +273,7 @@ class Problem(_Fields):
         int | None,
         Range(HEAD_DIM_STEP, HEAD_DIM_STEP, MAX_HEAD_DIM),
         Shown("v", optional=True, phrase="of V and O {}"),
+        OnlyFor(("fwd", "bwd"), "caches of K and of V have one head dim"),
         Field(description="Elements of a row of V and O, where they are not as many."),
     ] = None
     dtype: Annotated[DType, Shown(place=1), Field(description="Of Q, K, V and O. Sums are kept in fp32.")] = "bf16"
@@ -284,18 +288,27 @@ class Problem(_Fields):
     varlen: Annotated[
         bool,
         Shown("varlen", optional=True, phrase="ragged batches"),
+        OnlyFor(("fwd", "bwd"), "a cache's sequences have lengths of their own anyway"),
         Field(description="Sequences of their own lengths, packed into one: (total, heads, head_dim)."),
     ] = False
     sink: Annotated[
         bool,
         Shown("sink", optional=True, phrase="attention sinks"),
+        OnlyFor(("fwd", "bwd"), "kernels over caches have none yet"),
         Field(description="One more logit a query head in each softmax's sum, s_aux, which no value stands for."),
     ] = False
     deterministic: Annotated[
         bool,
         Shown("det", optional=True, phrase="deterministic"),
-        OnlyFor("bwd", "a forward kernel always is"),
+        OnlyFor(("bwd",), "the other kernels always are"),
         Field(description="Blocks of keys add to dQ in one order: gradients are the same bits in every run."),
+    ] = False
+
+    paged: Annotated[
+        bool,
+        Shown("paged", optional=True, phrase="pages"),
+        OnlyFor(("decode",), "the other kernels read K and V where they lie"),
+        Field(description="K and V lie in pages of any size, found in a table: (pages, page size, heads, head_dim)."),
     ] = False
 
     @property
@@ -320,10 +333,9 @@ class Problem(_Fields):
     def _is_for_its_direction(cls, value: Any, info: ValidationInfo) -> Any:
         field = declared(cls)[str(info.field_name)]
         direction = info.data.get("direction")
-        if field.only_for and value != field.default and direction not in (None, field.only_for.direction):
-            raise ValueError(
-                f'is for direction "{field.only_for.direction}": {field.only_for.why}; nearest {field.default}'
-            )
+        if field.only_for and value != field.default and direction not in (None, *field.only_for.directions):
+            named = " or ".join(f'"{one}"' for one in field.only_for.directions)
+            raise ValueError(f"is for direction {named}: {field.only_for.why}; nearest {field.default}")
         return value
 
 

@@ -16,8 +16,8 @@ __all__ = ["problems", "run_on_cpu"]
 def problems(**given: Any) -> list[Problem]:
     """Every problem of the given values, one or a list for each field; of a field that is not given all its values.
 
-    head_dim must be given. What a field allows in one direction alone is left out of the other. A new value of a field
-    is in every list at once. Raises InvalidInput as Problem does.
+    head_dim must be given. What a field allows in some directions alone is left out of the others. A new value of a
+    field is in every list at once. Raises InvalidInput as Problem does.
     """
     fields = declared(Problem)
     choices = [
@@ -29,7 +29,7 @@ def problems(**given: Any) -> list[Problem]:
         Problem(**values)
         for values in combinations
         if all(
-            field.only_for is None or values[name] == field.default or values["direction"] == field.only_for.direction
+            field.only_for is None or values[name] == field.default or values["direction"] in field.only_for.directions
             for name, field in fields.items()
         )
     ]

@@ -140,8 +140,8 @@ class Asked:
             name: values
             for name, values in {**self.fields, "direction": (direction,)}.items()
             if not (only := declared(Problem)[name].only_for)
-            or only.direction == direction
-            or only.direction not in directions
+            or direction in only.directions
+            or not set(only.directions) & set(directions)
         }
 
     def _set(self, spec: KernelSpec) -> KernelSpec:

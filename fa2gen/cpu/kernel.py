@@ -15,7 +15,7 @@ from fa2gen.errors import InvalidInput
 from fa2gen.features.attention import Operand
 from fa2gen.launch import NUMBER_BYTES, launch_of, ragged_dimensions
 from fa2gen.layout import ELEMENT_BYTES
-from fa2gen.options import Options, Shape
+from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan, make_plan
 from fa2gen.render import Rendered
 from fa2gen.spec import KernelSpec
@@ -90,6 +90,7 @@ def run_kernel(
     tensors: Mapping[str, Any],
     options: Options = Options(),  # noqa: B008  (a tuple)
     *,
+    shape: AnyShape | None = None,
     run_options: RunOptions = RunOptions(),
     rendered: Rendered | None = None,
 ) -> Report:
@@ -99,6 +100,7 @@ def run_kernel(
                  dlse if LSE has a gradient. q, o, dout, dq (batch, seqlen_q, heads, head_dim) and k, v, dk, dv (batch,
                  seqlen_k, heads_kv, head_dim): torch CPU tensors or numpy arrays of two-byte elements in the kernel's
                  dtype, any 16-byte strides. lse, dlse (batch, heads, seqlen_q) fp32, contiguous.
+    shape        of a call over a cache, where keys were appended or are to be split in a fixed way; else the tensors'.
     run_options  schedule, sanitizers, counters; none changes the result.
     rendered     replaces the plan's own render (see build_library).
 
@@ -107,8 +109,8 @@ def run_kernel(
     no C++ compiler.
     """
     plan = kernel if isinstance(kernel, KernelPlan) else make_plan(kernel)
-    views = _checked_views(plan, tensors)
-    shape = _shape(plan, views)
+    views = _checked_views(plan, tensors, shape)
+    shape = shape or _shape(plan, views)
     launch = launch_of(plan, shape, options, run_options.num_sms)
     memories = [view.memory(name) for name, view in views.items()]
     buffers = []
@@ -129,6 +131,8 @@ def run_kernel(
     counts: Mapping[str, Count] = {}
     started = time.perf_counter()
     for entry, grid in zip(plan.entry_points, launch.grids, strict=True):
+        if 0 in grid:
+            continue
         maps = (tensor_map(m, views[m.name], where[m.name], plan.varlen) for m in entry.tensor_maps)
         job = Job(
             grid=grid,
@@ -156,7 +160,7 @@ def run_kernel(
     return Report(seconds, counts)
 
 
-def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any]) -> dict[str, View]:
+def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any], sizes: AnyShape | None) -> dict[str, View]:
     """The operands' memory. Raises InvalidInput for what no kernel takes: fa2gen.ops copies some of it first."""
     given = {name: x for name, x in tensors.items() if x is not None}
     needed = {operand.name for operand in plan.operands if not operand.optional}
@@ -169,14 +173,19 @@ def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any]) -> dict[str, Vi
     for operand in plan.operands:
         if operand.name in views and operand.is_tensor:
             _check_tensor(operand, views[operand.name])
-    shape = _shape(plan, views)
+    shape = sizes or _shape(plan, views)
     for operand in plan.operands:
         wanted = operand.shape(shape, plan.problem)
         view = views.get(operand.name)
-        if view and (view.shape != wanted or view.element_bytes != (ELEMENT_BYTES if operand.is_tensor else 4)):
-            kind = "16-bit" if operand.is_tensor else "fp32" if operand.of in ("row", "head") else "int32"
+        if view and (view.shape != wanted or view.element_bytes != _element_bytes(operand)):
+            of_four = "fp32" if operand.of in ("row", "head") else "int32"
+            kind = "16-bit" if _element_bytes(operand) == ELEMENT_BYTES else of_four
             raise InvalidInput(f"{operand.name} has shape {view.shape}: {wanted}, {kind}, is needed")
     return views
+
+
+def _element_bytes(operand: Operand) -> int:
+    return ELEMENT_BYTES if operand.is_tensor or operand.of == "angles" else NUMBER_BYTES
 
 
 def _check_tensor(operand: Operand, view: View) -> None:
@@ -193,8 +202,14 @@ def _check_tensor(operand: Operand, view: View) -> None:
         )
 
 
-def _shape(plan: KernelPlan, views: Mapping[str, View]) -> Shape:
-    (batch, seqlen_q, heads, _), (_, seqlen_k, heads_kv, _) = views["q"].shape, views["k"].shape
+def _shape(plan: KernelPlan, views: Mapping[str, View]) -> AnyShape:
+    (batch, seqlen_q, heads, _), (entries, seqlen_k, heads_kv, _) = views["q"].shape, views["k"].shape
+    if plan.problem.direction == "decode":
+        if not plan.problem.paged:
+            return CacheShape(batch, seqlen_q, seqlen_k, heads, heads_kv, entries=entries)
+        rows, pages = views["block_table"].shape
+        stride = views["block_table"].strides[0]
+        return CacheShape(batch, seqlen_q, pages * seqlen_k, heads, heads_kv, 0, entries, seqlen_k, rows, stride)
     if plan.varlen:
         of = [
             views[operand.name].shape[0] - (operand.of == "bounds")
@@ -224,7 +239,7 @@ def _params_argument(plan: KernelPlan, values: Mapping[str, Any], memories: Sequ
         if param.name in places:
             pointers.append((offset, places[param.name], 0))
         offset += struct.calcsize(f"<{param.code}")
-    null = {param.name: 0 for param in plan.params if param.is_address}
+    null = {param.name: 0 for param in plan.params if param.is_address or param.ctype == "int64_t"}
     return Argument(struct.pack(plan.params_format, *plan.pack_params({**null, **values})), tuple(pointers))
 
 

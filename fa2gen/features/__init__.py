@@ -12,6 +12,7 @@ import itertools
 from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.features.deterministic import DETERMINISTIC
 from fa2gen.features.mask import CAUSAL, FULL, key_range
+from fa2gen.features.paged import PAGED
 from fa2gen.features.sink import SINK
 from fa2gen.features.varlen import VARLEN
 from fa2gen.features.window import WINDOW
@@ -29,6 +30,7 @@ def features_of(problem: Problem) -> tuple[Feature, ...]:
         MASKS[problem.mask],
         *([VARLEN[problem.direction]] if problem.varlen else []),
         *([SINK[problem.direction]] if problem.sink else []),
+        *([PAGED] if problem.paged else []),
         *([DETERMINISTIC] if problem.deterministic else []),
     )
 
@@ -43,7 +45,7 @@ def examples_of(problem: Problem) -> tuple[Options, ...]:
 
 def rooms_of(problem: Problem) -> dict[str, str]:
     """Room -> the block of templates/rooms/<room>/ that stands there in a problem's kernels."""
-    found = {"seqlen": "dense", "row_end": "plain"}
+    found = {"seqlen": "cache" if problem.direction == "decode" else "dense", "row_end": "plain"}
     for feature in features_of(problem):
         found |= feature.rooms
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fa2gen.options import Shape
+from fa2gen.options import AnyShape, CacheShape
 from fa2gen.spec import Direction, Problem
 
 __all__ = ["OPERANDS", "Operand"]
@@ -18,23 +18,34 @@ class Operand:
     of        whose rows and heads it has: "query" and "key" tensors are (batch, seqlen, heads, head_dim) in the
               kernel's dtype, the head dim contiguous; "row" tensors are (batch, num_heads, seqlen_q), fp32, dense;
               "bounds" (batch + 1,) and "lengths" (batch,), int32, dense; "head" (num_heads,), fp32, dense.
-    of_v      of a "query" or "key" tensor: whether its head dim is V's, else that of Q and K.
+              "cache" is a tensor with rows of its own, (entries, rows, heads_kv, head_dim), and "table" (batch, pages),
+              int32, the numbers of a sequence's pages; "new" keys are (batch, seqlen_new, heads_kv, head_dim), "angles"
+              (positions, rotary_dim / 2), in the kernel's dtype, dense.
+    of_v      of a tensor with a head dim: whether it is V's, else that of Q and K.
     out       whether kernels write it.
     optional  whether it may be missing: its address is 0 then.
     """
 
     name: str
-    of: Literal["query", "key", "row", "bounds", "lengths", "head"]
+    of: Literal["query", "key", "row", "bounds", "lengths", "cache", "table", "new", "angles", "head"]
     of_v: bool = False
     out: bool = False
     optional: bool = False
 
     def head_dim(self, problem: Problem) -> int:
-        """Of a "query" or "key" tensor."""
+        """Of a tensor that has one."""
         return problem.head_dims[self.of_v]
 
-    def shape(self, shape: Shape, problem: Problem) -> tuple[int, ...]:
+    def shape(self, shape: AnyShape, problem: Problem) -> tuple[int, ...]:
         """Its sizes at a call; those of a ragged batch's packed tensors with a batch of one before them."""
+        if isinstance(shape, CacheShape) and self.of == "table":
+            return (shape.table_rows, shape.seqlen_k // shape.page_size)
+        if isinstance(shape, CacheShape) and self.of == "new":
+            return (shape.batch, shape.seqlen_new, shape.num_heads_kv, self.head_dim(problem))
+        if isinstance(shape, CacheShape) and self.of == "angles":
+            return (shape.rotary_rows, shape.rotary_dim // 2)
+        if isinstance(shape, CacheShape) and self.of == "cache":
+            return (shape.entries, shape.page_size or shape.seqlen_k, shape.num_heads_kv, self.head_dim(problem))
         if self.of in ("bounds", "lengths"):
             return (shape.batch + (self.of == "bounds"),)
         if self.of == "head":
@@ -49,12 +60,13 @@ class Operand:
     @property
     def is_tensor(self) -> bool:
         """Whether it is (batch, seqlen, heads, head_dim), with strides."""
-        return self.of in ("query", "key")
+        return self.of in ("query", "key", "cache", "new")
 
     @property
     def ctype(self) -> str:
         """Of the pointer to it in Params."""
-        of = {"row": "float", "head": "float", "bounds": "int", "lengths": "int"}.get(self.of, "void")
+        int_or_float = {"row": "float", "head": "float", "bounds": "int", "lengths": "int", "table": "int"}
+        of = int_or_float.get(self.of, "void")
         return of + ("*" if self.out else " const*")
 
 
@@ -77,6 +89,22 @@ OPERANDS: dict[Direction, tuple[Operand, ...]] = {
         Operand("dv", "key", of_v=True, out=True),
         Operand("lse", "row"),
         Operand("dlse", "row", optional=True),
+    ),
+    "decode": (
+        Operand("q", "query", out=True),
+        Operand("k", "cache", out=True),
+        Operand("v", "cache", of_v=True, out=True),
+        Operand("o", "query", of_v=True, out=True),
+        Operand("lse", "row", out=True),
+        Operand("cache_seqlens", "lengths", optional=True),
+        Operand("cache_leftpad", "lengths", optional=True),
+        Operand("cache_batch_idx", "lengths", optional=True),
+        # Of a call that appends: what is written into the caches before, and Q as it is without rotary embeddings.
+        Operand("k_new", "new", optional=True),
+        Operand("v_new", "new", of_v=True, optional=True),
+        Operand("q_given", "query", optional=True),
+        Operand("rotary_cos", "angles", optional=True),
+        Operand("rotary_sin", "angles", optional=True),
     ),
 }
 """Of each pass, in the order in which a launch takes their addresses; scratch memory follows them."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fa2gen.features.attention import Operand
-from fa2gen.options import Options, Shape
+from fa2gen.options import AnyShape, Options
 
 __all__ = ["Feature", "Param", "Scratch"]
 
@@ -57,7 +57,7 @@ class Scratch:
         return Param(self.name, self.ctype)
 
 
-def _no_values(_: Options, __: Shape) -> Mapping[str, int | float]:
+def _no_values(_: Options, __: AnyShape) -> Mapping[str, int | float]:
     return {}
 
 
@@ -84,7 +84,7 @@ class Feature:
     rooms: Mapping[str, str] = field(default_factory=dict, hash=False)
     operands: tuple[Operand, ...] = ()
     params: tuple[Param, ...] = ()
-    values: Callable[[Options, Shape], Mapping[str, int | float]] = _no_values
+    values: Callable[[Options, AnyShape], Mapping[str, int | float]] = _no_values
     formulas: Mapping[str, str] = field(default_factory=dict, hash=False)
     scratch: tuple[Scratch, ...] = ()
     prepare: bool = False

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param, Scratch
-from fa2gen.options import Options, Shape
+from fa2gen.options import AnyShape, Options
 from fa2gen.spec import Direction
 
 __all__ = ["ENTRY_NUMBERS", "VARLEN", "capacity", "entries"]
@@ -29,7 +29,7 @@ def capacity(rows: int, sequences: int, tile: int) -> int:
     return rows // tile + 2 * sequences + 1
 
 
-def _values(_: Options, shape: Shape) -> Mapping[str, int | float]:
+def _values(_: Options, shape: AnyShape) -> Mapping[str, int | float]:
     return {"num_sequences": shape.batch}
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fa2gen.features.base import Feature, Param
-from fa2gen.options import Options, Shape
+from fa2gen.options import AnyShape, Options
 
 __all__ = ["WINDOW"]
 
 
-def _values(options: Options, shape: Shape) -> Mapping[str, int]:
+def _values(options: Options, shape: AnyShape) -> Mapping[str, int]:
     """A limit that hides nothing stands for none. None goes beyond the lengths, so that no sum exceeds 32 bits.
 
     Without chunks all keys are one, and chunk_before, the end of what queries before key 0 may see, is as long.

@@ -1,5 +1,6 @@
 """The PyTorch door: the functions of flash_attn 2.8, and behind them the operators `fa2gen::fwd` and `fa2gen::bwd`,
-`fwd_varlen` and `bwd_varlen` of ragged batches, and `fwd_general` and `bwd_general` of calls with further tensors.
+`fwd_varlen` and `bwd_varlen` of ragged batches, `fwd_general` and `bwd_general` of calls with further tensors, and
+`decode` and `decode_append` over caches.
 
 Shapes everywhere: q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim), heads a multiple of
 heads_kv; v may have a head dim of its own; out like q with v's head dim, contiguous; lse (batch, heads, seqlen_q), in
@@ -15,8 +16,8 @@ from fa2gen.ops.flash import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
-    flash_attn_with_kvcache,
 )
+from fa2gen.ops.flash_kvcache import flash_attn_with_kvcache
 from fa2gen.ops.flash_varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,

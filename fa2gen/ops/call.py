@@ -29,10 +29,10 @@ from fa2gen import env
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput
 from fa2gen.gpus import device_at
-from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream
+from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
 from fa2gen.ops.validate import DTYPES, out_shape, validate, validate_backward, validate_options
 from fa2gen.options import Options, Shape
-from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.select import Device, kernel_arch, select, seqlen_bounds
 from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
 
@@ -52,6 +52,8 @@ __all__ = [
     "forget",
     "forward_cuda",
     "forward_out",
+    "has_aligned_strides",
+    "kernel_for_rows",
     "launch_cleared",
     "launch_ragged",
     "launch_with_scratch",
@@ -72,6 +74,7 @@ class Call:
     out_is_like_q         whether torch.empty_like(q), which takes two thirds of q.new_empty's time, has out's strides.
     launch                None where there is nothing to compute, and where a stride is no multiple of 16 bytes
                           (`misaligned`): such a call goes on with copies, which have a signature of their own.
+    operands              the names of what a launch takes, where callers do not have them in order.
     """
 
     device: int
@@ -81,6 +84,7 @@ class Call:
     out_is_like_q: bool
     launch: PreparedLaunch | None
     misaligned: bool
+    operands: tuple[str, ...] = ()
 
     def new_out(self, q: Tensor) -> Tensor:
         return torch.empty_like(q) if self.out_is_like_q else q.new_empty(self.out_shape)
@@ -104,6 +108,8 @@ class _Chosen:
 _REMEMBERED_CALLS = 1024
 # What each stream keeps for an lse that is not asked for: 64 KiB. With more rows a kernel outlasts the host's call.
 SCRATCH_ROWS = 1 << 14
+# What each stream keeps for kernels that count: one for each multiprocessor of any GPU.
+_COUNTER_BYTES = 1 << 14
 # torch.cuda's functions of these names without their Python, which costs as much again; a CPU build lacks them.
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
@@ -115,6 +121,7 @@ _problems: dict[tuple[Any, ...], tuple[tuple[int, ...], list[_Chosen | None]]] =
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 _retired: list[Kernel] = []  # what `forget` dropped
 _scratches: dict[tuple[int, int], StreamScratch] = {}  # (device, stream) -> what its launches use
+_counters: dict[tuple[int, int], int] = {}  # (device, stream) -> memory that is zero between its launches
 _lock = threading.Lock()
 
 
@@ -208,7 +215,7 @@ def backward_cuda(
 
 
 def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...]) -> None:
-    """Launch on the current stream of q's device, with scratch memory of any content."""
+    """Launch on the current stream of q's device, with scratch memory of any content, and counters that are zero."""
     assert call.launch is not None
     if _current_device() != call.device:
         with torch.cuda.device(call.device):
@@ -216,7 +223,15 @@ def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...]) -> Non
         return
     # Freed for the allocator at return, when no later kernel of this stream can have started.
     scratch = q.new_empty(call.launch.scratch_bytes, dtype=torch.uint8)
-    call.launch(operands, scratch.data_ptr(), torch._C._cuda_getCurrentRawStream(call.device))
+    stream: int = torch._C._cuda_getCurrentRawStream(call.device)
+    if not (size := call.launch.cleared_bytes):
+        call.launch(operands, scratch.data_ptr(), stream)
+    elif size > _COUNTER_BYTES or _is_capturing():  # a graph has its own, as it may be replayed on any stream
+        zeros = q.new_zeros(size, dtype=torch.uint8)
+        call.launch(operands, scratch.data_ptr(), stream, zeros.data_ptr())
+    else:
+        counters = _counters.get((call.device, stream)) or _first_counters(call.device, stream)
+        call.launch(operands, scratch.data_ptr(), stream, counters)
 
 
 def launch_cleared(call: Call, q: Tensor, operands: tuple[int, ...]) -> None:
@@ -308,6 +323,13 @@ def _first_scratch(device: int, stream: int) -> StreamScratch:
         if (device, stream) not in _scratches:
             _scratches[device, stream] = scratch_of_stream(device, stream, SCRATCH_ROWS)
         return _scratches[device, stream]
+
+
+def _first_counters(device: int, stream: int) -> int:
+    with _lock:
+        if (device, stream) not in _counters:
+            _counters[device, stream] = zeros_of_stream(device, stream, _COUNTER_BYTES)
+        return _counters[device, stream]
 
 
 def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any) -> Call:
@@ -402,7 +424,7 @@ def packed(
     q, head_dims = tensors["q"], (tensors["q"].shape[3], tensors["v"].shape[3])
     options = options.reduced(shape.seqlen_q, shape.seqlen_k)
     chosen = _chosen(direction, head_dims, q.dtype, options, q.get_device(), arch, tiling, keys)
-    if 0 in shape or not all(_has_aligned_strides(x) for x in tensors.values()):
+    if 0 in shape or not all(has_aligned_strides(x) for x in tensors.values()):
         return None
     strides = {name: x.stride()[:3] for name, x in tensors.items()}
     return chosen.kernel().prepare(shape, strides | results, options)
@@ -449,6 +471,14 @@ def choose(
     return selection.plan, selection.target
 
 
+def kernel_for_rows(problem: Problem, device: int, seqlen_k: int, rows: int) -> Kernel:
+    """A decoding kernel for so many rows, queries times heads of a group, loaded on the device."""
+    on = device_at(device)
+    plan, target = choose(problem, on, None, None, seqlen_k)
+    tiling = tiling_for_rows(problem, plan.tiling, rows, on.shared_memory_per_block)
+    return _kernel(make_plan(KernelSpec(problem=problem, tiling=tiling)), target, device)
+
+
 def _family(arch: str | None, tiling: Tiling | None) -> ArchName | None:
     """The kernel family that a call, or else FA2GEN_ARCH, asks for; None: the device's best."""
     if tiling is not None and arch not in (None, tiling.arch):
@@ -485,7 +515,7 @@ def dense(seqlen: int, heads: int, head_dim: int) -> Strides:
     return seqlen * heads * head_dim, heads * head_dim, head_dim
 
 
-def _has_aligned_strides(x: Tensor) -> bool:
+def has_aligned_strides(x: Tensor) -> bool:
     """Whether rows are dense and strides multiples of 16 bytes; that of a single element is not used."""
     *steps, last = x.stride()
     return last == 1 and all(size == 1 or step % 8 == 0 for size, step in zip(x.shape, steps, strict=False))
@@ -493,6 +523,6 @@ def _has_aligned_strides(x: Tensor) -> bool:
 
 def aligned(x: Tensor) -> Tensor:
     """A tensor with the head dim last as 16-byte loads and TMA can read it: itself, or else a copy."""
-    if x.data_ptr() % 16 == 0 and _has_aligned_strides(x):
+    if x.data_ptr() % 16 == 0 and has_aligned_strides(x):
         return x
     return x.clone(memory_format=torch.contiguous_format)

@@ -5,12 +5,12 @@ Options that flash_attn does not have are keyword-only, behind its own.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.errors import InvalidInput
 from fa2gen.ops.arguments import NO_WINDOW, Window, flag, refuse_unbuilt, window_sides
 from fa2gen.ops.autograd import Attention, is_plain, wants_gradient
 from fa2gen.ops.call import forward_cuda, forward_out
@@ -23,7 +23,6 @@ __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
-    "flash_attn_with_kvcache",
     "unpacked",
 ]
 
@@ -228,17 +227,6 @@ def flash_attn_kvpacked_func(  # type: ignore[misc]  # the later overloads leave
     k, v = unpacked("kv", kv, 2)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
     return flash_attn_func(q, k, v, *options, attention_chunk=attention_chunk, s_aux=s_aux)  # type: ignore[call-overload]
-
-
-def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> NoReturn:
-    """Not built yet: raises UnsupportedProblem."""
-    _refuse_function(
-        "flash_attn_with_kvcache", "write the new keys yourself, then flash_attn_func on the cache's used part"
-    )
-
-
-def _refuse_function(name: str, nearest: str) -> NoReturn:
-    raise UnsupportedProblem(f"{name} is not built yet; nearest: {nearest}")
 
 
 def unpacked(name: str, packed: Tensor, count: int, before: str = "batch, seqlen") -> tuple[Tensor, ...]:

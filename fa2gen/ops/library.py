@@ -6,7 +6,8 @@ bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool caus
 `fwd_varlen` and `bwd_varlen` take `Tensor? cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k` behind these tensors; what
 each is says `fa2gen.ops.validate.validate_ragged`. `fwd_general` and `bwd_general` take all that a call may have:
 behind the lengths, which of a dense batch are all None, `Tensor? s_aux`, (heads,) fp32; `bwd_general` has a fourth
-result, ds_aux, which is empty where there is no s_aux.
+result, ds_aux, which is empty where there is no s_aux. Those of calls over
+a cache are `fa2gen.ops.kvcache_operator`'s.
 
 ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
 field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
@@ -43,6 +44,7 @@ from fa2gen.ops.autograd import (
 )
 from fa2gen.ops.call import backward_cuda, forward_cuda
 from fa2gen.ops.general import backward_general, forward_general
+from fa2gen.ops.kvcache_operator import CACHE_SCHEMAS, cache_kernels
 from fa2gen.ops.ragged import backward_ragged, forward_ragged
 from fa2gen.ops.validate import (
     LENGTHS,
@@ -92,6 +94,7 @@ _SCHEMAS = {
     "bwd_varlen": f"({_BACKWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "fwd_general": f"({_FORWARD}, {_GENERAL}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd_general": f"({_BACKWARD}, {_GENERAL}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor ds_aux)",
+    **CACHE_SCHEMAS,
 }
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
 _RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
@@ -317,6 +320,8 @@ def _with_options(name: str, implementation: Callable[..., Any]) -> Callable[...
 
 def _kernels(name: str) -> dict[str, Callable[..., Any]]:
     """Dispatch key, or kind of rule -> what an operator has for it."""
+    if name in CACHE_SCHEMAS:
+        return dict(cache_kernels(name))
     kernels: dict[str, dict[str, Callable[..., Any]]] = {
         "fwd": {"CPU": _forward_cpu, "CUDA": forward_cuda, "fake": _forward_fake},
         "bwd": {"CPU": _backward_cpu, "CUDA": backward_cuda, "fake": _backward_fake},

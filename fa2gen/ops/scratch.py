@@ -10,7 +10,7 @@ import torch
 
 from fa2gen.layout import align_up
 
-__all__ = ["WORK_BYTES", "StreamScratch", "scratch_of_capture", "scratch_of_stream"]
+__all__ = ["WORK_BYTES", "StreamScratch", "scratch_of_capture", "scratch_of_stream", "zeros_of_stream"]
 
 WORK_BYTES = 1 << 16  # a ragged batch of 500 sequences and 30,000 rows takes as much
 
@@ -50,3 +50,10 @@ def scratch_of_capture(device: int, rows: int) -> StreamScratch:
     and freed for what the graph does later as soon as the caller drops it."""
     memory = torch.zeros(_LSE_AT // 4 + rows, dtype=torch.int32, device=f"cuda:{device}")
     return StreamScratch(memory.data_ptr(), rows, memory)
+
+
+def zeros_of_stream(device: int, stream: int, num_bytes: int) -> int:
+    """Address of zeros for all launches on a stream, each of which leaves them so; as in `scratch_of_stream`."""
+    from fa2gen.kernel import zeroed_memory
+
+    return zeroed_memory(device, num_bytes, stream)

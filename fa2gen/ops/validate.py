@@ -25,6 +25,9 @@ __all__ = [
     "validate_backward",
     "validate_general",
     "validate_general_backward",
+    "validate_head_dim",
+    "validate_heads",
+    "validate_kind",
     "validate_options",
     "validate_ragged",
     "validate_ragged_backward",
@@ -54,7 +57,7 @@ def validate(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} has {x.dim()} dimensions, {tuple(x.shape)}; it must have 4, (batch, seqlen, heads, head_dim)"
                 + (f": for a batch of one, {name}.unsqueeze(0)" if x.dim() == 3 else "")
             )
-    _validate_kind(q, k, v)
+    validate_kind(q, k, v)
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] != q.shape[0]:
             raise InvalidInput(f"q has batch {q.shape[0]}, {name} has batch {x.shape[0]}: expand or slice one of them")
@@ -85,7 +88,7 @@ def validate_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> int:
                 f"{name} has {x.dim()} dimensions, {tuple(x.shape)}; {given} cu_seqlens_{side} it must have {rank}, "
                 f"{what}: {hint}"
             )
-    _validate_kind(q, k, v)
+    validate_kind(q, k, v)
     counts = []  # (name, of how many sequences it is)
     for name, x in zip(LENGTHS, lengths, strict=True):
         if x is not None:
@@ -223,14 +226,15 @@ def describe(x: object) -> str:
     return f"{x!r} ({type(x).__name__})" if isinstance(x, bool | int | float | complex | str) else type(x).__name__
 
 
-def _validate_kind(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Device and dtype."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def validate_kind(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+    """Device and dtype of a query's tensor and of two of keys."""
+    keys = tuple(zip(names[1:], (k, v), strict=True))
+    for name, x in ((names[0], q), *keys):
         if x.device.type not in ("cuda", "cpu", "meta"):
             raise UnsupportedProblem(
                 f"{name} is on {x.device}; fa2gen runs on cuda (NVIDIA), and a reference on the CPU"
             )
-    for name, x in (("k", k), ("v", v)):
+    for name, x in keys:
         if x.device != q.device:
             raise InvalidInput(f"q is on {q.device}, {name} on {x.device}; use one device: {name}.to(q.device)")
         if x.dtype != q.dtype:
@@ -285,9 +289,9 @@ def _validate_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
     for i, what in ((-3, "seqlen" if k.dim() == 4 else "rows"), (-2, "heads")):
         if k.shape[i] != v.shape[i]:
             raise InvalidInput(f"k has {what} {k.shape[i]}, v has {what} {v.shape[i]}; they must be equal: slice one")
-    _validate_head_dim(q.shape[-1])
+    validate_head_dim(q.shape[-1])
     _validate_head_dim_v(v.shape[-1])
-    _validate_heads(q.shape[-2], k.shape[-2])
+    validate_heads(q.shape[-2], k.shape[-2])
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1 and x.numel() > 0:
             raise InvalidInput(
@@ -296,7 +300,7 @@ def _validate_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
-def _validate_head_dim(head_dim: int) -> None:
+def validate_head_dim(head_dim: int) -> None:
     _validate_range("head_dim", head_dim)
     if head_dim % HEAD_DIM_STEP:
         padded = -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
@@ -326,7 +330,7 @@ def _validate_range(name: str, head_dim: int) -> None:
         raise UnsupportedProblem(f"{name} is {head_dim}; the largest is {MAX_HEAD_DIM}. Nearest: {_OTHER}")
 
 
-def _validate_heads(num_heads: int, num_heads_kv: int) -> None:
+def validate_heads(num_heads: int, num_heads_kv: int) -> None:
     if num_heads == 0 and num_heads_kv == 0:
         return
     if num_heads_kv == 0 or num_heads % num_heads_kv:

@@ -58,7 +58,8 @@ class EntryPoint:
     """One `extern "C"` kernel of a source: its symbol, and what a launch of it takes before the shared Params.
 
     grid          its blocks of threads: "persistent", one an SM or fewer; "tiles", (m block, head, batch); one for each
-                  block of queries, or of keys, of all heads; or "one".
+                  block of queries, or of keys, of all heads; "one"; or "parts", one an SM that has a part of the keys;
+                  "new rows", as many as have 8 columns of rows to append. A grid without blocks is not launched.
     starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
                   executes griddepcontrol.wait before it uses what that one writes.
     """
@@ -67,7 +68,7 @@ class EntryPoint:
     num_threads: int
     shared_memory_bytes: int
     tensor_maps: tuple[TensorMapPlan, ...]
-    grid: Literal["persistent", "tiles", "query blocks", "key blocks", "one"]
+    grid: Literal["persistent", "tiles", "query blocks", "key blocks", "one", "parts", "new rows"]
     starts_early: bool = False
 
 
@@ -195,6 +196,11 @@ class KernelPlan:
     def sums_sinks(self) -> bool:
         """Whether kernels sum gradients of sinks."""
         return any(scratch.name == "sink_sums" for scratch in self.scratch)
+
+    @property
+    def has_launcher(self) -> bool:
+        """Whether there is a launcher in C++: not of ragged batches, nor over caches."""
+        return not self.varlen and self.problem.direction != "decode"
 
     @property
     def has_griddepcontrol(self) -> bool:

@@ -17,7 +17,7 @@ from fa2gen.plan.base import bytes_text
 from fa2gen.plan.feasible import plan_of
 from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
 
-__all__ = ["default_tiling"]
+__all__ = ["default_tiling", "tiling_for_rows"]
 
 Span = Literal[128, 64, 32]
 Shape = tuple[int, int, int, int]  # tile_m, tile_n, num_stages, num_mma_warps
@@ -81,7 +81,21 @@ def _widest(_: tuple[int, int]) -> tuple[Span, ...]:
     return (128,)
 
 
+# 16 rows, four warps, and as many bytes on their way as a block may have: 196 KB of an H100's 227.
+_DECODING = _Family(
+    (
+        _Row(64, ((16, 32, 6, 4), (16, 32, 4, 4), (16, 32, 2, 4))),
+        _Row(128, ((16, 32, 3, 4), (16, 32, 2, 4), (16, 16, 2, 4))),
+        _Row(192, ((16, 16, 4, 4), (16, 16, 3, 4), (16, 16, 2, 4), (16, 16, 2, 2))),
+        _Row(256, ((16, 16, 3, 4), (16, 16, 2, 4), (16, 16, 2, 2))),
+    ),
+    _least_padding,
+)
+
+
 _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
+    ("sm80", "decode"): _DECODING,
+    ("sm90", "decode"): _DECODING,
     # Two blocks of 4 warps share an SM wherever registers allow it: 32 rows a warp up to head dim 160, since each
     # fragment of K and V that a warp loads should serve two products (the time is then set by the products, not by
     # ldmatrix). All compile without a spill, for sm_80 and sm_90, with every mask and dtype. What comes later in a row
@@ -172,3 +186,22 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
         f"shared memory\n  nearest        {bytes_text(found.shared_memory_bytes)} (tile_m {tile_m}, tile_n {tile_n}, "
         f"num_stages {stages})"
     )
+
+
+_WIDE_ROWS = 32
+"""Of a decoding kernel's tile: as many as serve a fragment of K or V at once and leave registers for it."""
+_MOST_STAGES = 6
+
+
+def tiling_for_rows(problem: Problem, tiling: Tiling, rows: int, shared_memory_limit: int) -> Tiling:
+    """A decoding kernel's tiling, wider where a sequence has more rows than it holds, so that K and V are read once for
+    all of them; itself where no wider one fits."""
+    if rows <= tiling.tile_m or tiling.tile_m >= _WIDE_ROWS:
+        return tiling
+    for tile_n in dict.fromkeys((tiling.tile_n, 16)):
+        stages = min(tiling.num_stages * tiling.tile_n // tile_n, _MOST_STAGES)
+        wide = tiling.model_copy(update={"tile_m": _WIDE_ROWS, "tile_n": tile_n, "num_stages": stages})
+        found = plan_of(KernelSpec(problem=problem, tiling=wide))
+        if found.shared_memory_bytes <= shared_memory_limit and not found.broken_rules():
+            return wide
+    return tiling

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from fa2gen.arch import ArchName
 from fa2gen.errors import InfeasibleSpec
 from fa2gen.plan.base import BrokenRule, KernelPlan
+from fa2gen.plan.decode import DecodePlan
 from fa2gen.plan.sm80_bwd import Sm80BwdPlan
 from fa2gen.plan.sm80_fwd import Sm80FwdPlan
 from fa2gen.plan.sm90_bwd import Sm90BwdPlan
@@ -21,19 +23,32 @@ _PLANS: dict[tuple[str, str], type[KernelPlan]] = {
     ("sm90", "fwd"): Sm90FwdPlan,
     ("sm80", "bwd"): Sm80BwdPlan,
     ("sm90", "bwd"): Sm90BwdPlan,
+    ("sm80", "decode"): DecodePlan,
+    ("sm90", "decode"): DecodePlan,
 }
 
-_BACKWARD_TILE_M = {"sm80": (32, 64, 128), "sm90": (48, 64, 80, 96, 112, 128)}
-_BACKWARD_STAGES = (1, 2, 3, 4)  # with one, 96 queries fit above head dim 64
 
-# The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows.
-_TILE_M = {"sm80": (64, 128, 192), "sm90": (64, 128, 192, 256)}
-_TILE_N = {
-    "sm80": (32, 48, 64, 80, 96, 112, 128, 160, 192),
-    "sm90": (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+@dataclass(frozen=True)
+class _Grid:
+    """The values that `feasible_tilings` combines: what a tuner could want to try, not all that the spec allows."""
+
+    tile_m: tuple[int, ...]
+    tile_n: tuple[int, ...]
+    stages: tuple[int, ...]
+    warps: tuple[int, ...]
+
+
+_KEYS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)
+_DECODE = _Grid((16, 32), (16, 32), (2, 3, 4, 5, 6), (2, 4, 8))
+_GRIDS: dict[tuple[str, str], _Grid] = {
+    ("sm80", "fwd"): _Grid((64, 128, 192), (32, 48, 64, 80, 96, 112, 128, 160, 192), (1, 2, 3, 4), (4, 8)),
+    ("sm90", "fwd"): _Grid((64, 128, 192, 256), _KEYS, (2, 3, 4), (4, 8, 12, 16)),
+    # With one stage, 96 queries fit above head dim 64.
+    ("sm80", "bwd"): _Grid((32, 64, 128), (32, 48, 64, 80, 96, 112, 128, 160, 192), (1, 2, 3, 4), (4, 8)),
+    ("sm90", "bwd"): _Grid((48, 64, 80, 96, 112, 128), _KEYS, (1, 2, 3, 4), (4, 8, 12, 16)),
+    ("sm80", "decode"): _DECODE,
+    ("sm90", "decode"): _DECODE,
 }
-_STAGES = {"sm80": (1, 2, 3, 4), "sm90": (2, 3, 4)}
-_WARPS = {"sm80": (4, 8), "sm90": (4, 8, 12, 16)}
 _SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 
 
@@ -58,10 +73,11 @@ def fits(spec: KernelSpec) -> bool:
 
 def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
     """Every feasible tiling of a small grid, for `fa2gen plan`, error messages and tuning."""
-    for warps in _WARPS[arch]:
-        for tile_m in (_BACKWARD_TILE_M if problem.direction == "bwd" else _TILE_M)[arch]:
-            for tile_n in _TILE_N[arch]:
-                for stages in _BACKWARD_STAGES if problem.direction == "bwd" else _STAGES[arch]:
+    grid = _GRIDS[arch, problem.direction]
+    for warps in grid.warps:
+        for tile_m in grid.tile_m:
+            for tile_n in grid.tile_n:
+                for stages in grid.stages:
                     for span in _SWIZZLES:
                         tiling = Tiling(
                             arch=arch,

@@ -18,9 +18,11 @@ from fa2gen.plan.base import EntryPoint, KernelPlan, TensorMapPlan
 from fa2gen.plan.bwd import BackwardPlan
 
 __all__ = [
+    "LEAST_UNITS",
     "NUMBER_BYTES",
     "SECTIONS_OF_GROUPS",
     "SECTION_BYTES",
+    "UNIT_KEYS",
     "arguments",
     "braced",
     "call_fields",
@@ -59,11 +61,25 @@ _OPTIONS = {
     "window_right": "keys that it sees after it; -1: all, 0: a causal mask",
     "chunk": "a query sees its own chunk of so many keys alone; 0: all are one",
 }
+_OF_A_CACHE = {
+    "seqlen_k": "the most keys that a sequence can have: of an entry of the caches, or of all pages of a table's row",
+    "seqlen_new": "keys that are appended to each sequence",
+    "entries": "of the caches: places of sequences, or pages",
+    "splits": "0: keys are dealt out evenly; n: in parts of the same keys whatever the batch, n at most",
+    "rotary_dim, rotary_rows": "columns that are turned, and positions of the tables of angles; 0: none",
+    "interleaved, rotary_steps": "pairs are neighbours; queries have positions of their own",
+}
+UNIT_KEYS = 64
+"""Of a decoding kernel: the pieces that keys are dealt out in."""
+LEAST_UNITS = 2
+"""So many pieces a block at least: fewer are not worth the part's way through memory."""
 
 
 def sizes(plan: KernelPlan) -> dict[str, str]:
     """Name -> formula of what a plan's launch computes from batch, seqlen_q, seqlen_k, num_heads, num_heads_kv and
     softmax_scale; later ones use earlier ones."""
+    if plan.problem.direction == "decode":
+        return _decoding_sizes(plan)
     tiling, of_batch = plan.tiling, "" if plan.varlen else "batch * "
     if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
         row = row_bytes(plan, "q") + row_bytes(plan, "dout") + plan.head_dim * NUMBER_BYTES
@@ -92,6 +108,30 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
     return {name: text for name, text in found.items() if name in wanted}
 
 
+def _decoding_sizes(plan: KernelPlan) -> dict[str, str]:
+    """`sizes` of queries over a cache; seqlen_k is the most keys that a sequence can have."""
+    tile_m, tile_n = plan.tiling.tile_m, plan.tiling.tile_n
+    of_splits = f"{UNIT_KEYS} * max(splits, 1)"
+    return {
+        "num_sequences": "batch",
+        "cache_entries": "entries",
+        "rotary_interleaved": "interleaved",
+        "num_heads_per_kv": "num_heads / num_heads_kv",
+        "num_m_blocks": f"(seqlen_q * num_heads_per_kv + {tile_m - 1}) / {tile_m}",
+        "fixed_parts": "min(splits, 1)",
+        "unit_tiles": f"{UNIT_KEYS // tile_n} * (fixed_parts * (seqlen_k + {of_splits} - 1) / ({of_splits})"
+        " + 1 - fixed_parts)",
+        "least_units": f"{LEAST_UNITS} - fixed_parts * {LEAST_UNITS - 1}",
+        "num_units": f"((seqlen_k + unit_tiles * {tile_n} - 1) / (unit_tiles * {tile_n}) + 1)"
+        " * batch * num_heads_kv * num_m_blocks",
+        "num_blocks": "min((num_units + least_units - 1) / least_units, num_sms)",
+        "num_new_chunks": f"{plan.problem.head_dim // 8} * batch"
+        " * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)",
+        "num_slots": "fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks",
+        "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
+    }
+
+
 def _words(*formulas: str) -> set[str]:
     return set(re.findall(r"[a-z]\w*", " ".join(formulas)))
 
@@ -110,6 +150,8 @@ def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
         "query blocks": (f"num_m_blocks * num_heads{of_batch}", "1", "1"),
         "key blocks": (f"num_n_blocks * num_heads_kv{of_batch}", "1", "1"),
         "one": ("1", "1", "1"),
+        "parts": ("num_blocks", "1", "1"),
+        "new rows": (f"(num_new_chunks + {entry.num_threads - 1}) / {entry.num_threads}", "1", "1"),
     }[entry.grid]
 
 
@@ -125,6 +167,9 @@ def memory(plan: KernelPlan) -> dict[str, str]:
         "lse_log2": f"{blocks} * {plan.tiling.tile_m}",
         "dpsum": f"{blocks} * {plan.tiling.tile_m}",
         "dq_turns": blocks,
+        "parts": f"num_slots * {plan.tiling.tile_m * plan.problem.head_dim}",
+        "part_sums": f"num_slots * {2 * plan.tiling.tile_m}",
+        "counters": "fixed_parts * num_units + (1 - fixed_parts) * num_blocks",
     }
     if isinstance(plan, BackwardPlan):
         counts["dq_acc"] = f"{blocks} * {plan.dq_block_floats}"
@@ -134,6 +179,9 @@ def memory(plan: KernelPlan) -> dict[str, str]:
 
 def limits(plan: KernelPlan) -> list[str]:
     """Formulas of what must be less than 2^31, as the kernels count in 32 bits."""
+    if plan.problem.direction == "decode":
+        tile_n = plan.tiling.tile_n
+        return [f"num_units + num_sms * {UNIT_KEYS}", f"2 * (seqlen_k + unit_tiles * {tile_n})", "num_new_chunks"]
     of_batch = "" if plan.varlen else "batch * "
     found = ["seqlen_q", "seqlen_k", f"num_m_blocks * {of_batch}num_heads + num_sms"]
     if plan.problem.direction == "bwd":
@@ -248,7 +296,7 @@ def lines(plan: KernelPlan) -> Iterator[str]:
     """The recipe in words, a line of a comment each."""
     many, takes = len(plan.entry_points) > 1, "tensor maps, then Params, by value" if maps(plan) else "Params by value"
     yield f"Compile with nvcc -std=c++17 -arch={plan.target} -cubin, or with NVRTC."
-    if not plan.varlen:
+    if plan.has_launcher:
         yield f"`fa2gen render {plan.name} --with-host` adds a launcher in C++."
     yield ""
     yield f"Kernels, one after the other on one stream; each takes {takes}:" if many else f"Kernel; it takes {takes}:"
@@ -270,6 +318,9 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         if plan.varlen:
             yield "  steps in bytes: of a row, of a head, 2^34 - that of a row, of a row"
         yield from (f"  {text}" for text in _boxes(maps(plan)))
+    if plan.problem.direction == "decode":
+        yield "Of a call over caches, beside batch, seqlen_q and heads:"
+        yield from (f"  {name}: {text}" for name, text in _OF_A_CACHE.items())
     yield "Sizes, in whole numbers:"
     yield from (f"  {name} = {text}" for name, text in sizes(plan).items())
     if scratch := plan.scratch:

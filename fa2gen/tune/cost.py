@@ -1,9 +1,9 @@
 """The cost model: SM cycles of a kernel from its plan, to rank tilings before one is compiled.
 
 It has to order tilings, not to predict TFLOP/s. A kernel has tiles (of queries forward, of keys backward), each of
-which visits blocks of the other kind: `cost_fwd` and `cost_bwd` say what these cost. Tiles are dealt to the SMs one by
-one, so the last one is half idle. Schedule switches are all the same to the model: each setting of them is tried with
-the best shapes.
+which visits blocks of the other kind: `cost_fwd`, `cost_bwd` and `cost_decode` say what these cost. Tiles are dealt to
+the SMs one by one, so the last one is half idle. Schedule switches are all the same to the model: each setting of them
+is tried with the best shapes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 from fa2gen.layout import ELEMENT_BYTES, align_up
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
-from fa2gen.tune import cost_bwd, cost_fwd
+from fa2gen.tune import cost_bwd, cost_decode, cost_fwd
 from fa2gen.tune.rates import SMS
 from fa2gen.tune.space import settings
 from fa2gen.tune.visits import Visits
@@ -43,7 +43,7 @@ class _Model(Protocol):
     def extra_cycles(self, plan: KernelPlan, seqlen: int) -> float: ...
 
 
-_MODELS: dict[Direction, _Model] = {"fwd": cost_fwd, "bwd": cost_bwd}
+_MODELS: dict[Direction, _Model] = {"fwd": cost_fwd, "bwd": cost_bwd, "decode": cost_decode}
 
 
 def cycles(plan: KernelPlan, seqlen: int, num_sms: int | None = None) -> float:

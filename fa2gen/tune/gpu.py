@@ -41,6 +41,7 @@ __all__ = ["GpuRunner"]
 # What a candidate is checked at: ragged in both lengths with grouped heads, and several whole tiles with more queries
 # than keys, so that a causal mask leaves rows without any.
 CHECKS = (Shape(2, 337, 523, 4, 2), Shape(1, 1024, 768, 2, 2))
+QUERY_HEADS = 4  # of a group, over a cache
 
 
 class GpuRunner:
@@ -92,6 +93,8 @@ class GpuRunner:
         problem = kernels[0].spec.problem
         heads = max(1, HIDDEN // problem.head_dim)
         shape = Shape(max(1, TOKENS // seqlen), seqlen, seqlen, heads, heads)
+        if problem.direction == "decode":  # one query, whose heads share keys
+            shape = shape._replace(seqlen_q=1, num_heads=QUERY_HEADS * heads)
         calls = {built.spec.name: cases.prepare(built.handle(), self._case(built.spec, shape)) for built in kernels}
         with self._judged(kernels[0]):
             times = interleaved(calls, self._timer, rounds)

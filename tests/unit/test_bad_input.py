@@ -49,6 +49,19 @@ def run(q: Any = None, k: Any = None, v: Any = None, **options: Any) -> Any:
     return flash_attn_func(q, k, (k if v is None else v), **options)
 
 
+def cached(**other: Any) -> Any:
+    """`flash_attn_with_kvcache` of two sequences with room for 32 keys, and of what else is given."""
+    return flash_attn_with_kvcache(
+        **{"q": t(2, 1, 6, 64), "k_cache": t(2, 32, 2, 64), "v_cache": t(2, 32, 2, 64), **other}
+    )
+
+
+def turned(**other: Any) -> Any:
+    """The same, with a new key and angles."""
+    new = {"k": t(2, 1, 2, 64), "v": t(2, 1, 2, 64), "rotary_cos": t(32, 16), "rotary_sin": t(32, 16)}
+    return cached(**{**new, "cache_seqlens": 3, **other})
+
+
 def ints(*numbers: int) -> Any:
     return torch.tensor(numbers, dtype=torch.int32)
 
@@ -218,7 +231,40 @@ CASES: dict[str, Case] = {
     "gradient and arch": Case(
         UnsupportedProblem, "arch|detach", lambda: fa2gen.attention(t(*Q).requires_grad_(), t(*K), t(*K), arch="sm90")
     ),
-    "kvcache": Case(UnsupportedProblem, "flash_attn_with_kvcache|nearest", lambda: flash_attn_with_kvcache()),
+    # caches
+    "kvcache: q of rank 3": Case(InvalidInput, "q has 3 dimensions|must have 4", lambda: cached(q=t(5, 6, 64))),
+    "kvcache: a cache of rank 3": Case(InvalidInput, "k_cache has 3 dimensions|(batch, rows, heads_kv, head_dim)", lambda: cached(k_cache=t(32, 2, 64))),
+    "kvcache: fp32": Case(UnsupportedProblem, "torch.float32|bfloat16", lambda: cached(q=t(2, 1, 6, 64, dtype=torch.float32), k_cache=t(2, 32, 2, 64, dtype=torch.float32), v_cache=t(2, 32, 2, 64, dtype=torch.float32))),
+    "kvcache: another dtype": Case(InvalidInput, "v_cache is torch.float16", lambda: cached(v_cache=t(2, 32, 2, 64, dtype=torch.float16))),
+    "kvcache: caches of two shapes": Case(InvalidInput, "k_cache has shape|v_cache|equal", lambda: cached(v_cache=t(2, 31, 2, 64))),
+    "kvcache: head dims": Case(UnsupportedProblem, "head_dim 72|64", lambda: cached(q=t(2, 1, 6, 72))),
+    "kvcache: head dim 300": Case(UnsupportedProblem, "head_dim is 300|256", lambda: cached(q=t(2, 1, 6, 300), k_cache=t(2, 32, 2, 300), v_cache=t(2, 32, 2, 300))),
+    "kvcache: heads": Case(InvalidInput, "7 heads|2", lambda: cached(q=t(2, 1, 7, 64))),
+    "kvcache: a cache's last stride": Case(InvalidInput, "k_cache has strides|never copied", lambda: cached(k_cache=t(2, 32, 64, 2).transpose(2, 3))),
+    "kvcache: a cache's row stride": Case(InvalidInput, "v_cache has strides|multiples of 8", lambda: cached(v_cache=t(2, 32, 2, 65)[..., :64])),
+    "kvcache: too few entries": Case(InvalidInput, "q has 3 sequences|2|cache_batch_idx", lambda: cached(q=t(3, 1, 6, 64))),
+    "kvcache: lengths of int64": Case(InvalidInput, "cache_seqlens is torch.int64|to(torch.int32)", lambda: cached(cache_seqlens=torch.tensor([3, 4]))),
+    "kvcache: lengths of three": Case(InvalidInput, "cache_seqlens has shape (3,)|(2,)", lambda: cached(cache_seqlens=ints(1, 2, 3))),
+    "kvcache: a length of text": Case(InvalidInput, "cache_seqlens must be a whole number|'7'", lambda: cached(cache_seqlens="7")),
+    "kvcache: a length that is a switch": Case(InvalidInput, "cache_seqlens must be a whole number|True", lambda: cached(cache_seqlens=True)),
+    "kvcache: a table of rank 1": Case(InvalidInput, "block_table has shape (4,)|pages", lambda: cached(block_table=ints(0, 1, 2, 3))),
+    "kvcache: a table of columns": Case(InvalidInput, "block_table has strides|contiguous", lambda: cached(block_table=ints(0, 1, 2, 3).view(2, 2).T)),
+    "kvcache: padding of int64": Case(InvalidInput, "cache_leftpad is torch.int64", lambda: cached(cache_leftpad=torch.tensor([0, 0]))),
+    "kvcache: k alone": Case(InvalidInput, "v is missing", lambda: cached(k=t(2, 1, 2, 64), cache_seqlens=3)),
+    "kvcache: new keys without lengths": Case(InvalidInput, "give cache_seqlens", lambda: cached(k=t(2, 1, 2, 64), v=t(2, 1, 2, 64))),
+    "kvcache: new keys of other heads": Case(InvalidInput, "k has shape (2, 1, 3, 64)|seqlen_new", lambda: cached(k=t(2, 1, 3, 64), v=t(2, 1, 2, 64), cache_seqlens=3)),
+    "kvcache: new values of another length": Case(InvalidInput, "k has shape|v (2, 2, 2, 64)", lambda: cached(k=t(2, 1, 2, 64), v=t(2, 2, 2, 64), cache_seqlens=3)),
+    "kvcache: angles without keys": Case(InvalidInput, "rotary embeddings are of new keys", lambda: cached(rotary_cos=t(32, 16), rotary_sin=t(32, 16))),
+    "kvcache: cosines alone": Case(InvalidInput, "rotary_cos and rotary_sin are given together", lambda: turned(rotary_sin=None)),
+    "kvcache: angles of fp32": Case(InvalidInput, "rotary_sin is|float32|bfloat16", lambda: turned(rotary_sin=t(32, 16, dtype=torch.float32))),
+    "kvcache: an odd width of angles": Case(InvalidInput, "rotary_cos has 12 columns|multiple of 16", lambda: turned(rotary_cos=t(32, 12), rotary_sin=t(32, 12))),
+    "kvcache: too few angles": Case(InvalidInput, "rotary_cos has 31 positions|32", lambda: turned(rotary_cos=t(31, 16), rotary_sin=t(31, 16))),
+    "kvcache: softcap": Case(UnsupportedProblem, "softcap is not built yet", lambda: cached(softcap=30.0)),
+    "kvcache: ALiBi": Case(UnsupportedProblem, "ALiBi is not built yet", lambda: cached(alibi_slopes=t(6))),
+    "kvcache: splits": Case(InvalidInput, "num_splits is 257|256", lambda: cached(num_splits=257)),
+    "kvcache: splits of text": Case(InvalidInput, "num_splits must be a whole number|'2'", lambda: cached(num_splits="2")),
+    "kvcache: a gradient": Case(UnsupportedProblem, "has no gradient|torch.no_grad()", lambda: cached(q=t(2, 1, 6, 64).requires_grad_())),
+    "kvcache: no tensor": Case(InvalidInput, "block_table must be a torch.Tensor|list", lambda: cached(block_table=[[0, 1]])),
     # ragged batches
     "ragged: q of rank 4": Case(InvalidInput, "q has 4 dimensions|with cu_seqlens_q it must have 3|(total_q, heads, head_dim)|q.flatten(0, 1)", lambda: ragged(q=t(2, 5, 6, 64))),
     "ragged: k of rank 3, no bounds": Case(InvalidInput, "k has 3 dimensions|without cu_seqlens_k it must have 4|give cu_seqlens_k", lambda: ragged(cu_seqlens_k=None)),

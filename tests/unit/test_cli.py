@@ -504,6 +504,7 @@ VALUES = {
     "varlen": True,
     "sink": True,
     "deterministic": True,
+    "paged": True,
 }
 """Of each field of a problem a value that is not its default."""
 
@@ -564,7 +565,7 @@ def test_every_command_takes_and_shows_every_field(quick, cache, command, field)
     """By option, by a kernel's name, by a spec file and by one on standard input."""
     values = {"head_dim": 64, field: VALUES[field]}
     if only := declared(Problem)[field].only_for:
-        values["direction"] = only.direction
+        values["direction"] = only.directions[0]
     options = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in values.items()]
     extra = EXTRA.get(command, ("--json",))
     done = fa2(command, *options, "--arch", "sm90", *extra)
@@ -776,11 +777,16 @@ def test_verify_on_host_without_a_compiler_is_status_3(monkeypatch):
 def machine(monkeypatch):
     """fa2gen.cpu stands in: its run_kernel computes right answers until a test replaces it."""
     from fa2gen.cpu import Report, RunOptions
+    from fa2gen.ops.kvcache_reference import cached_reference
+    from fa2gen.ops.validate_cache import Cached
     from fa2gen.reference import attention_backward_tiled, attention_reference
 
-    def run_kernel(spec: KernelSpec, x: dict[str, Any], options: Any, run_options: RunOptions) -> Report:
+    def run_kernel(spec: KernelSpec, x: dict[str, Any], options: Any, run_options: RunOptions, **_: Any) -> Report:
         if spec.problem.direction == "fwd":
             right = attention_reference(x["q"], x["k"], x["v"], **options._asdict())
+        elif spec.problem.direction == "decode":
+            places = {name: y for name, y in x.items() if name in Cached._fields and name not in ("q", "k", "v")}
+            right = cached_reference(Cached(x["q"], x["k"], x["v"], **places), options)
         else:
             inputs = (x[name] for name in ("dout", "q", "k", "v", "o", "lse"))
             right = attention_backward_tiled(*inputs, **options._asdict())
@@ -797,7 +803,7 @@ def machine(monkeypatch):
     return module
 
 
-RESULTS = {"fwd": ("o", "lse"), "bwd": ("dq", "dk", "dv")}
+RESULTS = {"fwd": ("o", "lse"), "bwd": ("dq", "dk", "dv"), "decode": ("o", "lse")}
 CAUSAL = "fa2_fwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
 BACKWARD = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
 
@@ -818,10 +824,10 @@ def test_verify_right_answers(machine, name):
 
 def test_verify_of_one_direction(machine):
     wanted = ("verify", "--on", "cpu", "--arch", "sm90", "--head-dim", "64", "--json")
-    names = {way: {row["name"] for row in fa2(*wanted, "--direction", way).json} for way in ("fwd", "bwd")}
-    names["both"] = {row["name"] for row in fa2(*wanted).json}
-    assert names["both"] == names["fwd"] | names["bwd"] and BACKWARD in names["bwd"]
-    assert all(name.startswith(f"fa2_{way}_") for way in ("fwd", "bwd") for name in names[way])
+    names = {way: {row["name"] for row in fa2(*wanted, "--direction", way).json} for way in get_args(Direction)}
+    every = {row["name"] for row in fa2(*wanted).json}
+    assert every == set().union(*names.values()) and BACKWARD in names["bwd"]
+    assert all(name.startswith(f"fa2_{way}_") for way, found in names.items() for name in found)
 
 
 def wrong_value(out: Any, lse: Any) -> None:

@@ -13,18 +13,22 @@ from fa2gen.arch import ArchName
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS, examples_of, features_of, key_range, rooms_of
 from fa2gen.launch import launch_of
-from fa2gen.options import Options, Shape
+from fa2gen.options import CacheShape, Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import default_tiling
 from fa2gen.spec import Direction, KernelSpec, Mask, Problem
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = Shape(2, 300, 400, 6, 2)
+SHAPES = {
+    **dict.fromkeys(("fwd", "bwd"), Shape(2, 300, 400, 6, 2)),
+    "decode": CacheShape(2, 3, 400, 6, 2, entries=60, page_size=16, table_rows=2, table_stride=25),
+}
 PROBLEMS = [
     Problem(direction=direction, head_dim=64, mask=mask, deterministic=deterministic)
     for direction, mask in itertools.product(get_args(Direction), get_args(Mask))
     for deterministic in ((False, True) if direction == "bwd" else (False,))
 ]
+PROBLEMS += [Problem(direction="decode", head_dim=64, mask=mask, paged=True) for mask in get_args(Mask)]
 KERNELS = [(problem, arch) for problem in PROBLEMS for arch in get_args(ArchName)]
 
 
@@ -42,9 +46,12 @@ def test_what_features_declare_is_there(problem):
     for room, block in rooms_of(problem).items():
         assert (ROOT / f"templates/rooms/{room}/{block}.cuh.j2").is_file(), f"{room}: {block}"
     for options in examples_of(problem):
-        assert options.problem(problem.direction, problem.head_dim, problem.dtype) == problem
+        assert (
+            options.problem(problem.direction, problem.head_dim, problem.dtype, problem.head_dim_v, problem.paged)
+            == problem
+        )
         for feature in features_of(problem):
-            assert feature.values(options, SHAPE).keys() == {param.name for param in feature.params}
+            assert feature.values(options, SHAPES[problem.direction]).keys() == {param.name for param in feature.params}
 
 
 @pytest.mark.parametrize(("problem", "arch"), KERNELS, ids=str)
@@ -52,7 +59,7 @@ def test_a_launch_gives_every_number_that_params_hold(problem, arch):
     """Addresses and strides come later; of everything else none may be missing or of another kind."""
     plan = plan_of(problem, arch)
     for options in examples_of(problem):
-        launch = launch_of(plan, SHAPE, options, num_sms=132)
+        launch = launch_of(plan, SHAPES[problem.direction], options, num_sms=132)
         later = {p.name: 0 for p in plan.params if p.is_address or p.name.endswith("_stride")}
         assert not later.keys() & launch.values.keys()
         struct.pack(plan.params_format, *plan.pack_params({**later, **launch.values}))
@@ -67,10 +74,10 @@ def test_a_kernel_is_not_launched_for_another_mask(problem, arch):
         other = problem.model_copy(update={"mask": mask})
         for options in examples_of(other):
             if mask == problem.mask or MASKS[problem.mask].general:
-                launch_of(plan, SHAPE, options, num_sms=132)
+                launch_of(plan, SHAPES[problem.direction], options, num_sms=132)
             else:
                 with pytest.raises(InvalidInput, match=f"{problem.mask} mask"):
-                    launch_of(plan, SHAPE, options, num_sms=132)
+                    launch_of(plan, SHAPES[problem.direction], options, num_sms=132)
 
 
 # Options -------------------------------------------------------------------------------------------------------------

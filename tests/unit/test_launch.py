@@ -118,6 +118,7 @@ class FakeKernel:
     def __init__(self, plan):
         self.plan = plan
         self.scratch_bytes = 4 if plan.scratch else 0
+        self.cleared_bytes = 0
         self.prepared = []
         self.launched = []
 

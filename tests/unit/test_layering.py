@@ -24,7 +24,10 @@ LAYERS: dict[int, tuple[str, ...]] = {
     3: ("source", "render", "select", "launch"),
     4: ("compile", "store"),
     5: ("kernel", "build"),
-    6: ("cpu", "testing", "reference", "gpus", "ops", "padding", "distributed", "integrations", "cases", "bench"),
+    6: (
+        *("cpu", "testing", "reference", "gpus", "ops", "padding", "distributed", "integrations"),
+        *("cases_cached", "cases", "bench"),
+    ),
     7: ("tune", "explain", "report", "verify", "doctor"),
     8: ("__init__", "cli", "__main__"),
 }

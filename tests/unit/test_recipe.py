@@ -10,7 +10,7 @@ import pytest
 
 from fa2gen.features import examples_of
 from fa2gen.launch import launch_of
-from fa2gen.options import Shape
+from fa2gen.options import AnyShape, CacheShape, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
 from fa2gen.render import render
 from fa2gen.select import default_tiling
@@ -28,6 +28,8 @@ PROBLEMS = [
     Problem(head_dim=192, head_dim_v=128, mask="causal"),
     Problem(direction="bwd", head_dim=192, head_dim_v=128, mask="causal"),
     Problem(direction="bwd", head_dim=64, sink=True),
+    Problem(direction="decode", head_dim=128, mask="window", paged=True),
+    Problem(direction="decode", head_dim=72, mask="causal"),
 ]
 PLANS = [
     make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
@@ -51,6 +53,21 @@ def limited(value: int, limit: int) -> int:
     return limit if value < 0 else min(value, limit)
 
 
+def caches() -> list[CacheShape]:
+    """Calls over caches, with and without new keys, rotary embeddings and fixed parts."""
+    draw = random.Random(8)
+    found = []
+    for shape in shapes():
+        page = draw.choice((1, 16, 48))
+        new, splits, rotary = draw.choice((0, 1, 5)), draw.choice((0, 0, 1, 7, 64)), draw.choice((0, 16, 64))
+        pages = -(-shape.seqlen_k // page)
+        seqlen_q = min(shape.seqlen_q, 64)
+        sizes = shape._replace(seqlen_q=seqlen_q, seqlen_k=pages * page)
+        place = (new, 3 * pages, page, shape.batch, pages + 1)
+        found.append(CacheShape(*sizes, *place, splits, rotary, pages * page, True, True))
+    return found
+
+
 def shapes() -> list[Shape]:
     draw = random.Random(7)
     found = [Shape(1, 1, 1, 1, 1), Shape(2, 300, 200, 4, 2), Shape(64, 131072, 131072, 64, 8)]
@@ -65,7 +82,8 @@ def shapes() -> list[Shape]:
 def test_formulas_are_what_launches_compute(plan: KernelPlan):
     options = examples_of(plan.problem)[0]._replace(softmax_scale=0.1)
     fitting = 0
-    for shape in shapes():
+    calls: list[AnyShape] = [*(caches() if plan.problem.direction == "decode" else shapes())]
+    for shape in calls:
         known = computed(recipe.sizes(plan), shape._asdict() | {"softmax_scale": 0.1, "num_sms": NUM_SMS})
         most = max(computed({"count": text}, known)["count"] for text in recipe.limits(plan))
         try:
@@ -91,7 +109,8 @@ def test_what_features_add_to_params(plan: KernelPlan):
     assert recipe.of_features(plan).keys() == added
     for example in examples_of(plan.problem):
         right = 0 if example.causal else example.window_right
-        for shape in (Shape(1, q, k, 2, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
+        for sizes in (Shape(1, q, k, 2, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
+            shape = sizes if plan.problem.direction != "decode" else CacheShape(*sizes, 0, 9, 1, 1, 5000)
             values = launch_of(plan, shape, example, NUM_SMS).values
             known = shape._asdict() | example._asdict() | {"window_right": right}
             for name, formula in recipe.of_features(plan).items():

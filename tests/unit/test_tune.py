@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -46,9 +47,7 @@ def known(monkeypatch):
 def test_enumeration_is_brute_force(head_dim):
     """Every tiling of the whole grid that the plan's rules allow, no other, none twice."""
     problem = Problem(head_dim=head_dim)
-    grid = itertools.product(
-        feasible._TILE_M["sm90"], feasible._TILE_N["sm90"], feasible._STAGES["sm90"], (4, 8, 12, 16), (128, 64, 32)
-    )
+    grid = itertools.product(*dataclasses.astuple(feasible._GRIDS["sm90", "fwd"]), (128, 64, 32))
     names = ("tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes")
     tilings = [Tiling(arch="sm90", **dict(zip(names, values, strict=True))) for values in grid]
     expected = {tiling for tiling in tilings if fits(KernelSpec(problem=problem, tiling=tiling))}

@@ -35,6 +35,7 @@ void sync_warp(int line);
 bool elect_one(int line);
 std::uint32_t shuffle_xor(std::uint32_t value, int lane_mask, int line);
 std::uint32_t shuffle_from(std::uint32_t value, int lane, int line);
+std::uint32_t shuffle_by_lane(std::uint32_t value, int lane, int line);
 void named_barrier(int barrier, int num_threads, bool wait, int line);
 void set_max_registers(int count, bool increase, int line);
 
@@ -73,6 +74,7 @@ void bulk_load(std::uint32_t destination, void const* source, std::uint32_t byte
 void bulk_reduce_add(float* destination, std::uint32_t source, std::uint32_t bytes, int line);
 // What orders blocks of threads: a wait for another block's number (ld.acquire in a loop), and the store that ends it (st.release).
 void wait_global(int const* address, int value, int line);
+int arrive_global(int* counter, int last, int line);
 void store_global_release(int* address, int value, int line);
 void fence_proxy_async_global();
 // Atomically, one number at a time.

@@ -16,6 +16,20 @@ void wait_global(int const* address, int value, int line) {
     thread.unfenced_global_wait = true;
 }
 
+// Counts up to `last` and begins again: atom.inc.
+int arrive_global(int* counter, int last, int line) {
+    maybe_yield();
+    int before = __atomic_load_n(counter, __ATOMIC_RELAXED);
+    do {
+        if (before < 0 || before > last) {
+            fail("kernel.cc:%d finds %d arrivals where %d are the last", line, before, last);
+        }
+    } while (!__atomic_compare_exchange_n(
+        counter, &before, before == last ? 0 : before + 1, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+    maybe_yield();
+    return before;
+}
+
 // Publishes what has been done; copies that this thread only issued have not.
 void store_global_release(int* address, int value, int line) {
     BulkStores const& stores = current().stores;

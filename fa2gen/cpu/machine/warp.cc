@@ -42,6 +42,20 @@ std::uint32_t shuffle_xor(std::uint32_t value, int lane_mask, int line) {
     return shuffle_from(value, current().lane ^ lane_mask, line);
 }
 
+// Each lane names its own source.
+std::uint32_t shuffle_by_lane(std::uint32_t value, int source, int line) {
+    struct Operands {
+        std::uint32_t value, result;
+        int source;
+    } operands{value, 0, source};
+    collective("shfl.sync", operands, line, [](Operands** lanes) {
+        for (int lane = 0; lane < kWarp; ++lane) {
+            lanes[lane]->result = lanes[lanes[lane]->source & (kWarp - 1)]->value;
+        }
+    });
+    return operands.result;
+}
+
 // Barriers by number (PTX ISA, "bar / barrier") ----------------------------------------------------------------------------
 
 void named_barrier(int number, int num_threads, bool wait, int line) {

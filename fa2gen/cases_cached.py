@@ -1,0 +1,87 @@
+"""Cases of queries over a cache: lengths, places and pages drawn, and NaN wherever no key of a sequence is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from random import Random
+from typing import Any
+
+from fa2gen.options import CacheShape, Shape
+from fa2gen.spec import Problem
+
+__all__ = ["cached_tensors", "sequences"]
+
+_PAGE_SIZES = (16, 1, 64, 3, 48)
+_NO_PAGE = 1 << 30
+
+
+def cached_tensors(
+    problem: Problem, shape: Shape, dtype: Any, seed: int, device: str, plain: bool
+) -> tuple[CacheShape, dict[str, Any]]:
+    """(sizes, inputs by operand) of a call with shape.seqlen_q queries of each sequence.
+
+    shape  seqlen_k is the longest sequence's length; the others' are drawn, and so are left padding, the order of
+           entries and, in pages, their size.
+    plain  for timing: all sequences are as long, in order, in pages of 16, and numbers are drawn on the device.
+    """
+    torch = import_module("torch")
+    random = Random(seed)
+    batch, _, longest, _, heads_kv = shape
+    place = device if plain else "cpu"
+    generator = torch.Generator(place).manual_seed(seed)
+    size = _PAGE_SIZES[0 if plain else seed % len(_PAGE_SIZES)] if problem.paged else longest
+    pages = -(-longest // size)  # of a sequence
+    lengths = [longest, *(longest if plain else random.randint(0, longest) for _ in range(batch - 1))]
+    padding = [0] * batch if plain or seed % 2 else [random.randint(0, longest // 4) for _ in range(batch)]
+    spare = 0 if plain else 3
+    entries = batch * (pages if problem.paged else 1) + spare
+    size_of = (entries, size, heads_kv, problem.head_dim)
+    k, v = (torch.randn(size_of, generator=generator, device=place).to(dtype) for _ in range(2))
+    numbers = torch.arange(entries) if plain else torch.randperm(entries, generator=torch.Generator().manual_seed(seed))
+    numbers = numbers[: entries - spare].view(batch, -1)
+    found: dict[str, Any] = {"cache_seqlens": lengths, "cache_leftpad": padding}
+    if problem.paged:
+        table = torch.full((batch, pages + 1), _NO_PAGE)
+        for b, length in enumerate(lengths):
+            used = -(-length // size)
+            table[b, :used] = numbers[b, :used]
+        found["block_table"] = table
+    else:
+        found["cache_batch_idx"] = numbers.flatten().tolist()
+    if not plain:
+        exists = torch.zeros(size_of[:2], dtype=torch.bool)
+        for b, (first, end) in enumerate(zip(padding, lengths, strict=True)):
+            rows = torch.arange(first, end)
+            exists[numbers[b, rows // size], rows % size] = True
+        k[~exists] = v[~exists] = math.nan
+    tensors = {name: torch.as_tensor(x).to(torch.int32).to(device) for name, x in found.items()}
+    if problem.paged:
+        tensors["block_table"] = tensors["block_table"][:, :pages]
+    table = tensors.get("block_table")
+    sizes = CacheShape(
+        *shape._replace(seqlen_k=pages * size),
+        entries=entries,
+        page_size=size if problem.paged else 0,
+        table_rows=0 if table is None else batch,
+        table_stride=0 if table is None else table.stride(0),
+    )
+    return sizes, tensors | {"k": k.to(device), "v": v.to(device)}
+
+
+def sequences(tensors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Views of q, o and lse of each sequence that has keys, with its keys and values as k and v."""
+    from fa2gen.ops.kvcache_reference import keys_of
+    from fa2gen.ops.validate_cache import Cached
+
+    given = Cached(
+        tensors["q"], tensors["k"], tensors["v"],
+        **{name: tensors.get(name) for name in ("cache_batch_idx", "block_table")},
+    )  # fmt: skip
+    ends = tensors["cache_seqlens"].tolist()
+    starts = tensors["cache_leftpad"].tolist()
+    for b, (first, end) in enumerate(zip(starts, ends, strict=True)):
+        if first < end:
+            keys = {name: keys_of(given, tensors[name], b, first, end) for name in ("k", "v")}
+            yield {**{name: tensors[name][b : b + 1] for name in ("q", "o", "lse")}, **keys}

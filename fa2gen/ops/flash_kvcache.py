@@ -1,0 +1,176 @@
+"""flash_attn 2.8's `flash_attn_with_kvcache`: same name, argument order, defaults and shapes."""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fa2gen.errors import InvalidInput
+from fa2gen.ops import library  # noqa: F401  (registers the operators)
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, options_of, refuse_unbuilt, window_sides
+from fa2gen.ops.autograd import is_plain
+from fa2gen.ops.kvcache import cached_cuda
+from fa2gen.ops.kvcache_operator import refuse_gradients
+from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds
+from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
+from fa2gen.options import Options
+
+__all__ = ["flash_attn_with_kvcache"]
+
+_READ = torch.ops.fa2gen.decode.default
+_APPEND = torch.ops.fa2gen.decode_append.default
+
+
+@overload
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def flash_attn_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, return_softmax_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def flash_attn_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, *args: Any, return_softmax_lse: bool, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave out what the first says
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a few queries of each sequence over a cache of its keys and values, to which new ones may be added.
+
+    q (batch, seqlen_q, heads, head_dim). k_cache, v_cache (entries, rows, heads_kv, head_dim), of any strides but the
+    last: they are never copied, and written to in place. Forward only.
+
+    k, v                (batch, seqlen_new, heads_kv, head_dim): written behind the keys of each sequence, then seen.
+                        What a full cache has no place for is dropped.
+    rotary_cos, _sin    (positions, rotary_dim / 2) in q's dtype: new key i is turned by position cache_seqlens + i, and
+                        query i too if causal or a window is given, else by cache_seqlens. Needs k.
+    cache_seqlens       keys in each sequence's cache, its left padding included: (batch,) int32 on q's device, or one
+                        number for all. None: all rows. Beyond the cache's end it counts as that, below 0 as 0.
+    cache_batch_idx     (batch,) int32: the cache's entry, or the table's row, of each sequence.
+    cache_leftpad       (batch,) int32: rows before a sequence's first key.
+    block_table         (batch, pages) int32: caches are pages then, (pages, page_size, ...) of any page_size. Numbers
+                        behind a sequence's last page are not looked at.
+    softmax_scale, causal, window_size  as in `flash_attn_func`, over the keys that are there.
+    rotary_interleaved  whether pairs are neighbouring columns, or else half of rotary_dim apart.
+    num_splits          0: the keys of all sequences are dealt out evenly to the device, the same way each time. n: a
+                        sequence's are in at most n parts, which depend on the cache's size alone, so that no row's bits
+                        depend on the batch; up to 256.
+    return_softmax_lse  return (out, lse), lse (batch, heads, seqlen_q) fp32.
+
+    Lengths and tables are read on the device, at each replay of a CUDA graph anew; they must not change meanwhile. CPU
+    tensors run a reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: softcap and ALiBi.
+    """
+    refuse_unbuilt(0.0, softcap, alibi_slopes)
+    optional = {
+        "k": k,
+        "v": v,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "block_table": block_table,
+    }
+    refuse_non_tensors(q=q, k_cache=k_cache, v_cache=v_cache, **{n: x for n, x in optional.items() if x is not None})
+    refuse_tensor_kinds(("q", "k", "v"), (q, k, v))
+    q, k, v = (x if x is None or x.dim() == 0 or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    given = Cached(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, None, cache_batch_idx, cache_leftpad, block_table)
+    given = given._replace(cache_seqlens=_lengths(cache_seqlens, given))
+    options = options_of(q, softmax_scale, causal, window_sides(window_size))
+    out, lse = _run(given, options, flag("rotary_interleaved", rotary_interleaved), _splits(num_splits))
+    return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
+
+
+def _run(given: Cached, options: Options, interleaved: bool, splits: int) -> tuple[Tensor, Tensor]:
+    """(out, lse), by an operator where others look at the call."""
+    if is_plain(given.q, given.k_cache, given.v_cache) and all(x is None or type(x) is Tensor for x in given[3:]):
+        refuse_gradients(*given)
+        return cached_cuda(given, options, interleaved, splits)
+    said = (options.softmax_scale, options.causal, options.window_left, options.window_right, splits, interleaved)
+    q, k_cache, v_cache, k, v, cos, sin, *places = given
+    try:
+        if k is None and v is None and cos is None and sin is None:
+            out, lse = _READ(q, k_cache, v_cache, *places, *said)
+        else:
+            validate_cached(given, splits)  # k or v may be missing, which the operator has no words for
+            out, lse = _APPEND(q, k_cache, v_cache, k, v, cos, sin, *places, *said)
+        return out, lse
+    except NotImplementedError:  # ours, or torch's two pages about a backend that has no kernel
+        validate_cached(given, splits)
+        raise
+
+
+def _lengths(lengths: Any, given: Cached) -> Tensor | None:
+    """cache_seqlens as a tensor: one number is that of each sequence."""
+    if lengths is None or isinstance(lengths, Tensor):
+        return lengths
+    if isinstance(lengths, torch.SymInt):
+        return given.q.new_full((given.q.shape[0],), lengths, dtype=torch.int32)
+    try:
+        number = None if isinstance(lengths, bool) else index(lengths)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InvalidInput(
+            f"cache_seqlens must be a whole number, an int32 tensor (batch,), or None, not {describe(lengths)}"
+        )
+    validate_cached(given._replace(k=None, v=None, rotary_cos=None, rotary_sin=None))  # else there is no capacity
+    number = min(max(number, 0), capacity_of(given))
+    return given.q.new_full((given.q.shape[0],), number, dtype=torch.int32)
+
+
+def _splits(num_splits: Any) -> int:
+    if isinstance(num_splits, torch.SymInt):
+        return num_splits  # type: ignore[no-any-return]
+    try:
+        number = None if isinstance(num_splits, bool) else index(num_splits)
+    except TypeError:
+        number = None
+    if number is None:
+        raise InvalidInput(f"num_splits must be a whole number, or 0 as suits the device, not {describe(num_splits)}")
+    return number

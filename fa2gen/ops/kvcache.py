@@ -1,0 +1,126 @@
+"""Queries over a cache of keys and values on CUDA: from tensors to launches, without a look at what lengths are.
+
+As in `fa2gen.ops.call`: what a call's signature decides is prepared once. Lengths, tables of pages and how many keys
+the caches hold now are read by the kernels, so that a cache that grows has one signature, and a CUDA graph may be
+replayed with other lengths. They must not change while a call's kernels run.
+
+New keys and values are written by a small kernel of the same source that runs before.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa2gen.ops.call import Call, aligned, dense, has_aligned_strides, kernel_for_rows, launch_with_scratch, prepared
+from fa2gen.ops.validate import DTYPES, validate_options
+from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
+from fa2gen.options import CacheShape, Options
+
+__all__ = ["cached_cuda"]
+
+_INPUTS = ("q", "k", "v", "rotary_cos", "rotary_sin")  # what is copied where a kernel cannot read it as it lies
+
+
+def cached_cuda(
+    given: Cached, options: Options, interleaved: bool = True, num_splits: int = 0
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) by generated kernels, on the current stream of q's device; new keys are in the caches then.
+
+    out like q, contiguous; lse (batch, heads, seqlen_q) fp32.
+
+    Raises as `fa2gen.ops.call.forward_cuda` does.
+    """
+    key = (*map(_kind, given), options, interleaved, num_splits)
+    call = prepared(key, _prepare, given, options, interleaved, num_splits)
+    q = given.q
+    out, lse = q.new_empty(call.out_shape), q.new_empty(call.lse_shape, dtype=torch.float32)
+    if call.launch is None and not call.misaligned:  # no query, or no place for a key
+        out.zero_()
+        lse.fill_(-math.inf)
+        return out, lse
+    if call.launch is None or any(x is not None and x.data_ptr() & 15 for x in (getattr(given, n) for n in _INPUTS)):
+        copies = {name: aligned(x) for name in _INPUTS if (x := getattr(given, name)) is not None}
+        return cached_cuda(given._replace(**copies), options, interleaved, num_splits)
+    turned = None if given.rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    at = {name: 0 if x is None else x.data_ptr() for name, x in given._asdict().items()}
+    operands = {
+        "q": at["q"] if turned is None else turned.data_ptr(),
+        "k": at["k_cache"],
+        "v": at["v_cache"],
+        "o": out.data_ptr(),
+        "lse": lse.data_ptr(),
+        "k_new": at["k"],
+        "v_new": at["v"],
+        "q_given": 0 if turned is None else at["q"],
+    }
+    launch_with_scratch(call, q, tuple(operands[n] if n in operands else at[n] for n in call.operands))
+    return out, lse
+
+
+def _plain_options(options: Options, seqlen_q: int, capacity: int) -> Options:
+    """The options of the plainest kernel that serves caches of so many keys: a single query is the last key's."""
+    if seqlen_q == 1:
+        options = options._replace(causal=False, window_right=-1)
+    return options.reduced(seqlen_q, capacity)
+
+
+def _kind(x: Tensor | None) -> Any:
+    """What of a tensor is part of a call's signature."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
+
+
+# Once for each signature ------------------------------------------------------------------------------------------
+
+
+def _prepare(given: Cached, options: Options, interleaved: bool, num_splits: int) -> Call:
+    """Validate a signature; choose, load and pack its kernel."""
+    validate_cached(given, num_splits)
+    validate_options(options)
+    q, k_cache, table = given.q, given.k_cache, given.block_table
+    batch, seqlen_q, num_heads, head_dim = q.shape
+    capacity = capacity_of(given)
+    reduced = _plain_options(options, seqlen_q, capacity)
+    shape = CacheShape(
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=capacity,
+        num_heads=num_heads,
+        num_heads_kv=k_cache.shape[2],
+        seqlen_new=0 if given.k is None else given.k.shape[1],
+        entries=k_cache.shape[0],
+        page_size=0 if table is None else k_cache.shape[1],
+        table_rows=0 if table is None else table.shape[0],
+        table_stride=0 if table is None else table.stride(0),
+        splits=num_splits,
+        rotary_dim=0 if given.rotary_cos is None else 2 * given.rotary_cos.shape[1],
+        rotary_rows=0 if given.rotary_cos is None else given.rotary_cos.shape[0],
+        interleaved=interleaved,
+        rotary_steps=options.causal or options.window_left >= 0 or options.window_right >= 0,
+    )
+    problem = reduced.problem("decode", head_dim, DTYPES[q.dtype], paged=table is not None)
+    rows = seqlen_q * (num_heads // max(k_cache.shape[2], 1))
+    kernel = kernel_for_rows(problem, q.get_device(), capacity, rows)
+    inputs = {name: x for name in _INPUTS if (x := getattr(given, name)) is not None}
+    empty = 0 in (batch, seqlen_q, num_heads, capacity, shape.entries)
+    launch = None
+    if not empty and all(has_aligned_strides(x) for x in inputs.values()):
+        strides = {name: x.stride()[:3] for name, x in (("q", q), ("k", k_cache), ("v", given.v_cache))}
+        strides["o"] = of_query = dense(seqlen_q, num_heads, head_dim)
+        strides |= {f"{name}_new": inputs[name].stride()[:3] for name in ("k", "v") if name in inputs}
+        if shape.rotary_dim:
+            strides |= {"q": of_query, "q_given": q.stride()[:3]}
+        launch = kernel.prepare(shape, strides, reduced)
+    return Call(
+        device=q.get_device(),
+        out_shape=tuple(q.shape),
+        lse_shape=(batch, num_heads, seqlen_q),
+        num_rows=batch * num_heads * seqlen_q,
+        out_is_like_q=False,
+        launch=launch,
+        misaligned=launch is None and not empty,
+        operands=tuple(operand.name for operand in kernel.plan.operands),
+    )

@@ -1,0 +1,125 @@
+"""The operators of calls over a cache: `fa2gen::decode`, and `fa2gen::decode_append`, which writes into the caches.
+
+Registered with the others in `fa2gen.ops.library`. They have no gradients, no rule for vmap, and count as the products
+over all rows of the caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fa2gen.errors import UnsupportedProblem
+from fa2gen.ops.autograd import wants_gradient
+from fa2gen.ops.kvcache import cached_cuda
+from fa2gen.ops.kvcache_reference import cached_reference
+from fa2gen.ops.validate import validate_options
+from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
+from fa2gen.options import Options
+
+__all__ = ["CACHE_SCHEMAS", "cache_kernels", "refuse_gradients"]
+
+_PLACES = ("cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table")
+_ANGLES = ("rotary_cos", "rotary_sin")
+_TENSORS = {
+    "decode": ("q", "k_cache", "v_cache", *_PLACES),
+    "decode_append": ("q", "k_cache", "v_cache", "k", "v", *_ANGLES, *_PLACES),
+}
+_OPTIONS = (
+    "float softmax_scale, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, SymInt num_splits=0, "
+    "bool rotary_interleaved=True"
+)
+_WRITTEN = {"k_cache": "Tensor(a!)", "v_cache": "Tensor(b!)"}
+
+
+def _schema(name: str) -> str:
+    written = _WRITTEN if name == "decode_append" else {}
+    types = {x: written.get(x, "Tensor?" if x in (*_PLACES, *_ANGLES) else "Tensor") for x in _TENSORS[name]}
+    tensors = ", ".join(f"{kind} {x}" for x, kind in types.items())
+    return f"({tensors}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
+
+
+CACHE_SCHEMAS = {name: _schema(name) for name in _TENSORS}
+
+
+def refuse_gradients(*tensors: Tensor | None) -> None:
+    """Raise UnsupportedProblem where a gradient would be asked for."""
+    if torch.is_grad_enabled() and wants_gradient(*(x for x in tensors if x is not None)):
+        raise UnsupportedProblem(
+            "attention over a cache has no gradient, and an input requires one: call it under torch.no_grad(), or "
+            "flash_attn_func of the keys for training"
+        )
+
+
+def _called(implementation: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """An implementation that takes (Cached, Options, interleaved, num_splits), as the dispatcher calls it."""
+    names = _TENSORS[name]
+
+    def implemented(*arguments: Any, **named: Any) -> Any:
+        given = Cached(**dict(zip(names, arguments, strict=False)))
+        said = dict(zip(_option_names(), arguments[len(names) :], strict=False)) | named
+        options = Options(
+            softmax_scale=said["softmax_scale"],
+            causal=said.get("causal", False),
+            window_left=said.get("window_left", -1),
+            window_right=said.get("window_right", -1),
+        )
+        return implementation(given, options, said.get("rotary_interleaved", True), said.get("num_splits", 0))
+
+    return implemented
+
+
+def _option_names() -> list[str]:
+    return [part.partition("=")[0].split()[1] for part in _OPTIONS.split(", ")]
+
+
+def _fake(given: Cached, options: Options, _: bool, num_splits: int) -> tuple[Tensor, Tensor]:
+    validate_cached(given, num_splits)
+    validate_options(options)
+    batch, seqlen_q, num_heads, _ = given.q.shape
+    lse = given.q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
+    return given.q.new_empty(given.q.shape), lse
+
+
+def _autograd(name: str) -> Callable[..., Any]:
+    """Nothing but a refusal, then what is below autograd."""
+    operator = getattr(torch.ops.fa2gen, name).default
+    count = len(_TENSORS[name])
+
+    def kernel(keyset: Any, *arguments: Any, **named: Any) -> Any:
+        refuse_gradients(*arguments[:count])
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **named)
+
+    return kernel
+
+
+def _refuse_vmap(*_: Any) -> NoReturn:
+    raise UnsupportedProblem(
+        "torch.func.vmap over a cache is not built: what is mapped over is a longer batch, q.flatten(0, 1), with "
+        "cache_batch_idx or block_table saying where each sequence's keys are"
+    )
+
+
+def _flops(name: str) -> Callable[..., int]:
+    def flops(*arguments: Any, **_: Any) -> int:
+        given = Cached(**dict(zip(_TENSORS[name], arguments, strict=False)))
+        batch, seqlen_q, num_heads, head_dim = given.q.shape
+        return int(4 * batch * num_heads * seqlen_q * capacity_of(given) * head_dim)
+
+    return flops
+
+
+def cache_kernels(name: str) -> Mapping[str, Callable[..., Any]]:
+    """Dispatch key, or kind of rule -> what an operator has for it."""
+    return {
+        "CPU": _called(cached_reference, name),
+        "CUDA": _called(cached_cuda, name),
+        "fake": _called(_fake, name),
+        "Autograd": _autograd(name),
+        "vmap": _refuse_vmap,
+        "flops": _flops(name),
+    }

@@ -1,0 +1,349 @@
+"""Queries over a cache on the CPU: kernels by their cases, and `flash_attn_with_kvcache` as CUDA tensors run it."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fa2gen import cases
+from fa2gen.cpu import RunOptions, run_kernel
+from fa2gen.features import examples_of
+from fa2gen.ops import call as calls
+from fa2gen.ops.kvcache import cached_cuda
+from fa2gen.ops.kvcache_reference import cached_reference
+from fa2gen.ops.validate_cache import Cached
+from fa2gen.options import CacheShape, Options, Shape
+from fa2gen.plan import tiling_for_rows
+from fa2gen.select import Device, best_spec
+from fa2gen.spec import KernelSpec, Problem
+from fa2gen.testing import problems
+from tests.cpu.faults import Fault, symptom
+
+ARCHES = ("sm80", "sm90")
+SHAPES = (Shape(2, 1, 300, 4, 1), Shape(3, 5, 203, 6, 2), Shape(4, 3, 70, 14, 2))
+"""Of cases.make: one query and several, sequences without keys, groups that do not divide a tile."""
+
+
+def kernel(arch: str = "sm90", head_dim: int = 64, wide: bool = False, **fields) -> KernelSpec:
+    spec = best_spec(Problem(direction="decode", head_dim=head_dim, **fields), arch)
+    tiling = tiling_for_rows(spec.problem, spec.tiling, 32 if wide else 16, 232_448 if arch == "sm90" else 166_912)
+    return KernelSpec(problem=spec.problem, tiling=tiling)
+
+
+def run(name: str, shape: Shape, options: Options | None = None, rendered=None, splits: int = 0, **how):
+    """(verdict, tensors) of a case; what is beside the rows that see something is looked at too."""
+    case = cases.make(KernelSpec.from_name(name), shape, options)
+    sizes = case.shape._replace(splits=splits)
+    how = {"time_limit": 20.0, **how}
+    run_kernel(case.spec, case.tensors, case.options, shape=sizes, run_options=RunOptions(**how), rendered=rendered)
+    assert cases.written_outside(case) is None
+    return cases.verdict(case), case.tensors
+
+
+@pytest.mark.parametrize("problem", problems(head_dim=64, dtype="bf16", direction="decode"), ids=lambda p: p.text)
+def test_every_kind(problem):
+    for number, options in enumerate(examples_of(problem)):
+        verdict, _ = run(best_spec(problem, ARCHES[number % 2]).name, SHAPES[number % 3], options, num_sms=5)
+        assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["16 rows", "32 rows"])
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "fields"),
+    [
+        ("sm90", 8, {"dtype": "fp16"}),
+        ("sm80", 72, {"paged": True, "mask": "causal"}),
+        ("sm90", 128, {"paged": True, "mask": "window"}),
+        ("sm80", 128, {"dtype": "fp16", "mask": "causal"}),
+        ("sm90", 192, {"paged": True}),
+        ("sm80", 256, {"mask": "causal"}),
+    ],
+    ids=lambda value: str(value),
+)
+def test_every_shape_of_kernel(arch, head_dim, fields, wide):
+    verdict, _ = run(kernel(arch, head_dim, wide, **fields).name, SHAPES[1], num_sms=7)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("splits", [0, 1, 3])
+def test_the_same_bits_on_every_schedule(splits):
+    """Parts are put together in the order of their keys, whichever of their blocks comes last."""
+    found = [run(kernel().name, SHAPES[0], splits=splits, seed=seed, num_sms=7)[1] for seed in (0, 1, 2, 3)]
+    for other in found[1:]:
+        assert torch.equal(found[0]["o"], other["o"]) and torch.equal(found[0]["lse"], other["lse"])
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_fixed_parts_do_not_depend_on_the_batch(splits):
+    """A sequence alone, and among others on another device: the same bits."""
+    case = cases.make(kernel(paged=True), Shape(5, 2, 300, 4, 2))
+    together = case.shape._replace(splits=splits)
+    run_kernel(case.spec, case.tensors, shape=together, run_options=RunOptions(num_sms=3))
+    for b in (0, 2, 4):
+        alone = {name: x if name in ("k", "v") else x[b : b + 1].clone() for name, x in case.tensors.items()}
+        shape = together._replace(batch=1, table_rows=1, table_stride=alone["block_table"].stride(0))
+        alone["o"].fill_(math.nan)
+        run_kernel(case.spec, alone, shape=shape, run_options=RunOptions(num_sms=9))
+        assert torch.equal(alone["o"], case.tensors["o"][b : b + 1])
+        assert torch.equal(alone["lse"], case.tensors["lse"][b : b + 1])
+
+
+def test_more_sequences_than_the_layout_has_entries():
+    """Some share an entry then, and are told apart by their lengths."""
+    batch, generator = 2100, torch.Generator().manual_seed(0)
+    q = torch.randn(batch, 1, 1, 8, generator=generator).bfloat16()
+    k, v = (torch.randn(4, 80, 1, 8, generator=generator).bfloat16() for _ in range(2))
+    lengths = torch.randint(0, 81, (batch,), generator=generator, dtype=torch.int32)
+    entry = torch.randint(0, 4, (batch,), generator=generator, dtype=torch.int32)
+    out, lse = torch.full_like(q, math.nan), torch.full((batch, 1, 1), math.nan)
+    tensors = {"q": q, "k": k, "v": v, "o": out, "lse": lse, "cache_seqlens": lengths, "cache_batch_idx": entry}
+    shape = CacheShape(batch, 1, 80, 1, 1, entries=4)
+    run_kernel(kernel(head_dim=8), tensors, shape=shape, run_options=RunOptions(num_sms=3))
+    given = Cached(q, k, v, cache_seqlens=lengths, cache_batch_idx=entry)
+    expected, expected_lse = cached_reference(given, Options())
+    assert torch.equal(lse.isinf(), expected_lse.isinf())
+    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
+
+
+# The door, with kernels of this machine ------------------------------------------------------------------------------
+
+
+class _Memory:
+    """An address as `run_kernel` takes an array."""
+
+    def __init__(self, address: int, shape: tuple[int, ...], steps: tuple[int, ...], size: int) -> None:
+        self.__array_interface__ = {"data": (address, False)}
+        self.shape, self.strides = shape, tuple(step * size for step in steps)
+        self.dtype = SimpleNamespace(itemsize=size)
+
+
+class OnMachine:
+    """A kernel that a call launches: it runs here, on the addresses that the launch is given."""
+
+    def __init__(self, plan):
+        self.plan = plan
+        self.launches = 0
+
+    def prepare(self, shape, strides, options):
+        def launch(operands, scratch, stream, cleared=0):
+            tensors = {}
+            for operand, address in zip(self.plan.operands, operands, strict=True):
+                sizes = operand.shape(shape, self.plan.problem)
+                dense = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+                steps = (*strides[operand.name], 1) if operand.name in strides else tuple(dense)
+                if operand.of == "table":
+                    steps = (shape.table_stride, 1)
+                if address:
+                    element = 2 if operand.is_tensor or operand.of == "angles" else 4
+                    tensors[operand.name] = _Memory(address, sizes, steps, element)
+            run_kernel(self.plan, tensors, options, shape=shape, run_options=RunOptions(num_sms=5))
+            self.launches += 1
+
+        launch.scratch_bytes, launch.cleared_bytes = 16, 16
+        return launch
+
+
+@pytest.fixture
+def door(monkeypatch):
+    """CPU tensors run as CUDA tensors do, on an H100 whose kernels are run by this machine."""
+    h100 = Device("H100", (9, 0), 232_448, 132)
+    monkeypatch.setattr(calls, "device_at", lambda index: h100)
+    monkeypatch.setattr(calls, "_kernel", lambda plan, target, device: OnMachine(plan))
+    monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "_counters", {(-1, 5): 16})
+    monkeypatch.setattr(calls, "_current_device", lambda: -1)
+    monkeypatch.setattr(calls, "_is_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
+
+
+def tensors(batch=3, seqlen_q=1, heads=4, heads_kv=2, rows=96, new=0, page=0, rotary=0, head_dim=64, seed=0):
+    """A call's tensors: lengths of 0, of all but few, and more than fits; in pages, those not needed are no pages."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    lengths = [rows - 2, 0, rows + 1000, 17, -5][:batch]
+    found = {"q": random(batch, seqlen_q, heads, head_dim), "cache_seqlens": torch.tensor(lengths, dtype=torch.int32)}
+    pages = rows // page if page else 1
+    entries = batch * pages + 2
+    for name in ("k_cache", "v_cache"):
+        found[name] = random(entries, page or rows, heads_kv, head_dim)
+    order = torch.randperm(entries, generator=generator)[: batch * pages].to(torch.int32)
+    if page:
+        table = order.view(batch, pages)
+        for b, length in enumerate(lengths):
+            table[b, -(-(max(length, 0) + new) // page) :] = (1 << 30) - 3
+        found["block_table"] = table
+    else:
+        found["cache_batch_idx"] = order
+    if new:
+        found |= {"k": random(batch, new, heads_kv, head_dim), "v": random(batch, new, heads_kv, head_dim)}
+    if rotary:
+        angle = torch.rand(rows, rotary // 2, generator=generator) * 6
+        found |= {"rotary_cos": angle.cos().bfloat16(), "rotary_sin": angle.sin().bfloat16()}
+    return Cached(**found)
+
+
+def both(given: Cached, options: Options, *how):
+    """(results, caches) of the kernel, and of the reference."""
+    found = []
+    for function in (cached_cuda, cached_reference):
+        own = given._replace(k_cache=given.k_cache.clone(), v_cache=given.v_cache.clone())
+        found.append((function(own, options, *how), (own.k_cache, own.v_cache)))
+    return found
+
+
+CAUSAL, WINDOW = Options(causal=True), Options(causal=True, window_left=20)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "interleaved"),
+    [
+        ({"batch": 5}, Options(), True),
+        ({"new": 3, "seqlen_q": 3}, CAUSAL, True),
+        ({"new": 1, "page": 16}, Options(), True),
+        ({"new": 5, "page": 3, "seqlen_q": 2, "rotary": 64}, CAUSAL, True),
+        ({"new": 2, "page": 1, "seqlen_q": 4, "rotary": 32}, Options(), False),
+        ({"new": 4, "rotary": 16, "seqlen_q": 4, "head_dim": 72}, WINDOW, False),
+        ({"new": 4, "rotary": 128, "seqlen_q": 12, "head_dim": 128, "page": 48}, WINDOW, False),
+    ],
+    ids=str,
+)
+def test_calls_as_cuda_tensors_run_them(door, sizes, options, interleaved):
+    given = tensors(**sizes)
+    (result, caches), (expected, expected_caches) = both(given, options, interleaved)
+    torch.testing.assert_close(result[0], expected[0], atol=0.02, rtol=0.02)
+    torch.testing.assert_close(result[1], expected[1], atol=0.02, rtol=0.002)
+    turned = 0.0 if given.rotary_cos is None else 0.02
+    torch.testing.assert_close(caches[0], expected_caches[0], atol=turned, rtol=turned)
+    assert torch.equal(caches[1], expected_caches[1]), "values are copied, and nothing else changes"
+
+
+def test_what_lies_as_no_kernel_reads_it_is_copied_but_never_a_cache(door):
+    given = tensors(new=2, seqlen_q=2, head_dim=64)
+    odd = {
+        name: torch.zeros(*x.shape[:3], 67, dtype=x.dtype)[..., 1:65].copy_(x)
+        for name, x in given._asdict().items()
+        if name in ("q", "k", "v")
+    }
+    (result, caches), _ = both(given._replace(**odd), CAUSAL)
+    (expected, expected_caches), _ = both(given, CAUSAL)
+    assert torch.equal(result[0], expected[0]) and torch.equal(caches[0], expected_caches[0])
+
+
+def test_caches_are_read_where_they_lie(door):
+    """Slices of one tensor of keys and values, heads before rows: any strides but the last."""
+    given = tensors(new=1)
+    entries, rows, heads, head_dim = given.k_cache.shape
+    storage = torch.full((entries, 2, heads, rows, head_dim + 8), math.nan, dtype=torch.bfloat16)
+    k, v = (storage[:, i, :, :, :head_dim].transpose(1, 2) for i in range(2))
+    k.copy_(given.k_cache)
+    v.copy_(given.v_cache)
+    out, lse = cached_cuda(given._replace(k_cache=k, v_cache=v), Options())
+    expected, expected_lse = cached_reference(given, Options())
+    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse, expected_lse, atol=0.02, rtol=0.002)
+    assert torch.equal(v, given.v_cache) and storage[..., head_dim:].isnan().all()
+
+
+# Seeded faults -------------------------------------------------------------------------------------------------------
+
+DENSE, PAGED = kernel().name, kernel(paged=True, mask="causal").name
+FAULTS = [
+    Fault(
+        "a block's second cut shares the first one's place",
+        DENSE,
+        "return 2 * block + (item.start > block * work.per_block);",
+        "return 2 * block;",
+        schedules=12,
+    ),
+    Fault(
+        "parts that are not waited for",
+        DENSE,
+        "load_shared_int(smem + kSmemArrived) == part.count - 1) {",
+        "load_shared_int(smem + kSmemArrived) == 0) {",
+    ),
+    Fault(
+        "a counter that is left",
+        DENSE,
+        "counter_of(p, item, work), part.count - 1)",
+        "counter_of(p, item, work), part.count)",
+    ),
+    Fault(
+        "keys behind the end are read",
+        DENSE,
+        "key >= begin_key && key < s.k ? 16 : 0",
+        "key >= begin_key ? 16 : 0",
+    ),
+    Fault(
+        "keys behind the end are seen",
+        DENSE,
+        "tile >= tiles.end_full",
+        "tile >= tiles.end",
+    ),
+    Fault(
+        "a page's number that is none",
+        PAGED,
+        "if (key >= s.k) {",
+        "if (key > s.k + 64) {",
+    ),
+    Fault(
+        "rows of a page",
+        PAGED,
+        "row - number * static_cast<unsigned>(p.page_size)",
+        "row",
+    ),
+    Fault(
+        "Q is not waited for",
+        DENSE,
+        "cp_async_wait_5();\n    sync_block();",
+        "sync_block();",
+    ),
+    Fault(
+        "a tile is not waited for",
+        DENSE,
+        "cp_async_wait_4();",
+        "",
+    ),
+    Fault(
+        "warps are not waited for",
+        DENSE,
+        "    sync_block();  // and all warps are done with their tiles\n",
+        "",
+        schedules=12,
+    ),
+    Fault(
+        "the greatest score of one warp",
+        DENSE,
+        "factor[half] = weight_of(row_max[i][half], max,",
+        "factor[half] = weight_of(row_max[i][half], row_max[i][half],",
+    ),
+    Fault(
+        "parts weigh the same",
+        DENSE,
+        "float const weight = weight_of(of[0], all.max, p.softmax_scale_log2);",
+        "float const weight = 1.0f;",
+    ),
+    Fault(
+        "heads of a group",
+        DENSE,
+        "r - query * p.num_heads_per_kv, query",
+        "0, query",
+    ),
+    Fault(
+        "left padding",
+        DENSE,
+        "return {p.seqlen_q, max(end - first, 0), min(first, end)};",
+        "return {p.seqlen_q, max(end - first, 0), 0};",
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
+def test_seeded_faults_are_seen(fault):
+    shapes = (Shape(1, 1, 900, 2, 2), Shape(3, 4, 202, 6, 2), Shape(2, 1, 300, 4, 1))
+    assert any(symptom(run, fault, shapes, seed, num_sms=5) for seed in range(fault.schedules)), "not seen"
