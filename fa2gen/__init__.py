@@ -26,6 +26,7 @@ _HOME = {
     "flash_attn_varlen_qkvpacked_func": "ops",
     "flash_attn_with_kvcache": "ops",
     "attention": "ops",
+    "enable_sdpa": "integrations.sdpa",
     "Problem": "spec",
     "Tiling": "spec",
     "KernelSpec": "spec",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:  # the same, for type checkers and editors
         StoreError,
         UnsupportedProblem,
     )
+    from fa2gen.integrations.sdpa import enable_sdpa
     from fa2gen.ops import (
         attention,
         flash_attn_func,
@@ -84,6 +86,7 @@ __all__ = [
     "catalogue",
     "compile_kernel",
     "default_tiling",
+    "enable_sdpa",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

@@ -1,7 +1,8 @@
-"""`torch.ops.fa2gen` in a process that has imported `fa2gen`, and nothing of it that imports torch.
+"""What torch knows of fa2gen in a process that has imported both, and nothing of it that imports torch: its operators
+in `torch.ops.fa2gen`, and the name "fa2gen" in the registry of flash attention's makers.
 
 A program that was saved by torch.export asks for its operators by name. The first look at one imports `fa2gen.ops`,
-which registers them.
+which registers them. `fa2gen.integrations.sdpa` is imported where that flash attention is activated.
 """
 
 from __future__ import annotations
@@ -26,3 +27,9 @@ def plant() -> None:
             return super().__getattr__(name)
 
     torch.ops.fa2gen.__class__ = LazyNamespace
+    torch.nn.attention.register_flash_attention_impl("fa2gen", register_fn=_overrides)
+
+
+def _overrides() -> Any:
+    """Made by torch, which keeps it as long as fa2gen is its flash attention."""
+    return import_module("fa2gen.integrations.sdpa").Overrides()
