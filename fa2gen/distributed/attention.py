@@ -8,7 +8,6 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from fa2gen.distributed.gather import AllGather
 from fa2gen.distributed.layout import Group, documents_of, process_group, refuse_layout, split_of
@@ -48,8 +47,9 @@ def context_parallel_attention(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of this process's rows, both differentiable, once. All processes of the group call it together.
 
-    q (batch, seqlen / W, heads, head_dim); k, v (batch, seqlen / W, heads_kv, head_dim); out as q; lse (batch, heads,
-    seqlen / W) fp32, the natural logarithm of the softmax sums over all keys. fp16 or bf16.
+    q (batch, seqlen / W, heads, head_dim); k, v (batch, seqlen / W, heads_kv, head_dim), v's head dim its own if need
+    be; out as q, with that; lse (batch, heads, seqlen / W) fp32, the natural logarithm of the softmax sums over all
+    keys. fp16 or bf16.
 
     group          a ProcessGroup, a DeviceMesh of one dimension, or None: all processes.
     causal, softmax_scale, window_size, deterministic
@@ -121,12 +121,6 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Either function: packed documents are a batch of one."""
     refuse_non_tensors(q=q, k=k, v=v)
-    if k.shape[-1:] != v.shape[-1:]:
-        raise UnsupportedProblem(
-            f"k has head_dim {k.shape[-1]}, v has {v.shape[-1]}; context parallel sends both as one, of one head dim: "
-            "pad the shorter one with zeros (torch.nn.functional.pad), k with q, give softmax_scale, and take "
-            "out[..., :v.shape[-1]]"
-        )
     group = process_group(group)
     q, k, v = autocasted(q, k, v)
     validate(q, k, v)
@@ -145,7 +139,7 @@ def _attention(
     split = split_of(group.rank(), world, rows, layout, documents, sides)
     if 0 in (*q.shape, *k.shape):
         raise InvalidInput(f"q is {tuple(q.shape)} and k {tuple(k.shape)}: each process must have rows, heads and keys")
-    chosen = _scheme(scheme, q, k, split, group)
+    chosen = _scheme(scheme, q, k, v, split)
     if chosen == "ring":
         out, lse = Ring.apply(q, k, v, options, split, group)
     else:
@@ -155,7 +149,7 @@ def _attention(
     return (out, lse) if s_aux is None else _with_sinks(out, lse, s_aux)
 
 
-def _scheme(asked: object, q: Tensor, k: Tensor, split: Split, group: ProcessGroup) -> str:
+def _scheme(asked: object, q: Tensor, k: Tensor, v: Tensor, split: Split) -> str:
     if asked not in get_args(Scheme):
         raise InvalidInput(f"scheme is {asked!r}; it must be one of {', '.join(map(repr, get_args(Scheme)))}")
     divides = k.shape[2] % split.world == 0
@@ -169,13 +163,13 @@ def _scheme(asked: object, q: Tensor, k: Tensor, split: Split, group: ProcessGro
     if divides:
         return "ulysses"
     few_steps = 2 * len(split.steps) <= split.world
-    return "ring" if few_steps or _gathered_bytes(k, split) > _memory(q) // _SHARE_OF_MEMORY else "allgather"
+    return "ring" if few_steps or _gathered_bytes(k, v, split) > _memory(q) // _SHARE_OF_MEMORY else "allgather"
 
 
-def _gathered_bytes(k: Tensor, split: Split) -> int:
+def _gathered_bytes(k: Tensor, v: Tensor, split: Split) -> int:
     """Of K and V of the heads that are computed and of the next ones, and of the fp32 sums of both's gradients."""
     heads = math.ceil(k.shape[2] / _GROUPS)
-    found: int = k.shape[0] * split.rows * heads * k.shape[3] * 2 * (2 * k.element_size() + 2 * 4)
+    found: int = k.shape[0] * split.rows * heads * (k.shape[3] + v.shape[3]) * (2 * k.element_size() + 2 * 4)
     return found
 
 

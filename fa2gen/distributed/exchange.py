@@ -6,7 +6,7 @@ Each is started at once and waited for where its result is used: on a GPU the cu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,22 +16,25 @@ from torch.distributed import ProcessGroup
 __all__ = ["Pending", "all_gather", "all_to_all", "hop"]
 
 
-class Pending:
+Result = TypeVar("Result")
+
+
+class Pending(Generic[Result]):
     """A result that is on its way."""
 
-    def __init__(self, result: Tensor, works: Sequence[Any], sent: Tensor) -> None:
+    def __init__(self, result: Result, works: Sequence[Any], sent: Any = None) -> None:
         self._result, self._works = result, works
         self._sent = sent  # memory that must stay until it is sent
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Result:
         """The result, for what is computed from now on."""
         for work in self._works:
             work.wait()
-        self._works, self._sent = (), self._result
+        self._works, self._sent = (), None
         return self._result
 
 
-def all_gather(x: Tensor, group: ProcessGroup) -> Pending:
+def all_gather(x: Tensor, group: ProcessGroup) -> Pending[Tensor]:
     """(W, ...): x of each process, in the order of ranks."""
     x = x.contiguous()
     found = x.new_empty((group.size(), *x.shape))
@@ -39,7 +42,7 @@ def all_gather(x: Tensor, group: ProcessGroup) -> Pending:
     return Pending(found, [work], x)
 
 
-def all_to_all(x: Tensor, group: ProcessGroup) -> Pending:
+def all_to_all(x: Tensor, group: ProcessGroup) -> Pending[Tensor]:
     """Of x (W, ...), which has a part for each process, the parts for this one: (W, ...), in the order of ranks."""
     x = x.contiguous()
     found = torch.empty_like(x)
@@ -47,12 +50,14 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Pending:
     return Pending(found, [work], x)
 
 
-def hop(x: Tensor, distance: int, group: ProcessGroup) -> Pending:
-    """x of the process `distance` ranks before this one, round the end; this one's goes as far ahead."""
+def hop(tensors: Sequence[Tensor], distance: int, group: ProcessGroup) -> Pending[list[Tensor]]:
+    """Those of the process `distance` ranks before this one, round the end; this one's go as far ahead."""
     rank, world = group.rank(), group.size()
-    found = torch.empty_like(x)
+    sent = [x.contiguous() for x in tensors]
+    found = [torch.empty_like(x) for x in sent]
     to, source = (dist.get_global_rank(group, (rank + step) % world) for step in (distance, -distance))
     send: Callable[..., Any] = dist.isend
     receive: Callable[..., Any] = dist.irecv
-    pair = [dist.P2POp(send, x, to, group), dist.P2POp(receive, found, source, group)]
-    return Pending(found, dist.batch_isend_irecv(pair), x)
+    operations = [dist.P2POp(send, x, to, group) for x in sent]
+    operations += [dist.P2POp(receive, x, source, group) for x in found]
+    return Pending(found, dist.batch_isend_irecv(operations), sent)

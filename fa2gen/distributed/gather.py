@@ -28,7 +28,7 @@ class AllGather(torch.autograd.Function):
         batch, rows, heads, _ = q.shape
         seen = sum(end - first for first, end in (call.queries for call in split.of_all_keys))
         make = torch.empty if seen == rows else torch.zeros
-        out = make(q.shape, dtype=q.dtype, device=q.device)
+        out = make((batch, rows, heads, v.shape[3]), dtype=q.dtype, device=q.device)
         lse = q.new_full((batch, heads, rows), float("-inf"), dtype=torch.float32)
         coming = _keys_of_heads(k, v, 0, stride, group)
         for first in range(0, k.shape[2], stride):
@@ -53,18 +53,18 @@ class AllGather(torch.autograd.Function):
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         coming = _keys_of_heads(k, v, 0, stride, group)
-        travelling: list[tuple[int, Pending]] = []
+        travelling: list[tuple[int, list[Pending[Tensor]]]] = []
         for first in range(0, k.shape[2], stride):
             keys = [in_order(x.wait(), split) for x in coming]
             coming = _keys_of_heads(k, v, first + stride, stride, group)
             mine = of_heads(q, k, first, stride)
             of_rows = (out[:, :, mine], lse[:, mine], None if dlse is None else dlse[:, mine])
-            parts = k.new_zeros((split.world, 2, *k.shape[:2], *keys[0].shape[2:]), dtype=torch.float32)
+            parts = [x.new_zeros((split.world, *k.shape[:2], *x.shape[2:]), dtype=torch.float32) for x in keys]
             for call in split.of_all_keys:
                 of_call = gradients_of(call, dout[:, :, mine], q[:, :, mine], keys[0], keys[1], *of_rows, options)
                 dq[:, slice(*call.queries), mine] = of_call[0]
                 _add_by_owner(parts, of_call[1:], call.keys, split)
-            travelling.append((first, all_to_all(parts, group)))
+            travelling.append((first, [all_to_all(x, group) for x in parts]))
             if len(travelling) > 1:  # those of the heads before travelled meanwhile
                 _store(dk, dv, *travelling.pop(0), stride)
         for arrived in travelling:
@@ -85,23 +85,23 @@ def in_order(gathered: Tensor, split: Split) -> Tensor:
     return torch.cat([gathered[rank, :, p.at : p.at + p.end - p.start] for rank, p in split.in_order], dim=1)
 
 
-def _keys_of_heads(k: Tensor, v: Tensor, first: int, stride: int, group: ProcessGroup) -> list[Pending]:
+def _keys_of_heads(k: Tensor, v: Tensor, first: int, stride: int, group: ProcessGroup) -> list[Pending[Tensor]]:
     if first >= k.shape[2]:
         return []
     return [all_gather(x[:, :, first : first + stride], group) for x in (k, v)]
 
 
-def _add_by_owner(parts: Tensor, dkeys: tuple[Tensor, ...], keys: tuple[int, int], split: Split) -> None:
-    """Add gradients of keys [first, end) of the sequence to their owners' parts (W, 2, batch, seqlen / W, ...)."""
+def _add_by_owner(parts: list[Tensor], dkeys: tuple[Tensor, ...], keys: tuple[int, int], split: Split) -> None:
+    """Add gradients of keys [first, end) of the sequence to their owners' parts (W, batch, seqlen / W, ...)."""
     first, end = keys
     for rank, piece in split.in_order:
         start, stop = max(first, piece.start), min(end, piece.end)
         if start < stop:
             at = piece.at + start - piece.start
-            for part, gradient in zip(parts[rank], dkeys, strict=True):
-                part[:, at : at + stop - start] += gradient[:, start - first : stop - first]
+            for part, gradient in zip(parts, dkeys, strict=True):
+                part[rank, :, at : at + stop - start] += gradient[:, start - first : stop - first]
 
 
-def _store(dk: Tensor, dv: Tensor, first: int, arriving: Pending, stride: int) -> None:
-    for whole, part in zip((dk, dv), arriving.wait().sum(dim=0), strict=True):
-        whole[:, :, first : first + stride] = part
+def _store(dk: Tensor, dv: Tensor, first: int, arriving: list[Pending[Tensor]], stride: int) -> None:
+    for whole, part in zip((dk, dv), arriving, strict=True):
+        whole[:, :, first : first + stride] = part.wait().sum(dim=0)

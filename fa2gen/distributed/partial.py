@@ -62,8 +62,9 @@ class Sums:
     lse -inf.
     """
 
-    def __init__(self, q: Tensor) -> None:
+    def __init__(self, q: Tensor, v: Tensor) -> None:
         self._like = q
+        self._head_dim = v.shape[3]
         self._found: tuple[Tensor, Tensor] | None = None
 
     def add(self, rows: tuple[int, int], out: Tensor, lse: Tensor) -> None:
@@ -88,8 +89,9 @@ class Sums:
         """The sums, in fp32: what was found first, else nothing."""
         if self._found is None:
             batch, rows, heads, _ = self._like.shape
+            shape = (batch, rows, heads, self._head_dim)
             lse = self._like.new_full((batch, heads, rows), float("-inf"), dtype=torch.float32)
-            self._found = self._like.new_zeros(self._like.shape, dtype=torch.float32), lse
+            self._found = self._like.new_zeros(shape, dtype=torch.float32), lse
         elif self._found[0].dtype != torch.float32:
             self._found = self._found[0].float(), self._found[1]
         return self._found

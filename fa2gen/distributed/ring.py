@@ -27,8 +27,8 @@ class Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, split: Split, group: ProcessGroup
     ) -> tuple[Tensor, Tensor]:
-        sums = Sums(q)
-        keys = torch.stack((k, v))
+        sums = Sums(q, v)
+        keys = [k, v]
         for step, distance in _steps(split):
             coming = hop(keys, distance, group) if distance else None
             for call in split.of_keys_from((split.rank - step) % split.world):
@@ -47,19 +47,19 @@ class Ring(torch.autograd.Function):
         options, split, group = ctx.said
         dout = torch.zeros_like(out) if dout is None else dout
         dq = torch.zeros_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
-        keys = torch.stack((k, v))
-        arriving: Pending | None = None
+        keys = [k, v]
+        arriving: Pending[list[Tensor]] | None = None
         for step, distance in _steps(split):
             coming = hop(keys, distance, group) if distance else None
-            dkeys = torch.zeros_like(keys, dtype=torch.float32)
+            dkeys = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in keys]
             for call in split.of_keys_from((split.rank - step) % split.world):
                 of_call = gradients_of(call, dout, q, keys[0], keys[1], out, lse, dlse, options)
                 for total, rows, part in zip((dq, *dkeys), (call.queries, call.keys, call.keys), of_call, strict=True):
                     total[:, rows[0] : rows[1]] += part
             if arriving:
-                dkeys += arriving.wait()
+                dkeys = [x.add_(before) for x, before in zip(dkeys, arriving.wait(), strict=True)]
             onwards = distance or -step % split.world
-            arriving = hop(dkeys, onwards, group) if onwards else Pending(dkeys, (), dkeys)
+            arriving = hop(dkeys, onwards, group) if onwards else Pending(dkeys, ())
             keys = coming.wait() if coming else keys
         assert arriving is not None
         dk, dv = arriving.wait()

@@ -28,10 +28,10 @@ class Ulysses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         parts = _Parts(split, group, k.shape[2], stride)
         batch, rows, heads, _ = q.shape
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty((batch, rows, heads, v.shape[3]))
         lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
         kept: list[Tensor] = []
-        back: list[tuple[int, list[Pending]]] = []
+        back: list[tuple[int, list[Pending[Tensor]]]] = []
         coming = parts.send((q, k, v), 0)
         for first in parts.starts:
             all_q, all_k, all_v = (parts.arrived(x) for x in coming)
@@ -44,7 +44,7 @@ class Ulysses(torch.autograd.Function):
         parts.store((out, lse), *back.pop())
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
-        ctx.said = options, split, group, stride, q.shape, k.shape
+        ctx.said = options, split, group, stride, q.shape, k.shape, v.shape
         return out, lse
 
     @staticmethod
@@ -53,12 +53,12 @@ class Ulysses(torch.autograd.Function):
         options, split, group, stride, *shapes = ctx.said
         kept = list(ctx.saved_tensors)
         parts = _Parts(split, group, shapes[1][2], stride)
-        dq, dk, dv = (kept[0].new_empty(shape) for shape in (*shapes, shapes[1]))
-        dout = torch.zeros_like(dq) if dout is None else dout
+        dq, dk, dv = (kept[0].new_empty(shape) for shape in shapes)
+        dout = dq.new_zeros((*dq.shape[:3], dv.shape[3])) if dout is None else dout
         if dlse is None:  # in other processes it may be none
             dlse = dq.new_zeros((shapes[0][0], shapes[0][2], shapes[0][1]), dtype=torch.float32)
         given = (dout, dlse)
-        back: list[tuple[int, list[Pending]]] = []
+        back: list[tuple[int, list[Pending[Tensor]]]] = []
         coming = parts.send(given, 0)
         for first in parts.starts:
             all_dout, all_dlse = (parts.arrived(x) for x in coming)
@@ -83,22 +83,22 @@ class _Parts:
         self._split, self._group, self._num_heads_kv, self._stride = split, group, num_heads_kv, stride
         self.starts = range(0, num_heads_kv // split.world, stride)
 
-    def send(self, tensors: tuple[Tensor, ...], first: int) -> list[Pending]:
+    def send(self, tensors: tuple[Tensor, ...], first: int) -> list[Pending[Tensor]]:
         """Heads from `first` on of each process's part, to it; nothing behind the last."""
         return [all_to_all(self._parts_of(x, first), self._group) for x in tensors] if first in self.starts else []
 
-    def arrived(self, x: Pending) -> Tensor:
+    def arrived(self, x: Pending[Tensor]) -> Tensor:
         """All rows, in order, of the heads that were sent here."""
         found = x.wait()
         if found.dim() == 5:
             return in_order(found, self._split)
         return in_order(found.movedim(-1, 2).unsqueeze(-1), self._split).squeeze(-1).movedim(1, -1)
 
-    def send_back(self, tensors: tuple[Tensor, ...]) -> list[Pending]:
+    def send_back(self, tensors: tuple[Tensor, ...]) -> list[Pending[Tensor]]:
         """To each process its rows."""
         return [all_to_all(self._rows_of_each(x), self._group) for x in tensors]
 
-    def store(self, wholes: tuple[Tensor, ...], first: int, returned: list[Pending]) -> None:
+    def store(self, wholes: tuple[Tensor, ...], first: int, returned: list[Pending[Tensor]]) -> None:
         """What came back, at its heads."""
         for whole, x in zip(wholes, returned, strict=True):
             self._parts_of(whole, first).copy_(x.wait())

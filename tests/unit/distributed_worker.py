@@ -29,8 +29,9 @@ def inputs(case):
     generator = torch.Generator().manual_seed(case.get("seed", 0))
     batch, rows, heads, heads_kv = case["sizes"]
     lead = (rows,) if "cu_seqlens" in case else (batch, rows)
-    of_heads = (heads, heads_kv, heads_kv, heads)
-    tensors = [torch.randn(*lead, n, 32, generator=generator).to(torch.bfloat16) for n in of_heads]
+    values = case.get("head_dim_v", 32)
+    sizes = ((heads, 32), (heads_kv, 32), (heads_kv, values), (heads, values))
+    tensors = [torch.randn(*lead, *size, generator=generator).to(torch.bfloat16) for size in sizes]
     return *tensors, torch.randn(*lead[:-1], heads, rows, generator=generator)
 
 

@@ -167,9 +167,13 @@ def whole(parts, layout, dim):
 ALL, PAIR = [0, 1, 2, 3], [1, 3]
 PACKED = [0, 50, 50, 111, 190, 193, 260]  # of 272 rows: padding at the end, a document without rows, cut ones
 CASES = {
-    "ring": (ALL, {"sizes": (2, 272, 4, 2)}, {"causal": True, "scheme": "ring"}),
+    "ring": (ALL, {"sizes": (2, 272, 4, 2), "head_dim_v": 48}, {"causal": True, "scheme": "ring"}),
     "allgather": (ALL, {"sizes": (2, 272, 4, 2)}, {"causal": True, "scheme": "allgather", "head_stride": 1}),
-    "ulysses": (PAIR, {"sizes": (2, 272, 8, 4)}, {"causal": True, "scheme": "ulysses", "head_stride": 1}),
+    "ulysses": (
+        PAIR,
+        {"sizes": (2, 272, 8, 4), "head_dim_v": 16},
+        {"causal": True, "scheme": "ulysses", "head_stride": 1},
+    ),
     "ring full": (PAIR, {"sizes": (1, 134, 2, 1)}, {"scheme": "ring", "layout": "contiguous", "softmax_scale": 0.3}),
     "allgather full": ([0, 2, 3], {"sizes": (1, 129, 2, 2)}, {"scheme": "allgather", "layout": "contiguous"}),
     "ring window": (ALL, {"sizes": (1, 272, 2, 1)}, {"window_size": (40, 20), "scheme": "ring"}),
@@ -177,7 +181,7 @@ CASES = {
     "auto window": (ALL, {"sizes": (1, 272, 2, 2)}, {"causal": True, "window_size": (40, -1), "layout": "contiguous"}),
     "ring packed": (ALL, {"sizes": (1, 272, 4, 2), "cu_seqlens": PACKED}, {"causal": True, "scheme": "ring"}),
     "allgather packed": (
-        *(PAIR, {"sizes": (1, 272, 4, 2), "cu_seqlens": PACKED}),
+        *(PAIR, {"sizes": (1, 272, 4, 2), "cu_seqlens": PACKED, "head_dim_v": 16}),
         {"window_size": (30, 9), "scheme": "allgather"},
     ),
     "ulysses packed": (PAIR, {"sizes": (1, 272, 4, 2), "cu_seqlens": PACKED}, {"causal": True, "layout": "contiguous"}),
@@ -284,5 +288,3 @@ def test_without_processes():
         context_parallel_attention(x, x, x)
     with pytest.raises(InvalidInput, match="init_process_group"):
         shard(x)
-    with pytest.raises(UnsupportedProblem, match=r"k has head_dim 16, v has 8.*pad"):
-        context_parallel_attention(x, x, x[..., :8])
