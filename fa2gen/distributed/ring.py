@@ -46,16 +46,18 @@ class Ring(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         options, split, group = ctx.said
         dout = torch.zeros_like(out) if dout is None else dout
-        dq = torch.zeros_like(q, dtype=torch.float32, memory_format=torch.contiguous_format)
+        dq: Tensor | None = None
         keys = [k, v]
         arriving: Pending[list[Tensor]] | None = None
         for step, distance in _steps(split):
             coming = hop(keys, distance, group) if distance else None
-            dkeys = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in keys]
+            dk: Tensor | None = None
+            dv: Tensor | None = None
             for call in split.of_keys_from((split.rank - step) % split.world):
                 of_call = gradients_of(call, dout, q, keys[0], keys[1], out, lse, dlse, options)
-                for total, rows, part in zip((dq, *dkeys), (call.queries, call.keys, call.keys), of_call, strict=True):
-                    total[:, rows[0] : rows[1]] += part
+                dq = _plus(dq, q, call.queries, of_call[0])
+                dk, dv = _plus(dk, k, call.keys, of_call[1]), _plus(dv, v, call.keys, of_call[2])
+            dkeys = [_plus(x, like, (0, 0), like[:, :0]) for x, like in ((dk, k), (dv, v))]
             if arriving:
                 dkeys = [x.add_(before) for x, before in zip(dkeys, arriving.wait(), strict=True)]
             onwards = distance or -step % split.world
@@ -63,7 +65,18 @@ class Ring(torch.autograd.Function):
             keys = coming.wait() if coming else keys
         assert arriving is not None
         dk, dv = arriving.wait()
+        dq = _plus(dq, q, (0, 0), q[:, :0])
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _plus(total: Tensor | None, like: Tensor, rows: tuple[int, int], part: Tensor) -> Tensor:
+    """A sum in fp32, shaped as `like`, with a part of it more."""
+    if total is None:
+        if rows == (0, like.shape[1]):
+            return part.float()
+        total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    total[:, rows[0] : rows[1]] += part
+    return total
 
 
 def _steps(split: Split) -> list[tuple[int, int]]:

@@ -70,13 +70,15 @@ def timed(call: Callable[[], Any]) -> float:
     return took.item()
 
 
-def measure(rows: int, rounds: int) -> None:
+def measure(rows: int, rounds: int, strides: list[int | None]) -> None:
     whole = leaves(rows)
 
     contestants: dict[str, tuple[Callable[..., Any], list[Any]]] = {"one GPU": (partial(attention, causal=True), whole)}
     for scheme, layout in CAUSAL_MODES:
-        spread = partial(context_parallel_attention, causal=True, scheme=scheme, layout=layout)
-        contestants[f"{scheme} {layout}"] = spread, [shard(x, layout=layout) for x in whole]
+        here = [shard(x, layout=layout) for x in whole]
+        for stride in [None] if scheme == "ring" else strides:
+            spread = partial(context_parallel_attention, causal=True, scheme=scheme, layout=layout, head_stride=stride)
+            contestants[f"{scheme} {layout}{f' {stride} heads' if stride else ''}"] = spread, here
     times: dict[tuple[str, str], list[float]] = {}
     for at in range(rounds + 1):  # the first warms up
         for name, (attend, tensors) in contestants.items():
@@ -94,19 +96,22 @@ def measure(rows: int, rounds: int) -> None:
         for name in list(contestants)[1:]:
             took = statistics.median(times[name, what])
             share = base / took / dist.get_world_size()
-            print(f"  {name:20} {took:8.2f} ms  {base / took:.3f} times as fast, {share:.3f} of linear")
+            print(f"  {name:26} {took:8.2f} ms  {base / took:.3f} times as fast, {share:.3f} of linear")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[131072, 32768])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--head-strides", type=int, nargs="+", help="instead of what each scheme takes by itself")
+    parser.add_argument("--no-compare", action="store_true")
     given = parser.parse_args()
     dist.init_process_group("nccl")
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
-    compare(8192)
+    if not given.no_compare:
+        compare(8192)
     for rows in given.rows:
-        measure(rows, given.rounds)
+        measure(rows, given.rounds, given.head_strides or [None])
     dist.destroy_process_group()
 
 
