@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,13 +16,14 @@ from torch import Tensor
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.integrations.transformers.fallback import by_sdpa, pairs_of
 from fa2gen.integrations.transformers.rows import Plan, Rows, begins_of, packed_plan, padded_plan
-from fa2gen.ops import flash_attn_func, flash_attn_varlen_func
+from fa2gen.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from fa2gen.ops.arguments import NO_WINDOW
 from fa2gen.ops.validate import DTYPES, validate
 
 __all__ = ["Call", "attention_by", "recorded"]
 
 Attention: TypeAlias = Callable[..., tuple[Tensor, None]]
+_OF_KVCACHE = frozenset(inspect.signature(flash_attn_with_kvcache).parameters)
 _warned: set[tuple[type, str]] = set()
 _calls: dict[Any, Call] | None = None  # of each module, the last; while someone records them
 
@@ -164,6 +166,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked, plan: Plan | None = N
 def _call(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], plan: Plan | None) -> Tensor:
     if torch.compiler.is_compiling() and not torch.is_autocast_enabled(q.device.type):
         validate(q, k, v)  # in sight of torch.compile, which then sees a refusal here, and not within an operator
+    if q.shape[1] == 1 and not torch.is_grad_enabled() and (plan is None or plan.spans is not None):
+        try:
+            return _next_token(q, k, v, options, plan)
+        except UnsupportedProblem:  # of what the others may do
+            pass
     if plan is None:
         out: Tensor = flash_attn_func(q, k, v, **options)
         return out
@@ -171,6 +178,19 @@ def _call(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], plan: Plan |
     packed = plan.rows(q, k, v)
     out = flash_attn_varlen_func(*packed, of_query, of_key, seqused_q=used_q, seqused_k=used_k, **options)
     return plan.batch(out, *q.shape[:2])
+
+
+def _next_token(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], plan: Plan | None) -> Tensor:
+    """`_call` of one query each, which sees all keys that count, by kernels for that: k and v stay where they are."""
+    others = {name: x for name, x in options.items() if x is not None and name not in ("dropout_p", "deterministic")}
+    if options["dropout_p"] or not others.keys() <= _OF_KVCACHE or v.shape != k.shape:
+        raise UnsupportedProblem("dropout, sinks and a narrower v are not built for the next token")
+    if plan is None:
+        out: Tensor = flash_attn_with_kvcache(q, k, v, **others)
+        return out
+    assert plan.spans is not None
+    first, end = plan.spans
+    return plan.checked(flash_attn_with_kvcache(q, k, v, cache_seqlens=end, cache_leftpad=first, **others))
 
 
 # What a call says -------------------------------------------------------------------------------------------------

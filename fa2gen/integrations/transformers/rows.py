@@ -25,11 +25,13 @@ class Plan(NamedTuple):
     """The sequences of queries and keys.
 
     lengths   cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k; without cu_seqlens_q every query of the batch counts.
+    spans     (batch,) where the keys of each sequence begin among its columns, and where they end, if they are joined.
     gathered  which rows of the flattened batch to gather first, (total_q,) and (total_k,); None: all, where they are.
     doubt     (batch,) NaN where a sequence is none of these, else 0; added to its results.
     """
 
     lengths: tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]
+    spans: tuple[Tensor, Tensor] | None = None
     gathered: tuple[Tensor | None, Tensor] | None = None
     doubt: Tensor | None = None
 
@@ -49,7 +51,10 @@ class Plan(NamedTuple):
         """A result for such rows as (batch, seqlen, heads, head_dim), with 0 where queries do not count."""
         if self.gathered is not None and self.gathered[0] is not None:
             out = pad_input(out, self.gathered[0], batch, seqlen)
-        out = out.reshape(batch, seqlen, *out.shape[-2:])
+        return self.checked(out.reshape(batch, seqlen, *out.shape[-2:]))
+
+    def checked(self, out: Tensor) -> Tensor:
+        """The result, (batch, ...), where there is no doubt."""
         return out if self.doubt is None else out + self.doubt.to(out.dtype)[:, None, None, None]
 
 
@@ -152,17 +157,18 @@ def packed_plan(begins: Tensor) -> Plan:
 
 def padded_plan(mask: Tensor, seqlen_q: int, every_query: bool, doubt: bool = False) -> Plan:
     """Of sequences whose rows follow each other; nothing waits for the device. With `doubt` they may not."""
+    first, end, holes = _spans(mask)
     of_key, used_k = _bounds(mask)
     of_query, used_q = (None, None) if every_query else _bounds(mask[:, mask.shape[1] - seqlen_q :])
-    nan = torch.where(_spans(mask)[2] > 0, torch.nan, 0.0) if doubt else None
-    return Plan((of_query, of_key, used_q, used_k), doubt=nan)
+    nan = torch.where(holes > 0, torch.nan, 0.0) if doubt else None
+    return Plan((of_query, of_key, used_q, used_k), (first.int(), end.int()), doubt=nan)
 
 
 def _gathering_plan(mask: Tensor, seqlen_q: int, every_query: bool) -> Plan:
     """Of any sequences; waits for the device."""
     of_key, bounds_k = _places(mask)
     of_query, bounds_q = (None, None) if every_query else _places(mask[:, mask.shape[1] - seqlen_q :])
-    return Plan((bounds_q, bounds_k, None, None), (of_query, of_key))
+    return Plan((bounds_q, bounds_k, None, None), gathered=(of_query, of_key))
 
 
 def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
