@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from fa2gen.spec import Direction, DType, Mask, Problem
 
-__all__ = ["SAID_BY_TENSORS", "UNLIMITED", "AnyShape", "CacheShape", "Options", "Shape"]
+__all__ = ["SAID_BY_TENSORS", "UNLIMITED", "AnyShape", "CacheShape", "Expression", "Options", "Shape"]
 
 UNLIMITED = -1
 """A side of a window that hides nothing."""
@@ -69,6 +69,18 @@ SAID_BY_TENSORS = ("varlen", "sink")
 """Options that a call's tensors say: operators have no argument for them."""
 
 
+class Expression(NamedTuple):
+    """What a call does to scores beside its mask, as `Problem` says it, with the numbers of the call.
+
+    numbers  the values of number_0 and so on, those of `inputs` that are no tensors, in their order.
+    """
+
+    score: str = ""
+    allow: str = ""
+    inputs: str = ""
+    numbers: tuple[float, ...] = ()
+
+
 class Options(NamedTuple):
     """The numbers and switches of a call.
 
@@ -80,6 +92,7 @@ class Options(NamedTuple):
     deterministic  gradients are the same bits in every run.
     varlen         the batch is ragged: sequences of their own lengths, packed.
     sink           each softmax has a sink: the logits s_aux, one a query head, are a tensor of the call.
+    expression     what becomes of scores, and which keys are seen beside the mask; None: the scores as they are.
     """
 
     softmax_scale: float | None = None
@@ -90,6 +103,7 @@ class Options(NamedTuple):
     deterministic: bool = False
     varlen: bool = False
     sink: bool = False
+    expression: Expression | None = None
 
     def scale(self, head_dim: int) -> float:
         """What scores are multiplied with."""
@@ -121,10 +135,16 @@ class Options(NamedTuple):
                 return "full"
         return "window"
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What of these options decides which problem they make; the others are numbers of a call."""
+        return (self.mask, self.varlen, self.sink, self.deterministic, self.expression and self.expression[:3])
+
     def problem(
         self, direction: Direction, head_dim: int, dtype: DType, head_dim_v: int | None = None, paged: bool = False
     ) -> Problem:
         """What a kernel for these options computes; `paged` is whether its cache is."""
+        score, allow, inputs, _ = self.expression or Expression()
         return Problem(
             direction=direction,
             head_dim=head_dim,
@@ -135,4 +155,7 @@ class Options(NamedTuple):
             sink=self.sink,
             deterministic=self.deterministic and direction == "bwd",
             paged=paged,
+            score=score,
+            allow=allow,
+            inputs=inputs,
         )

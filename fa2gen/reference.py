@@ -12,18 +12,23 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fa2gen.expression import evaluate
 from fa2gen.features import key_range
+from fa2gen.features.expression import named_values
 from fa2gen.options import Options
+from fa2gen.spec import program_of
 
 __all__ = [
     "GradientVerdict",
+    "Place",
     "Verdict",
     "attention_backward_ragged",
     "attention_backward_tiled",
@@ -38,6 +43,14 @@ __all__ = [
 ]
 
 
+class Place(NamedTuple):
+    """What the expressions of a call look up beside positions: tensors, in the order of its inputs; and the number of
+    the batch's first entry, where a sequence is looked at alone."""
+
+    tensors: Sequence[Tensor] = ()
+    b: int = 0
+
+
 def attention_reference(
     q: Tensor,
     k: Tensor,
@@ -46,6 +59,7 @@ def attention_reference(
     upcast: bool = True,
     reorder_ops: bool = False,
     s_aux: Tensor | None = None,
+    place: Place | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention as it is defined, with the whole score matrix in memory.
@@ -53,6 +67,7 @@ def attention_reference(
     upcast       compute in fp32; otherwise in the dtype of the inputs.
     reorder_ops  multiply K rather than Q by the scale: the same mathematics, rounded elsewhere.
     s_aux        (H,): the logit of each head's sink.
+    place        what an expression looks up.
 
     Returns (out, lse); see the module for shapes and options.
     """
@@ -65,12 +80,14 @@ def attention_reference(
     else:
         q = q * scale
     scores = torch.einsum("bqngd,bknd->bngqk", _group_heads(q, k), k)  # n key heads, g query heads of each
+    if said.expression:
+        scores = _modified(said, scores, place, q.shape[1], k.shape[1])
     if s_aux is not None:
-        lse, probs = _softmax_with_sink(scores, s_aux, said, q.shape[1], k.shape[1])
-    elif said.mask == "full":
+        lse, probs = _softmax_with_sink(scores, s_aux, said, q.shape[1], k.shape[1], place)
+    elif not _hides(said):
         lse, probs = torch.logsumexp(_at_least_fp32(scores), dim=-1), torch.softmax(scores, dim=-1)
     else:
-        hidden = _hidden(said, q.shape[1], k.shape[1], scores.device)
+        hidden = _hidden(said, q.shape[1], k.shape[1], scores, place=place)
         # A row that sees no key keeps its scores until its results are replaced: of a row of -inf autograd makes NaN.
         no_key = hidden.all(dim=-1)
         scores = scores.masked_fill(hidden & ~no_key.unsqueeze(-1), float("-inf"))
@@ -81,14 +98,14 @@ def attention_reference(
 
 
 def _softmax_with_sink(
-    scores: Tensor, s_aux: Tensor, said: Options, seqlen_q: int, seqlen_k: int
+    scores: Tensor, s_aux: Tensor, said: Options, seqlen_q: int, seqlen_k: int, place: Place | None
 ) -> tuple[Tensor, Tensor]:
     """(lse, probabilities) of scores (B, Hk, H / Hk, Sq, Sk) with one more column, that of the sink, which is dropped.
 
     A row of -inf alone has lse -inf and no probabilities; autograd would make NaN of it.
     """
-    if said.mask != "full":
-        scores = scores.masked_fill(_hidden(said, seqlen_q, seqlen_k, scores.device), float("-inf"))
+    if _hides(said):
+        scores = scores.masked_fill(_hidden(said, seqlen_q, seqlen_k, scores, place=place), float("-inf"))
     sinks = s_aux.to(scores.dtype).view(scores.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
     scores = torch.cat([sinks, scores], dim=-1)
     nothing = torch.isneginf(scores).all(dim=-1)
@@ -105,6 +122,7 @@ def attention_tiled(
     tile_m: int = 128,
     tile_n: int = 128,
     s_aux: Tensor | None = None,
+    place: Place | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1 of FlashAttention-2, in fp32 (fp64 for fp64 inputs), over all batches and heads at once.
@@ -133,8 +151,10 @@ def attention_tiled(
         for n0 in range(first_key // tile_n * tile_n, last_key, tile_n):
             n1 = min(n0 + tile_n, last_key)
             acc_s = torch.einsum("bqngd,bknd->bngqk", q_tile, kf[:, n0:n1])
-            if said.mask != "full":
-                hidden = _hidden(said, seqlen_q, seqlen_k, q.device, rows=(m0, m1), cols=(n0, n1))
+            if said.expression:
+                acc_s = _modified(said, acc_s, place, seqlen_q, seqlen_k, rows=(m0, m1), cols=(n0, n1))
+            if _hides(said):
+                hidden = _hidden(said, seqlen_q, seqlen_k, acc_s, rows=(m0, m1), cols=(n0, n1), place=place)
                 acc_s = acc_s.masked_fill(hidden, float("-inf"))
             new_max = torch.maximum(row_max, acc_s.amax(dim=-1))
             # A row with no visible key so far keeps its maximum at -inf; -inf - -inf would be NaN.
@@ -168,6 +188,7 @@ def attention_backward_tiled(
     *,
     tile_m: int = 128,
     tile_n: int = 128,
+    place: Place | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Algorithm 2 of FlashAttention-2, in fp32 (fp64 for fp64 inputs), over all batches and heads at once.
@@ -201,12 +222,17 @@ def attention_backward_tiled(
                 continue  # none of these queries sees one of these keys
             q_tile, do_tile = qf[:, m0:m1], dof[:, m0:m1]
             acc_s = torch.einsum("bqngd,bknd->bngqk", q_tile, kf[:, n0:n1]) * scale
-            if said.mask != "full":
-                hidden = _hidden(said, seqlen_q, seqlen_k, q.device, rows=(m0, m1), cols=(n0, n1))
+            products = acc_s
+            if said.expression:
+                acc_s = _modified(said, acc_s, place, seqlen_q, seqlen_k, rows=(m0, m1), cols=(n0, n1))
+            if _hides(said):
+                hidden = _hidden(said, seqlen_q, seqlen_k, acc_s, rows=(m0, m1), cols=(n0, n1), place=place)
                 acc_s = acc_s.masked_fill(hidden, float("-inf"))
             p = torch.exp(acc_s - lsef[..., m0:m1].unsqueeze(-1))
             dp = torch.einsum("bqngd,bknd->bngqk", do_tile, vf[:, n0:n1])
             ds = p * (dp - dpsum[..., m0:m1].unsqueeze(-1))
+            if said.expression:
+                ds = _pulled_back(ds, said, products, place, seqlen_q, seqlen_k, (m0, m1), (n0, n1))
             dv[:, n0:n1] += torch.einsum("bngqk,bqngd->bknd", p, do_tile)
             dk[:, n0:n1] += torch.einsum("bngqk,bqngd->bknd", ds, q_tile) * scale
             dq[:, m0:m1] += torch.einsum("bngqk,bknd->bqngd", ds, kf[:, n0:n1]) * scale
@@ -234,6 +260,7 @@ def attention_ragged(
     cu_seqlens_k: Tensor | None,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
+    tensors: Sequence[Tensor] = (),
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`attention_tiled`, one sequence of a ragged batch at a time.
@@ -247,9 +274,9 @@ def attention_ragged(
     packed_q, packed_k, packed_v = (_packed(x) for x in (q, k, v))
     out = packed_q.new_zeros((*packed_q.shape[:-1], v.shape[-1]))
     lse = packed_q.new_full((q.shape[-2], packed_q.shape[0]), float("-inf"), dtype=_at_least_fp32(q[:0]).dtype)
-    for q0, q1, k0, k1 in ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+    for b, (q0, q1, k0, k1) in enumerate(ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)):
         one = (x.unsqueeze(0) for x in (packed_q[q0:q1], packed_k[k0:k1], packed_v[k0:k1]))
-        out[q0:q1], lse[:, q0:q1] = (x[0] for x in attention_tiled(*one, **options))
+        out[q0:q1], lse[:, q0:q1] = (x[0] for x in attention_tiled(*one, place=Place(tensors, b), **options))
     return out.view((*q.shape[:-1], v.shape[-1])), lse
 
 
@@ -265,6 +292,7 @@ def attention_backward_ragged(
     cu_seqlens_k: Tensor | None,
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
+    tensors: Sequence[Tensor] = (),
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_backward_tiled`, one sequence of a ragged batch at a time; tensors as of `attention_ragged`.
@@ -273,11 +301,13 @@ def attention_backward_ragged(
     """
     of_query, of_key = [_packed(x) for x in (q, dout, out)], [_packed(x) for x in (k, v)]
     dq, (dk, dv) = of_query[0].new_zeros(of_query[0].shape), (x.new_zeros(x.shape) for x in of_key)
-    for q0, q1, k0, k1 in ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k):
+    for b, (q0, q1, k0, k1) in enumerate(ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)):
         one_q, one_dout, one_out = (x[None, q0:q1] for x in of_query)
         one_k, one_v = (x[None, k0:k1] for x in of_key)
         rows, drows = lse[None, :, q0:q1], None if dlse is None else dlse[None, :, q0:q1]
-        found = attention_backward_tiled(one_dout, one_q, one_k, one_v, one_out, rows, drows, **options)
+        found = attention_backward_tiled(
+            one_dout, one_q, one_k, one_v, one_out, rows, drows, place=Place(tensors, b), **options
+        )
         dq[q0:q1], dk[k0:k1], dv[k0:k1] = (x[0] for x in found)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
@@ -364,10 +394,12 @@ def check(
     max   max|out - ref| <= 2 max|pt - ref| + a, with a = 2 max|(ref + 0.3 - 0.3) - ref|: about two roundings near 0.3,
           which decide where pt happens to equal ref (one key, say).
     mean  mean|out - ref| <= 1.2 mean|pt - ref| + eps / 8 mean|ref|: an eighth of a rounding step, for the same reason.
-    lse   max|lse - ref| <= 1e-4 + 1e-5 max|ref|, where both -inf counts as equal.
+    lse   max|lse - ref| <= 1e-4 + 1e-5 max|ref|, where both -inf counts as equal; and with an expression 2^-11 of its
+          largest score, as the device's tanh is no better.
     """
     with _full_fp32():
         ref, lse_ref = attention_reference(q, k, v, **options)
+        largest = _largest_score(q, k, **options)
     pt, _ = attention_reference(q, k, v, **options, upcast=False, reorder_ops=True)
     pt_error = _error(pt, ref)
     floor = 2 * _max(_error(ref + 0.3 - 0.3, ref))
@@ -379,7 +411,7 @@ def check(
         mean_error=_mean(error),
         mean_allowed=1.2 * _mean(pt_error) + torch.finfo(ref.dtype).eps / 8 * _mean(ref.float().abs()),
         lse_error=_max(lse_error),
-        lse_allowed=1e-4 + 1e-5 * _max(finite_lse.abs()),
+        lse_allowed=1e-4 + 1e-5 * _max(finite_lse.abs()) + _EXPRESSION_ERROR * largest,
     )
 
 
@@ -542,19 +574,116 @@ def _group_heads(q: Tensor, k: Tensor) -> Tensor:
     return q.unflatten(2, (num_heads_kv, num_heads // num_heads_kv if num_heads_kv else 0))
 
 
+def _hides(options: Options) -> bool:
+    """Whether a query may not see every key."""
+    return options.mask != "full" or bool(options.expression and options.expression.allow)
+
+
 def _hidden(
     options: Options,
     seqlen_q: int,
     seqlen_k: int,
-    device: torch.device,
+    scores: Tensor,
+    rows: tuple[int, int] | None = None,
+    cols: tuple[int, int] | None = None,
+    place: Place | None = None,
+) -> Tensor:
+    """True where key j (columns) is hidden from query i (rows); of the given ranges only, if given."""
+    i = torch.arange(*(rows or (0, seqlen_q)), device=scores.device).unsqueeze(-1)
+    j = torch.arange(*(cols or (0, seqlen_k)), device=scores.device)
+    first, end = key_range(options, seqlen_q, seqlen_k, i)
+    hidden = (j < first) | (j >= end)
+    if options.expression and options.expression.allow:
+        hidden = hidden | ~_evaluated("allow", options, scores, place, seqlen_q, seqlen_k, rows, cols)
+    return hidden
+
+
+def _modified(
+    options: Options,
+    scores: Tensor,
+    place: Place | None,
+    seqlen_q: int,
+    seqlen_k: int,
     rows: tuple[int, int] | None = None,
     cols: tuple[int, int] | None = None,
 ) -> Tensor:
-    """True where key j (columns) is hidden from query i (rows); of the given ranges only, if given."""
-    i = torch.arange(*(rows or (0, seqlen_q)), device=device).unsqueeze(-1)
-    j = torch.arange(*(cols or (0, seqlen_k)), device=device)
-    first, end = key_range(options, seqlen_q, seqlen_k, i)
-    return (j < first) | (j >= end)
+    """What the call's expression makes of scaled scores (B, Hk, H / Hk, rows, columns)."""
+    assert options.expression
+    if not options.expression.score:
+        return scores
+    return _evaluated("score", options, scores, place, seqlen_q, seqlen_k, rows, cols)
+
+
+_EXPRESSION_ERROR = 2**-11
+
+
+def _largest_score(q: Tensor, k: Tensor, place: Place | None = None, **options: Any) -> float:
+    """Of what an expression makes, in size; 0 without one."""
+    said = Options(**options)
+    if not (said.expression and said.expression.score):
+        return 0.0
+    scores = torch.einsum("bqngd,bknd->bngqk", _group_heads(q.float(), k), k.float()) * said.scale(q.shape[-1])
+    modified = _modified(said, scores, place, q.shape[1], k.shape[1])
+    return _max(modified.masked_fill(~torch.isfinite(modified), 0.0).abs())
+
+
+def _pulled_back(
+    ds: Tensor,
+    options: Options,
+    scores: Tensor,
+    place: Place | None,
+    seqlen_q: int,
+    seqlen_k: int,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+) -> Tensor:
+    """The gradient of scaled scores, from that of what the call's expression made of them; by autograd, in a thread of
+    its own: an operator's CPU kernel runs below autograd, and a new thread does not."""
+
+    def gradient() -> Tensor:
+        with torch.enable_grad():
+            products = scores.detach().requires_grad_()
+            modified = _modified(options, products, place, seqlen_q, seqlen_k, rows, cols)
+            (found,) = torch.autograd.grad(modified, products, ds, materialize_grads=True)
+        return found
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(gradient).result()
+
+
+def _evaluated(
+    what: Literal["score", "allow"],
+    options: Options,
+    scores: Tensor,
+    place: Place | None,
+    seqlen_q: int,
+    seqlen_k: int,
+    rows: tuple[int, int] | None,
+    cols: tuple[int, int] | None,
+) -> Tensor:
+    """An expression of the call over scores (B, Hk, H / Hk, rows, columns), and shaped as they."""
+    assert options.expression
+    place = place or Place()
+    score, allow, inputs, numbers = options.expression
+    program = program_of(score, allow, inputs)
+    batch, num_heads_kv, group = scores.shape[:3]
+    device = scores.device
+    h = torch.arange(num_heads_kv * group, device=device, dtype=torch.int32).view(-1, 1, 1)
+    values = {
+        "s": scores.flatten(1, 2),
+        "i": torch.arange(*(rows or (0, seqlen_q)), device=device, dtype=torch.int32).unsqueeze(-1),
+        "j": torch.arange(*(cols or (0, seqlen_k)), device=device, dtype=torch.int32),
+        "b": torch.arange(place.b, place.b + batch, device=device, dtype=torch.int32).view(-1, 1, 1, 1),
+        "h": h,
+        "hk": h // group,
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_k,
+        **named_values(program, numbers, place.tensors),
+    }
+    found = evaluate(program, what, torch, values)
+    if what == "score":
+        found = found.to(scores.dtype)
+    return torch.broadcast_to(found, values["s"].shape).unflatten(1, (num_heads_kv, group))
 
 
 def _error(x: Tensor, ref: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from fa2gen.arch import ARCHES, ArchName
 from fa2gen.catalog import TunedRow, tuned_rows, users_tilings, written_tilings
 from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
 from fa2gen.plan import KernelPlan, default_tiling, fits, make_plan
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.spec import NO_EXPRESSION, KernelSpec, Problem, Tiling
 
 __all__ = [
     "TYPICAL_SEQLEN",
@@ -159,9 +159,10 @@ def _rows(problem: Problem, arch: ArchName) -> list[TunedRow]:
 
 
 def _as_tuned(problem: Problem) -> Problem:
-    """The problem whose measured tilings serve this one: what keeps an order of additions, looks up lengths, or adds
-    to a row's sum at its end costs every tiling alike."""
-    return problem.model_copy(update={"deterministic": False, "varlen": False, "sink": False})
+    """The problem whose measured tilings serve this one: what keeps an order of additions, looks up lengths, adds to a
+    row's sum at its end, or is done to every score costs every tiling alike."""
+    plain = {"deterministic": False, "varlen": False, "sink": False, **NO_EXPRESSION}
+    return problem.model_copy(update=plain)
 
 
 def served_by(row: TunedRow) -> Iterator[KernelSpec]:

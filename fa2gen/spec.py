@@ -14,6 +14,8 @@ import difflib
 import functools
 import re
 import reprlib
+import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -32,8 +34,23 @@ from pydantic_core import PydanticUndefined, core_schema
 
 from fa2gen.arch import ArchName
 from fa2gen.errors import InvalidInput
+from fa2gen.expression import Program, parse
+from fa2gen.expression.tree import Type
 
-__all__ = ["DType", "Declared", "Direction", "KernelSpec", "Mask", "Problem", "Tiling", "declared"]
+__all__ = [
+    "NO_EXPRESSION",
+    "DType",
+    "Declared",
+    "Direction",
+    "KernelSpec",
+    "Mask",
+    "Problem",
+    "Tiling",
+    "anonymous",
+    "declared",
+    "program_of",
+    "text_of",
+]
 
 Direction = Literal["fwd", "bwd", "decode"]
 DType = Literal["fp16", "bf16"]
@@ -125,6 +142,11 @@ class Declared:
     only_for: OnlyFor | None
 
     @property
+    def is_text(self) -> bool:
+        """Whether it is a text of the user's: part of an expression, for all of which a name has one word."""
+        return not self.values and self.range is None
+
+    @property
     def option(self) -> str:
         """How the command line calls it: `--head-dim`."""
         return "--" + self.name.replace("_", "-")
@@ -137,11 +159,13 @@ class Declared:
     @property
     def allowed(self) -> str:
         """`fp16 or bf16`, `a multiple of 8 from 8 to 256`."""
-        return str(self.range) if self.range else " or ".join(map(str, self.values))
+        return (
+            "an expression" if self.is_text else str(self.range) if self.range else " or ".join(map(str, self.values))
+        )
 
     def word(self, value: Any) -> str | None:
         """How the value stands in a kernel's name, None where it is left out."""
-        if self.shown.optional and value == self.default:
+        if self.is_text or (self.shown.optional and value == self.default):
             return None
         return self.shown.token if self.is_flag else f"{self.shown.token}{value}"
 
@@ -154,7 +178,7 @@ class Declared:
 
     def phrase(self, value: Any) -> str | None:
         """How the value reads in a sentence, None where nothing is said of it."""
-        if value is None:
+        if value is None or (self.is_text and not value):
             return None
         if "{}" in self.shown.phrase:
             return self.shown.phrase.format(value)
@@ -238,15 +262,19 @@ class _Fields(_Model):
     @property
     def words(self) -> tuple[str, ...]:
         """All fields as they stand in a kernel's name: `("fwd", "bf16", "d128", "causal")`."""
-        words = (field.word(getattr(self, field.name)) for model, field in _in_name() if model is type(self))
+        words = (self.word(field) for model, field in _in_name() if model is type(self))
         return tuple(word for word in words if word is not None)
+
+    def word(self, field: Declared) -> str | None:
+        """How a field stands in a kernel's name, None where it is left out."""
+        return field.word(getattr(self, field.name))
 
     @property
     def options(self) -> str:
         """What the command line is told to mean it: `--head-dim 128 --mask causal`, without what it means by itself."""
         given = {name: getattr(self, name) for name in declared(type(self))}
         return " ".join(
-            field.option if field.is_flag else f"{field.option} {given[name]}"
+            field.option if field.is_flag else f"{field.option} {shlex.quote(str(given[name]))}"
             for name, field in declared(type(self)).items()
             if given[name] != field.default
         )
@@ -303,6 +331,26 @@ class Problem(_Fields):
         OnlyFor(("bwd",), "the other kernels always are"),
         Field(description="Blocks of keys add to dQ in one order: gradients are the same bits in every run."),
     ] = False
+    score: Annotated[
+        str,
+        Shown(phrase="score {}"),
+        Field(
+            description="What becomes of a score: an expression of s, the scaled product of a query and a key, their "
+            "positions i and j, heads, and numbers and tensors of the call by any other name."
+        ),
+    ] = ""
+    allow: Annotated[
+        str,
+        Shown(phrase="allow {}"),
+        Field(
+            description="Which keys a query may see, of those that the mask shows: an expression that is true or not."
+        ),
+    ] = ""
+    inputs: Annotated[
+        str,
+        Shown(phrase="of {}"),
+        Field(description='What their names are, as far as it is not inferred: "document: int, cap: float".'),
+    ] = ""
 
     paged: Annotated[
         bool,
@@ -337,6 +385,79 @@ class Problem(_Fields):
             named = " or ".join(f'"{one}"' for one in field.only_for.directions)
             raise ValueError(f"is for direction {named}: {field.only_for.why}; nearest {field.default}")
         return value
+
+    @model_validator(mode="after")
+    def _has_plain_expressions(self) -> Problem:
+        """Equal kernels are of equal problems: texts as the grammar writes them, with names of its own."""
+        if self.score or self.allow or self.inputs:
+            plain = anonymous(parse(self.score, self.allow, types_of(self.inputs)))
+            given = {"score": plain.score, "allow": plain.allow, "inputs": text_of(plain.types)}
+            for name, text in given.items():
+                object.__setattr__(self, name, text)
+            if self.has_expression:
+                _known[self._expression_word] = given
+        return self
+
+    @property
+    def has_expression(self) -> bool:
+        return bool(self.score or self.allow)
+
+    @property
+    def program(self) -> Program:
+        """The expressions, of scores as they are where there are none."""
+        return program_of(self.score, self.allow, self.inputs)
+
+    @property
+    def _expression_word(self) -> str:
+        return f"x{self.program.key}"
+
+    def word(self, field: Declared) -> str | None:
+        """All expressions have one word together, where the first is declared."""
+        if field.name == "score" and self.has_expression:
+            return self._expression_word
+        return super().word(field)
+
+
+NO_EXPRESSION = {"score": "", "allow": "", "inputs": ""}
+"""The fields of a problem whose scores are as they are."""
+
+_EXPRESSION_WORD = re.compile("x[0-9a-f]{8}")
+_known: dict[str, dict[str, str]] = {}  # word of a name -> the fields that it stands for, of all problems so far
+
+
+@functools.lru_cache(maxsize=1024)
+def program_of(score: str, allow: str, inputs: str) -> Program:
+    """The expressions of a problem's fields, parsed once."""
+    return parse(score, allow, types_of(inputs))
+
+
+def types_of(inputs: str) -> dict[str, Type]:
+    """`{"cap": "float"}` of `"cap: float"`. Raises InvalidInput."""
+    found: dict[str, Any] = {}
+    for item in filter(None, map(str.strip, inputs.split(","))):
+        name, colon, kind = (part.strip() for part in item.partition(":"))
+        if not colon or name in found:
+            raise InvalidInput(
+                f'inputs has {_shown(item)}; it is a list of names and types, "document: int, cap: float"'
+            )
+        found[name] = kind
+    return found
+
+
+def text_of(types: Iterable[tuple[str, str]]) -> str:
+    """The inverse of `types_of`."""
+    return ", ".join(f"{name}: {kind}" for name, kind in types)
+
+
+def anonymous(program: Program) -> Program:
+    """The same expressions with number_0, input_1 and so on in the place of a user's names."""
+    tokens = {x.name: x.token for x in program.inputs}
+
+    def renamed(text: str) -> str:
+        return re.sub(r"[A-Za-z_]\w*", lambda match: tokens.get(match[0], match[0]), text)
+
+    types = {tokens[name]: kind for name, kind in dict(program.types).items()}
+    return parse(renamed(program.score), renamed(program.allow), types)
 
 
 _TILE = Range(16, 16, 256, "the k of one 16-bit matrix instruction is 16")
@@ -412,7 +533,7 @@ class KernelSpec(_Model):
     def name(self) -> str:
         """`fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8`: derived, never typed; `from_name` is its inverse."""
         parts: dict[type[_Fields], _Fields] = {Problem: self.problem, Tiling: self.tiling}
-        words = (field.word(getattr(parts[model], field.name)) for model, field in _in_name())
+        words = (parts[model].word(field) for model, field in _in_name())
         return "_".join(("fa2", *(word for word in words if word is not None)))
 
     @classmethod
@@ -425,7 +546,12 @@ class KernelSpec(_Model):
         left = iter(words)
         word = next(left, None)
         for model, field in _in_name():
-            if word is not None and (value := field.value_of(word)) is not None:
+            if field.name == "score" and word is not None and _EXPRESSION_WORD.fullmatch(word):
+                values[model] |= _expression_of(word, name)
+                word = next(left, None)
+            elif field.is_text:
+                continue
+            elif word is not None and (value := field.value_of(word)) is not None:
                 values[model][field.name] = value
                 word = next(left, None)
             elif not field.shown.optional:
@@ -441,3 +567,14 @@ class KernelSpec(_Model):
     def row(self) -> dict[str, Any]:
         """What a listing's JSON says of the kernel: its name, family and every field of its problem."""
         return {"name": self.name, "arch": self.tiling.arch, **self.problem.model_dump()}
+
+
+def _expression_of(word: str, name: str) -> dict[str, str]:
+    """The fields that a word of a name stands for. A name has no room for them: raises InvalidInput where no spec of
+    this process said them."""
+    if word not in _known:
+        raise InvalidInput(
+            f"{_shown(name)} is a kernel of an expression, and a name has only a hash of that, {word}: give its spec "
+            "(SPEC.toml with score or allow), or what `fa2gen list` shows of FA2GEN_SPECS"
+        )
+    return _known[word]

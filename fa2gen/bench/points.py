@@ -279,6 +279,10 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
     """
     if refused := next((problem for problem in problems if problem.sink), None):
         raise UnsupportedProblem(f"bench measures no attention sinks: {refused.text}\n  nearest        without sink")
+    if refused := next((problem for problem in problems if problem.has_expression), None):
+        raise UnsupportedProblem(
+            f"bench measures no expressions: {refused.text}\n  nearest        without score and allow"
+        )
     points = []
     for problem, seqlen in itertools.product(
         problems, seqlens or sorted({point.seqlen for point in PRESETS["paper"]("bf16")})

@@ -157,12 +157,13 @@ class Asked:
 
 def _read(source: str) -> tuple[list[tuple[Problem, Tiling | None]], bool]:
     """(problem, tiling) of each kernel that a source says, and whether it is a kernel's name."""
-    from fa2gen.catalog import MAX_BYTES, parse_spec, read_spec
+    from fa2gen.catalog import MAX_BYTES, catalogue, parse_spec, read_spec
 
     if source == "-":
         return [*parse_spec(sys.stdin.buffer.read(MAX_BYTES + 1), "standard input")], False
     if source.endswith(".toml") or os.sep in source:
         return [*read_spec(Path(source))], False
+    catalogue()  # so that the expressions of its specs are known by their names
     spec = KernelSpec.from_name(source)
     return [(spec.problem, spec.tiling)], True
 
@@ -200,7 +201,8 @@ def _combinations(given: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]
 
 
 def _flags_off() -> dict[str, Any]:
-    return {name: about.default for name, about in declared(Problem).items() if about.is_flag}
+    """Of fields that are either set or not, and of texts."""
+    return {name: about.default for name, about in declared(Problem).items() if about.is_flag or about.is_text}
 
 
 # The options themselves ----------------------------------------------------------------------------------------------
@@ -221,10 +223,17 @@ def _option(about: Declared, base: Base) -> inspect.Parameter:
         info = typer.Option(about.option, help=about.help)
         default: Any = False
     else:
-        kind = list[int] | None if about.range else list[_choices(about)] | None  # type: ignore[misc]
+        kind = list[str] | None
+        if not about.is_text:
+            kind = list[int] | None if about.range else list[_choices(about)] | None  # type: ignore[misc]
         rule = f" {str(about.range).capitalize()}." if about.range else ""
         text = f"{about.help}{rule} May be repeated. {_open(about.name, base)}".strip()
-        info = typer.Option(about.option, help=text, show_default=False, metavar="N" if about.range else None)
+        info = typer.Option(
+            about.option,
+            help=text,
+            show_default=False,
+            metavar="N" if about.range else "TEXT" if about.is_text else None,
+        )
         default = None
     return _parameter(about.name, Annotated[kind, info], default)
 

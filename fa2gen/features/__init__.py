@@ -11,6 +11,7 @@ import itertools
 
 from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.features.deterministic import DETERMINISTIC
+from fa2gen.features.expression import expression_of
 from fa2gen.features.mask import CAUSAL, FULL, key_range
 from fa2gen.features.paged import PAGED
 from fa2gen.features.sink import SINK
@@ -32,6 +33,7 @@ def features_of(problem: Problem) -> tuple[Feature, ...]:
         *([SINK[problem.direction]] if problem.sink else []),
         *([PAGED] if problem.paged else []),
         *([DETERMINISTIC] if problem.deterministic else []),
+        *([expression_of(problem)] if problem.has_expression else []),
     )
 
 

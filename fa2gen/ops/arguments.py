@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from operator import index
 from typing import Any, TypeAlias
@@ -12,18 +13,23 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.expression import parse
 from fa2gen.ops.validate import DTYPES, describe
-from fa2gen.options import SAID_BY_TENSORS, UNLIMITED, Options
+from fa2gen.options import SAID_BY_TENSORS, UNLIMITED, Expression, Options
+from fa2gen.spec import anonymous, text_of
 
 __all__ = [
     "NO_WINDOW",
+    "OF_GENERAL_OPERATORS",
     "Window",
     "default_scale",
+    "expression_of",
     "flag",
     "named",
     "options_of",
     "refuse_unbuilt",
     "sinks",
+    "softcap_of",
     "window_sides",
 ]
 
@@ -40,6 +46,7 @@ def options_of(
     attention_chunk: Any = 0,
     deterministic: Any = False,
     varlen: bool = False,
+    expression: Expression | None = None,
 ) -> Options:
     """What these arguments of a call mean; a scale of None is q's head_dim ** -0.5. Raises InvalidInput."""
     return Options(
@@ -50,12 +57,87 @@ def options_of(
         chunk=_chunk(attention_chunk),
         deterministic=flag("deterministic", deterministic),
         varlen=varlen,
+        expression=expression,
     )
 
 
+SOFTCAP = "cap * tanh(s / cap)"
+
+
+def _parsed(score: str, allow: str, types: tuple[tuple[str, str], ...]) -> tuple[str, str, str, tuple[str, ...]]:
+    """`score`, `allow` and `inputs` as kernels have them, and the names of the inputs in their order."""
+    return _parse(score, allow, types)
+
+
+# torch.compile takes its result for a constant, as it is one. What torch.compiler.assume_constant_result does, but that
+# imports torch._dynamo, which takes longer than all of fa2gen.
+_parsed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(score: str, allow: str, types: tuple[tuple[str, str], ...]) -> tuple[str, str, str, tuple[str, ...]]:
+    program = parse(score, allow, dict(types))  # type: ignore[arg-type]
+    plain = anonymous(program)
+    return plain.score, plain.allow, text_of(plain.types), tuple(x.name for x in program.inputs)
+
+
+def expression_of(score: Any = "", allow: Any = "", inputs: Mapping[str, Any] | None = None) -> Expression | None:
+    """What these arguments of a call mean; None: scores as they are. Raises InvalidInput."""
+    given = inputs or {}
+    for name, text in (("score", score), ("allow", allow)):
+        if not isinstance(text, str):
+            raise InvalidInput(f'{name} must be an expression in text, "cap * tanh(s / cap)", not {describe(text)}')
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise InvalidInput(f'inputs must be a mapping of names, {{"cap": 50.0}}, not {describe(given)}')
+    # A number that is whole may be either: the expression says which. One that is not can not be an int.
+    types = tuple((name, "float") for name, x in given.items() if isinstance(x, float))
+    score, allow, kinds, names = _parsed(score, allow, types)
+    if missing := [name for name in names if name not in given]:
+        raise InvalidInput(f"the expression names {missing[0]}, which inputs has not: give {{{missing[0]!r}: ...}}")
+    if unknown := [name for name in given if name not in names]:
+        raise InvalidInput(
+            f"inputs has {unknown[0]!r}, which no expression names ({', '.join(names) or 'they name none'})"
+        )
+    if not score and not allow:
+        return None
+    return Expression(score, allow, kinds, tuple(_number(name, given[name]) for name in names))
+
+
+def softcap_of(softcap: Any) -> Expression | None:
+    """What a softcap of flash_attn means: scores are cap * tanh(s / cap); 0: as they are. Raises InvalidInput."""
+    if isinstance(softcap, bool) or not isinstance(softcap, Real | torch.SymFloat):
+        raise InvalidInput(f"softcap must be a number, not {describe(softcap)}: pass 0.0, which is no cap")
+    cap = float(softcap)
+    if cap == 0:
+        return None
+    if not cap > 0:
+        raise InvalidInput(f"softcap is {softcap}; it must be above 0, or 0.0 for no cap")
+    return expression_of(SOFTCAP, inputs={"cap": cap})
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool | Real):
+        return float(value)
+    hint = ": take .item() of it, which waits for the device" if isinstance(value, Tensor) and value.dim() == 0 else ""
+    if isinstance(value, Tensor) and not hint:
+        raise UnsupportedProblem(
+            f"{name} is {describe(value)}, and expressions of tensors are not built yet; nearest: numbers, which are "
+            "the same for the whole call"
+        )
+    raise InvalidInput(f"{name} must be a number, not {describe(value)}{hint}")
+
+
+OF_GENERAL_OPERATORS = (*SAID_BY_TENSORS, "expression")
+"""Options that `fwd` and `fwd_varlen` have no argument for."""
+
+
 def named(options: Options) -> dict[str, Any]:
-    """Options as an operator takes them, by name."""
-    return {name: value for name, value in options._asdict().items() if name not in SAID_BY_TENSORS}
+    """Options as an operator takes them, by name; only a general one takes an expression."""
+    said = {name: value for name, value in options._asdict().items() if name not in OF_GENERAL_OPERATORS}
+    if options.expression:
+        said |= options.expression._asdict()
+        said["numbers"] = list(options.expression.numbers)
+    return said
 
 
 def default_scale(q: Tensor) -> float:
@@ -151,17 +233,14 @@ def _scale(softmax_scale: Any, q: Tensor) -> float:
     raise InvalidInput(f"softmax_scale must be a number or None, not {describe(softmax_scale)}{hint}")
 
 
-def refuse_unbuilt(dropout_p: Any, softcap: Any, alibi_slopes: Any) -> None:
+def refuse_unbuilt(dropout_p: Any, alibi_slopes: Any) -> None:
     """Raise UnsupportedProblem for features of flash_attn that are not built yet, InvalidInput for what is none."""
     if alibi_slopes is not None:
         raise UnsupportedProblem("ALiBi is not built yet (alibi_slopes was given); pass None: no bias")
-    for name, value in (("dropout_p", dropout_p), ("softcap", softcap)):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise InvalidInput(f"{name} must be a number, not {describe(value)}: pass 0.0")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+        raise InvalidInput(f"dropout_p must be a number, not {describe(dropout_p)}: pass 0.0")
     if dropout_p:
         raise UnsupportedProblem(
             f"dropout is not built yet (dropout_p={dropout_p!r}); pass 0.0, which is what evaluation wants. "
             "If this is a scale: the fourth positional argument is dropout_p, as in flash_attn 2; name softmax_scale"
         )
-    if softcap:
-        raise UnsupportedProblem(f"softcap is not built yet (softcap={softcap!r}); pass 0.0: no cap")

@@ -146,7 +146,8 @@ class RaggedAttention(torch.autograd.Function):
 
 
 class GeneralAttention(torch.autograd.Function):
-    """`Attention` of a call with further tensors: lengths if the batch is ragged, sinks' logits if there are sinks."""
+    """`Attention` of a call with further tensors: lengths if the batch is ragged, sinks' logits if there are sinks, and
+    those of an expression, which have no gradient."""
 
     @staticmethod
     def forward(
@@ -160,10 +161,10 @@ class GeneralAttention(torch.autograd.Function):
         seqused_q: Tensor | None,
         seqused_k: Tensor | None,
         s_aux: Tensor | None,
-        options: Any,
-        max_keys: int | None = None,
+        *rest: Any,
     ) -> tuple[Tensor, Tensor]:
-        others = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux)
+        *tensors, options, max_keys = rest
+        others = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux, *tensors)
         out, lse = run(q, k, v, *others, options, max_keys)
         ctx.save_for_backward(q, k, v, out, lse, *others)
         ctx.set_materialize_grads(False)
@@ -173,15 +174,17 @@ class GeneralAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
-            return (None,) * 11
-        q, k, v, out, lse, *lengths, s_aux = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        q, k, v, out, lse, *others = ctx.saved_tensors
+        lengths, s_aux, tensors = others[:4], others[4], others[5:]
         if dout is None:
             dout = torch.zeros_like(out)
         run: Callable[..., Any] = by_general_operator
-        if _is_plain_backward(dout, q, k, v, dlse) and (s_aux is None or type(s_aux) is Tensor):
+        if _is_plain_backward(dout, q, k, v, dlse) and all(x is None or type(x) is Tensor for x in (s_aux, *tensors)):
             run = partial(backward_general, max_keys=ctx.max_keys)
-        dq, dk, dv, ds_aux = run(dout, q, k, v, out, lse, dlse, *lengths, s_aux, ctx.options)
-        return None, dq, dk, dv, *(None,) * 4, None if s_aux is None else ds_aux, None, None
+        dq, dk, dv, ds_aux = run(dout, q, k, v, out, lse, dlse, *lengths, s_aux, tensors, ctx.options)
+        of_tensors = (None,) * len(tensors)
+        return None, dq, dk, dv, *(None,) * 4, None if s_aux is None else ds_aux, *of_tensors, None, None
 
 
 def _is_plain_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None) -> bool:
@@ -197,6 +200,10 @@ def by_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     said = Options(*options)
     if said.softmax_scale is None:
         said = said._replace(softmax_scale=tensors[1].shape[-1] ** -0.5)
+    if said.expression:
+        lengths = [] if said.varlen else [None] * 4
+        dq, dk, dv, _ = torch.ops.fa2gen.bwd_general.default(*tensors, *lengths, None, [], **named(said))
+        return dq, dk, dv
     operator = torch.ops.fa2gen.bwd_varlen.default if said.varlen else torch.ops.fa2gen.bwd.default
     gradients: tuple[Tensor, Tensor, Tensor] = operator(*tensors, **named(said))
     return gradients

@@ -441,8 +441,7 @@ def _chosen(
     seqlen_k: int,
 ) -> _Chosen:
     """The kernel of reduced options. Plans are made for a range of lengths, not for each."""
-    key: tuple[Any, ...] = (direction, head_dims, dtype, options.mask, options.varlen, options.sink)
-    key += (options.deterministic, device, arch, tiling)
+    key = (direction, head_dims, dtype, options.kind, device, arch, tiling)
     if (known := _problems.get(key)) is None:
         family = kernel_arch(device_at(device), _family(arch, tiling))[0]
         bounds = () if tiling else seqlen_bounds(_problem(direction, head_dims, dtype, options), family)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, refuse_unbuilt, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, refuse_unbuilt, softcap_of, window_sides
 from fa2gen.ops.autograd import Attention, is_plain, wants_gradient
 from fa2gen.ops.call import forward_cuda, forward_out
-from fa2gen.ops.operator import attention
+from fa2gen.ops.operator import run_any
 from fa2gen.ops.validate import refuse_non_tensors, refuse_tensor_kinds
 
 __all__ = [
@@ -88,22 +88,18 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
     deterministic      gradients that are the same bits in every run, at some cost in speed; so they are also under
                        torch.use_deterministic_algorithms(True). The forward pass always is.
     return_attn_probs  return (out, lse, None) rather than out; lse (batch, heads, seqlen_q) fp32, differentiable.
+    softcap            scores are softcap * tanh(s / softcap), before any mask; 0.0: as they are.
     attention_chunk    query i sees keys of its own chunk alone: those j with j // chunk == d // chunk. 0: no chunks.
     s_aux              attention sinks: (heads,) fp32, fp16 or bf16, one more logit in each row's softmax, neither
                        scaled nor masked, which no value stands for. Differentiable. LSE includes it, so that of a row
                        that sees no key it is the sink; -inf: no sink.
 
-    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout,
-    softcap and ALiBi.
+    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout and
+    ALiBi.
     """
-    if (
-        dropout_p.__class__ is not float
-        or dropout_p
-        or softcap.__class__ is not float
-        or softcap
-        or alibi_slopes is not None
-    ):
-        refuse_unbuilt(dropout_p, softcap, alibi_slopes)
+    if dropout_p.__class__ is not float or dropout_p or alibi_slopes is not None:
+        refuse_unbuilt(dropout_p, alibi_slopes)
+    expression = None if softcap.__class__ is float and not softcap else softcap_of(softcap)
     left, right = window_sides(window_size)
     if (
         (softmax_scale is None or softmax_scale.__class__ is float)
@@ -114,7 +110,7 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
         and s_aux is None
         and is_plain(q, k, v)
     ):
-        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False, False)
+        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False, False, expression)
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = Attention.apply(forward_cuda, q, k, v, options)
         elif return_attn_probs:
@@ -123,15 +119,8 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
             return forward_out(q, k, v, options)
     else:
         return_attn_probs = flag("return_attn_probs", return_attn_probs)
-        out, lse = attention(
-            *(q, k, v),
-            causal=causal,
-            softmax_scale=softmax_scale,
-            window_size=(left, right),
-            attention_chunk=attention_chunk,
-            deterministic=deterministic,
-            s_aux=s_aux,
-        )
+        said = (softmax_scale, causal, (left, right), attention_chunk, deterministic)
+        out, lse = run_any(q, k, v, said, expression, s_aux)
     return (out, lse, None) if return_attn_probs else out
 
 

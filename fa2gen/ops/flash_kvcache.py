@@ -8,9 +8,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fa2gen.errors import InvalidInput
+from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, options_of, refuse_unbuilt, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, options_of, refuse_unbuilt, softcap_of, window_sides
 from fa2gen.ops.autograd import is_plain
 from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_operator import refuse_gradients
@@ -106,7 +106,11 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     Lengths and tables are read on the device, at each replay of a CUDA graph anew; they must not change meanwhile. CPU
     tensors run a reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: softcap and ALiBi.
     """
-    refuse_unbuilt(0.0, softcap, alibi_slopes)
+    refuse_unbuilt(0.0, alibi_slopes)
+    if softcap_of(softcap):
+        raise UnsupportedProblem(
+            f"softcap is not built yet over a cache (softcap={softcap!r}); nearest: flash_attn_func on the cache's rows"
+        )
     optional = {
         "k": k,
         "v": v,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, options_of, refuse_unbuilt, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, options_of, refuse_unbuilt, softcap_of, window_sides
 from fa2gen.ops.autograd import RaggedAttention, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions
 from fa2gen.ops.flash import Result, WithLse, unpacked
@@ -104,14 +104,9 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
             "k[block_table].flatten(1, 2), which is (batch, seqlen_k, heads_kv, head_dim), with cu_seqlens_k=None and "
             "seqused_k"
         )
-    if (
-        dropout_p.__class__ is not float
-        or dropout_p
-        or softcap.__class__ is not float
-        or softcap
-        or alibi_slopes is not None
-    ):
-        refuse_unbuilt(dropout_p, softcap, alibi_slopes)
+    if dropout_p.__class__ is not float or dropout_p or alibi_slopes is not None:
+        refuse_unbuilt(dropout_p, alibi_slopes)
+    expression = None if softcap.__class__ is float and not softcap else softcap_of(softcap)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     sides = window_sides(window_size)
     plain_numbers = (
@@ -130,7 +125,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         and is_plain(q, k, v)
         and are_plain(lengths)
     ):
-        options: AnyOptions = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False)
+        options: AnyOptions = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False, expression)
         max_keys: int | None = max_seqlen_k
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = RaggedAttention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
@@ -149,9 +144,9 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         _longest("max_seqlen_q", max_seqlen_q)
         max_keys = _longest("max_seqlen_k", max_seqlen_k)
     if plain_numbers:
-        options = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False)
+        options = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False, expression)
     else:
-        options = options_of(q, softmax_scale, causal, sides, attention_chunk, deterministic, varlen=True)
+        options = options_of(q, softmax_scale, causal, sides, attention_chunk, deterministic, True, expression)
     return_attn_probs = flag("return_attn_probs", return_attn_probs)
     out, lse = run_ragged(q, k, v, lengths, options, max_keys, s_aux)
     return (out, lse, None) if return_attn_probs else out

@@ -7,6 +7,7 @@ microseconds more than a plain one, as it looks at more tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -22,7 +23,14 @@ from fa2gen.ops.call import (
     packed,
     prepared,
 )
-from fa2gen.ops.validate import Lengths, out_shape, validate_general, validate_general_backward, validate_options
+from fa2gen.ops.validate import (
+    Lengths,
+    out_shape,
+    validate_expression,
+    validate_general,
+    validate_general_backward,
+    validate_options,
+)
 from fa2gen.options import Options, Shape
 from fa2gen.spec import Tiling
 
@@ -41,6 +49,7 @@ def forward_general(
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
     s_aux: Tensor | None,
+    tensors: Sequence[Tensor],
     options: AnyOptions,
     max_keys: int | None = None,
     arch: str | None = None,
@@ -51,20 +60,21 @@ def forward_general(
 
     q, k, v  of a dense batch, where all lengths are None, else of a ragged one, as `validate_ragged` says.
     s_aux    (heads,) fp32, contiguous, or None.
+    tensors  that the expression of the options names, in the order of its inputs.
 
     out as `out_shape` says; lse (batch, heads, seqlen_q), of a ragged batch (heads, total_q), fp32; both contiguous.
     Raises as `forward_cuda` does.
     """
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
-    key = (*map(_kind, (q, k, v, *lengths, s_aux)), options, keys, arch, tiling)
-    call = prepared(key, _prepare, q, k, v, lengths, s_aux, Options(*options), keys, arch, tiling)
+    key = (*map(_kind, (q, k, v, *lengths, s_aux, *tensors)), options, keys, arch, tiling)
+    call = prepared(key, _prepare, q, k, v, lengths, s_aux, tensors, Options(*options), keys, arch, tiling)
     out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
     ragged = any(x is not None for x in lengths)
     if call.launch is None and not call.misaligned:  # no query, or no key for any
         if ragged and s_aux is not None and out.numel():
             one_k, one_v, bounds = _keys_of_none(k, v, lengths)
-            given = (q, one_k, one_v, cu_seqlens_q, bounds, seqused_q, None, s_aux)
+            given = (q, one_k, one_v, cu_seqlens_q, bounds, seqused_q, None, s_aux, tensors)
             return forward_general(*given, options, max_keys, arch, tiling, (out, lse))
         out.zero_()
         lse.copy_(s_aux[:, None].expand_as(lse)) if s_aux is not None else lse.fill_(-math.inf)
@@ -72,8 +82,9 @@ def forward_general(
     at = [x.data_ptr() for x in (q, k, v, out, lse)]
     if call.launch is None or any(address & 15 for address in at):
         q, k, v = (aligned(x) for x in (q, k, v))
-        return forward_general(q, k, v, *lengths, s_aux, options, max_keys, arch, tiling, (out, lse))
-    others = [_address(x) for x in (*(lengths if ragged else ()), s_aux) if x is not None or ragged]
+        return forward_general(q, k, v, *lengths, s_aux, tensors, options, max_keys, arch, tiling, (out, lse))
+    of_sink = () if s_aux is None else (s_aux.data_ptr(),)
+    others = (*(map(_address, lengths) if ragged else ()), *of_sink, *(x.data_ptr() for x in tensors))
     launch = launch_with_scratch if ragged else launch_cleared
     launch(call, q, (*at, *others))
     return out, lse
@@ -92,6 +103,7 @@ def backward_general(
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
     s_aux: Tensor | None,
+    tensors: Sequence[Tensor],
     options: AnyOptions,
     max_keys: int | None = None,
     into: AllGradients | None = None,
@@ -111,10 +123,10 @@ def backward_general(
     lse = lse.contiguous()
     if dlse is not None:
         dlse = dlse.contiguous()
-    tensors = (dout, q, k, v, out, lse, dlse)
+    first = (dout, q, k, v, out, lse, dlse)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
-    key = (*map(_kind, (*tensors, *lengths, s_aux)), options, keys)
-    call = prepared(key, _prepare_backward, *tensors, lengths, s_aux, Options(*options), keys)
+    key = (*map(_kind, (*first, *lengths, s_aux, *tensors)), options, keys)
+    call = prepared(key, _prepare_backward, *first, lengths, s_aux, tensors, Options(*options), keys)
     sinks = 0 if s_aux is None else s_aux.shape[0]
     gradients = into or (
         *(x.new_empty(x.shape) for x in (q, k, v)),
@@ -123,7 +135,7 @@ def backward_general(
     if call.launch is None and not call.misaligned:  # no query or no key
         if ragged and s_aux is not None and q.numel():
             one_k, one_v, bounds = _keys_of_none(k, v, lengths)
-            given = (dout, q, one_k, one_v, out, lse, dlse, cu_seqlens_q, bounds, seqused_q, None, s_aux)
+            given = (dout, q, one_k, one_v, out, lse, dlse, cu_seqlens_q, bounds, seqused_q, None, s_aux, tensors)
             dq, _, _, ds_aux = backward_general(*given, options, max_keys)
             return dq, gradients[1].zero_(), gradients[2].zero_(), ds_aux
         for gradient in gradients:
@@ -137,9 +149,11 @@ def backward_general(
     if call.launch is None or any(address & 15 for address in at):
         q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
         lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
-        return backward_general(dout, q, k, v, out, lse, dlse, *lengths, s_aux, options, max_keys, gradients)
+        given = (dout, q, k, v, out, lse, dlse, *lengths, s_aux, tensors)
+        return backward_general(*given, options, max_keys, gradients)
     of_sink = () if s_aux is None else (s_aux.data_ptr(), ds_aux.data_ptr())
-    launch_with_scratch(call, q, (*at, *(map(_address, lengths) if ragged else ()), *of_sink))
+    others = (*(map(_address, lengths) if ragged else ()), *of_sink, *(x.data_ptr() for x in tensors))
+    launch_with_scratch(call, q, (*at, *others))
     return gradients
 
 
@@ -168,6 +182,7 @@ def _prepare(
     v: Tensor,
     lengths: Lengths,
     s_aux: Tensor | None,
+    inputs: Sequence[Tensor],
     options: Options,
     keys: int | None,
     arch: str | None,
@@ -176,6 +191,7 @@ def _prepare(
     """Validate a signature; choose, load and pack its kernel."""
     sequences = validate_general(q, k, v, lengths, s_aux)
     validate_options(options)
+    validate_expression(q, k, sequences, inputs, options)
     tensors, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v})
     of_out = out_shape(q, v)
     out_strides = dense(shape.seqlen_q, shape.num_heads, v.shape[-1])
@@ -202,12 +218,14 @@ def _prepare_backward(
     dlse: Tensor | None,
     lengths: Lengths,
     s_aux: Tensor | None,
+    inputs: Sequence[Tensor],
     options: Options,
     keys: int | None,
 ) -> Call:
     """`_prepare` of gradients."""
     sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, lengths, s_aux)
     validate_options(options)
+    validate_expression(q, k, sequences, inputs, options)
     tensors, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v, "o": out, "dout": dout})
     results = {f"d{name}": dense(*tensors[name].shape[1:]) for name in "qkv"}
     launch = packed("bwd", tensors, results, options, shape, _keys(shape, sequences, keys))

@@ -5,9 +5,10 @@ bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool caus
 
 `fwd_varlen` and `bwd_varlen` take `Tensor? cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k` behind these tensors; what
 each is says `fa2gen.ops.validate.validate_ragged`. `fwd_general` and `bwd_general` take all that a call may have:
-behind the lengths, which of a dense batch are all None, `Tensor? s_aux`, (heads,) fp32; `bwd_general` has a fourth
-result, ds_aux, which is empty where there is no s_aux. Those of calls over
-a cache are `fa2gen.ops.kvcache_operator`'s.
+behind the lengths, which of a dense batch are all None, `Tensor? s_aux`, (heads,) fp32, and `Tensor[] tensors`, those
+that an expression names; `bwd_general` has a fourth result, ds_aux, which is empty where there is no s_aux. They alone
+take expressions: `score`, `allow` and `inputs` as `fa2gen.spec.Problem` has them, and the values of their `numbers`.
+Those of calls over a cache are `fa2gen.ops.kvcache_operator`'s.
 
 ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
 field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fa2gen._when_imported import when_imported
 from fa2gen.errors import UnsupportedProblem
+from fa2gen.ops.arguments import OF_GENERAL_OPERATORS
 from fa2gen.ops.autograd import (
     Attention,
     GeneralAttention,
@@ -52,14 +54,16 @@ from fa2gen.ops.validate import (
     refuse_tensor_kinds,
     validate,
     validate_backward,
+    validate_expression,
     validate_general,
     validate_general_backward,
     validate_options,
     validate_ragged,
     validate_ragged_backward,
 )
-from fa2gen.options import SAID_BY_TENSORS, Options
+from fa2gen.options import Expression, Options
 from fa2gen.reference import (
+    Place,
     attention_backward_ragged,
     attention_backward_tiled,
     attention_ragged,
@@ -78,7 +82,7 @@ _POSITIONAL = ("softmax_scale", "causal")  # these came first, without a default
 def _option_schema() -> str:
     types = typing.get_type_hints(Options)
     first = [f"{_TYPES[types[name]]} {name}" for name in _POSITIONAL]
-    others = [name for name in Options._fields if name not in (*_POSITIONAL, *SAID_BY_TENSORS)]
+    others = [name for name in Options._fields if name not in (*_POSITIONAL, *OF_GENERAL_OPERATORS)]
     return ", ".join([*first, *(f"{_TYPES[types[n]]} {n}={Options._field_defaults[n]}" for n in others)])
 
 
@@ -86,14 +90,15 @@ OPTION_SCHEMA = _option_schema()
 _FORWARD = "Tensor q, Tensor k, Tensor v"
 _BACKWARD = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
 _RAGGED = ", ".join(f"Tensor? {name}" for name in LENGTHS)
-_GENERAL = f"{_RAGGED}, Tensor? s_aux"
+_GENERAL = f"{_RAGGED}, Tensor? s_aux, Tensor[] tensors"
+_GENERAL_SCHEMA = f'{OPTION_SCHEMA}, str score="", str allow="", str inputs="", float[] numbers=[]'
 _SCHEMAS = {
     "fwd": f"({_FORWARD}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd": f"({_BACKWARD}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "fwd_varlen": f"({_FORWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd_varlen": f"({_BACKWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
-    "fwd_general": f"({_FORWARD}, {_GENERAL}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
-    "bwd_general": f"({_BACKWARD}, {_GENERAL}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor ds_aux)",
+    "fwd_general": f"({_FORWARD}, {_GENERAL}, {_GENERAL_SCHEMA}) -> (Tensor out, Tensor lse)",
+    "bwd_general": f"({_BACKWARD}, {_GENERAL}, {_GENERAL_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor ds_aux)",
     **CACHE_SCHEMAS,
 }
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
@@ -103,11 +108,16 @@ _GENERAL_NAMES = ("fwd_general", "bwd_general")
 
 def _options(name: str, tensors: tuple[Any, ...], others: tuple[Any, ...], named: dict[str, Any]) -> Options:
     """What an operator was called with, where others are its arguments behind the tensors."""
-    said = {"varlen": name in _RAGGED_NAMES}
-    if name in _GENERAL_NAMES:
-        *_, of_query, of_key, used_q, used_k, s_aux = tensors
-        said = {"varlen": not of_query is of_key is used_q is used_k is None, "sink": s_aux is not None}
-    return Options(*others, **{**named, **said})
+    if name not in _GENERAL_NAMES:
+        return Options(*others, **{**named, "varlen": name in _RAGGED_NAMES})
+    *_, of_query, of_key, used_q, used_k, s_aux, _ = tensors
+    ragged = not of_query is of_key is used_q is used_k is None
+    count = len(Options._fields) - len(OF_GENERAL_OPERATORS)
+    given = {**named, **dict(zip(Expression._fields, others[count:], strict=False))}
+    said = Expression(*(given.pop(field, default) for field, default in Expression._field_defaults.items()))
+    expression = said._replace(numbers=tuple(said.numbers)) if said.score or said.allow else None
+    given |= {"varlen": ragged, "sink": s_aux is not None, "expression": expression}
+    return Options(*others[:count], **given)
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -173,31 +183,36 @@ def _backward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, *lengths, s_aux, options = arguments
+    q, k, v, *lengths, s_aux, tensors, options = arguments
     sequences = validate_general(q, k, v, tuple(lengths), s_aux)
     validate_options(options)
-    run = attention_tiled if sequences is None else attention_ragged
+    validate_expression(q, k, sequences, tensors, options)
     with torch.autocast("cpu", enabled=False):
-        return run(q, k, v, *(() if sequences is None else lengths), s_aux=s_aux, **options._asdict())
+        if sequences is None:
+            return attention_tiled(q, k, v, s_aux=s_aux, place=Place(tensors), **options._asdict())
+        return attention_ragged(*[q, k, v, *lengths, tensors], s_aux=s_aux, **options._asdict())
 
 
 def _forward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, *lengths, s_aux, options = arguments
-    if validate_general(q, k, v, tuple(lengths), s_aux) is None:
+    q, k, v, *lengths, s_aux, tensors, options = arguments
+    sequences = validate_general(q, k, v, tuple(lengths), s_aux)
+    validate_expression(q, k, sequences, tensors, options)
+    if sequences is None:
         return _forward_fake(q, k, v, options)
     return _forward_ragged_fake(q, k, v, *lengths, options)
 
 
 def _backward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout, q, k, v, out, lse, dlse, *lengths, s_aux, options = arguments
-    tensors = (dout, q, k, v, out, lse, dlse)
-    sequences = validate_general_backward(*tensors, tuple(lengths), s_aux)
+    dout, q, k, v, out, lse, dlse, *lengths, s_aux, tensors, options = arguments
+    given = (dout, q, k, v, out, lse, dlse)
+    sequences = validate_general_backward(*given, tuple(lengths), s_aux)
     validate_options(options)
+    validate_expression(q, k, sequences, tensors, options)
     with torch.autocast("cpu", enabled=False):
         if sequences is None:
-            gradients = attention_backward_tiled(*tensors, **options._asdict())
+            gradients = attention_backward_tiled(*given, place=Place(tensors), **options._asdict())
         else:
-            gradients = attention_backward_ragged(*tensors, *lengths, **options._asdict())
+            gradients = attention_backward_ragged(*[*given, *lengths, tensors], **options._asdict())
             dout, out = ((x if x.dim() == 3 else x.flatten(0, 1)).unsqueeze(0) for x in (dout, out))
             lse, dlse = (None if x is None else x.unsqueeze(0) for x in (lse, dlse))
         if s_aux is None:
@@ -206,9 +221,10 @@ def _backward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _backward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout, q, k, v, out, lse, dlse, *lengths, s_aux, options = arguments
-    validate_general_backward(dout, q, k, v, out, lse, dlse, tuple(lengths), s_aux)
+    dout, q, k, v, out, lse, dlse, *lengths, s_aux, tensors, options = arguments
+    sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, tuple(lengths), s_aux)
     validate_options(options)
+    validate_expression(q, k, sequences, tensors, options)
     ds_aux = q.new_empty(0 if s_aux is None else s_aux.shape, dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ds_aux
 
@@ -255,19 +271,25 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
     operator = getattr(torch.ops.fa2gen, name).default
     names = [argument.name for argument in operator._schema.arguments][: _NUM_TENSORS[name]]
 
+    general = name in _GENERAL_NAMES
+    alone = len(names) - general  # tensors that are no list
+
     def kernel(keyset: Any, *arguments: Any, **named: Any) -> Any:
-        tensors, others = arguments[: len(names)], arguments[len(names) :]
-        refuse_tensor_kinds(names, tensors)
+        given, others = arguments[: len(names)], arguments[len(names) :]
+        tensors = (*given[:alone], *given[-1]) if general else given
+        refuse_tensor_kinds([*names[:alone], *(f"input {i}" for i in range(len(tensors) - alone))], tensors)
         if forward_ad._current_level >= 0:
             refuse_tangents(*tensors)
         below = keyset & torch._C._after_autograd_keyset
 
-        def run(*given: Any) -> Any:
+        def run(*flat: Any) -> Any:
+            as_list = [list(flat[alone : len(tensors)])] if general else []
             with torch._C._AutoDispatchBelowAutograd():
-                return operator.redispatch(below, *given[: len(names)], *others, **named)
+                return operator.redispatch(below, *flat[:alone], *as_list, *others, **named)
 
         if torch.is_grad_enabled() and wants_gradient(*tensors):
-            return apply(function, run, *tensors, _options(name, tensors, others, named))
+            behind = (None,) if function is GeneralAttention else ()  # it is not known how many keys there are at most
+            return apply(function, run, *tensors, _options(name, given, others, named), *behind)
         return run(*tensors)
 
     return kernel
@@ -298,7 +320,8 @@ def _folded(x: Tensor, in_dim: int | None, size: int) -> Tensor:
 def _refuse_vmap(name: str, *_: Any) -> NoReturn:
     if name in _GENERAL_NAMES:
         raise UnsupportedProblem(
-            "torch.func.vmap of attention with sinks is not built; make what is mapped over part of the batch: "
+            "torch.func.vmap of attention with sinks or an expression (a softcap) is not built; make what is mapped "
+            "over part of the batch: "
             "q.flatten(0, 1) of (mapped, batch, seqlen, heads, head_dim)"
         )
     raise UnsupportedProblem(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
-from fa2gen.ops.arguments import NO_WINDOW, Window, default_scale, named, options_of, sinks, window_sides
+from fa2gen.ops.arguments import (
+    NO_WINDOW,
+    Window,
+    default_scale,
+    expression_of,
+    named,
+    options_of,
+    sinks,
+    window_sides,
+)
 from fa2gen.ops.autograd import Attention, GeneralAttention, RaggedAttention, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions, forward_cuda
 from fa2gen.ops.general import forward_general
@@ -26,10 +36,10 @@ from fa2gen.ops.validate import (
     validate_general,
     validate_ragged,
 )
-from fa2gen.options import Options
+from fa2gen.options import Expression, Options
 from fa2gen.spec import Tiling
 
-__all__ = ["attention", "forward_into", "run", "run_general", "run_ragged"]
+__all__ = ["attention", "forward_into", "run", "run_any", "run_general", "run_ragged"]
 
 _OPERATOR = torch.ops.fa2gen.fwd.default
 _RAGGED_OPERATOR = torch.ops.fa2gen.fwd_varlen.default
@@ -50,6 +60,9 @@ def attention(
     tiling: Tiling | None = None,
     deterministic: bool = False,
     s_aux: Tensor | None = None,
+    score: str = "",
+    allow: str = "",
+    inputs: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as (out, lse), both differentiable, once; shapes as in `fa2gen.ops`.
 
@@ -60,6 +73,8 @@ def attention(
     deterministic    gradients that are the same bits in every run, at some cost in speed; so they are also under
                      torch.use_deterministic_algorithms(True). The forward pass always is.
     s_aux            as in `flash_attn_func`.
+    score            what becomes of the scaled score s of query i and key j, an expression: "cap * tanh(s / cap)".
+    inputs           the numbers that it names: {"cap": 50.0}.
 
     q, k and v may be nested tensors of layout jagged, (batch, jagged, heads, head_dim): out is one like q then, and lse
     is packed, (heads, total_q).
@@ -68,19 +83,13 @@ def attention(
     With `arch` or `tiling` the kernel is called directly, not through the operator: torch.compile cannot see into that.
     Raises InvalidInput, UnsupportedProblem, or InfeasibleSpec for a tiling that does not fit.
     """
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
-        refuse_non_tensors(q=q, k=k, v=v)
+    expression = expression_of(score, allow, inputs)
     said = (softmax_scale, causal, window_sides(window_size), attention_chunk, deterministic)
     if arch is None and tiling is None:
-        if q.is_nested or k.is_nested or v.is_nested:
-            packed, lengths = packed_jagged(q, k, v)
-            out, lse = run_ragged(*packed, lengths, options_of(packed[0], *said, varlen=True), s_aux=s_aux)
-            return jagged_like(q, out), lse
-        if s_aux is not None:
-            return run_general(q, k, v, _NO_LENGTHS, s_aux, options_of(q, *said))
-        return run(q, k, v, options_of(q, *said))
+        return run_any(q, k, v, said, expression, s_aux)
+    refuse_non_tensors(q=q, k=k, v=v)
     refuse_tensor_kinds("qkv", (q, k, v))
-    options = options_of(q, *said)
+    options = options_of(q, *said)._replace(expression=expression)
     if torch.is_grad_enabled() and wants_gradient(q, k, v, s_aux):
         raise UnsupportedProblem(
             "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach it"
@@ -88,9 +97,31 @@ def attention(
     if not q.is_cuda:
         raise InvalidInput(f"arch and tiling choose a CUDA kernel, but q is on {q.device}: leave them out")
     if s_aux is not None:
-        given = (*autocasted(q, k, v), *_NO_LENGTHS, sinks(s_aux))
+        given = (*autocasted(q, k, v), *_NO_LENGTHS, sinks(s_aux), ())
         return forward_general(*given, options._replace(sink=True), None, arch, tiling)
     return forward_cuda(*autocasted(q, k, v), options, arch, tiling)
+
+
+def run_any(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    said: tuple[Any, ...],
+    expression: Expression | None,
+    s_aux: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of dense or nested tensors; `said` are the arguments of `options_of`, of which none is checked yet."""
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        refuse_non_tensors(q=q, k=k, v=v)
+    if q.is_nested or k.is_nested or v.is_nested:
+        packed, lengths = packed_jagged(q, k, v)
+        options = options_of(packed[0], *said)._replace(varlen=True, expression=expression)
+        out, lse = run_ragged(*packed, lengths, options, s_aux=s_aux)
+        return jagged_like(q, out), lse
+    options = options_of(q, *said)._replace(expression=expression)
+    if s_aux is not None:
+        return run_general(q, k, v, _NO_LENGTHS, s_aux, options)
+    return run(q, k, v, options)
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -100,6 +131,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tens
             out, lse = Attention.apply(forward_cuda, q, k, v, options)
             return out, lse
         return forward_cuda(q, k, v, options)
+    if options.expression:
+        return run_general(q, k, v, _NO_LENGTHS, None, options)
     q, k, v = autocasted(q, k, v)
     try:
         out, lse = _OPERATOR(q, k, v, **named(options))
@@ -129,6 +162,8 @@ def run_ragged(
     said = Options(*options)
     if said.softmax_scale is None:
         said = said._replace(softmax_scale=default_scale(q))
+    if said.expression:
+        return run_general(q, k, v, lengths, None, said, max_keys)
     q, k, v = autocasted(q, k, v)
     try:
         out, lse = _RAGGED_OPERATOR(q, k, v, *lengths, **named(said))
@@ -146,24 +181,31 @@ def run_general(
     s_aux: Tensor | None,
     options: AnyOptions,
     max_keys: int | None = None,
+    tensors: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """`run` of a call with further tensors, ragged where there are lengths."""
+    """`run` of a call with further tensors, ragged where there are lengths; `tensors` are those of an expression."""
     said = Options(*options)._replace(varlen=any(x is not None for x in lengths), sink=s_aux is not None)
     if said.softmax_scale is None:
         said = said._replace(softmax_scale=default_scale(q))
     others = (*lengths, sinks(s_aux))
-    if is_plain(q, k, v) and all(x is None or type(x) is Tensor for x in others):
-        if torch.is_grad_enabled() and wants_gradient(q, k, v, *others):
-            out, lse = GeneralAttention.apply(forward_general, q, k, v, *others, said, max_keys)
+    if is_plain(q, k, v) and all(x is None or type(x) is Tensor for x in (*others, *tensors)):
+        if torch.is_grad_enabled() and wants_gradient(q, k, v, *others, *tensors):
+            out, lse = GeneralAttention.apply(_forward_flat, q, k, v, *others, *tensors, said, max_keys)
             return out, lse
-        return forward_general(q, k, v, *others, said, max_keys)
+        return forward_general(q, k, v, *others, tensors, said, max_keys)
     q, k, v = autocasted(q, k, v)
     try:
-        out, lse = _GENERAL_OPERATOR(q, k, v, *others, **named(said))
+        out, lse = _GENERAL_OPERATOR(q, k, v, *others, tensors, **named(said))
         return out, lse
     except NotImplementedError:
         validate_general(q, k, v, lengths, others[-1])
         raise
+
+
+def _forward_flat(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`forward_general` of the tensors of an expression one by one, as autograd knows them."""
+    *given, options, max_keys = arguments
+    return forward_general(*[*given[:8], given[8:], options, max_keys])
 
 
 def autocasted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ lie on several devices; everything else must be whole on each.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
+from fa2gen.errors import UnsupportedProblem
 from fa2gen.ops.validate import LENGTHS
 
 __all__ = ["register"]
@@ -50,13 +52,14 @@ def _backward(
 
 def _forward_general(q: Any, k: Any, v: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
     """`_forward` with lengths, or None in their places, and s_aux behind them."""
-    *lengths, s_aux = others[: _NUM_LENGTHS + 1]
-    options = others[_NUM_LENGTHS + 1 :]
+    *lengths, s_aux, tensors = others[: _NUM_LENGTHS + 2]
+    options = others[_NUM_LENGTHS + 2 :]
+    _refuse_own_places(tensors, options)
     found = []
     for results, inputs in _forward(any(x is not None for x in lengths), q, k, v, *lengths, *options):
         of_head = _of_heads(s_aux, results[1], len(q.shape))
         at = 3 + _NUM_LENGTHS
-        found.append((results, [*inputs[:at], of_head, *inputs[at:]]))
+        found.append((results, [*inputs[:at], of_head, [], *inputs[at:]]))
     return found
 
 
@@ -64,16 +67,27 @@ def _backward_general(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *others: Any
 ) -> list[tuple[list[Any], list[Any]]]:
     """`_backward` likewise; ds_aux is a sum over the batch."""
-    *lengths, s_aux = others[: _NUM_LENGTHS + 1]
-    options = others[_NUM_LENGTHS + 1 :]
+    *lengths, s_aux, inputs_of_expression = others[: _NUM_LENGTHS + 2]
+    options = others[_NUM_LENGTHS + 2 :]
+    _refuse_own_places(inputs_of_expression, options)
     tensors = (dout, q, k, v, out, lse, dlse)
     found = []
     for results, inputs in _backward(any(x is not None for x in lengths), *tensors, *lengths, *options):
         rows, at = inputs[5], 7 + _NUM_LENGTHS
         of_head = _of_heads(s_aux, rows, len(q.shape))
         of_gradient = Partial() if s_aux is not None and of_head == Replicate() != rows else of_head or Replicate()
-        found.append(([*results, of_gradient], [*inputs[:at], of_head, *inputs[at:]]))
+        found.append(([*results, of_gradient], [*inputs[:at], of_head, [], *inputs[at:]]))
     return found
+
+
+def _refuse_own_places(tensors: Any, options: tuple[Any, ...]) -> None:
+    """Raise UnsupportedProblem for an expression that tells heads or batch entries apart: a shard counts its own."""
+    texts = [x for x in options if isinstance(x, str)]
+    if tensors or any(re.search(r"\b(b|h|hk)\b", text) for text in texts):
+        raise UnsupportedProblem(
+            f"expressions of heads, batch entries or tensors run on no DTensors ({' '.join(texts)}); nearest: one of "
+            "s, i, j and numbers, or the local tensors, to_local()"
+        )
 
 
 def _of_heads(s_aux: Any, rows: Any, rank: int) -> Any:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.options import Options
-from fa2gen.spec import HEAD_DIM_STEP, MAX_HEAD_DIM, DType
+from fa2gen.features.expression import refuse_unbuilt_expression
+from fa2gen.options import Expression, Options
+from fa2gen.spec import HEAD_DIM_STEP, MAX_HEAD_DIM, DType, program_of
 
 __all__ = [
     "DTYPES",
     "LENGTHS",
+    "NO_LENGTHS",
     "Lengths",
     "describe",
     "out_shape",
@@ -23,6 +25,7 @@ __all__ = [
     "refuse_tensor_kinds",
     "validate",
     "validate_backward",
+    "validate_expression",
     "validate_general",
     "validate_general_backward",
     "validate_head_dim",
@@ -36,6 +39,7 @@ __all__ = [
 DTYPES: dict[Any, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 Lengths: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of the sequences of a ragged batch, as LENGTHS names them."""
+NO_LENGTHS: Lengths = (None, None, None, None)
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 
 # Kernels hold the scale, and log2(e) times it, in fp32; products of q and k up to 1e8 times the greatest stay finite.
@@ -121,6 +125,18 @@ def validate_options(options: Options) -> None:
     for name, number, least in (("window_left", left, -1), ("window_right", right, -1), ("chunk", chunk, 0)):
         if isinstance(number, int) and number < least:
             raise InvalidInput(f"{name} is {number}; it must be at least {least}, which means no limit")
+    if options.expression:
+        _validate_numbers(options.expression)
+
+
+def validate_expression(
+    q: Tensor, k: Tensor, sequences: int | None, tensors: Sequence[Tensor], options: Options
+) -> None:
+    """Raise InvalidInput or UnsupportedProblem unless the expression of a call of these can have these tensors."""
+    expression = options.expression or Expression()
+    refuse_unbuilt_expression(program_of(*expression[:3]))
+    if tensors:
+        raise InvalidInput(f"{len(tensors)} tensors were given, and the expression names none")
 
 
 def validate_backward(
@@ -178,6 +194,15 @@ def validate_general_backward(
 def out_shape(q: Tensor, v: Tensor) -> tuple[int, ...]:
     """Of the output, and of its gradient: rows and heads of q, the head dim of v."""
     return (*q.shape[:-1], v.shape[-1])
+
+
+def _validate_numbers(expression: Expression) -> None:
+    names = [x.name for x in program_of(*expression[:3]).inputs if not x.is_tensor]
+    if len(expression.numbers) != len(names):
+        raise InvalidInput(f"the expression has {len(names)} numbers, and {len(expression.numbers)} were given")
+    for name, number in zip(names, expression.numbers, strict=True):
+        if isinstance(number, float | int) and not math.isfinite(number):
+            raise InvalidInput(f"{name} of the expression is {number}; it must be finite")
 
 
 def _validate_results(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
+from fa2gen.features.expression import ScoreCode, score_code
 from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES, Panels, align_up
 from fa2gen.plan.memory import SharedMemory
@@ -203,6 +204,30 @@ class KernelPlan:
         return not self.varlen and self.problem.direction != "decode"
 
     @property
+    def has_score(self) -> bool:
+        """Whether an expression makes something else of the scores."""
+        return bool(self.problem.score)
+
+    @cached_property
+    def score(self) -> ScoreCode:
+        """What it makes of them, in C++."""
+        return score_code(self.problem.program, self.problem.direction == "bwd")
+
+    @property
+    def softmax_scale(self) -> str:
+        """What forward kernels call the factor of scores."""
+        return "factor * 0.693147180559945309f" if self.has_score else "p.softmax_scale"
+
+    @property
+    def softmax_scale_log2(self) -> str:
+        return "factor" if self.has_score else "p.softmax_scale_log2"
+
+    @property
+    def hidden(self) -> str:
+        """What a backward kernel has in the place of what a mask hides: of a score, or of the weight that it became."""
+        return "0.0f" if self.has_score else "-kInfinity"
+
+    @property
     def has_griddepcontrol(self) -> bool:
         """Whether a kernel's blocks can start before the kernel before it has ended: an instruction of sm_90."""
         return self.arch == "sm90"
@@ -363,7 +388,7 @@ class KernelPlan:
             *(Param(name, "int") for name in self.sizes),
             *(param for feature in self.features for param in feature.params),
             Param("softmax_scale", "float"),
-            Param("softmax_scale_log2", "float"),
+            *(() if self.has_score else (Param("softmax_scale_log2", "float"),)),
         )
 
     @cached_property

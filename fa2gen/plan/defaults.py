@@ -31,6 +31,7 @@ class _Row:
     from_bytes  least shared memory of a block on the device that they are for.
     uneven      whether they are for masks whose blocks hold different amounts of work; None: for all.
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
+    score       whether they are for scores of an expression; None: for all.
     """
 
     head_dim: int
@@ -38,6 +39,7 @@ class _Row:
     from_bytes: int = 0
     uneven: bool | None = None
     left_edge: bool | None = None
+    score: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class _Family:
             and shared_memory_limit >= row.from_bytes
             and row.uneven in (None, uneven)
             and row.left_edge in (None, left_edge)
+            and row.score in (None, bool(problem.score))
         )
 
 
@@ -104,6 +107,8 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
         (
             _Row(96, ((128, 64, 2, 4), (128, 64, 1, 4), (64, 32, 1, 4))),
             _Row(112, ((128, 64, 1, 4), (64, 32, 1, 4)), left_edge=False),
+            # With a cap 32 rows a warp spill from 120 on: 8 registers of 64 keys, 4 of 48.
+            _Row(160, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4)), score=True),
             _Row(
                 120, ((128, 48, 2, 4), (128, 48, 1, 4), (64, 32, 1, 4))
             ),  # 64 keys spill 4 registers (causal) or 2 (at 112, windows)
@@ -122,6 +127,7 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     ("sm80", "bwd"): _Family(
         (
             _Row(64, ((128, 128, 2, 8), (64, 128, 2, 8), (32, 32, 1, 4))),
+            _Row(80, ((64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4)), score=True),  # 2: spills, sm_90
             _Row(128, ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4))),
             _Row(256, ((64, 64, 2, 8), (64, 64, 1, 8), (32, 64, 1, 8), (32, 32, 1, 4))),
         ),
@@ -132,7 +138,7 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     # three, as many keys a block as the registers hold; with two, few enough that O has a place beside Q's.
     ("sm90", "fwd"): _Family(
         (
-            _Row(64, ((192, 128, 4, 12),)),
+            _Row(64, ((192, 128, 4, 12), (192, 112, 4, 12))),  # 112: a window of scores of an expression
             # Windows: each warpgroup visits few blocks of keys, so that short ones waste less at the window's two ends,
             # and copies further ahead hide more of a walk's start (128, 1023 of 16k: 1.10 times (192, 80, 2, 12); 256:
             # 1.05 times 80 keys; H100). At 64 exponentials bind as ever: 1.03 times (256, 64, 4, 16), window 127.

@@ -253,9 +253,11 @@ def of_features(plan: KernelPlan) -> dict[str, str]:
     return {name: text for feature in plan.features for name, text in feature.formulas.items()}
 
 
-def options(plan: KernelPlan) -> list[str]:
-    """The whole numbers of a call's options that those are computed from."""
-    return [name for name in _OPTIONS if name in _words(*of_features(plan).values())]
+def options(plan: KernelPlan) -> dict[str, str]:
+    """The numbers of a call's options that those are computed from, and what each is."""
+    numbers = {x.token: "number of the expression" for x in plan.problem.program.inputs if not x.is_tensor}
+    wanted = _words(*of_features(plan).values())
+    return {name: what for name, what in (_OPTIONS | numbers).items() if name in wanted}
 
 
 _DENSE = {
@@ -268,7 +270,8 @@ _DENSE = {
 
 def call_fields(plan: KernelPlan) -> Iterator[str]:
     """Declarations of what a call of the launcher says beside its sizes and scale."""
-    yield from (f"std::int64_t {name};  // {_OPTIONS[name]}" for name in options(plan))
+    kinds = {param.name: "double" if param.ctype == "float" else "std::int64_t" for param in plan.params}
+    yield from (f"{kinds.get(name, 'std::int64_t')} {name};  // {what}" for name, what in options(plan).items())
     yield from (f"Tensor {name};" for name in strided(plan))
     for operand in plan.operands:
         if not operand.is_tensor:
@@ -281,9 +284,10 @@ def call_fields(plan: KernelPlan) -> Iterator[str]:
 
 def feature_assignments(plan: KernelPlan) -> Iterator[str]:
     """Statements that set what features add to Params, in the launcher."""
+    kinds = {param.name: host_type(param) for param in plan.params}
     for name, formula in of_features(plan).items():
-        in_call = re.sub(r"\b(" + "|".join(_OPTIONS) + r")\b", r"call.\1", formula)
-        yield f"found.params.{name} = static_cast<std::int32_t>({in_call});"
+        in_call = re.sub(r"\b(" + "|".join(options(plan)) + r")\b", r"call.\1", formula)
+        yield f"found.params.{name} = static_cast<{kinds[name]}>({in_call});"
 
 
 def passed_on(plan: KernelPlan) -> list[str]:
@@ -297,7 +301,7 @@ def lines(plan: KernelPlan) -> Iterator[str]:
     many, takes = len(plan.entry_points) > 1, "tensor maps, then Params, by value" if maps(plan) else "Params by value"
     yield f"Compile with nvcc -std=c++17 -arch={plan.target} -cubin, or with NVRTC."
     if plan.has_launcher:
-        yield f"`fa2gen render {plan.name} --with-host` adds a launcher in C++."
+        yield f"`fa2gen render {'SPEC.toml' if plan.has_score else plan.name} --with-host` adds a launcher in C++."
     yield ""
     yield f"Kernels, one after the other on one stream; each takes {takes}:" if many else f"Kernel; it takes {takes}:"
     for entry in plan.entry_points:
@@ -331,7 +335,7 @@ def lines(plan: KernelPlan) -> Iterator[str]:
             yield f"  {one.name}: {counts[one.name]}{note}"
     if options(plan):
         yield "Options; limited(x, n) is n where x < 0, else min(x, n):"
-        yield from (f"  {name}: {_OPTIONS[name]}" for name in options(plan))
+        yield from (f"  {name}: {what}" for name, what in options(plan).items())
         yield from (f"  Params has {name} = {text}" for name, text in of_features(plan).items())
 
 

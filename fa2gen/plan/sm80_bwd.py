@@ -25,7 +25,8 @@ QUERIES = (32, 64, 128)  # powers of two, so that addresses of a warp's steps ha
 # Registers that a thread needs beside the accumulators: fragments in flight, addresses, P as 16-bit numbers. The least
 # with which every default compiles without a spill; ptxas has the last word (tests/compile).
 REGISTERS_BESIDE_TILES = 56
-REGISTERS_OF_LENGTHS = 8  # of a ragged batch: they are no constants of the launch (d = 128: 64 x 128 spill 8 bytes)
+REGISTERS_OF_LENGTHS = 8  # of a ragged batch: they are no constants of the launch (d = 128: 64 x 128 spill 8 bytes);
+# and of an expression's values (with a cap: 8 bytes)
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     @property
     def registers_beside_tiles(self) -> int:
         wide = max(self.head_dim, self.head_dim_v) > 112
-        return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if self.varlen and wide else 0)
+        return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if (self.varlen or self.has_score) and wide else 0)
 
     # Shared memory
 

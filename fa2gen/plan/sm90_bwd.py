@@ -29,6 +29,9 @@ FLOAT_BYTES = 4
 # Registers that a thread needs beside the tiles: addresses, loop state. With these every default compiles without a
 # spill; ptxas has the last word (tests/compile).
 REGISTERS_BESIDE_TILES = 12
+# Of an expression's values (a cap at d = 64, 128 x 128: 92 bytes spill), and of a key's second edge beside them (56).
+REGISTERS_OF_SCORE = 8
+REGISTERS_OF_SCORE_AND_LEFT_EDGE = 16
 REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the other columns
 
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
@@ -122,10 +125,15 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         s, p, dq = self.num_acc_s, self.num_p, self.num_acc_dq
         dk, dv = self.num_acc_dkv(self.qk), self.num_acc_dkv(self.vo)
         if self.splits_products:
-            return max(dk + 2 * s, dv + max(s, dq)) + p + REGISTERS_BESIDE_TILES
+            return max(dk + 2 * s, dv + max(s, dq)) + p + self.registers_beside_tiles
         rest = self.num_acc_dq_rest + REGISTERS_OF_DQ_REST if self.splits_dq_rest else 0
         scores = 2 * s + REGISTERS_OF_DQ_REST * self.splits_dq_rest
-        return dk + dv + p + max(scores, dq + rest) + REGISTERS_BESIDE_TILES
+        return dk + dv + p + max(scores, dq + rest) + self.registers_beside_tiles
+
+    @property
+    def registers_beside_tiles(self) -> int:
+        of_score = REGISTERS_OF_SCORE_AND_LEFT_EDGE if self.left_edge else REGISTERS_OF_SCORE
+        return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0)
 
     # Matrix instructions
 

@@ -62,6 +62,11 @@ def turned(**other: Any) -> Any:
     return cached(**{**new, "cache_seqlens": 3, **other})
 
 
+def modified(score: Any, allow: str = "", **inputs: Any) -> Any:
+    """A call with an expression."""
+    return attention(t(*Q), t(*K), t(*K), score=score, allow=allow, inputs=inputs)
+
+
 def ints(*numbers: int) -> Any:
     return torch.tensor(numbers, dtype=torch.int32)
 
@@ -143,7 +148,7 @@ CASES: dict[str, Case] = {
     "s_aux with a batch": Case(InvalidInput, "s_aux is|(6,)", lambda: run(s_aux=torch.zeros(1, 6))),
     "s_aux elsewhere": Case(InvalidInput, "s_aux is|meta|on cpu", lambda: run(s_aux=torch.zeros(6, device="meta"))),
     "s_aux with a stride": Case(InvalidInput, "s_aux has a stride of 2|contiguous()", lambda: run(s_aux=torch.zeros(12)[::2])),
-    "the operator and 16-bit sinks": Case(InvalidInput, "s_aux is|torch.float32", lambda: torch.ops.fa2gen.fwd_general(t(*Q), t(*K), t(*K), None, None, None, None, t(6), 0.1, True)),
+    "the operator and 16-bit sinks": Case(InvalidInput, "s_aux is|torch.float32", lambda: torch.ops.fa2gen.fwd_general(t(*Q), t(*K), t(*K), None, None, None, None, t(6), [], 0.1, True)),
     "ragged: s_aux for the key heads": Case(InvalidInput, "s_aux is|(6,)", lambda: ragged(s_aux=torch.zeros(2))),
     "q is sparse": Case(UnsupportedProblem, "sparse|to_dense", lambda: run(t(*Q).to_sparse())),
     # rank and shape
@@ -203,7 +208,8 @@ CASES: dict[str, Case] = {
     "dropout": Case(UnsupportedProblem, "dropout|0.1|pass 0.0", lambda: run(dropout_p=0.1)),
     "scale where dropout goes": Case(UnsupportedProblem, "fourth positional|softmax_scale", lambda: flash_attn_func(t(*Q), t(*K), t(*K), 64**-0.5)),
     "dropout nan": Case(UnsupportedProblem, "dropout|nan", lambda: run(dropout_p=math.nan)),
-    "softcap": Case(UnsupportedProblem, "softcap|30.0|pass 0.0", lambda: run(softcap=30.0)),
+    "softcap": Case(InvalidInput, "softcap|-30.0|above 0", lambda: run(softcap=-30.0)),
+    "softcap is no number": Case(InvalidInput, "softcap|nan|above 0", lambda: run(softcap=math.nan)),
     "alibi": Case(UnsupportedProblem, "ALiBi|None", lambda: run(alibi_slopes=torch.zeros(6))),
     "softcap is a list": Case(InvalidInput, "softcap must be a number|list|pass 0.0", lambda: run(softcap=[])),
     "dropout is None": Case(InvalidInput, "dropout_p must be a number|NoneType", lambda: run(dropout_p=None)),
@@ -297,7 +303,16 @@ CASES: dict[str, Case] = {
     "ragged: paged": Case(UnsupportedProblem, "block_table|k[block_table].flatten(1, 2)|seqused_k", lambda: ragged(block_table=ints(0, 1).view(2, 1))),
     "ragged: dropout": Case(UnsupportedProblem, "dropout|0.1|pass 0.0", lambda: ragged(dropout_p=0.1)),
     "ragged: dropout is two numbers": Case(InvalidInput, "dropout_p must be a number", lambda: ragged(dropout_p=torch.zeros(2))),
-    "ragged: softcap": Case(UnsupportedProblem, "softcap|pass 0.0", lambda: ragged(softcap=3.0)),
+    "ragged: softcap": Case(InvalidInput, "softcap|above 0", lambda: ragged(softcap=-3.0)),
+    "score: no text": Case(InvalidInput, "score|tanh|3", lambda: modified(3)),
+    "score: no expression": Case(InvalidInput, "score, column", lambda: modified("s +")),
+    "score: hostile": Case(InvalidInput, "score, column", lambda: modified("__import__('os').getpid()")),
+    "score: a number is missing": Case(InvalidInput, "cap|inputs", lambda: modified("s / cap")),
+    "score: too many numbers": Case(InvalidInput, "'bend'|cap", lambda: modified("s / cap", cap=1.0, bend=2.0)),
+    "score: an infinite number": Case(InvalidInput, "number_0|inf|finite", lambda: modified("s / cap", cap=math.inf)),
+    "score: no number": Case(InvalidInput, "cap|number|str", lambda: modified("s / cap", cap="1")),
+    "score: a tensor": Case(UnsupportedProblem, "slope|tensors|numbers", lambda: modified("s * slope[h]", slope=t(6))),
+    "allow": Case(UnsupportedProblem, "j <= i|causal", lambda: modified("s", allow="j <= i")),
     "ragged: scale nan": Case(InvalidInput, "nan|finite", lambda: ragged(softmax_scale=math.nan)),
     "ragged: causal is text": Case(InvalidInput, "causal must be|'yes'", lambda: ragged(causal="yes")),
     "ragged: qkv of two": Case(InvalidInput, "qkv has shape (8, 2, 6, 64)|(total, 3, heads, head_dim)|dim=1", lambda: flash_attn_varlen_qkvpacked_func(t(8, 2, 6, 64), ints(0, 8), 8)),

@@ -17,18 +17,20 @@ import pytest
 from fa2gen._paths import data_dir
 from fa2gen.plan import make_plan
 from fa2gen.render import LAUNCHER, render
-from fa2gen.spec import KernelSpec
+from fa2gen.spec import KernelSpec, Problem
 
 FOLDER = Path(__file__).resolve().parents[2] / "generated" / "golden"
 REFRESH = "python -m tests.unit.test_golden --write"
 
 # Together they show every template: both masks and dtypes, one stage and several, O beside Q and in its place, and the
 # ways to split the backward pass over warpgroups.
+CAP = Problem(head_dim=128, score="cap * tanh(s / cap)").words[-1]
 NAMES = (
     "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
     "fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8",
     "fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8",
     "fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8",
+    f"fa2_bwd_sm90_bf16_d128_causal_{CAP}_m64_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8",
@@ -43,6 +45,7 @@ NAMES = (
     "fa2_fwd_sm90_bf16_d128_causal_m192_n80_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8",
     "fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1",
+    f"fa2_fwd_sm90_bf16_d128_causal_{CAP}_m192_n80_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d128_window_m192_n80_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d248_m128_n80_s2_w8",
     "fa2_fwd_sm90_fp16_d64_m192_n128_s3_w12",

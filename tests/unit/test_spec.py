@@ -204,8 +204,8 @@ def test_any_values_are_a_spec_or_refused_by_field(model, values):
         assert any(repr(name)[1:-1] in str(error) or name in str(error) for name in values), error
     else:
         for name, field in declared(model).items():
-            allowed = field.values or range(field.range.least, field.range.most + 1)
-            assert (value := getattr(made, name)) in allowed or value == field.default
+            allowed = field.values or (range(field.range.least, field.range.most + 1) if field.range else ())
+            assert field.is_text or (value := getattr(made, name)) in allowed or value == field.default
 
 
 # Fields --------------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_every_field_says_what_it_is(model):
     """Command line, names, sentences and the schema of spec files have no other source."""
     for name, field in declared(model).items():
         assert field.help.endswith("."), name
-        assert bool(field.values) != bool(field.range), name
+        assert [bool(field.values), bool(field.range), field.is_text].count(True) == 1, name
         assert field.default is None or field.default in (field.values or [field.default])
 
 
@@ -350,6 +350,8 @@ def test_no_two_fields_read_alike_in_a_name():
     """Else a name could be read in two ways."""
     fields = [field for model in (Problem, Tiling) for field in declared(model).values()]
     for field in fields:
+        if field.is_text:
+            continue
         values = field.values or range(field.range.least, field.range.most + 1, field.range.step)
         for word in filter(None, map(field.word, values)):
             assert [other.name for other in fields if other.value_of(word) is not None] == [field.name], word

@@ -45,8 +45,21 @@ def plans() -> list[KernelPlan]:
     specs = [*catalogue()]
     backward = [problem.model_copy(update={"direction": "bwd"}) for problem in problems]
     ordered = [problem.model_copy(update={"deterministic": True}) for problem in backward if problem.head_dim % 40 == 0]
+    modified = [
+        Problem(direction=direction, head_dim=d, mask=m, score="cap * tanh(s / cap) + sqrt(abs(s) + 1)")
+        for direction in ("fwd", "bwd")
+        for d in (64, 128)
+        for m in get_args(Mask)
+    ]
+    modified += [
+        Problem(direction=direction, head_dim=64, sink=True, varlen=varlen)
+        for direction in ("fwd", "bwd")
+        for varlen in (False, True)
+    ]
     specs += [
-        KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in backward + ordered for arch in ("sm80", "sm90")
+        KernelSpec(problem=p, tiling=default_tiling(p, arch))
+        for p in backward + ordered + modified
+        for arch in ("sm80", "sm90")
     ]
     specs += [
         KernelSpec(problem=problem, tiling=tiling)

@@ -1,0 +1,132 @@
+"""Expressions on the CPU: what they make of scores and gradients, dense and ragged, in both families."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fa2gen import cases
+from fa2gen.cpu import RunOptions, run_kernel
+from fa2gen.features import examples_of
+from fa2gen.options import Options, Shape
+from fa2gen.plan import make_plan
+from fa2gen.select import default_tiling
+from fa2gen.spec import Direction, KernelSpec, Mask, Problem
+from tests.cpu.faults import Fault, symptom
+
+ARCHES = ("sm80", "sm90")
+SOFTCAP = "cap * tanh(s / cap)"
+SHAPE = Shape(1, 113, 203, 4, 2)
+SMALL = Shape(1, 70, 131, 2, 1)
+
+
+def kernel(
+    arch: str,
+    direction: Direction = "fwd",
+    head_dim: int = 64,
+    mask: Mask = "causal",
+    score: str = SOFTCAP,
+    **fields: bool,
+) -> KernelSpec:
+    problem = Problem(direction=direction, head_dim=head_dim, mask=mask, score=score, **fields)
+    return KernelSpec(problem=problem, tiling=default_tiling(problem, arch))
+
+
+def run(name: str, shape: Shape = SHAPE, options: Options | None = None, rendered=None, gain: float = 1.0, **how):
+    """(verdict, tensors) of a case."""
+    spec = KernelSpec.from_name(name)
+    case = cases.make(spec, shape, options, gain=gain)
+    run_kernel(make_plan(spec), case.tensors, case.options, run_options=RunOptions(**how), rendered=rendered)
+    assert cases.written_outside(case) is None
+    return cases.verdict(case), case.tensors
+
+
+@pytest.mark.parametrize(
+    ("arch", "direction", "head_dim", "mask", "varlen"),
+    [
+        (arch, direction, head_dim, mask, varlen)
+        for arch, direction in itertools.product(ARCHES, ("fwd", "bwd"))
+        for head_dim, mask, varlen in (
+            (64, "causal", True),
+            (72, "window", False),
+            (128, "full", False),
+            (256, "causal", False),
+        )
+    ],
+)
+def test_a_cap(arch, direction, head_dim, mask, varlen):
+    spec = kernel(arch, direction, head_dim, mask, varlen=varlen)
+    verdict, _ = run(spec.name)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize(
+    "score",
+    ["s + 0.01 * (j - i) * s", "s * sigmoid(s)", "where(j > i, s, 0.5 * s) - abs(i - j) / 64", "bend * s * abs(s) + h"],
+)
+def test_other_scores(arch, direction, score):
+    verdict, _ = run(kernel(arch, direction, score=score, mask="full").name, SMALL)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_the_score_as_it_is_gives_the_plain_kernel(arch, direction):
+    """Not only the same bits: the same problem."""
+    problem = Problem(direction=direction, head_dim=128, score="s", allow="True")
+    assert problem == Problem(direction=direction, head_dim=128)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_large_scores_are_capped(arch, direction):
+    """Far beyond the cap, where the derivative is nothing, and rows that see no key."""
+    spec = kernel(arch, direction)
+    example = examples_of(spec.problem)[0]
+    for cap, gain in ((1.0, 4.0), (50.0, 6.0)):
+        assert example.expression
+        options = example._replace(expression=example.expression._replace(numbers=(cap,)))
+        verdict, tensors = run(spec.name, Shape(1, 150, 61, 2, 1), options, gain=gain)
+        assert verdict.ok, (cap, verdict)
+        assert all(torch.isfinite(tensors[x]).all() for x in (("o",) if direction == "fwd" else ("dq", "dk", "dv")))
+
+
+@pytest.mark.parametrize(("arch", "direction"), [("sm80", "bwd"), ("sm90", "fwd"), ("sm90", "bwd")])
+def test_sanitizers_and_schedules(arch, direction):
+    name = kernel(arch, direction, deterministic=direction == "bwd").name
+    results = ("o", "lse") if direction == "fwd" else ("dq", "dk", "dv")
+    _, first = run(name, SMALL, sanitize=True)
+    _, again = run(name, SMALL, seed=3, num_sms=3)
+    assert all(torch.equal(again[x], first[x]) for x in results)
+
+
+FORWARD = {arch: kernel(arch).name for arch in ARCHES}
+BACKWARD = {arch: kernel(arch, "bwd", 128).name for arch in ARCHES}
+SPLIT = kernel("sm90", "bwd", 64).name
+POSITIONS = {arch: kernel(arch, score="s - abs(i - j) / 8 + h / 4", mask="full").name for arch in ARCHES}
+FAULTS = [
+    *(
+        Fault("another-scale", name, "finalize_softmax(row_max", "finalize_softmax(row_sum")
+        for name in FORWARD.values()
+    ),
+    *(
+        Fault("no-derivative", name, "probabilities[c] * score.slope", "probabilities[c]")
+        for name in (*BACKWARD.values(), SPLIT)
+    ),
+    *(
+        Fault("hidden-weights", BACKWARD[arch], "acc_s[i] : 0.0f;", "acc_s[i] : acc_s[i];", count=n)
+        for arch, n in (("sm90", 1),)
+    ),
+    *(Fault("rows-too-low", name, "n / 2 % 2 * 8;", "n / 2 % 2 * 4;") for name in POSITIONS.values()),
+    *(Fault("columns-too-far", name, "n / 4 * 8 + n % 2;", "n / 4 * 8;") for name in POSITIONS.values()),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_is_seen(fault):
+    if not symptom(run, fault, [SMALL], 0):
+        pytest.fail("no run shows it")
