@@ -5,6 +5,7 @@ One table for each family of kernels. The first tiling of a row that fits the de
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -196,7 +197,7 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
 
 _WIDE_ROWS = 32
 """Of a decoding kernel's tile: as many as serve a fragment of K or V at once and leave registers for it."""
-_MOST_STAGES = 6
+_LEAST_STAGES, _MOST_STAGES = 2, 6
 
 
 def tiling_for_rows(problem: Problem, tiling: Tiling, rows: int, shared_memory_limit: int) -> Tiling:
@@ -204,9 +205,13 @@ def tiling_for_rows(problem: Problem, tiling: Tiling, rows: int, shared_memory_l
     all of them; itself where no wider one fits."""
     if rows <= tiling.tile_m or tiling.tile_m >= _WIDE_ROWS:
         return tiling
-    for tile_n in dict.fromkeys((tiling.tile_n, 16)):
-        stages = min(tiling.num_stages * tiling.tile_n // tile_n, _MOST_STAGES)
-        wide = tiling.model_copy(update={"tile_m": _WIDE_ROWS, "tile_n": tile_n, "num_stages": stages})
+    # Twice the warps where registers allow: each has twice the products of a tile of 16 rows.
+    for warps, tile_n in itertools.product((8, tiling.num_mma_warps), dict.fromkeys((tiling.tile_n, 16))):
+        per_warp = tiling.num_stages * tiling.tile_n * tiling.num_mma_warps // (warps * tile_n)
+        changes = {"tile_m": _WIDE_ROWS, "tile_n": tile_n, "num_mma_warps": warps}
+        wide = tiling.model_copy(update={**changes, "num_stages": min(per_warp, _MOST_STAGES)})
+        if wide.num_stages < _LEAST_STAGES:
+            continue
         found = plan_of(KernelSpec(problem=problem, tiling=wide))
         if found.shared_memory_bytes <= shared_memory_limit and not found.broken_rules():
             return wide

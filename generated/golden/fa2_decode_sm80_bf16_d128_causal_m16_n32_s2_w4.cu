@@ -7,8 +7,8 @@
 //   tiling   16 query rows x 32 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 139784 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,  127 Threads,  158 Arithmetic,  198 Shared memory,  234 Global memory,
-//             299 cp.async,  323 Fragments,  338 Registers,  347 mma,  376 What is visible,  432 Online softmax,
-//             726 Loads,  810 Matrix products,  893 Putting together, 1148 Append, 1266 Kernel, 1287 Launch
+//             295 cp.async,  319 Fragments,  334 Registers,  343 mma,  372 What is visible,  428 Online softmax,
+//             722 Loads,  806 Matrix products,  889 Putting together, 1246 Append, 1364 Kernel, 1385 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -248,10 +248,6 @@ __device__ __forceinline__ void store_global_float(float* address, float value) 
 __device__ __forceinline__ void load_global_128(uint32_t (&r)[4], void const* address) {
     asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(address) : "memory");
-}
-
-__device__ __forceinline__ float load_global_float(float const* address) {
-    return *address;
 }
 
 // 16 bytes; the address is a multiple of 16.
@@ -995,35 +991,133 @@ __device__ __forceinline__ float* part_sum(Params const& p, int slot, int row) {
     return p.part_sums + (static_cast<int64_t>(slot) * kTileM + row) * 2;
 }
 
-// What all parts of an item have, in the order of its keys, whoever comes last.
-__device__ __forceinline__ void combine_parts(Params const& p, Item const& item, Work const& work, int count, int thread) {
-    for (int i = thread; i < kTileM * kRowQuads; i += kNumThreads) {
-        int const column = i % kRowQuads * 4;
-        Row const row = row_at(p, item, i / kRowQuads);
-        if (!row.exists) {
+// What all parts of an item have, in the order of its keys, whoever comes last. Memory answers late, so that a thread asks for
+// `Parts` of `Quads` groups of four columns at once.
+__device__ __forceinline__ void combine_parts_2(
+    Params const& p, Item const& item, Work const& work, int count, int thread) {
+    constexpr int kParts = 2;
+    constexpr int kQuads = 4;
+    for (int from = thread; from < kTileM * kRowQuads; from += kQuads * kNumThreads) {
+        if (!row_at(p, item, from / kRowQuads).exists) {
             break;
         }
-        RowSum all = {-kInfinity, 0.0f};
-#pragma unroll 8
-        for (int index = 0; index < count; ++index) {
-            all.max = fmaxf(all.max, load_global_float(part_sum(p, slot_of(p, item, work, index), i / kRowQuads)));
-        }
-        float o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-        for (int index = 0; index < count; ++index) {
-            int const slot = slot_of(p, item, work, index);
-            float of[2];
-            float share[4];
-            load_global_float2(of, part_sum(p, slot, i / kRowQuads));
-            load_global_float4(share, part_o(p, slot, i / kRowQuads, column));
-            float const weight = weight_of(of[0], all.max, p.softmax_scale_log2);
-            all.sum = fmaf(of[1], weight, all.sum);
+        RowSum all[kQuads];
+        float o[kQuads][4];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                o[j] = fmaf(share[j], weight, o[j]);
+        for (int j = 0; j < kQuads; ++j) {
+            all[j] = {-kInfinity, 0.0f};
+            o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+        }
+        for (int first = 0; first < count; first += kParts) {
+            float sums[kParts][kQuads][2];
+            float shares[kParts][kQuads][4];
+#pragma unroll
+            for (int i = 0; i < kParts; ++i) {
+                // Behind the last part that part again, which then weighs nothing.
+                int const slot = slot_of(p, item, work, min(first + i, count - 1));
+#pragma unroll
+                for (int j = 0; j < kQuads; ++j) {
+                    int const quad = min(from + j * kNumThreads, kTileM * kRowQuads - 1);
+                    load_global_float2(sums[i][j], part_sum(p, slot, quad / kRowQuads));
+                    load_global_float4(shares[i][j], part_o(p, slot, quad / kRowQuads, quad % kRowQuads * 4));
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kQuads; ++j) {
+                float max = all[j].max;
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    max = fmaxf(max, sums[i][j][0]);
+                }
+                float const of_before = weight_of(all[j].max, max, p.softmax_scale_log2);
+                all[j] = {max, all[j].sum * of_before};
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    o[j][c] *= of_before;
+                }
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    float const weight = weight_of(first + i < count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2);
+                    all[j].sum = fmaf(sums[i][j][1], weight, all[j].sum);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        o[j][c] = fmaf(shares[i][j][c], weight, o[j][c]);
+                    }
+                }
             }
         }
-        store_row(p, item, row, all, o, column);
+#pragma unroll
+        for (int j = 0; j < kQuads; ++j) {
+            int const quad = from + j * kNumThreads;
+            Row const row = row_at(p, item, quad / kRowQuads);
+            if (quad < kTileM * kRowQuads && row.exists) {
+                store_row(p, item, row, all[j], o[j], quad % kRowQuads * 4);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void combine_parts_16(
+    Params const& p, Item const& item, Work const& work, int count, int thread) {
+    constexpr int kParts = 16;
+    constexpr int kQuads = 1;
+    for (int from = thread; from < kTileM * kRowQuads; from += kQuads * kNumThreads) {
+        if (!row_at(p, item, from / kRowQuads).exists) {
+            break;
+        }
+        RowSum all[kQuads];
+        float o[kQuads][4];
+#pragma unroll
+        for (int j = 0; j < kQuads; ++j) {
+            all[j] = {-kInfinity, 0.0f};
+            o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+        }
+        for (int first = 0; first < count; first += kParts) {
+            float sums[kParts][kQuads][2];
+            float shares[kParts][kQuads][4];
+#pragma unroll
+            for (int i = 0; i < kParts; ++i) {
+                // Behind the last part that part again, which then weighs nothing.
+                int const slot = slot_of(p, item, work, min(first + i, count - 1));
+#pragma unroll
+                for (int j = 0; j < kQuads; ++j) {
+                    int const quad = min(from + j * kNumThreads, kTileM * kRowQuads - 1);
+                    load_global_float2(sums[i][j], part_sum(p, slot, quad / kRowQuads));
+                    load_global_float4(shares[i][j], part_o(p, slot, quad / kRowQuads, quad % kRowQuads * 4));
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < kQuads; ++j) {
+                float max = all[j].max;
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    max = fmaxf(max, sums[i][j][0]);
+                }
+                float const of_before = weight_of(all[j].max, max, p.softmax_scale_log2);
+                all[j] = {max, all[j].sum * of_before};
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    o[j][c] *= of_before;
+                }
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    float const weight = weight_of(first + i < count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2);
+                    all[j].sum = fmaf(sums[i][j][1], weight, all[j].sum);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        o[j][c] = fmaf(shares[i][j][c], weight, o[j][c]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < kQuads; ++j) {
+            int const quad = from + j * kNumThreads;
+            Row const row = row_at(p, item, quad / kRowQuads);
+            if (quad < kTileM * kRowQuads && row.exists) {
+                store_row(p, item, row, all[j], o[j], quad % kRowQuads * 4);
+            }
+        }
     }
 }
 
@@ -1056,7 +1150,11 @@ __device__ __forceinline__ void finish_part(
         }
         sync_block();
         if (load_shared_int(smem + kSmemArrived) == part.count - 1) {
-            combine_parts(p, item, work, part.count, thread);
+            if (part.count <= 2) {
+                combine_parts_2(p, item, work, part.count, thread);
+            } else {
+                combine_parts_16(p, item, work, part.count, thread);
+            }
         }
     }
 }
