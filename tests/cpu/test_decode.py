@@ -325,8 +325,9 @@ FAULTS = [
     Fault(
         "parts weigh the same",
         DENSE,
-        "float const weight = weight_of(of[0], all.max, p.softmax_scale_log2);",
-        "float const weight = 1.0f;",
+        "weight_of(first + i < count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2)",
+        "(first + i < count ? 1.0f : 0.0f)",
+        count=2,
     ),
     Fault(
         "heads of a group",
