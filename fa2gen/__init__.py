@@ -25,6 +25,8 @@ _HOME = {
     "flash_attn_varlen_kvpacked_func": "ops",
     "flash_attn_varlen_qkvpacked_func": "ops",
     "flash_attn_with_kvcache": "ops",
+    "merge_states": "ops",
+    "reshape_and_cache": "ops",
     "attention": "ops",
     "enable_sdpa": "integrations.sdpa",
     "Problem": "spec",
@@ -66,6 +68,8 @@ if TYPE_CHECKING:  # the same, for type checkers and editors
         flash_attn_varlen_kvpacked_func,
         flash_attn_varlen_qkvpacked_func,
         flash_attn_with_kvcache,
+        merge_states,
+        reshape_and_cache,
     )
     from fa2gen.plan import KernelPlan, default_tiling, make_plan
     from fa2gen.spec import KernelSpec, Problem, Tiling
@@ -95,6 +99,8 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "make_plan",
+    "merge_states",
+    "reshape_and_cache",
 ]
 
 

@@ -23,7 +23,9 @@ from fa2gen.ops.flash_varlen import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from fa2gen.ops.merge import merge_states
 from fa2gen.ops.operator import attention, forward_into
+from fa2gen.ops.paged_append import reshape_and_cache
 
 __all__ = [
     "attention",
@@ -36,4 +38,6 @@ __all__ = [
     "flash_attn_with_kvcache",
     "forget",
     "forward_into",
+    "merge_states",
+    "reshape_and_cache",
 ]

@@ -18,7 +18,7 @@ from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kind
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
 from fa2gen.options import Options
 
-__all__ = ["flash_attn_with_kvcache"]
+__all__ = ["flash_attn_with_kvcache", "run_cached"]
 
 _READ = torch.ops.fa2gen.decode.default
 _APPEND = torch.ops.fa2gen.decode_append.default
@@ -126,11 +126,11 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     given = Cached(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, None, cache_batch_idx, cache_leftpad, block_table)
     given = given._replace(cache_seqlens=_lengths(cache_seqlens, given))
     options = options_of(q, softmax_scale, causal, window_sides(window_size))
-    out, lse = _run(given, options, flag("rotary_interleaved", rotary_interleaved), _splits(num_splits))
+    out, lse = run_cached(given, options, flag("rotary_interleaved", rotary_interleaved), _splits(num_splits))
     return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
 
 
-def _run(given: Cached, options: Options, interleaved: bool, splits: int) -> tuple[Tensor, Tensor]:
+def run_cached(given: Cached, options: Options, interleaved: bool, splits: int) -> tuple[Tensor, Tensor]:
     """(out, lse), by an operator where others look at the call."""
     if is_plain(given.q, given.k_cache, given.v_cache) and all(x is None or type(x) is Tensor for x in given[3:]):
         refuse_gradients(*given)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fa2gen.errors import InvalidInput
 from fa2gen.ops.call import Call, aligned, dense, has_aligned_strides, kernel_for_rows, launch_with_scratch, prepared
 from fa2gen.ops.validate import DTYPES, validate_options
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
@@ -47,6 +48,11 @@ def cached_cuda(
         return cached_cuda(given._replace(**copies), options, interleaved, num_splits)
     turned = None if given.rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
     at = {name: 0 if x is None else x.data_ptr() for name, x in given._asdict().items()}
+    if (at["k_cache"] | at["v_cache"]) & 15:
+        raise InvalidInput(
+            "a cache lies on an address that is no multiple of 16 bytes, and is never copied: begin a slice of one on a "
+            "multiple of 8 elements"
+        )
     operands = {
         "q": at["q"] if turned is None else turned.data_ptr(),
         "k": at["k_cache"],
@@ -105,7 +111,7 @@ def _prepare(given: Cached, options: Options, interleaved: bool, num_splits: int
     rows = seqlen_q * (num_heads // max(k_cache.shape[2], 1))
     kernel = kernel_for_rows(problem, q.get_device(), capacity, rows)
     inputs = {name: x for name in _INPUTS if (x := getattr(given, name)) is not None}
-    empty = 0 in (batch, seqlen_q, num_heads, capacity, shape.entries)
+    empty = 0 in (batch, capacity, shape.entries) or (0 in (seqlen_q, num_heads) and not shape.seqlen_new)
     launch = None
     if not empty and all(has_aligned_strides(x) for x in inputs.values()):
         strides = {name: x.stride()[:3] for name, x in (("q", q), ("k", k_cache), ("v", given.v_cache))}

@@ -45,7 +45,7 @@ def cached_reference(
     with torch.autocast("cpu", enabled=False):
         for b in range(batch):
             end = min(before[b] + new, capacity)
-            if first[b] < end:
+            if first[b] < end and seqlen_q and num_heads:
                 k, v = (keys_of(given, cache, b, first[b], end) for cache in (given.k_cache, given.v_cache))
                 hidden = max(key_range(options, seqlen_q, k.shape[1], 0)[0], 0)
                 v = torch.cat([torch.zeros_like(v[:, :hidden]), v[:, hidden:]], dim=1)  # they may hold NaN

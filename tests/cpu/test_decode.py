@@ -14,6 +14,7 @@ from fa2gen.features import examples_of
 from fa2gen.ops import call as calls
 from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_reference import cached_reference
+from fa2gen.ops.paged_append import _places
 from fa2gen.ops.validate_cache import Cached
 from fa2gen.options import CacheShape, Options, Shape
 from fa2gen.plan import tiling_for_rows
@@ -248,6 +249,18 @@ def test_caches_are_read_where_they_lie(door):
     torch.testing.assert_close(out, expected, atol=0.02, rtol=0.02)
     torch.testing.assert_close(lse, expected_lse, atol=0.02, rtol=0.002)
     assert torch.equal(v, given.v_cache) and storage[..., head_dim:].isnan().all()
+
+
+def test_slots_as_cuda_tensors_fill_them(door):
+    """A call without queries, of one page a token."""
+    given = tensors(page=16, new=1)
+    slots = torch.tensor([3, -1, 35], dtype=torch.int32)
+    rows, pages = _places(slots, given.k_cache)
+    none = given.q[:, :0, :2].contiguous()
+    given = given._replace(q=none, cache_seqlens=rows, block_table=pages)
+    (_, caches), (_, expected) = both(given, Options(softmax_scale=1.0))
+    assert all(torch.equal(a, b) for a, b in zip(caches, expected, strict=True))
+    assert torch.equal(caches[0][2, 3], given.k[2, 0]) and torch.equal(caches[1][0, 3], given.v[0, 0])
 
 
 # Seeded faults -------------------------------------------------------------------------------------------------------

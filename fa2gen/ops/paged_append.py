@@ -1,0 +1,48 @@
+"""`reshape_and_cache`: new keys and values, each to a slot of paged caches of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fa2gen.errors import InvalidInput
+from fa2gen.ops.flash_kvcache import run_cached
+from fa2gen.ops.validate import describe, refuse_non_tensors
+from fa2gen.ops.validate_cache import Cached
+from fa2gen.options import Options
+
+__all__ = ["reshape_and_cache"]
+
+
+def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write token i of key and value to slot slot_mapping[i] of the caches, in place.
+
+    key, value    (tokens, heads_kv, head_dim), fp16 or bf16.
+    caches        (pages, page_size, heads_kv, head_dim) in key's dtype, of any strides but the last.
+    slot_mapping  (tokens,) int32 or int64: page * page_size + row. What lies outside of the caches, as -1 does, is not
+                  written.
+
+    Does not wait for the device. Two tokens with one slot: undefined which of them is there. Raises InvalidInput or
+    UnsupportedProblem.
+    """
+    refuse_non_tensors(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slot_mapping=slot_mapping)
+    if key.dim() != 3 or slot_mapping.shape != key.shape[:1] or slot_mapping.dtype not in (torch.int32, torch.int64):
+        raise InvalidInput(
+            f"key is {describe(key)}, slot_mapping {describe(slot_mapping)}; they must be (tokens, heads_kv, head_dim) "
+            "and (tokens,), int32 or int64"
+        )
+    if key_cache.dim() != 4 or 0 in key_cache.shape[:2]:
+        raise InvalidInput(f"key_cache is {describe(key_cache)}; it must be (pages, page_size, heads_kv, head_dim)")
+    none = key.new_empty((key.shape[0], 0, *key.shape[1:]))  # no query
+    rows, pages = _places(slot_mapping, key_cache)
+    places = {"cache_seqlens": rows, "block_table": pages}
+    given = Cached(none, key_cache, value_cache, key.unsqueeze(1), value.unsqueeze(1), **places)
+    run_cached(given, Options(softmax_scale=1.0), True, 0)
+
+
+def _places(slots: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, pages) of slots: a token is a sequence of one page, whose keys end at its row."""
+    pages, size = cache.shape[:2]
+    inside = (slots >= 0) & (slots < pages * size)
+    page = torch.where(inside, slots.div(size, rounding_mode="floor"), -1)
+    return slots.remainder(size).to(torch.int32), page.to(torch.int32).unsqueeze(1)
