@@ -163,7 +163,8 @@ def run_kernel(
 def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any], sizes: AnyShape | None) -> dict[str, View]:
     """The operands' memory. Raises InvalidInput for what no kernel takes: fa2gen.ops copies some of it first."""
     given = {name: x for name, x in tensors.items() if x is not None}
-    needed = {operand.name for operand in plan.operands if not operand.optional}
+    empty = {x.name for x in plan.operands if sizes is not None and 0 in x.shape(sizes, plan.problem)}
+    needed = {operand.name for operand in plan.operands if not operand.optional} - empty
     if unknown := (given.keys() - {operand.name for operand in plan.operands}) | (needed - given.keys()):
         names = ", ".join(operand.name for operand in plan.operands)
         raise InvalidInput(f"{plan.name} takes {names}; {', '.join(sorted(unknown))} is missing or none of them")

@@ -50,8 +50,8 @@ def cached_cuda(
     at = {name: 0 if x is None else x.data_ptr() for name, x in given._asdict().items()}
     if (at["k_cache"] | at["v_cache"]) & 15:
         raise InvalidInput(
-            "a cache lies on an address that is no multiple of 16 bytes, and is never copied: begin a slice of one on a "
-            "multiple of 8 elements"
+            "a cache lies on an address that is no multiple of 16 bytes, and is never copied: begin a slice of one on "
+            "a multiple of 8 elements"
         )
     operands = {
         "q": at["q"] if turned is None else turned.data_ptr(),
