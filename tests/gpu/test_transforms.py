@@ -149,9 +149,11 @@ def test_deterministic_algorithms():
 AOT = """
 import faulthandler, sys, torch
 faulthandler.enable()
-from fa2gen import flash_attn_func
 class Model(torch.nn.Module):
     def forward(self, q, k, v):
+        if len(sys.argv) > 2:
+            return q * 2 + k * v
+        from fa2gen import flash_attn_func
         return flash_attn_func(q, k, v, causal=True) * 2
 xs = tuple(torch.randn(1, 300, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
 program = torch.export.export(Model(), xs)
@@ -161,12 +163,18 @@ print("right")
 """
 
 
-@pytest.mark.xfail(strict=False, reason="torch 2.11's loader of the package faults; the cause is not known")
 def test_aot_inductor(tmp_path):
-    """In a process of its own, which a fault would end."""
-    command = [sys.executable, "-c", AOT, str(tmp_path / "model.pt2")]
+    """In a process of its own, which a fault would end. torch 2.11.0+cu130 dies in `_load_aoti` whatever the model is,
+    also where nothing of fa2gen was imported."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+    def packaged(*without: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", AOT, str(tmp_path / f"model{len(without)}.pt2"), *without]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+
+    done = packaged()
+    if done.returncode < 0 and packaged("without fa2gen").returncode < 0:
+        pytest.skip("torch's AOTInductor dies here of q * 2 + k * v, too")
     assert done.returncode == 0 and done.stdout.endswith("right\n"), f"status {done.returncode}\n{done.stderr[-4000:]}"
 
 
