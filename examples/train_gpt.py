@@ -7,6 +7,7 @@ here: nothing is downloaded. Parameters are fp32, products bf16 (autocast), the 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import statistics
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -23,14 +25,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from fa2gen import Fa2GenError, InvalidInput, flash_attn_func
+from fa2gen import Fa2GenError, InvalidInput, flash_attn_func, flash_attn_varlen_func
 from fa2gen.bench import peers
+from fa2gen.bench.points import documents
 
-Attention: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Causal attention of q, k, v (batch, seqlen, heads, head_dim), which gives the same shape."""
+Attention: TypeAlias = Callable[..., Tensor]
+"""Causal attention of q, k, v (batch, seqlen, heads, head_dim), which gives the same shape; of packed documents (total,
+heads, head_dim), with their cu_seqlens behind."""
 
 AttentionName: TypeAlias = Literal["fa2gen", "sdpa", "fa3", "standard"]
 ModelName: TypeAlias = Literal["small", "gpt3-1.3b", "gpt3-2.7b"]
+Documents: TypeAlias = Literal["", "packed", "padded"]
+"""Of a text that is cut into documents, how they lie: one behind the other, or each in a row, padded to the longest."""
 
 FAILED, USAGE, NOTHING_TO_RUN_ON = 1, 2, 3  # exit status, as fa2gen's
 WARMUP_STEPS = 3  # not timed: kernels are compiled, and the optimizer makes its state
@@ -67,8 +73,24 @@ MODELS: Mapping[ModelName, Config] = {
 }
 
 
+@dataclass(frozen=True)
+class Text:
+    """Tokens, and the one that follows each: (batch, seqlen) int64; a target of IGNORED does not count.
+
+    Of packed documents (total,), with the place of each token in its document, and where documents begin.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    places: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+IGNORED = -100  # cross_entropy's
+
+
 class Block(nn.Module):
-    """x (batch, seqlen, hidden) plus attention of it, plus an MLP of that; norms come first, as in GPT-2."""
+    """x (..., hidden) plus attention of it, plus an MLP of that; norms come first, as in GPT-2."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -81,9 +103,10 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * config.hidden, config.hidden)
         self.attention: Attention = standard_attention
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        x = x + self.project(self.attention(q, k, v).flatten(2))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        bounds = () if cu_seqlens is None else (cu_seqlens,)
+        x = x + self.project(self.attention(q, k, v, *bounds).flatten(-2))
         return x + self.mlp_out(functional.gelu(self.mlp_in(self.norm_mlp(x)), approximate="tanh"))
 
 
@@ -114,13 +137,15 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attention = attention
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (batch, seqlen + 1) int64 -> the mean cross entropy of each token after the first."""
-        x = self.tokens(tokens[:, :-1]) + self.positions
+    def forward(self, text: Text) -> Tensor:
+        """The mean cross entropy of the targets."""
+        seqlen = text.inputs.shape[-1]
+        x = self.tokens(text.inputs) + self.positions[text.places if text.places is not None else slice(seqlen)]
+        bounds = () if text.cu_seqlens is None else (text.cu_seqlens,)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpoints else block(x)
+            x = checkpoint(block, x, *bounds, use_reentrant=False) if self.checkpoints else block(x, *bounds)
         logits = functional.linear(self.norm(x), self.tokens.weight)
-        return functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return functional.cross_entropy(logits.flatten(0, -2), text.targets.flatten(), ignore_index=IGNORED)
 
 
 def num_parameters(model: GPT) -> int:
@@ -137,8 +162,11 @@ def step_flops(config: Config, parameters: int, batch: int, seqlen: int) -> floa
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-def fa2gen_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = flash_attn_func(q, k, v, causal=True)
+def fa2gen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    if cu_seqlens is None:
+        out = flash_attn_func(q, k, v, causal=True)
+    else:
+        out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, causal=True)
     assert isinstance(out, Tensor)
     return out
 
@@ -261,7 +289,10 @@ class Language:
 
 @dataclass(frozen=True)
 class Setup:
-    """All that a run depends on, but for the attention. Two trainers of one setup start with the same weights."""
+    """All that a run depends on, but for the attention. Two trainers of one setup start with the same weights.
+
+    documents  the same tokens a step, as documents of lengths up to seqlen, none of which sees another.
+    """
 
     config: Config
     batch: int
@@ -270,11 +301,40 @@ class Setup:
     compiles: bool = False
     checkpoints: bool = False
     seed: int = 0
+    documents: Documents = ""
 
-    def batches(self) -> Iterator[Tensor]:
-        """The same texts for each attention."""
-        for tokens in Language(self.seed).batches(self.batch, self.seqlen):
-            yield tokens.to(self.device)
+    @property
+    def lengths(self) -> list[int]:
+        """Of the sequences of a step."""
+        if not self.documents:
+            return [self.seqlen] * self.batch
+        return documents(self.batch * self.seqlen, self.seqlen, self.seqlen / 4)
+
+    def batches(self) -> Iterator[Text]:
+        """The same texts for each attention, and the same documents in another order at each step."""
+        language = Language(self.seed)
+        if not self.documents:
+            for tokens in language.batches(self.batch, self.seqlen):
+                on_device = tokens.to(self.device)
+                yield Text(on_device[:, :-1], on_device[:, 1:])
+            return
+        lengths = torch.tensor(self.lengths)
+        order = torch.Generator().manual_seed(self.seed)
+        for tokens in language.batches(1, int(lengths.sum()) + len(lengths) - 1):
+            shuffled = lengths[torch.randperm(len(lengths), generator=order)]
+            texts = tokens[0].split((shuffled + 1).tolist())
+            yield self._laid_out([text[:-1] for text in texts], [text[1:] for text in texts])
+
+    def _laid_out(self, inputs: list[Tensor], targets: list[Tensor]) -> Text:
+        """The tokens of each document, and those that follow them, as `documents` says."""
+        if self.documents == "padded":
+            pad = nn.utils.rnn.pad_sequence
+            whole = Text(pad(inputs, batch_first=True), pad(targets, batch_first=True, padding_value=IGNORED))
+        else:
+            places = torch.cat([torch.arange(len(x)) for x in inputs])
+            bounds = torch.tensor([0, *itertools.accumulate(map(len, inputs))], dtype=torch.int32)
+            whole = Text(torch.cat(inputs), torch.cat(targets), places, bounds)
+        return Text(*(None if x is None else x.to(self.device) for x in vars(whole).values()))
 
 
 class Trainer:
@@ -287,7 +347,7 @@ class Trainer:
             self.model = GPT(setup.config, setup.seqlen, setup.checkpoints)
         self.model.initialize()
         self.parameters = num_parameters(self.model)
-        self.flops = step_flops(setup.config, self.parameters, setup.batch, setup.seqlen)
+        self.flops = sum(step_flops(setup.config, self.parameters, 1, length) for length in setup.lengths)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), setup.config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
         )
@@ -298,16 +358,16 @@ class Trainer:
             for block in self.model.blocks:  # all blocks share one compilation for each attention
                 block.compile(fullgraph=True)
 
-    def loss(self, attention: Attention, tokens: Tensor) -> Tensor:
+    def loss(self, attention: Attention, text: Text) -> Tensor:
         self.model.use(attention)
         with torch.autocast(self.setup.device, torch.bfloat16):
-            loss: Tensor = self.model(tokens)
+            loss: Tensor = self.model(text)
         return loss
 
-    def step(self, attention: Attention, tokens: Tensor) -> Tensor:
+    def step(self, attention: Attention, text: Text) -> Tensor:
         """Forward, backward, update; the loss before it."""
         try:
-            loss = self.loss(attention, tokens)
+            loss = self.loss(attention, text)
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
@@ -316,10 +376,10 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def timed_step(self, attention: Attention, tokens: Tensor) -> tuple[float, float]:
+    def timed_step(self, attention: Attention, text: Text) -> tuple[float, float]:
         """(seconds, loss), with an idle device before and after."""
         start = time.perf_counter()
-        loss = self.step(attention, tokens).item()  # waits for the loss only
+        loss = self.step(attention, text).item()  # waits for the loss only
         if self.setup.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start, loss
@@ -344,7 +404,7 @@ class Timing:
 
     def figures(self, trainer: Trainer) -> dict[str, float]:
         median = statistics.median(self.seconds)
-        tokens = trainer.setup.batch * trainer.setup.seqlen
+        tokens = sum(trainer.setup.lengths)
         return {
             "initial_loss": self.initial_loss,
             "milliseconds": 1e3 * median,
@@ -360,20 +420,20 @@ def interleaved(trainer: Trainer, attentions: Mapping[str, Attention], steps: in
     """
     batches = trainer.setup.batches()
     timings: dict[str, Timing | None] = {}
-    tokens = next(batches)
+    text = next(batches)
     for name, attention in attentions.items():
         timings[name] = None
         # With gradients, though nobody wants them: a compiled block would be compiled once more without.
         with contextlib.suppress(torch.OutOfMemoryError):
-            timings[name] = Timing(trainer.loss(attention, tokens).item(), [])
+            timings[name] = Timing(trainer.loss(attention, text).item(), [])
     for number in range(WARMUP_STEPS + steps):
-        tokens = next(batches)
+        text = next(batches)
         for name, attention in attentions.items():
             if (timing := timings[name]) is None:
                 continue
             timings[name] = None
             with contextlib.suppress(torch.OutOfMemoryError):
-                seconds, _ = trainer.timed_step(attention, tokens)
+                seconds, _ = trainer.timed_step(attention, text)
                 if number >= WARMUP_STEPS:
                     timing.seconds.append(seconds)
                 timings[name] = timing
@@ -391,6 +451,7 @@ app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_c
             "[bold]Examples[/]",
             "python examples/train_gpt.py                the small model; needs no GPU",
             "python examples/train_gpt.py --compare standard --curves    their losses",
+            "python examples/train_gpt.py --packed       on documents of many lengths",
             "python examples/train_gpt.py --model gpt3-1.3b --compile --compare fa3",
             "python examples/train_gpt.py --model gpt3-2.7b --attention sdpa --json",
         )
@@ -407,12 +468,16 @@ def main(
         bool, typer.Option("--curves", help="Train anew with each attention and compare losses, not speed.")
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Default: 200; 20 for --compare.", show_default=False)
+        int | None, typer.Option(min=1, help="Default: 200, 20 for --compare; a tenth on a CPU.", show_default=False)
     ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences. Default: the model's tokens.", show_default=False)
     ] = None,
     seqlen: Annotated[int | None, typer.Option(min=2, help="Default: the model's.", show_default=False)] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Cut the text into documents, packed one behind the other.")
+    ] = False,
+    padded: Annotated[bool, typer.Option("--padded", help="The same documents, each padded to the longest.")] = False,
     compiles: Annotated[bool, typer.Option("--compile", help="torch.compile each block.")] = False,
     checkpoints: Annotated[bool, typer.Option("--checkpoint", help="Recompute blocks in the backward pass.")] = False,
     seed: Annotated[int, typer.Option(help="Of the weights and the text.")] = 0,
@@ -437,6 +502,13 @@ def main(
         _fail("--curves compares losses: say with what, as in --compare standard", USAGE)
     if plot is not None and len(names) > 1 and not curves:
         _fail("--plot draws losses: with --compare it needs --curves", USAGE)
+    if plot is not None and find_spec("matplotlib") is None:
+        _fail("figures need matplotlib: pip install matplotlib", USAGE)
+    if packed and padded:
+        _fail("documents are packed or padded: give one of --packed and --padded", USAGE)
+    if packed and names != ["fa2gen"]:
+        _fail("of the attentions here fa2gen's alone takes packed documents; all take --padded ones", USAGE)
+    share = 1 if device == "cuda" else 10
     seqlen = seqlen or config.seqlen
     setup = Setup(
         config,
@@ -446,20 +518,27 @@ def main(
         compiles=compiles,
         checkpoints=checkpoints,
         seed=seed,
+        documents="packed" if packed else "padded" if padded else "",
     )
     say = _silent if as_json else typer.echo
     try:
         attentions = {name: attention_named(name, fa3_library) for name in names}
         if curves:
-            result = _compare_losses(setup, attentions, steps or 200, say)
+            result = _compare_losses(setup, attentions, steps or 200 // share, say)
         elif len(names) > 1:
-            result = _compare_speed(setup, attentions, steps or 20, say)
+            result = _compare_speed(setup, attentions, steps or 20 // share, say)
         else:
-            result = _train(setup, attention, attentions[attention], steps or 200, say)
+            result = _train(setup, attention, attentions[attention], steps or 200 // share, say)
         if plot is not None:
             _plot(result["losses"], plot)
     except InvalidInput as error:
         _fail(str(error), USAGE)
+    except (MemoryError, RuntimeError) as error:  # torch's of either device says what it could not allocate
+        if isinstance(error, RuntimeError) and "alloc" not in str(error) and "out of memory" not in str(error):
+            raise
+        _fail(
+            f"memory does not suffice for {setup.batch} x {seqlen} tokens a step: a smaller --batch or --seqlen", FAILED
+        )
     except Fa2GenError as error:
         _fail(str(error), FAILED)
     if as_json:
@@ -522,9 +601,15 @@ def _compare_losses(
 def _say_what(trainer: Trainer, say: Callable[[str], object]) -> None:
     setup = trainer.setup
     say(
-        f"{trainer.parameters / 1e6:,.1f} M parameters, {setup.batch} x {setup.seqlen} tokens a step, "
+        f"{trainer.parameters / 1e6:,.1f} M parameters, {_tokens_text(setup)} a step, "
         f"{setup.config.heads} heads of {setup.config.head_dim}, on {_device_name(setup.device)}"
     )
+
+
+def _tokens_text(setup: Setup) -> str:
+    if setup.documents:
+        return f"{sum(setup.lengths)} tokens in {len(setup.lengths)} documents, {setup.documents},"
+    return f"{setup.batch} x {setup.seqlen} tokens"
 
 
 def _speed(figures: Mapping[str, float]) -> str:
@@ -539,11 +624,7 @@ def _device_name(device: str) -> str:
 
 
 def _plot(losses: Mapping[str, Sequence[float]], path: Path) -> None:
-    try:
-        matplotlib = import_module("matplotlib")
-    except ImportError as error:
-        raise InvalidInput(f"figures need matplotlib: pip install matplotlib ({error})") from error
-    matplotlib.use("Agg")
+    import_module("matplotlib").use("Agg")
     pyplot = import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for (name, values), style in zip(losses.items(), ("-", "--", ":", "-."), strict=False):

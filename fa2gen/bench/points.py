@@ -189,13 +189,13 @@ def _ragged(
     return replace(_point(preset, head_dim, dtype, causal, max(lengths), **sizes), lengths=tuple(lengths))
 
 
-def documents(total: int, longest: int) -> list[int]:
-    """Lengths of documents that are packed to `total` tokens: log-normal, as texts of the web are, with a median of 500
-    tokens; none above `longest`, the last one cut. The same ones each time."""
+def documents(total: int, longest: int, median: float = 500.0) -> list[int]:
+    """Lengths of documents that are packed to `total` tokens: log-normal, as texts of the web are; none above
+    `longest`, the last one cut. The same ones each time."""
     lengths: list[int] = []
     while (left := total - sum(lengths)) > 0:
         share = (len(lengths) + 0.5) * GOLDEN % 1.0  # evenly spread, in no order
-        lengths.append(min(left, longest, round(math.exp(math.log(500) + 1.2 * NormalDist().inv_cdf(share)))))
+        lengths.append(min(left, longest, max(1, round(median * math.exp(1.2 * NormalDist().inv_cdf(share))))))
     return lengths
 
 

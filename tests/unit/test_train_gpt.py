@@ -108,6 +108,36 @@ def test_checkpoints_change_nothing(standard):
     assert train_gpt.loss_curve(setup, train_gpt.standard_attention, 3) == standard[:3]
 
 
+@pytest.fixture(scope="module")
+def documents():
+    return replace(SETUP, documents="packed", batch=4)
+
+
+def test_documents_are_the_same_packed_and_padded(documents):
+    padded = replace(documents, documents="padded")
+    for a, b in itertools.islice(zip(documents.batches(), padded.batches(), strict=False), 3):
+        lengths = a.cu_seqlens.diff()
+        assert sorted(lengths.tolist()) == sorted(documents.lengths) and a.inputs.shape == (4 * 64,)
+        assert len(set(lengths.tolist())) > 3 and b.inputs.shape == (len(lengths), lengths.max())
+        there = torch.arange(b.inputs.shape[1]) < lengths[:, None]
+        assert torch.equal(b.inputs[there], a.inputs) and torch.equal(b.targets[there], a.targets)
+        assert (b.targets[~there] == train_gpt.IGNORED).all() and torch.equal(a.places, there.nonzero()[:, 1])
+
+
+def test_losses_of_packed_documents_are_those_of_padded_ones(documents):
+    """Of the same tokens in other rows; not where documents see each other."""
+    packed, padded = (
+        train_gpt.loss_curve(replace(documents, documents=how), train_gpt.fa2gen_attention, 20)
+        for how in ("packed", "padded")
+    )
+    assert packed[-1] < 0.9 * packed[0] and difference(packed, padded) <= 0.002
+
+    def blind(q, k, v, cu_seqlens):  # to where documents begin
+        return train_gpt.fa2gen_attention(q, k, v, cu_seqlens[[0, -1]])
+
+    assert difference(train_gpt.loss_curve(documents, blind, 20), padded) > 0.01
+
+
 # FlashAttention-3, played by the reference
 
 
@@ -214,6 +244,15 @@ def test_train(tiny):
     assert "TFLOP/s" in run("--steps", "1").stdout
 
 
+@pytest.mark.parametrize("how", ["--packed", "--padded"])
+def test_train_on_documents(tiny, how):
+    document = json.loads(run("--steps", "1", how, "--json").stdout)
+    assert document["documents"] == how[2:]
+    figures = document["attention"]["fa2gen"]
+    assert figures["tokens_per_second"] == pytest.approx(16 * 64 / figures["milliseconds"] * 1e3)
+    assert f"documents, {how[2:]}, a step" in run("--steps", "1", how).stdout
+
+
 def test_longer_sequences_are_fewer(tiny):
     document = json.loads(run("--steps", "1", "--seqlen", "256", "--json").stdout)
     assert (document["batch"], document["seqlen"]) == (4, 256)
@@ -240,6 +279,9 @@ def test_compare_losses_and_draw(tiny, tmp_path):
         (("--attention", "fa3"), 3, "no NVIDIA GPU"),
         (("--curves",), 2, "--compare standard"),
         (("--compare", "sdpa", "--plot", "x.png"), 2, "--curves"),
+        (("--packed", "--padded"), 2, "one of --packed and --padded"),
+        (("--packed", "--attention", "sdpa"), 2, "fa2gen's alone takes packed documents"),
+        (("--seqlen", "100000000", "--batch", "1000", "--steps", "1"), 1, "a smaller --batch or --seqlen"),
         (("--compare", "fa9"), 2, "no attention 'fa9'; there are fa2gen, sdpa, standard and fa3"),
     ],
 )
