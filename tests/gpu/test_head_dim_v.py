@@ -28,6 +28,13 @@ SHAPES = (
 )
 OPTIONS = (Options(), Options(causal=True), Options(causal=True, varlen=True))
 FURTHER = (Options(window_left=100, window_right=30), Options(causal=True, deterministic=True, varlen=True))
+
+
+def name_of(value):
+    """A test's parameter in its name."""
+    return value if isinstance(value, str) else f"d{value[0]}_v{value[1]}"
+
+
 KERNELS = list(itertools.product(("sm90", "sm80"), ("bf16", "fp16"), PAIRS))
 
 
@@ -39,7 +46,7 @@ def selected(arch, pair, dtype, direction, options, seqlen_k) -> KernelSpec:
 
 
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-@pytest.mark.parametrize(("arch", "dtype", "pair"), KERNELS)
+@pytest.mark.parametrize(("arch", "dtype", "pair"), KERNELS, ids=name_of)
 def test_every_pair(arch, dtype, pair, direction):
     for options in (*OPTIONS, *(FURTHER if pair == PAIRS[0] else ())):
         if options.deterministic and direction == "fwd":
@@ -53,7 +60,7 @@ def test_every_pair(arch, dtype, pair, direction):
             assert cases.written_outside(case) is None
 
 
-@pytest.mark.parametrize("pair", PAIRS[:4])
+@pytest.mark.parametrize("pair", PAIRS[:4], ids=name_of)
 def test_what_users_call(pair):
     """Tensors that are slices of wider ones, whose rows lie apart; gradients of all three; packed sequences."""
     d, dv = pair
