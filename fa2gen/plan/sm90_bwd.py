@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fa2gen.layout import Panels, ceil_div
+from fa2gen.layout import Panels, align_up, ceil_div
 from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, Width
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.memory import Region, SharedMemory
@@ -32,6 +32,11 @@ REGISTERS_BESIDE_TILES = 12
 # Of an expression's values (a cap at d = 64, 128 x 128: 92 bytes spill), and of a key's second edge beside them (56).
 REGISTERS_OF_SCORE = 8
 REGISTERS_OF_SCORE_AND_LEFT_EDGE = 16
+# Split by keys, more for each 16 registers of dK and dV beyond 128: ptxas begins each at a multiple of 8. Head dims 192
+# and 136 with 48 queries, or 128 and 168 with 64, would need 240, and it puts their products one after the other
+# (C7512); 136 and 184 with 48 would spill 3 under a window.
+ALIGNMENT_OF_SUMS = 8
+EASY_SUMS, REGISTERS_OF_SUMS = 128, 4
 REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the other columns
 
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
@@ -127,8 +132,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if self.splits_products:
             return max(dk + 2 * s, dv + max(s, dq)) + p + self.registers_beside_tiles
         rest = self.num_acc_dq_rest + REGISTERS_OF_DQ_REST if self.splits_dq_rest else 0
-        scores = 2 * s + REGISTERS_OF_DQ_REST * self.splits_dq_rest
-        return dk + dv + p + max(scores, dq + rest) + self.registers_beside_tiles
+        aligned = align_up(dk, ALIGNMENT_OF_SUMS) + align_up(dv, ALIGNMENT_OF_SUMS)
+        of_sums = REGISTERS_OF_SUMS * ceil_div(max(aligned - EASY_SUMS, 0), 16)
+        return dk + dv + p + max(2 * s, dq + rest) + of_sums + self.registers_beside_tiles
 
     @property
     def registers_beside_tiles(self) -> int:

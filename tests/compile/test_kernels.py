@@ -35,7 +35,7 @@ WIDEST_WITHOUT_R2UR = 160
 
 
 def default(
-    arch: str, head_dim: int, dtype: str, mask: str, direction: str = "fwd", deterministic: bool = False, **fields: bool
+    arch: str, head_dim: int, dtype: str, mask: str, direction: str = "fwd", deterministic: bool = False, **fields: Any
 ) -> KernelSpec:
     problem = Problem(
         direction=direction, head_dim=head_dim, dtype=dtype, mask=mask, deterministic=deterministic, **fields
@@ -83,7 +83,18 @@ def kernels() -> list[Any]:
         for direction in ("fwd", "bwd")
         for head_dim, dtype, mask in ((64, "bf16", "window"), (112, "fp16", "causal"), (128, "bf16", "full"))
     ]
+    of_v = [  # the largest that fit each way of splitting the work, beside what models have
+        default(
+            arch, head_dim, "bf16", mask, direction, head_dim_v=head_dim_v, varlen=arch == "sm90" and mask == "window"
+        )
+        for arch in ("sm90", "sm80")
+        for direction in ("fwd", "bwd")
+        for head_dim, head_dim_v in ((192, 128), (96, 64), (64, 128), (64, 256), (128, 168), (192, 136), (72, 184))
+        for mask in ("causal", "window")
+    ]
+    beyond += of_v
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
+    quick |= {spec.name for spec in of_v if spec.problem.head_dim == 192 and spec.problem.mask == "causal"}
     quick |= {
         default(arch, head_dim, "bf16", "window").name for arch in ("sm90", "sm80") for head_dim in (80, 192, 256)
     }
