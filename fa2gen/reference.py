@@ -617,8 +617,11 @@ def _modified(
 _EXPRESSION_ERROR = 2**-11
 
 
-def _largest_score(q: Tensor, k: Tensor, place: Place | None = None, **options: Any) -> float:
-    """Of what an expression makes, in size; 0 without one."""
+def _largest_score(
+    q: Tensor, k: Tensor, place: Place | None = None, *, s_aux: Tensor | None = None, **options: Any
+) -> float:
+    """Of what an expression makes, in size; 0 without one. A sink's logit is no score."""
+    del s_aux
     said = Options(**options)
     if not (said.expression and said.expression.score):
         return 0.0
