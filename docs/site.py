@@ -15,7 +15,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("docs", "fa2gen", "generated", "specs", "templates", "tests")
+FOLDERS = ("docs", "examples", "fa2gen", "generated", "specs", "templates", "tests")
 MODULES = ("fa2gen", "fa2gen.distributed", "fa2gen.padding")
 """Whose public names the reference of Python has."""
 WIDTH = 100

@@ -904,12 +904,16 @@ def test_outcome_with_nan_is_json():
     assert outcome.to_json()["max_error"] is None
 
 
-# The README says what is true
+# README.md and the pages of docs/ say what is true
+
+
+def pages() -> str:
+    return "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 
 
 def readme_block(after: str) -> str:
     """The first fenced block that follows some text."""
-    return (ROOT / "README.md").read_text().split(after, 1)[1].split("```", 2)[1].split("\n", 1)[1].rstrip()
+    return pages().split(after, 1)[1].split("```", 2)[1].split("\n", 1)[1].rstrip()
 
 
 def test_readme_excerpt_is_rendered():
@@ -927,9 +931,8 @@ def test_readme_refusal_is_real():
 
 
 def readme_commands() -> list[str]:
-    """Every `fa2gen ...` that README.md shows in a block, without the comment behind it."""
-    text = (ROOT / "README.md").read_text()
-    lines = [line for block in text.split("```")[1::2] for line in block.splitlines()]
+    """Every `fa2gen ...` that a page shows in a block, without the comment behind it."""
+    lines = [line for block in pages().split("```")[1::2] for line in block.splitlines()]
     return [re.split(r"\s+#", line)[0] for line in lines if line.startswith("fa2gen ")]
 
 
@@ -955,5 +958,5 @@ def test_readme_python_is_python():
 
 
 def test_readme_lists_every_variable():
-    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `FA2GEN_")]
+    rows = [line for line in pages().splitlines() if line.startswith("| `FA2GEN_")]
     assert rows == [f"| `{variable.name}` | {variable.default} | {variable.meaning} |" for variable in env.VARIABLES]

@@ -69,3 +69,8 @@ def test_an_example_is_right(path, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     assert done.stdout.endswith("right\n"), done.stdout
+
+
+def test_the_page_has_every_example():
+    page = (PATH.parent / "README.md").read_text()
+    assert [path.name for path in sorted(PATH.parent.glob("*.py")) if f"]({path.name})" not in page] == []
