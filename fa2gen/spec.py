@@ -333,7 +333,8 @@ class Problem(_Fields):
     ] = False
     score: Annotated[
         str,
-        Shown(phrase="score {}"),
+        Shown(phrase="scores of an expression"),
+        OnlyFor(("fwd", "bwd"), "kernels over caches have none yet"),
         Field(
             description="What becomes of a score: an expression of s, the scaled product of a query and a key, their "
             "positions i and j, heads, and numbers and tensors of the call by any other name."
@@ -341,14 +342,16 @@ class Problem(_Fields):
     ] = ""
     allow: Annotated[
         str,
-        Shown(phrase="allow {}"),
+        Shown(phrase="keys of an expression"),
+        OnlyFor(("fwd", "bwd"), "kernels over caches have none yet"),
         Field(
             description="Which keys a query may see, of those that the mask shows: an expression that is true or not."
         ),
     ] = ""
     inputs: Annotated[
         str,
-        Shown(phrase="of {}"),
+        Shown(phrase=""),
+        OnlyFor(("fwd", "bwd"), "kernels over caches have none yet"),
         Field(description='What their names are, as far as it is not inferred: "document: int, cap: float".'),
     ] = ""
 

@@ -54,7 +54,7 @@ class Statements:
 def statements(results: Mapping[str, Node], tokens: Mapping[str, str]) -> Statements:
     """The C++ of lowered trees; `tokens` are the names of the call's numbers and tensors."""
     printer = _Printer(results, tokens)
-    texts = {key: printer.text(root, _OR) for key, root in results.items()}
+    texts = {key: printer.result(root) for key, root in results.items()}
     return Statements(
         levels={level: tuple(printer.lines[level]) for level in LEVELS},
         results=texts,
@@ -94,6 +94,11 @@ class _Printer:
     def text(self, node: Node, at_least: int) -> str:
         text, precedence = self._texts[node]
         return text if precedence >= at_least else f"({text})"
+
+    def result(self, root: Node) -> str:
+        """Of a root; & and | of bools are whole numbers to C++, which must not narrow in braces."""
+        text = self.text(root, _OR)
+        return f"static_cast<bool>({text})" if root.op in ("and", "or") and root not in self.named else text
 
     def _longest_part(self, node: Node) -> Node | None:
         """The argument with the longest text that is no statement yet."""

@@ -7,6 +7,7 @@ Params, named tensors operands, whose axes are the indices that the expression l
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,15 @@ from fa2gen.features.base import Feature, Param
 from fa2gen.options import AnyShape, Expression, Options
 from fa2gen.spec import Problem
 
-__all__ = ["ScoreCode", "expression_of", "named_values", "refuse_unbuilt_expression", "score_code"]
+__all__ = [
+    "AllowCode",
+    "ScoreCode",
+    "allow_code",
+    "expression_of",
+    "named_values",
+    "refuse_unbuilt_expression",
+    "score_code",
+]
 
 _EXAMPLE_NUMBER = 3.0
 
@@ -27,13 +36,11 @@ def expression_of(problem: Problem) -> Feature:
     """The feature of a problem's expressions."""
     program = problem.program
     refuse_unbuilt_expression(program)
-    if problem.direction == "decode":
-        raise UnsupportedProblem("expressions over caches are not built yet; nearest: direction fwd, or no expression")
     numbers = [x.token for x in program.inputs if not x.is_tensor]
 
     def values(options: Options, _: AnyShape) -> Mapping[str, int | float]:
         given = options.expression or Expression()
-        return dict(zip(numbers, given.numbers, strict=True))
+        return named_values(program, given.numbers)
 
     example = Expression(problem.score, problem.allow, problem.inputs, (_EXAMPLE_NUMBER,) * len(numbers))
     return Feature(
@@ -47,21 +54,15 @@ def expression_of(problem: Problem) -> Feature:
 
 def refuse_unbuilt_expression(program: Program) -> None:
     """Raise UnsupportedProblem for what the grammar has and kernels do not have yet."""
-    if program.allow:
-        raise UnsupportedProblem(
-            f"masks of expressions are not built yet (allow {program.allow!r}); nearest: causal, window_size or "
-            "attention_chunk, and sequences of their own as a ragged batch"
-        )
     if tensor := next((x for x in program.inputs if x.is_tensor), None):
         raise UnsupportedProblem(f"expressions of tensors are not built yet ({tensor.name}); nearest: numbers")
 
 
-def named_values(program: Program, numbers: Sequence[float], tensors: Sequence[Any]) -> dict[str, Any]:
+def named_values(program: Program, numbers: Sequence[float], tensors: Sequence[Any] = ()) -> dict[str, Any]:
     """The inputs of a program by their tokens, of a call that gives numbers and tensors in their order."""
-    of_each = {True: iter(tensors), False: iter(numbers)}
-    found = {x.token: next(of_each[x.is_tensor]) for x in program.inputs}
-    whole = {x.token for x in program.inputs if not x.is_tensor and x.type == "int"}
-    return {token: int(value) if token in whole else value for token, value in found.items()}
+    given = iter(numbers)
+    found = {x.token: int(next(given)) if x.type == "int" else next(given) for x in program.inputs if not x.is_tensor}
+    return found | dict(zip((x.token for x in program.inputs if x.is_tensor), tensors, strict=False))
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,42 @@ def score_code(program: Program, gradient: bool) -> ScoreCode:
     score = emit(program, "score")
     slope = emit(program, "gradient") if gradient else None
     return ScoreCode(
-        formulas=tuple(
-            f"{name} = {text}" for name, text in program.formulas if name.startswith(("score", "d score / d s"))
-        ),
+        formulas=_comment(program, "score", "d score / d s"),
         factor=_function(score, "factor"),
         forward=_function(score, "score"),
         backward=_function(slope, "score", "weight") if slope else (),
         finite=score.is_finite,
     )
+
+
+@dataclass(frozen=True)
+class AllowCode:
+    """Lines of C++ for the functions of templates/common/allow.cuh.j2.
+
+    formula  what it is, in words; lines of a comment.
+    element  of a function that says whether a query sees a key; tile of one that says whether some query of a tile
+             sees some of its keys, and whether all see all.
+    """
+
+    formula: tuple[str, ...]
+    element: tuple[str, ...]
+    tile: tuple[str, ...]
+
+
+def allow_code(program: Program) -> AllowCode:
+    """The code of a program's mask."""
+    return AllowCode(
+        formula=_comment(program, "allow"),
+        element=_function(emit(program, "allow"), "allow"),
+        tile=_function(emit(program, "blocks"), "any", "all"),
+    )
+
+
+def _comment(program: Program, *names: str) -> tuple[str, ...]:
+    """Formulas of a program, in lines of a comment."""
+    formulas = dict(program.formulas)
+    texts = (f"{name} = {formulas[name]}" for name in names)
+    return tuple(line for text in texts for line in textwrap.wrap(text, 118, subsequent_indent="    "))
 
 
 def _function(code: Code, *results: str) -> tuple[str, ...]:

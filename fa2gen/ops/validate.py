@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, TypeAlias
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.features.expression import refuse_unbuilt_expression
+from fa2gen.features.expression import named_values, refuse_unbuilt_expression
 from fa2gen.options import Expression, Options
 from fa2gen.spec import HEAD_DIM_STEP, MAX_HEAD_DIM, DType, program_of
 
@@ -137,6 +138,17 @@ def validate_expression(
     refuse_unbuilt_expression(program_of(*expression[:3]))
     if tensors:
         raise InvalidInput(f"{len(tensors)} tensors were given, and the expression names none")
+    sizes = (q.shape[0] if sequences is None else sequences, q.shape[-2], q.shape[-3], k.shape[-3])
+    if all(isinstance(size, int) for size in sizes):
+        _check_numbers(expression, *sizes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_numbers(expression: Expression, batch: int, heads: int, seqlen_q: int, seqlen_k: int) -> None:
+    """Raise InvalidInput where positions of these lengths, or the call's numbers, are beyond what kernels compute with.
+    Of a ragged batch the lengths are the rows of all sequences, which none exceeds."""
+    program = program_of(*expression[:3])
+    program.check(seqlen_q, seqlen_k, named_values(program, expression.numbers), batch, heads)
 
 
 def validate_backward(

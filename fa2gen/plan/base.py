@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
-from fa2gen.features.expression import ScoreCode, score_code
+from fa2gen.features.expression import AllowCode, ScoreCode, allow_code, score_code
 from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES, Panels, align_up
 from fa2gen.plan.memory import SharedMemory
@@ -212,6 +212,22 @@ class KernelPlan:
     def score(self) -> ScoreCode:
         """What it makes of them, in C++."""
         return score_code(self.problem.program, self.problem.direction == "bwd")
+
+    @property
+    def has_allow(self) -> bool:
+        """Whether an expression says which keys are seen, beside the mask."""
+        return bool(self.problem.allow)
+
+    @property
+    def skips_hidden(self) -> bool:
+        """Whether a backward kernel passes blocks by that no query sees. Where the order is kept it does not: a block
+        of keys adds to dQ behind the one before it, and waits for it."""
+        return self.has_allow and not self.deterministic
+
+    @cached_property
+    def allow(self) -> AllowCode:
+        """What it says, in C++."""
+        return allow_code(self.problem.program)
 
     @property
     def softmax_scale(self) -> str:

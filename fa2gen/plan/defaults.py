@@ -32,7 +32,7 @@ class _Row:
     from_bytes  least shared memory of a block on the device that they are for.
     uneven      whether they are for masks whose blocks hold different amounts of work; None: for all.
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
-    score       whether they are for scores of an expression; None: for all.
+    expression  whether they are for scores or masks of an expression; None: for all.
     """
 
     head_dim: int
@@ -40,7 +40,7 @@ class _Row:
     from_bytes: int = 0
     uneven: bool | None = None
     left_edge: bool | None = None
-    score: bool | None = None
+    expression: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class _Family:
             and shared_memory_limit >= row.from_bytes
             and row.uneven in (None, uneven)
             and row.left_edge in (None, left_edge)
-            and row.score in (None, bool(problem.score))
+            and row.expression in (None, problem.has_expression)
         )
 
 
@@ -109,7 +109,7 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             _Row(96, ((128, 64, 2, 4), (128, 64, 1, 4), (64, 32, 1, 4))),
             _Row(112, ((128, 64, 1, 4), (64, 32, 1, 4)), left_edge=False),
             # With a cap 32 rows a warp spill from 120 on: 8 registers of 64 keys, 4 of 48.
-            _Row(160, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4)), score=True),
+            _Row(160, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4)), expression=True),
             _Row(
                 120, ((128, 48, 2, 4), (128, 48, 1, 4), (64, 32, 1, 4))
             ),  # 64 keys spill 4 registers (causal) or 2 (at 112, windows)
@@ -128,7 +128,9 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     ("sm80", "bwd"): _Family(
         (
             _Row(64, ((128, 128, 2, 8), (64, 128, 2, 8), (32, 32, 1, 4))),
-            _Row(80, ((64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4)), score=True),  # 2: spills, sm_90
+            _Row(
+                80, ((64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4)), expression=True
+            ),  # 2: spills, sm_90
             _Row(128, ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4))),
             _Row(256, ((64, 64, 2, 8), (64, 64, 1, 8), (32, 64, 1, 8), (32, 32, 1, 4))),
         ),

@@ -32,6 +32,7 @@ REGISTERS_BESIDE_TILES = 12
 # Of an expression's values (a cap at d = 64, 128 x 128: 92 bytes spill), and of a key's second edge beside them (56).
 REGISTERS_OF_SCORE = 8
 REGISTERS_OF_SCORE_AND_LEFT_EDGE = 16
+REGISTERS_OF_ALLOW = 2  # of the walk's place, for what an expression hides (d = 160 causal, 48 x 128: 8 bytes spill)
 # Split by keys, more for each 16 registers of dK and dV beyond 128: ptxas begins each at a multiple of 8. Head dims 192
 # and 136 with 48 queries, or 128 and 168 with 64, would need 240, and it puts their products one after the other
 # (C7512); 136 and 184 with 48 would spill 3 under a window.
@@ -139,7 +140,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def registers_beside_tiles(self) -> int:
         of_score = REGISTERS_OF_SCORE_AND_LEFT_EDGE if self.left_edge else REGISTERS_OF_SCORE
-        return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0)
+        of_allow = REGISTERS_OF_ALLOW if self.has_allow else 0
+        return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0) + of_allow
 
     # Matrix instructions
 

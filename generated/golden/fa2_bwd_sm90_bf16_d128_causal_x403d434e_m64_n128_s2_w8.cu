@@ -3,14 +3,14 @@
 // Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
-//   problem  bwd, head dim 128, bf16, causal mask, score number_0 * tanh(s / number_0), of number_0: float
+//   problem  bwd, head dim 128, bf16, causal mask, scores of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   54 Shared memory,  117 Threads,  161 Arithmetic,  196 Shared memory,
 //             217 Global memory,  245 mbarriers,  289 TMA,  331 Bulk copies,  347 Fences,  354 Fragments,
-//             368 Registers,  376 Registers of a warpgroup,  388 wgmma,  565 What is visible,
-//             617 Softmax and its gradient,  664 Scores of an expression,  795 Pipelines,  838 Loads,
-//             886 Matrix products,  924 Staging,  982 Producer, 1034 Consumer, 1155 Kernels, 1300 Launch
+//             368 Registers,  376 Registers of a warpgroup,  388 wgmma,  565 What is visible,  617 Expressions,
+//             632 Softmax and its gradient,  679 Scores of an expression,  797 Pipelines,  840 Loads,
+//             888 Matrix products,  926 Staging,  984 Producer, 1036 Consumer, 1157 Kernels, 1302 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -614,6 +614,21 @@ __device__ __forceinline__ void apply_mask(
     }
 }
 
+// Expressions ---------------------------------------------------------------------------------------------------------
+
+// What an expression may ask of an element's place beside its positions.
+struct Head {
+    int b;
+    int h;
+    int hk;
+    int seqlen_q;
+    int seqlen_k;
+};
+
+__device__ __forceinline__ Head head_of(Params const& p, Seqlen const& s, int bidh, int bidb) {
+    return {bidb, bidh, bidh / p.num_heads_per_kv, s.q, s.k};
+}
+
 // Softmax and its gradient (FlashAttention-2, Algorithm 2, lines 11 to 14) ------------------------------------------------
 
 // P = exp(scale * S - LSE), in base 2. A row that does not exist has LSE = +inf, so P = 0.
@@ -665,19 +680,6 @@ __device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*va
 //
 // score = number_0 * tanh(s / number_0)
 // d score / d s = 1.0 - tanh(s / number_0) ** 2
-
-// What an expression may ask of an element's place beside its positions.
-struct Head {
-    int b;
-    int h;
-    int hk;
-    int seqlen_q;
-    int seqlen_k;
-};
-
-__device__ __forceinline__ Head head_of(Params const& p, Seqlen const& s, int bidh, int bidb) {
-    return {bidb, bidh, bidh / p.num_heads_per_kv, s.q, s.k};
-}
 
 // Times this a score is an exponent of 2.
 __device__ __forceinline__ float score_factor(Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k) {

@@ -3,14 +3,14 @@
 // Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
-//   problem  fwd, head dim 128, bf16, causal mask, score number_0 * tanh(s / number_0), of number_0: float
+//   problem  fwd, head dim 128, bf16, causal mask, scores of an expression
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229504 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  172 Shared memory,
 //             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
-//             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Scores of an expression,
-//             559 Online softmax,  721 Pipelines,  749 Loads,  812 Matrix products,  839 Epilogue,  886 Producer,
-//             937 Consumer, 1094 Kernel, 1134 Launch
+//             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Expressions,
+//             523 Scores of an expression,  561 Online softmax,  723 Pipelines,  751 Loads,  814 Matrix products,
+//             841 Epilogue,  888 Producer,  939 Consumer, 1096 Kernel, 1136 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -505,10 +505,7 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
     }
 }
 
-// Scores of an expression ---------------------------------------------------------------------------------------------
-//
-// score = number_0 * tanh(s / number_0)
-// d score / d s = 1.0 - tanh(s / number_0) ** 2
+// Expressions ---------------------------------------------------------------------------------------------------------
 
 // What an expression may ask of an element's place beside its positions.
 struct Head {
@@ -522,6 +519,11 @@ struct Head {
 __device__ __forceinline__ Head head_of(Params const& p, Seqlen const& s, int bidh, int bidb) {
     return {bidb, bidh, bidh / p.num_heads_per_kv, s.q, s.k};
 }
+
+// Scores of an expression ---------------------------------------------------------------------------------------------
+//
+// score = number_0 * tanh(s / number_0)
+// d score / d s = 1.0 - tanh(s / number_0) ** 2
 
 // Times this a score is an exponent of 2.
 __device__ __forceinline__ float score_factor(Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k) {

@@ -566,7 +566,7 @@ def test_the_table_has_every_field():
     assert {*SHOWN, "bench", "report"} == {*OF_KERNELS}
 
 
-@pytest.mark.parametrize("field", [field for field in Problem.model_fields if field != "allow"])
+@pytest.mark.parametrize("field", Problem.model_fields)
 @pytest.mark.parametrize("command", SHOWN)
 def test_every_command_takes_and_shows_every_field(quick, cache, command, field):
     """By option, by a kernel's name, by a spec file and by one on standard input."""

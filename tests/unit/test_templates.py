@@ -56,6 +56,15 @@ def plans() -> list[KernelPlan]:
         for direction in ("fwd", "bwd")
         for varlen in (False, True)
     ]
+    modified += [
+        Problem(
+            direction=direction, head_dim=d, mask=m, score=score, allow="(i - j) // 3 % 5 < (j - i) // width % width"
+        )
+        for direction in ("fwd", "bwd")
+        for d in (64, 128)
+        for m in get_args(Mask)
+        for score in ("", "cap * tanh(s / cap)")
+    ]
     specs += [
         KernelSpec(problem=p, tiling=default_tiling(p, arch))
         for p in backward + ordered + modified

@@ -1,0 +1,78 @@
+"""Masks of expressions on the CPU: what is hidden, which tiles are passed by, dense and ragged, in both families."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fa2gen.options import Shape
+from tests.cpu.faults import Fault, symptom
+from tests.cpu.test_expression import ARCHES, SHAPE, SOFTCAP, kernel, run
+
+WINDOW = "i - j < width"  # of 3 keys, the number that examples have: most tiles are hidden
+STRIPES = "j % 7 != 2 or i // 16 == j // 16"
+SQUARES = "(i // 40 + j // 40) % 3 != 1"
+AHEAD = "j - i > 100"
+HEADS = "h % 2 == 0 and j <= i or j < 9"
+
+
+@pytest.mark.parametrize(
+    ("arch", "direction", "head_dim", "mask", "varlen", "score", "allow"),
+    [
+        ("sm80", "fwd", 64, "full", True, "", HEADS),
+        ("sm80", "fwd", 72, "window", False, SOFTCAP, STRIPES),
+        ("sm80", "bwd", 64, "causal", True, SOFTCAP, WINDOW),
+        ("sm80", "bwd", 128, "full", False, "", SQUARES),
+        ("sm90", "fwd", 64, "causal", True, SOFTCAP, STRIPES),
+        ("sm90", "fwd", 128, "window", False, "", SQUARES),
+        ("sm90", "fwd", 256, "causal", False, "", WINDOW),
+        ("sm90", "bwd", 64, "full", False, "", HEADS),
+        ("sm90", "bwd", 128, "causal", True, SOFTCAP, SQUARES),
+        ("sm90", "bwd", 256, "full", False, "", STRIPES),
+    ],
+)
+def test_what_an_expression_hides(arch, direction, head_dim, mask, varlen, score, allow):
+    spec = kernel(arch, direction, head_dim, mask, score, allow=allow, varlen=varlen)
+    verdict, _ = run(spec.name, SHAPE)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_rows_that_see_nothing(arch):
+    """Whole tiles and single rows: no output, no gradient, no NaN."""
+    for direction, results in (("fwd", ("o",)), ("bwd", ("dq", "dk", "dv"))):
+        spec = kernel(arch, direction, 64, "full", "", allow="j // 64 == 1 and i % 3 == 0 and i > 40")
+        verdict, tensors = run(spec.name, Shape(1, 150, 203, 2, 1))
+        assert verdict.ok, verdict
+        assert all(torch.isfinite(tensors[name]).all() for name in results)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_the_order_is_kept_where_tiles_are_hidden(arch):
+    """Deterministic gradients, whatever the schedule; no block of keys waits for one that nobody sees."""
+    name = kernel(arch, "bwd", 64, "full", "", allow=SQUARES, deterministic=True).name
+    verdict, first = run(name, SHAPE)
+    _, again = run(name, SHAPE, seed=3, num_sms=3)
+    assert verdict.ok, verdict
+    assert all(torch.equal(first[x], again[x]) for x in ("dq", "dk", "dv"))
+
+
+NAMES = {
+    (arch, direction): kernel(arch, direction, 128, "full", "", allow=AHEAD).name
+    for arch in ARCHES
+    for direction in ("fwd", "bwd")
+}
+FAULTS = [
+    *(Fault("nothing-hidden", name, "allowed ? acc_s[n] : -kInfinity", "acc_s[n]") for name in NAMES.values()),
+    *(
+        Fault("keys-cut-short", name, "first_key + kTileN, at.seqlen_k) - 1", "first_key + 8, at.seqlen_k) - 1")
+        for name in NAMES.values()
+    ),
+    Fault("walk-in-reverse", NAMES["sm90", "bwd"], "remaining > 0 && !seen(p).any", "remaining > 0 && seen(p).any"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_is_seen(fault):
+    if not symptom(run, fault, [SHAPE], 0):
+        pytest.fail("no run shows it")
