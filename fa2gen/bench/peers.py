@@ -343,6 +343,8 @@ def _sdpa(name: str, backend: str, *_: Any) -> Contestant:
     def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
         if _window(point):
             raise Missing("torch's scaled_dot_product_attention takes no window")
+        if point.calls == "new lengths" and name == "cudnn":
+            raise Missing("cuDNN makes a plan of each new length, in tens of milliseconds: the run would take minutes")
         if point.lengths:
             if name != "fa2":
                 _refuse_ragged(point, "cuDNN")
