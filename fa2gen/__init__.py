@@ -29,6 +29,7 @@ _HOME = {
     "reshape_and_cache": "ops",
     "attention": "ops",
     "enable_sdpa": "integrations.sdpa",
+    "install_as_flash_attn": "shim",
     "Problem": "spec",
     "Tiling": "spec",
     "KernelSpec": "spec",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:  # the same, for type checkers and editors
         reshape_and_cache,
     )
     from fa2gen.plan import KernelPlan, default_tiling, make_plan
+    from fa2gen.shim import install_as_flash_attn
     from fa2gen.spec import KernelSpec, Problem, Tiling
 
 __all__ = [
@@ -98,6 +100,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "install_as_flash_attn",
     "make_plan",
     "merge_states",
     "reshape_and_cache",

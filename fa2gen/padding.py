@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput
 
-__all__ = ["index_first_axis", "pad_input", "unpad_input"]
+__all__ = [
+    "index_first_axis",
+    "index_put_first_axis",
+    "pad_input",
+    "unpad_input",
+    "unpad_input_for_concatenated_sequences",
+]
 
 
 def unpad_input(
@@ -57,3 +63,32 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     """Rows `indices` (total,) of x (rows, ...)."""
     return x.index_select(0, indices)
+
+
+def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
+    """(first_axis_dim, ...): rows `indices` (total,) are those of values (total, ...), all others 0."""
+    return values.new_zeros((first_axis_dim, *values.shape[1:])).index_copy(0, indices, values)
+
+
+def unpad_input_for_concatenated_sequences(
+    hidden_states: Tensor, attention_mask_in_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(packed, indices, cu_seqlens, max_seqlen) of a padded batch whose rows hold several sequences each.
+
+    attention_mask_in_length  (batch, seqlen), whole numbers: the lengths of a row's sequences, one behind the other
+                              from its first place on, then 0.
+
+    The others as in `unpad_input`. Waits for the device. Raises InvalidInput where the lengths are not of the batch.
+    """
+    if attention_mask_in_length.dim() != 2 or attention_mask_in_length.shape != hidden_states.shape[:2]:
+        raise InvalidInput(
+            f"attention_mask_in_length has shape {tuple(attention_mask_in_length.shape)}, hidden_states "
+            f"{tuple(hidden_states.shape)}; the lengths must be (batch, seqlen), as hidden_states begins"
+        )
+    columns = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    counts = columns < attention_mask_in_length.sum(dim=1, keepdim=True)
+    lengths = attention_mask_in_length[attention_mask_in_length > 0]
+    indices = torch.nonzero(counts.flatten(), as_tuple=False).flatten()
+    bounds = torch.nn.functional.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
+    longest = int(lengths.max().item()) if lengths.numel() else 0
+    return index_first_axis(hidden_states.flatten(0, 1), indices), indices, bounds, longest

@@ -55,6 +55,7 @@ app = typer.Typer(
 for part in (kernels.app, measure.app, report.app, machine.app):
     app.add_typer(part)
 app.add_typer(machine.cache_app, name="cache")
+app.add_typer(machine.shim_app, name="shim")
 
 
 def main() -> NoReturn:

@@ -1,6 +1,9 @@
-"""The commands about this machine: `cache` and `doctor`."""
+"""The commands about this machine: `cache`, `doctor` and `shim`."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -16,7 +19,7 @@ from fa2gen.cli.console import (
     print_table,
 )
 
-__all__ = ["app", "cache_app"]
+__all__ = ["app", "cache_app", "shim_app"]
 
 app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 cache_app = typer.Typer(
@@ -109,3 +112,27 @@ def doctor(as_json: AsJson = False) -> None:
         print_pairs(lines(found))
     if found["problems"]:
         raise typer.Exit(ExitStatus.FAILED)
+
+
+shim_app = typer.Typer(
+    help="fa2gen under the name of flash_attn, for what imports that.",
+    epilog=examples("fa2gen shim wheel --out wheels", "python -m fa2gen.shim train.py --steps 100"),
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+@shim_app.callback()
+def _shim() -> None:
+    """Keeps `wheel` a command of its own."""
+
+
+@shim_app.command(
+    help="Write a wheel named flash-attn, whose modules import fa2gen.",
+    epilog=examples("fa2gen shim wheel --out wheels", "pip install wheels/flash_attn-*+fa2gen-*.whl"),
+)
+def wheel(out: Annotated[Path, typer.Option(help="The folder to write it to.")] = Path()) -> None:
+    from fa2gen.shim.wheel import write_wheel
+
+    typer.echo(write_wheel(out))

@@ -25,7 +25,8 @@ from torch.nn.attention import (
 
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.ops import flash_attn_func, flash_attn_varlen_func
-from fa2gen.ops.arguments import default_scale
+from fa2gen.ops.autograd import by_operator
+from fa2gen.options import Options
 
 __all__ = ["Enabled", "Overrides", "enable_sdpa"]
 
@@ -223,15 +224,10 @@ def _gradients(
     window_size: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), out and lse being the whole row's, of which k and v may be a part."""
-    operator = torch.ops.fa2gen.bwd_varlen.default if lengths else torch.ops.fa2gen.bwd.default
     left, right = window_size
+    options = Options(scale, causal, left, right, varlen=bool(lengths))
     with torch.no_grad():
-        gradients: tuple[Tensor, Tensor, Tensor] = operator(
-            *(dout, q, k, v, out, lse, None, *lengths, default_scale(q) if scale is None else scale, causal),
-            window_left=left,
-            window_right=right,
-        )
-    return gradients
+        return by_operator(dout, q, k, v, out, lse, None, *lengths, options)
 
 
 def _aligned_top_left(
