@@ -33,7 +33,7 @@ def install_as_flash_attn(force: bool = False) -> None:
 
     force  also where a real flash_attn is installed or imported, which is then not seen any more.
 
-    Where fa2gen's is found already, also by its wheel, nothing is done. Subprocesses see none of this: for these install
+    Where fa2gen's is found already, also by its wheel, nothing is done. Subprocesses see none of this: for them install
     the wheel. Raises InvalidInput where there is a real one.
     """
     version, place = _found()
