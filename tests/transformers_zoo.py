@@ -53,6 +53,7 @@ class Animal:
         given = {**usual, **self.config}
         if head_dim is not None:
             given |= {"hidden_size": head_dim * heads, "num_attention_heads": heads}
+            given |= {name: head_dim for name in ("head_dim",) if name in given}
         config = transformers.AutoConfig.for_model(self.model_type, **given)
         for name in _NO_DROPOUT:
             if isinstance(getattr(config, name, None), float):
