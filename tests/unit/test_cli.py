@@ -87,7 +87,7 @@ def commands() -> list[tuple[str, ...]]:
 
 def test_the_commands_are_those_that_were_promised():
     names = {path[0] for path in commands() if path}
-    assert names == {*OF_KERNELS, "spec-schema", "cache", "doctor"}
+    assert names == {*OF_KERNELS, "spec-schema", "cache", "doctor", "shim"}
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
