@@ -24,6 +24,7 @@ from fa2gen.errors import InvalidInput
 from fa2gen.features import key_range
 from fa2gen.gpus import current_device
 from fa2gen.layout import ELEMENT_BYTES
+from fa2gen.options import CacheShape
 from fa2gen.select import select
 from fa2gen.spec import Direction, KernelSpec, Tiling
 
@@ -93,6 +94,9 @@ def find(
     found: list[Contestant] = []
     missing: dict[str, str] = {}
     for name in dict.fromkeys(names):
+        if direction == "decode" and name not in OVER_CACHES:
+            missing[name] = f"over caches there are {', '.join(OVER_CACHES)}"
+            continue
         try:
             found.append(_FACTORIES[name](direction, fa3_library))
         except Missing as error:
@@ -180,7 +184,7 @@ def _refuse_ragged(point: Point, who: str) -> None:
 def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path | None) -> Contestant:
     """Forward on the device's own family what a user calls; else the kernel that the selector gives, launched alone."""
     torch = import_module("torch")
-    from fa2gen.ops import flash_attn_func, flash_attn_varlen_func
+    from fa2gen.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
     if deterministic and direction == "fwd":
         raise Missing("the forward pass is always deterministic")
@@ -191,6 +195,11 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
         options = point.options
+        if point.direction == "decode":
+            if arch != native:
+                raise Missing("it is what flash_attn_with_kvcache runs here that is measured over caches")
+            cache = _cache(point, k, v)
+            return lambda: (flash_attn_with_kvcache(q, *cache[:2], **cache[2], causal=point.causal),)
         if point.direction == "fwd" and arch == native:
             if point.calls == "step":
                 return _by_autograd(lambda point, *qkv: partial(flash_attn_func, *qkv, causal=point.causal))(
@@ -209,6 +218,19 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
         return _launched(point, _selected(point, arch), q, k, v, dout)
 
     return Contestant(f"fa2gen-{arch}{DETERMINISTIC if deterministic else ''}", prepare)
+
+
+def _cache(point: Point, k: Any, v: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """(k_cache, v_cache, where keys are in them, as flash_attn says it): all of each sequence's keys, on the device."""
+    torch = import_module("torch")
+    said = {"cache_seqlens": torch.full((point.batch,), point.seqlen, dtype=torch.int32, device=k.device)}
+    if not point.page_size:
+        return k, v, said
+    pages = point.batch * point.seqlen // point.page_size
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).to(k.device)
+    said["block_table"] = order.argsort().view(point.batch, -1).to(torch.int32)
+    shape = (pages, point.page_size, *k.shape[2:])
+    return k.view(shape)[order], v.view(shape)[order], said
 
 
 def _native() -> ArchName:
@@ -249,6 +271,8 @@ def _launched(
             shaped |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
         return cases.prepare(cases.load(spec), cases.Case(spec, point.shape, point.options, shaped, {}))
 
+    if point.direction == "decode":
+        return _launched_over_a_cache(point, spec, q, k, v)
     forward = replace(point, direction="fwd", deterministic=False)
     tensors = {
         "q": q,
@@ -264,6 +288,25 @@ def _launched(
     gradients = dict(zip(("dq", "dk", "dv"), into or [torch.empty_like(x) for x in (q, k, v)], strict=True))
     back = launcher(point, spec, {**tensors, **gradients, "dout": dout})
     return lambda: (back(), tuple(gradients.values()))[1]
+
+
+def _launched_over_a_cache(point: Point, spec: KernelSpec, q: Any, k: Any, v: Any) -> Call:
+    """`_launched` of a decoding kernel."""
+    from fa2gen import cases
+
+    k_cache, v_cache, places = _cache(point, k, v)
+    out, lse = _like_o(q, v), q.new_empty(q.shape[0], q.shape[2], q.shape[1]).float()
+    table = places.get("block_table")
+    shape = CacheShape(
+        *point.shape,
+        entries=k_cache.shape[0],
+        page_size=point.page_size,
+        table_rows=0 if table is None else table.shape[0],
+        table_stride=0 if table is None else table.stride(0),
+    )
+    tensors = {"q": q, "k": k_cache, "v": v_cache, "o": out, "lse": lse, **places}
+    call = cases.prepare(cases.load(spec), cases.Case(spec, shape, point.options, tensors, {}))
+    return lambda: (call(), (out,))[1]
 
 
 def _like_o(q: Any, v: Any) -> Any:
@@ -382,7 +425,7 @@ def _fa3(direction: Direction, library: Path | None) -> Contestant:
         except OSError as error:
             raise Missing(f"{library.name} does not load: {error}") from error
     operators = torch.ops.flash_attn_3
-    for needed in dict.fromkeys(("fwd", direction)):
+    for needed in dict.fromkeys(("fwd", "fwd" if direction == "decode" else direction)):
         if not hasattr(operators, needed):
             raise Missing(f"what was loaded registers no operator flash_attn_3::{needed}")
 
@@ -396,6 +439,10 @@ def _fa3(direction: Direction, library: Path | None) -> Contestant:
             bounds = _bounds(point, q.device)
             options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
             options |= {"max_seqlen_q": point.seqlen, "max_seqlen_k": point.seqlen}
+        if point.direction == "decode":
+            k_cache, v_cache, said = _cache(point, k, v)
+            options |= {"seqused_k": said["cache_seqlens"], "page_table": said.get("block_table")}
+            return lambda: operators.fwd(q, k_cache, v_cache, **options, num_splits=0)[:1]
         if point.direction == "fwd":
             return lambda: operators.fwd(q, k, v, **options, num_splits=1)[:1]
         out, lse = operators.fwd(q, k, v, **options, num_splits=1)[:2]
@@ -472,6 +519,7 @@ _FACTORIES: dict[str, Callable[[Direction, Path | None], Contestant]] = {
     "flex": _flex,
 }
 NAMES = tuple(_FACTORIES)
+OVER_CACHES = (*OURS, "fa3")
 
 
 def in_order(names: Iterable[str]) -> list[str]:

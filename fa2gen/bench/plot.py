@@ -38,7 +38,7 @@ _LABELS = {
     "math": "PyTorch",
     "flex": "FlexAttention",
 }
-_DIRECTIONS = {"fwd": "forward", "bwd": "backward"}
+_DIRECTIONS = {"fwd": "forward", "bwd": "backward", "decode": "over caches"}
 
 
 def plot(document: Mapping[str, Any], out: Path, stem: str) -> list[Path]:

@@ -28,6 +28,8 @@ class Point:
     lengths     of a ragged batch's sequences, of which seqlen is the longest: q (total, heads, head_dim), and k and v
                 likewise.
     head_dim_v  of v, where it is another.
+    tokens      over a cache, the queries of each sequence: q (batch, tokens, heads, head_dim); seqlen are its keys.
+    page_size   of the cache's pages, which lie in no order; 0: no pages.
     calls       what is called: "same", one call again and again; "new lengths", each call with another seqlen than
                 those before it, up to this one; or "step", a forward and a backward pass together.
     """
@@ -46,16 +48,19 @@ class Point:
     deterministic: bool = False
     lengths: tuple[int, ...] = ()
     head_dim_v: int | None = None
+    tokens: int = 0
+    page_size: int = 0
     calls: Literal["same", "new lengths", "step"] = "same"
 
     @property
     def shape(self) -> Shape:
         rows = sum(self.lengths) or self.seqlen
-        return Shape(self.batch, rows, rows, self.heads, self.heads_kv)
+        return Shape(self.batch, self.tokens or rows, rows, self.heads, self.heads_kv)
 
-    def size(self, heads: int, head_dim: int) -> tuple[int, ...]:
-        """Of a tensor with so many heads."""
-        return (*((sum(self.lengths),) if self.lengths else (self.batch, self.seqlen)), heads, head_dim)
+    def size(self, heads: int, head_dim: int, of_query: bool = False) -> tuple[int, ...]:
+        """Of a tensor with so many heads; `of_query` is whether it has q's rows."""
+        seqlen = self.tokens or self.seqlen if of_query else self.seqlen
+        return (*((sum(self.lengths),) if self.lengths else (self.batch, seqlen)), heads, head_dim)
 
     @property
     def sequences(self) -> list[Point]:
@@ -84,7 +89,7 @@ class Point:
     @property
     def problem(self) -> Problem:
         """What a kernel for it computes."""
-        return self.options.problem(self.direction, self.head_dim, self.dtype, self.head_dim_v)
+        return self.options.problem(self.direction, self.head_dim, self.dtype, self.head_dim_v, bool(self.page_size))
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Point:
@@ -101,6 +106,8 @@ class Point:
         window = [sides] if self.window_left >= 0 or self.window_right >= 0 else []
         of_calls = "" if self.calls == "same" else f", {self.calls}"
         size = f"{sum(self.lengths)} in {self.batch}" if self.lengths else f"{self.batch} x {self.seqlen}"
+        if self.tokens:
+            size = f"{self.batch} x {self.tokens} over {self.seqlen}"
         return f"{' '.join((*self.problem.words, *window))} {size}, {heads} heads{of_calls}"
 
 
@@ -219,6 +226,21 @@ def _mla(dtype: DType) -> list[Point]:
     ]
 
 
+def _decode(dtype: DType) -> list[Point]:
+    """Queries over caches: batches and lengths of serving, the heads of current models, more tokens, pages of 16."""
+    plain = replace(
+        _point("decode", 128, dtype, False, 8192, batch=16, heads=32, heads_kv=8), direction="decode", tokens=1
+    )
+    sizes = ((128, 4096), (16, 8192), (1, 65_536), (1, 8192), (1, 1024))
+    heads = ((128, 64, 8), (128, 32, 32), (64, 32, 8), (256, 32, 2))
+    return [
+        *(replace(plain, batch=batch, seqlen=seqlen) for batch, seqlen in sizes),
+        *(replace(plain, head_dim=d, heads=h, heads_kv=hk) for d, h, hk in heads),
+        *(replace(plain, causal=True, tokens=tokens) for tokens in (2, 4, 8, 16)),
+        *(replace(plain, batch=batch, seqlen=seqlen, page_size=16) for batch, seqlen in sizes[:3]),
+    ]
+
+
 def _host(dtype: DType) -> list[Point]:
     """Problems so small that the GPU waits for the host."""
     tiny = [_point("host", head_dim, dtype, True, 128, batch=1, heads=1) for head_dim in (64, 128)]
@@ -232,6 +254,7 @@ PRESETS: dict[str, Callable[[DType], list[Point]]] = {
     "window": _window,
     "varlen": _varlen,
     "mla": _mla,
+    "decode": _decode,
     "host": _host,
 }
 FORWARD_ONLY = {"host"}  # what autograd adds to a call is torch's
@@ -255,7 +278,13 @@ def preset_points(
     if direction != "fwd" and preset in FORWARD_ONLY:
         others = ", ".join(name for name in PRESETS if name not in FORWARD_ONLY)
         raise InvalidInput(f"preset {preset} is forward only; {direction} has {others}")
-    points = [replace(point, direction=direction) for point in PRESETS[preset](dtype)]
+    points = PRESETS[preset](dtype)
+    over_caches = any(point.tokens for point in points)
+    if direction == ("bwd" if over_caches else "decode"):
+        others = ", ".join(name for name in PRESETS if (name == "decode") != over_caches)
+        raise InvalidInput(f"preset {preset} has no points of direction {direction}; there are those of {others}")
+    if not over_caches:
+        points = [replace(point, direction=direction) for point in points]
     left = [
         point
         for point in points
@@ -299,7 +328,9 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
                 batch=len(lengths) or max(1, TOKENS // seqlen),
                 seqlen=max(lengths, default=seqlen),
                 heads=heads,
-                heads_kv=heads,
+                heads_kv=heads // 4 if problem.direction == "decode" and heads % 4 == 0 else heads,
+                tokens=int(problem.direction == "decode"),
+                page_size=16 if problem.paged else 0,
                 window_left=typical.window_left,
                 window_right=typical.window_right,
                 deterministic=problem.deterministic,

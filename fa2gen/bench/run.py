@@ -80,11 +80,12 @@ class Bench:
         generator = torch.Generator(device="cuda").manual_seed(point.seqlen * 4099 + point.head_dim)
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[point.dtype]
 
-        def random(heads: int, head_dim: int) -> Any:
-            return torch.randn(point.size(heads, head_dim), generator=generator, device="cuda", dtype=dtype)
+        def random(heads: int, head_dim: int, of_query: bool = False) -> Any:
+            return torch.randn(point.size(heads, head_dim, of_query), generator=generator, device="cuda", dtype=dtype)
 
         d, dv = point.problem.head_dims
-        inputs = random(point.heads, d), random(point.heads_kv, d), random(point.heads_kv, dv), random(point.heads, dv)
+        keys = random(point.heads_kv, d), random(point.heads_kv, dv)
+        inputs = random(point.heads, d, True), *keys, random(point.heads, dv, True)
         with torch.no_grad():
             calls = self._tried(point, inputs)
             row: dict[str, Any] = {**point.to_json(), "tflops": {}}

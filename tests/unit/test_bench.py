@@ -20,6 +20,7 @@ from fa2gen.bench.points import HIDDEN, PRESETS, TOKENS, Point, preset_points
 from fa2gen.cli import app
 from fa2gen.cli.options import Asked
 from fa2gen.errors import InvalidInput
+from fa2gen.options import Shape
 from fa2gen.select import best_spec
 from fa2gen.spec import KernelSpec, Problem, Tiling
 from fa2gen.testing import problems
@@ -79,6 +80,18 @@ def test_backward_points_are_the_forward_ones():
         assert {point.problem.direction for point in backward} == {"bwd"}
     with pytest.raises(InvalidInput, match="forward only; bwd has paper, odd, gqa, window"):
         preset_points("host", direction="bwd")
+
+
+def test_points_over_caches_are_a_direction_of_their_own():
+    points = preset_points("decode")
+    assert {point.problem.direction for point in points} == {"decode"} and points[0].shape == Shape(128, 1, 4096, 32, 8)
+    assert {point.problem.paged for point in points} == {False, True}
+    assert points[0].size(32, 128, of_query=True) == (128, 1, 32, 128) and points[0].size(8, 128) == (128, 4096, 8, 128)
+    for preset, direction in (("decode", "bwd"), ("paper", "decode")):
+        with pytest.raises(InvalidInput, match=f"preset {preset} has no points of direction {direction}"):
+            preset_points(preset, direction=direction)
+    for name, why in peers.find(["cudnn", "fa2"], direction="decode")[1].items():
+        assert name in ("cudnn", "fa2") and why.startswith("over caches there are fa2gen-sm90, fa2gen-sm80, fa3")
 
 
 def test_flops_as_the_paper_counts():
