@@ -15,10 +15,10 @@ from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
 from fa2gen.features.varlen import ENTRY_NUMBERS, capacity, entries
 from fa2gen.layout import ELEMENT_BYTES, ceil_div
-from fa2gen.options import AnyShape, CacheShape, Options, Shape
+from fa2gen.options import SPLIT_KEYS, AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan
 from fa2gen.plan.bwd import BackwardPlan
-from fa2gen.plan.recipe import LEAST_UNITS, NUMBER_BYTES, SECTION_BYTES, SECTIONS_OF_GROUPS, UNIT_KEYS
+from fa2gen.plan.recipe import LEAST_UNITS, NUMBER_BYTES, SECTION_BYTES, SECTIONS_OF_GROUPS
 
 __all__ = ["NUMBER_BYTES", "RAGGED_ROWS", "SECTION_BYTES", "Launch", "launch_of", "ragged_dimensions"]
 
@@ -101,24 +101,25 @@ def _decoding_launch(plan: KernelPlan, shape: CacheShape, options: Options, num_
     """
     group = shape.num_heads // shape.num_heads_kv
     num_m_blocks = ceil_div(shape.seqlen_q * group, plan.tile_m)
-    unit_tiles = UNIT_KEYS // plan.tile_n
-    if shape.splits:
-        unit_tiles *= ceil_div(ceil_div(shape.seqlen_k, shape.splits), UNIT_KEYS)
+    is_fixed = shape.split_shift >= 0
+    unit_keys = SPLIT_KEYS << max(shape.split_shift, 0)
     # A window's first and last unit may both be cut.
-    units = (ceil_div(shape.seqlen_k, unit_tiles * plan.tile_n) + 1) * shape.batch * shape.num_heads_kv * num_m_blocks
-    rows = shape.seqlen_k + unit_tiles * plan.tile_n
+    units = (ceil_div(shape.seqlen_k, unit_keys) + 1) * shape.batch * shape.num_heads_kv * num_m_blocks
+    rows = shape.seqlen_k + unit_keys
     turned = shape.seqlen_q * shape.num_heads if shape.rotary_dim else 0
     new = plan.head_dim // 8 * shape.batch * (2 * shape.seqlen_new * shape.num_heads_kv + turned)
+    if (count := num_m_blocks * plan.tile_m) >= 2**22:
+        raise OverflowError(f"{count:,} rows of a head of K and V exceed 2^22")
     for what, count in (
-        ("units of keys", units + num_sms * UNIT_KEYS),
+        ("units of keys", units + num_sms * SPLIT_KEYS),
         ("keys of a sequence", 2 * rows),
         ("pieces of new keys and of queries", new),
     ):
         if count >= 2**31:
             raise OverflowError(f"{count:,} {what} exceed 2^31")
-    least = 1 if shape.splits else LEAST_UNITS
+    least = 1 if is_fixed else LEAST_UNITS
     blocks = min(ceil_div(units, least), num_sms)
-    slots, counters = (units, units) if shape.splits else (2 * blocks, blocks)
+    slots, counters = (units, units) if is_fixed else (2 * blocks, blocks)
     scale = options.scale(plan.head_dim)
     values: dict[str, Any] = {
         "seqlen_q": shape.seqlen_q,
@@ -130,9 +131,10 @@ def _decoding_launch(plan: KernelPlan, shape: CacheShape, options: Options, num_
         "num_heads_kv": shape.num_heads_kv,
         "num_heads_per_kv": group,
         "num_m_blocks": num_m_blocks,
-        "unit_tiles": unit_tiles,
+        "unit_shift": (unit_keys // plan.tile_n).bit_length() - 1,
+        "inverse_group": 1 / group,
         "least_units": least,
-        "fixed_parts": int(shape.splits > 0),
+        "fixed_parts": int(is_fixed),
         "rotary_dim": shape.rotary_dim,
         "rotary_rows": shape.rotary_rows,
         "rotary_interleaved": int(shape.interleaved),

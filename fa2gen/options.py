@@ -6,10 +6,22 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fa2gen.spec import Direction, DType, Mask, Problem
 
-__all__ = ["SAID_BY_TENSORS", "UNLIMITED", "AnyShape", "CacheShape", "Expression", "Options", "Shape"]
+__all__ = [
+    "SAID_BY_TENSORS",
+    "SPLIT_KEYS",
+    "UNLIMITED",
+    "AnyShape",
+    "CacheShape",
+    "Expression",
+    "Options",
+    "Shape",
+    "split_shift",
+]
 
 UNLIMITED = -1
 """A side of a window that hides nothing."""
+SPLIT_KEYS = 64
+"""Over a cache, of the pieces that keys are dealt out in."""
 
 
 class Shape(NamedTuple):
@@ -41,8 +53,7 @@ class CacheShape(NamedTuple):
     rotary_dim    columns of Q and of the new keys that are turned, by tables of angles of rotary_rows positions.
     interleaved   whether pairs of columns that are turned are neighbours, or else half of rotary_dim apart.
     rotary_steps  whether each query has a position of its own, or else all that behind the sequence's keys.
-    splits        0: keys are split as keeps the device busy; n: into at most n parts, of lengths that are the same
-                  whatever the batch.
+    split_shift   -1: keys are split as keeps the device busy; s: into parts of 64 << s keys, whatever the batch.
     """
 
     batch: int
@@ -55,11 +66,19 @@ class CacheShape(NamedTuple):
     page_size: int = 0
     table_rows: int = 0
     table_stride: int = 0
-    splits: int = 0
+    split_shift: int = -1
     rotary_dim: int = 0
     rotary_rows: int = 0
     interleaved: bool = False
     rotary_steps: bool = False
+
+
+def split_shift(num_splits: int, seqlen_k: int) -> int:
+    """Of a CacheShape, where each sequence's keys are in at most num_splits parts; 0: as keeps the device busy."""
+    if num_splits == 0:
+        return UNLIMITED
+    pieces = -(-seqlen_k // (SPLIT_KEYS * num_splits))
+    return max(pieces - 1, 0).bit_length()
 
 
 AnyShape: TypeAlias = Shape | CacheShape

@@ -19,7 +19,7 @@ from fa2gen.errors import InvalidInput
 from fa2gen.ops.call import Call, aligned, dense, has_aligned_strides, kernel_for_rows, launch_with_scratch, prepared
 from fa2gen.ops.validate import DTYPES, validate_options
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
-from fa2gen.options import CacheShape, Options
+from fa2gen.options import CacheShape, Options, split_shift
 
 __all__ = ["cached_cuda"]
 
@@ -101,7 +101,7 @@ def _prepare(given: Cached, options: Options, interleaved: bool, num_splits: int
         page_size=0 if table is None else k_cache.shape[1],
         table_rows=0 if table is None else table.shape[0],
         table_stride=0 if table is None else table.stride(0),
-        splits=num_splits,
+        split_shift=split_shift(num_splits, capacity),
         rotary_dim=0 if given.rotary_cos is None else 2 * given.rotary_cos.shape[1],
         rotary_rows=0 if given.rotary_cos is None else given.rotary_cos.shape[0],
         interleaved=interleaved,

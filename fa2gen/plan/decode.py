@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from fa2gen.features import Scratch
-from fa2gen.layout import ceil_div
+from fa2gen.features import Param, Scratch
 from fa2gen.plan.base import BrokenRule, EntryPoint
 from fa2gen.plan.memory import Region, SharedMemory, Stages
 from fa2gen.plan.sm80 import MMA_ROWS, WARP_THREADS, Sm80Plan
@@ -21,14 +20,6 @@ MERGE_PAD_BYTES = 32  # between rows of O in fp32, so that eight rows fall into 
 # (tests/compile).
 REGISTERS_BESIDE_TILES = 80
 REGISTERS = 255
-
-
-@dataclass(frozen=True)
-class Combination:
-    """How many parts of how many groups of four columns a thread asks for at once."""
-
-    parts: int
-    quads: int
 
 
 @dataclass(frozen=True)
@@ -126,16 +117,6 @@ class DecodePlan(Sm80Plan):
         """Groups of four columns of a row: what a thread stores at once."""
         return self.head_dim // 4
 
-    @property
-    def combinations(self) -> tuple[Combination, Combination]:
-        """How parts are combined: few of them, many columns of each at once; then many, a few columns of each."""
-        return Combination(parts=2, quads=min(8, self.quads_of_thread)), Combination(parts=16, quads=1)
-
-    @property
-    def quads_of_thread(self) -> int:
-        """Groups of four columns of all rows that a thread stores."""
-        return ceil_div(self.tile_m * self.row_quads, self.num_threads)
-
     # Copies
 
     @property
@@ -172,12 +153,16 @@ class DecodePlan(Sm80Plan):
     def strided_tensors(self) -> tuple[str, ...]:
         return ("q", "k", "v", "o", "k_new", "v_new", "q_given")
 
+    @cached_property
+    def params(self) -> tuple[Param, ...]:
+        return (*super().params, Param("inverse_group", "float"))
+
     @property
     def sizes(self) -> tuple[str, ...]:
         lengths = ("seqlen_q", "seqlen_k", "seqlen_new", "num_sequences", "cache_entries")
         heads = ("num_heads", "num_heads_kv", "num_heads_per_kv", "num_m_blocks")
         rotary = ("rotary_dim", "rotary_rows", "rotary_interleaved", "rotary_steps")
-        return (*lengths, *heads, "unit_tiles", "least_units", "fixed_parts", *rotary)
+        return (*lengths, *heads, "unit_shift", "least_units", "fixed_parts", *rotary)
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []

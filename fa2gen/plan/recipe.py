@@ -14,6 +14,7 @@ from fa2gen.features import Param
 from fa2gen.features.attention import Operand
 from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES
+from fa2gen.options import SPLIT_KEYS
 from fa2gen.plan.base import EntryPoint, KernelPlan, TensorMapPlan
 from fa2gen.plan.bwd import BackwardPlan
 
@@ -22,7 +23,6 @@ __all__ = [
     "NUMBER_BYTES",
     "SECTIONS_OF_GROUPS",
     "SECTION_BYTES",
-    "UNIT_KEYS",
     "arguments",
     "braced",
     "call_fields",
@@ -65,12 +65,10 @@ _OF_A_CACHE = {
     "seqlen_k": "the most keys that a sequence can have: of an entry of the caches, or of all pages of a table's row",
     "seqlen_new": "keys that are appended to each sequence",
     "entries": "of the caches: places of sequences, or pages",
-    "splits": "0: keys are dealt out evenly; n: in parts of the same keys whatever the batch, n at most",
+    "split_shift": "-1: keys are dealt out evenly; s: in parts of 64 << s keys, whatever the batch",
     "rotary_dim, rotary_rows": "columns that are turned, and positions of the tables of angles; 0: none",
     "interleaved, rotary_steps": "pairs are neighbours; queries have positions of their own",
 }
-UNIT_KEYS = 64
-"""Of a decoding kernel: the pieces that keys are dealt out in."""
 LEAST_UNITS = 2
 """So many pieces a block at least: fewer are not worth the part's way through memory."""
 
@@ -111,19 +109,17 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
 def _decoding_sizes(plan: KernelPlan) -> dict[str, str]:
     """`sizes` of queries over a cache; seqlen_k is the most keys that a sequence can have."""
     tile_m, tile_n = plan.tiling.tile_m, plan.tiling.tile_n
-    of_splits = f"{UNIT_KEYS} * max(splits, 1)"
     return {
         "num_sequences": "batch",
         "cache_entries": "entries",
         "rotary_interleaved": "interleaved",
         "num_heads_per_kv": "num_heads / num_heads_kv",
         "num_m_blocks": f"(seqlen_q * num_heads_per_kv + {tile_m - 1}) / {tile_m}",
-        "fixed_parts": "min(splits, 1)",
-        "unit_tiles": f"{UNIT_KEYS // tile_n} * (fixed_parts * (seqlen_k + {of_splits} - 1) / ({of_splits})"
-        " + 1 - fixed_parts)",
+        "fixed_parts": "min(split_shift + 1, 1)",
+        "unit_shift": f"{(SPLIT_KEYS // tile_n).bit_length() - 1} + max(split_shift, 0)",
         "least_units": f"{LEAST_UNITS} - fixed_parts * {LEAST_UNITS - 1}",
-        "num_units": f"((seqlen_k + unit_tiles * {tile_n} - 1) / (unit_tiles * {tile_n}) + 1)"
-        " * batch * num_heads_kv * num_m_blocks",
+        "unit_keys": f"{tile_n} << unit_shift",
+        "num_units": "((seqlen_k + unit_keys - 1) / unit_keys + 1) * batch * num_heads_kv * num_m_blocks",
         "num_blocks": "min((num_units + least_units - 1) / least_units, num_sms)",
         "num_new_chunks": f"{plan.problem.head_dim // 8} * batch"
         " * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)",
@@ -180,8 +176,8 @@ def memory(plan: KernelPlan) -> dict[str, str]:
 def limits(plan: KernelPlan) -> list[str]:
     """Formulas of what must be less than 2^31, as the kernels count in 32 bits."""
     if plan.problem.direction == "decode":
-        tile_n = plan.tiling.tile_n
-        return [f"num_units + num_sms * {UNIT_KEYS}", f"2 * (seqlen_k + unit_tiles * {tile_n})", "num_new_chunks"]
+        rows = f"num_m_blocks * {plan.tiling.tile_m << 9}"  # those of a head of K and V are below 2^22
+        return [f"num_units + num_sms * {SPLIT_KEYS}", "2 * (seqlen_k + unit_keys)", "num_new_chunks", rows]
     of_batch = "" if plan.varlen else "batch * "
     found = ["seqlen_q", "seqlen_k", f"num_m_blocks * {of_batch}num_heads + num_sms"]
     if plan.problem.direction == "bwd":
@@ -325,6 +321,7 @@ def lines(plan: KernelPlan) -> Iterator[str]:
     if plan.problem.direction == "decode":
         yield "Of a call over caches, beside batch, seqlen_q and heads:"
         yield from (f"  {name}: {text}" for name, text in _OF_A_CACHE.items())
+        yield "  Params has inverse_group = 1 / num_heads_per_kv, no whole number"
     yield "Sizes, in whole numbers:"
     yield from (f"  {name} = {text}" for name, text in sizes(plan).items())
     if scratch := plan.scratch:

@@ -16,7 +16,7 @@ from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_reference import cached_reference
 from fa2gen.ops.paged_append import _places
 from fa2gen.ops.validate_cache import Cached
-from fa2gen.options import CacheShape, Options, Shape
+from fa2gen.options import CacheShape, Options, Shape, split_shift
 from fa2gen.plan import tiling_for_rows
 from fa2gen.select import Device, best_spec
 from fa2gen.spec import KernelSpec, Problem
@@ -37,7 +37,7 @@ def kernel(arch: str = "sm90", head_dim: int = 64, wide: bool = False, **fields)
 def run(name: str, shape: Shape, options: Options | None = None, rendered=None, splits: int = 0, **how):
     """(verdict, tensors) of a case; what is beside the rows that see something is looked at too."""
     case = cases.make(KernelSpec.from_name(name), shape, options)
-    sizes = case.shape._replace(splits=splits)
+    sizes = case.shape._replace(split_shift=split_shift(splits, case.shape.seqlen_k))
     how = {"time_limit": 20.0, **how}
     run_kernel(case.spec, case.tensors, case.options, shape=sizes, run_options=RunOptions(**how), rendered=rendered)
     assert cases.written_outside(case) is None
@@ -81,7 +81,7 @@ def test_the_same_bits_on_every_schedule(splits):
 def test_fixed_parts_do_not_depend_on_the_batch(splits):
     """A sequence alone, and among others on another device: the same bits."""
     case = cases.make(kernel(paged=True), Shape(5, 2, 300, 4, 2))
-    together = case.shape._replace(splits=splits)
+    together = case.shape._replace(split_shift=split_shift(splits, case.shape.seqlen_k))
     run_kernel(case.spec, case.tensors, shape=together, run_options=RunOptions(num_sms=3))
     for b in (0, 2, 4):
         alone = {name: x if name in ("k", "v") else x[b : b + 1].clone() for name, x in case.tensors.items()}
@@ -270,8 +270,8 @@ FAULTS = [
     Fault(
         "a block's second cut shares the first one's place",
         DENSE,
-        "return 2 * block + (item.start > block * work.per_block);",
-        "return 2 * block;",
+        "2 * first_block + (item.start > first_block * work.per_block);",
+        "2 * first_block;",
         schedules=12,
     ),
     Fault(
@@ -283,8 +283,8 @@ FAULTS = [
     Fault(
         "a counter that is left",
         DENSE,
-        "counter_of(p, item, work), part.count - 1)",
-        "counter_of(p, item, work), part.count)",
+        "p.counters + part.counter, part.count - 1)",
+        "p.counters + part.counter, part.count)",
     ),
     Fault(
         "keys behind the end are read",
@@ -338,9 +338,8 @@ FAULTS = [
     Fault(
         "parts weigh the same",
         DENSE,
-        "weight_of(first + i < count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2)",
-        "(first + i < count ? 1.0f : 0.0f)",
-        count=2,
+        "weight_of(first + i < part.count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2)",
+        "(first + i < part.count ? 1.0f : 0.0f)",
     ),
     Fault(
         "heads of a group",

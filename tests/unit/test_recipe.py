@@ -59,7 +59,7 @@ def caches() -> list[CacheShape]:
     found = []
     for shape in shapes():
         page = draw.choice((1, 16, 48))
-        new, splits, rotary = draw.choice((0, 1, 5)), draw.choice((0, 0, 1, 7, 64)), draw.choice((0, 16, 64))
+        new, splits, rotary = draw.choice((0, 1, 5)), draw.choice((-1, -1, 0, 3, 9)), draw.choice((0, 16, 64))
         pages = -(-shape.seqlen_k // page)
         seqlen_q = min(shape.seqlen_q, 64)
         sizes = shape._replace(seqlen_q=seqlen_q, seqlen_k=pages * page)
