@@ -6,10 +6,10 @@
 //   problem  decode, head dim 256, bf16, window mask, pages
 //   tiling   16 query rows x 16 keys, 3 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 209416 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,  136 Threads,  167 Arithmetic,  207 Shared memory,  243 Global memory,
-//             304 cp.async,  328 Fragments,  343 Registers,  352 mma,  382 d - window_left <= j <= d + window_right,
-//             459 Online softmax,  768 Loads,  852 Matrix products,  928 Putting together, 1285 Append, 1403 Kernel,
-//            1424 Launch
+//   contents   26 Problem and tiling,  137 Threads,  168 Arithmetic,  208 Shared memory,  244 Global memory,
+//             305 cp.async,  329 Fragments,  344 Registers,  353 mma,  383 d - window_left <= j <= d + window_right,
+//             460 Online softmax,  768 Loads,  853 Matrix products,  929 Putting together, 1218 Append, 1336 Kernel,
+//            1357 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -115,7 +115,7 @@ struct Params {
     int num_heads_kv;
     int num_heads_per_kv;
     int num_m_blocks;
-    int unit_tiles;
+    int unit_shift;
     int least_units;
     int fixed_parts;
     int rotary_dim;
@@ -131,6 +131,7 @@ struct Params {
     int table_step;
     float softmax_scale;
     float softmax_scale_log2;
+    float inverse_group;
 };
 
 // Threads -------------------------------------------------------------------------------------------------------------
@@ -589,7 +590,7 @@ __device__ __forceinline__ void online_softmax_tiles(
     }
 }
 
-// Order of work: all items lie one behind the other, in units of p.unit_tiles tiles of keys, and each block takes as long a
+// Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long a
 // run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several blocks
 // share is in parts, which the last to finish puts together.
 //
@@ -600,7 +601,7 @@ __device__ __forceinline__ void online_softmax_tiles(
 __device__ __forceinline__ int num_units(Params const& p, int bidb) {
     Seqlen const s = seqlen_of(p, bidb);
     BlockRange const tiles = key_blocks(p, s, 0, s.q);
-    return max((tiles.end + p.unit_tiles - 1) / p.unit_tiles - tiles.begin / p.unit_tiles, 1);
+    return max(((tiles.end - 1) >> p.unit_shift) + 1 - (tiles.begin >> p.unit_shift), 1);
 }
 
 // Shared memory has where sequences begin, in units of one head and tile of rows; beyond kLayoutEntries of them, several share
@@ -671,46 +672,45 @@ __device__ __forceinline__ Item item_at(Params const& p, uint32_t layout, int un
     }
     int bidb = low * span;
     int first = load_shared_int(layout + 4 * low);
-    int units = num_units(p, bidb);
-    while ((first + units) * width <= unit) {
-        first += units;
-        ++bidb;
+    int units = 0;
+    for (;; first += units, ++bidb) {
         units = num_units(p, bidb);
+        if ((first + units) * width > unit) {
+            break;
+        }
     }
     int const index = (unit - first * width) / units;
     return {bidb, index / p.num_m_blocks, index % p.num_m_blocks, first * width + index * units, units};
 }
 
-// A part of an item: units [begin, end), number `index` of `count`.
+// A part of an item: units [begin, end), number `index` of `count`. Part 0 leaves what it has at `first_slot`, part i at
+// slots + i * step: a block cuts two items at most, its first one and its last. `counter` counts those that are done: of the
+// items that begin in a block only its last is cut.
 struct Part {
     int begin;
     int end;
     int index;
     int count;
+    int first_slot;
+    int slots;
+    int step;
+    int counter;
 };
 
-__device__ __forceinline__ Part part_at(Params const& p, Item const& item, Work const& work, int unit) {
+__device__ __forceinline__ Part part_at(Params const& p, Item const& item, Work const& work, int unit, int block) {
     if (p.fixed_parts) {
-        return {unit, unit + 1, unit - item.start, item.units};
+        return {unit, unit + 1, unit - item.start, item.units, item.start, item.start, 1, item.start};
     }
     int const end = item.start + item.units;
     int const first_block = item.start / work.per_block;
-    int const block = unit / work.per_block;
-    return {unit, min(end, (block + 1) * work.per_block), block - first_block, (end - 1) / work.per_block - first_block + 1};
+    int const last_block = (end - 1) / work.per_block;
+    int const first_slot = 2 * first_block + (item.start > first_block * work.per_block);
+    return {unit,       min(end, (block + 1) * work.per_block), block - first_block, last_block - first_block + 1,
+            first_slot, 2 * first_block,                        2,                   first_block};
 }
 
-// Where part `index` of an item leaves what it has: a block cuts two items at most, its first one and its last.
-__device__ __forceinline__ int slot_of(Params const& p, Item const& item, Work const& work, int index) {
-    if (p.fixed_parts) {
-        return item.start + index;
-    }
-    int const block = item.start / work.per_block + index;
-    return 2 * block + (item.start > block * work.per_block);
-}
-
-// What counts the parts of an item that are done. Of the items that begin in a block only its last is cut.
-__device__ __forceinline__ int counter_of(Params const& p, Item const& item, Work const& work) {
-    return p.fixed_parts ? item.start : item.start / work.per_block;
+__device__ __forceinline__ int slot_of(Part const& part, int index) {
+    return index == 0 ? part.first_slot : part.slots + index * part.step;
 }
 
 // Where keys are: in pages of p.page_size rows, which the sequence's row of the table names. Entries behind the last page
@@ -781,7 +781,7 @@ struct Row {
 
 __device__ __forceinline__ Row row_at(Params const& p, Item const& item, int row) {
     int const r = item.m_block * kTileM + row;
-    int const query = r / p.num_heads_per_kv;
+    int const query = static_cast<int>((static_cast<float>(r) + 0.5f) * p.inverse_group);  // r / num_heads_per_kv, below 2^22
     return {query, item.head_kv * p.num_heads_per_kv + r - query * p.num_heads_per_kv, query < p.seqlen_q};
 }
 
@@ -789,6 +789,7 @@ __device__ __forceinline__ Row row_at(Params const& p, Item const& item, int row
 __device__ __forceinline__ void load_q(Params const& p, Item const& item, uint32_t smem, int thread) {
     constexpr int kRowChunks = kNumPanels * kPanelChunks;
     unsigned char const* const q = static_cast<unsigned char const*>(p.q);
+#pragma unroll 1
     for (int i = thread; i < kTileM * kRowChunks; i += kNumThreads) {
         int const panel = i % kRowChunks / kPanelChunks;
         int const chunk = i % kPanelChunks;
@@ -1006,10 +1007,15 @@ __device__ __forceinline__ RowSum merged_row(Params const& p, uint32_t smem, int
     return all;
 }
 
-// The end of a row: four columns of O, and LSE with the first of them. A row that saw no key gives 0 and -inf.
+// The end of row `number` of the item, if that exists: four columns of O, and LSE with the first of them. A row that saw no key
+// gives 0 and -inf.
 __device__ __forceinline__ void store_row(
-    Params const& p, Item const& item, Row const& row, RowSum const& all, float const (&o)[4], int column) {
+    Params const& p, Item const& item, int number, RowSum const& all, float const (&o)[4], int column) {
     constexpr float kLn2 = 0.693147180559945309f;
+    Row const row = row_at(p, item, number);
+    if (!row.exists) {
+        return;
+    }
     float const inverse = all.sum == 0.0f ? 0.0f : reciprocal_approx(all.sum);
     int64_t const at = item.bidb * p.o_batch_stride + row.query * p.o_row_stride + row.head * p.o_head_stride + column;
     store_global_64(static_cast<unsigned char*>(p.o) + kElementBytes * at,
@@ -1021,9 +1027,9 @@ __device__ __forceinline__ void store_row(
     }
 }
 
-// Where four columns of a part's row are in the memory of parts, and the row's sum.
-__device__ __forceinline__ float* part_o(Params const& p, int slot, int row, int column) {
-    return p.parts + (static_cast<int64_t>(slot) * kTileM + row) * kHeadDim + column;
+// Where a group of four columns of a part is in the memory of parts, and a row's sum.
+__device__ __forceinline__ float* part_o(Params const& p, int slot, int quad) {
+    return p.parts + static_cast<int64_t>(slot) * kTileM * kHeadDim + 4 * quad;
 }
 
 __device__ __forceinline__ float* part_sum(Params const& p, int slot, int row) {
@@ -1031,15 +1037,12 @@ __device__ __forceinline__ float* part_sum(Params const& p, int slot, int row) {
 }
 
 // What all parts of an item have, in the order of its keys, whoever comes last. Memory answers late, so that a thread asks for
-// `Parts` of `Quads` groups of four columns at once.
-__device__ __forceinline__ void combine_parts_2(
-    Params const& p, Item const& item, Work const& work, int count, int thread) {
-    constexpr int kParts = 2;
-    constexpr int kQuads = 8;
+// kParts of kQuads groups of four columns at once.
+__device__ __forceinline__ void combine_parts(Params const& p, Item const& item, Part const& part, int thread) {
+    constexpr int kParts = 8;
+    constexpr int kQuads = 2;
+#pragma unroll 1
     for (int from = thread; from < kTileM * kRowQuads; from += kQuads * kNumThreads) {
-        if (!row_at(p, item, from / kRowQuads).exists) {
-            break;
-        }
         RowSum all[kQuads];
         float o[kQuads][4];
 #pragma unroll
@@ -1047,18 +1050,18 @@ __device__ __forceinline__ void combine_parts_2(
             all[j] = {-kInfinity, 0.0f};
             o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
         }
-        for (int first = 0; first < count; first += kParts) {
+#pragma unroll 1
+        for (int first = 0; first < part.count; first += kParts) {
             float sums[kParts][kQuads][2];
             float shares[kParts][kQuads][4];
 #pragma unroll
             for (int i = 0; i < kParts; ++i) {
-                // Behind the last part that part again, which then weighs nothing.
-                int const slot = slot_of(p, item, work, min(first + i, count - 1));
+                int const slot = slot_of(part, min(first + i, part.count - 1));
 #pragma unroll
                 for (int j = 0; j < kQuads; ++j) {
                     int const quad = min(from + j * kNumThreads, kTileM * kRowQuads - 1);
                     load_global_float2(sums[i][j], part_sum(p, slot, quad / kRowQuads));
-                    load_global_float4(shares[i][j], part_o(p, slot, quad / kRowQuads, quad % kRowQuads * 4));
+                    load_global_float4(shares[i][j], part_o(p, slot, quad));
                 }
             }
 #pragma unroll
@@ -1076,7 +1079,8 @@ __device__ __forceinline__ void combine_parts_2(
                 }
 #pragma unroll
                 for (int i = 0; i < kParts; ++i) {
-                    float const weight = weight_of(first + i < count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2);
+                    // Behind the last part that part is there again, and weighs nothing.
+                    float const weight = weight_of(first + i < part.count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2);
                     all[j].sum = fmaf(sums[i][j][1], weight, all[j].sum);
 #pragma unroll
                     for (int c = 0; c < 4; ++c) {
@@ -1088,73 +1092,8 @@ __device__ __forceinline__ void combine_parts_2(
 #pragma unroll
         for (int j = 0; j < kQuads; ++j) {
             int const quad = from + j * kNumThreads;
-            Row const row = row_at(p, item, quad / kRowQuads);
-            if (quad < kTileM * kRowQuads && row.exists) {
-                store_row(p, item, row, all[j], o[j], quad % kRowQuads * 4);
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ void combine_parts_16(
-    Params const& p, Item const& item, Work const& work, int count, int thread) {
-    constexpr int kParts = 16;
-    constexpr int kQuads = 1;
-    for (int from = thread; from < kTileM * kRowQuads; from += kQuads * kNumThreads) {
-        if (!row_at(p, item, from / kRowQuads).exists) {
-            break;
-        }
-        RowSum all[kQuads];
-        float o[kQuads][4];
-#pragma unroll
-        for (int j = 0; j < kQuads; ++j) {
-            all[j] = {-kInfinity, 0.0f};
-            o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-        }
-        for (int first = 0; first < count; first += kParts) {
-            float sums[kParts][kQuads][2];
-            float shares[kParts][kQuads][4];
-#pragma unroll
-            for (int i = 0; i < kParts; ++i) {
-                // Behind the last part that part again, which then weighs nothing.
-                int const slot = slot_of(p, item, work, min(first + i, count - 1));
-#pragma unroll
-                for (int j = 0; j < kQuads; ++j) {
-                    int const quad = min(from + j * kNumThreads, kTileM * kRowQuads - 1);
-                    load_global_float2(sums[i][j], part_sum(p, slot, quad / kRowQuads));
-                    load_global_float4(shares[i][j], part_o(p, slot, quad / kRowQuads, quad % kRowQuads * 4));
-                }
-            }
-#pragma unroll
-            for (int j = 0; j < kQuads; ++j) {
-                float max = all[j].max;
-#pragma unroll
-                for (int i = 0; i < kParts; ++i) {
-                    max = fmaxf(max, sums[i][j][0]);
-                }
-                float const of_before = weight_of(all[j].max, max, p.softmax_scale_log2);
-                all[j] = {max, all[j].sum * of_before};
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    o[j][c] *= of_before;
-                }
-#pragma unroll
-                for (int i = 0; i < kParts; ++i) {
-                    float const weight = weight_of(first + i < count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2);
-                    all[j].sum = fmaf(sums[i][j][1], weight, all[j].sum);
-#pragma unroll
-                    for (int c = 0; c < 4; ++c) {
-                        o[j][c] = fmaf(shares[i][j][c], weight, o[j][c]);
-                    }
-                }
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < kQuads; ++j) {
-            int const quad = from + j * kNumThreads;
-            Row const row = row_at(p, item, quad / kRowQuads);
-            if (quad < kTileM * kRowQuads && row.exists) {
-                store_row(p, item, row, all[j], o[j], quad % kRowQuads * 4);
+            if (quad < kTileM * kRowQuads) {
+                store_row(p, item, quad / kRowQuads, all[j], o[j], quad % kRowQuads * 4);
             }
         }
     }
@@ -1162,38 +1101,32 @@ __device__ __forceinline__ void combine_parts_16(
 
 // The end of a part: its item's rows where it is the only one, else its sums, and the rows if it is the last to come.
 __device__ __forceinline__ void finish_part(
-    Params const& p, Item const& item, Work const& work, Part const& part, uint32_t smem, int thread) {
-    int const slot = slot_of(p, item, work, part.index);
-    for (int i = thread; i < kTileM * kRowQuads; i += kNumThreads) {
-        int const column = i % kRowQuads * 4;
-        Row const row = row_at(p, item, i / kRowQuads);
-        if (!row.exists) {
-            break;
-        }
+    Params const& p, Item const& item, Part const& part, uint32_t smem, int thread) {
+    int const slot = slot_of(part, part.index);
+#pragma unroll 1
+    for (int quad = thread; quad < kTileM * kRowQuads; quad += kNumThreads) {
+        int const row = quad / kRowQuads;
+        int const column = quad % kRowQuads * 4;
         float o[4];
-        RowSum const all = merged_row(p, smem, i / kRowQuads, column, o);
+        RowSum const all = merged_row(p, smem, row, column, o);
         if (part.count == 1) {
             store_row(p, item, row, all, o, column);
         } else {
-            store_global_float4(part_o(p, slot, i / kRowQuads, column), o[0], o[1], o[2], o[3]);
+            store_global_float4(part_o(p, slot, quad), o[0], o[1], o[2], o[3]);
             if (column == 0) {
-                store_global_float2(part_sum(p, slot, i / kRowQuads), all.max, all.sum);
+                store_global_float2(part_sum(p, slot, row), all.max, all.sum);
             }
         }
     }
     sync_block();  // the part is stored, and shared memory free
     if (part.count > 1) {
         if (thread == 0) {
-            int const before = arrive_global(p.counters + counter_of(p, item, work), part.count - 1);
+            int const before = arrive_global(p.counters + part.counter, part.count - 1);
             store_shared_int(smem + kSmemArrived, before);
         }
         sync_block();
         if (load_shared_int(smem + kSmemArrived) == part.count - 1) {
-            if (part.count <= 2) {
-                combine_parts_2(p, item, work, part.count, thread);
-            } else {
-                combine_parts_16(p, item, work, part.count, thread);
-            }
+            combine_parts(p, item, part, thread);
         }
     }
 }
@@ -1213,7 +1146,7 @@ __device__ __forceinline__ void mask_scores(
 
 // One part of an item.
 __device__ __forceinline__ void attend(
-    Params const& p, Item const& item, Work const& work, Part const& part, uint32_t smem, int thread) {
+    Params const& p, Item const& item, Part const& part, uint32_t smem, int thread) {
     int const lane = lane_id();
     int const warp = warp_id();
     Seqlen const s = seqlen_of(p, item.bidb);
@@ -1223,9 +1156,9 @@ __device__ __forceinline__ void attend(
     int const first_query = row_at(p, item, 0).query;
     int const num_queries = min(row_at(p, item, kTileM - 1).query + 1, s.q) - first_query;
     BlockRange const tiles = key_blocks(p, s, first_query, num_queries);
-    int const first_unit = key_blocks(p, s, 0, s.q).begin / p.unit_tiles - item.start;
-    int const begin = max((first_unit + part.begin) * p.unit_tiles, tiles.begin);
-    int const end = min((first_unit + part.end) * p.unit_tiles, tiles.end);
+    int const first_unit = (key_blocks(p, s, 0, s.q).begin >> p.unit_shift) - item.start;
+    int const begin = max((first_unit + part.begin) << p.unit_shift, tiles.begin);
+    int const end = min((first_unit + part.end) << p.unit_shift, tiles.end);
     int const begin_key = key_begin(p, s, first_query);
 
     float acc_s[kNumRowTiles][kNumAccS];
@@ -1248,7 +1181,7 @@ __device__ __forceinline__ void attend(
     cp_async_commit();
     WarpTiles ring = {smem + kSmemStages + warp * kNumStages * kStageBytes, 0, 0, first_tile,
                       tile_keys(p, s, keys, first_tile, lane)};
-#pragma unroll
+#pragma unroll 1
     for (int ahead = 0; ahead < kNumStages - 1; ++ahead) {
         ring.load(p, s, keys, item.head_kv, begin_key, end, lane);
     }
@@ -1279,7 +1212,7 @@ __device__ __forceinline__ void attend(
         gemm_pv(acc_o, p_tile, stage + kKvBytes + recompute(v_lane));
     }
     merge_warps(p, acc_o, row_max, row_sum, smem, warp, lane);
-    finish_part(p, item, work, part, smem, thread);
+    finish_part(p, item, part, smem, thread);
 }
 
 // Append: new keys and values behind those of each sequence, in place, and rotary embeddings of them and of Q -----------------
@@ -1415,8 +1348,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
     int const end = min(unit + work.per_block, work.total);
     while (unit < end) {
         Item const item = item_at(p, smem + kSmemLayout, unit);
-        Part const part = part_at(p, item, work, unit);
-        attend(p, item, work, part, smem, thread);
+        Part const part = part_at(p, item, work, unit, static_cast<int>(blockIdx.x));
+        attend(p, item, part, smem, thread);
         unit = part.end;
     }
 }
@@ -1434,19 +1367,21 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   seqlen_k: the most keys that a sequence can have: of an entry of the caches, or of all pages of a table's row
 //   seqlen_new: keys that are appended to each sequence
 //   entries: of the caches: places of sequences, or pages
-//   splits: 0: keys are dealt out evenly; n: in parts of the same keys whatever the batch, n at most
+//   split_shift: -1: keys are dealt out evenly; s: in parts of 64 << s keys, whatever the batch
 //   rotary_dim, rotary_rows: columns that are turned, and positions of the tables of angles; 0: none
 //   interleaved, rotary_steps: pairs are neighbours; queries have positions of their own
+//   Params has inverse_group = 1 / num_heads_per_kv, no whole number
 // Sizes, in whole numbers:
 //   num_sequences = batch
 //   cache_entries = entries
 //   rotary_interleaved = interleaved
 //   num_heads_per_kv = num_heads / num_heads_kv
 //   num_m_blocks = (seqlen_q * num_heads_per_kv + 15) / 16
-//   fixed_parts = min(splits, 1)
-//   unit_tiles = 4 * (fixed_parts * (seqlen_k + 64 * max(splits, 1) - 1) / (64 * max(splits, 1)) + 1 - fixed_parts)
+//   fixed_parts = min(split_shift + 1, 1)
+//   unit_shift = 2 + max(split_shift, 0)
 //   least_units = 2 - fixed_parts * 1
-//   num_units = ((seqlen_k + unit_tiles * 16 - 1) / (unit_tiles * 16) + 1) * batch * num_heads_kv * num_m_blocks
+//   unit_keys = 16 << unit_shift
+//   num_units = ((seqlen_k + unit_keys - 1) / unit_keys + 1) * batch * num_heads_kv * num_m_blocks
 //   num_blocks = min((num_units + least_units - 1) / least_units, num_sms)
 //   num_new_chunks = 32 * batch * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)
 //   num_slots = fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks
