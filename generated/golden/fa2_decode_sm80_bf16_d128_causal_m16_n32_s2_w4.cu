@@ -8,7 +8,7 @@
 //   launch   128 threads, 139784 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,  128 Threads,  159 Arithmetic,  199 Shared memory,  235 Global memory,
 //             296 cp.async,  320 Fragments,  335 Registers,  344 mma,  373 What is visible,  429 Online softmax,
-//             722 Loads,  807 Matrix products,  890 Putting together, 1179 Append, 1297 Kernel, 1318 Launch
+//             722 Loads,  807 Matrix products,  890 Putting together, 1180 Append, 1298 Kernel, 1319 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -1041,7 +1041,8 @@ __device__ __forceinline__ void combine_parts(Params const& p, Item const& item,
 #pragma unroll
                 for (int i = 0; i < kParts; ++i) {
                     // Behind the last part that part is there again, and weighs nothing.
-                    float const weight = weight_of(first + i < part.count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2);
+                    float const of_part = first + i < part.count ? sums[i][j][0] : -kInfinity;
+                    float const weight = weight_of(of_part, max, p.softmax_scale_log2);
                     all[j].sum = fmaf(sums[i][j][1], weight, all[j].sum);
 #pragma unroll
                     for (int c = 0; c < 4; ++c) {

@@ -8,8 +8,8 @@
 //   launch   128 threads, 209416 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  137 Threads,  168 Arithmetic,  208 Shared memory,  244 Global memory,
 //             305 cp.async,  329 Fragments,  344 Registers,  353 mma,  383 d - window_left <= j <= d + window_right,
-//             460 Online softmax,  768 Loads,  853 Matrix products,  929 Putting together, 1218 Append, 1336 Kernel,
-//            1357 Launch
+//             460 Online softmax,  768 Loads,  853 Matrix products,  929 Putting together, 1219 Append, 1337 Kernel,
+//            1358 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -1080,7 +1080,8 @@ __device__ __forceinline__ void combine_parts(Params const& p, Item const& item,
 #pragma unroll
                 for (int i = 0; i < kParts; ++i) {
                     // Behind the last part that part is there again, and weighs nothing.
-                    float const weight = weight_of(first + i < part.count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2);
+                    float const of_part = first + i < part.count ? sums[i][j][0] : -kInfinity;
+                    float const weight = weight_of(of_part, max, p.softmax_scale_log2);
                     all[j].sum = fmaf(sums[i][j][1], weight, all[j].sum);
 #pragma unroll
                     for (int c = 0; c < 4; ++c) {

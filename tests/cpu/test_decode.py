@@ -338,8 +338,8 @@ FAULTS = [
     Fault(
         "parts weigh the same",
         DENSE,
-        "weight_of(first + i < part.count ? sums[i][j][0] : -kInfinity, max, p.softmax_scale_log2)",
-        "(first + i < part.count ? 1.0f : 0.0f)",
+        "float const weight = weight_of(of_part, max, p.softmax_scale_log2);",
+        "float const weight = first + i < part.count ? 1.0f : 0.0f;",
     ),
     Fault(
         "heads of a group",
