@@ -318,8 +318,8 @@ BACKWARD_ADDRESSES = {
 }
 
 
-def make_backward(head_dim, mask="causal", arch="sm90", deterministic=False):
-    problem = Problem(direction="bwd", head_dim=head_dim, mask=mask, deterministic=deterministic)
+def make_backward(head_dim, mask="causal", arch="sm90", deterministic=False, head_dim_v=None):
+    problem = Problem(direction="bwd", head_dim=head_dim, head_dim_v=head_dim_v, mask=mask, deterministic=deterministic)
     plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
     for entry, sizes, count in zip(
         plan.entry_points,
@@ -334,22 +334,27 @@ def make_backward(head_dim, mask="causal", arch="sm90", deterministic=False):
 
 
 def prepare_backward(kernel, shape=SHAPE, **changes):
-    d = kernel.plan.head_dim
-    q, kv = strides(shape.seqlen_q, shape.num_heads, d), strides(shape.seqlen_k, shape.num_heads_kv, d)
-    every = dict.fromkeys(("q", "o", "dout", "dq"), q) | dict.fromkeys(("k", "v", "dk", "dv"), kv)
+    every = {}
+    for d, of_query, of_key in (
+        (kernel.plan.head_dim, ("q", "dq"), ("k", "dk")),
+        (kernel.plan.head_dim_v, ("o", "dout"), ("v", "dv")),
+    ):
+        every |= dict.fromkeys(of_query, strides(shape.seqlen_q, shape.num_heads, d))
+        every |= dict.fromkeys(of_key, strides(shape.seqlen_k, shape.num_heads_kv, d))
     return kernel.prepare(shape, every | changes, scaled(kernel.plan, SCALE))
 
 
 @pytest.mark.parametrize(
-    ("arch", "head_dim", "deterministic"),
+    ("arch", "head_dim", "head_dim_v", "deterministic"),
     [
-        *itertools.product(ARCHES, range(8, 257, 8), (False,)),
-        *itertools.product(ARCHES, (64, 128, 256), (True,)),
+        *((arch, d, d, False) for arch, d in itertools.product(ARCHES, range(8, 257, 8))),
+        *((arch, d, d, True) for arch, d in itertools.product(ARCHES, (64, 128, 256))),
+        *((arch, *dims, False) for arch, dims in itertools.product(ARCHES, ((192, 128), (72, 8), (64, 256)))),
     ],
 )
-def test_one_backward(arch, head_dim, deterministic):
+def test_one_backward(arch, head_dim, head_dim_v, deterministic):
     """Three launches, in order, each with its own maps and all with the same Params."""
-    kernel = make_backward(head_dim, arch=arch, deterministic=deterministic)
+    kernel = make_backward(head_dim, arch=arch, deterministic=deterministic, head_dim_v=head_dim_v)
     plan = kernel.plan
     launch = prepare_backward(kernel, dout=(7 * 2**20, 4096, 256))
     call(launch, BACKWARD_ADDRESSES, 0x77)
@@ -371,8 +376,9 @@ def test_one_backward(arch, head_dim, deterministic):
             of_query = planned.name in ("q", "dout", "dq")
             seqlen, heads = (300, 4) if of_query else (200, 2)
             assert found.address == BACKWARD_ADDRESSES[planned.name]
-            assert tuple(found.sizes) == (head_dim, seqlen, heads, 2)
-            batch, row, head = (7 * 2**20, 4096, 256) if planned.name == "dout" else strides(seqlen, heads, head_dim)
+            d = head_dim_v if planned.name in ("v", "dout", "dv") else head_dim
+            assert tuple(found.sizes) == (d, seqlen, heads, 2)
+            batch, row, head = (7 * 2**20, 4096, 256) if planned.name == "dout" else strides(seqlen, heads, d)
             assert tuple(found.strides) == (row * 2, head * 2, batch * 2)
             assert tuple(found.box) == (planned.box_cols, planned.box_rows, 1, 1)
         raw = bytes(one.arguments[len(entry.tensor_maps)])[: struct.calcsize(plan.params_format)]
@@ -385,7 +391,7 @@ def test_one_backward(arch, head_dim, deterministic):
             "dpsum": scratch + statistics,
             "dq_acc": scratch + 2 * statistics,
             "dout_row_stride": 4096,
-            "o_row_stride": 4 * head_dim,
+            "o_row_stride": 4 * head_dim_v,
             "num_n_blocks": n_blocks,
             "num_heads_per_kv": 2,
         }
