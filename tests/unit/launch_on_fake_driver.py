@@ -71,8 +71,8 @@ def reset():
     U32.in_dll(fake, "fake_launches_before_failure").value = 0
 
 
-def make(arch, head_dim=64, mask="causal", dtype="bf16"):
-    problem = Problem(head_dim=head_dim, mask=mask, dtype=dtype)
+def make(arch, head_dim=64, mask="causal", dtype="bf16", head_dim_v=None):
+    problem = Problem(head_dim=head_dim, head_dim_v=head_dim_v, mask=mask, dtype=dtype)
     plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
     U32.in_dll(fake, "fake_num_arguments").value = len(argument_sizes(plan))
     ((U32 * MAX_ARGUMENTS).in_dll(fake, "fake_argument_sizes"))[: len(argument_sizes(plan))] = argument_sizes(plan)
@@ -454,11 +454,14 @@ def test_backward_that_no_launch_can_hold():
 @pytest.mark.skipif(cuda_include() is None, reason="no cuda.h")
 @pytest.mark.parametrize("arch", list(ARCHES))
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
-@pytest.mark.parametrize("mask", ["causal", "window"])
-def test_the_launcher_passes_what_the_package_does(tmp_path, arch, direction, mask):
+@pytest.mark.parametrize(("mask", "head_dim_v"), [("causal", None), ("window", 136)])
+def test_the_launcher_passes_what_the_package_does(tmp_path, arch, direction, mask, head_dim_v):
     """Grids, boxes, strides and Params, bit by bit; a tensor of one row or head may have any stride there too."""
     backward = direction == "bwd"
-    kernel = make_backward(72, mask, arch, deterministic=True) if backward else make(arch, 72, mask)
+    if backward:
+        kernel = make_backward(72, mask, arch, deterministic=True, head_dim_v=head_dim_v)
+    else:
+        kernel = make(arch, 72, mask, head_dim_v=head_dim_v)
     plan = kernel.plan
     options = scaled(plan, 0.3)
     numbers = options._asdict() | {"window_right": 0 if options.causal else options.window_right}
@@ -479,8 +482,9 @@ def test_the_launcher_passes_what_the_package_does(tmp_path, arch, direction, ma
         return found
 
     for shape in (SHAPE, Shape(1, 1, 5000, 6, 1), Shape(3, 4097, 77, 2, 2)):
-        q, kv = strides(shape.seqlen_q, shape.num_heads, 72), strides(shape.seqlen_k, shape.num_heads_kv, 72)
-        of = {x.name: q if x.of == "query" else kv for x in plan.operands if x.of != "row"}
+        rows_and_heads = {"query": (shape.seqlen_q, shape.num_heads), "key": (shape.seqlen_k, shape.num_heads_kv)}
+        tensors_of = [x for x in plan.operands if x.of != "row"]
+        of = {x.name: strides(*rows_and_heads[x.of], x.head_dim(plan.problem)) for x in tensors_of}
         given = BACKWARD_ADDRESSES if backward else {**ADDRESSES, "scratch": ADDRESSES["tile_counter"]}
         launch = kernel.prepare(shape, of, options)
         call(launch, given, 0x55)
