@@ -266,6 +266,9 @@ def test_bad_arguments_of_the_operator():
 
 
 def plans():
+    for d, v in ((192, 128), (64, 128), (128, 168), (72, 184), (256, 8), (8, 256)):
+        problem = Problem(direction="bwd", head_dim=d, head_dim_v=v)
+        yield make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
     for head_dim, (mask, deterministic) in itertools.product(
         range(8, 257, 8), (("full", False), ("causal", False), ("full", True))
     ):

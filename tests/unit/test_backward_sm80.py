@@ -28,6 +28,9 @@ def scaled(plan, softmax_scale):
 
 
 def plans():
+    for d, v in ((192, 128), (64, 128), (72, 40), (256, 8), (8, 256)):
+        problem = Problem(direction="bwd", head_dim=d, head_dim_v=v)
+        yield make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm80")))
     for head_dim in range(8, 257, 8):
         problem = Problem(direction="bwd", head_dim=head_dim, mask="causal" if head_dim % 16 else "full")
         others = feasible_tilings(problem, "sm80") if head_dim % 40 == 0 else ()

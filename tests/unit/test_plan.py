@@ -27,6 +27,8 @@ PROBLEMS = [
     for dtype in ("fp16", "bf16")
     for mask in ("full", "causal")
 ]
+# With values of another head dim; with 256 of them O takes Q's place on sm90, and more than Q has.
+OF_V = [Problem(head_dim=d, head_dim_v=v) for d, v in ((192, 128), (192, 256), (72, 8), (8, 72), (64, 256), (256, 40))]
 # What a kernel may ask for on each GPU that runs it: 8.0, 8.6 and 8.9, 9.0.
 LIMITS = {"sm80": (166_912, 101_376), "sm90": (232_448,)}
 
@@ -42,7 +44,8 @@ def samples(arch: str) -> list[KernelPlan]:
     for problem in rng.sample(PROBLEMS, 12):
         found = list(feasible_tilings(problem, arch))
         tried += [KernelSpec(problem=problem, tiling=tiling) for tiling in rng.sample(found, min(20, len(found)))]
-    return defaults(arch) + [make_plan(spec) for spec in tried]
+    of_v = [KernelSpec(problem=problem, tiling=default_tiling(problem, arch)) for problem in OF_V]
+    return defaults(arch) + [make_plan(spec) for spec in tried + of_v]
 
 
 SM90, SM80 = samples("sm90"), samples("sm80")
@@ -78,6 +81,14 @@ def test_every_head_dim_has_a_default_on_every_gpu(arch, limit):
     for problem in PROBLEMS:
         plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch, limit)))
         assert plan.shared_memory_bytes <= limit, plan.name
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize(("arch", "limit"), [(arch, limit) for arch, limits in LIMITS.items() for limit in limits])
+def test_every_pair_of_head_dims_has_a_default_on_every_gpu(arch, limit, direction):
+    for d, v in itertools.product(HEAD_DIMS, HEAD_DIMS):
+        problem = Problem(direction=direction, head_dim=d, head_dim_v=v)
+        default_tiling(problem, arch, limit)  # within the limit and the plan's rules, or it raises
 
 
 def test_a_launch_stays_within_the_architecture():
