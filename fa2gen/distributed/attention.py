@@ -202,4 +202,6 @@ def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor
         raise InvalidInput(f"s_aux is {describe(s_aux)}; it must be ({out.shape[2]},), a number for each head of q")
     sink = s_aux.float()[:, None]
     share = torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1)
-    return (out.float() * share).to(out.dtype), torch.logaddexp(lse, sink)
+    # Of a row that sees no key, which is padding here, also the sum stays empty.
+    with_sink = torch.where(torch.isneginf(lse), lse, torch.logaddexp(lse, sink))
+    return (out.float() * share).to(out.dtype), with_sink

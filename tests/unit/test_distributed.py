@@ -238,21 +238,27 @@ def test_results_are_the_same_bits_in_every_run(processes):
 
 
 @pytest.mark.parametrize("scheme", ["ring", "allgather", "ulysses"])
-def test_sinks(processes, scheme):
-    """Attention with a key more, of score s_aux and value 0: what its definition says, in fp64."""
-    case = {"sizes": (1, 136, 4, 2), "sinks": True}
-    (out, lse, *gradients), (dsinks,) = results(processes, PAIR, case, {"causal": True, "scheme": scheme})
-    q, k, v, dout, dlse = (x.double() for x in inputs(case))
+@pytest.mark.parametrize("packed", [False, True])
+def test_sinks(processes, scheme, packed):
+    """Attention with a key more, of score s_aux and value 0: what its definition says, in fp64. Padding has no sink."""
+    rows = 132
+    case = {"sizes": (1, 136 if packed else rows, 4, 2), "sinks": True} | ({"cu_seqlens": [0, rows]} if packed else {})
+    found, (dsinks,) = results(processes, PAIR, case, {"causal": True, "scheme": scheme})
+    if packed:
+        assert torch.isneginf(found[1][:, rows:]).all() and not any(x[rows:].any() for x in (found[0], *found[2:]))
+    given = [*inputs(case), *found]
+    q, k, v, dout, dlse, *found = documents(case, given)[0] if packed else given
+    q, k, v, dout, dlse = (x.double() for x in (q, k, v, dout, dlse))
     leaves = [x.requires_grad_() for x in (q, k, v, torch.linspace(-1, 2, 4).double())]
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, 2)) * 32**-0.5
-    scores = scores.masked_fill(torch.ones(136, 136).triu(1).bool(), float("-inf"))
-    sinks = leaves[3].view(1, 4, 1, 1).expand(1, 4, 136, 1)
+    scores = scores.masked_fill(torch.ones(rows, rows).triu(1).bool(), float("-inf"))
+    sinks = leaves[3].view(1, 4, 1, 1).expand(1, 4, rows, 1)
     all_scores = torch.cat([scores, sinks], -1)
     expected = torch.einsum("bhij,bjhd->bihd", all_scores.softmax(-1)[..., :-1], v.repeat_interleave(2, 2))
     expected_lse = all_scores.logsumexp(-1)
     of_all = torch.autograd.grad([expected, expected_lse], leaves, [dout, dlse])
-    for found, truth in zip((out, lse, *gradients, dsinks), (expected, expected_lse, *of_all), strict=True):
-        torch.testing.assert_close(found.double(), truth.detach(), rtol=2e-2, atol=2e-2)
+    for x, truth in zip((*found, dsinks), (expected, expected_lse, *of_all), strict=True):
+        torch.testing.assert_close(x.double(), truth.detach(), rtol=2e-2, atol=2e-2)
 
 
 def test_a_process_that_does_not_use_lse_holds_up_nobody(processes):
