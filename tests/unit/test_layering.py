@@ -25,7 +25,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     4: ("compile", "store"),
     5: ("kernel", "build"),
     6: (
-        *("cpu", "testing", "reference", "gpus", "ops", "padding", "distributed", "integrations", "shim"),
+        *("cpu", "testing", "reference", "flex", "gpus", "ops", "padding", "distributed", "integrations", "shim"),
         *("cases_cached", "cases", "bench"),
     ),
     7: ("tune", "explain", "report", "verify", "doctor"),
