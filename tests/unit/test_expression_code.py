@@ -12,10 +12,12 @@ import pytest
 import sympy
 import torch
 
-from fa2gen.expression import Program, emit, evaluate, parse
+from fa2gen.expression import Program, emit, evaluate, parse, split_window
 from fa2gen.expression.evaluate import evaluate_tree
 from fa2gen.expression.examples import EXAMPLES, Sizes
 from fa2gen.expression.tree import Node, walk
+from fa2gen.features import key_range
+from fa2gen.options import Options
 from tests.expressions import TYPES, inputs, random_condition, random_score
 from tests.unit.test_launch_facts import compiled, needs_compiler
 
@@ -304,3 +306,48 @@ def test_no_tile_is_skipped_or_left_unmasked_that_must_not_be(index):
         assert found & 1 or not inside.any(), f"{where} is skipped, and some see a key"
         assert not found & 2 or inside.all(), f"{where} has no mask, and some do not see a key"
     del kept
+
+
+# Windows -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("allow", "window", "rest"),
+    [
+        ("j <= i + seqlen_k - seqlen_q", (-1, 0), ""),
+        ("j <= i", (-1, 3), ""),
+        ("i + 3 >= j and document[i] == document[j]", (-1, 6), "document[i] == document[j]"),
+        ("i - j < width and not i < j", (3, 3), ""),
+        ("abs(i + seqlen_k - seqlen_q - j) <= width", (7, 7), ""),
+        ("0 <= i - j < 2 * width", (10, 3), ""),
+        ("j <= i and j <= i - 1 and j < 9", (-1, 2), "j < 9"),
+        ("j <= i - 4", (-1, -1), "j <= i - 4"),
+        ("2 * j <= i", (-1, -1), "2 * j <= i"),
+        ("j <= i or j < 3", (-1, -1), "j <= i or j < 3"),
+        ("j <= i + h", (-1, -1), "j <= i + h"),
+        ("i == j", (-1, -1), "i == j"),
+        ("j < width", (-1, -1), "j < width"),
+    ],
+)
+def test_windows_are_found_in_masks(allow, window, rest):
+    """With 23 queries, 20 keys; what is left must hide the same keys with the window as all of it did."""
+    program = parse(allow=allow, types={"width": "int"} if "width" in allow else {})
+    found = split_window(program, {"width": 7}, (23, 20))
+    assert (found.left, found.right, found.rest.allow) == (*window, rest)
+    values = {"i": torch.arange(23)[:, None], "j": torch.arange(20), "seqlen_q": 23, "seqlen_k": 20, "width": 7, "h": 0}
+    values["document"] = torch.arange(23).div(5, rounding_mode="floor")
+    options = Options(window_left=found.left, window_right=found.right)
+    first, end = key_range(options, 23, 20, values["i"])
+    seen = (values["j"] >= first) & (values["j"] < end) & evaluate(found.rest, "allow", torch, values)
+    assert torch.equal(seen, evaluate(program, "allow", torch, values).expand(23, 20))
+
+
+def test_windows_of_sequences_of_any_lengths():
+    assert split_window(parse(allow="j <= i + seqlen_k - seqlen_q and i < 9"), {}, None)[:2] == (-1, 0)
+    assert split_window(parse(allow="j <= i"), {}, None)[:2] == (-1, -1)
+
+
+def test_a_window_leaves_the_score_and_its_inputs():
+    program = parse("s + bias[i - j]", "i - j < width and j < least", {"width": "int", "least": "int"})
+    rest = split_window(program, {"width": 7, "least": 3}, (20, 20)).rest
+    assert rest == parse("s + bias[i - j]", "j < least", {"least": "int"})
