@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, TypeAlias
 
-from fa2gen.spec import Direction, DType, Mask, Problem
+from fa2gen.expression import split_window
+from fa2gen.spec import Direction, DType, Mask, Problem, anonymous, program_of, text_of
 
 __all__ = [
     "SAID_BY_TENSORS",
@@ -100,6 +102,20 @@ class Expression(NamedTuple):
     numbers: tuple[float, ...] = ()
 
 
+@functools.lru_cache(maxsize=1024)
+def _split(expression: Expression, lengths: tuple[int, int] | None) -> tuple[int, int, Expression | None]:
+    """(window_left, window_right, the rest) of an expression; see `fa2gen.expression.split_window`."""
+    program = program_of(*expression[:3])
+    numbers = program.numbers(expression.numbers)
+    left, right, rest = split_window(program, numbers, lengths)
+    plain = anonymous(rest)
+    if not plain.score and not plain.allow:
+        return left, right, None
+    still = tuple(numbers[x.name] for x in rest.inputs if not x.is_tensor)
+    inputs = text_of(plain.types)
+    return left, right, expression._replace(score=plain.score, allow=plain.allow, inputs=inputs, numbers=still)
+
+
 class Options(NamedTuple):
     """The numbers and switches of a call.
 
@@ -131,8 +147,13 @@ class Options(NamedTuple):
     def reduced(self, seqlen_q: int, seqlen_k: int) -> Options:
         """The same mask over these lengths, with no limit that hides nothing, so that the plainest kernel serves it.
 
-        Where causal, window_right is -1 then; what a window of (-1, 0) means is causal.
+        Where causal, window_right is -1 then; what a window of (-1, 0) means is causal. What an expression says like a
+        window becomes one: of `j <= i and document[i] == document[j]` the first, with as many queries as keys.
         """
+        if self.expression and self.expression.allow:
+            found = _split(self.expression, None if self.varlen else (seqlen_q, seqlen_k))
+            if found[:2] != (UNLIMITED, UNLIMITED):
+                return self._within(*found).reduced(seqlen_q, seqlen_k)
         left, right = self.window_left, 0 if self.causal else self.window_right
         if left >= seqlen_k - 1:  # the last query's own key is seqlen_k - 1
             left = UNLIMITED
@@ -143,6 +164,12 @@ class Options(NamedTuple):
         chunk = 0 if one_chunk else self.chunk
         causal = right == 0
         return self._replace(causal=causal, window_left=left, window_right=UNLIMITED if causal else right, chunk=chunk)
+
+    def _within(self, left: int, right: int, expression: Expression | None) -> Options:
+        """These limits too, and another expression."""
+        sides = ((self.window_left, left), (0 if self.causal else self.window_right, right))
+        both = [min((limit for limit in side if limit >= 0), default=UNLIMITED) for side in sides]
+        return self._replace(causal=False, window_left=both[0], window_right=both[1], expression=expression)
 
     @property
     def mask(self) -> Mask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,6 +77,11 @@ class Program:
     @property
     def tokens(self) -> dict[str, str]:
         return {given.name: given.token for given in self.inputs}
+
+    def numbers(self, values: Sequence[float]) -> dict[str, int | float]:
+        """The numbers of a call by name, from their values in the order of the inputs."""
+        numbers = [given for given in self.inputs if not given.is_tensor]
+        return {x.name: int(value) if x.type == "int" else value for x, value in zip(numbers, values, strict=True)}
 
     @functools.cached_property
     def formulas(self) -> tuple[tuple[str, str], ...]:

@@ -60,8 +60,7 @@ def refuse_unbuilt_expression(program: Program) -> None:
 
 def named_values(program: Program, numbers: Sequence[float], tensors: Sequence[Any] = ()) -> dict[str, Any]:
     """The inputs of a program by their tokens, of a call that gives numbers and tensors in their order."""
-    given = iter(numbers)
-    found = {x.token: int(next(given)) if x.type == "int" else next(given) for x in program.inputs if not x.is_tensor}
+    found = {program.tokens[name]: value for name, value in program.numbers(numbers).items()}
     return found | dict(zip((x.token for x in program.inputs if x.is_tensor), tensors, strict=False))
 
 

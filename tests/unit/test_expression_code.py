@@ -17,7 +17,7 @@ from fa2gen.expression.evaluate import evaluate_tree
 from fa2gen.expression.examples import EXAMPLES, Sizes
 from fa2gen.expression.tree import Node, walk
 from fa2gen.features import key_range
-from fa2gen.options import Options
+from fa2gen.options import Expression, Options
 from tests.expressions import TYPES, inputs, random_condition, random_score
 from tests.unit.test_launch_facts import compiled, needs_compiler
 
@@ -345,6 +345,32 @@ def test_windows_are_found_in_masks(allow, window, rest):
 def test_windows_of_sequences_of_any_lengths():
     assert split_window(parse(allow="j <= i + seqlen_k - seqlen_q and i < 9"), {}, None)[:2] == (-1, 0)
     assert split_window(parse(allow="j <= i"), {}, None)[:2] == (-1, -1)
+
+
+@pytest.mark.parametrize(
+    ("allow", "given", "reduced", "rest"),
+    [
+        ("j <= i", {}, {"causal": True}, ""),
+        ("j <= i and j % 3 != number_0", {}, {"causal": True}, "j % 3 != number_0"),
+        ("i - j < number_0 and j <= i + number_1", {}, {"window_left": 4, "window_right": 9}, ""),
+        ("i - j < number_0 and j % 3 < number_1", {}, {"window_left": 4}, "j % 3 < number_0"),
+        ("i - j < number_0", {"causal": True, "window_left": 3}, {"causal": True, "window_left": 3}, ""),
+        ("i - j < number_0", {"window_left": 30, "window_right": 2}, {"window_left": 4, "window_right": 2}, ""),
+    ],
+)
+def test_a_call_runs_the_plainest_kernel(allow, given, reduced, rest):
+    """Where an expression says what a mask of its own does, over 20 queries and keys: that kernel, and its numbers."""
+    numbers = tuple(float(value) for name, value in (("number_0", 5), ("number_1", 9)) if name in allow)
+    said = Options(
+        expression=Expression(
+            "", allow, ", ".join(f"{name}: int" for name in ("number_0", "number_1") if name in allow), numbers
+        ),
+        **given,
+    )
+    found = said.reduced(20, 20)
+    assert found._replace(expression=None) == Options(**reduced)
+    assert (found.expression.allow if found.expression else "") == rest
+    assert not found.expression or len(found.expression.numbers) == rest.count("number")
 
 
 def test_a_window_leaves_the_score_and_its_inputs():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from fa2gen import attention
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.expression import evaluate, parse
 from fa2gen.flex import from_flex
@@ -116,6 +117,16 @@ def test_masks_are_those_of_the_function(mask_mod):
 
 def kind_of(x: torch.Tensor) -> str:
     return "bool" if x.dtype == torch.bool else "float" if x.is_floating_point() else "int"
+
+
+def test_attention_is_that_of_flex_attention():
+    """What somebody types who comes from there, but for the order of heads and rows."""
+    q, k, v = torch.randn(3, 2, LENGTH, HEADS, 16, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    found, _ = attention(q, k, v, **from_flex(causal_and_capped, window)._asdict())
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+    scores = causal_and_capped(q @ k.mT * 16**-0.5, *grid()).masked_fill(~window(*grid()), -math.inf)
+    truth = torch.nan_to_num(scores.softmax(-1)) @ v
+    assert torch.allclose(found.float(), truth.transpose(1, 2), atol=2e-2)
 
 
 def test_texts_read_as_somebody_would_write_them():
