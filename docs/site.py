@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("docs", "examples", "fa2gen", "generated", "specs", "templates", "tests")
-MODULES = ("fa2gen", "fa2gen.distributed", "fa2gen.padding")
+MODULES = ("fa2gen", "fa2gen.distributed", "fa2gen.integrations.transformers", "fa2gen.padding")
 """Whose public names the reference of Python has."""
 WIDTH = 100
 _LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
