@@ -132,12 +132,11 @@ def render(plan: KernelPlan, target: Target = "cuda") -> Rendered:
 def render_launcher(plan: KernelPlan) -> Rendered:
     """A launcher for one kernel's cubin: C++17 over the driver API, to be compiled alone or behind the kernel.
 
-    Raises RenderError for ragged batches, of which the launcher encodes no tensor maps, and for decoding kernels.
+    Raises RenderError for decoding kernels.
     """
     if not plan.has_launcher:
-        what = "ragged batches" if plan.varlen else "queries over a cache"
         raise RenderError(
-            f"{plan.name}: there is no launcher of {what}\n"
+            f"{plan.name}: there is no launcher of queries over a cache\n"
             "  nearest        without it: the comment at the end of the render says how it is launched"
         )
     return _strip_marks(_text(plan, LAUNCHER, "cuda"))

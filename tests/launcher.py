@@ -54,7 +54,7 @@ def call_type(plan: KernelPlan) -> Any:
         ("softmax_scale", ctypes.c_double),
         *((name, ctypes.c_int64) for name in recipe.options(plan)),
         *((name, Tensor) for name in recipe.strided(plan)),
-        *((operand.name, ctypes.c_uint64) for operand in plan.operands if operand.of == "row"),
+        *((operand.name, ctypes.c_uint64) for operand in plan.operands if not operand.is_tensor),
         *((scratch.name, ctypes.c_uint64) for scratch in plan.scratch),
     ]
     return type("Call", (ctypes.Structure,), {"_fields_": fields})

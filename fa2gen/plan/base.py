@@ -200,8 +200,8 @@ class KernelPlan:
 
     @property
     def has_launcher(self) -> bool:
-        """Whether there is a launcher in C++: not of ragged batches, nor over caches."""
-        return not self.varlen and self.problem.direction != "decode"
+        """Whether there is a launcher in C++: not of queries over caches."""
+        return self.problem.direction != "decode"
 
     @property
     def has_score(self) -> bool:

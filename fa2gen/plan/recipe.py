@@ -26,6 +26,7 @@ __all__ = [
     "arguments",
     "braced",
     "call_fields",
+    "counted",
     "encoder",
     "feature_assignments",
     "grid",
@@ -278,11 +279,19 @@ def call_fields(plan: KernelPlan) -> Iterator[str]:
         yield f"CUdeviceptr {scratch.name};  // see Scratch{note}"
 
 
+def counted(plan: KernelPlan) -> list[str]:
+    """The whole numbers of Params that are among `sizes`, or are what those are computed from."""
+    known = sizes(plan)
+    added = [param.name for feature in plan.features for param in feature.params if param.name in known]
+    return [*plan.sizes, *added]
+
+
 def feature_assignments(plan: KernelPlan) -> Iterator[str]:
     """Statements that set what features add to Params, in the launcher."""
     kinds = {param.name: host_type(param) for param in plan.params}
+    asked = options(plan)
     for name, formula in of_features(plan).items():
-        in_call = re.sub(r"\b(" + "|".join(options(plan)) + r")\b", r"call.\1", formula)
+        in_call = re.sub(r"[a-z]\w*", lambda word: f"call.{word[0]}" if word[0] in asked else word[0], formula)
         yield f"found.params.{name} = static_cast<{kinds[name]}>({in_call});"
 
 

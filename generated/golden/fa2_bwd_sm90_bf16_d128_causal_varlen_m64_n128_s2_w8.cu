@@ -1539,6 +1539,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 
 // Launch --------------------------------------------------------------------------------------------------------------
 // Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
+// `fa2gen render fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8 --with-host` adds a launcher in C++.
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
 //   fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare

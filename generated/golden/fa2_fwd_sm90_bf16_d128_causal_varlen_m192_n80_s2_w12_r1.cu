@@ -1378,6 +1378,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 
 // Launch --------------------------------------------------------------------------------------------------------------
 // Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
+// `fa2gen render fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1 --with-host` adds a launcher in C++.
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1_prepare

@@ -20,8 +20,8 @@ struct Launch {
 
 // What cuTensorMapEncodeTiled writes in place of NVIDIA's opaque 128 bytes.
 struct Map {
-    uint64_t address, sizes[4], strides[3];
-    uint32_t box[4];
+    uint64_t address, sizes[5], strides[4];
+    uint32_t box[5];
     int32_t data_type, rank, swizzle, l2_promotion;
 };
 
@@ -32,6 +32,7 @@ uint32_t fake_argument_sizes[MAX_ARGUMENTS];  // what the "loaded" kernel says o
 uint32_t fake_num_arguments;
 uint32_t fake_sizes_before[MAX_ARGUMENTS], fake_num_before;  // of kernels called *_preprocess
 uint32_t fake_sizes_after[MAX_ARGUMENTS], fake_num_after;    // and *_postprocess
+uint32_t fake_sizes_first[MAX_ARGUMENTS], fake_num_first;    // and *_prepare
 int32_t fake_shared_limit;                    // the attribute as last set
 CUresult fake_launch_result, fake_encode_result;
 uint32_t fake_launches_before_failure;        // how many succeed before fake_launch_result is given
@@ -82,9 +83,10 @@ CUresult cuLibraryLoadData(void** library, void const* image, void* a, void* b, 
     return memcmp(image, "\x7f" "ELF", 4) ? 200 : 0;
 }
 CUresult cuLibraryUnload(void* library) { return 0; }
-// Kernel 0x3000 + n is function 0x4000 + n: n is 0, or 1 and 2 for the kernels before and after the main one.
+// Kernel 0x3000 + n is function 0x4000 + n: n is 0, or 1 and 2 for the kernels before and after the main one, 3 for the first.
 CUresult cuLibraryGetKernel(void** kernel, void* library, char const* name) {
-    *kernel = (void*)(uintptr_t)(0x3000 + (strstr(name, "_preprocess") != NULL) + 2 * (strstr(name, "_postprocess") != NULL));
+    *kernel = (void*)(uintptr_t)(0x3000 + (strstr(name, "_preprocess") != NULL) + 2 * (strstr(name, "_postprocess") != NULL) +
+                                 3 * (strstr(name, "_prepare") != NULL));
     return 0;
 }
 CUresult cuKernelGetLibrary(void** library, void* kernel) { *library = (void*)0x2000; return 0; }
@@ -94,8 +96,8 @@ CUresult cuKernelGetFunction(void** function, void* kernel) {
 }
 
 static uint32_t const* sizes_of(unsigned n, uint32_t* count) {
-    *count = n == 0 ? fake_num_arguments : n == 1 ? fake_num_before : fake_num_after;
-    return n == 0 ? fake_argument_sizes : n == 1 ? fake_sizes_before : fake_sizes_after;
+    *count = n == 0 ? fake_num_arguments : n == 1 ? fake_num_before : n == 2 ? fake_num_after : fake_num_first;
+    return n == 0 ? fake_argument_sizes : n == 1 ? fake_sizes_before : n == 2 ? fake_sizes_after : fake_sizes_first;
 }
 
 CUresult cuKernelGetParamInfo(void* kernel, size_t index, size_t* offset, size_t* size) {
@@ -120,9 +122,9 @@ CUresult cuTensorMapEncodeTiled(struct Map* map, int data_type, uint32_t rank, u
     memset(map, 0, MAP_BYTES);
     *map = (struct Map){.address = address, .data_type = data_type, .rank = (int)rank, .swizzle = swizzle,
                         .l2_promotion = l2_promotion};
-    memcpy(map->sizes, sizes, sizeof map->sizes);
-    memcpy(map->strides, strides, sizeof map->strides);
-    memcpy(map->box, box, sizeof map->box);
+    memcpy(map->sizes, sizes, rank * sizeof *sizes);
+    memcpy(map->strides, strides, (rank - 1) * sizeof *strides);
+    memcpy(map->box, box, rank * sizeof *box);
     return 0;
 }
 

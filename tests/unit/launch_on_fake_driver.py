@@ -15,6 +15,7 @@ from fa2gen.errors import Fa2GenError, UnsupportedProblem
 from fa2gen.features import examples_of
 from fa2gen.kernel import Kernel, argument_sizes, zeroed_memory
 from fa2gen.launch import launch_of
+from fa2gen.layout import align_up
 from fa2gen.options import Shape
 from fa2gen.plan import make_plan, recipe
 from fa2gen.select import default_tiling
@@ -49,7 +50,7 @@ class Launch(ctypes.Structure):
 
 class Map(ctypes.Structure):
     _fields_ = (
-        *(("address", U64), ("sizes", U64 * 4), ("strides", U64 * 3), ("box", U32 * 4)),
+        *(("address", U64), ("sizes", U64 * 5), ("strides", U64 * 4), ("box", U32 * 5)),
         *((name, I32) for name in ("data_type", "rank", "swizzle", "l2_promotion")),
     )
 
@@ -152,10 +153,10 @@ def test_tensor_maps(dtype, code):
     for planned, found in zip(kernel.plan.tensor_maps, maps.values(), strict=True):
         seqlen, heads = (300, 4) if planned.name in ("q", "o") else (200, 2)
         assert found.address == ADDRESSES[planned.name]
-        assert tuple(found.sizes) == (96, seqlen, heads, 2)
+        assert tuple(found.sizes)[:4] == (96, seqlen, heads, 2)
         batch, row, head = strides(seqlen, heads, 96) if planned.name in ("q", "o") else packed
-        assert tuple(found.strides) == (row * 2, head * 2, batch * 2)
-        assert tuple(found.box) == (planned.box_cols, planned.box_rows, 1, 1)
+        assert tuple(found.strides)[:3] == (row * 2, head * 2, batch * 2)
+        assert tuple(found.box)[:4] == (planned.box_cols, planned.box_rows, 1, 1)
         assert (found.data_type, found.rank, found.l2_promotion) == (code, 4, 3)
         assert found.swizzle == {32: 1, 64: 2, 128: 3}[planned.swizzle_bytes]
 
@@ -164,7 +165,7 @@ def test_dimensions_of_one_element_get_a_valid_stride():
     shape = Shape(1, 1, 200, 1, 1)
     call(prepare(make("sm90"), shape, q=(3, 5, 7), o=(1, 1, 1)), ADDRESSES)
     for name in ("q", "o"):
-        assert all(step and step % 16 == 0 for step in tensor_maps(make("sm90").plan)[name].strides)
+        assert all(step and step % 16 == 0 for step in tensor_maps(make("sm90").plan)[name].strides[:3])
 
 
 def test_only_new_addresses_are_encoded():
@@ -377,10 +378,10 @@ def test_one_backward(arch, head_dim, head_dim_v, deterministic):
             seqlen, heads = (300, 4) if of_query else (200, 2)
             assert found.address == BACKWARD_ADDRESSES[planned.name]
             d = head_dim_v if planned.name in ("v", "dout", "dv") else head_dim
-            assert tuple(found.sizes) == (d, seqlen, heads, 2)
+            assert tuple(found.sizes)[:4] == (d, seqlen, heads, 2)
             batch, row, head = (7 * 2**20, 4096, 256) if planned.name == "dout" else strides(seqlen, heads, d)
-            assert tuple(found.strides) == (row * 2, head * 2, batch * 2)
-            assert tuple(found.box) == (planned.box_cols, planned.box_rows, 1, 1)
+            assert tuple(found.strides)[:3] == (row * 2, head * 2, batch * 2)
+            assert tuple(found.box)[:4] == (planned.box_cols, planned.box_rows, 1, 1)
         raw = bytes(one.arguments[len(entry.tensor_maps)])[: struct.calcsize(plan.params_format)]
         values = dict(zip((param.name for param in plan.params), struct.unpack(plan.params_format, raw), strict=True))
         direct = [name for name in values if name in BACKWARD_ADDRESSES]  # what no tensor map points to
@@ -501,6 +502,62 @@ def test_the_launcher_passes_what_the_package_does(tmp_path, arch, direction, ma
     for wrong in (SHAPE._replace(batch=0), SHAPE._replace(num_heads=3), SHAPE._replace(seqlen_q=2**31)):
         before = launched.count
         assert door(functions, 132, ctypes.byref(call_of(**wrong._asdict())), None) == 1 and launched.count == before
+
+
+FUNCTIONS = {"": "argument", "_preprocess": "before", "_postprocess": "after", "_prepare": "first"}
+"""What ends the name of a kernel -> what fake_libcuda.c calls its sizes; their numbers are its functions'."""
+
+
+@pytest.mark.skipif(cuda_include() is None, reason="no cuda.h")
+@pytest.mark.parametrize(("arch", "direction"), [("sm90", "fwd"), ("sm90", "bwd"), ("sm80", "bwd")])
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_the_launcher_of_ragged_batches(tmp_path, arch, direction, mask):
+    """As above: maps of five dimensions, the lengths' addresses, and the kernel that comes first."""
+    problem = Problem(direction=direction, head_dim=72, mask=mask, varlen=True)
+    plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
+    numbers = []
+    for entry in plan.entry_points:
+        numbers.append(list(FUNCTIONS).index(entry.symbol.removeprefix(plan.name)))
+        kind = [*FUNCTIONS.values()][numbers[-1]]
+        sizes = argument_sizes(plan, entry)
+        U32.in_dll(fake, "fake_num_arguments" if kind == "argument" else f"fake_num_{kind}").value = len(sizes)
+        of_kind = "fake_argument_sizes" if kind == "argument" else f"fake_sizes_{kind}"
+        ((U32 * MAX_ARGUMENTS).in_dll(fake, of_kind))[: len(sizes)] = sizes
+    kernel = Kernel(plan, CUBIN, 0)
+    door, call_of = build(plan, tmp_path), call_type(plan)
+    history = (Launch * 4).in_dll(fake, "fake_launches")
+    functions = (ctypes.c_void_p * len(numbers))(*(0x4000 + number for number in numbers))
+    options = scaled(plan, 0.3)
+    said = options._asdict() | {"window_right": 0 if options.causal else options.window_right}
+
+    def recorded():
+        found = []
+        for behind, entry in enumerate(reversed(plan.entry_points)):
+            one = history[(launched.count - behind) % 4]
+            sizes = argument_sizes(plan, entry)
+            arguments = [bytes(raw)[:size] for raw, size in zip(one.arguments, sizes, strict=False)]
+            found.append((one.function, *one.grid, *one.block, one.shared_bytes, one.starts_early, arguments))
+        return found
+
+    given = {operand.name: 0x7F0000000000 + 0x10000 * i for i, operand in enumerate(plan.operands)}
+    given["seqused_q"] = 0
+    for shape in (SHAPE, Shape(7, 4097, 77, 2, 2)):
+        q, kv = strides(shape.seqlen_q, shape.num_heads, 72), strides(shape.seqlen_k, shape.num_heads_kv, 72)
+        of = {x.name: q if x.of == "query" else kv for x in plan.operands if x.is_tensor}
+        launch = kernel.prepare(shape, of, options)
+        scratch = 0x7E0000000000
+        launch(tuple(given[operand.name] for operand in plan.operands), scratch, 0x55)
+        expected = recorded()
+        at, places = scratch, {}
+        for name, count in launch_of(plan, shape, options, 132).scratch.items():
+            places[name], at = at, at + align_up(4 * count, 128)
+        tensors = {name: Tensor(given[name], *steps) for name, steps in of.items()}
+        others = {x.name: given[x.name] for x in plan.operands if not x.is_tensor}
+        numbers_of_call = {name: said[name] for name in recipe.options(plan)}
+        ctypes.memset(ctypes.byref(history), 0, ctypes.sizeof(history))
+        one = call_of(**shape._asdict(), softmax_scale=0.3, **numbers_of_call, **tensors, **others, **places)
+        assert door(functions, 132, ctypes.byref(one), ctypes.c_void_p(0x55)) == 0
+        assert recorded() == expected
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
