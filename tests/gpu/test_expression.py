@@ -1,0 +1,77 @@
+"""Expressions on a GPU: kernels by the project's rule, and the functions that they stand behind, eager and compiled."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import fa2gen
+from fa2gen import cases
+from fa2gen.options import Shape
+from fa2gen.select import best_spec
+from fa2gen.spec import Problem
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+SOFTCAP = "cap * tanh(s / cap)"
+OTHERS = ("s + 0.01 * (j - i) * s", "s * sigmoid(s)", "where(j > i, s, 0.5 * s) - abs(i - j) / 64")
+KERNELS = [
+    *(
+        (SOFTCAP, *kind)
+        for kind in itertools.product(("sm90", "sm80"), ("fwd", "bwd"), (64, 72, 128, 256), ("causal", "full"))
+    ),
+    *(
+        (score, *kind)
+        for score in OTHERS
+        for kind in itertools.product(("sm90", "sm80"), ("fwd", "bwd"), (128,), ("window",))
+    ),
+]
+
+
+def is_here(arch):
+    if arch == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize(("score", "arch", "direction", "head_dim", "mask"), KERNELS)
+def test_kernels(score, arch, direction, head_dim, mask, varlen):
+    is_here(arch)
+    problem = Problem(direction=direction, head_dim=head_dim, mask=mask, score=score, varlen=varlen)
+    case = cases.make(best_spec(problem, arch), Shape(2, 1000, 1300, 4, 2), device="cuda", with_dlse=True)
+    cases.run(case, "gpu")
+    assert cases.written_outside(case) is None
+    verdict = cases.verdict(case)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_softcap_of_the_function(causal):
+    """Against autograd of the formula in fp32; compiled, with the same bits."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    sizes = ((500, 8), (700, 2), (700, 2))
+    q, k, v = (
+        torch.randn(2, s, h, 128, generator=generator, device="cuda").bfloat16().requires_grad_() for s, h in sizes
+    )
+    dout = torch.randn(2, 500, 8, 128, generator=generator, device="cuda").bfloat16()
+
+    def expected():
+        keys, values = (x.float().repeat_interleave(4, 2) for x in (k, v))
+        scores = 20 * torch.tanh(torch.einsum("bqhd,bkhd->bhqk", q.float(), keys) * 128**-0.5 * 5 / 20)
+        if causal:
+            scores = scores.masked_fill(~torch.ones(500, 700, dtype=torch.bool, device="cuda").tril(200), -torch.inf)
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
+
+    def found(q, k, v):
+        return fa2gen.flash_attn_func(q, k, v, causal=causal, softcap=20.0, softmax_scale=5 * 128**-0.5)
+
+    def with_gradients(out):
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(out.dtype))
+
+    ours = with_gradients(found(q, k, v))
+    for x, y in zip(ours, with_gradients(expected()), strict=True):
+        torch.testing.assert_close(x.float(), y.float(), rtol=2e-2, atol=2e-2 * y.float().abs().max().item())
+    compiled = with_gradients(torch.compile(found, fullgraph=True)(q, k, v))
+    assert torch.equal(ours[0], compiled[0]) and all(map(torch.equal, ours[2:], compiled[2:]))
