@@ -21,7 +21,7 @@ from fa2gen.features import examples_of
 from fa2gen.gpus import current_device
 from fa2gen.options import AnyShape, Options, Shape
 from fa2gen.plan import make_plan
-from fa2gen.spec import KernelSpec
+from fa2gen.spec import KernelSpec, Problem
 
 if TYPE_CHECKING:
     from fa2gen.cpu import Count
@@ -106,9 +106,16 @@ def make(
     tensors: dict[str, Any] = {}
     buffers: dict[str, Any] = {}
     rows: tuple[tuple[int, int, int, int], ...] = ()
+    longest = shape
     if problem.varlen:
         shape, rows, lengths = _ragged(shape, seed)
         tensors |= {name: torch.tensor(x, dtype=torch.int32, device=device) for name, x in lengths.items()}
+    if problem.has_expression:
+        inputs = _expression_tensors(problem, longest._replace(batch=shape.batch), seed, device)
+        tensors |= inputs
+        assert options.expression
+        shapes = tuple(tuple(x.shape) for x in inputs.values())
+        options = options._replace(expression=options.expression._replace(shapes=shapes))
     sizes: AnyShape = shape
     if problem.direction == "decode":
         sizes, cached = cached_tensors(problem, shape, dtype, seed, device, large)
@@ -127,6 +134,26 @@ def make(
                 _forget_unused(tensors[operand.name], [r[:2] if operand.of == "query" else r[2:] for r in rows])
     case = Case(spec, sizes, options, tensors, buffers, rows)
     return replace(case, tensors=tensors | _forward(case, large)) if problem.direction == "bwd" else case
+
+
+def _expression_tensors(problem: Problem, longest: Shape, seed: int, device: str) -> dict[str, Any]:
+    """What a problem's expression names, by token: normally distributed, or small whole numbers that rise along the
+    last axis, as documents do. Of a ragged batch, padded to the longest sequence."""
+    torch = import_module("torch")
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"b": longest.batch, "h": longest.num_heads, "hk": longest.num_heads_kv, "i": longest.seqlen_q}
+    sizes |= {"j": longest.seqlen_k, "": max(longest.seqlen_q, longest.seqlen_k)}
+    found = {}
+    for x in (x for x in problem.program.inputs if x.is_tensor):
+        size = tuple(sizes[axis] for axis in x.axes)
+        if x.type == "float":
+            made = torch.randn(size, generator=generator)
+        else:
+            most = 2 if x.type == "bool" else 4
+            made = torch.randint(0, most, size, generator=generator, dtype=torch.int32)
+            made = made if x.type == "bool" else made.sort(dim=-1)[0]
+        found[x.token] = made.to(device)
+    return found
 
 
 def _ragged(longest: Shape, seed: int) -> tuple[Shape, tuple[tuple[int, int, int, int], ...], dict[str, list[int]]]:
@@ -169,9 +196,8 @@ def _forward(case: Case, by_kernel: bool) -> dict[str, Any]:
 
         results["lse"].fill_(-math.inf)
         for part in _parts(both):
-            out, lse = attention_reference(
-                *(part[name] for name in "qkv"), s_aux=part.get("s_aux"), **case.options._asdict()
-            )
+            of_part: dict[str, Any] = {name: part.get(name) for name in ("s_aux", "place")} | case.options._asdict()
+            out, lse = attention_reference(part["q"], part["k"], part["v"], **of_part)
             part["o"].copy_(out)
             part["lse"].copy_(lse)
         return results
@@ -185,20 +211,24 @@ def _forward(case: Case, by_kernel: bool) -> dict[str, Any]:
 
 def _parts(case: Case) -> Iterator[dict[str, Any]]:
     """Views of the tensors, by name: of each sequence that has queries and something to see, or of all of a dense
-    batch. What is one a head is there in each."""
+    batch. What is one a head is there in each, and as `place` what an expression looks up."""
     if case.spec.problem.direction == "decode":
         yield from sequences(case.tensors)
         return
+    from fa2gen.reference import Place
+
+    inputs = [case.tensors[x.token] for x in case.spec.problem.program.inputs if x.is_tensor]
     if not case.spec.problem.varlen:
-        yield dict(case.tensors)
+        yield {**case.tensors, "place": Place(inputs)}
         return
     operands = [x for x in make_plan(case.spec).operands if x.name in case.tensors]
-    for first_q, end_q, first_k, end_k in case.rows:
+    for b, (first_q, end_q, first_k, end_k) in enumerate(case.rows):
         if first_q < end_q and (first_k < end_k or case.options.sink):
             of = {"query": (1, first_q, end_q), "key": (1, first_k, end_k), "row": (2, first_q, end_q)}
             cuts = ((x.name, *of[x.of]) for x in operands if x.of in of)
             part = {name: case.tensors[name].narrow(dim, first, end - first) for name, dim, first, end in cuts}
-            yield part | {x.name: case.tensors[x.name] for x in operands if x.of == "head"}
+            part |= {x.name: case.tensors[x.name] for x in operands if x.of == "head"}
+            yield {**part, "place": Place(inputs, b)}
 
 
 def _fp32() -> Any:
@@ -271,10 +301,11 @@ def verdict(case: Case) -> Verdict | GradientVerdict:
     with import_module("torch").no_grad():
         for x in _parts(case):
             if case.spec.problem.direction != "bwd":
-                found.append(check(x["o"], x["lse"], x["q"], x["k"], x["v"], s_aux=x.get("s_aux"), **options))
+                of_part = {name: x.get(name) for name in ("s_aux", "place")}
+                found.append(check(x["o"], x["lse"], x["q"], x["k"], x["v"], **of_part, **options))
             else:
                 gradients = (x["dq"], x["dk"], x["dv"])
-                more = options | {name: x.get(name) for name in ("dlse", "s_aux")}
+                more = options | {name: x.get(name) for name in ("dlse", "s_aux", "place")}
                 found.append(check_gradients(gradients, x["dout"], x["q"], x["k"], x["v"], **more))
         if "ds_aux" in case.results:
             found.append(check_sink_gradient(case.tensors["ds_aux"], case.tensors["s_aux"], _parts(case)))

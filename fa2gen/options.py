@@ -94,12 +94,14 @@ class Expression(NamedTuple):
     """What a call does to scores beside its mask, as `Problem` says it, with the numbers of the call.
 
     numbers  the values of number_0 and so on, those of `inputs` that are no tensors, in their order.
+    shapes   the sizes of those that are.
     """
 
     score: str = ""
     allow: str = ""
     inputs: str = ""
     numbers: tuple[float, ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -190,7 +192,7 @@ class Options(NamedTuple):
         self, direction: Direction, head_dim: int, dtype: DType, head_dim_v: int | None = None, paged: bool = False
     ) -> Problem:
         """What a kernel for these options computes; `paged` is whether its cache is."""
-        score, allow, inputs, _ = self.expression or Expression()
+        score, allow, inputs = (self.expression or Expression())[:3]
         return Problem(
             direction=direction,
             head_dim=head_dim,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -93,7 +94,7 @@ def attention_reference(
         scores = scores.masked_fill(hidden & ~no_key.unsqueeze(-1), float("-inf"))
         lse = torch.logsumexp(_at_least_fp32(scores), dim=-1).masked_fill(no_key, float("-inf"))
         probs = torch.softmax(scores, dim=-1).masked_fill(no_key.unsqueeze(-1), 0.0)
-    out = torch.einsum("bngqk,bknd->bqngd", probs, v)
+    out = torch.einsum("bngqk,bknd->bqngd", probs.to(v.dtype), v)
     return out.flatten(2, 3).to(dtype), lse.flatten(1, 2)
 
 
@@ -459,6 +460,7 @@ def check_gradients(
     *,
     dlse: Tensor | None = None,
     s_aux: Tensor | None = None,
+    place: Place | None = None,
     **options: Any,
 ) -> GradientVerdict:
     """Judge (dq, dk, dv) by the rule of `check`, each for itself: the truth is autograd through attention in fp32,
@@ -469,7 +471,7 @@ def check_gradients(
     keys it exceeds all of pt's, with many it is nothing.
     """
     scale = Options(**options).scale(q.shape[-1])
-    options["s_aux"] = s_aux
+    options |= {"s_aux": s_aux, "place": place}
     with _full_fp32():
         truth = _gradients(dout, dlse, q, k, v, options)
         plain = _gradients(dout, dlse, q, k, v, options | {"upcast": False, "reorder_ops": True})
@@ -620,10 +622,10 @@ _EXPRESSION_ERROR = 2**-11
 def _largest_score(
     q: Tensor, k: Tensor, place: Place | None = None, *, s_aux: Tensor | None = None, **options: Any
 ) -> float:
-    """Of what an expression makes, in size; 0 without one. A sink's logit is no score."""
+    """Of what an expression with approximated functions makes, in size; else 0. A sink's logit is no score."""
     del s_aux
     said = Options(**options)
-    if not (said.expression and said.expression.score):
+    if not (said.expression and re.search("tanh|sigmoid|exp|log|sqrt|/", said.expression.score)):
         return 0.0
     scores = torch.einsum("bqngd,bknd->bngqk", _group_heads(q.float(), k), k.float()) * said.scale(q.shape[-1])
     modified = _modified(said, scores, place, q.shape[1], k.shape[1])
@@ -667,7 +669,7 @@ def _evaluated(
     """An expression of the call over scores (B, Hk, H / Hk, rows, columns), and shaped as they."""
     assert options.expression
     place = place or Place()
-    score, allow, inputs, numbers = options.expression
+    score, allow, inputs, numbers, _ = options.expression
     program = program_of(score, allow, inputs)
     batch, num_heads_kv, group = scores.shape[:3]
     device = scores.device
@@ -684,8 +686,6 @@ def _evaluated(
         **named_values(program, numbers, place.tensors),
     }
     found = evaluate(program, what, torch, values)
-    if what == "score":
-        found = found.to(scores.dtype)
     return torch.broadcast_to(found, values["s"].shape).unflatten(1, (num_heads_kv, group))
 
 

@@ -20,14 +20,15 @@ class Operand:
               "bounds" (batch + 1,) and "lengths" (batch,), int32, dense; "head" (num_heads,), fp32, dense.
               "cache" is a tensor with rows of its own, (entries, rows, heads_kv, head_dim), and "table" (batch, pages),
               int32, the numbers of a sequence's pages; "new" keys are (batch, seqlen_new, heads_kv, head_dim), "angles"
-              (positions, rotary_dim / 2), in the kernel's dtype, dense.
+              (positions, rotary_dim / 2), in the kernel's dtype, dense. "floats" and "ints" are what an expression
+              names, fp32 and int32, dense, of any size: a call's options say which.
     of_v      of a tensor with a head dim: whether it is V's, else that of Q and K.
     out       whether kernels write it.
     optional  whether it may be missing: its address is 0 then.
     """
 
     name: str
-    of: Literal["query", "key", "row", "bounds", "lengths", "cache", "table", "new", "angles", "head"]
+    of: Literal["query", "key", "row", "bounds", "lengths", "cache", "table", "new", "angles", "head", "floats", "ints"]
     of_v: bool = False
     out: bool = False
     optional: bool = False
@@ -50,6 +51,8 @@ class Operand:
             return (shape.batch + (self.of == "bounds"),)
         if self.of == "head":
             return (shape.num_heads,)
+        if self.is_input:
+            return ()
         batch = 1 if problem.varlen else shape.batch
         if self.of == "row":
             return (batch, shape.num_heads, shape.seqlen_q)
@@ -63,9 +66,15 @@ class Operand:
         return self.of in ("query", "key", "cache", "new")
 
     @property
+    def is_input(self) -> bool:
+        """Whether an expression names it."""
+        return self.of in ("floats", "ints")
+
+    @property
     def ctype(self) -> str:
         """Of the pointer to it in Params."""
         int_or_float = {"row": "float", "head": "float", "bounds": "int", "lengths": "int", "table": "int"}
+        int_or_float |= {"floats": "float", "ints": "int"}
         of = int_or_float.get(self.of, "void")
         return of + ("*" if self.out else " const*")
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fa2gen.errors import UnsupportedProblem
-from fa2gen.expression import Code, Program, emit
+from fa2gen.expression import Code, Input, Program, emit, parse
 from fa2gen.expression.hoist import LEVELS
+from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param
 from fa2gen.options import AnyShape, Expression, Options
 from fa2gen.spec import Problem
@@ -24,8 +24,8 @@ __all__ = [
     "ScoreCode",
     "allow_code",
     "expression_of",
+    "loads_of",
     "named_values",
-    "refuse_unbuilt_expression",
     "score_code",
 ]
 
@@ -35,33 +35,59 @@ _EXAMPLE_NUMBER = 3.0
 def expression_of(problem: Problem) -> Feature:
     """The feature of a problem's expressions."""
     program = problem.program
-    refuse_unbuilt_expression(program)
     numbers = [x.token for x in program.inputs if not x.is_tensor]
+    tensors = [x for x in program.inputs if x.is_tensor]
 
     def values(options: Options, _: AnyShape) -> Mapping[str, int | float]:
         given = options.expression or Expression()
-        return named_values(program, given.numbers)
+        sizes = (size - 1 for shape in given.shapes for size in shape)
+        lasts = (name for x in tensors for name in _lasts(x))
+        return named_values(program, given.numbers) | dict(zip(lasts, sizes, strict=True))
 
     example = Expression(problem.score, problem.allow, problem.inputs, (_EXAMPLE_NUMBER,) * len(numbers))
     return Feature(
         "expression",
-        params=tuple(Param(x.token, "int" if x.type == "int" else "float") for x in program.inputs if not x.is_tensor),
+        operands=tuple(Operand(x.token, "floats" if x.type == "float" else "ints") for x in tensors),
+        params=(
+            *(Param(x.token, "int" if x.type == "int" else "float") for x in program.inputs if not x.is_tensor),
+            *(Param(name, "int") for x in tensors for name in _lasts(x)),
+        ),
         values=values,
-        formulas={name: name for name in numbers},
+        formulas={name: name for name in (*numbers, *(name for x in tensors for name in _lasts(x)))},
         examples=({"expression": example},),
     )
-
-
-def refuse_unbuilt_expression(program: Program) -> None:
-    """Raise UnsupportedProblem for what the grammar has and kernels do not have yet."""
-    if tensor := next((x for x in program.inputs if x.is_tensor), None):
-        raise UnsupportedProblem(f"expressions of tensors are not built yet ({tensor.name}); nearest: numbers")
 
 
 def named_values(program: Program, numbers: Sequence[float], tensors: Sequence[Any] = ()) -> dict[str, Any]:
     """The inputs of a program by their tokens, of a call that gives numbers and tensors in their order."""
     found = {program.tokens[name]: value for name, value in program.numbers(numbers).items()}
     return found | dict(zip((x.token for x in program.inputs if x.is_tensor), tensors, strict=False))
+
+
+def _lasts(x: Input) -> tuple[str, ...]:
+    """The fields of Params that say a tensor's last index along each axis: its sizes, less one."""
+    return tuple(f"{x.token}_last_{axis}" for axis in range(x.rank))
+
+
+def _load(x: Input) -> tuple[str, ...]:
+    """The function that reads a tensor. Indices beyond it are those of its end: so an axis of one serves all, and what
+    rows and keys that do not exist read is there."""
+    kind = "float" if x.type == "float" else "int"
+    indices = ", ".join(f"int index_{axis}" for axis in range(x.rank))
+    last = [f"p.{name}" for name in _lasts(x)]
+    steps = [f"at = at * ({last[axis]} + 1) + min(max(index_{axis}, 0), {last[axis]});" for axis in range(x.rank)]
+    return (
+        f"__device__ __forceinline__ {kind} load_{x.token}(Params const& p, {indices}) {{",
+        "    int64_t at = 0;",
+        *(f"    {step}" for step in steps),
+        f"    return load_constant_{kind}(p.{x.token} + at);",
+        "}",
+    )
+
+
+def loads_of(program: Program) -> tuple[tuple[str, ...], ...]:
+    """The functions that read a program's tensors, in lines."""
+    return tuple(_load(x) for x in program.inputs if x.is_tensor)
 
 
 @dataclass(frozen=True)
@@ -72,6 +98,7 @@ class ScoreCode:
     forward  of a function that gives the score of an element; backward of one that gives its derivative too.
     formulas in words: what it is, and its derivative.
     finite   whether scores are finite wherever products of Q and K are.
+    looks_up whether tensors are read for each element.
     """
 
     formulas: tuple[str, ...]
@@ -79,6 +106,7 @@ class ScoreCode:
     forward: tuple[str, ...]
     backward: tuple[str, ...]
     finite: bool
+    looks_up: bool
 
 
 def score_code(program: Program, gradient: bool) -> ScoreCode:
@@ -91,6 +119,7 @@ def score_code(program: Program, gradient: bool) -> ScoreCode:
         forward=_function(score, "score"),
         backward=_function(slope, "score", "weight") if slope else (),
         finite=score.is_finite,
+        looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
     )
 
 
@@ -110,11 +139,35 @@ class AllowCode:
 
 def allow_code(program: Program) -> AllowCode:
     """The code of a program's mask."""
+    of_tile = _of_positions(program)
     return AllowCode(
         formula=_comment(program, "allow"),
         element=_function(emit(program, "allow"), "allow"),
-        tile=_function(emit(program, "blocks"), "any", "all"),
+        tile=_function(emit(of_tile, "blocks"), "any", "all" if of_tile == program else "none"),
     )
+
+
+def _of_positions(program: Program) -> Program:
+    """What of a mask can be said of a tile without its tensors: those of its conditions that name no input, where it
+    names a tensor. A tile may be seen if these let it, and all of it is never known to be."""
+    if not any(x.is_tensor and re.search(rf"\b{x.name}\b", program.allow) for x in program.inputs):
+        return program
+    plain = [part for part in _conditions(program.allow) if not re.search(r"\b(number|input)_\d", part)]
+    return parse(allow=" and ".join(plain))
+
+
+def _conditions(text: str) -> list[str]:
+    """What "and" joins at the top of an expression in its one spelling; all of it where something else is there."""
+    parts, depth, first = [], 0, 0
+    for found in re.finditer(r"[()\[\]]| (and|or|if) ", text):
+        word = found[0]
+        depth += (word in "([") - (word in ")]")
+        if depth == 0 and word in (" or ", " if "):
+            return [text]
+        if depth == 0 and word == " and ":
+            parts.append(text[first : found.start()])
+            first = found.end()
+    return [*parts, text[first:]]
 
 
 def _comment(program: Program, *names: str) -> tuple[str, ...]:
@@ -125,9 +178,9 @@ def _comment(program: Program, *names: str) -> tuple[str, ...]:
 
 
 def _function(code: Code, *results: str) -> tuple[str, ...]:
-    """The statements that these results need, and their return."""
+    """The statements that these results need, and their return; "none" is false."""
     statements = [statement for level in LEVELS for statement in code.levels[level]]
-    values = [code.results[name] for name in results]
+    values = ["false" if name == "none" else code.results[name] for name in results]
     wanted = _words(*values)
     kept = []
     for statement in reversed(statements):

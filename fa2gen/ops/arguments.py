@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from operator import index
 from typing import Any, TypeAlias
@@ -21,15 +21,16 @@ from fa2gen.spec import anonymous, text_of
 __all__ = [
     "NO_WINDOW",
     "OF_GENERAL_OPERATORS",
+    "Modified",
     "Window",
     "default_scale",
     "expression_of",
     "flag",
+    "modified",
     "named",
     "options_of",
     "refuse_unbuilt",
     "sinks",
-    "softcap_of",
     "window_sides",
 ]
 
@@ -62,10 +63,18 @@ def options_of(
 
 
 SOFTCAP = "cap * tanh(s / cap)"
+ALIBI = "slope[{}] * abs(i + seqlen_k - seqlen_q - j)"
+
+Modified: TypeAlias = tuple[Expression | None, tuple[Tensor, ...]]
+"""What an expression means: that of the kernel, and the tensors that it names."""
+_UNMODIFIED: Modified = (None, ())
 
 
-def _parsed(score: str, allow: str, types: tuple[tuple[str, str], ...]) -> tuple[str, str, str, tuple[str, ...]]:
-    """`score`, `allow` and `inputs` as kernels have them, and the names of the inputs in their order."""
+def _parsed(
+    score: str, allow: str, types: tuple[tuple[str, str], ...]
+) -> tuple[str, str, str, tuple[tuple[str, int, str], ...]]:
+    """`score`, `allow` and `inputs` as kernels have them; and of each input its name, the number of its indices (0: it
+    is a number) and its type."""
     return _parse(score, allow, types)
 
 
@@ -75,23 +84,27 @@ _parsed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=256)
-def _parse(score: str, allow: str, types: tuple[tuple[str, str], ...]) -> tuple[str, str, str, tuple[str, ...]]:
+def _parse(
+    score: str, allow: str, types: tuple[tuple[str, str], ...]
+) -> tuple[str, str, str, tuple[tuple[str, int, str], ...]]:
     program = parse(score, allow, dict(types))  # type: ignore[arg-type]
     plain = anonymous(program)
-    return plain.score, plain.allow, text_of(plain.types), tuple(x.name for x in program.inputs)
+    kinds = tuple((x.name, x.rank if x.is_tensor else 0, str(x.type)) for x in program.inputs)
+    return plain.score, plain.allow, text_of(plain.types), kinds
 
 
-def expression_of(score: Any = "", allow: Any = "", inputs: Mapping[str, Any] | None = None) -> Expression | None:
-    """What these arguments of a call mean; None: scores as they are. Raises InvalidInput."""
+def expression_of(score: Any = "", allow: Any = "", inputs: Mapping[str, Any] | None = None) -> Modified:
+    """What these arguments of a call mean. Raises InvalidInput, or UnsupportedProblem for a tensor with a gradient."""
     given = inputs or {}
     for name, text in (("score", score), ("allow", allow)):
         if not isinstance(text, str):
             raise InvalidInput(f'{name} must be an expression in text, "cap * tanh(s / cap)", not {describe(text)}')
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise InvalidInput(f'inputs must be a mapping of names, {{"cap": 50.0}}, not {describe(given)}')
-    # A number that is whole may be either: the expression says which. One that is not can not be an int.
-    types = tuple((name, "float") for name, x in given.items() if isinstance(x, float))
-    score, allow, kinds, names = _parsed(score, allow, types)
+    if not score and not allow and not given:
+        return _UNMODIFIED
+    score, allow, texts, kinds = _parsed(score, allow, tuple(_types(given)))
+    names = [name for name, *_ in kinds]
     if missing := [name for name in names if name not in given]:
         raise InvalidInput(f"the expression names {missing[0]}, which inputs has not: give {{{missing[0]!r}: ...}}")
     if unknown := [name for name in given if name not in names]:
@@ -99,32 +112,56 @@ def expression_of(score: Any = "", allow: Any = "", inputs: Mapping[str, Any] | 
             f"inputs has {unknown[0]!r}, which no expression names ({', '.join(names) or 'they name none'})"
         )
     if not score and not allow:
-        return None
-    return Expression(score, allow, kinds, tuple(_number(name, given[name]) for name in names))
+        return _UNMODIFIED
+    numbers = tuple(_number(name, given[name]) for name, rank, _ in kinds if not rank)
+    tensors = tuple(_tensor(name, given[name], rank, kind) for name, rank, kind in kinds if rank)
+    return Expression(score, allow, texts, numbers), tensors
 
 
-def softcap_of(softcap: Any) -> Expression | None:
-    """What a softcap of flash_attn means: scores are cap * tanh(s / cap); 0: as they are. Raises InvalidInput."""
+def _types(inputs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Of what is given, where it has one: a number that is whole may be either, which the expression says."""
+    for name, x in inputs.items():
+        if isinstance(x, Tensor):
+            yield name, "float" if x.is_floating_point() else "bool" if x.dtype == torch.bool else "int"
+        elif isinstance(x, float):
+            yield name, "float"
+
+
+def modified(softcap: Any, alibi_slopes: Any) -> Modified:
+    """What these of flash_attn mean: scores are cap * tanh(s / cap), then less slope * |i + seqlen_k - seqlen_q - j|,
+    with slopes of a head or of a batch entry's head. Raises InvalidInput."""
     if isinstance(softcap, bool) or not isinstance(softcap, Real | torch.SymFloat):
         raise InvalidInput(f"softcap must be a number, not {describe(softcap)}: pass 0.0, which is no cap")
     cap = float(softcap)
-    if cap == 0:
-        return None
-    if not cap > 0:
+    if not cap >= 0:
         raise InvalidInput(f"softcap is {softcap}; it must be above 0, or 0.0 for no cap")
-    return expression_of(SOFTCAP, inputs={"cap": cap})
+    capped, inputs = (SOFTCAP, {"cap": cap}) if cap else ("s", {})
+    if alibi_slopes is None:
+        return expression_of(capped, inputs=inputs) if cap else _UNMODIFIED
+    if not isinstance(alibi_slopes, Tensor) or alibi_slopes.dim() not in (1, 2) or not alibi_slopes.is_floating_point():
+        raise InvalidInput(f"alibi_slopes must be (heads,) or (batch, heads), fp32, not {describe(alibi_slopes)}")
+    bias = ALIBI.format("h" if alibi_slopes.dim() == 1 else "b, h")
+    return expression_of(f"{capped} - {bias}", inputs={**inputs, "slope": alibi_slopes})
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool | Real):
         return float(value)
-    hint = ": take .item() of it, which waits for the device" if isinstance(value, Tensor) and value.dim() == 0 else ""
-    if isinstance(value, Tensor) and not hint:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        raise InvalidInput(f"{name} must be a number, not {describe(value)}: take .item() of it, which waits for it")
+    hint = f": look it up, {name}[h]" if isinstance(value, Tensor) else ""
+    raise InvalidInput(f"{name} must be a number, as the expression has it, not {describe(value)}{hint}")
+
+
+def _tensor(name: str, value: Any, rank: int, kind: str) -> Tensor:
+    """As kernels read it: fp32 or int32, dense."""
+    if not isinstance(value, Tensor) or value.dim() != rank or value.numel() == 0:
+        raise InvalidInput(f"{name} must be a tensor of {rank} dimensions, none of them 0, not {describe(value)}")
+    if value.requires_grad and torch.is_grad_enabled():
         raise UnsupportedProblem(
-            f"{name} is {describe(value)}, and expressions of tensors are not built yet; nearest: numbers, which are "
-            "the same for the whole call"
+            f"{name} requires a gradient, and tensors of expressions have none yet; nearest: {name}.detach()"
         )
-    raise InvalidInput(f"{name} must be a number, not {describe(value)}{hint}")
+    return value.to(torch.float32 if kind == "float" else torch.int32).contiguous()
 
 
 OF_GENERAL_OPERATORS = (*SAID_BY_TENSORS, "expression")
@@ -137,6 +174,7 @@ def named(options: Options) -> dict[str, Any]:
     if options.expression:
         said |= options.expression._asdict()
         said["numbers"] = list(options.expression.numbers)
+        del said["shapes"]  # which the tensors say
     return said
 
 
@@ -233,10 +271,8 @@ def _scale(softmax_scale: Any, q: Tensor) -> float:
     raise InvalidInput(f"softmax_scale must be a number or None, not {describe(softmax_scale)}{hint}")
 
 
-def refuse_unbuilt(dropout_p: Any, alibi_slopes: Any) -> None:
+def refuse_unbuilt(dropout_p: Any) -> None:
     """Raise UnsupportedProblem for features of flash_attn that are not built yet, InvalidInput for what is none."""
-    if alibi_slopes is not None:
-        raise UnsupportedProblem("ALiBi is not built yet (alibi_slopes was given); pass None: no bias")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise InvalidInput(f"dropout_p must be a number, not {describe(dropout_p)}: pass 0.0")
     if dropout_p:

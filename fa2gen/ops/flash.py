@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, refuse_unbuilt, softcap_of, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, refuse_unbuilt, window_sides
 from fa2gen.ops.autograd import Attention, is_plain, wants_gradient
 from fa2gen.ops.call import forward_cuda, forward_out
 from fa2gen.ops.operator import run_any
@@ -89,17 +89,20 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
                        torch.use_deterministic_algorithms(True). The forward pass always is.
     return_attn_probs  return (out, lse, None) rather than out; lse (batch, heads, seqlen_q) fp32, differentiable.
     softcap            scores are softcap * tanh(s / softcap), before any mask; 0.0: as they are.
+    alibi_slopes       (heads,) or (batch, heads): scores are less by slope * |i + seqlen_k - seqlen_q - j|, after any
+                       cap. Not differentiable. LSE is that of these scores.
     attention_chunk    query i sees keys of its own chunk alone: those j with j // chunk == d // chunk. 0: no chunks.
     s_aux              attention sinks: (heads,) fp32, fp16 or bf16, one more logit in each row's softmax, neither
                        scaled nor masked, which no value stands for. Differentiable. LSE includes it, so that of a row
                        that sees no key it is the sink; -inf: no sink.
 
-    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout and
-    ALiBi.
+    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout.
     """
-    if dropout_p.__class__ is not float or dropout_p or alibi_slopes is not None:
-        refuse_unbuilt(dropout_p, alibi_slopes)
-    expression = None if softcap.__class__ is float and not softcap else softcap_of(softcap)
+    if dropout_p.__class__ is not float or dropout_p:
+        refuse_unbuilt(dropout_p)
+    expression, tensors = None, ()
+    if softcap.__class__ is not float or softcap or alibi_slopes is not None:
+        expression, tensors = modified(softcap, alibi_slopes)
     left, right = window_sides(window_size)
     if (
         (softmax_scale is None or softmax_scale.__class__ is float)
@@ -108,6 +111,7 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
         and (return_attn_probs is False or return_attn_probs is True)
         and attention_chunk.__class__ is int
         and s_aux is None
+        and not tensors
         and is_plain(q, k, v)
     ):
         options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False, False, expression)
@@ -120,7 +124,7 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
     else:
         return_attn_probs = flag("return_attn_probs", return_attn_probs)
         said = (softmax_scale, causal, (left, right), attention_chunk, deterministic)
-        out, lse = run_any(q, k, v, said, expression, s_aux)
+        out, lse = run_any(q, k, v, said, (expression, tensors), s_aux)
     return (out, lse, None) if return_attn_probs else out
 
 

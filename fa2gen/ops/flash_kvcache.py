@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, options_of, refuse_unbuilt, softcap_of, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, window_sides
 from fa2gen.ops.autograd import is_plain
 from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_operator import refuse_gradients
@@ -106,11 +106,9 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     Lengths and tables are read on the device, at each replay of a CUDA graph anew; they must not change meanwhile. CPU
     tensors run a reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: softcap and ALiBi.
     """
-    refuse_unbuilt(0.0, alibi_slopes)
-    if softcap_of(softcap):
-        raise UnsupportedProblem(
-            f"softcap is not built yet over a cache (softcap={softcap!r}); nearest: flash_attn_func on the cache's rows"
-        )
+    for name, (changed, _) in (("softcap", modified(softcap, None)), ("alibi_slopes", modified(0.0, alibi_slopes))):
+        if changed:
+            raise UnsupportedProblem(f"{name} is not built yet over a cache; nearest: flash_attn_func of its rows")
     optional = {
         "k": k,
         "v": v,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, options_of, refuse_unbuilt, softcap_of, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, refuse_unbuilt, window_sides
 from fa2gen.ops.autograd import RaggedAttention, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions
 from fa2gen.ops.flash import Result, WithLse, unpacked
@@ -104,9 +104,11 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
             "k[block_table].flatten(1, 2), which is (batch, seqlen_k, heads_kv, head_dim), with cu_seqlens_k=None and "
             "seqused_k"
         )
-    if dropout_p.__class__ is not float or dropout_p or alibi_slopes is not None:
-        refuse_unbuilt(dropout_p, alibi_slopes)
-    expression = None if softcap.__class__ is float and not softcap else softcap_of(softcap)
+    if dropout_p.__class__ is not float or dropout_p:
+        refuse_unbuilt(dropout_p)
+    expression, tensors = None, ()
+    if softcap.__class__ is not float or softcap or alibi_slopes is not None:
+        expression, tensors = modified(softcap, alibi_slopes)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     sides = window_sides(window_size)
     plain_numbers = (
@@ -119,6 +121,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     if (
         plain_numbers
         and s_aux is None
+        and not tensors
         and (return_attn_probs is False or return_attn_probs is True)
         and (max_seqlen_k is None or (max_seqlen_k.__class__ is int and max_seqlen_k >= 0))
         and (max_seqlen_q is None or (max_seqlen_q.__class__ is int and max_seqlen_q >= 0))
@@ -148,7 +151,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     else:
         options = options_of(q, softmax_scale, causal, sides, attention_chunk, deterministic, True, expression)
     return_attn_probs = flag("return_attn_probs", return_attn_probs)
-    out, lse = run_ragged(q, k, v, lengths, options, max_keys, s_aux)
+    out, lse = run_ragged(q, k, v, lengths, options, max_keys, s_aux, tensors)
     return (out, lse, None) if return_attn_probs else out
 
 

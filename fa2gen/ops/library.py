@@ -110,12 +110,13 @@ def _options(name: str, tensors: tuple[Any, ...], others: tuple[Any, ...], named
     """What an operator was called with, where others are its arguments behind the tensors."""
     if name not in _GENERAL_NAMES:
         return Options(*others, **{**named, "varlen": name in _RAGGED_NAMES})
-    *_, of_query, of_key, used_q, used_k, s_aux, _ = tensors
+    *_, of_query, of_key, used_q, used_k, s_aux, inputs = tensors
     ragged = not of_query is of_key is used_q is used_k is None
     count = len(Options._fields) - len(OF_GENERAL_OPERATORS)
     given = {**named, **dict(zip(Expression._fields, others[count:], strict=False))}
     said = Expression(*(given.pop(field, default) for field, default in Expression._field_defaults.items()))
-    expression = said._replace(numbers=tuple(said.numbers)) if said.score or said.allow else None
+    said = said._replace(numbers=tuple(said.numbers), shapes=tuple(tuple(x.shape) for x in inputs))
+    expression = said if said.score or said.allow else None
     given |= {"varlen": ragged, "sink": s_aux is not None, "expression": expression}
     return Options(*others[:count], **given)
 
@@ -278,6 +279,10 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
         given, others = arguments[: len(names)], arguments[len(names) :]
         tensors = (*given[:alone], *given[-1]) if general else given
         refuse_tensor_kinds([*names[:alone], *(f"input {i}" for i in range(len(tensors) - alone))], tensors)
+        if torch.is_grad_enabled() and wants_gradient(*tensors[alone:]):
+            raise UnsupportedProblem(
+                "a tensor of an expression requires a gradient, and has none yet; nearest: detach() it"
+            )
         if forward_ad._current_level >= 0:
             refuse_tangents(*tensors)
         below = keyset & torch._C._after_autograd_keyset

@@ -12,6 +12,7 @@ from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
 from fa2gen.ops.arguments import (
     NO_WINDOW,
+    Modified,
     Window,
     default_scale,
     expression_of,
@@ -36,7 +37,7 @@ from fa2gen.ops.validate import (
     validate_general,
     validate_ragged,
 )
-from fa2gen.options import Expression, Options
+from fa2gen.options import Options
 from fa2gen.spec import Tiling
 
 __all__ = ["attention", "forward_into", "run", "run_any", "run_general", "run_ragged"]
@@ -74,7 +75,9 @@ def attention(
                      torch.use_deterministic_algorithms(True). The forward pass always is.
     s_aux            as in `flash_attn_func`.
     score            what becomes of the scaled score s of query i and key j, an expression: "cap * tanh(s / cap)".
-    inputs           the numbers that it names: {"cap": 50.0}.
+    inputs           the numbers and tensors that it names: {"cap": 50.0}. A tensor has a dimension for each index that
+                     it is looked up by, bias[h, i, j]; one of size 1 serves all, and indices beyond the others are
+                     those of their ends. Kernels read fp32 and int32: others are copied. Not differentiable yet.
 
     q, k and v may be nested tensors of layout jagged, (batch, jagged, heads, head_dim): out is one like q then, and lse
     is packed, (heads, total_q).
@@ -83,10 +86,10 @@ def attention(
     With `arch` or `tiling` the kernel is called directly, not through the operator: torch.compile cannot see into that.
     Raises InvalidInput, UnsupportedProblem, or InfeasibleSpec for a tiling that does not fit.
     """
-    expression = expression_of(score, allow, inputs)
+    expression, tensors = expression_of(score, allow, inputs)
     said = (softmax_scale, causal, window_sides(window_size), attention_chunk, deterministic)
     if arch is None and tiling is None:
-        return run_any(q, k, v, said, expression, s_aux)
+        return run_any(q, k, v, said, (expression, tensors), s_aux)
     refuse_non_tensors(q=q, k=k, v=v)
     refuse_tensor_kinds("qkv", (q, k, v))
     options = options_of(q, *said)._replace(expression=expression)
@@ -96,9 +99,10 @@ def attention(
         )
     if not q.is_cuda:
         raise InvalidInput(f"arch and tiling choose a CUDA kernel, but q is on {q.device}: leave them out")
-    if s_aux is not None:
-        given = (*autocasted(q, k, v), *_NO_LENGTHS, sinks(s_aux), ())
-        return forward_general(*given, options._replace(sink=True), None, arch, tiling)
+    if s_aux is not None or tensors:
+        given = (*autocasted(q, k, v), *_NO_LENGTHS, sinks(s_aux), tensors)
+        said_by_tensors = _with_shapes(options._replace(sink=s_aux is not None), tensors)
+        return forward_general(*given, said_by_tensors, None, arch, tiling)
     return forward_cuda(*autocasted(q, k, v), options, arch, tiling)
 
 
@@ -107,20 +111,21 @@ def run_any(
     k: Tensor,
     v: Tensor,
     said: tuple[Any, ...],
-    expression: Expression | None,
+    given: Modified,
     s_aux: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of dense or nested tensors; `said` are the arguments of `options_of`, of which none is checked yet."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
+    expression, tensors = given
     if q.is_nested or k.is_nested or v.is_nested:
         packed, lengths = packed_jagged(q, k, v)
         options = options_of(packed[0], *said)._replace(varlen=True, expression=expression)
-        out, lse = run_ragged(*packed, lengths, options, s_aux=s_aux)
+        out, lse = run_ragged(*packed, lengths, options, s_aux=s_aux, tensors=tensors)
         return jagged_like(q, out), lse
     options = options_of(q, *said)._replace(expression=expression)
-    if s_aux is not None:
-        return run_general(q, k, v, _NO_LENGTHS, s_aux, options)
+    if s_aux is not None or tensors:
+        return run_general(q, k, v, _NO_LENGTHS, s_aux, options, tensors=tensors)
     return run(q, k, v, options)
 
 
@@ -150,10 +155,12 @@ def run_ragged(
     options: AnyOptions,
     max_keys: int | None = None,
     s_aux: Tensor | None = None,
+    tensors: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """`run` of a ragged batch; max_keys as in `forward_ragged`, s_aux as in `flash_attn_func`."""
-    if s_aux is not None:
-        return run_general(q, k, v, lengths, s_aux, options, max_keys)
+    """`run` of a ragged batch; max_keys as in `forward_ragged`, s_aux as in `flash_attn_func`, tensors of an
+    expression."""
+    if s_aux is not None or tensors:
+        return run_general(q, k, v, lengths, s_aux, options, max_keys, tensors)
     if is_plain(q, k, v) and are_plain(lengths):
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = RaggedAttention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
@@ -185,6 +192,7 @@ def run_general(
 ) -> tuple[Tensor, Tensor]:
     """`run` of a call with further tensors, ragged where there are lengths; `tensors` are those of an expression."""
     said = Options(*options)._replace(varlen=any(x is not None for x in lengths), sink=s_aux is not None)
+    said = _with_shapes(said, tensors)
     if said.softmax_scale is None:
         said = said._replace(softmax_scale=default_scale(q))
     others = (*lengths, sinks(s_aux))
@@ -195,11 +203,19 @@ def run_general(
         return forward_general(q, k, v, *others, tensors, said, max_keys)
     q, k, v = autocasted(q, k, v)
     try:
-        out, lse = _GENERAL_OPERATOR(q, k, v, *others, tensors, **named(said))
+        out, lse = _GENERAL_OPERATOR(q, k, v, *others, [*tensors], **named(said))
         return out, lse
     except NotImplementedError:
         validate_general(q, k, v, lengths, others[-1])
         raise
+
+
+def _with_shapes(options: Options, tensors: Sequence[Tensor]) -> Options:
+    """The options, whose expression knows how large its tensors are."""
+    if options.expression is None:
+        return options
+    shapes = tuple(tuple(x.shape) for x in tensors)
+    return options._replace(expression=options.expression._replace(shapes=shapes))
 
 
 def _forward_flat(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.features.expression import named_values, refuse_unbuilt_expression
+from fa2gen.features.expression import named_values
 from fa2gen.options import Expression, Options
 from fa2gen.spec import HEAD_DIM_STEP, MAX_HEAD_DIM, DType, program_of
 
@@ -133,14 +133,35 @@ def validate_options(options: Options) -> None:
 def validate_expression(
     q: Tensor, k: Tensor, sequences: int | None, tensors: Sequence[Tensor], options: Options
 ) -> None:
-    """Raise InvalidInput or UnsupportedProblem unless the expression of a call of these can have these tensors."""
-    expression = options.expression or Expression()
-    refuse_unbuilt_expression(program_of(*expression[:3]))
-    if tensors:
-        raise InvalidInput(f"{len(tensors)} tensors were given, and the expression names none")
-    sizes = (q.shape[0] if sequences is None else sequences, q.shape[-2], q.shape[-3], k.shape[-3])
-    if all(isinstance(size, int) for size in sizes):
-        _check_numbers(expression, *sizes)
+    """Raise InvalidInput or UnsupportedProblem unless the expression of a call of these can have these tensors; how
+    many sequences a ragged batch has, whose lengths are not known."""
+    if options.expression is None:
+        if tensors:
+            raise InvalidInput(f"{len(tensors)} tensors of an expression were given, and there is none")
+        return
+    program = program_of(*options.expression[:3])
+    inputs = [x for x in program.inputs if x.is_tensor]
+    if len(inputs) != len(tensors):
+        raise InvalidInput(f"the expression names {len(inputs)} tensors, and {len(tensors)} were given")
+    sizes = {"b": q.shape[0] if sequences is None else sequences, "h": q.shape[-2], "hk": k.shape[-2]}
+    if sequences is None:
+        sizes |= {"i": q.shape[1], "j": k.shape[1]}
+    for given, x in zip(inputs, tensors, strict=True):
+        dtype = torch.float32 if given.type == "float" else torch.int32
+        if x.dim() != given.rank or x.dtype != dtype or x.device != q.device or not x.is_contiguous():
+            raise InvalidInput(
+                f"{given.name} of the expression is {describe(x)}; it must have {given.rank} dimensions, be {dtype}, "
+                f"contiguous, and on {q.device}"
+            )
+        for axis, size in zip(given.axes, x.shape, strict=True):
+            if size not in (1, sizes.get(axis, size)) or size == 0:
+                raise InvalidInput(
+                    f"{given.name} of the expression has shape {tuple(x.shape)}, indices [{', '.join(given.axes)}]; "
+                    f"that of {axis} must be {sizes[axis]}, or 1 for all"
+                )
+    positions = (q.shape[0] if sequences is None else sequences, q.shape[-2], q.shape[-3], k.shape[-3])
+    if all(isinstance(size, int) for size in positions):
+        _check_numbers(options.expression._replace(shapes=()), *positions)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
-from fa2gen.features.expression import AllowCode, ScoreCode, allow_code, score_code
+from fa2gen.features.expression import AllowCode, ScoreCode, allow_code, loads_of, score_code
 from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES, Panels, align_up
 from fa2gen.plan.memory import SharedMemory
@@ -213,6 +213,11 @@ class KernelPlan:
         """What it makes of them, in C++."""
         return score_code(self.problem.program, self.problem.direction == "bwd")
 
+    @cached_property
+    def loads(self) -> tuple[tuple[str, ...], ...]:
+        """Functions that read the tensors of expressions, one each, in lines."""
+        return loads_of(self.problem.program)
+
     @property
     def has_allow(self) -> bool:
         """Whether an expression says which keys are seen, beside the mask."""
@@ -237,6 +242,12 @@ class KernelPlan:
     @property
     def softmax_scale_log2(self) -> str:
         return "factor" if self.has_score else "p.softmax_scale_log2"
+
+    @property
+    def softmax_of_unmasked(self) -> str:
+        """What forward kernels call for blocks that need no mask, in which each row sees a key unless its scores may be
+        -inf."""
+        return "online_softmax" if not self.has_score or self.score.finite else "online_softmax_masked"
 
     @property
     def hidden(self) -> str:

@@ -33,6 +33,7 @@ class _Row:
     uneven      whether they are for masks whose blocks hold different amounts of work; None: for all.
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
     expression  whether they are for scores or masks of an expression; None: for all.
+    tensors     whether they are for expressions of tensors; None: for all.
     """
 
     head_dim: int
@@ -41,6 +42,7 @@ class _Row:
     uneven: bool | None = None
     left_edge: bool | None = None
     expression: bool | None = None
+    tensors: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class _Family:
             and row.uneven in (None, uneven)
             and row.left_edge in (None, left_edge)
             and row.expression in (None, problem.has_expression)
+            and row.tensors in (None, any(x.is_tensor for x in problem.program.inputs))
         )
 
 
@@ -106,6 +109,8 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     # is for devices with less shared memory, the last for any.
     ("sm80", "fwd"): _Family(
         (
+            # With a bias 32 rows a warp spill 14 registers at 64.
+            _Row(160, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4)), tensors=True),
             _Row(96, ((128, 64, 2, 4), (128, 64, 1, 4), (64, 32, 1, 4))),
             _Row(112, ((128, 64, 1, 4), (64, 32, 1, 4)), left_edge=False),
             # With a cap 32 rows a warp spill from 120 on: 8 registers of 64 keys, 4 of 48.
@@ -145,8 +150,18 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             # Windows: each warpgroup visits few blocks of keys, so that short ones waste less at the window's two ends,
             # and copies further ahead hide more of a walk's start (128, 1023 of 16k: 1.10 times (192, 80, 2, 12); 256:
             # 1.05 times 80 keys; H100). At 64 exponentials bind as ever: 1.03 times (256, 64, 4, 16), window 127.
-            _Row(256, (*((192, 64, stages, 12) for stages in (4, 3, 2)), (128, 64, 2, 8)), left_edge=True),
-            _Row(256, (*((192, keys, 2, 12) for keys in (128, 112, 96, 80, 64)), (128, 80, 2, 8), (128, 64, 2, 8))),
+            _Row(
+                256,
+                (*((192, 64, stages, 12) for stages in (4, 3, 2)), (128, 64, 2, 8), (128, 48, 2, 8)),
+                left_edge=True,
+            ),
+            _Row(
+                256,
+                (
+                    *((192, keys, 2, 12) for keys in (128, 112, 96, 80, 64)),
+                    *((128, keys, 2, 8) for keys in (80, 64, 48)),
+                ),
+            ),
         ),
         _widest_that_fits,
         lazy_rescale=1,

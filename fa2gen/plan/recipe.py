@@ -253,6 +253,9 @@ def of_features(plan: KernelPlan) -> dict[str, str]:
 def options(plan: KernelPlan) -> dict[str, str]:
     """The numbers of a call's options that those are computed from, and what each is."""
     numbers = {x.token: "number of the expression" for x in plan.problem.program.inputs if not x.is_tensor}
+    for operand in (operand for operand in plan.operands if operand.is_input):
+        lasts = (param.name for param in plan.params if param.name.startswith(f"{operand.name}_last_"))
+        numbers |= {name: f"size {axis} of {operand.name}, less 1" for axis, name in enumerate(lasts)}
     wanted = _words(*of_features(plan).values())
     return {name: what for name, what in (_OPTIONS | numbers).items() if name in wanted}
 
@@ -262,6 +265,8 @@ _DENSE = {
     "bounds": "(batch + 1,), int32, dense",
     "lengths": "(batch,), int32, dense",
     "head": "(num_heads,), fp32, dense",
+    "floats": "tensor of the expression, fp32, dense",
+    "ints": "tensor of the expression, int32, dense",
 }
 
 

@@ -134,7 +134,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
 
     @property
     def registers_beside_tiles(self) -> int:
-        wide = max(self.head_dim, self.head_dim_v) > 112
+        wide = max(self.head_dim, self.head_dim_v) > 112 or (self.has_score and self.score.looks_up)
         return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if (self.varlen or self.has_score) and wide else 0)
 
     # Shared memory

@@ -31,6 +31,7 @@ FLOAT_BYTES = 4
 REGISTERS_BESIDE_TILES = 12
 # Of an expression's values (a cap at d = 64, 128 x 128: 92 bytes spill), and of a key's second edge beside them (56).
 REGISTERS_OF_SCORE = 8
+REGISTERS_OF_LOOKING_UP = 16  # a tensor's numbers, for each element (a bias at d = 128, 64 x 128: 124 bytes spill)
 REGISTERS_OF_SCORE_AND_LEFT_EDGE = 16
 REGISTERS_OF_ALLOW = 2  # of the walk's place, for what an expression hides (d = 160 causal, 48 x 128: 8 bytes spill)
 # Split by keys, more for each 16 registers of dK and dV beyond 128: ptxas begins each at a multiple of 8. Head dims 192
@@ -141,7 +142,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def registers_beside_tiles(self) -> int:
         of_score = REGISTERS_OF_SCORE_AND_LEFT_EDGE if self.left_edge else REGISTERS_OF_SCORE
         of_allow = REGISTERS_OF_ALLOW if self.has_allow else 0
-        return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0) + of_allow
+        looks_up = self.has_score and self.score.looks_up and not self.splits_products
+        of_tensors = REGISTERS_OF_LOOKING_UP if looks_up else 0
+        return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0) + of_allow + of_tensors
 
     # Matrix instructions
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def kernel(
     head_dim: int = 64,
     mask: Mask = "causal",
     score: str = SOFTCAP,
-    **fields: bool,
+    **fields: Any,
 ) -> KernelSpec:
     problem = Problem(direction=direction, head_dim=head_dim, mask=mask, score=score, **fields)
     return KernelSpec(problem=problem, tiling=default_tiling(problem, arch))
@@ -71,6 +72,52 @@ def test_a_cap(arch, direction, head_dim, mask, varlen):
 def test_other_scores(arch, direction, score):
     verdict, _ = run(kernel(arch, direction, score=score, mask="full").name, SMALL)
     assert verdict.ok, verdict
+
+
+ALIBI = "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)"
+BIAS = "s + bias[b, h, i, j]"
+
+
+@pytest.mark.parametrize(
+    ("score", "arch", "direction", "head_dim", "mask", "varlen"),
+    [
+        *((ALIBI, arch, direction, 128, "causal", False) for arch in ARCHES for direction in ("fwd", "bwd")),
+        *((BIAS, arch, direction, 64, "full", direction == "fwd") for arch in ARCHES for direction in ("fwd", "bwd")),
+        *(("s + table[h, abs(i - j)]", arch, "bwd", 64, "window", True) for arch in ARCHES),
+        *(("where(kind[b, j] == 2, 0.5 * s, s)", arch, "fwd", 72, "full", False) for arch in ARCHES),
+    ],
+)
+def test_tensors(score, arch, direction, head_dim, mask, varlen):
+    verdict, _ = run(kernel(arch, direction, head_dim, mask, score, varlen=varlen).name, SMALL)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize(
+    ("score", "allow", "arch", "direction", "varlen"),
+    [
+        ("", "j <= i + seqlen_k - seqlen_q and document[b, i] == document[b, j]", arch, direction, direction == "fwd")
+        for arch in ARCHES
+        for direction in ("fwd", "bwd")
+    ]
+    + [(ALIBI, "seen[b, j] or j == i", arch, "bwd", False) for arch in ARCHES],
+)
+def test_masks_of_tensors(score, allow, arch, direction, varlen):
+    """Documents, and a padding mask: tiles that only a tensor hides are looked at element by element."""
+    verdict, _ = run(kernel(arch, direction, 64, "full", score, allow=allow, varlen=varlen).name, SMALL)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_a_bias_may_hide_all_of_a_row(arch):
+    """-inf in any block, also where no mask is, and in whole rows: out 0, LSE -inf, as if a mask had."""
+    spec = kernel(arch, "fwd", 64, "full", BIAS)
+    case = cases.make(spec, SMALL)
+    bias = case.tensors["input_0"]
+    bias[..., 64:] = bias[:, 1, 7] = -torch.inf
+    run_kernel(make_plan(spec), case.tensors, case.options)
+    out, lse = case.tensors["o"], case.tensors["lse"]
+    assert not out[:, 7, 1].any() and torch.isneginf(lse[:, 1, 7]).all()
+    assert torch.isfinite(out).all() and torch.isfinite(lse).sum() == lse.numel() - 1
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -122,11 +169,13 @@ FAULTS = [
         for arch, n in (("sm90", 1),)
     ),
     *(Fault("rows-too-low", name, "n / 2 % 2 * 8;", "n / 2 % 2 * 4;") for name in POSITIONS.values()),
+    Fault("another-entry", kernel("sm90", score=ALIBI).name, "return {bidb, bidh,", "return {0, bidh,"),
+    Fault("another-place", kernel("sm80", score=BIAS).name, "p.input_0_last_3 + 1)", "p.input_0_last_3)"),
     *(Fault("columns-too-far", name, "n / 4 * 8 + n % 2;", "n / 4 * 8;") for name in POSITIONS.values()),
 ]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_seen(fault):
-    if not symptom(run, fault, [SMALL], 0):
+    if not symptom(run, fault, [SMALL._replace(batch=2)], 0):
         pytest.fail("no run shows it")

@@ -52,6 +52,10 @@ def plans() -> list[KernelPlan]:
         for m in get_args(Mask)
     ]
     modified += [
+        Problem(direction=direction, head_dim=64, score="where(kind[j] == 2, s, s + bias[h, i, j])")
+        for direction in ("fwd", "bwd")
+    ]
+    modified += [
         Problem(direction=direction, head_dim=64, sink=True, varlen=varlen)
         for direction in ("fwd", "bwd")
         for varlen in (False, True)
