@@ -244,6 +244,20 @@ def test_the_compiler_trusts_names_only_where_no_model_makes_other_masks(tmp_pat
         assert masks._makes_overlays(str(model)) is found
 
 
+@pytest.mark.skipif(
+    MAJOR == 4 or not hasattr(masking_utils, "remap_positions_for_packed_sequence"), reason="transformers 5.24"
+)
+def test_the_compiler_finds_a_union_in_an_intersection(config):
+    """Of a model without padding: its usual mask is None, one with images is a mask of pairs, whatever is loaded."""
+
+    def shapes(images):
+        mask = causal_mask(config, position_ids=POSITIONS.expand(2, -1), block_sequence_ids=images)
+        return torch.zeros(1) if mask is None else torch.zeros(mask.dim())
+
+    run = torch.compile(shapes, fullgraph=True, backend="eager")
+    assert len(run(None)) == 1 and len(run(torch.zeros(2, SEQLEN, dtype=torch.long))) == 4
+
+
 def compiled(model):
     torch.compiler.reset()
     return torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -127,15 +127,38 @@ def _parts(function: Callable[..., Any]) -> dict[str, dict[str, Any]]:
 def _is_named(function: Callable[..., Any], others: dict[str, Any]) -> bool:
     """`_parts(function)` all in _SAID, as far as torch.compile can tell, which does not look into a function.
 
-    An intersection of masks may hold a union there, such as images in packed sequences: it is taken for the usual one
-    where no model that is loaded makes others.
+    An intersection of masks may hold a union there, such as images in packed sequences. It is asked by being called;
+    and where torch.compile cannot do that, it is taken for the usual one if no model that is loaded makes others.
     """
     name = function.__name__  # the one thing that can be asked for of a top-level function and of a nested one
     if name in _SAID:
         return True
     if name != "and_mask" or others.get("use_vmap") or getattr(others.get("config"), "attention_chunk_size", None):
         return False
-    return bool(others.get("allow_is_causal_skip", True)) or not _overlays_are_made()
+    if others.get("allow_is_causal_skip", True):
+        return True
+    at = torch.zeros(1, dtype=torch.long, device=others.get("device"))
+    try:
+        function(at, at, _Row(0), at)
+    except _UnionFound:
+        return False
+    except (TypeError, AttributeError):
+        return not _overlays_are_made()
+    return True
+
+
+class _UnionFound(Exception):
+    pass
+
+
+class _Row(int):
+    """A query's place that knows what transformers' unions and intersections of masks do with one first."""
+
+    def new_zeros(self, *_: Any, **__: Any) -> NoReturn:
+        raise _UnionFound
+
+    def new_ones(self, *shape: Any, **said: Any) -> Tensor:
+        return torch.ones(*shape, **said)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
