@@ -1,4 +1,4 @@
-"""One process of test_distributed.py: python distributed_worker.py RANK WORLD PORT
+"""One process of test_distributed.py: python distributed_worker.py RANK WORLD FILE
 
 Reads cases from standard input, and answers each with what this process has of the results, or with the text of an
 error; both as pickles.
@@ -68,12 +68,11 @@ def rows(case, group):
     return here, unshard(here, group, 1, case["layout"]), positions(24, group, case["layout"]), packed
 
 
-def main(rank, world, port):
+def main(rank, world, meeting):
     cases, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what others print is no answer
     torch.set_num_threads(1)
-    rendezvous = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", rendezvous, timedelta(seconds=60), world_size=world, rank=rank)
+    dist.init_process_group("gloo", f"file://{meeting}", timedelta(seconds=60), world_size=world, rank=rank)
     groups = {}
     while (case := pickle.load(cases)) is not None:
         members = tuple(case["members"])
@@ -90,4 +89,4 @@ def main(rank, world, port):
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

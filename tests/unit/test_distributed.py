@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import pickle
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -114,13 +113,10 @@ def test_a_window_shortens_the_ring():
 class Processes:
     """WORLD processes over gloo; a case runs in some of them, its members."""
 
-    def __init__(self):
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = str(found.getsockname()[1])
+    def __init__(self, meeting):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.started = [
-            subprocess.Popen([sys.executable, str(WORKER), str(rank), str(WORLD), port], **pipes)
+            subprocess.Popen([sys.executable, str(WORKER), str(rank), str(WORLD), str(meeting)], **pipes)
             for rank in range(WORLD)
         ]
 
@@ -144,10 +140,10 @@ class Processes:
 
 
 @pytest.fixture(scope="module")
-def processes():
+def processes(tmp_path_factory):
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
-    running = Processes()
+    running = Processes(tmp_path_factory.mktemp("processes") / "meeting")
     try:
         yield running
         running.close()
