@@ -100,6 +100,8 @@ _DECODING = _Family(
 )
 
 
+_PASSING = ((64, 96, 2, 8), (64, 80, 2, 8))  # of gradients: as many keys as the registers hold
+
 _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     ("sm80", "decode"): _DECODING,
     ("sm90", "decode"): _DECODING,
@@ -168,12 +170,13 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     ),
     # Two warpgroups of 64 keys each where dK and dV of 64 keys fit one's registers, with as many queries as fit: the
     # operand reads of S, dP and dQ, which limit it, cost the less an element the more there are. Beyond head dim 160
-    # one warpgroup holds dV, the other dK. With causal masks 64 queries a block above head dim 64, as the diagonal
-    # wastes half of its blocks (d = 128: 1.04x 80 queries at 2k, but 0.97x at 8k, H200).
+    # one warpgroup holds dV, the other dK, and P passes between them; by products only where it can not. With causal
+    # masks 64 queries a block above head dim 64, as the diagonal wastes half of its blocks (d = 128: 1.04x 80 queries
+    # at 2k, but 0.97x at 8k, H200).
     ("sm90", "bwd"): _Family(
         (
-            _Row(256, ((128, 128, 2, 8), (64, 128, 2, 8), (48, 128, 2, 8), (64, 64, 2, 8)), uneven=True),
-            _Row(256, ((128, 128, 2, 8), (80, 128, 2, 8), (64, 128, 2, 8), (48, 128, 2, 8), (64, 64, 2, 8))),
+            _Row(256, ((128, 128, 2, 8), (64, 128, 2, 8), (48, 128, 2, 8), *_PASSING, (64, 64, 2, 8)), uneven=True),
+            _Row(256, ((128, 128, 2, 8), (80, 128, 2, 8), (64, 128, 2, 8), (48, 128, 2, 8), *_PASSING, (64, 64, 2, 8))),
         ),
         _widest,
     ),

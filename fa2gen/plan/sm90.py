@@ -82,11 +82,12 @@ class Sm90Plan(KernelPlan):
         return f"{{{found[0]}, {found[-1]}}}"
 
     @property
-    def swizzle_mode(self) -> int:
-        """Bits 62-63 of a descriptor (PTX ISA, "Matrix descriptor format")."""
-        return {128: 1, 64: 2, 32: 3}[self.tiling.swizzle_bytes]
-
-    @property
     def desc_hi(self) -> int:
-        """Upper half of every descriptor: 8 rows are 8 * span bytes apart in K-major and in MN-major tiles alike."""
-        return (self.swizzle_mode << 30) | (8 * self.tiling.swizzle_bytes >> 4)
+        """Upper half of the descriptors of tiles as TMA writes them."""
+        return self.descriptor_hi(self.tiling.swizzle_bytes)
+
+    @staticmethod
+    def descriptor_hi(span: int) -> int:
+        """Upper half of a descriptor of panels with `span` bytes a row: the swizzle in bits 62-63 (PTX ISA, "Matrix
+        descriptor format"), and the step of 8 rows, 8 * span bytes in K-major and in MN-major tiles alike."""
+        return ({128: 1, 64: 2, 32: 3}[span] << 30) | (8 * span >> 4)

@@ -1,12 +1,15 @@
 """The backward kernels of Hopper: preprocess, main and postprocess in one source.
 
 The main kernel has one block of threads for each block of keys, which walks the blocks of queries. Its mma warpgroups
-split the work in one of two ways, which the tiling decides:
+split the work in one of three ways, which the tiling decides:
 
   by keys      64 keys each, tile_n = 64 a warpgroup: a warpgroup holds dK and dV of its keys. Head dims up to 160.
   by products  tile_n = 64 for two warpgroups: the first holds dV and makes dQ, the second holds dK. Any head dim: only
                one of the two 64 x head_dim accumulators has to fit a warpgroup's registers. Both compute S: six
                products instead of five.
+  passing P    tile_n from 80 to 112 for two warpgroups: the first makes S, P and dV, the second dP, dS and dK, each
+               some of dQ's columns. P and dS pass through shared memory as rows of queries, dK and dV are held
+               transposed. Head dims above 64. The more keys, the fewer sums of dQ go to L2, their limit.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from fa2gen.layout import Panels, align_up, ceil_div
 from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, Width
@@ -44,9 +48,24 @@ REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the 
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
 DQ_COLUMNS_AT_ONCE = 128  # split by products: 64 accumulator registers beside the 64 x head_dim of dV
 
+# Passing P, panels of 64 columns of dQ that one wgmma makes: two read dS once, and have 64 registers, which is too many
+# beside four panels of dK or dV (808 bytes of spills at 256).
+DQ_PANELS_AT_ONCE = 2
+DQ_PANELS_BESIDE_FOUR = 1
+SCORE_SPAN = 64  # bytes a row of P and dS then: whole panels of 32 keys, so that 96 keys need no padding
+
 # Programmatic dependent launch of the main and the postprocess kernel. False launches them in the usual way: the source
 # is the same, and its griddepcontrol instructions then do nothing.
 STARTS_EARLY = True
+
+
+class DqSlice(NamedTuple):
+    """Columns of dQ that one product makes: from which panel of K on, by which instruction, and how many registers of
+    them are no padding."""
+
+    panel: int
+    wgmma: Wgmma
+    num_added: int
 
 
 @dataclass(frozen=True)
@@ -63,12 +82,21 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return self.num_mma_warpgroups == 2 and self.tile_n == ROWS_PER_WARPGROUP
 
     @property
+    def passes_p(self) -> bool:
+        """The first mma warpgroup makes P and dV, the second dS and dK."""
+        return self.num_mma_warpgroups == 2 and ROWS_PER_WARPGROUP < self.tile_n < 2 * ROWS_PER_WARPGROUP
+
+    @property
+    def splits_keys(self) -> bool:
+        return not self.splits_products and not self.passes_p
+
+    @property
     def swaps_dq(self) -> bool:
         """dQ^T = K^T dS^T rather than dQ = dS K: the warpgroups then split the head dim, and tile_m is free.
 
         Each takes one panel of 64 columns; what is left beyond the second they split by queries.
         """
-        return not self.splits_products and self.head_dim > 64
+        return self.splits_keys and self.head_dim > 64
 
     @property
     def splits_dq_rest(self) -> bool:
@@ -83,7 +111,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def split(self) -> str:
         """Part of a template's name."""
-        return "products" if self.splits_products else "keys"
+        return "passing" if self.passes_p else "products" if self.splits_products else "keys"
 
     # Threads and registers
 
@@ -98,7 +126,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def num_acc_s(self) -> int:
-        """fp32 registers of S^T in one thread, and of dP^T."""
+        """fp32 registers of S^T in one thread, and of dP^T; passing P, of S and dP."""
         return self.wgmma_s.num_accumulators
 
     @property
@@ -107,7 +135,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return self.num_acc_s // 2
 
     def num_acc_dkv(self, width: Width) -> int:
-        """fp32 registers of dK, or of dV, in one thread."""
+        """fp32 registers of 16 rows of dK, or of dV, in one thread."""
         return self.wgmma_dkv(width).num_accumulators
 
     @property
@@ -123,8 +151,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def dq_accumulator_counts(self) -> tuple[int, ...]:
         """The sizes of dQ's accumulator arrays, each once."""
-        rest = {self.wgmma_dq_rest.num_accumulators} if self.has_dq_rest else set()
-        return tuple(sorted({self.num_acc_dq} | rest))
+        return tuple(sorted({wgmma.num_accumulators for wgmma in self.dq_wgmmas}))
 
     @property
     def register_estimate(self) -> int:
@@ -133,6 +160,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         dk, dv = self.num_acc_dkv(self.qk), self.num_acc_dkv(self.vo)
         if self.splits_products:
             return max(dk + 2 * s, dv + max(s, dq)) + p + self.registers_beside_tiles
+        if self.passes_p:
+            panels = max(width.num_panels for width in self.widths)
+            of_sums = panels * self.wgmma_panel.num_accumulators
+            return of_sums + max(s + p, *self.dq_accumulator_counts) + self.registers_beside_tiles
         rest = self.num_acc_dq_rest + REGISTERS_OF_DQ_REST if self.splits_dq_rest else 0
         aligned = align_up(dk, ALIGNMENT_OF_SUMS) + align_up(dv, ALIGNMENT_OF_SUMS)
         of_sums = REGISTERS_OF_SUMS * ceil_div(max(aligned - EASY_SUMS, 0), 16)
@@ -150,18 +181,25 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @cached_property
     def wgmma_s(self) -> Wgmma:
-        """S^T = K Q^T and dP^T = V dO^T: 64 keys x tile_m queries."""
-        return Wgmma(self.dtype, self.tile_m, "shared", b_transposed=False)
+        """S^T = K Q^T and dP^T = V dO^T: 64 keys x tile_m queries. Passing P, S and dP: 64 queries x tile_n keys."""
+        return Wgmma(self.dtype, self.tile_n if self.passes_p else self.tile_m, "shared", b_transposed=False)
 
     def wgmma_dkv(self, width: Width) -> Wgmma:
         """dV += P^T dO, or dK += dS^T Q: 64 keys x its head dim."""
         return Wgmma(self.dtype, width.head_dim, "registers", b_transposed=True)
+
+    @property
+    def wgmma_panel(self) -> Wgmma:
+        """Passing P, dV^T += dO^T P and dK^T += Q^T dS: 64 columns of the head dim x tile_n keys."""
+        return Wgmma(self.dtype, self.tile_n, "shared", b_transposed=True, a_transposed=True)
 
     @cached_property
     def wgmma_dq(self) -> Wgmma:
         """dQ = dS K: 64 queries x head_dim; or dQ^T = K^T dS^T: 64 columns of the head dim x tile_m queries."""
         if self.swaps_dq:
             return Wgmma(self.dtype, self.tile_m, "shared", b_transposed=False, a_transposed=True)
+        if self.passes_p:
+            return self.dq_slices[1][0].wgmma
         return Wgmma(self.dtype, min(self.head_dim, self.dq_columns_at_once), "shared", b_transposed=True)
 
     @cached_property
@@ -189,7 +227,43 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def has_dq_rest(self) -> bool:
+        if self.passes_p:
+            return False
         return self.splits_dq_rest if self.swaps_dq else self.head_dim > self.dq_columns_at_once
+
+    @property
+    def dq_columns(self) -> tuple[int, int]:
+        """Passing P, the columns of dQ that each warpgroup makes: the first, which has the exponentials, the smaller
+        half of the panels."""
+        first = self.k_tile.count // 2 * self.k_tile.columns
+        return first, self.head_dim - first
+
+    @cached_property
+    def dq_slices(self) -> tuple[tuple[DqSlice, ...], tuple[DqSlice, ...]]:
+        """Passing P, each warpgroup's products for them, one after the other into the same registers: with two sets of
+        registers ptxas puts the second before the first one's additions, and spills."""
+        first, columns = self.dq_columns[0], self.k_tile.columns
+        width = columns * (DQ_PANELS_BESIDE_FOUR if self.holds_four_panels else DQ_PANELS_AT_ONCE)
+
+        def slices(begin: int, end: int) -> tuple[DqSlice, ...]:
+            wgmma = Wgmma(self.dtype, min(width, end - begin), "shared", b_transposed=True)
+            return tuple(
+                DqSlice(column // columns, wgmma, min(width, end - column) // 2) for column in range(begin, end, width)
+            )
+
+        return slices(0, first), slices(first, self.head_dim)
+
+    @property
+    def holds_four_panels(self) -> bool:
+        """Whether dK or dV, or both, have four panels: passing P, there is room for one stage of dO then."""
+        return 4 in (width.num_panels for width in self.widths)
+
+    @cached_property
+    def dq_wgmmas(self) -> tuple[Wgmma, ...]:
+        """The instructions of dQ, each once."""
+        if self.passes_p:
+            return tuple(dict.fromkeys(one.wgmma for group in self.dq_slices for one in group))
+        return (self.wgmma_dq, self.wgmma_dq_rest) if self.has_dq_rest else (self.wgmma_dq,)
 
     @property
     def dq_rest_panel(self) -> int:
@@ -199,9 +273,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @cached_property
     def wgmmas(self) -> tuple[Wgmma, ...]:
         """The instructions, each once."""
-        rest = (self.wgmma_dq_rest,) if self.has_dq_rest else ()
-        dkv = (self.wgmma_dkv(width) for width in self.widths)
-        return tuple(dict.fromkeys((self.wgmma_s, *dkv, self.wgmma_dq, *rest)))
+        dkv = (self.wgmma_panel,) if self.passes_p else (self.wgmma_dkv(width) for width in self.widths)
+        return tuple(dict.fromkeys((self.wgmma_s, *dkv, *self.dq_wgmmas)))
 
     @property
     def num_k_steps_m(self) -> int:
@@ -215,17 +288,27 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def ds_tile(self) -> Panels:
-        """dS [query][key]."""
-        return Panels(self.tile_m, self.tile_n, self.tiling.swizzle_bytes)
+        """dS [query][key], and P where it passes."""
+        return Panels(self.tile_m, self.tile_n, SCORE_SPAN if self.passes_p else self.tiling.swizzle_bytes)
 
     @property
     def num_ds_stages(self) -> int:
         return NUM_DS_STAGES
 
     @property
+    def num_dout_stages(self) -> int:
+        """As many as of Q, where there is room for them."""
+        return 1 if self.passes_p and self.holds_four_panels else self.num_stages
+
+    def loaded_bytes(self, width: Width) -> int:
+        """Bytes of a tile of Q or dO that TMA brings."""
+        tile = width.tile(self.tile_m)
+        return tile.bytes if self.passes_p else tile.read_bytes
+
+    @property
     def stages_dq(self) -> bool:
         """Whether dQ goes to global memory through shared memory; beyond head dim 128 it has no room there."""
-        return not self.splits_products and not self.splits_dq_rest
+        return self.splits_keys and not self.splits_dq_rest
 
     @property
     def statistics_bytes(self) -> int:
@@ -234,10 +317,19 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def num_barriers(self) -> int:
-        """K, V; full and empty of each stage of Q and dO, and of dS where one warpgroup makes it for another; and two
-        between the mma warps and the thread that stands between them and the sums of dQ, if there is one."""
-        of_ds = 2 * self.num_ds_stages if self.splits_products else 0
-        return 2 + 4 * self.num_stages + of_ds + (2 if self.writes_dq else 0)
+        """K, V; full and empty of each stage of Q and dO, and of dS where one warpgroup makes it for another, or full
+        of P and dS where both pass; and two between the mma warps and the thread that stands between them and the sums
+        of dQ, if there is one."""
+        of_scores = 2 * self.num_ds_stages if self.splits_products else 2 if self.passes_p else 0
+        of_queries = 2 * (self.num_stages + self.num_dout_stages)
+        return 2 + of_queries + of_scores + (2 if self.writes_dq else 0)
+
+    @property
+    def first_of_dq_turns(self) -> str:
+        """C++: where the barriers of dQ's turns begin."""
+        if self.passes_p:
+            return "ds_full() + 8"
+        return "ds_empty(kNumDsStages)" if self.splits_products else "dout_empty(kNumDoutStages)"
 
     @cached_property
     def memory(self) -> SharedMemory:
@@ -247,11 +339,12 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 Region("k", self.k_tile.bytes, label="K"),
                 Region("v", self.v_tile.bytes, label="V"),
                 Region("q", self.q_tile.bytes, self.num_stages, label="Q"),
-                Region("dout", self.o_tile.bytes, self.num_stages, label="dO"),
+                Region("dout", self.o_tile.bytes, self.num_dout_stages, label="dO"),
+                *((Region("p", self.ds_tile.bytes, self.num_ds_stages, label="P"),) if self.passes_p else ()),
                 Region("ds", self.ds_tile.bytes, self.num_ds_stages, label="dS"),
                 *((Region("dq", self.dq_block_floats * FLOAT_BYTES, label="dQ"),) if self.stages_dq else ()),
                 Region("lse", self.statistics_bytes, self.num_stages, label="LSE"),
-                Region("dpsum", self.statistics_bytes, self.num_stages, label="dPsum"),
+                Region("dpsum", self.statistics_bytes, self.num_dout_stages, label="dPsum"),
                 Region("barriers", BARRIER_BYTES * self.num_barriers),
             )
         )
@@ -267,6 +360,16 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def desc_lo_k(self) -> int:
         """K, MN-major, likewise."""
         return (self.k_tile.panel_bytes >> 4) << 16
+
+    @property
+    def desc_lo_scores(self) -> int:
+        """P and dS, MN-major, likewise."""
+        return (self.ds_tile.panel_bytes >> 4) << 16
+
+    @property
+    def desc_hi_scores(self) -> int:
+        """Upper half of the descriptors of P and dS, whose rows are narrower."""
+        return self.descriptor_hi(SCORE_SPAN)
 
     # The dQ accumulator in global memory: for each block of queries `num_dq_slices` runs, each of one warp's registers
     # in the order [register / 4][lane][register % 4], so that every access to it is linear.
@@ -285,9 +388,14 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return self.num_dq_slices * self.dq_slice_floats
 
     @property
+    def dq_panel_floats(self) -> int:
+        """Of a slice, those of one panel's columns."""
+        return WARP_ROWS * self.k_tile.columns
+
+    @property
     def num_dq_warps(self) -> int:
         """Warps that add to a block of queries."""
-        return self.num_mma_warps if self.splits_dq_rest else self.num_dq_slices
+        return self.num_mma_warps if self.splits_dq_rest or self.passes_p else self.num_dq_slices
 
     @property
     def writes_dq(self) -> bool:
@@ -303,13 +411,20 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @cached_property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
         span, columns = self.tiling.swizzle_bytes, self.k_tile.columns
+
+        def streamed(name: str, tile: Panels) -> tuple[TensorMapPlan, ...]:
+            if self.passes_p:  # all columns of all panels are read, as rows of dK^T and dV^T
+                return (TensorMapPlan(name, columns, self.tile_m, span),)
+            return self.streamed_maps(name, tile)
+
+        stored = self.tile_n if self.passes_p else WARP_ROWS  # rows of dK and dV at once
         return (
-            *self.streamed_maps("q", self.q_tile),
+            *streamed("q", self.q_tile),
             TensorMapPlan("k", columns, self.tile_n, span),
             TensorMapPlan("v", columns, self.tile_n, span),
-            *self.streamed_maps("dout", self.o_tile),
-            TensorMapPlan("dk", columns, WARP_ROWS, span),
-            TensorMapPlan("dv", columns, WARP_ROWS, span),
+            *streamed("dout", self.o_tile),
+            TensorMapPlan("dk", columns, stored, span),
+            TensorMapPlan("dv", columns, stored, span),
         )
 
     @property
@@ -358,20 +473,38 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             )
             return broken
         keys = ROWS_PER_WARPGROUP * self.num_mma_warpgroups
-        if self.tile_n not in (keys, ROWS_PER_WARPGROUP):
+        if self.tile_n not in (keys, ROWS_PER_WARPGROUP) and not (self.passes_p and self.tile_n % 16 == 0):
             broken.append(
                 BrokenRule(
                     "keys",
                     f"tile_n {self.tile_n}, but {self.num_mma_warps} warps take {keys} keys, or "
-                    f"{ROWS_PER_WARPGROUP} if one warpgroup holds dV and another dK",
+                    f"{ROWS_PER_WARPGROUP} to {keys - 16}, a multiple of 16, if one makes dV and another dK",
                 )
             )
             return broken
-        if self.splits_products and self.tile_m != ROWS_PER_WARPGROUP:
+        if not self.splits_keys and self.tile_m != ROWS_PER_WARPGROUP:
             broken.append(
                 BrokenRule("query rows", f"tile_m {self.tile_m}; one warpgroup makes dQ: {ROWS_PER_WARPGROUP}")
             )
-        elif not self.splits_products and not self.swaps_dq and self.tile_m != keys:
+        elif self.passes_p and self.k_tile.count == 1:
+            broken.append(
+                BrokenRule(
+                    "head dim",
+                    f"{self.head_dim}, but warpgroups that share dQ by panels of {self.k_tile.columns} columns need "
+                    f"more than {self.k_tile.columns}: tile_n {keys}, or {ROWS_PER_WARPGROUP}",
+                )
+            )
+            return broken
+        elif self.passes_p and (self.has_score or self.has_allow):
+            broken.append(
+                BrokenRule(
+                    "expression",
+                    f"tile_n {self.tile_n}, but what an expression makes does not pass from one warpgroup to "
+                    f"the other: {keys}, or {ROWS_PER_WARPGROUP}",
+                )
+            )
+            return broken
+        elif self.splits_keys and not self.swaps_dq and self.tile_m != keys:
             broken.append(
                 BrokenRule(
                     "query rows",

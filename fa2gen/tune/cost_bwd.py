@@ -2,8 +2,8 @@
 
     mma       N/2 for each wgmma m64nNk16 of the five products; of six where two warpgroups split the products, since
               both then make S
-    smem      what the products read (A of S, dP and dQ, 2 KiB each, and every B), dS, dQ on its way out, and what TMA
-              writes, 128 bytes a cycle
+    smem      what the products read (A of S, dP and dQ, 2 KiB each, and every B), dS, and P where
+              it passes written and read back, dQ on its way out, and what TMA writes, 128 bytes a cycle
     ex2       tile_m * tile_n / 16, twice that where the products are split: each warpgroup makes its own P
     issue     2.5 instructions an element of P and 2.5 one of dS, 4 warps issue a cycle
     l2        Q and dO in and the fp32 sums of dQ out, 27 bytes a cycle together
@@ -89,7 +89,8 @@ def _block_cycles_sm90(plan: Sm90BwdPlan) -> float:
     dq_trips = 2 if plan.stages_dq else 1  # staged, it is written and then read by the bulk reduction
     sums = SUM_BYTES * plan.dq_block_floats
     copied = plan.q_tile.bytes + plan.o_tile.bytes
-    smem = (read + ELEMENT_BYTES * scores + dq_trips * sums + copied) / SMEM_BYTES_PER_CYCLE
+    score_trips = 3 if plan.passes_p else 1
+    smem = (read + score_trips * ELEMENT_BYTES * scores + dq_trips * sums + copied) / SMEM_BYTES_PER_CYCLE
     l2 = (ELEMENT_BYTES * plan.tile_m * (plan.head_dim + plan.head_dim_v) + sums) / L2_BYTES_BOTH_WAYS
     times = 2 if plan.splits_products else 1
     issue = (times * INSTRUCTIONS_PER_P + INSTRUCTIONS_PER_DS) * scores / LANES_PER_CYCLE
@@ -100,6 +101,13 @@ def _block_cycles_sm90(plan: Sm90BwdPlan) -> float:
 def _wgmmas(plan: Sm90BwdPlan) -> Iterator[tuple[int, int, int]]:
     """(how many, N, bytes of A in shared memory) of each kind of wgmma in one block."""
     shared = 64 * 16 * ELEMENT_BYTES
+    if plan.passes_p:
+        yield plan.qk.num_k_steps + plan.vo.num_k_steps, plan.wgmma_s.n, shared
+        for width in (plan.qk, plan.vo):
+            yield width.num_panels * plan.num_k_steps_m, plan.wgmma_panel.n, shared
+        for one in (one for group in plan.dq_slices for one in group):
+            yield plan.num_k_steps_n, one.wgmma.n, shared
+        return
     groups = plan.num_mma_warpgroups
     s, dp, dkv, dq = (2, 1, 1, 1) if plan.splits_products else (groups, groups, groups, groups)
     yield s * plan.qk.num_k_steps + dp * plan.vo.num_k_steps, plan.wgmma_s.n, shared

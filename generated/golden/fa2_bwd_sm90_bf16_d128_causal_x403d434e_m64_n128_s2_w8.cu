@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, scores of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   54 Shared memory,  117 Threads,  161 Arithmetic,  196 Shared memory,
-//             217 Global memory,  245 mbarriers,  289 TMA,  331 Bulk copies,  347 Fences,  354 Fragments,
-//             368 Registers,  376 Registers of a warpgroup,  388 wgmma,  565 What is visible,  617 Expressions,
-//             632 Softmax and its gradient,  679 Scores of an expression,  797 Pipelines,  840 Loads,
-//             888 Matrix products,  926 Staging,  984 Producer, 1036 Consumer, 1157 Kernels, 1302 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  197 Shared memory,
+//             218 Global memory,  246 mbarriers,  290 TMA,  332 Bulk copies,  348 Fences,  355 Fragments,
+//             369 Registers,  377 Registers of a warpgroup,  389 wgmma,  566 What is visible,  618 Expressions,
+//             633 Softmax and its gradient,  680 Scores of an expression,  798 Pipelines,  843 Loads,
+//             891 Matrix products,  929 Staging,  987 Producer, 1040 Consumer, 1161 Kernels, 1306 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -35,7 +35,8 @@ constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 constexpr int kHeadDim = 128;
 constexpr int kTileM = 64;  // queries
 constexpr int kTileN = 128;  // keys
-constexpr int kNumStages = 2;
+constexpr int kNumStages = 2;  // of Q
+constexpr int kNumDoutStages = 2;
 constexpr int kNumMmaWarps = 8;
 constexpr int kNumMmaThreads = 256;
 constexpr int kNumThreads = 384;  // the first warpgroup produces, the others multiply
@@ -818,9 +819,9 @@ struct Barriers {
     __device__ __forceinline__ uint32_t v_full() const { return base + 8; }
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 16 + 8 * stage; }
     __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumStages); }
+    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
+    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
+    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumDoutStages); }
     __device__ __forceinline__ uint32_t dq_empty() const { return dq_full() + 8; }
 
     __device__ __forceinline__ void init() const {
@@ -829,6 +830,8 @@ struct Barriers {
         for (int stage = 0; stage < kNumStages; ++stage) {
             mbarrier_init(q_full(stage), 1);
             mbarrier_init(q_empty(stage), kNumMmaWarps);
+        }
+        for (int stage = 0; stage < kNumDoutStages; ++stage) {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
@@ -875,14 +878,14 @@ __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t 
 // A block of Q or dO and one number for each of its rows, when the stage is free.
 __device__ __forceinline__ void load_query_block(
     TileMaps const& maps, uint32_t tile, float const* statistics, uint32_t rows, uint32_t full, uint32_t empty,
-    PipelineState& state, Box const& box, int head) {
+    PipelineState& state, int num_stages, Box const& box, int head) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kQReadBytes + kStatisticsBytes);
         load_tile(maps, tile, kQPanelBytes, full, box, head);
         bulk_load(rows, statistics, kStatisticsBytes, full);
     }
-    state.advance(kNumStages);
+    state.advance(num_stages);
 }
 
 // Matrix products -----------------------------------------------------------------------------------------------------
@@ -994,23 +997,24 @@ __device__ __forceinline__ void produce(
     bool has_kv = false;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
         auto load = [&](TileMaps const& maps, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
-                        uint32_t empty, PipelineState& state) {
+                        uint32_t empty, PipelineState& state, int num_stages) {
             load_query_block(maps, smem + tiles + state.stage * kQBytes,
                              statistics + static_cast<int64_t>(walk.query_block) * kTileM,
-                             smem + rows + state.stage * kStatisticsBytes, full, empty, state,
+                             smem + rows + state.stage * kStatisticsBytes, full, empty, state, num_stages,
                              query_box(s, walk.m_block * kTileM, block.bidb), walk.bidh);
         };
         if (!has_kv) {
             load_key_block(map_k, smem + kSmemK, barriers.k_full(), s, block);
             griddepcontrol_wait();  // the preprocess kernel writes what comes with Q and dO
         }
-        load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state);
+        load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state,
+             kNumStages);
         if (!has_kv) {
             load_key_block(map_v, smem + kSmemV, barriers.v_full(), s, block);
             has_kv = true;
         }
         load(maps_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
-             barriers.dout_empty(dout_state.stage), dout_state);
+             barriers.dout_empty(dout_state.stage), dout_state, kNumDoutStages);
     }
 }
 
@@ -1112,7 +1116,7 @@ __device__ __forceinline__ void consume(
             wgmma_touch(acc_dv);
             wgmma_touch_a(p_tile);
             mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-            dout_state.advance(kNumStages);
+            dout_state.advance(kNumDoutStages);
         };
         named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
 

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, full mask, deterministic
 //   tiling   80 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230752 bytes of dynamic shared memory
-//   contents   34 Problem and tiling,   55 Shared memory,  119 Threads,  163 Arithmetic,  191 Shared memory,
-//             212 Global memory,  263 mbarriers,  307 TMA,  349 Bulk copies,  365 Fences,  377 Fragments,
-//             391 Registers,  399 Registers of a warpgroup,  411 wgmma,  592 What is visible,
-//             642 Softmax and its gradient,  742 Pipelines,  785 Loads,  833 Matrix products,  871 Staging,
-//             929 Producer,  962 Turns, 1001 Consumer, 1122 Kernels, 1270 Launch
+//   contents   34 Problem and tiling,   56 Shared memory,  120 Threads,  164 Arithmetic,  192 Shared memory,
+//             213 Global memory,  264 mbarriers,  308 TMA,  350 Bulk copies,  366 Fences,  378 Fragments,
+//             392 Registers,  400 Registers of a warpgroup,  412 wgmma,  593 What is visible,
+//             643 Softmax and its gradient,  743 Pipelines,  788 Loads,  836 Matrix products,  874 Staging,
+//             932 Producer,  966 Turns, 1005 Consumer, 1126 Kernels, 1274 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -36,7 +36,8 @@ constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 constexpr int kHeadDim = 128;
 constexpr int kTileM = 80;  // queries
 constexpr int kTileN = 128;  // keys
-constexpr int kNumStages = 2;
+constexpr int kNumStages = 2;  // of Q
+constexpr int kNumDoutStages = 2;
 constexpr int kNumMmaWarps = 8;
 constexpr int kNumMmaThreads = 256;
 constexpr int kNumThreads = 384;  // the first warpgroup produces, the others multiply
@@ -763,9 +764,9 @@ struct Barriers {
     __device__ __forceinline__ uint32_t v_full() const { return base + 8; }
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 16 + 8 * stage; }
     __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumStages); }
+    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
+    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
+    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumDoutStages); }
     __device__ __forceinline__ uint32_t dq_empty() const { return dq_full() + 8; }
 
     __device__ __forceinline__ void init() const {
@@ -774,6 +775,8 @@ struct Barriers {
         for (int stage = 0; stage < kNumStages; ++stage) {
             mbarrier_init(q_full(stage), 1);
             mbarrier_init(q_empty(stage), kNumMmaWarps);
+        }
+        for (int stage = 0; stage < kNumDoutStages; ++stage) {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
@@ -820,14 +823,14 @@ __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t 
 // A block of Q or dO and one number for each of its rows, when the stage is free.
 __device__ __forceinline__ void load_query_block(
     TileMaps const& maps, uint32_t tile, float const* statistics, uint32_t rows, uint32_t full, uint32_t empty,
-    PipelineState& state, Box const& box, int head) {
+    PipelineState& state, int num_stages, Box const& box, int head) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kQReadBytes + kStatisticsBytes);
         load_tile(maps, tile, kQPanelBytes, full, box, head);
         bulk_load(rows, statistics, kStatisticsBytes, full);
     }
-    state.advance(kNumStages);
+    state.advance(num_stages);
 }
 
 // Matrix products -----------------------------------------------------------------------------------------------------
@@ -939,23 +942,24 @@ __device__ __forceinline__ void produce(
     bool has_kv = false;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
         auto load = [&](TileMaps const& maps, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
-                        uint32_t empty, PipelineState& state) {
+                        uint32_t empty, PipelineState& state, int num_stages) {
             load_query_block(maps, smem + tiles + state.stage * kQBytes,
                              statistics + static_cast<int64_t>(walk.query_block) * kTileM,
-                             smem + rows + state.stage * kStatisticsBytes, full, empty, state,
+                             smem + rows + state.stage * kStatisticsBytes, full, empty, state, num_stages,
                              query_box(s, walk.m_block * kTileM, block.bidb), walk.bidh);
         };
         if (!has_kv) {
             load_key_block(map_k, smem + kSmemK, barriers.k_full(), s, block);
             griddepcontrol_wait();  // the preprocess kernel writes what comes with Q and dO
         }
-        load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state);
+        load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state,
+             kNumStages);
         if (!has_kv) {
             load_key_block(map_v, smem + kSmemV, barriers.v_full(), s, block);
             has_kv = true;
         }
         load(maps_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
-             barriers.dout_empty(dout_state.stage), dout_state);
+             barriers.dout_empty(dout_state.stage), dout_state, kNumDoutStages);
     }
 }
 
@@ -1077,7 +1081,7 @@ __device__ __forceinline__ void consume(
             wgmma_touch(acc_dv);
             wgmma_touch_a(p_tile);
             mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-            dout_state.advance(kNumStages);
+            dout_state.advance(kNumDoutStages);
         };
         named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
 

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 64 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 214128 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   56 Shared memory,  117 Threads,  161 Arithmetic,  189 Shared memory,
-//             204 Global memory,  238 mbarriers,  278 TMA,  315 Bulk copies,  324 Fences,  331 Fragments,
-//             345 Registers of a warpgroup,  357 wgmma,  560 What is visible,  606 Softmax and its gradient,
-//             701 Pipelines,  746 Loads,  794 Matrix products,  831 Staging,  888 Producer,  921 Consumers,
-//            1105 Kernels, 1242 Launch
+//   contents   33 Problem and tiling,   57 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
+//             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
+//             346 Registers of a warpgroup,  358 wgmma,  561 What is visible,  607 Softmax and its gradient,
+//             702 Pipelines,  749 Loads,  797 Matrix products,  834 Staging,  891 Producer,  925 Consumers,
+//            1110 Kernels, 1247 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -35,7 +35,8 @@ constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 constexpr int kHeadDim = 256;
 constexpr int kTileM = 64;  // queries
 constexpr int kTileN = 64;  // keys
-constexpr int kNumStages = 2;
+constexpr int kNumStages = 2;  // of Q
+constexpr int kNumDoutStages = 2;
 constexpr int kNumDsStages = 2;
 constexpr int kNumMmaWarps = 8;
 constexpr int kNumMmaThreads = 256;
@@ -722,9 +723,9 @@ struct Barriers {
     __device__ __forceinline__ uint32_t v_full() const { return base + 8; }
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 16 + 8 * stage; }
     __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return q_full(3 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t ds_full(int stage) const { return q_full(4 * kNumStages + stage); }
+    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
+    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
+    __device__ __forceinline__ uint32_t ds_full(int stage) const { return dout_empty(kNumDoutStages + stage); }
     __device__ __forceinline__ uint32_t ds_empty(int stage) const { return ds_full(kNumDsStages + stage); }
 
     __device__ __forceinline__ void init() const {
@@ -733,6 +734,8 @@ struct Barriers {
         for (int stage = 0; stage < kNumStages; ++stage) {
             mbarrier_init(q_full(stage), 1);
             mbarrier_init(q_empty(stage), kNumMmaWarps);
+        }
+        for (int stage = 0; stage < kNumDoutStages; ++stage) {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
@@ -781,14 +784,14 @@ __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t 
 // A block of Q or dO and one number for each of its rows, when the stage is free.
 __device__ __forceinline__ void load_query_block(
     TileMaps const& maps, uint32_t tile, float const* statistics, uint32_t rows, uint32_t full, uint32_t empty,
-    PipelineState& state, Box const& box, int head) {
+    PipelineState& state, int num_stages, Box const& box, int head) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kQReadBytes + kStatisticsBytes);
         load_tile(maps, tile, kQPanelBytes, full, box, head);
         bulk_load(rows, statistics, kStatisticsBytes, full);
     }
-    state.advance(kNumStages);
+    state.advance(num_stages);
 }
 
 // Matrix products -----------------------------------------------------------------------------------------------------
@@ -880,7 +883,7 @@ __device__ __forceinline__ void add_dq(float const (&acc_dq)[64], float* dq_acc,
     for (int i = 0; i < 64; i += 4) {
         if (i < count) {
             reduce_add_global_float4(
-                dq_acc + i * 32 + lane_id() * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
+                dq_acc + i * 32, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
         }
     }
 }
@@ -898,23 +901,24 @@ __device__ __forceinline__ void produce(
     bool has_kv = false;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
         auto load = [&](TileMaps const& maps, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
-                        uint32_t empty, PipelineState& state) {
+                        uint32_t empty, PipelineState& state, int num_stages) {
             load_query_block(maps, smem + tiles + state.stage * kQBytes,
                              statistics + static_cast<int64_t>(walk.query_block) * kTileM,
-                             smem + rows + state.stage * kStatisticsBytes, full, empty, state,
+                             smem + rows + state.stage * kStatisticsBytes, full, empty, state, num_stages,
                              query_box(s, walk.m_block * kTileM, block.bidb), walk.bidh);
         };
         if (!has_kv) {
             load_key_block(map_k, smem + kSmemK, barriers.k_full(), s, block);
             griddepcontrol_wait();  // the preprocess kernel writes what comes with Q and dO
         }
-        load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state);
+        load(maps_q, kSmemQ, p.lse_log2, kSmemLse, barriers.q_full(q_state.stage), barriers.q_empty(q_state.stage), q_state,
+             kNumStages);
         if (!has_kv) {
             load_key_block(map_v, smem + kSmemV, barriers.v_full(), s, block);
             has_kv = true;
         }
         load(maps_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
-             barriers.dout_empty(dout_state.stage), dout_state);
+             barriers.dout_empty(dout_state.stage), dout_state, kNumDoutStages);
     }
 }
 
@@ -971,7 +975,8 @@ __device__ __forceinline__ void consume_dv_dq(
     clear(acc_dv);
 
     QueryWalk walk = start_walk(p, work.s, work.block, work.blocks);
-    float* dq_acc = p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warp * kDqSliceFloats;
+    float* dq_acc = p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warp * kDqSliceFloats +
+                    4 * lane_id();
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
     }
@@ -1009,7 +1014,7 @@ __device__ __forceinline__ void consume_dv_dq(
         wgmma_touch(acc_dv);
         wgmma_touch_a(p_tile);
         mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-        dout_state.advance(kNumStages);
+        dout_state.advance(kNumDoutStages);
         wgmma_wait_0();
         wgmma_touch(acc_dq);
         add_dq(acc_dq, dq_acc, kNumAccDq);
@@ -1078,7 +1083,7 @@ __device__ __forceinline__ void consume_dk(
         gemm_dkv(acc_dk, ds, q_tile);
         wgmma_commit();
         mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);  // dPsum too has been used
-        dout_state.advance(kNumStages);
+        dout_state.advance(kNumDoutStages);
         fence_proxy_async();
         sync_warp();
         mbarrier_arrive_if(barriers.ds_full(ds_state.stage), leader);

@@ -256,19 +256,23 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
     s, dp, dkv, dq = plan.qk.num_k_steps, plan.vo.num_k_steps, plan.num_k_steps_m, plan.num_k_steps_n
     # The innermost loops: S, dP, dV, dQ and dK of one block of queries, each product there (ptxas drops one whose
     # result is not used) and waited for as the template does.
-    if plan.splits_products:
+    if plan.passes_p:
+        first, second = map(len, plan.dq_slices)
+        dk, dv = plan.qk.num_panels * dkv, plan.vo.num_panels * dkv
+        wanted = [(s + dv + first * dq, [0, 1] + [0] * first), (dp + dk + second * dq, [0, 1] + [0] * second)]
+    elif plan.splits_products:
         slices = 2 if plan.has_dq_rest else 1
-        wanted = {s + dkv + slices * dq: [0, 1] + [0] * slices, s + dp + dkv: [1, 0, 0]}
+        wanted = [(s + dkv + slices * dq, [0, 1] + [0] * slices), (s + dp + dkv, [1, 0, 0])]
     elif plan.has_dq_rest:
-        wanted = {s + dp + 2 * dkv + 2 * dq: [1, 0, 0, 1, 0]}
+        wanted = [(s + dp + 2 * dkv + 2 * dq, [1, 0, 0, 1, 0])]
     else:
-        wanted = {s + dp + 2 * dkv + dq: [1, 0, 1, 1, 0]}
+        wanted = [(s + dp + 2 * dkv + dq, [1, 0, 1, 1, 0])]
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
     for loop in loops:
         # No stage is released by an arrival that may overtake loads of row statistics from it: their use comes first.
         kinds = [kind for line in loop for kind in ("HGMMA", "LDS", "SYNCS.ARRIVE") if line.startswith(kind)]
         assert ("LDS", "SYNCS.ARRIVE") not in itertools.pairwise(kinds), "a stage is released while it is being read"
-    for count, waits in wanted.items():
+    for count, waits in wanted:
         pattern = [f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}" for n in waits]
         assert any(
             sum(line.startswith("HGMMA") for line in loop) == count

@@ -38,7 +38,8 @@ TILINGS = (
     "fa2_bwd_sm90_fp16_d104_m80_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d144_causal_m64_n64_s2_w8",
     "fa2_bwd_sm90_bf16_d168_m64_n64_s2_w8",
-    "fa2_bwd_sm90_fp16_d248_causal_m64_n64_s2_w8",
+    "fa2_bwd_sm90_bf16_d168_m64_n96_s2_w8",
+    "fa2_bwd_sm90_fp16_d248_causal_m64_n80_s2_w8",
 )
 ONE_STAGE = ("fa2_bwd_sm90_fp16_d80_causal_m112_n128_s1_w8", "fa2_bwd_sm90_bf16_d136_causal_m64_n64_s1_w8")
 # One stage and two, 16 and 32 keys a warp, one to eight peers, 16 and 32 rows of dQ a warp, all widths of panels, and

@@ -16,6 +16,7 @@ from tests.cpu.test_backward import MANY_BLOCKS, NO_KEYS, ONE, ONE_BLOCK, RAGGED
 STAGED = "fa2_bwd_sm90_fp16_d64_det_m64_n64_s2_w4"  # dQ through shared memory, added by one thread
 DIRECT = "fa2_bwd_sm90_fp16_d136_causal_det_m64_n64_s2_w8"  # dQ from registers, one thread gives the word
 
+PASSING = "fa2_bwd_sm90_fp16_d168_causal_det_m64_n96_s2_w8"  # dQ from registers of both warpgroups
 SM80 = "fa2_bwd_sm80_fp16_d72_det_m64_n64_s1_w4_z64"  # dQ from registers, by all threads between two barriers
 
 # Six blocks of keys and more: enough orders of addition for one of them to round differently in fp16.
@@ -127,6 +128,7 @@ FAULTS = (
     Fault("place-never-given-back", STAGED, "mbarrier_arrive(barriers.dq_empty());", "", message="deadlock"),
     Fault("added-before-the-turn", DIRECT, "mbarrier_wait(barriers.dq_turn(), dq_phase);", ""),
     Fault("passed-on-before-it-is-added", DIRECT, "mbarrier_wait(barriers.dq_added(), phase);", ""),
+    Fault("added-before-the-turn", PASSING, "mbarrier_wait(barriers.dq_turn(), parity);", "", count=2),
     Fault("additions-not-told", DIRECT, "mbarrier_arrive_if(barriers.dq_added(), leader);", "", message="deadlock"),
     Fault(
         "next-head-begins-elsewhere",

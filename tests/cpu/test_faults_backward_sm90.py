@@ -1,4 +1,4 @@
-"""Seeded faults of the backward kernels of SM90, one at a time, over the three ways in which they split their work.
+"""Seeded faults of the backward kernels of SM90, one at a time, over the ways in which they split their work.
 
 As in test_faults: a fault is a replacement in the rendered source, and must be seen, by a KernelFault or by a gradient
 that breaks the rule, within `schedules` schedules; harmless changes must pass. Deterministic kernels have their own, in
@@ -16,6 +16,7 @@ SMALL = "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w4"  # dQ in its rows, one mma warpgro
 STAGED = "fa2_bwd_sm90_bf16_d128_causal_m80_n128_s2_w8"  # split by keys, dQ through shared memory
 PANEL = "fa2_bwd_sm90_fp16_d136_causal_m64_n128_s2_w8"  # split by keys, a third panel of dQ, from registers
 PRODUCTS = "fa2_bwd_sm90_fp16_d168_causal_m64_n64_s2_w8"  # split by products, dS from one warpgroup to the other
+PASSING = "fa2_bwd_sm90_fp16_d168_causal_m64_n96_s2_w8"  # P and dS from one warpgroup to both
 
 # Two batches and three blocks of queries for each of two heads, all ragged; rows that see no key; many blocks of keys.
 SHAPES = ((2, 150, 220, 2, 1), NO_KEYS, (1, 40, 600, 3, 3))
@@ -35,6 +36,8 @@ PUBLISH_DS = "fence_proxy_async();\n        sync_warp();\n        "
 DS_FULL = "mbarrier_arrive_if(barriers.ds_full(ds_state.stage), leader);"
 DS_EMPTY = "mbarrier_arrive_if(barriers.ds_empty(ds_state.stage), leader);"
 ADD_REST = "add_dq(acc_dq_rest, dq_acc + kNumAccDq * 32, kNumAccDqRest);"
+PUBLISH_SCORES = "fence_proxy_async();\n        sync_warp();\n        "
+P_FULL = "mbarrier_arrive_if(barriers.p_full(), leader);"
 PUBLISH = "fence_proxy_async();\n    sync_warp();\n"
 PUBLISH_DQ = PUBLISH + "    mbarrier_arrive_if(barriers.dq_full()"
 PUBLISH_ROWS = PUBLISH + "    if (elect_one()) {"
@@ -137,6 +140,36 @@ FAULTS = (
     ),
     Fault("ds-published-too-late", PRODUCTS, f"{PUBLISH_DS}{DS_FULL}", f"{DS_FULL} {PUBLISH_DS}", schedules=4),
     Fault("ds-not-transposed", SMALL, "stmatrix_x4_trans(first + i / 4", "stmatrix_x4(first + i / 4"),
+    # P and dS from one warpgroup to both
+    Fault("wait-for-dq-allows-one", PASSING, "wgmma_wait_0();\n        wgmma_touch(acc_dq);", "wgmma_wait_1();"),
+    Fault("no-wait-for-dq-of-the-other", PASSING, "wgmma_wait_1();\n        wgmma_touch(acc_dq);", ""),
+    Fault("no-fence-before-dp", PASSING, "wgmma_fence();\n        gemm_s(acc_dp", "gemm_s(acc_dp"),
+    Fault("no-wait-for-ds-of-either", PASSING, "mbarrier_wait(barriers.ds_full(), parity);", "", count=2),
+    Fault("no-wait-for-p", PASSING, "mbarrier_wait(barriers.p_full(), parity);", "", schedules=8, count=2),
+    Fault("p-not-published", PASSING, f"{PUBLISH_SCORES}{P_FULL}", f"sync_warp();\n        {P_FULL}"),
+    Fault(
+        "p-full-count-of-both-warpgroups",
+        PASSING,
+        "mbarrier_init(p_full(), kNumMmaWarps / 2);",
+        "mbarrier_init(p_full(), kNumMmaWarps);",
+    ),
+    Fault("second-panel-of-dq", PASSING, "k_tile + 1 * (kKvPanelBytes", "k_tile + 0 * (kKvPanelBytes"),
+    Fault("sums-of-the-second-panel", PASSING, "dq_acc + 1 * kDqPanelFloats", "dq_acc + 0 * kDqPanelFloats"),
+    Fault("last-columns-of-dq", PASSING, "kDqPanelFloats, 52);", "kDqPanelFloats, 48);"),
+    Fault("both-over-k-and-v-in-use", PASSING, f"{SYNC}\n#pragma unroll", "#pragma unroll", schedules=4),
+    Fault(
+        "stored-before-the-warpgroup-is-done",
+        PASSING,
+        "named_barrier_sync(barrier, kNumMmaThreads / 2);",
+        "",
+        schedules=8,
+    ),
+    Fault("dv-not-transposed", PASSING, "stmatrix_x4_trans(first + i / 8", "stmatrix_x4(first + i / 8"),
+    Fault("panels-of-dv", PASSING, "tile + panel * kKvPanelBytes, factor", "tile, factor"),
+    Fault("step-of-scores", PASSING, "kDescLoScores + step * 16", "kDescLoScores + step * 8"),
+    Fault("panels-of-scores", PASSING, "scores + kDescLoScores", "scores + kDescLoScores / 2"),
+    Fault("swizzle-of-scores", PASSING, "(chunk ^ row / 2 % 4)", "(chunk ^ row % 4)"),
+    Fault("dpsum-of-the-other-row", PASSING, "- dpsum[i % 2]), p[1]", "- dpsum[1 - i % 2]), p[1]"),
     # dQ
     Fault("dq-added-before-it-is-there", STAGED, "mbarrier_wait(barriers.dq_full(), phase);", ""),
     Fault("dq-overwritten", SMALL, "mbarrier_wait(barriers.dq_empty(), phase ^ 1);", "", schedules=8),
@@ -306,4 +339,4 @@ def test_harmless_change_passes(change):
 def test_there_are_enough():
     ids = [str(fault) for fault in FAULTS]
     assert len(ids) == len(set(ids)) >= 80
-    assert {fault.kernel for fault in FAULTS} == {SMALL, STAGED, PANEL, PRODUCTS}
+    assert {fault.kernel for fault in FAULTS} == {SMALL, STAGED, PANEL, PRODUCTS, PASSING}

@@ -138,6 +138,7 @@ def _block(index: int, step: int, length: int) -> range:
 
 KEYS = "fa2_bwd_sm90_bf16_d128_window_m64_n128_s2_w8"
 PRODUCTS = "fa2_bwd_sm90_bf16_d168_window_m64_n64_s2_w8"
+PASSING = "fa2_bwd_sm90_bf16_d168_window_m64_n96_s2_w8"
 PLAIN_SM80 = "fa2_bwd_sm80_bf16_d64_window_m64_n64_s2_w4"
 
 TURN = "key_begin(p, s, m_block * kTileM) / kTileN"
@@ -203,6 +204,13 @@ FAULTS = (
         " &\n                                 ~shift_left(0xffffffffu, registers_before(ends[key] - first_query));",
         ";",
     ),
+    Fault(
+        "ends-of-the-other-query",
+        PASSING,
+        "{key_end(p, work.s, query), key_end(p, work.s, query + 8)}",
+        "{key_end(p, work.s, query + 8), key_end(p, work.s, query)}",
+    ),
+    Fault("bits-of-the-begin", PASSING, "shift_left(0xffffffffu, max(begin - word, 0)) & ", ""),
     *(
         fault
         for kernel in (STAGED, DIRECT, SM80)
