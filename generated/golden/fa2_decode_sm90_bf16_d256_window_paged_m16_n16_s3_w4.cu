@@ -820,7 +820,7 @@ struct WarpTiles {
         Params const& p, Seqlen const& s, Keys const& keys, int head_kv, int begin_key, int end, int lane) {
         int const lane_row = lane / kPanelChunks;
         int const chunk = lane % kPanelChunks;
-        if (next < end) {
+        if (any_lane(next < end)) {  // the same in all of them, as ptxas then sees: it calls a function for shuffles elsewhere
             TileKeys const tile = next_keys;
             next_keys = tile_keys(p, s, keys, next + kNumWarps, lane);
             unsigned char const* const k_head =

@@ -24,7 +24,7 @@ import pytest
 from fa2gen.arch import ARCHES
 from fa2gen.catalog import catalogue, tuned_rows
 from fa2gen.compile import Compiled, compile_kernel
-from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.report.sass import disassembler
 from fa2gen.select import default_tiling, served_by
 from fa2gen.spec import KernelSpec, Problem
@@ -93,7 +93,17 @@ def kernels() -> list[Any]:
         for mask in ("causal", "window")
     ]
     beyond += of_v
+    wide = [
+        KernelSpec(
+            problem=one.problem, tiling=tiling_for_rows(one.problem, one.tiling, 32, arch.shared_memory_per_block)
+        )
+        for arch in ARCHES.values()
+        for head_dim in (8, 64, 72, 96, 128)
+        for one in [default(arch.name, head_dim, "bf16", "window", "decode", paged=True)]
+    ]
+    beyond += [default(arch, d, "bf16", "window", "decode", paged=True) for arch in ARCHES for d in HEAD_DIMS] + wide
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
+    quick |= {spec.name for spec in wide if spec.problem.head_dim in (72, 128)}
     quick |= {spec.name for spec in of_v if spec.problem.head_dim == 192 and spec.problem.mask == "causal"}
     quick |= {
         default(arch, head_dim, "bf16", "window").name for arch in ("sm90", "sm80") for head_dim in (80, 192, 256)
@@ -218,6 +228,8 @@ def check_sm90(plan: Any, sass: Sass) -> None:
         assert min(map(len, loops)) <= 550 + 25 * plan.tiling.lazy_rescale
 
 
+ARRIVES = r"ATOM\S*\.STRONG\.GPU"
+
 # A turn (templates/common/turns.cuh.j2): its acquire and its release, which no mma warp waits for.
 ORDER_BETWEEN_BLOCKS = (r"LD\S*\.STRONG\.GPU", r"MEMBAR\S*\.GPU", r"ST\S*\.STRONG\.GPU")
 
@@ -309,6 +321,17 @@ def check_sm80_bwd(plan: Any, sass: Sass) -> None:
     )
 
 
+def check_decode(plan: Any, sass: Sass) -> None:
+    """On both architectures; and a short call waits for its instructions as for its keys."""
+    check_sm80(plan, sass)
+    main = sass.kernel(plan.name)
+    assert any(re.match(ARRIVES, line) for line in main), "no block tells the others that its part is done"
+    loads = 2 * plan.qk.num_panels * plan.tile_n // plan.copy_rows
+    assert sum(line.startswith("LDGSTS") for line in main) <= 2 * loads + 4, "K and V in two places, Q in one"
+    if plan.head_dim <= 128 and plan.tile_m == 16:
+        assert len(main) < 3300
+
+
 # Kernels -------------------------------------------------------------------------------------------------------------
 
 
@@ -331,10 +354,16 @@ def test_kernel(name, compiled, tmp_path):
     assert not sass.opcodes["LDL"] and not sass.opcodes["STL"], "local memory"
     for entry in plan.entry_points:
         calls = [line for line in sass.kernel(entry.symbol) if line.startswith("CALL") and ".L_x_" not in line]
-        if entry in plan.prepare_entries:  # ptxas shuffles by a call in loops of which it does not see that warps do
+        if (
+            entry in plan.prepare_entries or plan.problem.direction == "decode"
+        ):  # ptxas shuffles by a call in loops of which it does not see that warps do
             calls = [line for line in calls if "shflsync" not in line]  # them together: a few times a launch
         assert not calls, "a function that was not inlined"  # .L_x_: ptxas's own jumps
-    checks = {"fwd": {"sm80": check_sm80, "sm90": check_sm90}, "bwd": {"sm80": check_sm80_bwd, "sm90": check_sm90_bwd}}
+    checks = {
+        "fwd": {"sm80": check_sm80, "sm90": check_sm90},
+        "bwd": {"sm80": check_sm80_bwd, "sm90": check_sm90_bwd},
+        "decode": {"sm80": check_decode, "sm90": check_decode},
+    }
     checks[plan.problem.direction][plan.arch](plan, sass)
 
 
