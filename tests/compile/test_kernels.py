@@ -93,13 +93,11 @@ def kernels() -> list[Any]:
         for mask in ("causal", "window")
     ]
     beyond += of_v
+    paged = [default(arch, d, "bf16", "window", "decode", paged=True) for arch in ARCHES for d in (8, 64, 72, 96, 128)]
+    limits = {arch: of_arch.shared_memory_per_block for arch, of_arch in ARCHES.items()}
     wide = [
-        KernelSpec(
-            problem=one.problem, tiling=tiling_for_rows(one.problem, one.tiling, 32, arch.shared_memory_per_block)
-        )
-        for arch in ARCHES.values()
-        for head_dim in (8, 64, 72, 96, 128)
-        for one in [default(arch.name, head_dim, "bf16", "window", "decode", paged=True)]
+        KernelSpec(problem=x.problem, tiling=tiling_for_rows(x.problem, x.tiling, 32, limits[x.tiling.arch]))
+        for x in paged
     ]
     beyond += [default(arch, d, "bf16", "window", "decode", paged=True) for arch in ARCHES for d in HEAD_DIMS] + wide
     quick = {default(arch, 128, "bf16", "causal").name for arch in ("sm90", "sm80")}
@@ -354,10 +352,9 @@ def test_kernel(name, compiled, tmp_path):
     assert not sass.opcodes["LDL"] and not sass.opcodes["STL"], "local memory"
     for entry in plan.entry_points:
         calls = [line for line in sass.kernel(entry.symbol) if line.startswith("CALL") and ".L_x_" not in line]
-        if (
-            entry in plan.prepare_entries or plan.problem.direction == "decode"
-        ):  # ptxas shuffles by a call in loops of which it does not see that warps do
-            calls = [line for line in calls if "shflsync" not in line]  # them together: a few times a launch
+        # ptxas shuffles by a call in loops of which it does not see that warps do them together: a few times a launch.
+        if entry in plan.prepare_entries or plan.problem.direction == "decode":
+            calls = [line for line in calls if "shflsync" not in line]
         assert not calls, "a function that was not inlined"  # .L_x_: ptxas's own jumps
     checks = {
         "fwd": {"sm80": check_sm80, "sm90": check_sm90},
