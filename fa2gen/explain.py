@@ -6,11 +6,12 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fa2gen.arch import ArchName
 from fa2gen.compile import compiler_version
 from fa2gen.errors import Fa2GenError, InvalidInput
+from fa2gen.expression import emit
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.plan.memory import Span
 from fa2gen.select import TYPICAL_SEQLEN, Device, Selection, choices, kernel_arch, select
@@ -45,7 +46,8 @@ class Alternative:
 class Explanation:
     """Everything that `fa2gen explain` prints; `report_error` in place of `report` where there is no compiler.
 
-    kernels  the entry points of the source, in the order of their launches.
+    kernels   the entry points of the source, in the order of their launches.
+    formulas  of an expression: the score, its derivatives, and which keys are seen, with what each costs an element.
     """
 
     problem: dict[str, Any]
@@ -61,6 +63,7 @@ class Explanation:
     shared_memory_bytes: int
     shared_memory_limit: int
     kernels: tuple[dict[str, Any], ...]
+    formulas: dict[str, str]
     report: dict[str, Any] | None
     report_error: str | None
 
@@ -126,6 +129,7 @@ def explain(
         shared_memory_bytes=selection.plan.shared_memory_bytes,
         shared_memory_limit=device.shared_memory_per_block,
         kernels=tuple(_launched(selection.plan)),
+        formulas=_formulas(problem),
         report=report,
         report_error=report_error,
     )
@@ -158,6 +162,20 @@ def _alternatives(
         spec = KernelSpec(problem=problem, tiling=tiling)
         if spec.name not in seen:
             yield alternative(spec, "cost model", "not measured here" if row is None else "not better in `fa2gen tune`")
+
+
+def _formulas(problem: Problem) -> dict[str, str]:
+    """Of an expression, what its code computes and about how many instructions that takes."""
+    program = problem.program
+    found = dict(program.formulas)
+    if program.score_tree is not None:
+        what: Literal["score", "gradient"] = "gradient" if problem.direction == "bwd" else "score"
+        also = " and its derivative by s" if what == "gradient" else ""
+        found["an element"] = f"about {emit(program, what).instructions} instructions for the score{also}"
+    if program.allow_tree is not None:
+        hidden = f"about {emit(program, 'allow').instructions} instructions in tiles that are seen in part"
+        found["an element"] = ", ".join(filter(None, [found.get("an element"), hidden]))
+    return found
 
 
 def _launched(plan: KernelPlan) -> Iterator[dict[str, Any]]:
@@ -198,6 +216,7 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
     yield "problem", f"{Problem(**found.problem).text}, seqlen {found.seqlen}, on {found.device}"
     yield "kernel", f"{found.kernel}, for {found.target}"
     yield "because", found.reason
+    yield from found.formulas.items()
     if found.measured:
         m = found.measured
         figures = [

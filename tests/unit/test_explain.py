@@ -96,6 +96,18 @@ def test_a_backward_choice_is_explained(tuned, monkeypatch):
     json.dumps(found.to_json(), allow_nan=False)
 
 
+def test_an_expression_is_explained():
+    """Formula, derivative and what an element costs, in the names that code has."""
+    problem = Problem(direction="bwd", head_dim=64, score="cap * tanh(s / cap)", allow="j <= i or j < prefix")
+    found = explain(problem, H200)
+    text = text_of(found)
+    assert "number_0 * tanh(s / number_0)" in text and "1.0 - tanh(s / number_0) ** 2" in text
+    assert "j <= i or j < number_1" in text
+    assert "instructions for the score and its derivative by s, about" in text
+    assert json.loads(json.dumps(found.to_json()))["formulas"]["allow"] == "j <= i or j < number_1"
+    assert explain(Problem(head_dim=64), H200).formulas == {}
+
+
 def test_devices_by_name():
     assert device_named("h100").name == "NVIDIA H100 80GB HBM3"
     assert device_named(None) == H200
