@@ -161,6 +161,7 @@ def _forward(
     **later: Any,
 ) -> tuple[Tensor, ...]:
     _refuse(dropout_p, return_debug_mask, later)
+    _refuse_gradients((query, key, value), alibi_slopes=alibi_slopes, seqused_k=seqused_k, block_table=block_table)
     said = {"softmax_scale": scale, "causal": is_causal, "window_size": (window_size_left, window_size_right)}
     with torch.no_grad():
         if cum_seq_q is None and seqused_k is None and block_table is None:
@@ -269,3 +270,13 @@ def _refuse(dropout_p: float, return_debug_mask: bool, later: dict[str, Any]) ->
         raise UnsupportedProblem(f"return_debug_mask is not built: {_WAY_OUT}")
     if given := [name for name, x in later.items() if x is not None]:
         raise UnsupportedProblem(f"{', '.join(given)} of a newer torch is not known here: {_WAY_OUT}")
+
+
+def _refuse_gradients(tensors: tuple[Tensor, ...], **options: Tensor | None) -> None:
+    """Raise UnsupportedProblem where a gradient may be asked for: torch's backward operator hears of none of these."""
+    given = [name for name, x in options.items() if x is not None]
+    if given and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise UnsupportedProblem(
+            f"{given[0]} has no gradient behind torch's attention, and an input requires one: call "
+            "fa2gen.flash_attn_varlen_func, or this under torch.no_grad()"
+        )

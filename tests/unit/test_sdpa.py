@@ -13,6 +13,7 @@ from torch.nn.attention import current_flash_attention_impl, list_flash_attentio
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 import fa2gen
+from fa2gen import UnsupportedProblem
 from fa2gen.integrations.sdpa import Overrides
 from fa2gen.reference import attention_reference, check_gradients
 
@@ -102,6 +103,16 @@ def test_refusals_say_how_to_get_torchs_own_back(overrides):
     overrides.remove()
     with pytest.raises(NotImplementedError, match="CPU"):
         SDPA(q, q, q)
+
+
+def test_what_torch_forgets_in_the_backward_pass_is_refused():
+    q = torch.randn(1, 9, 2, 16).bfloat16().requires_grad_()
+    said = (q, q, q, None, None, 9, 9, 0.0, True, False)
+    with pytest.raises(UnsupportedProblem, match="alibi_slopes has no gradient"):
+        torch.ops.aten._flash_attention_forward(*said, alibi_slopes=torch.ones(2))
+    with torch.no_grad():
+        out = torch.ops.aten._flash_attention_forward(*said, alibi_slopes=torch.ones(2))[0]
+    assert out.equal(fa2gen.flash_attn_func(q, q, q, causal=True, alibi_slopes=torch.ones(2)).detach())
 
 
 def test_enable_sdpa_is_undone_whole():
