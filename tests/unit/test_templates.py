@@ -337,7 +337,8 @@ def literal_lines(name: str) -> set[str]:
 def test_every_line_of_every_template_is_rendered_by_some_kernel():
     """A line that no test renders is a line that no test compiles: a misspelt field could lie in it."""
     covered = {origin for rendered in renders().values() for origin in rendered.origins}
-    covered |= {origin for plan in plans()[::10] if plan.has_launcher for origin in render_launcher(plan).origins}
+    some = [*plans()[::10], *[plan for plan in plans() if plan.varlen and plan.arch == "sm90"][:2]]
+    covered |= {origin for plan in some if plan.has_launcher for origin in render_launcher(plan).origins}
     wanted = {line for name in NAMES if not name.startswith("cpu/") for line in literal_lines(name)}
     holes = wanted - covered
     assert not holes, "no kernel shows\n" + "\n".join(sorted(holes))
