@@ -34,6 +34,7 @@ class _Row:
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
     expression  whether they are for scores or masks of an expression; None: for all.
     tensors     whether they are for expressions of tensors; None: for all.
+    head_dims   the only pair of Q's and V's that they are for; None: for all.
     """
 
     head_dim: int
@@ -43,6 +44,7 @@ class _Row:
     left_edge: bool | None = None
     expression: bool | None = None
     tensors: bool | None = None
+    head_dims: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class _Family:
             and row.left_edge in (None, left_edge)
             and row.expression in (None, problem.has_expression)
             and row.tensors in (None, any(x.is_tensor for x in problem.program.inputs))
+            and row.head_dims in (None, problem.head_dims)
         )
 
 
@@ -148,6 +151,8 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     # three, as many keys a block as the registers hold; with two, few enough that O has a place beside Q's.
     ("sm90", "fwd"): _Family(
         (
+            # 1.01 times 80 keys, which fit, at 8k (784 full and 737 causal); 1.04 times (128, 128, 2, 8) (H100).
+            _Row(192, ((192, 64, 2, 12), (128, 64, 2, 8), (128, 48, 2, 8)), head_dims=(192, 128), left_edge=False),
             _Row(64, ((192, 128, 4, 12), (192, 112, 4, 12))),  # 112: a window of scores of an expression
             # Windows: each warpgroup visits few blocks of keys, so that short ones waste less at the window's two ends,
             # and copies further ahead hide more of a walk's start (128, 1023 of 16k: 1.10 times (192, 80, 2, 12); 256:

@@ -36,6 +36,7 @@ NAMES = (
     "fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8",
+    "fa2_bwd_sm90_bf16_d192_v128_causal_m48_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8",
     "fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8",
     "fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8",
@@ -51,6 +52,7 @@ NAMES = (
     f"fa2_fwd_sm90_bf16_d128_causal_{CAP}_m192_n80_s2_w12_r1",
     f"fa2_fwd_sm90_bf16_d128_{SINKS}_m192_n80_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d128_window_m192_n80_s2_w12_r1",
+    "fa2_fwd_sm90_bf16_d192_v128_causal_m192_n64_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d248_m128_n80_s2_w8",
     "fa2_fwd_sm90_fp16_d64_m192_n128_s3_w12",
 )
