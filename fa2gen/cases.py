@@ -127,6 +127,9 @@ def make(
         of_dtype = dtype if operand.is_tensor else torch.float32
         if operand.out and operand.name != "q":  # which a kernel turns, where a call appends
             buffers[operand.name], tensors[operand.name] = _guarded(torch, size, of_dtype, device)
+        elif operand.of == "state":
+            bits = torch.randint(-(2**31), 2**31, size, generator=generator, device=place)
+            tensors[operand.name] = bits.to(torch.int32).to(device)
         elif operand.name not in ("o", "lse") and (with_dlse or not operand.optional):
             x = gain * torch.randn(size, generator=generator, device=place)
             tensors[operand.name] = x.to(of_dtype).to(device)
@@ -219,7 +222,7 @@ def _parts(case: Case) -> Iterator[dict[str, Any]]:
 
     inputs = [case.tensors[x.token] for x in case.spec.problem.program.inputs if x.is_tensor]
     if not case.spec.problem.varlen:
-        yield {**case.tensors, "place": Place(inputs)}
+        yield {**case.tensors, "place": Place(inputs, 0, case.tensors.get("rng_state"))}
         return
     operands = [x for x in make_plan(case.spec).operands if x.name in case.tensors]
     for b, (first_q, end_q, first_k, end_k) in enumerate(case.rows):
@@ -227,8 +230,8 @@ def _parts(case: Case) -> Iterator[dict[str, Any]]:
             of = {"query": (1, first_q, end_q), "key": (1, first_k, end_k), "row": (2, first_q, end_q)}
             cuts = ((x.name, *of[x.of]) for x in operands if x.of in of)
             part = {name: case.tensors[name].narrow(dim, first, end - first) for name, dim, first, end in cuts}
-            part |= {x.name: case.tensors[x.name] for x in operands if x.of == "head"}
-            yield {**part, "place": Place(inputs, b)}
+            part |= {x.name: case.tensors[x.name] for x in operands if x.of in ("head", "state")}
+            yield {**part, "place": Place(inputs, b, case.tensors.get("rng_state"))}
 
 
 def _fp32() -> Any:

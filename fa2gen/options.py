@@ -130,6 +130,8 @@ class Options(NamedTuple):
     varlen         the batch is ragged: sequences of their own lengths, packed.
     sink           each softmax has a sink: the logits s_aux, one a query head, are a tensor of the call.
     expression     what becomes of scores, and which keys are seen beside the mask; None: the scores as they are.
+    dropout_p      an element of P is dropped with this probability, 0 <= dropout_p < 1, in steps of 2^-15; the others
+                   count 1 / (1 - dropout_p) times. The random bits, rng_state, are a tensor of the call.
     """
 
     softmax_scale: float | None = None
@@ -141,6 +143,7 @@ class Options(NamedTuple):
     varlen: bool = False
     sink: bool = False
     expression: Expression | None = None
+    dropout_p: float = 0.0
 
     def scale(self, head_dim: int) -> float:
         """What scores are multiplied with."""
@@ -201,6 +204,7 @@ class Options(NamedTuple):
             mask=self.mask,
             varlen=self.varlen,
             sink=self.sink,
+            dropout=self.dropout_p > 0,
             deterministic=self.deterministic and direction == "bwd",
             paged=paged,
             score=score,

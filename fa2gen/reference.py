@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fa2gen.expression import evaluate
 from fa2gen.features import key_range
+from fa2gen.features.dropout import keep_steps
 from fa2gen.features.expression import named_values
 from fa2gen.options import Options
 from fa2gen.spec import program_of
@@ -39,6 +40,8 @@ __all__ = [
     "check",
     "check_gradients",
     "check_sink_gradient",
+    "dropout_keep",
+    "dropout_mask",
     "ragged_rows",
     "sink_gradient",
 ]
@@ -46,10 +49,11 @@ __all__ = [
 
 class Place(NamedTuple):
     """What the expressions of a call look up beside positions: tensors, in the order of its inputs; and the number of
-    the batch's first entry, where a sequence is looked at alone."""
+    the batch's first entry, where a sequence is looked at alone. And what dropout draws from, see `dropout_keep`."""
 
     tensors: Sequence[Tensor] = ()
     b: int = 0
+    rng_state: Tensor | None = None
 
 
 def attention_reference(
@@ -68,7 +72,7 @@ def attention_reference(
     upcast       compute in fp32; otherwise in the dtype of the inputs.
     reorder_ops  multiply K rather than Q by the scale: the same mathematics, rounded elsewhere.
     s_aux        (H,): the logit of each head's sink.
-    place        what an expression looks up.
+    place        what an expression looks up, and dropout.
 
     Returns (out, lse); see the module for shapes and options.
     """
@@ -94,6 +98,7 @@ def attention_reference(
         scores = scores.masked_fill(hidden & ~no_key.unsqueeze(-1), float("-inf"))
         lse = torch.logsumexp(_at_least_fp32(scores), dim=-1).masked_fill(no_key, float("-inf"))
         probs = torch.softmax(scores, dim=-1).masked_fill(no_key.unsqueeze(-1), 0.0)
+    probs = _dropped(probs, said, place, (0, q.shape[1]), (0, k.shape[1]))
     out = torch.einsum("bngqk,bknd->bqngd", probs.to(v.dtype), v)
     return out.flatten(2, 3).to(dtype), lse.flatten(1, 2)
 
@@ -115,6 +120,72 @@ def _softmax_with_sink(
     return lse, torch.softmax(scores, dim=-1).masked_fill(nothing.unsqueeze(-1), 0.0)[..., 1:]
 
 
+def dropout_keep(
+    rng_state: Tensor,
+    dropout_p: float,
+    num_heads: int,
+    rows: tuple[int, int],
+    cols: tuple[int, int],
+    sequences: tuple[int, int] = (0, 1),
+) -> Tensor:
+    """Which elements of P dropout keeps: (sequences, num_heads, rows, cols), True where one is kept.
+
+    rng_state  128 random bits: (2,) int64, or (4,) int32.
+    rows       first and past the last; cols and sequences likewise. A dense batch's sequences are its entries.
+
+    What kernels compute, bit by bit: Philox4x32 with 7 rounds gives 8 elements 16 bits each, those of a unit of 16
+    queries and 32 keys that agree in the query modulo 8 and in the key modulo 8, of which 15 are looked at.
+    """
+    starts = [word & _WORD for word in rng_state.cpu().view(torch.int32).tolist()]
+    (i0, i1), (j0, j1) = rows, cols
+    row_units, key_units = (range(i0 // 16, -(-i1 // 16)), range(j0 // 32, -(-j1 // 32)))
+    of_row, of_key = ((8 * units.start, 8 * units.stop) for units in (row_units, key_units))
+    axes = [
+        torch.arange(*bounds, device=rng_state.device) + start & _WORD
+        for bounds, start in zip((of_row, of_key, (0, num_heads), sequences), starts, strict=True)
+    ]
+    row, column, head, sequence = (x.permute(3, 2, 0, 1) for x in torch.meshgrid(*axes, indexing="ij"))
+    words = torch.stack(_philox([row, column, head, sequence]), dim=-1)
+    # (..., 8 rows of each unit, 8 keys of each, 4, 2)
+    bits = torch.stack([words & 0x7FFF, words >> 16 & 0x7FFF], dim=-1)
+    bits = bits.unflatten(2, (len(row_units), 8)).unflatten(4, (len(key_units), 8))
+    bits = bits.permute(0, 1, 2, 7, 3, 4, 6, 5).flatten(5, 7).flatten(2, 4)
+    return bits[:, :, i0 % 16 :, j0 % 32 :][:, :, : i1 - i0, : j1 - j0] < keep_steps(dropout_p)
+
+
+def dropout_mask(
+    rng_state: Tensor, dropout_p: float, batch: int, num_heads: int, seqlen_q: int, seqlen_k: int, dtype: torch.dtype
+) -> Tensor:
+    """`dropout_keep` of a whole call, (batch, num_heads, seqlen_q, seqlen_k): 1 where it is True, else -1."""
+    keep = dropout_keep(rng_state, dropout_p, num_heads, (0, seqlen_q), (0, seqlen_k), (0, batch))
+    return keep.to(dtype) * 2 - 1
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _philox(counter: list[Tensor], key: tuple[int, int] = (0, 0), rounds: int = 7) -> list[Tensor]:
+    """Philox4x32 (Salmon et al., 2011) of four 32-bit numbers, in int64, where a product's lower 64 bits are right."""
+    key_0, key_1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(rounds):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = (second >> 32 & _WORD) ^ c1 ^ key_0, second & _WORD
+        c2, c3 = (first >> 32 & _WORD) ^ c3 ^ key_1, first & _WORD
+        key_0, key_1 = key_0 + 0x9E3779B9 & _WORD, key_1 + 0xBB67AE85 & _WORD
+    return [c0, c1, c2, c3]
+
+
+def _dropped(p: Tensor, said: Options, place: Place | None, rows: tuple[int, int], cols: tuple[int, int]) -> Tensor:
+    """Z * P / (1 - dropout_p) of P (B, Hk, H / Hk, rows, cols), or of dP; the same where there is no dropout."""
+    if not said.dropout_p:
+        return p
+    assert place is not None and place.rng_state is not None, "dropout needs random bits"
+    sequences = (place.b, place.b + p.shape[0])
+    keep = dropout_keep(place.rng_state, said.dropout_p, p.shape[1] * p.shape[2], rows, cols, sequences)
+    return (p * keep.view(p.shape)) / (1.0 - said.dropout_p)
+
+
 def attention_tiled(
     q: Tensor,
     k: Tensor,
@@ -130,7 +201,7 @@ def attention_tiled(
 
     Queries are walked in tiles of `tile_m` rows, keys in blocks of `tile_n`; blocks above the diagonal are skipped. The
     running row maximum and row sum replace the score matrix, so that memory grows with Sq + Sk, not with Sq * Sk.
-    s_aux (H,) is the logit of each head's sink, or None.
+    s_aux and place are as in `attention_reference`.
 
     Returns (out, lse); see the module for shapes and options.
     """
@@ -163,6 +234,7 @@ def attention_tiled(
             correction = torch.exp(row_max - finite_max)
             p = torch.exp(acc_s - finite_max.unsqueeze(-1))
             row_sum = row_sum * correction + p.sum(dim=-1)
+            p = _dropped(p, said, place, (m0, m1), (n0, n1))
             acc_o = acc_o * correction.unsqueeze(-1) + torch.einsum("bngqk,bknd->bngqd", p, vf[:, n0:n1])
             row_max = new_max
         if s_aux is not None:  # one more key, of no value
@@ -231,7 +303,8 @@ def attention_backward_tiled(
                 acc_s = acc_s.masked_fill(hidden, float("-inf"))
             p = torch.exp(acc_s - lsef[..., m0:m1].unsqueeze(-1))
             dp = torch.einsum("bqngd,bknd->bngqk", do_tile, vf[:, n0:n1])
-            ds = p * (dp - dpsum[..., m0:m1].unsqueeze(-1))
+            ds = p * (_dropped(dp, said, place, (m0, m1), (n0, n1)) - dpsum[..., m0:m1].unsqueeze(-1))
+            p = _dropped(p, said, place, (m0, m1), (n0, n1))
             if said.expression:
                 ds = _pulled_back(ds, said, products, place, seqlen_q, seqlen_k, (m0, m1), (n0, n1))
             dv[:, n0:n1] += torch.einsum("bngqk,bqngd->bknd", p, do_tile)
@@ -262,6 +335,7 @@ def attention_ragged(
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
     tensors: Sequence[Tensor] = (),
+    rng_state: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`attention_tiled`, one sequence of a ragged batch at a time.
@@ -277,7 +351,7 @@ def attention_ragged(
     lse = packed_q.new_full((q.shape[-2], packed_q.shape[0]), float("-inf"), dtype=_at_least_fp32(q[:0]).dtype)
     for b, (q0, q1, k0, k1) in enumerate(ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)):
         one = (x.unsqueeze(0) for x in (packed_q[q0:q1], packed_k[k0:k1], packed_v[k0:k1]))
-        out[q0:q1], lse[:, q0:q1] = (x[0] for x in attention_tiled(*one, place=Place(tensors, b), **options))
+        out[q0:q1], lse[:, q0:q1] = (x[0] for x in attention_tiled(*one, place=Place(tensors, b, rng_state), **options))
     return out.view((*q.shape[:-1], v.shape[-1])), lse
 
 
@@ -294,6 +368,7 @@ def attention_backward_ragged(
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
     tensors: Sequence[Tensor] = (),
+    rng_state: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_backward_tiled`, one sequence of a ragged batch at a time; tensors as of `attention_ragged`.
@@ -307,7 +382,7 @@ def attention_backward_ragged(
         one_k, one_v = (x[None, k0:k1] for x in of_key)
         rows, drows = lse[None, :, q0:q1], None if dlse is None else dlse[None, :, q0:q1]
         found = attention_backward_tiled(
-            one_dout, one_q, one_k, one_v, one_out, rows, drows, place=Place(tensors, b), **options
+            one_dout, one_q, one_k, one_v, one_out, rows, drows, place=Place(tensors, b, rng_state), **options
         )
         dq[q0:q1], dk[k0:k1], dv[k0:k1] = (x[0] for x in found)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)

@@ -132,11 +132,12 @@ def render(plan: KernelPlan, target: Target = "cuda") -> Rendered:
 def render_launcher(plan: KernelPlan) -> Rendered:
     """A launcher for one kernel's cubin: C++17 over the driver API, to be compiled alone or behind the kernel.
 
-    Raises RenderError for decoding kernels.
+    Raises RenderError for decoding kernels, and for dropout.
     """
     if not plan.has_launcher:
+        what = "dropout" if plan.dropout else "queries over a cache"
         raise RenderError(
-            f"{plan.name}: there is no launcher of queries over a cache\n"
+            f"{plan.name}: there is no launcher of {what}\n"
             "  nearest        without it: the comment at the end of the render says how it is launched"
         )
     return _strip_marks(_text(plan, LAUNCHER, "cuda"))

@@ -325,6 +325,12 @@ class Problem(_Fields):
         OnlyFor(("fwd", "bwd"), "kernels over caches have none yet"),
         Field(description="One more logit a query head in each softmax's sum, s_aux, which no value stands for."),
     ] = False
+    dropout: Annotated[
+        bool,
+        Shown("drop", optional=True, phrase="dropout"),
+        OnlyFor(("fwd", "bwd"), "who decodes drops nothing"),
+        Field(description="Elements of P are dropped with the call's probability, by random bits in device memory."),
+    ] = False
     deterministic: Annotated[
         bool,
         Shown("det", optional=True, phrase="deterministic"),

@@ -306,8 +306,9 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
 
     Without seqlens at those of the paper; of ragged batches, they are the longest of packed documents.
     """
-    if refused := next((problem for problem in problems if problem.sink), None):
-        raise UnsupportedProblem(f"bench measures no attention sinks: {refused.text}\n  nearest        without sink")
+    for name, what in (("sink", "attention sinks"), ("dropout", "dropout")):
+        if refused := next((problem for problem in problems if getattr(problem, name)), None):
+            raise UnsupportedProblem(f"bench measures no {what}: {refused.text}\n  nearest        without {name}")
     if refused := next((problem for problem in problems if problem.has_expression), None):
         raise UnsupportedProblem(
             f"bench measures no expressions: {refused.text}\n  nearest        without score and allow"

@@ -11,6 +11,7 @@ import itertools
 
 from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.features.deterministic import DETERMINISTIC
+from fa2gen.features.dropout import DROPOUT
 from fa2gen.features.expression import expression_of
 from fa2gen.features.mask import CAUSAL, FULL, key_range
 from fa2gen.features.paged import PAGED
@@ -31,6 +32,7 @@ def features_of(problem: Problem) -> tuple[Feature, ...]:
         MASKS[problem.mask],
         *([VARLEN[problem.direction]] if problem.varlen else []),
         *([SINK[problem.direction]] if problem.sink else []),
+        *([DROPOUT] if problem.dropout else []),
         *([PAGED] if problem.paged else []),
         *([DETERMINISTIC] if problem.deterministic else []),
         *([expression_of(problem)] if problem.has_expression else []),

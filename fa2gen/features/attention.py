@@ -17,7 +17,8 @@ class Operand:
 
     of        whose rows and heads it has: "query" and "key" tensors are (batch, seqlen, heads, head_dim) in the
               kernel's dtype, the head dim contiguous; "row" tensors are (batch, num_heads, seqlen_q), fp32, dense;
-              "bounds" (batch + 1,) and "lengths" (batch,), int32, dense; "head" (num_heads,), fp32, dense.
+              "bounds" (batch + 1,) and "lengths" (batch,), int32, dense; "head" (num_heads,), fp32, dense;
+              "state" (4,), int32, 128 random bits.
               "cache" is a tensor with rows of its own, (entries, rows, heads_kv, head_dim), and "table" (batch, pages),
               int32, the numbers of a sequence's pages; "new" keys are (batch, seqlen_new, heads_kv, head_dim), "angles"
               (positions, rotary_dim / 2), in the kernel's dtype, dense. "floats" and "ints" are what an expression
@@ -28,7 +29,9 @@ class Operand:
     """
 
     name: str
-    of: Literal["query", "key", "row", "bounds", "lengths", "cache", "table", "new", "angles", "head", "floats", "ints"]
+    of: Literal[
+        "query", "key", "row", "bounds", "lengths", "cache", "table", "new", "angles", "head", "state", "floats", "ints"
+    ]
     of_v: bool = False
     out: bool = False
     optional: bool = False
@@ -49,6 +52,8 @@ class Operand:
             return (shape.entries, shape.page_size or shape.seqlen_k, shape.num_heads_kv, self.head_dim(problem))
         if self.of in ("bounds", "lengths"):
             return (shape.batch + (self.of == "bounds"),)
+        if self.of == "state":
+            return (4,)
         if self.of == "head":
             return (shape.num_heads,)
         if self.is_input:
@@ -74,7 +79,7 @@ class Operand:
     def ctype(self) -> str:
         """Of the pointer to it in Params."""
         int_or_float = {"row": "float", "head": "float", "bounds": "int", "lengths": "int", "table": "int"}
-        int_or_float |= {"floats": "float", "ints": "int"}
+        int_or_float |= {"floats": "float", "ints": "int", "state": "int"}
         of = int_or_float.get(self.of, "void")
         return of + ("*" if self.out else " const*")
 

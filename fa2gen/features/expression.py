@@ -10,8 +10,9 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
+from fa2gen.errors import UnsupportedProblem
 from fa2gen.expression import Code, Input, Program, emit, parse
 from fa2gen.expression.hoist import LEVELS
 from fa2gen.features.attention import Operand
@@ -26,6 +27,7 @@ __all__ = [
     "expression_of",
     "loads_of",
     "named_values",
+    "refuse_dropout",
     "score_code",
 ]
 
@@ -35,6 +37,8 @@ _EXAMPLE_NUMBER = 3.0
 def expression_of(problem: Problem) -> Feature:
     """The feature of a problem's expressions."""
     program = problem.program
+    if problem.dropout:
+        refuse_dropout()
     numbers = [x.token for x in program.inputs if not x.is_tensor]
     tensors = [x for x in program.inputs if x.is_tensor]
 
@@ -55,6 +59,13 @@ def expression_of(problem: Problem) -> Feature:
         values=values,
         formulas={name: name for name in (*numbers, *(name for x in tensors for name in _lasts(x)))},
         examples=({"expression": example},),
+    )
+
+
+def refuse_dropout() -> NoReturn:
+    """Raise UnsupportedProblem: kernels that modify scores pack P before it is known what is dropped."""
+    raise UnsupportedProblem(
+        "dropout with an expression (a softcap) is not built yet; nearest: dropout_p 0.0, or scores as they are"
     )
 
 

@@ -28,8 +28,9 @@ __all__ = [
     "flag",
     "modified",
     "named",
+    "new_rng_state",
     "options_of",
-    "refuse_unbuilt",
+    "probability",
     "sinks",
     "window_sides",
 ]
@@ -164,17 +165,19 @@ def _tensor(name: str, value: Any, rank: int, kind: str) -> Tensor:
     return value.to(torch.float32 if kind == "float" else torch.int32).contiguous()
 
 
-OF_GENERAL_OPERATORS = (*SAID_BY_TENSORS, "expression")
+OF_GENERAL_OPERATORS = (*SAID_BY_TENSORS, "expression", "dropout_p")
 """Options that `fwd` and `fwd_varlen` have no argument for."""
 
 
 def named(options: Options) -> dict[str, Any]:
-    """Options as an operator takes them, by name; only a general one takes an expression."""
+    """Options as an operator takes them, by name; only a general one takes an expression, and dropout."""
     said = {name: value for name, value in options._asdict().items() if name not in OF_GENERAL_OPERATORS}
     if options.expression:
         said |= options.expression._asdict()
         said["numbers"] = list(options.expression.numbers)
         del said["shapes"]  # which the tensors say
+    if options.dropout_p:
+        said["dropout_p"] = options.dropout_p
     return said
 
 
@@ -271,12 +274,22 @@ def _scale(softmax_scale: Any, q: Tensor) -> float:
     raise InvalidInput(f"softmax_scale must be a number or None, not {describe(softmax_scale)}{hint}")
 
 
-def refuse_unbuilt(dropout_p: Any) -> None:
-    """Raise UnsupportedProblem for features of flash_attn that are not built yet, InvalidInput for what is none."""
+def probability(dropout_p: Any) -> float:
+    """Of dropping an element. Raises InvalidInput unless 0 <= dropout_p < 1."""
+    if isinstance(dropout_p, _SYMBOLIC):
+        return dropout_p  # type: ignore[no-any-return]
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
-        raise InvalidInput(f"dropout_p must be a number, not {describe(dropout_p)}: pass 0.0")
-    if dropout_p:
-        raise UnsupportedProblem(
-            f"dropout is not built yet (dropout_p={dropout_p!r}); pass 0.0, which is what evaluation wants. "
-            "If this is a scale: the fourth positional argument is dropout_p, as in flash_attn 2; name softmax_scale"
+        hint = ": take .item() of it, which waits for the device" if isinstance(dropout_p, Tensor) else ""
+        raise InvalidInput(f"dropout_p must be a number, not {describe(dropout_p)}{hint}")
+    number = float(dropout_p)
+    if not 0 <= number < 1:
+        raise InvalidInput(
+            f"dropout_p is {dropout_p!r}; it must be from 0, no dropout, to less than 1. If this is a scale: the "
+            "fourth positional argument is dropout_p, as in flash_attn 2; name softmax_scale"
         )
+    return number
+
+
+def new_rng_state(q: Tensor) -> Tensor:
+    """128 random bits on q's device, by its generator: (2,) int64. A captured graph draws new ones at each replay."""
+    return torch.randint(-(1 << 63), (1 << 63) - 1, (2,), device=q.device)

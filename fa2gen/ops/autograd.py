@@ -146,8 +146,9 @@ class RaggedAttention(torch.autograd.Function):
 
 
 class GeneralAttention(torch.autograd.Function):
-    """`Attention` of a call with further tensors: lengths if the batch is ragged, sinks' logits if there are sinks, and
-    those of an expression, which have no gradient."""
+    """`Attention` of a call with further tensors: lengths if the batch is ragged, sinks' logits if there are sinks, the
+    random bits of dropout, which say what was dropped in place of a mask, and the tensors of an expression, which have
+    no gradient."""
 
     @staticmethod
     def forward(
@@ -161,10 +162,11 @@ class GeneralAttention(torch.autograd.Function):
         seqused_q: Tensor | None,
         seqused_k: Tensor | None,
         s_aux: Tensor | None,
+        rng_state: Tensor | None,
         *rest: Any,
     ) -> tuple[Tensor, Tensor]:
         *tensors, options, max_keys = rest
-        others = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux, *tensors)
+        others = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux, rng_state, *tensors)
         out, lse = run(q, k, v, *others, options, max_keys)
         ctx.save_for_backward(q, k, v, out, lse, *others)
         ctx.set_materialize_grads(False)
@@ -176,15 +178,15 @@ class GeneralAttention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
         q, k, v, out, lse, *others = ctx.saved_tensors
-        lengths, s_aux, tensors = others[:4], others[4], others[5:]
+        lengths, (s_aux, rng_state), tensors = others[:4], others[4:6], others[6:]
         if dout is None:
             dout = torch.zeros_like(out)
         run: Callable[..., Any] = by_general_operator
         if _is_plain_backward(dout, q, k, v, dlse) and all(x is None or type(x) is Tensor for x in (s_aux, *tensors)):
             run = partial(backward_general, max_keys=ctx.max_keys)
-        dq, dk, dv, ds_aux = run(dout, q, k, v, out, lse, dlse, *lengths, s_aux, tensors, ctx.options)
+        dq, dk, dv, ds_aux = run(dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, ctx.options)
         of_tensors = (None,) * len(tensors)
-        return None, dq, dk, dv, *(None,) * 4, None if s_aux is None else ds_aux, *of_tensors, None, None
+        return None, dq, dk, dv, *(None,) * 4, None if s_aux is None else ds_aux, None, *of_tensors, None, None
 
 
 def _is_plain_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None) -> bool:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, refuse_unbuilt, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, new_rng_state, probability, window_sides
 from fa2gen.ops.autograd import Attention, is_plain, wants_gradient
 from fa2gen.ops.call import forward_cuda, forward_out
 from fa2gen.ops.operator import run_any
 from fa2gen.ops.validate import refuse_non_tensors, refuse_tensor_kinds
+from fa2gen.reference import dropout_mask
 
 __all__ = [
     "Result",
@@ -26,7 +27,7 @@ __all__ = [
     "unpacked",
 ]
 
-WithLse: TypeAlias = tuple[Tensor, Tensor, None]
+WithLse: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 Result: TypeAlias = Tensor | WithLse
 
 
@@ -81,13 +82,19 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
     dim of its own, which out has then. Nested tensors of layout jagged, with a jagged seqlen, run as
     `flash_attn_varlen_func`; out is one like q then.
 
+    dropout_p          an element of the softmax is dropped with this probability, in steps of 2^-15; the others count
+                       1 / (1 - dropout_p) times. From torch's generator of q's device come 128 random bits for a call,
+                       in a CUDA graph anew for each replay; gradients keep these, not the mask.
     softmax_scale      default head_dim ** -0.5, of q's head dim.
     causal             query i sees no key after d = i + seqlen_k - seqlen_q.
     window_size        (left, right): query i sees keys d - left to d + right; -1 or None is no limit on that side, and
                        causal makes right 0. A sequence, an array or a tensor of two.
     deterministic      gradients that are the same bits in every run, at some cost in speed; so they are also under
                        torch.use_deterministic_algorithms(True). The forward pass always is.
-    return_attn_probs  return (out, lse, None) rather than out; lse (batch, heads, seqlen_q) fp32, differentiable.
+    return_attn_probs  return (out, lse, None) rather than out; lse (batch, heads, seqlen_q) fp32, differentiable. With
+                       dropout, (out, lse, mask): mask (batch, heads, seqlen_q, seqlen_k) in q's dtype is -1 where an
+                       element of the softmax was dropped, else 1. It is for tests: computed by itself, on the host's
+                       time, and as large as it says.
     softcap            scores are softcap * tanh(s / softcap), before any mask; 0.0: as they are.
     alibi_slopes       (heads,) or (batch, heads): scores are less by slope * |i + seqlen_k - seqlen_q - j|, after any
                        cap. Not differentiable. LSE is that of these scores.
@@ -96,10 +103,11 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
                        scaled nor masked, which no value stands for. Differentiable. LSE includes it, so that of a row
                        that sees no key it is the sink; -inf: no sink.
 
-    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout.
+    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout with a
+    softcap or ALiBi.
     """
     if dropout_p.__class__ is not float or dropout_p:
-        refuse_unbuilt(dropout_p)
+        dropout_p = probability(dropout_p)
     expression, tensors = None, ()
     if softcap.__class__ is not float or softcap or alibi_slopes is not None:
         expression, tensors = modified(softcap, alibi_slopes)
@@ -112,9 +120,10 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
         and attention_chunk.__class__ is int
         and s_aux is None
         and not tensors
+        and not dropout_p
         and is_plain(q, k, v)
     ):
-        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False, False, expression)
+        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False, False, expression, 0.0)
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = Attention.apply(forward_cuda, q, k, v, options)
         elif return_attn_probs:
@@ -124,7 +133,13 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
     else:
         return_attn_probs = flag("return_attn_probs", return_attn_probs)
         said = (softmax_scale, causal, (left, right), attention_chunk, deterministic)
-        out, lse = run_any(q, k, v, said, (expression, tensors), s_aux)
+        if dropout_p and return_attn_probs:
+            refuse_tensor_kinds("qkv", (q, k, v))
+            rng_state = new_rng_state(q)
+            out, lse = run_any(q, k, v, said, (expression, tensors), s_aux, dropout_p, rng_state)
+            sizes = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+            return out, lse, dropout_mask(rng_state, dropout_p, *sizes, q.dtype)
+        out, lse = run_any(q, k, v, said, (expression, tensors), s_aux, dropout_p)
     return (out, lse, None) if return_attn_probs else out
 
 

@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, refuse_unbuilt, window_sides
+from fa2gen.ops.arguments import (
+    NO_WINDOW,
+    Window,
+    flag,
+    modified,
+    new_rng_state,
+    options_of,
+    probability,
+    window_sides,
+)
 from fa2gen.ops.autograd import RaggedAttention, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions
 from fa2gen.ops.flash import Result, WithLse, unpacked
-from fa2gen.ops.operator import run_ragged
+from fa2gen.ops.operator import run_general, run_ragged
 from fa2gen.ops.ragged import are_plain, forward_ragged, forward_ragged_out
-from fa2gen.ops.validate import LENGTHS, describe, refuse_non_tensors
+from fa2gen.ops.validate import LENGTHS, describe, refuse_non_tensors, validate_ragged
+from fa2gen.reference import dropout_mask
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
 
@@ -91,7 +101,8 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     cu_seqlens_q, _k   (batch + 1,) int32, on q's device. None: that side is dense, (batch, seqlen, heads, head_dim),
                        its rows evenly spaced.
     max_seqlen_q, _k   may be left out. A tensor is not read; a number of keys helps to choose the quickest kernel.
-    return_attn_probs  return (out, lse, None) rather than out; lse (heads, total_q) fp32, differentiable.
+    return_attn_probs  return (out, lse, None) rather than out; lse (heads, total_q) fp32, differentiable. With dropout
+                       the third is a mask (batch, heads, max_seqlen_q, max_seqlen_k), as `flash_attn_func` says.
     seqused_q, _k      (batch,) int32: how many rows of each sequence count; None: all.
 
     The others are those of `flash_attn_func`. Lengths stay on the device, which nothing here waits for; ones that do
@@ -105,7 +116,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
             "seqused_k"
         )
     if dropout_p.__class__ is not float or dropout_p:
-        refuse_unbuilt(dropout_p)
+        dropout_p = probability(dropout_p)
     expression, tensors = None, ()
     if softcap.__class__ is not float or softcap or alibi_slopes is not None:
         expression, tensors = modified(softcap, alibi_slopes)
@@ -122,13 +133,24 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         plain_numbers
         and s_aux is None
         and not tensors
+        and not dropout_p
         and (return_attn_probs is False or return_attn_probs is True)
         and (max_seqlen_k is None or (max_seqlen_k.__class__ is int and max_seqlen_k >= 0))
         and (max_seqlen_q is None or (max_seqlen_q.__class__ is int and max_seqlen_q >= 0))
         and is_plain(q, k, v)
         and are_plain(lengths)
     ):
-        options: AnyOptions = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False, expression)
+        options: AnyOptions = (
+            softmax_scale,
+            causal,
+            *sides,
+            attention_chunk,
+            deterministic,
+            True,
+            False,
+            expression,
+            0.0,
+        )
         max_keys: int | None = max_seqlen_k
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = RaggedAttention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
@@ -147,11 +169,22 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         _longest("max_seqlen_q", max_seqlen_q)
         max_keys = _longest("max_seqlen_k", max_seqlen_k)
     if plain_numbers:
-        options = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False, expression)
+        options = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False, expression, 0.0)
     else:
         options = options_of(q, softmax_scale, causal, sides, attention_chunk, deterministic, True, expression)
     return_attn_probs = flag("return_attn_probs", return_attn_probs)
-    out, lse = run_ragged(q, k, v, lengths, options, max_keys, s_aux, tensors)
+    if dropout_p and return_attn_probs:
+        longest = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
+        if None in longest:
+            raise InvalidInput(
+                "with dropout, return_attn_probs gives a mask (batch, heads, max_seqlen_q, max_seqlen_k), and these "
+                f"are {max_seqlen_q!r} and {max_seqlen_k!r}: pass whole numbers"
+            )
+        rng_state = new_rng_state(q)
+        out, lse = run_general(q, k, v, lengths, options, max_keys, s_aux, dropout_p, rng_state, tensors)
+        batch = validate_ragged(q, k, v, lengths)
+        return out, lse, dropout_mask(rng_state, dropout_p, batch, q.shape[-2], *longest, q.dtype)  # type: ignore[arg-type]
+    out, lse = run_ragged(q, k, v, lengths, options, max_keys, s_aux, tensors, dropout_p)
     return (out, lse, None) if return_attn_probs else out
 
 

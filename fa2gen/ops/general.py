@@ -29,7 +29,6 @@ from fa2gen.ops.validate import (
     validate_expression,
     validate_general,
     validate_general_backward,
-    validate_options,
 )
 from fa2gen.options import Options, Shape
 from fa2gen.spec import Tiling
@@ -49,6 +48,7 @@ def forward_general(
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
     s_aux: Tensor | None,
+    rng_state: Tensor | None,
     tensors: Sequence[Tensor],
     options: AnyOptions,
     max_keys: int | None = None,
@@ -59,32 +59,35 @@ def forward_general(
     """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
 
     q, k, v  of a dense batch, where all lengths are None, else of a ragged one, as `validate_ragged` says.
-    s_aux    (heads,) fp32, contiguous, or None.
-    tensors  that the expression of the options names, in the order of its inputs.
+    s_aux      (heads,) fp32, contiguous, or None.
+    rng_state  (2,) int64: 128 random bits, with dropout alone.
+    tensors    that the expression of the options names, in the order of its inputs.
 
     out as `out_shape` says; lse (batch, heads, seqlen_q), of a ragged batch (heads, total_q), fp32; both contiguous.
     Raises as `forward_cuda` does.
     """
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
-    key = (*map(_kind, (q, k, v, *lengths, s_aux, *tensors)), options, keys, arch, tiling)
-    call = prepared(key, _prepare, q, k, v, lengths, s_aux, tensors, Options(*options), keys, arch, tiling)
+    key = (*map(_kind, (q, k, v, *lengths, s_aux, rng_state, *tensors)), options, keys, arch, tiling)
+    call = prepared(key, _prepare, q, k, v, lengths, s_aux, rng_state, tensors, Options(*options), keys, arch, tiling)
     out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
     ragged = any(x is not None for x in lengths)
     if call.launch is None and not call.misaligned:  # no query, or no key for any
         if ragged and s_aux is not None and out.numel():
             one_k, one_v, bounds = _keys_of_none(k, v, lengths)
-            given = (q, one_k, one_v, cu_seqlens_q, bounds, seqused_q, None, s_aux, tensors)
+            given = (q, one_k, one_v, cu_seqlens_q, bounds, seqused_q, None, s_aux, rng_state, tensors)
             return forward_general(*given, options, max_keys, arch, tiling, (out, lse))
         out.zero_()
         lse.copy_(s_aux[:, None].expand_as(lse)) if s_aux is not None else lse.fill_(-math.inf)
         return out, lse
     at = [x.data_ptr() for x in (q, k, v, out, lse)]
-    if call.launch is None or any(address & 15 for address in at):
+    if call.launch is None or any(address & 15 for address in (*at, _address(rng_state))):
         q, k, v = (aligned(x) for x in (q, k, v))
-        return forward_general(q, k, v, *lengths, s_aux, tensors, options, max_keys, arch, tiling, (out, lse))
-    of_sink = () if s_aux is None else (s_aux.data_ptr(),)
-    others = (*(map(_address, lengths) if ragged else ()), *of_sink, *(x.data_ptr() for x in tensors))
+        rng_state = _on_16_bytes(rng_state)
+        further = (s_aux, rng_state, tensors)
+        return forward_general(q, k, v, *lengths, *further, options, max_keys, arch, tiling, (out, lse))
+    addresses = (x.data_ptr() for x in (s_aux, rng_state, *tensors) if x is not None)
+    others = (*(map(_address, lengths) if ragged else ()), *addresses)
     launch = launch_with_scratch if ragged else launch_cleared
     launch(call, q, (*at, *others))
     return out, lse
@@ -103,6 +106,7 @@ def backward_general(
     seqused_q: Tensor | None,
     seqused_k: Tensor | None,
     s_aux: Tensor | None,
+    rng_state: Tensor | None,
     tensors: Sequence[Tensor],
     options: AnyOptions,
     max_keys: int | None = None,
@@ -125,8 +129,8 @@ def backward_general(
         dlse = dlse.contiguous()
     first = (dout, q, k, v, out, lse, dlse)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
-    key = (*map(_kind, (*first, *lengths, s_aux, *tensors)), options, keys)
-    call = prepared(key, _prepare_backward, *first, lengths, s_aux, tensors, Options(*options), keys)
+    key = (*map(_kind, (*first, *lengths, s_aux, rng_state, *tensors)), options, keys)
+    call = prepared(key, _prepare_backward, *first, lengths, s_aux, rng_state, tensors, Options(*options), keys)
     sinks = 0 if s_aux is None else s_aux.shape[0]
     gradients = into or (
         *(x.new_empty(x.shape) for x in (q, k, v)),
@@ -135,8 +139,8 @@ def backward_general(
     if call.launch is None and not call.misaligned:  # no query or no key
         if ragged and s_aux is not None and q.numel():
             one_k, one_v, bounds = _keys_of_none(k, v, lengths)
-            given = (dout, q, one_k, one_v, out, lse, dlse, cu_seqlens_q, bounds, seqused_q, None, s_aux, tensors)
-            dq, _, _, ds_aux = backward_general(*given, options, max_keys)
+            given = (dout, q, one_k, one_v, out, lse, dlse, cu_seqlens_q, bounds, seqused_q, None)
+            dq, _, _, ds_aux = backward_general(*given, s_aux, rng_state, tensors, options, max_keys)
             return dq, gradients[1].zero_(), gradients[2].zero_(), ds_aux
         for gradient in gradients:
             gradient.zero_()
@@ -146,14 +150,14 @@ def backward_general(
     dq, dk, dv, ds_aux = gradients
     at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
     at.append(_address(dlse))
-    if call.launch is None or any(address & 15 for address in at):
+    if call.launch is None or any(address & 15 for address in (*at, _address(rng_state))):
         q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
-        lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
-        given = (dout, q, k, v, out, lse, dlse, *lengths, s_aux, tensors)
-        return backward_general(*given, options, max_keys, gradients)
+        lse, dlse, rng_state = (_on_16_bytes(x) for x in (lse, dlse, rng_state))
+        first, further = (dout, q, k, v, out, lse, dlse), (s_aux, rng_state, tensors)
+        return backward_general(*first, *lengths, *further, options, max_keys, gradients)
     of_sink = () if s_aux is None else (s_aux.data_ptr(), ds_aux.data_ptr())
-    others = (*(map(_address, lengths) if ragged else ()), *of_sink, *(x.data_ptr() for x in tensors))
-    launch_with_scratch(call, q, (*at, *others))
+    addresses = (x.data_ptr() for x in (rng_state, *tensors) if x is not None)
+    launch_with_scratch(call, q, (*at, *(map(_address, lengths) if ragged else ()), *of_sink, *addresses))
     return gradients
 
 
@@ -162,6 +166,10 @@ def _keys_of_none(k: Tensor, v: Tensor, lengths: Lengths) -> tuple[Tensor, Tenso
     batch = k.shape[0] if lengths[1] is None else lengths[1].shape[0] - 1
     one_k, one_v = (x.new_zeros((1, *x.shape[-2:])) for x in (k, v))
     return one_k, one_v, torch.zeros(batch + 1, dtype=torch.int32, device=k.device)
+
+
+def _on_16_bytes(x: Tensor | None) -> Tensor | None:
+    return x if x is None or not x.data_ptr() & 15 else x.clone()
 
 
 def _kind(x: Tensor | None) -> Any:
@@ -182,6 +190,7 @@ def _prepare(
     v: Tensor,
     lengths: Lengths,
     s_aux: Tensor | None,
+    rng_state: Tensor | None,
     inputs: Sequence[Tensor],
     options: Options,
     keys: int | None,
@@ -189,8 +198,7 @@ def _prepare(
     tiling: Tiling | None,
 ) -> Call:
     """Validate a signature; choose, load and pack its kernel."""
-    sequences = validate_general(q, k, v, lengths, s_aux)
-    validate_options(options)
+    sequences = validate_general(q, k, v, lengths, s_aux, rng_state, options)
     validate_expression(q, k, sequences, inputs, options)
     tensors, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v})
     of_out = out_shape(q, v)
@@ -218,13 +226,13 @@ def _prepare_backward(
     dlse: Tensor | None,
     lengths: Lengths,
     s_aux: Tensor | None,
+    rng_state: Tensor | None,
     inputs: Sequence[Tensor],
     options: Options,
     keys: int | None,
 ) -> Call:
     """`_prepare` of gradients."""
-    sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, lengths, s_aux)
-    validate_options(options)
+    sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, lengths, s_aux, rng_state, options)
     validate_expression(q, k, sequences, inputs, options)
     tensors, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v, "o": out, "dout": dout})
     results = {f"d{name}": dense(*tensors[name].shape[1:]) for name in "qkv"}

@@ -5,10 +5,11 @@ bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool caus
 
 `fwd_varlen` and `bwd_varlen` take `Tensor? cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k` behind these tensors; what
 each is says `fa2gen.ops.validate.validate_ragged`. `fwd_general` and `bwd_general` take all that a call may have:
-behind the lengths, which of a dense batch are all None, `Tensor? s_aux`, (heads,) fp32, and `Tensor[] tensors`, those
-that an expression names; `bwd_general` has a fourth result, ds_aux, which is empty where there is no s_aux. They alone
-take expressions: `score`, `allow` and `inputs` as `fa2gen.spec.Problem` has them, and the values of their `numbers`.
-Those of calls over a cache are `fa2gen.ops.kvcache_operator`'s.
+behind the lengths, which of a dense batch are all None, `Tensor? s_aux`, (heads,) fp32, `Tensor? rng_state`, (2,)
+int64, the random bits of dropout, and `Tensor[] tensors`, those that an expression names; `bwd_general` has a fourth
+result, ds_aux, which is empty where there is no s_aux. They alone take expressions: `score`, `allow` and `inputs` as
+`fa2gen.spec.Problem` has them, and the values of their `numbers`. Those of calls over a cache are
+`fa2gen.ops.kvcache_operator`'s.
 
 ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
 field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
@@ -90,8 +91,8 @@ OPTION_SCHEMA = _option_schema()
 _FORWARD = "Tensor q, Tensor k, Tensor v"
 _BACKWARD = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
 _RAGGED = ", ".join(f"Tensor? {name}" for name in LENGTHS)
-_GENERAL = f"{_RAGGED}, Tensor? s_aux, Tensor[] tensors"
-_GENERAL_SCHEMA = f'{OPTION_SCHEMA}, str score="", str allow="", str inputs="", float[] numbers=[]'
+_GENERAL = f"{_RAGGED}, Tensor? s_aux, Tensor? rng_state, Tensor[] tensors"
+_GENERAL_SCHEMA = f'{OPTION_SCHEMA}, str score="", str allow="", str inputs="", float[] numbers=[], float dropout_p=0.0'
 _SCHEMAS = {
     "fwd": f"({_FORWARD}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd": f"({_BACKWARD}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
@@ -104,16 +105,17 @@ _SCHEMAS = {
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
 _RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
 _GENERAL_NAMES = ("fwd_general", "bwd_general")
+_OF_GENERAL = ("score", "allow", "inputs", "numbers", "dropout_p")  # options behind those that all take
 
 
 def _options(name: str, tensors: tuple[Any, ...], others: tuple[Any, ...], named: dict[str, Any]) -> Options:
     """What an operator was called with, where others are its arguments behind the tensors."""
     if name not in _GENERAL_NAMES:
         return Options(*others, **{**named, "varlen": name in _RAGGED_NAMES})
-    *_, of_query, of_key, used_q, used_k, s_aux, inputs = tensors
+    *_, of_query, of_key, used_q, used_k, s_aux, _, inputs = tensors
     ragged = not of_query is of_key is used_q is used_k is None
     count = len(Options._fields) - len(OF_GENERAL_OPERATORS)
-    given = {**named, **dict(zip(Expression._fields, others[count:], strict=False))}
+    given = {**named, **dict(zip(_OF_GENERAL, others[count:], strict=False))}
     said = Expression(*(given.pop(field, default) for field, default in Expression._field_defaults.items()))
     said = said._replace(numbers=tuple(said.numbers), shapes=tuple(tuple(x.shape) for x in inputs))
     expression = said if said.score or said.allow else None
@@ -184,19 +186,18 @@ def _backward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, *lengths, s_aux, tensors, options = arguments
-    sequences = validate_general(q, k, v, tuple(lengths), s_aux)
-    validate_options(options)
+    q, k, v, *lengths, s_aux, rng_state, tensors, options = arguments
+    sequences = validate_general(q, k, v, tuple(lengths), s_aux, rng_state, options)
     validate_expression(q, k, sequences, tensors, options)
     with torch.autocast("cpu", enabled=False):
         if sequences is None:
-            return attention_tiled(q, k, v, s_aux=s_aux, place=Place(tensors), **options._asdict())
-        return attention_ragged(*[q, k, v, *lengths, tensors], s_aux=s_aux, **options._asdict())
+            return attention_tiled(q, k, v, s_aux=s_aux, place=Place(tensors, 0, rng_state), **options._asdict())
+        return attention_ragged(*[q, k, v, *lengths, tensors, rng_state], s_aux=s_aux, **options._asdict())
 
 
 def _forward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, *lengths, s_aux, tensors, options = arguments
-    sequences = validate_general(q, k, v, tuple(lengths), s_aux)
+    q, k, v, *lengths, s_aux, rng_state, tensors, options = arguments
+    sequences = validate_general(q, k, v, tuple(lengths), s_aux, rng_state, options)
     validate_expression(q, k, sequences, tensors, options)
     if sequences is None:
         return _forward_fake(q, k, v, options)
@@ -204,16 +205,15 @@ def _forward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout, q, k, v, out, lse, dlse, *lengths, s_aux, tensors, options = arguments
+    dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, options = arguments
     given = (dout, q, k, v, out, lse, dlse)
-    sequences = validate_general_backward(*given, tuple(lengths), s_aux)
-    validate_options(options)
+    sequences = validate_general_backward(*given, tuple(lengths), s_aux, rng_state, options)
     validate_expression(q, k, sequences, tensors, options)
     with torch.autocast("cpu", enabled=False):
         if sequences is None:
-            gradients = attention_backward_tiled(*given, place=Place(tensors), **options._asdict())
+            gradients = attention_backward_tiled(*given, place=Place(tensors, 0, rng_state), **options._asdict())
         else:
-            gradients = attention_backward_ragged(*[*given, *lengths, tensors], **options._asdict())
+            gradients = attention_backward_ragged(*[*given, *lengths, tensors, rng_state], **options._asdict())
             dout, out = ((x if x.dim() == 3 else x.flatten(0, 1)).unsqueeze(0) for x in (dout, out))
             lse, dlse = (None if x is None else x.unsqueeze(0) for x in (lse, dlse))
         if s_aux is None:
@@ -222,9 +222,8 @@ def _backward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _backward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout, q, k, v, out, lse, dlse, *lengths, s_aux, tensors, options = arguments
-    sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, tuple(lengths), s_aux)
-    validate_options(options)
+    dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, options = arguments
+    sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, tuple(lengths), s_aux, rng_state, options)
     validate_expression(q, k, sequences, tensors, options)
     ds_aux = q.new_empty(0 if s_aux is None else s_aux.shape, dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ds_aux
@@ -325,9 +324,8 @@ def _folded(x: Tensor, in_dim: int | None, size: int) -> Tensor:
 def _refuse_vmap(name: str, *_: Any) -> NoReturn:
     if name in _GENERAL_NAMES:
         raise UnsupportedProblem(
-            "torch.func.vmap of attention with sinks or an expression (a softcap) is not built; make what is mapped "
-            "over part of the batch: "
-            "q.flatten(0, 1) of (mapped, batch, seqlen, heads, head_dim)"
+            "torch.func.vmap of attention with sinks, dropout or an expression (a softcap) is not built; make what is "
+            "mapped over part of the batch: q.flatten(0, 1) of (mapped, batch, seqlen, heads, head_dim)"
         )
     raise UnsupportedProblem(
         "torch.func.vmap of a ragged batch is not built; it is a longer one: put the tensors one behind the other, and "

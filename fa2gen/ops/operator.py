@@ -17,7 +17,9 @@ from fa2gen.ops.arguments import (
     default_scale,
     expression_of,
     named,
+    new_rng_state,
     options_of,
+    probability,
     sinks,
     window_sides,
 )
@@ -64,6 +66,7 @@ def attention(
     score: str = "",
     allow: str = "",
     inputs: Mapping[str, Any] | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention as (out, lse), both differentiable, once; shapes as in `fa2gen.ops`.
 
@@ -73,7 +76,7 @@ def attention(
     tiling           one exact tiling, instead of the selected one.
     deterministic    gradients that are the same bits in every run, at some cost in speed; so they are also under
                      torch.use_deterministic_algorithms(True). The forward pass always is.
-    s_aux            as in `flash_attn_func`.
+    s_aux            as in `flash_attn_func`, dropout_p too.
     score            what becomes of the scaled score s of query i and key j, an expression: "cap * tanh(s / cap)".
     inputs           the numbers and tensors that it names: {"cap": 50.0}. A tensor has a dimension for each index that
                      it is looked up by, bias[h, i, j]; one of size 1 serves all, and indices beyond the others are
@@ -89,7 +92,7 @@ def attention(
     expression, tensors = expression_of(score, allow, inputs)
     said = (softmax_scale, causal, window_sides(window_size), attention_chunk, deterministic)
     if arch is None and tiling is None:
-        return run_any(q, k, v, said, (expression, tensors), s_aux)
+        return run_any(q, k, v, said, (expression, tensors), s_aux, dropout_p)
     refuse_non_tensors(q=q, k=k, v=v)
     refuse_tensor_kinds("qkv", (q, k, v))
     options = options_of(q, *said)._replace(expression=expression)
@@ -99,10 +102,11 @@ def attention(
         )
     if not q.is_cuda:
         raise InvalidInput(f"arch and tiling choose a CUDA kernel, but q is on {q.device}: leave them out")
-    if s_aux is not None or tensors:
-        given = (*autocasted(q, k, v), *_NO_LENGTHS, sinks(s_aux), tensors)
-        said_by_tensors = _with_shapes(options._replace(sink=s_aux is not None), tensors)
-        return forward_general(*given, said_by_tensors, None, arch, tiling)
+    if s_aux is not None or tensors or dropout_p:
+        said_by_tensors = options._replace(sink=s_aux is not None, dropout_p=probability(dropout_p))
+        rng_state = new_rng_state(q) if dropout_p else None
+        further = (*autocasted(q, k, v), *_NO_LENGTHS, sinks(s_aux), rng_state, tensors)
+        return forward_general(*further, _with_shapes(said_by_tensors, tensors), None, arch, tiling)
     return forward_cuda(*autocasted(q, k, v), options, arch, tiling)
 
 
@@ -113,6 +117,8 @@ def run_any(
     said: tuple[Any, ...],
     given: Modified,
     s_aux: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of dense or nested tensors; `said` are the arguments of `options_of`, of which none is checked yet."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
@@ -121,11 +127,11 @@ def run_any(
     if q.is_nested or k.is_nested or v.is_nested:
         packed, lengths = packed_jagged(q, k, v)
         options = options_of(packed[0], *said)._replace(varlen=True, expression=expression)
-        out, lse = run_ragged(*packed, lengths, options, s_aux=s_aux, tensors=tensors)
+        out, lse = run_ragged(*packed, lengths, options, s_aux=s_aux, tensors=tensors, dropout_p=dropout_p)
         return jagged_like(q, out), lse
     options = options_of(q, *said)._replace(expression=expression)
-    if s_aux is not None or tensors:
-        return run_general(q, k, v, _NO_LENGTHS, s_aux, options, tensors=tensors)
+    if s_aux is not None or tensors or dropout_p:
+        return run_general(q, k, v, _NO_LENGTHS, options, None, s_aux, dropout_p, rng_state, tensors)
     return run(q, k, v, options)
 
 
@@ -137,7 +143,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tens
             return out, lse
         return forward_cuda(q, k, v, options)
     if options.expression:
-        return run_general(q, k, v, _NO_LENGTHS, None, options)
+        return run_general(q, k, v, _NO_LENGTHS, options)
     q, k, v = autocasted(q, k, v)
     try:
         out, lse = _OPERATOR(q, k, v, **named(options))
@@ -156,11 +162,12 @@ def run_ragged(
     max_keys: int | None = None,
     s_aux: Tensor | None = None,
     tensors: Sequence[Tensor] = (),
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """`run` of a ragged batch; max_keys as in `forward_ragged`, s_aux as in `flash_attn_func`, tensors of an
-    expression."""
-    if s_aux is not None or tensors:
-        return run_general(q, k, v, lengths, s_aux, options, max_keys, tensors)
+    """`run` of a ragged batch; max_keys as in `forward_ragged`, s_aux and dropout_p as in `flash_attn_func`, tensors of
+    an expression."""
+    if s_aux is not None or tensors or dropout_p:
+        return run_general(q, k, v, lengths, options, max_keys, s_aux, dropout_p, None, tensors)
     if is_plain(q, k, v) and are_plain(lengths):
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
             out, lse = RaggedAttention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
@@ -170,7 +177,7 @@ def run_ragged(
     if said.softmax_scale is None:
         said = said._replace(softmax_scale=default_scale(q))
     if said.expression:
-        return run_general(q, k, v, lengths, None, said, max_keys)
+        return run_general(q, k, v, lengths, said, max_keys)
     q, k, v = autocasted(q, k, v)
     try:
         out, lse = _RAGGED_OPERATOR(q, k, v, *lengths, **named(said))
@@ -185,17 +192,23 @@ def run_general(
     k: Tensor,
     v: Tensor,
     lengths: Lengths,
-    s_aux: Tensor | None,
     options: AnyOptions,
     max_keys: int | None = None,
+    s_aux: Tensor | None = None,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
     tensors: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
-    """`run` of a call with further tensors, ragged where there are lengths; `tensors` are those of an expression."""
+    """`run` of a call with further tensors, ragged where there are lengths; rng_state is drawn where none is given, and
+    `tensors` are those of an expression."""
     said = Options(*options)._replace(varlen=any(x is not None for x in lengths), sink=s_aux is not None)
     said = _with_shapes(said, tensors)
+    if dropout_p:
+        said = said._replace(dropout_p=probability(dropout_p))
+        rng_state = new_rng_state(q) if rng_state is None else rng_state
     if said.softmax_scale is None:
         said = said._replace(softmax_scale=default_scale(q))
-    others = (*lengths, sinks(s_aux))
+    others = (*lengths, sinks(s_aux), rng_state)
     if is_plain(q, k, v) and all(x is None or type(x) is Tensor for x in (*others, *tensors)):
         if torch.is_grad_enabled() and wants_gradient(q, k, v, *others, *tensors):
             out, lse = GeneralAttention.apply(_forward_flat, q, k, v, *others, *tensors, said, max_keys)
@@ -206,7 +219,7 @@ def run_general(
         out, lse = _GENERAL_OPERATOR(q, k, v, *others, [*tensors], **named(said))
         return out, lse
     except NotImplementedError:
-        validate_general(q, k, v, lengths, others[-1])
+        validate_general(q, k, v, lengths, *others[-2:], said)
         raise
 
 
@@ -221,7 +234,7 @@ def _with_shapes(options: Options, tensors: Sequence[Tensor]) -> Options:
 def _forward_flat(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`forward_general` of the tensors of an expression one by one, as autograd knows them."""
     *given, options, max_keys = arguments
-    return forward_general(*[*given[:8], given[8:], options, max_keys])
+    return forward_general(*[*given[:9], given[9:], options, max_keys])
 
 
 def autocasted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -51,24 +51,24 @@ def _backward(
 
 
 def _forward_general(q: Any, k: Any, v: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
-    """`_forward` with lengths, or None in their places, and s_aux behind them."""
-    *lengths, s_aux, tensors = others[: _NUM_LENGTHS + 2]
-    options = others[_NUM_LENGTHS + 2 :]
+    """`_forward` with lengths, or None in their places, and s_aux, rng_state and tensors behind them."""
+    *lengths, s_aux, rng_state, tensors = others[: _NUM_LENGTHS + 3]
+    options = others[_NUM_LENGTHS + 3 :]
     _refuse_own_places(tensors, options)
     found = []
     for results, inputs in _forward(any(x is not None for x in lengths), q, k, v, *lengths, *options):
         of_head = _of_heads(s_aux, results[1], len(q.shape))
         at = 3 + _NUM_LENGTHS
-        found.append((results, [*inputs[:at], of_head, [], *inputs[at:]]))
-    return found
+        found.append((results, [*inputs[:at], of_head, None if rng_state is None else Replicate(), [], *inputs[at:]]))
+    return found if rng_state is None else found[:1]  # heads and sequences are numbered in each shard from 0
 
 
 def _backward_general(
     dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, *others: Any
 ) -> list[tuple[list[Any], list[Any]]]:
     """`_backward` likewise; ds_aux is a sum over the batch."""
-    *lengths, s_aux, inputs_of_expression = others[: _NUM_LENGTHS + 2]
-    options = others[_NUM_LENGTHS + 2 :]
+    *lengths, s_aux, rng_state, inputs_of_expression = others[: _NUM_LENGTHS + 3]
+    options = others[_NUM_LENGTHS + 3 :]
     _refuse_own_places(inputs_of_expression, options)
     tensors = (dout, q, k, v, out, lse, dlse)
     found = []
@@ -76,8 +76,9 @@ def _backward_general(
         rows, at = inputs[5], 7 + _NUM_LENGTHS
         of_head = _of_heads(s_aux, rows, len(q.shape))
         of_gradient = Partial() if s_aux is not None and of_head == Replicate() != rows else of_head or Replicate()
-        found.append(([*results, of_gradient], [*inputs[:at], of_head, [], *inputs[at:]]))
-    return found
+        of_bits = None if rng_state is None else Replicate()
+        found.append(([*results, of_gradient], [*inputs[:at], of_head, of_bits, [], *inputs[at:]]))
+    return found if rng_state is None else found[:1]
 
 
 def _refuse_own_places(tensors: Any, options: tuple[Any, ...]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.features.expression import named_values
+from fa2gen.features.expression import named_values, refuse_dropout
 from fa2gen.options import Expression, Options
 from fa2gen.spec import HEAD_DIM_STEP, MAX_HEAD_DIM, DType, program_of
 
@@ -123,6 +123,8 @@ def validate_options(options: Options) -> None:
     scale, left, right, chunk = options.softmax_scale, options.window_left, options.window_right, options.chunk
     if isinstance(scale, float | int) and not _MIN_SCALE <= scale <= _MAX_SCALE:  # NaN fails every comparison
         _refuse_scale(scale)
+    if isinstance(options.dropout_p, float | int) and not 0 <= options.dropout_p < 1:
+        raise InvalidInput(f"dropout_p is {options.dropout_p}; it must be from 0, no dropout, to less than 1")
     for name, number, least in (("window_left", left, -1), ("window_right", right, -1), ("chunk", chunk, 0)):
         if isinstance(number, int) and number < least:
             raise InvalidInput(f"{name} is {number}; it must be at least {least}, which means no limit")
@@ -191,9 +193,17 @@ def validate_ragged_backward(
     return batch
 
 
-def validate_general(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, s_aux: Tensor | None) -> int | None:
+def validate_general(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    s_aux: Tensor | None,
+    rng_state: Tensor | None,
+    options: Options,
+) -> int | None:
     """`validate`, or `validate_ragged` where there are lengths: the number of sequences then, else None; and of what
-    else a call may take: s_aux (heads,) fp32."""
+    else a call may take: s_aux (heads,) fp32; rng_state (2,) int64, with dropout alone; options."""
     sequences = None
     if all(x is None for x in lengths):
         validate(q, k, v)
@@ -201,6 +211,16 @@ def validate_general(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, s_aux: T
         sequences = validate_ragged(q, k, v, lengths)
     if s_aux is not None:
         _validate_sinks(s_aux, q)
+    validate_options(options)
+    if options.dropout_p and options.expression:
+        refuse_dropout()
+    if (rng_state is None) == (options.dropout_p > 0):
+        what = "needs rng_state" if rng_state is None else "takes no rng_state"
+        raise InvalidInput(f"dropout_p {options.dropout_p} {what}, (2,) int64: the random bits that dropout draws from")
+    if rng_state is not None:
+        refuse_tensor_kinds(["rng_state"], [rng_state])
+        if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,) or rng_state.device != q.device:
+            raise InvalidInput(f"rng_state is {describe(rng_state)}; it must be (2,) torch.int64 on {q.device}")
     return sequences
 
 
@@ -214,9 +234,11 @@ def validate_general_backward(
     dlse: Tensor | None,
     lengths: Lengths,
     s_aux: Tensor | None,
+    rng_state: Tensor | None,
+    options: Options,
 ) -> int | None:
     """`validate_general` of gradients."""
-    sequences = validate_general(q, k, v, lengths, s_aux)
+    sequences = validate_general(q, k, v, lengths, s_aux, rng_state, options)
     rows: tuple[int, ...] = (q.shape[0], q.shape[-2], q.shape[1])
     if sequences is not None:
         rows = (q.shape[-2], q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1])

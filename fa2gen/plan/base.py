@@ -20,6 +20,7 @@ __all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "Width", "
 
 
 PREPARE_THREADS = 1024
+DROPOUT_KEYS = 32  # of a unit of random bits: see templates/common/dropout.cuh.j2
 # Of a list of blocks, in shared memory. With 128 rows a block, batches of more than 131,072 rows have levels of several
 # blocks: the order is a little coarser then.
 PREPARE_LEVELS = 1024
@@ -194,14 +195,18 @@ class KernelPlan:
         return self.problem.sink
 
     @property
+    def dropout(self) -> bool:
+        return self.problem.dropout
+
+    @property
     def sums_sinks(self) -> bool:
         """Whether kernels sum gradients of sinks."""
         return any(scratch.name == "sink_sums" for scratch in self.scratch)
 
     @property
     def has_launcher(self) -> bool:
-        """Whether there is a launcher in C++: not of queries over caches."""
-        return self.problem.direction != "decode"
+        """Whether there is a launcher in C++: not of dropout, nor of queries over caches."""
+        return not self.dropout and self.problem.direction != "decode"
 
     @property
     def has_score(self) -> bool:
@@ -435,6 +440,13 @@ class KernelPlan:
             return []
         detail = f"{bytes_text(self.memory.bytes)} needed ({self.memory.text}), {bytes_text(available)} available"
         return [BrokenRule("shared memory", detail)]
+
+    def dropout_rule(self) -> list[BrokenRule]:
+        """The rule that a forward kernel's blocks of keys break, if units of dropout do not fill them."""
+        if not self.dropout or self.tile_n % DROPOUT_KEYS == 0:
+            return []
+        detail = f"tile_n {self.tile_n}; random bits are drawn for {DROPOUT_KEYS} keys at once: a multiple of that"
+        return [BrokenRule("dropout", detail)]
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         """Every feasibility rule that this plan breaks; empty when the kernel can be built."""

@@ -121,9 +121,9 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             # With a cap 32 rows a warp spill from 120 on: 8 registers of 64 keys, 4 of 48.
             _Row(160, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4)), expression=True),
             _Row(
-                120, ((128, 48, 2, 4), (128, 48, 1, 4), (64, 32, 1, 4))
+                120, ((128, 48, 2, 4), (128, 48, 1, 4), (128, 64, 1, 8), (64, 32, 1, 4))
             ),  # 64 keys spill 4 registers (causal) or 2 (at 112, windows)
-            _Row(128, ((128, 64, 1, 4), (64, 32, 1, 4))),
+            _Row(128, ((128, 64, 1, 4), (128, 64, 1, 8), (64, 32, 1, 4))),  # 8 warps: with random bits
             _Row(152, ((128, 32, 1, 4), (64, 32, 1, 4))),
             _Row(160, ((128, 32, 1, 4), (64, 32, 1, 4)), left_edge=False),
             # 32 rows a warp spill on sm_90: 7 registers at 160 with a window, 4 at 176.

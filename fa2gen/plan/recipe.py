@@ -61,6 +61,7 @@ _OPTIONS = {
     "window_left": "keys that a query sees before its own place; -1: all",
     "window_right": "keys that it sees after it; -1: all, 0: a causal mask",
     "chunk": "a query sees its own chunk of so many keys alone; 0: all are one",
+    "dropout_p": "the probability that an element of P is dropped, above 0 and below 1",
 }
 _OF_A_CACHE = {
     "seqlen_k": "the most keys that a sequence can have: of an entry of the caches, or of all pages of a table's row",
@@ -267,6 +268,7 @@ _DENSE = {
     "head": "(num_heads,), fp32, dense",
     "floats": "tensor of the expression, fp32, dense",
     "ints": "tensor of the expression, int32, dense",
+    "state": "(4,), int32: 128 random bits; on a multiple of 16 bytes",
 }
 
 

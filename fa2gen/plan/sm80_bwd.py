@@ -134,8 +134,11 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
 
     @property
     def registers_beside_tiles(self) -> int:
-        wide = max(self.head_dim, self.head_dim_v) > 112 or (self.has_score and self.score.looks_up)
-        return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if (self.varlen or self.has_score) and wide else 0)
+        """With random bits head dim 104 with 64 x 128 spills 2, and 128."""
+        head_dim = max(self.head_dim, self.head_dim_v)
+        wide = head_dim > 112 or (self.has_score and self.score.looks_up)
+        more = head_dim > 96 if self.dropout else wide and (self.varlen or self.has_score)
+        return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if more else 0)
 
     # Shared memory
 

@@ -15,6 +15,7 @@ __all__ = ["Sm80FwdPlan"]
 # Registers that a thread needs beside S, O and Q: fragments of K and V in flight, addresses, row statistics. The least
 # with which some kernel compiles without a spill; a ring keeps more addresses. ptxas has the last word (tests/compile).
 REGISTERS_BESIDE_TILES = {"single": 47, "ring": 63}
+REGISTERS_OF_DROPOUT = 17
 # Of S, O and Q in registers together, with 16 for the statistics of each 16 rows: above it, Q is read from shared
 # memory for every block of keys (d = 80 with 32 rows a warp, and d = 256 with 16, would spill).
 REGISTERS_WITH_Q = 208
@@ -69,8 +70,10 @@ class Sm80FwdPlan(Sm80Plan):
 
     @property
     def registers_beside_tiles(self) -> int:
+        """With random bits 32 rows a warp spill at head dim 128, and at 24 where three blocks are to share an SM."""
+        of_dropout = REGISTERS_OF_DROPOUT if self.dropout and self.num_row_tiles > 1 else 0
         of_tensors = 32 if self.loads else 0  # at head dim 64 with 8 warps two blocks spill 24
-        return REGISTERS_BESIDE_TILES["single" if self.num_stages == 1 else "ring"] + of_tensors
+        return REGISTERS_BESIDE_TILES["single" if self.num_stages == 1 else "ring"] + of_tensors + of_dropout
 
     @property
     def register_estimate(self) -> int:
@@ -151,6 +154,7 @@ class Sm80FwdPlan(Sm80Plan):
         if self.tiling.lazy_rescale:
             broken.append(BrokenRule("lazy_rescale", f"{self.tiling.lazy_rescale} given; only sm90 kernels have it: 0"))
         broken += self.shared_memory_rule()
+        broken += self.dropout_rule()
         if self.register_estimate > self.registers_available:
             broken.append(
                 BrokenRule(

@@ -495,7 +495,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 )
             )
             return broken
-        elif self.passes_p and (self.has_score or self.has_allow):
+        elif self.passes_p and (self.has_score or self.has_allow or self.dropout):
             broken.append(
                 BrokenRule(
                     "expression",

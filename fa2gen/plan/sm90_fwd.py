@@ -54,12 +54,13 @@ class Sm90FwdPlan(Sm90Plan):
     @property
     def registers_beside_tiles(self) -> int:
         """Of two rows, where their keys begin, too: head dim 168 with 64 keys and 160 registers spills 3. And of an
-        expression its values: with a cap 96 with 112 keys spills 11, and 144 with 80."""
+        expression its values: with a cap 96 with 112 keys spills 11, and 144 with 80. And random bits: with them
+        168 spills with 64 keys."""
         of_score = 4 if self.has_score else 0
         # Where two warpgroups have few to spare: slopes at 256, 80 keys, spill 3, a bias with 64 keys 27.
         of_tensors = self.num_acc_s + 8 if self.has_score and self.score.looks_up else 22 if self.loads else 0
         of_tensors *= self.num_mma_warpgroups == 2
-        return REGISTERS_BESIDE_TILES + (2 if self.left_edge else 0) + of_score + of_tensors
+        return REGISTERS_BESIDE_TILES + (2 if self.left_edge else 0) + of_score + of_tensors + self.dropout
 
     # Matrix instructions
 
@@ -187,6 +188,7 @@ class Sm90FwdPlan(Sm90Plan):
                 )
             )
         broken += self.shared_memory_rule()
+        broken += self.dropout_rule()
         if self.register_estimate > self.consumer_registers:
             broken.append(
                 BrokenRule(

@@ -77,6 +77,13 @@ def kernels() -> list[Any]:
         for direction, mask in (("fwd", "causal"), ("fwd", "window"), ("bwd", "causal"), ("bwd", "window"))
         for head_dim in (16, 80, 112, 128, 192, 256)
     ]
+    beyond += [  # random bits are drawn beside all accumulators
+        default(arch, head_dim, "bf16", mask, direction, dropout=True, sink=head_dim == 64, deterministic=deterministic)
+        for arch in ("sm90", "sm80")
+        for direction, deterministic in (("fwd", False), ("bwd", False), ("bwd", True))
+        for mask, head_dims in (("causal", every_other), ("full", (32, 64, 128)), ("window", (64, 128, 256)))
+        for head_dim in (head_dims if not deterministic else head_dims[:3])
+    ]
     beyond += [  # a row's end and two small kernels have more to do, and loops what they have without
         default(arch, head_dim, dtype, mask, direction, sink=True)
         for arch in ("sm90", "sm80")

@@ -36,7 +36,9 @@ def test_bench(direction):
 
 
 @pytest.mark.parametrize(
-    "problem", problems(head_dim=64, dtype="bf16", varlen=False, sink=False), ids=lambda problem: problem.text
+    "problem",
+    problems(head_dim=64, dtype="bf16", varlen=False, sink=False, dropout=False),
+    ids=lambda problem: problem.text,
 )
 def test_bench_of_a_kernel_that_is_named(problem):
     """That very kernel runs, agrees with standard attention, and is what the provenance names."""

@@ -465,7 +465,9 @@ def test_a_field_narrows_a_preset(field, value):
     assert {getattr(point.problem, field) for point in points} == {value}
 
 
-@pytest.mark.parametrize("problem", problems(head_dim=72, varlen=False, sink=False), ids=lambda problem: problem.text)
+@pytest.mark.parametrize(
+    "problem", problems(head_dim=72, varlen=False, sink=False, dropout=False), ids=lambda problem: problem.text
+)
 def test_a_kernel_that_is_named_is_measured(problem):
     """At the paper's lengths, every field of it; the contestant is that very kernel."""
     spec = best_spec(problem, "sm90")
@@ -479,7 +481,9 @@ def test_a_kernel_that_is_named_is_measured(problem):
 
 
 @pytest.mark.parametrize(
-    "problem", problems(head_dim=72, dtype="bf16", varlen=True, sink=False), ids=lambda problem: problem.text
+    "problem",
+    problems(head_dim=72, dtype="bf16", varlen=True, sink=False, dropout=False),
+    ids=lambda problem: problem.text,
 )
 def test_a_ragged_kernel_is_measured_on_documents(problem):
     spec = best_spec(problem, "sm90")

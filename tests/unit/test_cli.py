@@ -419,7 +419,7 @@ def listed(*arguments: str) -> list[KernelSpec]:
 
 
 def is_usual(problem):
-    return not (problem.deterministic or problem.varlen or problem.sink)
+    return not (problem.deterministic or problem.varlen or problem.sink or problem.dropout)
 
 
 def test_list_is_the_catalogue():
@@ -503,6 +503,7 @@ VALUES = {
     "mask": "causal",
     "varlen": True,
     "sink": True,
+    "dropout": True,
     "deterministic": True,
     "paged": True,
     "score": "number_0 * tanh(s / number_0)",

@@ -28,7 +28,7 @@ SINKS = Problem(head_dim=128, allow="j <= i and (i - j < window or j < sinks)").
 CAP = Problem(head_dim=128, score="cap * tanh(s / cap)").words[-1]
 NAMES = (
     "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
-    "fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8",
+    "fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8",
     "fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8",
     "fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8",
     f"fa2_bwd_sm90_bf16_d128_causal_{CAP}_m64_n128_s2_w8",
@@ -43,7 +43,7 @@ NAMES = (
     "fa2_decode_sm80_bf16_d128_causal_m16_n32_s2_w4",
     "fa2_decode_sm90_bf16_d256_window_paged_m16_n16_s3_w4",
     "fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4",
-    "fa2_fwd_sm80_bf16_d64_window_sink_m128_n64_s2_w4",
+    "fa2_fwd_sm80_bf16_d64_window_sink_drop_m128_n64_s2_w4",
     "fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4",
     "fa2_fwd_sm80_fp16_d64_window_m128_n64_s2_w4",
     "fa2_fwd_sm90_bf16_d128_causal_m192_n80_s2_w12_r1",

@@ -127,12 +127,12 @@ def test_ragged_gradients_with_padding_and_sequences_without_keys():
 
 def test_operators_pass_torchs_checks():
     q, k, v, s_aux = inputs(sinks=(-3.0, 0.0, 1.0, 5.0))
-    assert set(torch.library.opcheck(FWD, (q, k, v, *NO_LENGTHS, s_aux, [], 0.25, True)).values()) == {"SUCCESS"}
+    assert set(torch.library.opcheck(FWD, (q, k, v, *NO_LENGTHS, s_aux, None, [], 0.25, True)).values()) == {"SUCCESS"}
     q, k, v, s_aux = (x.detach() for x in (q, k, v, s_aux))
-    out, lse = FWD(q, k, v, *NO_LENGTHS, s_aux, [], 0.25, True)
+    out, lse = FWD(q, k, v, *NO_LENGTHS, s_aux, None, [], 0.25, True)
     given = (torch.randn_like(out), q, k, v, out, lse, torch.randn_like(lse), *NO_LENGTHS)
     for sinks in (s_aux, None):
-        assert set(torch.library.opcheck(BWD, (*given, sinks, [], 0.25, True)).values()) == {"SUCCESS"}
+        assert set(torch.library.opcheck(BWD, (*given, sinks, None, [], 0.25, True)).values()) == {"SUCCESS"}
 
 
 def test_compiled_exported_and_transformed():

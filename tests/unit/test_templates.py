@@ -61,6 +61,9 @@ def plans() -> list[KernelPlan]:
         for varlen in (False, True)
     ]
     modified += [
+        Problem(direction=direction, head_dim=d, dropout=True) for direction in ("fwd", "bwd") for d in (64, 192)
+    ]
+    modified += [
         Problem(
             direction=direction, head_dim=d, mask=m, score=score, allow="(i - j) // 3 % 5 < (j - i) // width % width"
         )

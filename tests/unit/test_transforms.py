@@ -195,7 +195,7 @@ def test_operators_have_the_options_of_a_call():
     names = [f"{way}_{kind}" for way in ("fwd", "bwd") for kind in ("varlen", "general")]
     others = [getattr(torch.ops.fa2gen, name).default for name in names]
     for operator in (FWD, BWD, *others):
-        own = [a for a in operator._schema.arguments if a.name in Options._fields]
+        own = [a for a in operator._schema.arguments if a.name in fields]
         assert [a.name for a in own] == fields and not any(a.kwarg_only for a in own)
         expected = [Options._field_defaults[name] for name in fields[2:]]
         assert [a.default_value for a in own[2:]] == expected

@@ -516,7 +516,15 @@ def test_a_batch_shares_its_budget_and_writes_as_it_goes(tmp_path):
             now[0] += 1.0
             return super().time(kernels, seqlen, rounds)
 
-    todo = problems(direction="fwd", head_dim=[40, 80], dtype="bf16", mask=["full", "causal"], varlen=False, sink=False)
+    todo = problems(
+        direction="fwd",
+        head_dim=[40, 80],
+        dtype="bf16",
+        mask=["full", "causal"],
+        varlen=False,
+        sink=False,
+        dropout=False,
+    )
     runner = SlowRunner(favourite)
     outcomes = []
     for outcome in batch.tune(
@@ -536,7 +544,7 @@ def test_a_batch_without_budget_measures_nothing(tmp_path):
 
 
 def test_one_problems_failure_is_its_own(tmp_path):
-    todo = problems(direction="fwd", head_dim=[72, 80], dtype="bf16", mask="causal", sink=False)
+    todo = problems(direction="fwd", head_dim=[72, 80], dtype="bf16", mask="causal", sink=False, dropout=False)
     wrong = {candidates(todo[0], "sm90", SEQLENS, 8)[0].name}
     outcomes = list(batch.tune(search(FakeRunner(favourite, wrong=wrong), keep=8), todo, "sm90", 1e9, ORIGIN, tmp_path))
     assert outcomes[0].error and not outcomes[0].rows

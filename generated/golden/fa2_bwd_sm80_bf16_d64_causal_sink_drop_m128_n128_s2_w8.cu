@@ -1,15 +1,15 @@
-// fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8
+// fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm80/bwd.cu.j2; edit the template or the spec, not this file.
-//   problem  bwd, head dim 64, bf16, causal mask, attention sinks
+//   problem  bwd, head dim 64, bf16, causal mask, attention sinks, dropout
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 165888 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,  143 Threads,  162 Arithmetic,  183 Shared memory,  208 Global memory,
-//             247 cp.async,  266 Fragments,  281 Registers,  290 mma,  347 What is visible,
-//             553 Softmax and its gradient,  600 Matrix products,  733 Registers to shared memory,  863 Kernels,
-//            1096 Launch
+//   contents   29 Problem and tiling,  146 Threads,  165 Arithmetic,  199 Shared memory,  224 Global memory,
+//             269 cp.async,  288 Fragments,  303 Registers,  312 mma,  369 What is visible,
+//             575 Softmax and its gradient,  636 Dropout,  704 Matrix products,  837 Registers to shared memory,
+//             967 Kernels, 1205 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -19,7 +19,7 @@
 // 2 warps of the same keys: each has its own columns of dK and dV, and needs all queries for them. Its own P^T and dS^T are
 // registers that the next product takes as they are; those of its peers it reads from shared memory.
 
-namespace fa2gen::fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8 {
+namespace fa2gen::fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -99,6 +99,7 @@ struct Params {
     float const* dlse;
     float const* s_aux;
     float* ds_aux;
+    int const* rng_state;
     float* lse_log2;
     float* dpsum;
     float* dq_acc;
@@ -136,6 +137,8 @@ struct Params {
     int num_n_blocks;
     int num_batch_heads_kv;
     int heads_per_section;
+    int keep_threshold;
+    float keep_scale;
     float softmax_scale;
     float softmax_scale_log2;
 };
@@ -167,10 +170,23 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+// Lower and upper half of a product: of C++'s product of 64-bit numbers ptxas adds 0 to each upper half (sm_90a).
+__device__ __forceinline__ void multiply_wide(uint32_t (&halves)[2], uint32_t a, uint32_t b) {
+    asm("{ .reg .b64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
+        : "=r"(halves[0]), "=r"(halves[1]) : "r"(a), "r"(b));
+}
+
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// The same of what is not negative; what is, is 0.
+__device__ __forceinline__ uint32_t pack_relu_bf16(float low, float high) {
+    uint32_t packed;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
 }
 
@@ -206,6 +222,12 @@ __device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t addre
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_global_int4(int (&r)[4], int const* address) {
+    asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(address) : "memory");
+}
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
@@ -570,7 +592,9 @@ __device__ __forceinline__ void probabilities(float (*acc_s)[kNumAccS], uint32_t
 }
 
 // dS = P * (dP - dPsum), in the place of dP. It lacks the factor softmax_scale, which dQ and dK get at their end.
-__device__ __forceinline__ void score_gradients(float (*acc_dp)[kNumAccS], float const (*p)[kNumAccS], uint32_t dpsum) {
+// Of a dropped element, whose P has a minus, dP is 0; the others' has the factor of what was kept.
+__device__ __forceinline__ void score_gradients(
+    float (*acc_dp)[kNumAccS], float const (*p)[kNumAccS], uint32_t dpsum, float keep_scale) {
     uint32_t const first = dpsum + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
@@ -580,7 +604,8 @@ __device__ __forceinline__ void score_gradients(float (*acc_dp)[kNumAccS], float
         for (int tile = 0; tile < kNumRowTiles; ++tile) {
 #pragma unroll
             for (int j = i; j < i + 4; ++j) {
-                acc_dp[tile][j] = p[tile][j] * (acc_dp[tile][j] - offset[j % 2]);
+                float const dp = p[tile][j] < 0.0f ? 0.0f : acc_dp[tile][j];
+                acc_dp[tile][j] = fabsf(p[tile][j]) * fmaf(dp, keep_scale, -offset[j % 2]);
             }
         }
     }
@@ -593,6 +618,85 @@ __device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*va
 #pragma unroll
         for (int i = 0; i < kNumP; ++i) {
             packed[tile][i] = pack_bf16(values[tile][2 * i], values[tile][2 * i + 1]);
+        }
+    }
+}
+
+// P rounded to bf16, and 0 where an element was dropped: cvt takes what has a minus for 0.
+__device__ __forceinline__ void pack_kept(uint32_t (*packed)[kNumP], float const (*p)[kNumAccS]) {
+#pragma unroll
+    for (int tile = 0; tile < kNumRowTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < kNumP; ++i) {
+            packed[tile][i] = pack_relu_bf16(p[tile][2 * i], p[tile][2 * i + 1]);
+        }
+    }
+}
+
+// Dropout -------------------------------------------------------------------------------------------------------------
+// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for 8 elements of 15 bits each. They
+// are those of a 16 x 32 unit that agree in row % 8 and in key % 8: in S as in S^T one thread has all or half of them.
+
+// Where the counters of a head begin: 128 random bits, and its place. The cipher's key is 0, so that those of its rounds are
+// constants: in registers they would be 14, more than dK and dV leave.
+struct RandomState {
+    uint32_t row;
+    uint32_t key;
+    uint32_t head;
+    uint32_t sequence;
+};
+
+__device__ __forceinline__ RandomState random_state(Params const& p, int bidh, int bidb) {
+    int bits[4];
+    load_global_int4(bits, p.rng_state);
+    return {static_cast<uint32_t>(bits[0]), static_cast<uint32_t>(bits[1]), static_cast<uint32_t>(bits[2]) + bidh,
+            static_cast<uint32_t>(bits[3]) + bidb};
+}
+
+// From a counter to random bits.
+__device__ __forceinline__ void philox(uint32_t (&counter)[4]) {
+#pragma unroll
+    for (uint32_t round = 0; round < 7; ++round) {
+        uint32_t first[2];
+        uint32_t second[2];
+        multiply_wide(first, counter[0], 0xd2511f53u);
+        multiply_wide(second, counter[2], 0xcd9e8d57u);
+        counter[0] = second[1] ^ counter[1] ^ round * 0x9e3779b9u;
+        counter[1] = second[0];
+        counter[2] = first[1] ^ counter[3] ^ round * 0xbb67ae85u;
+        counter[3] = first[0];
+    }
+}
+
+// Whether the 15 bits of a word's lower half, or of its upper one, reach the threshold.
+__device__ __forceinline__ bool lower_is_dropped(uint32_t bits, int threshold) {
+    return bits << 17 >= static_cast<uint32_t>(threshold) << 17;
+}
+
+__device__ __forceinline__ bool upper_is_dropped(uint32_t bits, int threshold) {
+    return bits << 1 >= static_cast<uint32_t>(threshold) << 17;
+}
+
+// Dropped elements of P^T get a minus, so that P stays what dS = P * (dP - dPsum) needs: of 16 keys from first_key on and as
+// many queries as a warp has, the first a multiple of 16.
+__device__ __forceinline__ void mark_dropped(
+    float (&acc_s)[kNumAccS], RandomState const& state, int threshold, int first_key, int first_query, int lane) {
+    uint32_t const key = state.key + first_key / 32 * 8 + lane / 4;
+    uint32_t const row = state.row + first_query / 2 + lane % 4 * 2;
+    bool const second = first_key % 32 != 0;  // half of the unit's keys
+#pragma unroll
+    for (int i = 0; i < kNumAccS; i += 8) {  // 16 queries
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+            uint32_t words[4] = {row + i + odd, key, state.head, state.sequence};
+            philox(words);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {  // this thread's two keys
+                uint32_t const bits = second ? words[2 + j] : words[j];
+                float* const r = acc_s + i + 2 * j + odd;
+                r[0] = lower_is_dropped(bits, threshold) ? -r[0] : r[0];
+                r[4] = upper_is_dropped(bits, threshold) ? -r[4] : r[4];
+            }
         }
     }
 }
@@ -847,7 +951,7 @@ __device__ __forceinline__ void finish(
     for (int tile = 0; tile < kNumRowTiles; ++tile) {
         uint32_t const rows = dk_out + 16 * tile * kPanelRowBytes;
         stage_rows(acc_dk[tile], kColumnStepsDkv, kNumPeers, rows, kKvPanelBytes, p.softmax_scale, peer);
-        stage_rows(acc_dv[tile], kColumnStepsDkv, kNumPeers, rows + (kSmemV - kSmemK), kKvPanelBytes, 1.0f, peer);
+        stage_rows(acc_dv[tile], kColumnStepsDkv, kNumPeers, rows + (kSmemV - kSmemK), kKvPanelBytes, p.keep_scale, peer);
     }
     sync_block();
     int const key = block.n_block * kTileN;
@@ -863,7 +967,7 @@ __device__ __forceinline__ void finish(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Row statistics of one block of queries, and zeros for its dQ. 8 lanes share a row, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8_preprocess(
+extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
@@ -943,7 +1047,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d64_causal_s
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8(
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
@@ -1007,14 +1111,19 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
                 mask_scores(p, s, acc_s, block_key + warp_key, walk.m_block * kTileM + warp_query, recompute(lane));
             }
             probabilities(acc_s, stage + kStageLse + 4 * warp_query, p.softmax_scale_log2);
-            pack(p_tile, acc_s);
+#pragma unroll
+            for (int tile = 0; tile < kNumRowTiles; ++tile) {
+                mark_dropped(acc_s[tile], random_state(p, walk.bidh, block.bidb), p.keep_threshold,
+                             block_key + warp_key + 16 * tile, walk.m_block * kTileM + warp_query, recompute(lane));
+            }
+            pack_kept(p_tile, acc_s);
             stage_p(p_tile, recompute(p_out));
             gemm_dkv_own(acc_dv, p_tile, stage + kStageDout + warp_query * kPanelRowBytes + rows_lane, peer);
 
             float acc_dp[kNumRowTiles][kNumAccS];
             uint32_t ds_tile[kNumRowTiles][kNumP];
             gemm_s(acc_dp, recompute(k_lane) + (kSmemV - kSmemK), stage + kStageDout + q_lane);
-            score_gradients(acc_dp, acc_s, stage + kStageDpsum + 4 * warp_query);
+            score_gradients(acc_dp, acc_s, stage + kStageDpsum + 4 * warp_query, p.keep_scale);
             pack(ds_tile, acc_dp);
             stage_p(ds_tile, recompute(p_out) + (kSmemDs - kSmemP));
             gemm_dkv_own(acc_dk, ds_tile, stage + warp_query * kPanelRowBytes + rows_lane, peer);
@@ -1058,7 +1167,7 @@ __device__ __forceinline__ void sum_sink_gradient(Params const& p) {
 }
 
 // One block of queries of dQ: from sums in register order to rows, through shared memory.
-extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8_postprocess(
+extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8_postprocess(
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     if (warp_id() == 0 && static_cast<int>(blockIdx.x) < p.num_heads_kv * p.num_heads_per_kv) {
@@ -1095,15 +1204,14 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d64_
 
 // Launch --------------------------------------------------------------------------------------------------------------
 // Compile with nvcc -std=c++17 -arch=sm_80 -cubin, or with NVRTC.
-// `fa2gen render fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8 --with-host` adds a launcher in C++.
 //
 // Kernels, one after the other on one stream; each takes Params by value:
-//   fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8_preprocess
+//   fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8_preprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
-//   fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8
+//   fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8
 //     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 256 threads, 165888 bytes of dynamic shared memory
 //     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 165888
-//   fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8_postprocess
+//   fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8_postprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 16384 bytes of dynamic shared memory
 // Sizes, in whole numbers:
 //   num_heads_per_kv = num_heads / num_heads_kv
@@ -1118,5 +1226,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d64_
 //   dpsum: num_m_blocks * num_heads * batch * 128
 //   dq_acc: num_m_blocks * num_heads * batch * 8192
 //   sink_sums: num_m_blocks * num_heads * batch * 4
+// Options; limited(x, n) is n where x < 0, else min(x, n):
+//   dropout_p: the probability that an element of P is dropped, above 0 and below 1
+//   Params has keep_threshold = 65537 * min(max(lround((1 - dropout_p) * 32768), 1), 32767)
+//   Params has keep_scale = 1 / (1 - dropout_p)
 
-}  // namespace fa2gen::fa2_bwd_sm80_bf16_d64_causal_sink_m128_n128_s2_w8
+}  // namespace fa2gen::fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8

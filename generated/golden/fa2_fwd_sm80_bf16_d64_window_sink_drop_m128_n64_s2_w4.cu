@@ -1,21 +1,22 @@
-// fa2_fwd_sm80_bf16_d64_window_sink_m128_n64_s2_w4
+// fa2_fwd_sm80_bf16_d64_window_sink_drop_m128_n64_s2_w4
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm80/fwd.cu.j2; edit the template or the spec, not this file.
-//   problem  fwd, head dim 64, bf16, window mask, attention sinks
+//   problem  fwd, head dim 64, bf16, window mask, attention sinks, dropout
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   25 Problem and tiling,   95 Threads,  117 Arithmetic,  151 Shared memory,  170 Global memory,
-//             186 cp.async,  205 Fragments,  220 Registers,  229 mma,  265 d - window_left <= j <= d + window_right,
-//             342 Online softmax,  565 Pipeline,  623 Matrix products,  706 Epilogue,  796 Kernel,  874 Launch
+//   contents   26 Problem and tiling,   99 Threads,  121 Arithmetic,  161 Shared memory,  180 Global memory,
+//             202 cp.async,  221 Fragments,  236 Registers,  245 mma,  281 d - window_left <= j <= d + window_right,
+//             358 Online softmax,  517 Dropout,  646 Pipeline,  704 Matrix products,  787 Epilogue,  879 Kernel,
+//             960 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
 // registers; warps share only the blocks of K and V, which cp.async brings into shared memory ahead of their use, from the
 // last block to the first.
 
-namespace fa2gen::fa2_fwd_sm80_bf16_d64_window_sink_m128_n64_s2_w4 {
+namespace fa2gen::fa2_fwd_sm80_bf16_d64_window_sink_drop_m128_n64_s2_w4 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -67,6 +68,7 @@ struct Params {
     void* o;
     float* lse;
     float const* s_aux;
+    int const* rng_state;
     int64_t q_batch_stride;
     int64_t q_row_stride;
     int64_t q_head_stride;
@@ -88,6 +90,8 @@ struct Params {
     int window_right;
     int chunk;
     int chunk_before;
+    int keep_threshold;
+    float keep_scale;
     float softmax_scale;
     float softmax_scale_log2;
 };
@@ -141,6 +145,12 @@ __device__ __forceinline__ uint32_t shift_left(uint32_t value, int bits) {
     return shifted;
 }
 
+// Lower and upper half of a product: of C++'s product of 64-bit numbers ptxas adds 0 to each upper half (sm_90a).
+__device__ __forceinline__ void multiply_wide(uint32_t (&halves)[2], uint32_t a, uint32_t b) {
+    asm("{ .reg .b64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
+        : "=r"(halves[0]), "=r"(halves[1]) : "r"(a), "r"(b));
+}
+
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t packed;
@@ -168,6 +178,12 @@ __device__ __forceinline__ void load_shared_128(uint32_t (&r)[4], uint32_t addre
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_global_int4(int (&r)[4], int const* address) {
+    asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(address) : "memory");
+}
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
@@ -498,6 +514,71 @@ __device__ __forceinline__ void online_softmax_tiles(
     }
 }
 
+// Dropout -------------------------------------------------------------------------------------------------------------
+// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for 8 elements of 15 bits each. They
+// are those of a 16 x 32 unit that agree in row % 8 and in key % 8: in S as in S^T one thread has all or half of them.
+
+// Where the counters of a head begin: 128 random bits, and its place. The cipher's key is 0, so that those of its rounds are
+// constants: in registers they would be 14, more than dK and dV leave.
+struct RandomState {
+    uint32_t row;
+    uint32_t key;
+    uint32_t head;
+    uint32_t sequence;
+};
+
+__device__ __forceinline__ RandomState random_state(Params const& p, int bidh, int bidb) {
+    int bits[4];
+    load_global_int4(bits, p.rng_state);
+    return {static_cast<uint32_t>(bits[0]), static_cast<uint32_t>(bits[1]), static_cast<uint32_t>(bits[2]) + bidh,
+            static_cast<uint32_t>(bits[3]) + bidb};
+}
+
+// From a counter to random bits.
+__device__ __forceinline__ void philox(uint32_t (&counter)[4]) {
+#pragma unroll
+    for (uint32_t round = 0; round < 7; ++round) {
+        uint32_t first[2];
+        uint32_t second[2];
+        multiply_wide(first, counter[0], 0xd2511f53u);
+        multiply_wide(second, counter[2], 0xcd9e8d57u);
+        counter[0] = second[1] ^ counter[1] ^ round * 0x9e3779b9u;
+        counter[1] = second[0];
+        counter[2] = first[1] ^ counter[3] ^ round * 0xbb67ae85u;
+        counter[3] = first[0];
+    }
+}
+
+// Whether the 15 bits of a word's lower half, or of its upper one, reach the threshold.
+__device__ __forceinline__ bool lower_is_dropped(uint32_t bits, int threshold) {
+    return bits << 17 >= static_cast<uint32_t>(threshold) << 17;
+}
+
+__device__ __forceinline__ bool upper_is_dropped(uint32_t bits, int threshold) {
+    return bits << 1 >= static_cast<uint32_t>(threshold) << 17;
+}
+
+// Dropped elements of P become 0: of 16 rows from first_row on and a block of keys, the first a multiple of 32.
+__device__ __forceinline__ void drop(
+    float (&acc_s)[kNumAccS], RandomState const& state, int threshold, int first_row, int first_key, int lane) {
+    uint32_t const row = state.row + first_row / 2 + lane / 4;
+    uint32_t const key = state.key + first_key / 4 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kNumAccS; i += 16) {  // 32 keys
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+            uint32_t words[4] = {row, key + i / 2 + odd, state.head, state.sequence};
+            philox(words);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {  // 8 keys
+                float* const r = acc_s + i + 4 * j + odd;
+                r[0] = lower_is_dropped(words[j], threshold) ? 0.0f : r[0];
+                r[2] = upper_is_dropped(words[j], threshold) ? 0.0f : r[2];
+            }
+        }
+    }
+}
+
 // Order of tiles: longest rows first, so that the last tiles to start are the short ones, within sections of heads whose K and
 // V fit in L2 together (4k: 587 against 520 TFLOP/s head by head, d = 128, H200).
 struct Tile {
@@ -785,6 +866,8 @@ __device__ __forceinline__ void finish(
         float inverse_sum[2];
         float lse[2];
         finalize_softmax(row_max[i], row_sum[i], inverse_sum, lse, p.softmax_scale, sink);
+        inverse_sum[0] *= p.keep_scale;
+        inverse_sum[1] *= p.keep_scale;
         rescale_o(acc_o[i], inverse_sum);
         store_lse(p, s, lse, row + 16 * i, bidh, bidb, lane);
         stage_o(acc_o[i], o_rows + 16 * i * kPanelRowBytes, lane);
@@ -795,7 +878,7 @@ __device__ __forceinline__ void finish(
 
 // Kernel --------------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_bf16_d64_window_sink_m128_n64_s2_w4(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_bf16_d64_window_sink_drop_m128_n64_s2_w4(
     const __grid_constant__ Params p) {
     int const thread = static_cast<int>(threadIdx.x);
     Tile const tile = tile_of_block(
@@ -861,6 +944,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_bf16_d
                     online_softmax_tiles(acc_s, row_max, row_sum, correction, p.softmax_scale_log2, i);
                 }
                 rescale_o(acc_o[i], correction[i]);
+                int const drop_thread = recompute(thread);
+                int const drop_row = first_row + drop_thread / 32 * kNumRowTiles * 16 + 16 * i;
+                drop(acc_s[i], random_state(p, bidh, bidb), p.keep_threshold, drop_row, n_block * kTileN, drop_thread % 32);
                 pack_p(p_tile[i], acc_s[i]);
             }
             uint32_t const v_tile = pipeline.acquire_v(n_block - blocks.begin);
@@ -873,10 +959,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_bf16_d
 
 // Launch --------------------------------------------------------------------------------------------------------------
 // Compile with nvcc -std=c++17 -arch=sm_80 -cubin, or with NVRTC.
-// `fa2gen render fa2_fwd_sm80_bf16_d64_window_sink_m128_n64_s2_w4 --with-host` adds a launcher in C++.
 //
 // Kernel; it takes Params by value:
-//   fa2_fwd_sm80_bf16_d64_window_sink_m128_n64_s2_w4
+//   fa2_fwd_sm80_bf16_d64_window_sink_drop_m128_n64_s2_w4
 //     grid (num_m_blocks, num_heads, batch), 128 threads, 49152 bytes of dynamic shared memory
 // Sizes, in whole numbers:
 //   num_heads_per_kv = num_heads / num_heads_kv
@@ -886,9 +971,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_bf16_d
 //   window_left: keys that a query sees before its own place; -1: all
 //   window_right: keys that it sees after it; -1: all, 0: a causal mask
 //   chunk: a query sees its own chunk of so many keys alone; 0: all are one
+//   dropout_p: the probability that an element of P is dropped, above 0 and below 1
 //   Params has window_left = limited(window_left, seqlen_k)
 //   Params has window_right = limited(window_right, seqlen_q)
 //   Params has chunk = limited(chunk - 1, max(seqlen_q, seqlen_k) - 1) + 1
 //   Params has chunk_before = (chunk < 1) * max(seqlen_q, seqlen_k)
+//   Params has keep_threshold = 65537 * min(max(lround((1 - dropout_p) * 32768), 1), 32767)
+//   Params has keep_scale = 1 / (1 - dropout_p)
 
-}  // namespace fa2gen::fa2_fwd_sm80_bf16_d64_window_sink_m128_n64_s2_w4
+}  // namespace fa2gen::fa2_fwd_sm80_bf16_d64_window_sink_drop_m128_n64_s2_w4

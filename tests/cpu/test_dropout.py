@@ -1,0 +1,111 @@
+"""Dropout on the CPU: one mask, bit for bit, whatever the tiling, the pass and the architecture; what it does to P."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fa2gen import cases
+from fa2gen.cpu import run_kernel
+from fa2gen.options import Options, Shape
+from fa2gen.plan import make_plan
+from fa2gen.reference import dropout_keep
+from fa2gen.select import best_spec
+from fa2gen.spec import KernelSpec, Problem
+from tests.cpu.faults import Fault, symptom
+
+ARCHES = ("sm80", "sm90")
+TILINGS = (
+    "fa2_fwd_sm80_bf16_d128_drop_m128_n64_s1_w8",
+    "fa2_fwd_sm80_fp16_d128_drop_m64_n32_s2_w4",
+    "fa2_fwd_sm90_bf16_d128_drop_m192_n64_s2_w12_r1",
+    "fa2_fwd_sm90_fp16_d128_drop_m64_n96_s2_w4",
+    "fa2_bwd_sm80_bf16_d128_drop_m64_n64_s2_w8",
+    "fa2_bwd_sm80_fp16_d128_drop_m32_n32_s1_w4",
+    "fa2_bwd_sm90_bf16_d128_drop_m80_n128_s2_w8",
+    "fa2_bwd_sm90_fp16_d128_drop_m64_n64_s2_w8",
+)
+
+
+@pytest.mark.parametrize("name", TILINGS)
+def test_one_mask(name):
+    """128 equal scores a row, and unit vectors for V and dO: so O is the mask, and dV is the mask transposed."""
+    options = Options(dropout_p=0.3)
+    case = cases.make(KernelSpec.from_name(name), Shape(2, 128, 128, 4, 2), options)
+    for x in ("q", "k"):
+        case.tensors[x].zero_()
+    for x in ("v", "dout"):
+        if x in case.tensors:
+            case.tensors[x].copy_(torch.eye(128)[None, :, None].expand_as(case.tensors[x]))
+    keep = dropout_keep(case.tensors["rng_state"], 0.3, 4, (0, 128), (0, 128), (0, 2))  # (batch, heads, query, key)
+    if "dout" not in case.tensors:
+        cases.run(case, "cpu")
+        assert torch.equal(case.tensors["o"].transpose(1, 2) != 0, keep)
+        return
+    case.tensors["lse"].fill_(torch.tensor(128.0).log())
+    for head in range(4):  # those of one head of K and V are summed
+        case.forget_results()
+        of_head = case.tensors["dout"].clone()
+        case.tensors["dout"][:, :, torch.arange(4) != head] = 0
+        cases.run(case, "cpu")
+        case.tensors["dout"].copy_(of_head)
+        assert torch.equal(case.tensors["dv"][:, :, head // 2].transpose(1, 2) != 0, keep[:, head]), head
+
+
+def kernel(arch: str, direction: str, mask: str = "causal", head_dim: int = 64, **fields: bool) -> str:
+    problem = Problem(direction=direction, head_dim=head_dim, mask=mask, dropout=True, **fields)
+    return best_spec(problem, arch).name
+
+
+def run(name: str, shape: Shape, rendered=None, p=0.3, seed=0, **how):
+    spec = KernelSpec.from_name(name)
+    case = cases.make(spec, shape, Options(causal=spec.problem.mask == "causal", dropout_p=p), with_dlse=True)
+    run_kernel(make_plan(spec), case.tensors, case.options, rendered=rendered)
+    assert cases.written_outside(case) is None
+    return cases.verdict(case), case.tensors
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize(("direction", "p"), [("fwd", 0.001), ("fwd", 0.95), ("bwd", 0.001), ("bwd", 0.95)])
+def test_probabilities(arch, direction, p):
+    for shape in (Shape(1, 113, 203, 4, 2), Shape(1, 203, 60, 2, 1)):
+        verdict, _ = run(kernel(arch, direction), shape, p=p)
+        assert verdict.ok, verdict
+
+
+FORWARD, BACKWARD, SM80, PRODUCTS = (
+    kernel("sm90", "fwd"),
+    kernel("sm90", "bwd"),
+    kernel("sm80", "bwd"),
+    kernel("sm90", "bwd", head_dim=192),
+)
+SM80_FORWARD = kernel("sm80", "fwd")
+QUERIES = "walk.m_block * kTileM"
+DROP = "drop(acc_s, random_state(p, tile.bidh, tile.bidb), p.keep_threshold, row, n_block * kTileN, lane_id());"
+DRAW = "work.block.n_block * kTileN + 16 * warp, walk"
+FAULTS = [
+    Fault("heads-drop-the-same", FORWARD, "static_cast<uint32_t>(bits[2]) + bidh", "static_cast<uint32_t>(bits[2])"),
+    Fault("batches-drop-the-same", FORWARD, "static_cast<uint32_t>(bits[3]) + bidb", "static_cast<uint32_t>(bits[3])"),
+    Fault("rounds-without-keys", FORWARD, "^ round * 0x9e3779b9u", ""),
+    Fault("bits-of-the-upper-half", FORWARD, "return bits << 17 >=", "return bits << 16 >="),
+    Fault("rows-of-the-other-half", FORWARD, "r[2] = upper_is_dropped", "r[2] = lower_is_dropped"),
+    Fault("threshold-of-one-half", BACKWARD, "static_cast<uint32_t>(threshold);", "(threshold & 0xffff);"),
+    Fault("not-scaled", FORWARD, "inverse_sum[0] *= p.keep_scale;", ""),
+    Fault("first-block-keeps-all", FORWARD, f"{DROP}\n            pack_p", "pack_p"),
+    Fault("row-of-the-warp", SM80_FORWARD, "drop_thread / 32 * kNumRowTiles * 16 + 16 * i", "16 * i"),
+    Fault("keys-of-the-first-half", BACKWARD, "second ? words[2 + j] : words[j]", "words[j]"),
+    Fault("queries-of-the-other-half", BACKWARD, "i % 8 >= 4", "i % 8 < 4"),
+    Fault("p-keeps-its-minus", BACKWARD, "fabsf(p[tile][j])", "p[tile][j]"),
+    Fault("dp-is-not-dropped", BACKWARD, "p[tile][j] < 0.0f ? 0.0f : acc_dp[tile][j]", "acc_dp[tile][j]"),
+    Fault("dp-is-not-scaled", BACKWARD, "fmaf(dp, keep_scale, -offset[j % 2])", "dp - offset[j % 2]"),
+    Fault("dv-is-not-scaled", BACKWARD, "dv_rows, kKvPanelBytes, p.keep_scale", "dv_rows, kKvPanelBytes, 1.0f"),
+    Fault("head-of-the-first-step", BACKWARD, "random_state(p, walk.bidh,", "random_state(p, block.head_kv,"),
+    Fault("keys-of-the-first-warp", PRODUCTS, DRAW, "work.block.n_block * kTileN, walk", count=2),
+    Fault("keys-of-the-first-tile", SM80, "block_key + warp_key + 16 * tile,", "block_key + warp_key,"),
+    Fault("queries-of-the-first-warp", SM80, f"tile, {QUERIES} + warp_query", f"tile, {QUERIES}"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_is_seen(fault):
+    assert any(symptom(run, fault, [shape], 0) for shape in (Shape(2, 90, 140, 4, 2),)), "no run shows it"
