@@ -17,6 +17,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 
 SOFTCAP = "cap * tanh(s / cap)"
 OTHERS = ("s + 0.01 * (j - i) * s", "s * sigmoid(s)", "where(j > i, s, 0.5 * s) - abs(i - j) / 64")
+ALIBI = "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)"
+BIAS = "s + bias[b, h, i, j]"
+DOCUMENTS = "document[b, i] == document[b, j]"
 KERNELS = [
     *(
         (SOFTCAP, *kind)
@@ -45,6 +48,43 @@ def test_kernels(score, arch, direction, head_dim, mask, varlen):
     assert cases.written_outside(case) is None
     verdict = cases.verdict(case)
     assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("varlen", [False, True], ids=["dense", "ragged"])
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("arch", ["sm90", "sm80"])
+@pytest.mark.parametrize(
+    ("score", "allow", "head_dim", "mask"),
+    [
+        (ALIBI, "", 128, "causal"),
+        (BIAS, "", 64, "full"),
+        ("", DOCUMENTS, 128, "full"),
+        (ALIBI, "seen[b, j]", 256, "window"),
+    ],
+)
+def test_kernels_with_tensors(score, allow, head_dim, mask, arch, direction, varlen):
+    is_here(arch)
+    problem = Problem(direction=direction, head_dim=head_dim, mask=mask, score=score, allow=allow, varlen=varlen)
+    case = cases.make(best_spec(problem, arch), Shape(2, 1000, 1300, 4, 2), device="cuda", with_dlse=True)
+    cases.run(case, "gpu")
+    assert cases.written_outside(case) is None
+    verdict = cases.verdict(case)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("slopes", [(8,), (2, 8)])
+def test_alibi_of_the_function(slopes):
+    """The CPU's reference is the definition: gradients too, with a cap, under a graph of its own."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(2, s, h, 64, generator=generator).bfloat16() for s, h in ((300, 8), (400, 2), (400, 2)))
+    slopes = torch.rand(slopes, generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        leaves = [x.to(device).requires_grad_() for x in (q, k, v)]
+        out = fa2gen.flash_attn_func(*leaves, causal=True, softcap=30.0, alibi_slopes=slopes.to(device))
+        results.append([x.float().cpu() for x in (out, *torch.autograd.grad(out.float().sin().sum(), leaves))])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2 * y.abs().max().item())
 
 
 @pytest.mark.parametrize("causal", [False, True])
