@@ -90,6 +90,13 @@ def kernels() -> list[Any]:
         for direction in ("fwd", "bwd")
         for head_dim, dtype, mask in ((64, "bf16", "window"), (112, "fp16", "causal"), (128, "bf16", "full"))
     ]
+    beyond += [  # a cap, and slopes of heads
+        default(arch, head_dim, "bf16", "causal", direction, score=score)
+        for arch in ("sm90", "sm80")
+        for direction in ("fwd", "bwd")
+        for head_dim in (64, 128, 256)
+        for score in ("cap * tanh(s / cap)", "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)")
+    ]
     of_v = [  # the largest that fit each way of splitting the work, beside what models have
         default(
             arch, head_dim, "bf16", mask, direction, head_dim_v=head_dim_v, varlen=arch == "sm90" and mask == "window"
