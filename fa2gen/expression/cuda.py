@@ -139,9 +139,7 @@ class _Printer:
             case "neg":
                 return f"-{of(args[0], _ATOM)}", _UNARY
             case "recip":
-                if level_of(node) == "element":
-                    return f"reciprocal_approx({of(args[0], _CONDITIONAL)})", _ATOM
-                return f"1.0f / {of(args[0], _UNARY)}", _PRODUCT
+                return f"reciprocal_approx({of(args[0], _CONDITIONAL)})", _ATOM
             case "<" | "<=" | "==" | "!=":
                 own = _LESS if node.op in ("<", "<=") else _EQUAL
                 return f"{of(args[0], _SHIFT)} {node.op} {of(args[1], _SHIFT)}", own
@@ -180,14 +178,9 @@ class _Printer:
 
     def _product(self, node: Node) -> tuple[str, int]:
         sign = "-" if node.args[0].number == -1 else ""
-        over, under = [], []
-        for factor in node.args[1:] if sign else node.args:
-            if factor.op == "recip" and factor not in self.named and level_of(node) != "element":
-                under.append(self.text(factor.args[0], _UNARY))
-            else:
-                over.append(self.text(factor, _UNARY))
-        text = " * ".join(over) or ("1.0f" if node.type == "float" else "1")
-        return sign + text + "".join(f" / {part}" for part in under), _PRODUCT
+        # No quotients: IEEE's would be called, a function of its own.
+        factors = [self.text(factor, _UNARY) for factor in (node.args[1:] if sign else node.args)]
+        return sign + (" * ".join(factors) or ("1.0f" if node.type == "float" else "1")), _PRODUCT
 
     def _whole_division(self, node: Node) -> tuple[str, int]:
         left, right = node.args

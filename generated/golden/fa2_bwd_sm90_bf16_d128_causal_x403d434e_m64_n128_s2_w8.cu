@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, scores of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  197 Shared memory,
-//             218 Global memory,  246 mbarriers,  290 TMA,  332 Bulk copies,  348 Fences,  355 Fragments,
-//             369 Registers,  377 Registers of a warpgroup,  389 wgmma,  566 What is visible,  618 Expressions,
-//             633 Softmax and its gradient,  680 Scores of an expression,  798 Pipelines,  843 Loads,
-//             891 Matrix products,  929 Staging,  987 Producer, 1040 Consumer, 1161 Kernels, 1306 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  203 Shared memory,
+//             224 Global memory,  252 mbarriers,  296 TMA,  338 Bulk copies,  354 Fences,  361 Fragments,
+//             375 Registers,  383 Registers of a warpgroup,  395 wgmma,  572 What is visible,  624 Expressions,
+//             639 Softmax and its gradient,  686 Scores of an expression,  804 Pipelines,  849 Loads,
+//             897 Matrix products,  935 Staging,  993 Producer, 1046 Consumer, 1167 Kernels, 1312 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -164,6 +164,12 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -701,7 +707,7 @@ struct Score {
 __device__ __forceinline__ Score score_of(
     Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k, float acc, int i, int j, float float_i, float float_j) {
     float const head_0 = p.number_0 > 0.0f ? 1.0f : (p.number_0 < 0.0f ? -1.0f : 0.0f);
-    float const head_1 = head_0 * p.softmax_scale / p.number_0;
+    float const head_1 = head_0 * p.softmax_scale * reciprocal_approx(p.number_0);
     float const value_0 = tanh_approx(head_1 * acc);
     return {value_0, 1.0f - value_0 * value_0};
 }

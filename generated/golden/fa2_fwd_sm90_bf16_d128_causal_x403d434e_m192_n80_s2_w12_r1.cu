@@ -539,7 +539,7 @@ __device__ __forceinline__ float score_factor(Params const& p, Head const& at) {
 __device__ __forceinline__ float score_of(
     Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k, float acc, int i, int j, float float_i, float float_j) {
     float const head_0 = p.number_0 > 0.0f ? 1.0f : (p.number_0 < 0.0f ? -1.0f : 0.0f);
-    float const head_1 = head_0 * p.softmax_scale / p.number_0;
+    float const head_1 = head_0 * p.softmax_scale * reciprocal_approx(p.number_0);
     return tanh_approx(head_1 * acc);
 }
 
