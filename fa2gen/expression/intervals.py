@@ -22,16 +22,17 @@ TILE: Mapping[Node, Bounds] = {QUERY: (name("i0"), name("i1")), KEY: (name("j0")
 """The first and the last position of a tile."""
 
 
-def any_and_all(condition: Node) -> tuple[Node, Node]:
+def any_and_all(condition: Node, tensors: bool = True) -> tuple[Node, Node]:
     """Whether a simplified condition may hold somewhere in a tile, and whether it holds everywhere.
 
-    One axis of a tensor may be a position: of a tensor that has them on several, nothing is known.
+    tensors  whether tensors are asked for their least and greatest number of the tile. One axis of a tensor may be a
+             position: of a tensor that has them on several, nothing is known.
     """
     axes: dict[str, set[int | None]] = {}
     for node in walk(condition):
         if node.op == "tensor":
             axes.setdefault(node.value, set()).add(position_axis(node))
-    several = {word for word, found in axes.items() if len(found - {None}) > 1}
+    several = {word for word, found in axes.items() if not tensors or len(found - {None}) > 1}
     must, may = bounds(condition, several)[condition]
     return simplify(may or TRUE), simplify(must or FALSE)
 

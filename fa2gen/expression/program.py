@@ -271,13 +271,14 @@ def evaluate(program: Program, what: Literal["score", "allow"], torch: Any, valu
     return evaluate_tree(tree, values, torch)
 
 
-def emit(program: Program, what: Literal["score", "gradient", "allow", "blocks", "inputs"]) -> Code:
+def emit(program: Program, what: Literal["score", "gradient", "allow", "blocks", "positions", "inputs"]) -> Code:
     """C++ of a program: statements by level, and results that use them. Free names: see the package's README.
 
     score     "score" and "factor": the softmax's argument is factor * score, with a positive factor of the head.
     gradient  these two, and "weight", the derivative of the score by s.
     allow     "allow": whether a key is seen.
     blocks    "any" and "all": whether some and whether all keys of a tile may be seen, i0..i1 and j0..j1 inclusive.
+    positions  the same of positions, numbers and tensors of the head alone, so that no tensor is asked for a tile.
     inputs    one a place of an input, in the order of `Program.accesses`: the derivative by it.
     """
     results = {key: lowered(tree) for key, tree in _results(program, what).items()}
@@ -294,9 +295,11 @@ def emit(program: Program, what: Literal["score", "gradient", "allow", "blocks",
 
 
 def _results(program: Program, what: str) -> dict[str, Node]:
-    if what in ("allow", "blocks"):
+    if what in ("allow", "blocks", "positions"):
         tree = TRUE if program.allow_tree is None else simplify(program.allow_tree)
-        return {"allow": tree} if what == "allow" else dict(zip(("any", "all"), any_and_all(tree), strict=True))
+        if what == "allow":
+            return {"allow": tree}
+        return dict(zip(("any", "all"), any_and_all(tree, tensors=what == "blocks"), strict=True))
     of_acc = multiply((ACC, SCALE))
     if what == "inputs":
         return {

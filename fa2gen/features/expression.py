@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fa2gen.errors import UnsupportedProblem
-from fa2gen.expression import Code, Input, Program, emit, parse
+from fa2gen.expression import Code, Input, Program, emit
 from fa2gen.expression.hoist import LEVELS
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param
@@ -150,35 +150,11 @@ class AllowCode:
 
 def allow_code(program: Program) -> AllowCode:
     """The code of a program's mask."""
-    of_tile = _of_positions(program)
     return AllowCode(
         formula=_comment(program, "allow"),
         element=_function(emit(program, "allow"), "allow"),
-        tile=_function(emit(of_tile, "blocks"), "any", "all" if of_tile == program else "none"),
+        tile=_function(emit(program, "positions"), "any", "all"),
     )
-
-
-def _of_positions(program: Program) -> Program:
-    """What of a mask can be said of a tile without its tensors: those of its conditions that name no input, where it
-    names a tensor. A tile may be seen if these let it, and all of it is never known to be."""
-    if not any(x.is_tensor and re.search(rf"\b{x.name}\b", program.allow) for x in program.inputs):
-        return program
-    plain = [part for part in _conditions(program.allow) if not re.search(r"\b(number|input)_\d", part)]
-    return parse(allow=" and ".join(plain))
-
-
-def _conditions(text: str) -> list[str]:
-    """What "and" joins at the top of an expression in its one spelling; all of it where something else is there."""
-    parts, depth, first = [], 0, 0
-    for found in re.finditer(r"[()\[\]]| (and|or|if) ", text):
-        word = found[0]
-        depth += (word in "([") - (word in ")]")
-        if depth == 0 and word in (" or ", " if "):
-            return [text]
-        if depth == 0 and word == " and ":
-            parts.append(text[first : found.start()])
-            first = found.end()
-    return [*parts, text[first:]]
 
 
 def _comment(program: Program, *names: str) -> tuple[str, ...]:
@@ -189,9 +165,9 @@ def _comment(program: Program, *names: str) -> tuple[str, ...]:
 
 
 def _function(code: Code, *results: str) -> tuple[str, ...]:
-    """The statements that these results need, and their return; "none" is false."""
+    """The statements that these results need, and their return."""
     statements = [statement for level in LEVELS for statement in code.levels[level]]
-    values = ["false" if name == "none" else code.results[name] for name in results]
+    values = [code.results[name] for name in results]
     wanted = _words(*values)
     kept = []
     for statement in reversed(statements):

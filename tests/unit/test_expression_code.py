@@ -187,8 +187,12 @@ extern "C" int blocks_%(index)d(void const* params, int b, int h, int i0, int i1
     int const hk = h / 2, seqlen_q = %(seqlen_q)d, seqlen_k = %(seqlen_k)d;
     tile[0] = i0, tile[1] = i1, tile[2] = j0, tile[3] = j1;
     (void)p, (void)hk, (void)seqlen_q, (void)seqlen_k;
-    %(block_lines)s
-    return (%(any)s ? 1 : 0) + (%(all)s ? 2 : 0);
+    int found = 0;
+    { %(block_lines)s
+      found += (%(any)s ? 1 : 0) + (%(all)s ? 2 : 0); }
+    { %(position_lines)s
+      found += (%(position_any)s ? 4 : 0) + (%(position_all)s ? 8 : 0); }
+    return found;
 }
 """
 _CTYPES = {"float": "float", "int": "int", "bool": "bool"}
@@ -221,7 +225,7 @@ def text_of(index: int, program: Program) -> str:
                     f"{read} found = load_{given.token}(p, {passed}); for (; at <= tile[2 * side + 1]; ++at) "
                     f"found = {best}(found, load_{given.token}(p, {passed})); return found; }}\n"
                 )
-    gradient, allow, blocks = (emit(program, what) for what in ("gradient", "allow", "blocks"))
+    gradient, allow, blocks, positions = (emit(program, what) for what in ("gradient", "allow", "blocks", "positions"))
 
     def lines(code) -> str:
         return " ".join(line for level in code.levels.values() for line in level)
@@ -230,6 +234,7 @@ def text_of(index: int, program: Program) -> str:
         assert all(len(line) <= 118 for level in code.levels.values() for line in level), "a kernel's line has 128"
         assert all(len(result) <= 118 for result in code.results.values())
     named = {"gradient": lines(gradient), "allow_lines": lines(allow), "block_lines": lines(blocks)}
+    named |= {"position_lines": lines(positions), **{f"position_{x}": text for x, text in positions.results.items()}}
     sizes = {"batch": BATCH, "heads": HEADS, "seqlen_q": SIZES.seqlen_q, "seqlen_k": SIZES.seqlen_k}
     results = gradient.results | allow.results | blocks.results
     return _PROGRAM % {"index": index, "fields": fields, "loads": loads, **named, **sizes, **results}
@@ -303,8 +308,9 @@ def test_no_tile_is_skipped_or_left_unmasked_that_must_not_be(index):
         found = decide(ctypes.byref(params), b, h, i0, i1, j0, j1)
         inside = seen[b, h, i0 : i1 + 1, j0 : j1 + 1]
         where = f"{program.allow} in {i0}..{i1} x {j0}..{j1}"
-        assert found & 1 or not inside.any(), f"{where} is skipped, and some see a key"
-        assert not found & 2 or inside.all(), f"{where} has no mask, and some do not see a key"
+        for asked in (found, found >> 2):  # tensors too, or positions alone
+            assert asked & 1 or not inside.any(), f"{where} is skipped, and some see a key"
+            assert not asked & 2 or inside.all(), f"{where} has no mask, and some do not see a key"
     del kept
 
 
