@@ -498,9 +498,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         elif self.passes_p and (self.has_score or self.has_allow or self.dropout):
             broken.append(
                 BrokenRule(
-                    "expression",
-                    f"tile_n {self.tile_n}, but what an expression makes does not pass from one warpgroup to "
-                    f"the other: {keys}, or {ROWS_PER_WARPGROUP}",
+                    "scores",
+                    f"tile_n {self.tile_n}, but neither what an expression makes nor what is dropped passes from one "
+                    f"warpgroup to the other: {keys}, or {ROWS_PER_WARPGROUP}",
                 )
             )
             return broken
