@@ -20,8 +20,8 @@ from cuda.bindings import driver
 
 from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.launch import NUMBER_BYTES, Launch, launch_of, ragged_dimensions
-from fa2gen.layout import ELEMENT_BYTES, align_up
+from fa2gen.launch import Launch, launch_of, ragged_dimensions
+from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, align_up
 from fa2gen.options import AnyShape, Options
 from fa2gen.plan import KernelPlan, TensorMapPlan
 from fa2gen.plan.base import EntryPoint

@@ -14,13 +14,14 @@ from typing import Any
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
 from fa2gen.features.varlen import ENTRY_NUMBERS, capacity, entries
-from fa2gen.layout import ELEMENT_BYTES, ceil_div
+from fa2gen.layout import ceil_div
 from fa2gen.options import SPLIT_KEYS, AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan
+from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTIONS_OF_GROUPS
 from fa2gen.plan.bwd import BackwardPlan
-from fa2gen.plan.recipe import LEAST_UNITS, NUMBER_BYTES, SECTION_BYTES, SECTIONS_OF_GROUPS
+from fa2gen.plan.recipe import LEAST_UNITS
 
-__all__ = ["NUMBER_BYTES", "RAGGED_ROWS", "SECTION_BYTES", "Launch", "launch_of", "ragged_dimensions"]
+__all__ = ["RAGGED_ROWS", "SECTION_BYTES", "Launch", "launch_of", "ragged_dimensions"]
 
 
 RAGGED_ROWS = 1 << 30  # as in templates/ptx/tma.cuh.j2
@@ -83,7 +84,7 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
     counts = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "dq_turns": blocks.of_queries}
     if plan.varlen:
         m, n = blocks.num_m_blocks, blocks.num_n_blocks
-        counts |= {"sequences": ENTRY_NUMBERS * entries(shape.batch), "num_blocks": 2, "m_list": 2 * m, "n_list": 2 * n}
+        counts |= {"sequences": ENTRY_NUMBERS * entries(shape.batch), "num_blocks": 2, "m_list": m, "n_list": n}
     if isinstance(plan, BackwardPlan):
         counts["dq_acc"] = blocks.of_queries * plan.dq_block_floats
         counts["sink_sums"] = blocks.of_queries * plan.preprocess_warps
@@ -209,9 +210,9 @@ def _heads_per_section(plan: KernelPlan, shape: Shape) -> int:
     group = shape.num_heads // shape.num_heads_kv
     batch = _batch(plan, shape)
     if plan.problem.direction == "bwd":
-        row = (plan.head_dim + plan.head_dim_v) * ELEMENT_BYTES + plan.head_dim * NUMBER_BYTES
-        read = group * shape.seqlen_q * row
+        read = group * shape.seqlen_q * plan.section_row_bytes
         room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS)
         return min(max(1, room // max(read, 1)), batch * shape.num_heads_kv)
-    read = shape.seqlen_k * (plan.head_dim + plan.head_dim_v) * ELEMENT_BYTES
-    return min(max(1, SECTION_BYTES // max(read, 1)) * group, batch * shape.num_heads)
+    read = shape.seqlen_k * plan.section_row_bytes
+    room = max(1, SECTION_BYTES // max(read, 1)) * group
+    return min(room, max(SECTION_HEADS // group, 1) * group, batch * shape.num_heads)

@@ -13,8 +13,8 @@ from fa2gen.cpu.build import build_library
 from fa2gen.cpu.run import Argument, Count, Job, KernelFault, Memory, run
 from fa2gen.errors import InvalidInput
 from fa2gen.features.attention import Operand
-from fa2gen.launch import NUMBER_BYTES, launch_of, ragged_dimensions
-from fa2gen.layout import ELEMENT_BYTES
+from fa2gen.launch import launch_of, ragged_dimensions
+from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan, make_plan
 from fa2gen.render import Rendered

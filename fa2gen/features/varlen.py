@@ -1,6 +1,6 @@
 """Ragged batches: sequences packed one behind the other, whose lengths the host never sees.
 
-`<kernel>_prepare` reads the lengths on the device, and writes a table of sequences and lists of blocks, longest first;
+`<kernel>_prepare` reads the lengths on the device, and writes a table of sequences and lists of them, longest first;
 the other kernels take their work from the lists and look a sequence's place up in the table. Rows that no sequence
 covers are entries of the table too, of queries without keys or keys without queries: so padding is defined.
 """
@@ -16,7 +16,7 @@ from fa2gen.spec import Direction
 
 __all__ = ["ENTRY_NUMBERS", "VARLEN", "capacity", "entries"]
 
-ENTRY_NUMBERS = 8  # of the table, a sequence: lengths, first rows, first block of queries, and three to spare
+ENTRY_NUMBERS = 8  # of the table, a sequence: lengths, first rows, places in the lists, heads taken together, spare
 
 
 def entries(sequences: int) -> int:

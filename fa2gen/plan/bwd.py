@@ -75,6 +75,6 @@ class BackwardPlan(KernelPlan):
     def sizes(self) -> tuple[str, ...]:
         both = ("num_heads_kv", "num_heads_per_kv", "num_m_blocks", "num_n_blocks")
         if self.varlen:
-            return ("seqlen_q", "seqlen_k", *both, "heads_per_section")
+            return ("seqlen_q", "seqlen_k", *both)
         sections = ("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()
         return ("seqlen_q", "seqlen_k", "num_heads", *both, *sections)

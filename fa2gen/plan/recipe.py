@@ -15,14 +15,11 @@ from fa2gen.features.attention import Operand
 from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.options import SPLIT_KEYS
-from fa2gen.plan.base import EntryPoint, KernelPlan, TensorMapPlan
+from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTIONS_OF_GROUPS, EntryPoint, KernelPlan, TensorMapPlan
 from fa2gen.plan.bwd import BackwardPlan
 
 __all__ = [
     "LEAST_UNITS",
-    "NUMBER_BYTES",
-    "SECTIONS_OF_GROUPS",
-    "SECTION_BYTES",
     "arguments",
     "braced",
     "call_fields",
@@ -44,17 +41,7 @@ __all__ = [
     "tensor_sizes",
 ]
 
-NUMBER_BYTES = 4  # of every scratch number: fp32 or int32
 DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel may have without being asked
-
-# K and V of the heads in flight should stay in L2: 32 MiB of an H200's 50 leave room for Q and O (4k causal, d = 128:
-# 587 TFLOP/s against 520 head by head, and 505 with all heads together).
-SECTION_BYTES = 32 << 20
-
-# Of grouped gradients a single head of K and V, with all that its group reads, may fill those 32 MiB: then sections are
-# of one head, whose longest blocks come last. Twice as much: 1.08 times at 32:8 heads of 128, 8k, 1.10 at 32:4, 2k,
-# 1.09 at 64:8 heads of 64, 8k; but 0.94 without groups at 16:16 and 2k (H100).
-SECTIONS_OF_GROUPS = 2
 
 
 _OPTIONS = {
@@ -82,12 +69,11 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
         return _decoding_sizes(plan)
     tiling, of_batch = plan.tiling, "" if plan.varlen else "batch * "
     if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
-        row = row_bytes(plan, "q") + row_bytes(plan, "dout") + plan.head_dim * NUMBER_BYTES
-        read = f"num_heads_per_kv * seqlen_q * {row}"
+        read = f"num_heads_per_kv * seqlen_q * {plan.section_row_bytes}"
         section = f"min(max(1, section_bytes / ({read})), {of_batch}num_heads_kv)"
     else:  # whole groups of query heads that share K and V
-        read = f"seqlen_k * {row_bytes(plan, 'k') + row_bytes(plan, 'v')}"
-        section = f"min(max(1, {SECTION_BYTES} / ({read})) * num_heads_per_kv, {of_batch}num_heads)"
+        read = f"seqlen_k * {plan.section_row_bytes}"
+        section = f"min(section_heads_kv * num_heads_per_kv, {of_batch}num_heads)"
     found = {
         "num_heads_per_kv": "num_heads / num_heads_kv",
         "num_m_blocks": _blocks(plan, "seqlen_q", tiling.tile_m),
@@ -97,6 +83,7 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
         "num_batch_heads_kv": f"{of_batch}num_heads_kv",
         "num_sequences": "batch",
         "section_bytes": f"{SECTION_BYTES} * min(num_heads_per_kv, {SECTIONS_OF_GROUPS})",
+        "section_heads_kv": f"max(1, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
     }
@@ -159,8 +146,8 @@ def memory(plan: KernelPlan) -> dict[str, str]:
     counts = {
         "sequences": f"{ENTRY_NUMBERS} * (3 * batch + 2)",
         "num_blocks": "2",
-        "m_list": "2 * num_m_blocks",
-        "n_list": "2 * num_n_blocks",
+        "m_list": "num_m_blocks",
+        "n_list": "num_n_blocks",
         "tile_counter": "1",
         "lse_log2": f"{blocks} * {plan.tiling.tile_m}",
         "dpsum": f"{blocks} * {plan.tiling.tile_m}",

@@ -170,7 +170,7 @@ class Sm90FwdPlan(Sm90Plan):
     @property
     def sizes(self) -> tuple[str, ...]:
         tiles = () if self.varlen else ("num_tiles", *(("num_batch_heads",) if self.uneven else ()))
-        sections = ("heads_per_section",) if self.uneven else ()
+        sections = ("heads_per_section",) if self.uneven and not self.varlen else ()
         return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", *tiles, *sections)
 
     def broken_rules(self) -> Sequence[BrokenRule]:

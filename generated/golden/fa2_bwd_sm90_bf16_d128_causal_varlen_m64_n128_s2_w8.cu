@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, ragged batches
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  125 Threads,  177 Arithmetic,  205 Shared memory,
-//             243 Global memory,  299 mbarriers,  343 TMA,  391 Bulk copies,  407 Fences,  414 Fragments,
-//             428 Registers,  436 Registers of a warpgroup,  448 wgmma,  641 What is visible,
-//             690 Softmax and its gradient,  794 Pipelines,  839 Loads,  887 Matrix products,  925 Staging,
-//             983 Producer, 1036 Consumer, 1157 Kernels, 1159 Prepare, 1544 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  176 Arithmetic,  204 Shared memory,
+//             242 Global memory,  293 mbarriers,  337 TMA,  385 Bulk copies,  401 Fences,  408 Fragments,
+//             422 Registers,  430 Registers of a warpgroup,  442 wgmma,  634 What is visible,
+//             683 Softmax and its gradient,  791 Pipelines,  836 Loads,  884 Matrix products,  922 Staging,
+//             980 Producer, 1033 Consumer, 1154 Kernels, 1156 Prepare, 1516 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -116,7 +116,6 @@ struct Params {
     int num_heads_per_kv;
     int num_m_blocks;
     int num_n_blocks;
-    int heads_per_section;
     int num_sequences;
     float softmax_scale;
     float softmax_scale_log2;
@@ -257,11 +256,6 @@ __device__ __forceinline__ void load_global_int4(int (&r)[4], int const* address
 
 __device__ __forceinline__ void store_global_int(int* address, int value) {
     *address = value;
-}
-
-// 8 bytes; the address is a multiple of 8.
-__device__ __forceinline__ void store_global_int2(int* address, int r0, int r1) {
-    asm volatile("st.global.v2.s32 [%0], {%1, %2};" :: "l"(address), "r"(r0), "r"(r1) : "memory");
 }
 
 // 16 bytes; the address is a multiple of 16.
@@ -572,7 +566,7 @@ struct Seqlen {
     int k;
     int first_q;
     int first_k;
-    int first_m_block;  // of a head
+    int first_m_block;  // of a head, in the list of blocks
 };
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
@@ -633,9 +627,8 @@ __device__ __forceinline__ QueryBlock query_block_at(Params const& p, int block_
     if (place >= load_global_int(p.num_blocks)) {
         return {-1, bidh, 0, 0};
     }
-    int const bidb = load_global_int(p.m_list + 2 * place);
-    int const m_block = load_global_int(p.m_list + 2 * place + 1);
-    return {m_block, bidh, bidb, query_block_index(p, seqlen_of(p, bidb), bidb, bidh, m_block)};
+    int const bidb = load_global_int(p.m_list + place);
+    return {place - seqlen_of(p, bidb).first_m_block, bidh, bidb, block_index};
 }
 
 // What is visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q -------------------
@@ -734,8 +727,8 @@ __device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*va
     }
 }
 
-// Order of blocks: as the prepare kernel lists the blocks of all sequences, the first keys of each first, round the heads of a
-// section, whose Q, dO and dQ fit in L2 together.
+// Order of blocks: the longest sequence first; of a sequence the first keys first, round heads whose Q, dO and dQ fit in L2
+// together.
 struct KeyBlock {
     int n_block;
     int head_kv;
@@ -747,12 +740,16 @@ __device__ __forceinline__ bool has_key_block(Params const& p, int index) {
 }
 
 __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
-    int const section_blocks = p.heads_per_section * load_global_int(p.num_blocks + 1);
-    int const first_head = index / section_blocks * p.heads_per_section;
-    int const width = min(p.heads_per_section, p.num_heads_kv - first_head);
-    int const within = index % section_blocks;
-    int const* const listed = p.n_list + 2 * (within / width);
-    return {load_global_int(listed + 1), first_head + within % width, load_global_int(listed)};
+    int const bidb = load_global_int(p.n_list + index / p.num_heads_kv);
+    int const* const row = p.sequences + kSequenceNumbers * bidb;
+    int const num_n_blocks = (load_global_int(row + 1) + kTileN - 1) / kTileN;
+    int places[4];
+    load_global_int4(places, row + 4);
+    int const of_sequence = index - p.num_heads_kv * places[1];
+    int const first_head = of_sequence / (places[2] * num_n_blocks) * places[2];
+    int const width = min(places[2], p.num_heads_kv - first_head);
+    int const within = of_sequence % (places[2] * num_n_blocks);
+    return {within / width, first_head + within % width, bidb};
 }
 
 // The steps of a block of keys: all query heads that share it, one after the other, and of each the blocks of queries that see
@@ -1156,30 +1153,24 @@ __device__ __forceinline__ void consume(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
-// Prepare: from the lengths of sequences to a table of them, and lists of blocks, longest first ------------------------------
+// Prepare: from the lengths of sequences to a table of them, and lists of the entries that blocks are of ----------------------
 //
-// A list is in levels: level L has block L of every entry that has so many, the entry with the most blocks first. Queries go
-// from the last level to the first, keys from the first to the last; so a causal mask's longest rows come first, and of one
-// sequence the first keys. Where there are more blocks than kMaxLevels, a level has 2^shift in a row of each entry, and the
-// entries that end in it, with no more than those, come behind the others.
+// The entry with the most blocks comes first in a list, as often as it has blocks. Which of them a place stands for, and of
+// which head, is for the order of tiles to say: the blocks of an entry, round as many heads as L2 holds what they read of.
 
 constexpr int kPrepareThreads = 1024;
-constexpr int kMaxLevels = 1024;
+constexpr int kNumLengths = 1024;  // kinds of entries, by how many blocks they have
 
-// What a list's levels have in shared memory, an int for each level: its entries, from which ranks are taken; where its blocks
-// begin; and how many there are of entries that end in it, then where the last of these ends.
-struct Levels {
-    uint32_t entries;
+// In shared memory, an int for each kind: how many blocks its entries have, then where the next of them is listed.
+struct Kinds {
+    uint32_t places;
     int count;
-    int shift;
-
-    __device__ __forceinline__ uint32_t begin() const { return entries + 4 * kMaxLevels; }
-    __device__ __forceinline__ uint32_t tails() const { return entries + 8 * kMaxLevels; }
+    int shift;  // of a number of blocks to its kind: only where there are more lengths than kinds, it is not 0
 };
 
-__device__ __forceinline__ Levels levels_in(uint32_t smem, int most_blocks) {
+__device__ __forceinline__ Kinds kinds_in(uint32_t smem, int most_blocks) {
     int shift = 0;
-    while (((most_blocks - 1) >> shift) >= kMaxLevels) {
+    while (((most_blocks - 1) >> shift) >= kNumLengths) {
         ++shift;
     }
     return {smem, ((most_blocks - 1) >> shift) + 1, shift};
@@ -1226,9 +1217,9 @@ __device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int t
     return {begin, max(begin, end)};
 }
 
-// Takes places for the blocks of a warp's entries, one a lane, and counts each entry in the level where it ends; returns the
-// first block's place. Bounds that do not rise make sequences overlap: where there are no places left, rows become none.
-__device__ __forceinline__ int count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Levels const& levels) {
+// Counts the blocks of a warp's entries, one a lane. Bounds that do not rise make sequences overlap: where the list has no
+// places left, rows become none.
+__device__ __forceinline__ void count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Kinds const& kinds) {
     int const num_blocks = min((rows.end - rows.begin + tile - 1) / tile, capacity + 1);
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = min(shfl_from(up_to_here, 31), capacity + 1);
@@ -1239,59 +1230,39 @@ __device__ __forceinline__ int count_blocks(Rows& rows, int tile, int capacity, 
             before = fetch_add_shared(taken, of_warp);
         }
     }
-    int const first = shfl_from_lane_0(before) + up_to_here - num_blocks;
-    if (first + num_blocks > capacity) {
+    if (shfl_from_lane_0(before) + up_to_here > capacity) {
         rows.end = rows.begin;
     } else if (num_blocks > 0) {
-        int const level = (num_blocks - 1) >> levels.shift;
-        fetch_add_shared(levels.entries + 4 * level, 1);
-        fetch_add_shared(levels.tails() + 4 * level, num_blocks - (level << levels.shift));
+        fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks);
     }
-    return first;
 }
 
-// From counts to places, by one warp; returns how many blocks there are. Each lane has some levels in a row, the last levels
-// those of lane 0; an odd number, so that no two lanes read one bank.
-__device__ __forceinline__ int place_levels(Levels const& levels, bool from_the_last) {
-    int const width = (levels.count + 31) / 32 | 1;
-    int const first = levels.count - 1 - lane_id() * width;
+// From counts to places, by one warp; returns how many blocks there are. Each lane has some kinds in a row, the longest those
+// of lane 0; an odd number, so that no two lanes read one bank.
+__device__ __forceinline__ int place_kinds(Kinds const& kinds) {
+    int const width = (kinds.count + 31) / 32 | 1;
+    int const first = kinds.count - 1 - lane_id() * width;
     int const end = max(first - width, -1);
-    int entries = 0;
-    for (int level = first; level > end; --level) {
-        entries += load_shared_int(levels.entries + 4 * level);
-    }
-    entries = sum_of_lanes(entries) - entries;  // of the levels behind
     int blocks = 0;
-    for (int level = first; level > end; --level) {
-        int const here = (entries << levels.shift) + load_shared_int(levels.tails() + 4 * level);
-        entries += load_shared_int(levels.entries + 4 * level);
-        blocks += here;
-        store_shared_int(levels.entries + 4 * level, entries);
-        store_shared_int(levels.tails() + 4 * level, here);
+    for (int kind = first; kind > end; --kind) {
+        blocks += load_shared_int(kinds.places + 4 * kind);
     }
     int const up_to_here = sum_of_lanes(blocks);
-    int const total = shfl_from(up_to_here, 31);
-    int behind = up_to_here - blocks;
-    for (int level = first; level > end; --level) {
-        int const here = load_shared_int(levels.tails() + 4 * level);
-        int const begin = from_the_last ? behind : total - behind - here;
-        store_shared_int(levels.begin() + 4 * level, begin);
-        store_shared_int(levels.tails() + 4 * level, begin + here);
-        behind += here;
+    int place = up_to_here - blocks;
+    for (int kind = first; kind > end; --kind) {
+        int const here = load_shared_int(kinds.places + 4 * kind);
+        store_shared_int(kinds.places + 4 * kind, place);
+        place += here;
     }
-    return total;
+    return shfl_from(up_to_here, 31);
 }
 
-// Writes the blocks of a warp's entries into the list: `entry` is this lane's, and has so many.
-__device__ __forceinline__ void list_blocks(int entry, int num_blocks, Levels const& levels, int* list) {
+// Lists the blocks of a warp's entries; `entry` is this lane's, and has so many. Returns its first place.
+__device__ __forceinline__ int list_blocks(int entry, int num_blocks, Kinds const& kinds, int* list) {
     int const lane = lane_id();
-    int const last = (num_blocks - 1) >> levels.shift;
-    int const tail = num_blocks - (last << levels.shift);
-    int rank = 0;
-    int tail_at = 0;
+    int place = 0;
     if (num_blocks > 0) {
-        rank = fetch_add_shared(levels.entries + 4 * last, -1) - 1;
-        tail_at = fetch_add_shared(levels.tails() + 4 * last, -tail) - tail;
+        place = fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks);
     }
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = shfl_from(up_to_here, 31);
@@ -1302,40 +1273,36 @@ __device__ __forceinline__ void list_blocks(int entry, int num_blocks, Levels co
         for (int step = 16; step > 0; step /= 2) {
             owner += shfl_from(up_to_here, owner + step - 1) <= index ? step : 0;
         }
-        int const block = index - shfl_from(up_to_here - num_blocks, owner);
-        int const owners_last = shfl_from(last, owner);
-        int const owners_rank = shfl_from(rank, owner);
-        int const owners_tail = shfl_from(tail_at, owner);
+        int const to_place = shfl_from(place - (up_to_here - num_blocks), owner);
         if (index < of_warp) {
-            int const level = block >> levels.shift;
-            int const in_level = block - (level << levels.shift);
-            int const begin = level < owners_last
-                                  ? load_shared_int(levels.begin() + 4 * level) + (owners_rank << levels.shift)
-                                  : owners_tail;
-            store_global_int2(list + 2 * (begin + in_level), entry - lane + owner, block);
+            store_global_int(list + to_place + index, entry - lane + owner);
         }
     }
+    return place;
+}
+
+// Heads whose tiles are taken together, so that what they read of so many rows stays in L2.
+__device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int heads_of_a_read, int num_heads) {
+    return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
 }
 
 extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
-    uint32_t const taken = smem;  // places for blocks: of queries, and of keys
-    Levels const m_levels = levels_in(smem + 16, p.seqlen_q / kTileM + 1);
-    Levels const n_levels = levels_in(m_levels.entries + 12 * kMaxLevels, p.seqlen_k / kTileN + 1);
+    uint32_t const taken = smem;  // places of both lists
+    Kinds const m_kinds = kinds_in(smem + 16, p.seqlen_q / kTileM + 1);
+    Kinds const n_kinds = kinds_in(m_kinds.places + 4 * kNumLengths, p.seqlen_k / kTileN + 1);
     int const num_entries = 3 * p.num_sequences + 2;
     griddepcontrol_launch_dependents();
     if (thread < 2) {
         store_shared_int(taken + 4 * thread, 0);
     }
-    for (int level = thread; level < m_levels.count; level += kPrepareThreads) {
-        store_shared_int(m_levels.entries + 4 * level, 0);
-        store_shared_int(m_levels.tails() + 4 * level, 0);
+    for (int kind = thread; kind < m_kinds.count; kind += kPrepareThreads) {
+        store_shared_int(m_kinds.places + 4 * kind, 0);
     }
-    for (int level = thread; level < n_levels.count; level += kPrepareThreads) {
-        store_shared_int(n_levels.entries + 4 * level, 0);
-        store_shared_int(n_levels.tails() + 4 * level, 0);
+    for (int kind = thread; kind < n_kinds.count; kind += kPrepareThreads) {
+        store_shared_int(n_kinds.places + 4 * kind, 0);
     }
     sync_block();
 
@@ -1352,24 +1319,23 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_bwd_sm90_bf16_
         } else if (entry < num_entries) {
             keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
         }
-        int const first_m_block = count_blocks(q, kTileM, p.num_m_blocks, taken, m_levels);
-        count_blocks(keys, kTileN, p.num_n_blocks, taken + 4, n_levels);
+        count_blocks(q, kTileM, p.num_m_blocks, taken, m_kinds);
+        count_blocks(keys, kTileN, p.num_n_blocks, taken + 4, n_kinds);
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
             store_global_int4(row, q.end - q.begin, keys.end - keys.begin, q.begin, keys.begin);
-            store_global_int(row + 4, first_m_block);
         }
     }
     sync_block();
 
     if (warp_id() == 0) {
-        int const num_blocks = place_levels(m_levels, /*from_the_last=*/true);
+        int const num_blocks = place_kinds(m_kinds);
         if (lane_id() == 0) {
             store_global_int(p.num_blocks, num_blocks);
         }
     }
     if (warp_id() == 1) {
-        int const num_blocks = place_levels(n_levels, /*from_the_last=*/false);
+        int const num_blocks = place_kinds(n_kinds);
         if (lane_id() == 0) {
             store_global_int(p.num_blocks + 1, num_blocks);
         }
@@ -1378,12 +1344,18 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_bwd_sm90_bf16_
 
     for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
         int const entry = first + lane_id();
+        int* const row = p.sequences + kSequenceNumbers * entry;
         int lengths[4] = {0, 0, 0, 0};
         if (entry < num_entries) {
-            load_global_int4(lengths, p.sequences + kSequenceNumbers * entry);
+            load_global_int4(lengths, row);
         }
-        list_blocks(entry, (lengths[0] + kTileM - 1) / kTileM, m_levels, p.m_list);
-        list_blocks(entry, (lengths[1] + kTileN - 1) / kTileN, n_levels, p.n_list);
+        int const m_place = list_blocks(entry, (lengths[0] + kTileM - 1) / kTileM, m_kinds, p.m_list);
+        int const n_place = list_blocks(entry, (lengths[1] + kTileN - 1) / kTileN, n_kinds, p.n_list);
+        int const rows_in_l2 = 32768 / p.num_heads_per_kv * min(p.num_heads_per_kv, 2);
+        int const together = heads_together(rows_in_l2, lengths[0], 1, p.num_heads_kv);
+        if (entry < num_entries) {
+            store_global_int4(row + 4, m_place, n_place, together, 0);
+        }
     }
 }
 
@@ -1547,7 +1519,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
 //   fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare
-//     grid (1, 1, 1), 1024 threads, 24592 bytes of dynamic shared memory
+//     grid (1, 1, 1), 1024 threads, 8208 bytes of dynamic shared memory
 //   fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_preprocess
 //     grid (num_m_blocks * num_heads, 1, 1), 128 threads, 0 bytes of dynamic shared memory
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
@@ -1570,8 +1542,6 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //   num_m_blocks = seqlen_q / 64 + 2 * batch + 1
 //   num_n_blocks = seqlen_k / 128 + 2 * batch + 1
 //   num_sequences = batch
-//   section_bytes = 33554432 * min(num_heads_per_kv, 2)
-//   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 1024)), num_heads_kv)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * 64
@@ -1579,7 +1549,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //   dq_acc: num_m_blocks * num_heads * 8192
 //   sequences: 8 * (3 * batch + 2)
 //   num_blocks: 2
-//   m_list: 2 * num_m_blocks
-//   n_list: 2 * num_n_blocks
+//   m_list: num_m_blocks
+//   n_list: num_n_blocks
 
 }  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8

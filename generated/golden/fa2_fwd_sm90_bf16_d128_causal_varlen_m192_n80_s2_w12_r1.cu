@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229536 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   95 Threads,  147 Arithmetic,  185 Shared memory,
-//             223 Global memory,  261 mbarriers,  305 TMA,  353 Fences,  360 Fragments,  368 Registers,
-//             376 Registers of a warpgroup,  388 wgmma,  526 What is visible,  578 Online softmax,  740 Pipelines,
-//             768 Loads,  839 Matrix products,  866 Epilogue,  913 Producer,  964 Consumer, 1117 Kernel, 1119 Prepare,
-//            1379 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,   94 Threads,  146 Arithmetic,  184 Shared memory,
+//             222 Global memory,  255 mbarriers,  299 TMA,  347 Fences,  354 Fragments,  362 Registers,
+//             370 Registers of a warpgroup,  382 wgmma,  520 What is visible,  572 Online softmax,  739 Pipelines,
+//             767 Loads,  838 Matrix products,  865 Epilogue,  912 Producer,  963 Consumer, 1116 Kernel, 1118 Prepare,
+//            1353 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -86,7 +86,6 @@ struct Params {
     int num_heads;
     int num_heads_per_kv;
     int num_m_blocks;
-    int heads_per_section;
     int num_sequences;
     float softmax_scale;
     float softmax_scale_log2;
@@ -241,11 +240,6 @@ __device__ __forceinline__ void load_global_int4(int (&r)[4], int const* address
 
 __device__ __forceinline__ void store_global_int(int* address, int value) {
     *address = value;
-}
-
-// 8 bytes; the address is a multiple of 8.
-__device__ __forceinline__ void store_global_int2(int* address, int r0, int r1) {
-    asm volatile("st.global.v2.s32 [%0], {%1, %2};" :: "l"(address), "r"(r0), "r"(r1) : "memory");
 }
 
 // 16 bytes; the address is a multiple of 16.
@@ -490,7 +484,7 @@ struct Seqlen {
     int k;
     int first_q;
     int first_k;
-    int first_m_block;  // of a head
+    int first_m_block;  // of a head, in the list of blocks
 };
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
@@ -716,8 +710,9 @@ __device__ __forceinline__ void finalize_softmax(
     }
 }
 
-// Order of tiles: as the prepare kernel lists the blocks of all sequences, longest first, round the heads of a section, whose K
-// and V fit in L2 together.
+// Order of tiles: the longest sequence first; of a sequence the last blocks first, which see the most keys, round heads whose
+// K and V fit in L2 together: its other blocks find K and V there (32 x 512 tokens, full, d = 128: 133 us against 186 with the
+// same blocks of all sequences together, H100). The tail of the launch are the shortest sequences.
 struct Tile {
     int m_block;
     int bidh;
@@ -729,12 +724,16 @@ __device__ __forceinline__ int num_tiles(Params const& p) {
 }
 
 __device__ __forceinline__ Tile tile_at(Params const& p, int index) {
-    int const section_tiles = p.heads_per_section * load_global_int(p.num_blocks);
-    int const first_head = index / section_tiles * p.heads_per_section;
-    int const width = min(p.heads_per_section, p.num_heads - first_head);
-    int const within = index % section_tiles;
-    int const* const listed = p.m_list + 2 * (within / width);
-    return {load_global_int(listed + 1), first_head + within % width, load_global_int(listed)};
+    int const bidb = load_global_int(p.m_list + index / p.num_heads);
+    int const* const row = p.sequences + kSequenceNumbers * bidb;
+    int const num_m_blocks = (load_global_int(row) + kTileM - 1) / kTileM;
+    int places[4];
+    load_global_int4(places, row + 4);
+    int const of_sequence = index - p.num_heads * places[0];
+    int const first_head = of_sequence / (places[2] * num_m_blocks) * places[2];
+    int const width = min(places[2], p.num_heads - first_head);
+    int const within = of_sequence % (places[2] * num_m_blocks);
+    return {num_m_blocks - 1 - within / width, first_head + within % width, bidb};
 }
 
 // Pipelines -----------------------------------------------------------------------------------------------------------
@@ -1116,30 +1115,24 @@ __device__ __forceinline__ void consume(
 
 // Kernel --------------------------------------------------------------------------------------------------------------
 
-// Prepare: from the lengths of sequences to a table of them, and lists of blocks, longest first ------------------------------
+// Prepare: from the lengths of sequences to a table of them, and lists of the entries that blocks are of ----------------------
 //
-// A list is in levels: level L has block L of every entry that has so many, the entry with the most blocks first. Queries go
-// from the last level to the first, keys from the first to the last; so a causal mask's longest rows come first, and of one
-// sequence the first keys. Where there are more blocks than kMaxLevels, a level has 2^shift in a row of each entry, and the
-// entries that end in it, with no more than those, come behind the others.
+// The entry with the most blocks comes first in a list, as often as it has blocks. Which of them a place stands for, and of
+// which head, is for the order of tiles to say: the blocks of an entry, round as many heads as L2 holds what they read of.
 
 constexpr int kPrepareThreads = 1024;
-constexpr int kMaxLevels = 1024;
+constexpr int kNumLengths = 1024;  // kinds of entries, by how many blocks they have
 
-// What a list's levels have in shared memory, an int for each level: its entries, from which ranks are taken; where its blocks
-// begin; and how many there are of entries that end in it, then where the last of these ends.
-struct Levels {
-    uint32_t entries;
+// In shared memory, an int for each kind: how many blocks its entries have, then where the next of them is listed.
+struct Kinds {
+    uint32_t places;
     int count;
-    int shift;
-
-    __device__ __forceinline__ uint32_t begin() const { return entries + 4 * kMaxLevels; }
-    __device__ __forceinline__ uint32_t tails() const { return entries + 8 * kMaxLevels; }
+    int shift;  // of a number of blocks to its kind: only where there are more lengths than kinds, it is not 0
 };
 
-__device__ __forceinline__ Levels levels_in(uint32_t smem, int most_blocks) {
+__device__ __forceinline__ Kinds kinds_in(uint32_t smem, int most_blocks) {
     int shift = 0;
-    while (((most_blocks - 1) >> shift) >= kMaxLevels) {
+    while (((most_blocks - 1) >> shift) >= kNumLengths) {
         ++shift;
     }
     return {smem, ((most_blocks - 1) >> shift) + 1, shift};
@@ -1186,9 +1179,9 @@ __device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int t
     return {begin, max(begin, end)};
 }
 
-// Takes places for the blocks of a warp's entries, one a lane, and counts each entry in the level where it ends; returns the
-// first block's place. Bounds that do not rise make sequences overlap: where there are no places left, rows become none.
-__device__ __forceinline__ int count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Levels const& levels) {
+// Counts the blocks of a warp's entries, one a lane. Bounds that do not rise make sequences overlap: where the list has no
+// places left, rows become none.
+__device__ __forceinline__ void count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Kinds const& kinds) {
     int const num_blocks = min((rows.end - rows.begin + tile - 1) / tile, capacity + 1);
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = min(shfl_from(up_to_here, 31), capacity + 1);
@@ -1199,59 +1192,39 @@ __device__ __forceinline__ int count_blocks(Rows& rows, int tile, int capacity, 
             before = fetch_add_shared(taken, of_warp);
         }
     }
-    int const first = shfl_from_lane_0(before) + up_to_here - num_blocks;
-    if (first + num_blocks > capacity) {
+    if (shfl_from_lane_0(before) + up_to_here > capacity) {
         rows.end = rows.begin;
     } else if (num_blocks > 0) {
-        int const level = (num_blocks - 1) >> levels.shift;
-        fetch_add_shared(levels.entries + 4 * level, 1);
-        fetch_add_shared(levels.tails() + 4 * level, num_blocks - (level << levels.shift));
+        fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks);
     }
-    return first;
 }
 
-// From counts to places, by one warp; returns how many blocks there are. Each lane has some levels in a row, the last levels
-// those of lane 0; an odd number, so that no two lanes read one bank.
-__device__ __forceinline__ int place_levels(Levels const& levels, bool from_the_last) {
-    int const width = (levels.count + 31) / 32 | 1;
-    int const first = levels.count - 1 - lane_id() * width;
+// From counts to places, by one warp; returns how many blocks there are. Each lane has some kinds in a row, the longest those
+// of lane 0; an odd number, so that no two lanes read one bank.
+__device__ __forceinline__ int place_kinds(Kinds const& kinds) {
+    int const width = (kinds.count + 31) / 32 | 1;
+    int const first = kinds.count - 1 - lane_id() * width;
     int const end = max(first - width, -1);
-    int entries = 0;
-    for (int level = first; level > end; --level) {
-        entries += load_shared_int(levels.entries + 4 * level);
-    }
-    entries = sum_of_lanes(entries) - entries;  // of the levels behind
     int blocks = 0;
-    for (int level = first; level > end; --level) {
-        int const here = (entries << levels.shift) + load_shared_int(levels.tails() + 4 * level);
-        entries += load_shared_int(levels.entries + 4 * level);
-        blocks += here;
-        store_shared_int(levels.entries + 4 * level, entries);
-        store_shared_int(levels.tails() + 4 * level, here);
+    for (int kind = first; kind > end; --kind) {
+        blocks += load_shared_int(kinds.places + 4 * kind);
     }
     int const up_to_here = sum_of_lanes(blocks);
-    int const total = shfl_from(up_to_here, 31);
-    int behind = up_to_here - blocks;
-    for (int level = first; level > end; --level) {
-        int const here = load_shared_int(levels.tails() + 4 * level);
-        int const begin = from_the_last ? behind : total - behind - here;
-        store_shared_int(levels.begin() + 4 * level, begin);
-        store_shared_int(levels.tails() + 4 * level, begin + here);
-        behind += here;
+    int place = up_to_here - blocks;
+    for (int kind = first; kind > end; --kind) {
+        int const here = load_shared_int(kinds.places + 4 * kind);
+        store_shared_int(kinds.places + 4 * kind, place);
+        place += here;
     }
-    return total;
+    return shfl_from(up_to_here, 31);
 }
 
-// Writes the blocks of a warp's entries into the list: `entry` is this lane's, and has so many.
-__device__ __forceinline__ void list_blocks(int entry, int num_blocks, Levels const& levels, int* list) {
+// Lists the blocks of a warp's entries; `entry` is this lane's, and has so many. Returns its first place.
+__device__ __forceinline__ int list_blocks(int entry, int num_blocks, Kinds const& kinds, int* list) {
     int const lane = lane_id();
-    int const last = (num_blocks - 1) >> levels.shift;
-    int const tail = num_blocks - (last << levels.shift);
-    int rank = 0;
-    int tail_at = 0;
+    int place = 0;
     if (num_blocks > 0) {
-        rank = fetch_add_shared(levels.entries + 4 * last, -1) - 1;
-        tail_at = fetch_add_shared(levels.tails() + 4 * last, -tail) - tail;
+        place = fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks);
     }
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = shfl_from(up_to_here, 31);
@@ -1262,35 +1235,32 @@ __device__ __forceinline__ void list_blocks(int entry, int num_blocks, Levels co
         for (int step = 16; step > 0; step /= 2) {
             owner += shfl_from(up_to_here, owner + step - 1) <= index ? step : 0;
         }
-        int const block = index - shfl_from(up_to_here - num_blocks, owner);
-        int const owners_last = shfl_from(last, owner);
-        int const owners_rank = shfl_from(rank, owner);
-        int const owners_tail = shfl_from(tail_at, owner);
+        int const to_place = shfl_from(place - (up_to_here - num_blocks), owner);
         if (index < of_warp) {
-            int const level = block >> levels.shift;
-            int const in_level = block - (level << levels.shift);
-            int const begin = level < owners_last
-                                  ? load_shared_int(levels.begin() + 4 * level) + (owners_rank << levels.shift)
-                                  : owners_tail;
-            store_global_int2(list + 2 * (begin + in_level), entry - lane + owner, block);
+            store_global_int(list + to_place + index, entry - lane + owner);
         }
     }
+    return place;
+}
+
+// Heads whose tiles are taken together, so that what they read of so many rows stays in L2.
+__device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int heads_of_a_read, int num_heads) {
+    return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
 }
 
 extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1_prepare(
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
-    uint32_t const taken = smem;  // places for blocks: of queries, and of keys
-    Levels const m_levels = levels_in(smem + 16, p.seqlen_q / kTileM + 1);
+    uint32_t const taken = smem;  // places of both lists
+    Kinds const m_kinds = kinds_in(smem + 16, p.seqlen_q / kTileM + 1);
     int const num_entries = 2 * p.num_sequences + 1;
     griddepcontrol_launch_dependents();
     if (thread < 2) {
         store_shared_int(taken + 4 * thread, 0);
     }
-    for (int level = thread; level < m_levels.count; level += kPrepareThreads) {
-        store_shared_int(m_levels.entries + 4 * level, 0);
-        store_shared_int(m_levels.tails() + 4 * level, 0);
+    for (int kind = thread; kind < m_kinds.count; kind += kPrepareThreads) {
+        store_shared_int(m_kinds.places + 4 * kind, 0);
     }
     if (thread == 0) {
         store_global_int(p.tile_counter, 0);
@@ -1310,17 +1280,16 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_fwd_sm90_bf16_
         } else if (entry < num_entries) {
             keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
         }
-        int const first_m_block = count_blocks(q, kTileM, p.num_m_blocks, taken, m_levels);
+        count_blocks(q, kTileM, p.num_m_blocks, taken, m_kinds);
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
             store_global_int4(row, q.end - q.begin, keys.end - keys.begin, q.begin, keys.begin);
-            store_global_int(row + 4, first_m_block);
         }
     }
     sync_block();
 
     if (warp_id() == 0) {
-        int const num_blocks = place_levels(m_levels, /*from_the_last=*/true);
+        int const num_blocks = place_kinds(m_kinds);
         if (lane_id() == 0) {
             store_global_int(p.num_blocks, num_blocks);
         }
@@ -1329,11 +1298,16 @@ extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_fwd_sm90_bf16_
 
     for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
         int const entry = first + lane_id();
+        int* const row = p.sequences + kSequenceNumbers * entry;
         int lengths[4] = {0, 0, 0, 0};
         if (entry < num_entries) {
-            load_global_int4(lengths, p.sequences + kSequenceNumbers * entry);
+            load_global_int4(lengths, row);
         }
-        list_blocks(entry, (lengths[0] + kTileM - 1) / kTileM, m_levels, p.m_list);
+        int const m_place = list_blocks(entry, (lengths[0] + kTileM - 1) / kTileM, m_kinds, p.m_list);
+        int const together = heads_together(65536, lengths[1], p.num_heads_per_kv, p.num_heads);
+        if (entry < num_entries) {
+            store_global_int4(row + 4, m_place, 0, together, 0);
+        }
     }
 }
 
@@ -1382,7 +1356,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1_prepare
-//     grid (1, 1, 1), 1024 threads, 12304 bytes of dynamic shared memory
+//     grid (1, 1, 1), 1024 threads, 4112 bytes of dynamic shared memory
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1
 //     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 229536 bytes of dynamic shared memory
 //     maps of q, k, v, o
@@ -1398,12 +1372,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //   num_m_blocks = seqlen_q / 192 + 2 * batch + 1
 //   num_tiles = num_m_blocks * num_heads
 //   num_sequences = batch
-//   heads_per_section = min(max(1, 33554432 / (seqlen_k * 512)) * num_heads_per_kv, num_heads)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   tile_counter: 1
 //   sequences: 8 * (3 * batch + 2)
 //   num_blocks: 2
-//   m_list: 2 * num_m_blocks
+//   m_list: num_m_blocks
 
 }  // namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1

@@ -1151,7 +1151,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //   num_m_blocks = (seqlen_q + 191) / 192
 //   num_tiles = num_m_blocks * batch * num_heads
 //   num_batch_heads = batch * num_heads
-//   heads_per_section = min(max(1, 33554432 / (seqlen_k * 512)) * num_heads_per_kv, batch * num_heads)
+//   section_heads_kv = max(1, min(33554432 / (seqlen_k * 512), 32 / num_heads_per_kv))
+//   heads_per_section = min(section_heads_kv * num_heads_per_kv, batch * num_heads)
 // Device memory beside the tensors, in 4-byte numbers:
 //   tile_counter: 1; all zeros before the first launch, and left so
 // Options; limited(x, n) is n where x < 0, else min(x, n):

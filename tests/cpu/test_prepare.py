@@ -1,11 +1,9 @@
-"""The kernel that prepares a ragged batch, alone: its table of sequences and its lists of blocks, of any lengths."""
+"""The kernel that prepares a ragged batch, alone: its table of sequences and lists of their blocks, of any lengths."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
-from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -14,7 +12,8 @@ from fa2gen.cpu.build import build_library
 from fa2gen.cpu.kernel import SHARED_BASE, _params_argument, _scratch, view_of
 from fa2gen.cpu.run import Job, KernelFault, run
 from fa2gen.features.varlen import ENTRY_NUMBERS, entries
-from fa2gen.launch import NUMBER_BYTES, launch_of
+from fa2gen.launch import launch_of
+from fa2gen.layout import NUMBER_BYTES
 from fa2gen.options import Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.render import Rendered, render
@@ -25,20 +24,22 @@ PLAN = make_plan(best_spec(Problem(direction="bwd", head_dim=64, mask="causal", 
 
 
 @functools.cache
-def rendered(most_levels: int) -> Rendered:
-    """With so many levels."""
+def rendered(kinds: int) -> Rendered:
+    """With so many kinds of lengths."""
     whole = render(PLAN, target="cpu")
-    told = f"constexpr int kMaxLevels = {PLAN.prepare_levels};"
+    told = f"constexpr int kNumLengths = {PLAN.prepare_lengths};"
     assert whole.source.count(told) == 1
-    return Rendered(whole.source.replace(told, f"constexpr int kMaxLevels = {most_levels};"), whole.origins)
+    return Rendered(whole.source.replace(told, f"constexpr int kNumLengths = {kinds};"), whole.origins)
 
 
-def prepared(total, bounds_q, bounds_k, used_q=None, used_k=None, most_levels=PLAN.prepare_levels, seed=0, source=None):
+def prepared(
+    total, bounds_q, bounds_k, used_q=None, used_k=None, kinds=PLAN.prepare_lengths, seed=0, source=None, heads=1
+):
     """(table, list of blocks of queries, of keys), of int32 arrays of lengths; total rows of queries and of keys."""
     given = {"cu_seqlens_q": bounds_q, "cu_seqlens_k": bounds_k, "seqused_q": used_q, "seqused_k": used_k}
     given = {name: np.asarray(x, np.int32) for name, x in given.items() if x is not None}
     batch = next(len(x) - name.startswith("cu") for name, x in given.items())
-    launch = launch_of(PLAN, Shape(batch, *map(int, total), 1, 1), Options(causal=True, varlen=True), num_sms=4)
+    launch = launch_of(PLAN, Shape(batch, *map(int, total), heads, heads), Options(causal=True, varlen=True), num_sms=4)
     memories, buffers = [view_of(name, x).memory(name) for name, x in given.items()], []
     for scratch in PLAN.scratch:
         if scratch.name in ("sequences", "num_blocks", "m_list", "n_list"):
@@ -57,47 +58,42 @@ def prepared(total, bounds_q, bounds_k, used_q=None, used_k=None, most_levels=PL
         seed=seed,
         kernel=entry.symbol,
     )
-    run(build_library(PLAN, rendered=source or rendered(most_levels)), job, memories)
+    run(build_library(PLAN, rendered=source or rendered(kinds)), job, memories)
     found = {m.name: np.frombuffer(ctypes.string_at(m.address, m.bytes), np.int32) for m in memories}
     m_blocks, n_blocks = found["num_blocks"]
     table = found["sequences"].reshape(-1, ENTRY_NUMBERS)
     assert len(table) == entries(batch)
-    return table, found["m_list"].reshape(-1, 2)[:m_blocks], found["n_list"].reshape(-1, 2)[:n_blocks]
+    return table, found["m_list"][:m_blocks], found["n_list"][:n_blocks]
 
 
-def check(table, m_list, n_list, most_levels=PLAN.prepare_levels):
-    """Each block of each entry is listed once, the first keys of an entry first, and the entries longest first where
-    no level has several blocks."""
-    rows = table[:, :4:2].sum(1).max(), table[:, 1:4:2].sum(1).max()
+def check(table, m_list, n_list, kinds=PLAN.prepare_lengths):
+    """Each entry is listed as often as it has blocks, from its place on; the longest ones first, each in turn where
+    lengths are not taken together."""
     for column, tile, found in ((0, PLAN.tile_m, m_list), (1, PLAN.tile_n, n_list)):
         blocks_of = -(-table[:, column] // tile)
-        wanted = {(entry, block) for entry in np.flatnonzero(blocks_of) for block in range(blocks_of[entry])}
-        assert len(found) == len(wanted) and {*map(tuple, found.tolist())} == wanted
-        if rows[column] // tile < most_levels:
-            keys = [(-block if column == 0 else block, -blocks_of[entry]) for entry, block in found]
-            assert keys == sorted(keys), "level by level, and in a level the longest first"
-        seen = defaultdict(int)
-        for entry, block in n_list.tolist():
-            assert block == seen[entry], "gradients wait for the keys before"
-            seen[entry] += 1
-    first = table[: len(table) // 3 * 2 + 1, 4]  # places for blocks of queries: no two entries share one
-    spans = sorted((at, at - (-rows // PLAN.tile_m)) for at, rows in zip(first, table[:, 0], strict=False) if rows)
-    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+        assert len(found) == blocks_of.sum()
+        for entry in np.flatnonzero(blocks_of):
+            place = table[entry, 4 + column]
+            assert (found[place : place + blocks_of[entry]] == entry).all()
+        rows = table[:, column:4:2].sum(1).max()
+        shift = max(0, int(rows // tile).bit_length() - (kinds - 1).bit_length())
+        listed = (blocks_of[found] - 1) >> shift
+        assert (np.diff(listed) <= 0).all(), "longest first"
 
 
 def bounds(lengths):
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-@pytest.mark.parametrize("most_levels", [PLAN.prepare_levels, 2, 5])
+@pytest.mark.parametrize("kinds", [PLAN.prepare_lengths, 2, 5])
 @pytest.mark.parametrize("seed", [0, 7])
-def test_lists(most_levels, seed):
+def test_lists(kinds, seed):
     lengths = np.random.default_rng(seed).integers(0, 1500, (2, 70)) * (np.arange(70) % 5 > 0)
     q, k = map(bounds, lengths)
     used = lengths - lengths % 300
     total = (q[-1] + 100, k[-1] + 1000)
-    found = prepared(total, q, k, used[0], used[1], most_levels=most_levels, seed=seed)
-    check(*found, most_levels)
+    found = prepared(total, q, k, used[0], used[1], kinds=kinds, seed=seed)
+    check(*found, kinds)
     table = found[0]
     assert (table[:70, :4] == np.stack([used[0], used[1], q[:-1], k[:-1]], 1)).all()
     rows = table[:, :2].sum(0)
@@ -111,9 +107,9 @@ def test_more_sequences_than_threads():
     check(*prepared((q[-1], q[-1]), q, q))
 
 
-def test_a_sequence_of_more_blocks_than_levels():
+def test_a_sequence_of_more_blocks_than_there_are_kinds():
     q = bounds([100, 5_000_000, 900])
-    assert PLAN.tile_m * PLAN.prepare_levels < 5_000_000
+    assert PLAN.tile_m * PLAN.prepare_lengths < 5_000_000
     check(*prepared((q[-1], q[-1]), q, q))
 
 
@@ -129,15 +125,29 @@ def test_wrong_bounds_stay_within_memory(wrong):
     assert (table[:, :4] >= 0).all() and (table[:, 0] + table[:, 2] <= 2000).all()
 
 
+def test_heads_whose_tiles_are_taken_together():
+    """As many as L2 holds the rows of; of a short sequence all."""
+    lengths = [100, 3000, 40_000, 0]
+    plan_rows = PLAN.rows_in_l2
+    table, *_ = prepared((43_100, 43_100), bounds(lengths), bounds(lengths), heads=12)
+    assert table[:4, 6].tolist() == [12, min(12, plan_rows // 3000), max(1, plan_rows // 40_000), 12]
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("fetch_add_shared(levels.entries + 4 * last, -1) - 1", "fetch_add_shared(levels.entries + 4 * last, 0) - 1"),
-        ("from_the_last ? behind :", "!from_the_last ? behind :"),
+        (
+            "kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks);\n    }\n    int",
+            "kinds.places, 1);\n    }\n    int",
+        ),
+        ("int place = up_to_here - blocks;", "int place = up_to_here;"),
         ("entry - lane + owner", "entry"),
         ("<= index ? step : 0", "< index ? step : 0"),
-        ("(entries << levels.shift) + load", "entries + load"),
-        ("if (first + num_blocks > capacity)", "if (first > capacity)"),
+        (
+            "int const first = kinds.count - 1 - lane_id() * width;",
+            "int const first = kinds.count - 2 - lane_id() * width;",
+        ),
+        ("+ up_to_here > capacity)", "+ up_to_here > 2 * capacity)"),
     ],
 )
 def test_a_fault_is_seen(old, new):

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from fa2gen.features import MASKS, examples_of, key_range
-from fa2gen.launch import SECTION_BYTES, launch_of
+from fa2gen.launch import launch_of
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.plan.base import SECTION_BYTES
 from fa2gen.render import render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
