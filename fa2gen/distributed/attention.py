@@ -26,7 +26,8 @@ Scheme: TypeAlias = Literal["auto", "ring", "allgather", "ulysses"]
 _GROUPS = 4
 """In how many parts heads travel at most: but for the first of them, while others are computed."""
 _BLOCKS = 4096
-"""Of 128 keys that a call should have: gradients in calls of a quarter as many took 1.14 times as long (two H100s)."""
+"""Of 128 keys that a call should have. With a quarter as many, gradients took 1.14 times half of one GPU's time (two
+H100s); that the number of blocks is why was not tried by itself."""
 _SHARE_OF_MEMORY = 8
 """allgather may hold keys of an eighth of the device's memory."""
 
