@@ -335,18 +335,18 @@ def test_build_then_list_then_clear(cache, tmp_path):
     assert not any(row["cached"] for row in fa2("list", *wanted, "--json").json)
     built = fa2("build", *wanted, "--out", str(out), "--jobs", "2", "--json")
     assert built.status == ExitStatus.DONE
-    kinds = [(way, dtype, mask) for way in ("fwd", "bwd") for dtype in ("fp16", "bf16") for mask in ("full", "causal")]
+    kinds = [*itertools.product(get_args(Direction), ("fp16", "bf16"), ("full", "causal"))]
     assert [(row["direction"], row["dtype"], row["mask"]) for row in built.json] == kinds
     for row in built.json:
         assert row.keys() >= BUILD_KEYS
         assert (row["arch"], row["head_dim"]) == ("sm90", 8)
         assert row["registers"] > 0 and row["shared_memory_bytes"] > 0 and row["compile_seconds"] > 0
         assert (row["spill_bytes"], row["notes"]) == (0, [])
-    assert "8 kernels in" in built.stderr and "(0 from the cache)" in built.stderr
+    assert "12 kernels in" in built.stderr and "(0 from the cache)" in built.stderr
     assert (out / "manifest.json").is_file()
 
     again = fa2("build", *wanted)
-    assert "(8 from the cache)" in again.stderr
+    assert "(12 from the cache)" in again.stderr
     assert all(row["name"] in again.stdout for row in built.json)
     assert "(4 from the cache)" in fa2("build", *wanted, "--direction", "bwd").stderr
     assert all(row["cached"] for row in fa2("list", *wanted, "--json").json)
@@ -356,7 +356,7 @@ def test_build_then_list_then_clear(cache, tmp_path):
     assert {meta["name"] for meta in fa2("cache", "list", "--json").json} == names
     assert all(name in fa2("cache", "list").stdout for name in names)
     size = fa2("cache", "size", "--json").json
-    assert (size["kernels"], size["dir"]) == (8, str(cache)) and size["bytes"] > 0
+    assert (size["kernels"], size["dir"]) == (12, str(cache)) and size["bytes"] > 0
     assert fa2("cache", "clear").status == ExitStatus.DONE
     assert fa2("cache", "size", "--json").json["kernels"] == 0
 
@@ -389,7 +389,7 @@ def test_build_needs_no_torch(cache):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)) == 8
+    assert len(json.loads(done.stdout)) == 12
 
 
 def test_build_reports_every_failure(cache, monkeypatch):
@@ -404,9 +404,9 @@ def test_build_reports_every_failure(cache, monkeypatch):
     monkeypatch.setattr("fa2gen.store.compile_unit", flaky)
     done = fa2("build", "--arch", "sm90", "--head-dim", "8", "--json")
     assert done.status == ExitStatus.FAILED
-    assert [row["error"] is None for row in done.json] == [True, False] * 4
-    assert done.stderr.count("does not compile") == 4
-    assert "4 failed" in done.stderr
+    assert [row["error"] is None for row in done.json] == [True, False] * 6
+    assert done.stderr.count("does not compile") == 6
+    assert "6 failed" in done.stderr
 
 
 def listed(*arguments: str) -> list[KernelSpec]:
@@ -419,7 +419,8 @@ def listed(*arguments: str) -> list[KernelSpec]:
 
 
 def is_usual(problem):
-    return not (problem.deterministic or problem.varlen or problem.sink or problem.dropout)
+    of_its_own = (problem.deterministic, problem.varlen, problem.sink, problem.dropout, problem.paged)
+    return not any((*of_its_own, problem.has_expression))
 
 
 def test_list_is_the_catalogue():
@@ -454,7 +455,8 @@ def test_deterministic_kernels_are_listed_where_they_are_asked_for():
     assert all(spec.problem.deterministic for spec in specs if spec.problem.direction == "bwd")
     forward = [spec for spec in usual if spec.problem.direction == "fwd"]
     assert [spec for spec in specs if spec.problem.direction == "fwd"] == forward and len(specs) > len(forward)
-    assert listed("--direction", "bwd", "--deterministic") == [spec for spec in specs if spec not in forward]
+    backward = [spec for spec in specs if spec.problem.direction == "bwd"]
+    assert listed("--direction", "bwd", "--deterministic") == backward
 
 
 @pytest.mark.parametrize("direction", get_args(Direction))
@@ -464,10 +466,15 @@ def test_list_has_what_the_selector_takes(cache, direction):
     from fa2gen.explain import device_named
     from fa2gen.select import select
 
-    ways = ((), ("--varlen",), *((("--deterministic",), ("--varlen", "--deterministic")) if direction == "bwd" else ()))
-    flags = [("--direction", direction, *way) for way in ways]
+    ways = {
+        "fwd": ((), ("--varlen",)),
+        "bwd": ((), ("--varlen",), ("--deterministic",), ("--varlen", "--deterministic")),
+        "decode": ((), ("--paged",)),
+    }
+    flags = [("--direction", direction, *way) for way in ways[direction]]
     names = {spec.name for arguments in flags for spec in listed(*arguments)}
     problems = {spec.problem for spec in catalogue() if spec.problem.direction == direction}
+    problems = {problem for problem in problems if not problem.has_expression}
     assert any(problem.deterministic for problem in problems) == (direction == "bwd")
     for problem in problems:
         for gpu in ("h200", "h100", "a100"):
@@ -480,7 +487,7 @@ def test_a_head_dim_that_specs_lacks_has_the_kinds_that_specs_has(monkeypatch):
     exists."""
     from fa2gen.catalog import catalogue
 
-    kinds = set(itertools.product(("fwd", "bwd"), ("fp16", "bf16"), ("full", "causal")))
+    kinds = set(itertools.product(get_args(Direction), ("fp16", "bf16"), ("full", "causal")))
     specs = listed("--head-dim", "24", "--arch", "sm90")
     assert {(spec.problem.direction, spec.problem.dtype, spec.problem.mask) for spec in specs} == kinds
     assert len(specs) == len(kinds)
