@@ -8,7 +8,7 @@
 //   launch   128 threads, 139784 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,  128 Threads,  159 Arithmetic,  199 Shared memory,  235 Global memory,
 //             296 cp.async,  320 Fragments,  335 Registers,  344 mma,  373 What is visible,  429 Online softmax,
-//             722 Loads,  807 Matrix products,  890 Putting together, 1180 Append, 1298 Kernel, 1319 Launch
+//             722 Loads,  807 Matrix products,  890 Putting together, 1184 Append, 1302 Kernel, 1323 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -968,15 +968,17 @@ __device__ __forceinline__ RowSum merged_row(Params const& p, uint32_t smem, int
     return all;
 }
 
-// The end of row `number` of the item, if that exists: four columns of O, and LSE with the first of them. A row that saw no key
-// gives 0 and -inf.
+// Groups of four columns of the item's rows, those that exist.
+__device__ __forceinline__ int num_quads(Params const& p, Item const& item) {
+    return min(p.seqlen_q * p.num_heads_per_kv - item.m_block * kTileM, kTileM) * kRowQuads;
+}
+
+// The end of row `number` of the item: four columns of O, and LSE with the first of them. A row that saw no key gives 0 and
+// -inf.
 __device__ __forceinline__ void store_row(
     Params const& p, Item const& item, int number, RowSum const& all, float const (&o)[4], int column) {
     constexpr float kLn2 = 0.693147180559945309f;
     Row const row = row_at(p, item, number);
-    if (!row.exists) {
-        return;
-    }
     float const inverse = all.sum == 0.0f ? 0.0f : reciprocal_approx(all.sum);
     int64_t const at = item.bidb * p.o_batch_stride + row.query * p.o_row_stride + row.head * p.o_head_stride + column;
     store_global_64(static_cast<unsigned char*>(p.o) + kElementBytes * at,
@@ -1002,8 +1004,9 @@ __device__ __forceinline__ float* part_sum(Params const& p, int slot, int row) {
 __device__ __forceinline__ void combine_parts(Params const& p, Item const& item, Part const& part, int thread) {
     constexpr int kParts = 8;
     constexpr int kQuads = 2;
+    int const end = num_quads(p, item);
 #pragma unroll 1
-    for (int from = thread; from < kTileM * kRowQuads; from += kQuads * kNumThreads) {
+    for (int from = thread; from < end; from += kQuads * kNumThreads) {
         RowSum all[kQuads];
         float o[kQuads][4];
 #pragma unroll
@@ -1020,7 +1023,7 @@ __device__ __forceinline__ void combine_parts(Params const& p, Item const& item,
                 int const slot = slot_of(part, min(first + i, part.count - 1));
 #pragma unroll
                 for (int j = 0; j < kQuads; ++j) {
-                    int const quad = min(from + j * kNumThreads, kTileM * kRowQuads - 1);
+                    int const quad = min(from + j * kNumThreads, end - 1);
                     load_global_float2(sums[i][j], part_sum(p, slot, quad / kRowQuads));
                     load_global_float4(shares[i][j], part_o(p, slot, quad));
                 }
@@ -1054,7 +1057,7 @@ __device__ __forceinline__ void combine_parts(Params const& p, Item const& item,
 #pragma unroll
         for (int j = 0; j < kQuads; ++j) {
             int const quad = from + j * kNumThreads;
-            if (quad < kTileM * kRowQuads) {
+            if (quad < end) {
                 store_row(p, item, quad / kRowQuads, all[j], o[j], quad % kRowQuads * 4);
             }
         }
@@ -1065,8 +1068,9 @@ __device__ __forceinline__ void combine_parts(Params const& p, Item const& item,
 __device__ __forceinline__ void finish_part(
     Params const& p, Item const& item, Part const& part, uint32_t smem, int thread) {
     int const slot = slot_of(part, part.index);
+    int const end = num_quads(p, item);
 #pragma unroll 1
-    for (int quad = thread; quad < kTileM * kRowQuads; quad += kNumThreads) {
+    for (int quad = thread; quad < end; quad += kNumThreads) {
         int const row = quad / kRowQuads;
         int const column = quad % kRowQuads * 4;
         float o[4];
