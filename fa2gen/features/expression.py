@@ -108,6 +108,7 @@ class ScoreCode:
     factor   what scores are multiplied with to be exponents of 2; `factor_lines` come before it.
     forward  of a function that gives the score of an element; backward of one that gives its derivative too.
     formulas in words: what it is, and its derivative.
+    head     (type, name, value) of what is the same for all of a head and read from memory: made once, before any loop.
     finite   whether scores are finite wherever products of Q and K are.
     looks_up whether tensors are read for each element.
     """
@@ -116,6 +117,7 @@ class ScoreCode:
     factor: tuple[str, ...]
     forward: tuple[str, ...]
     backward: tuple[str, ...]
+    head: tuple[tuple[str, str, str], ...]
     finite: bool
     looks_up: bool
 
@@ -124,11 +126,13 @@ def score_code(program: Program, gradient: bool) -> ScoreCode:
     """The code of a program's score."""
     score = emit(program, "score")
     slope = emit(program, "gradient") if gradient else None
+    head = _head(slope or score)
     return ScoreCode(
         formulas=_comment(program, "score", "d score / d s"),
         factor=_function(score, "factor"),
-        forward=_function(score, "score"),
-        backward=_function(slope, "score", "weight") if slope else (),
+        forward=_function(score, "score", head=head),
+        backward=_function(slope, "score", "weight", head=head) if slope else (),
+        head=head,
         finite=score.is_finite,
         looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
     )
@@ -164,9 +168,19 @@ def _comment(program: Program, *names: str) -> tuple[str, ...]:
     return tuple(line for text in texts for line in textwrap.wrap(text, 118, subsequent_indent="    "))
 
 
-def _function(code: Code, *results: str) -> tuple[str, ...]:
+def _head(code: Code) -> tuple[tuple[str, str, str], ...]:
+    """The values of a head, where one of them is read from memory: a load in a loop is waited for each time."""
+    if not any("load_" in statement for statement in code.levels["head"]):
+        return ()
+    split = (statement.removesuffix(";").partition(" = ") for statement in code.levels["head"])
+    return tuple((left.split()[0], left.split()[-1], value) for left, _, value in split)
+
+
+def _function(code: Code, *results: str, head: tuple[tuple[str, str, str], ...] = ()) -> tuple[str, ...]:
     """The statements that these results need, and their return."""
     statements = [statement for level in LEVELS for statement in code.levels[level]]
+    if head:
+        statements[: len(head)] = [f"{kind} const {name} = at.{name};" for kind, name, _ in head]
     values = [code.results[name] for name in results]
     wanted = _words(*values)
     kept = []

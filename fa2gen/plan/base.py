@@ -239,6 +239,11 @@ class KernelPlan:
         return loads_of(self.problem.program)
 
     @property
+    def head_values(self) -> tuple[tuple[str, str, str], ...]:
+        """(type, name, value) of what is made once for a head."""
+        return self.score.head if self.has_score else ()
+
+    @property
     def has_allow(self) -> bool:
         """Whether an expression says which keys are seen, beside the mask."""
         return bool(self.problem.allow)

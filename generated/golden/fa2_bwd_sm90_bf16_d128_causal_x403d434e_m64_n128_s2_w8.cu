@@ -9,8 +9,8 @@
 //   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  203 Shared memory,
 //             224 Global memory,  252 mbarriers,  296 TMA,  338 Bulk copies,  354 Fences,  361 Fragments,
 //             375 Registers,  383 Registers of a warpgroup,  395 wgmma,  572 What is visible,  624 Expressions,
-//             639 Softmax and its gradient,  686 Scores of an expression,  804 Pipelines,  849 Loads,
-//             897 Matrix products,  935 Staging,  993 Producer, 1046 Consumer, 1167 Kernels, 1312 Launch
+//             639 Softmax and its gradient,  686 Scores of an expression,  805 Pipelines,  850 Loads,
+//             898 Matrix products,  936 Staging,  994 Producer, 1047 Consumer, 1168 Kernels, 1313 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -737,8 +737,9 @@ __device__ __forceinline__ void weigh(
                 for (int c = 0; c < 2; ++c) {
                     int const right = 2 * i + c;
                     Score const score = score_of(
-                        p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k, acc_s[tile][pair + c], column + right, key + down,
-                        float_column + static_cast<float>(right), float_key + static_cast<float>(down));
+                        p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k, acc_s[tile][pair + c],
+                        column + right, key + down, float_column + static_cast<float>(right),
+                        float_key + static_cast<float>(down));
                     probabilities[c] = exp2_approx(fmaf(score.value, factor, -offset[c]));
                     acc_s[tile][pair + c] = probabilities[c] * score.slope;
                 }

@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  172 Shared memory,
 //             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
 //             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Expressions,
-//             523 Scores of an expression,  561 Online softmax,  723 Pipelines,  751 Loads,  814 Matrix products,
-//             841 Epilogue,  888 Producer,  939 Consumer, 1096 Kernel, 1136 Launch
+//             523 Scores of an expression,  562 Online softmax,  724 Pipelines,  752 Loads,  815 Matrix products,
+//             842 Epilogue,  889 Producer,  940 Consumer, 1097 Kernel, 1137 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -553,8 +553,9 @@ __device__ __forceinline__ void modify_scores(
     for (int n = 0; n < kNumAccS; ++n) {
         int const down = n / 2 % 2 * 8;
         int const right = n / 4 * 8 + n % 2;
-        acc_s[n] = score_of(p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k, acc_s[n], row + down, column + right,
-                            float_row + static_cast<float>(down), float_column + static_cast<float>(right));
+        acc_s[n] = score_of(p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k, acc_s[n],
+                            row + down, column + right, float_row + static_cast<float>(down),
+                            float_column + static_cast<float>(right));
     }
 }
 
