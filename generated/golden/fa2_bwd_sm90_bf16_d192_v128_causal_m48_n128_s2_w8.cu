@@ -5,12 +5,12 @@
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 192, of V and O 128, bf16, causal mask
 //   tiling   48 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
-//   launch   384 threads, 168784 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   59 Shared memory,  126 Threads,  170 Arithmetic,  198 Shared memory,
-//             213 Global memory,  247 mbarriers,  287 TMA,  324 Bulk copies,  333 Fences,  340 Fragments,
-//             354 Registers,  362 Registers of a warpgroup,  374 wgmma,  612 What is visible,
-//             661 Softmax and its gradient,  761 Pipelines,  802 Loads,  880 Matrix products,  951 Staging,
-//            1049 Producer, 1090 Consumer, 1221 Kernels, 1362 Launch
+//   launch   384 threads, 205664 bytes of dynamic shared memory
+//   contents   33 Problem and tiling,   59 Shared memory,  127 Threads,  171 Arithmetic,  199 Shared memory,
+//             220 Global memory,  248 mbarriers,  292 TMA,  334 Bulk copies,  350 Fences,  357 Fragments,
+//             371 Registers,  379 Registers of a warpgroup,  391 wgmma,  629 What is visible,
+//             678 Softmax and its gradient,  778 Pipelines,  823 Loads,  901 Matrix products,  972 Staging,
+//            1070 Producer, 1130 Consumer, 1260 Kernels, 1405 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -80,9 +80,10 @@ constexpr uint32_t kSmemV = 49152;
 constexpr uint32_t kSmemQ = 81920;
 constexpr uint32_t kSmemDout = 118784;
 constexpr uint32_t kSmemDs = 143360;
-constexpr uint32_t kSmemLse = 167936;
-constexpr uint32_t kSmemDpsum = 168320;
-constexpr uint32_t kSmemBarriers = 168704;
+constexpr uint32_t kSmemDq = 167936;
+constexpr uint32_t kSmemLse = 204800;
+constexpr uint32_t kSmemDpsum = 205184;
+constexpr uint32_t kSmemBarriers = 205568;
 
 // Matrix descriptors: swizzle and stride between groups of 8 rows; for tiles whose columns are the result's also the step to
 // the next panel of columns.
@@ -210,6 +211,12 @@ __device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t addre
                  : "=f"(r[0]), "=f"(r[1]) : "r"(address) : "memory");
 }
 
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, float r1, float r2, float r3) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
+}
+
 // Global memory -------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
@@ -238,12 +245,6 @@ __device__ __forceinline__ void store_global_float4(float* address, float r0, fl
                  :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
-// Adds four fp32 numbers to those at a multiple of 16 bytes; each addition is atomic.
-__device__ __forceinline__ void reduce_add_global_float4(float* address, float r0, float r1, float r2, float r3) {
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
-}
-
 // mbarriers -----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -253,6 +254,10 @@ __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrival
 // Makes initialised barriers visible to TMA; a block-wide barrier must follow.
 __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
 }
 
 // Arrives in the lanes where `arrives` holds, as a predicated instruction: a branch here would split the block around it, and
@@ -316,6 +321,11 @@ __device__ __forceinline__ void tma_store_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
+// Until this thread's stores have read their shared memory, which may then be overwritten.
+__device__ __forceinline__ void tma_store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // Until this thread's stores are complete: a block must not exit before.
 __device__ __forceinline__ void tma_store_wait() {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
@@ -328,6 +338,13 @@ __device__ __forceinline__ void tma_store_wait() {
 __device__ __forceinline__ void bulk_load(uint32_t destination, void const* source, uint32_t bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(destination), "l"(source), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// Adds fp32 numbers in shared memory to those in global memory, each addition atomic; what generic stores wrote there must have
+// been published by fence_proxy_async.
+__device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
+                 :: "l"(destination), "r"(source), "r"(bytes) : "memory");
 }
 
 // Fences --------------------------------------------------------------------------------------------------------------
@@ -784,6 +801,8 @@ struct Barriers {
     __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
+    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumDoutStages); }
+    __device__ __forceinline__ uint32_t dq_empty() const { return dq_full() + 8; }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
@@ -796,6 +815,8 @@ struct Barriers {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
+        mbarrier_init(dq_full(), 8);
+        mbarrier_init(dq_empty(), 1);
     }
 };
 
@@ -1025,25 +1046,25 @@ __device__ __forceinline__ void store_rows_v(
     }
 }
 
-// Adds a warp's share of dQ to the sums in global memory, straight from registers: shared memory has no room for it. The
-// registers from `count` on are columns past the head dim.
-__device__ __forceinline__ void add_dq(float const (&acc_dq)[12], float* dq_acc, int count) {
+// Leaves a warp's share of dQ in shared memory for write_dq, when the share before has left it.
+__device__ __forceinline__ void hand_over_dq(
+    float const (&acc_dq)[kNumAccDq], float const (&acc_dq_rest)[kNumAccDqRest], uint32_t dq_slice, uint32_t rest_slice,
+    bool has_rest, Barriers const& barriers, uint32_t phase) {
+    mbarrier_wait(barriers.dq_empty(), phase ^ 1);
 #pragma unroll
-    for (int i = 0; i < 12; i += 4) {
-        if (i < count) {
-            reduce_add_global_float4(
-                dq_acc + i * 32, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
+    for (int i = 0; i < kNumAccDq; i += 4) {
+        store_shared_float4(dq_slice + (i * 32 + lane_id() * 4) * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
+    }
+    if (has_rest) {  // the others hold columns past the head dim
+#pragma unroll
+        for (int i = 0; i < kNumAccDqRest; i += 4) {
+            store_shared_float4(rest_slice + (i * 32 + lane_id() * 4) * 4, acc_dq_rest[i], acc_dq_rest[i + 1],
+                                acc_dq_rest[i + 2], acc_dq_rest[i + 3]);
         }
     }
-}
-__device__ __forceinline__ void add_dq(float const (&acc_dq)[24], float* dq_acc, int count) {
-#pragma unroll
-    for (int i = 0; i < 24; i += 4) {
-        if (i < count) {
-            reduce_add_global_float4(
-                dq_acc + i * 32, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
-        }
-    }
+    fence_proxy_async();
+    sync_warp();
+    mbarrier_arrive_if(barriers.dq_full(), lane_id() == 0);
 }
 
 // Producer: one warp. K and V once, then Q and dO of every block of queries, each with its row statistics --------------------
@@ -1087,6 +1108,25 @@ __device__ __forceinline__ void produce(
     }
 }
 
+// Adds dQ of one block of queries after the other to the sums in global memory. Under the
+// next block's products: they need shared memory's copy gone, and not yet the sums complete.
+__device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barriers const& barriers) {
+    KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
+    Seqlen const s = seqlen_of(p, block.bidb);
+    BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
+    uint32_t phase = 0;
+    for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
+        mbarrier_wait(barriers.dq_full(), phase);
+        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats, smem + kSmemDq,
+                        kDqBlockFloats * 4);
+        tma_store_commit();
+        tma_store_wait_read();
+        mbarrier_arrive(barriers.dq_empty());
+        phase ^= 1;
+    }
+    tma_store_wait();
+}
+
 // Consumer: one of the mma warpgroups, 64 keys of the block --------------------------------------------------------------
 
 __device__ __forceinline__ void consume(
@@ -1107,6 +1147,7 @@ __device__ __forceinline__ void consume(
     uint32_t const k_rest = (smem + kSmemK + 2 * kKvPanelBytes) / kDescUnit;
     uint32_t const ds_operand = (smem + kSmemDs) / kDescUnit;
     int const slice = 4 * warpgroup + warp;  // of dQ
+    uint32_t const dq_slice = smem + kSmemDq + slice * (kDqSliceFloats * 4);
     // From there to the slice of as many columns beyond the warpgroups' panels, and in it to this warpgroup's queries.
     int const to_rest = (kNumMmaWarps - 4 * warpgroup) * kDqSliceFloats + warpgroup * kNumAccDqRest * 32;
     bool const leader = lane_id() == 0;
@@ -1126,8 +1167,7 @@ __device__ __forceinline__ void consume(
     }
 
     QueryWalk walk = start_walk(p, s, block, blocks);
-    float* dq_acc = p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + slice * kDqSliceFloats +
-                    4 * lane_id();
+    uint32_t dq_phase = 0;
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
@@ -1186,16 +1226,15 @@ __device__ __forceinline__ void consume(
         gemm_dq_rest(acc_dq_rest, ds_rows + warpgroup * (kTileM / 2 * kPanelRowBytes / kDescUnit), k_rest);
         wgmma_commit();
 
-        // dQ to global memory under dK: each warp its own registers, in their order.
+        // dQ to shared memory under dK: each warp its own registers, in their order.
         wgmma_fence();
         gemm_dkv(acc_dk, ds_tile, q_tile);
         wgmma_commit();
         wgmma_wait_1();
         wgmma_touch(acc_dq);
-        add_dq(acc_dq, dq_acc, kNumAccDq);
-        if (warp < kNumDqSlices - kNumMmaWarps) {  // the others hold columns past the head dim
-            add_dq(acc_dq_rest, dq_acc + to_rest, kNumAccDqRest);
-        }
+        hand_over_dq(acc_dq, acc_dq_rest, dq_slice, dq_slice + to_rest * 4, warp < kNumDqSlices - kNumMmaWarps, barriers,
+                     dq_phase);
+        dq_phase ^= 1;
         wgmma_wait_0();
         wgmma_touch(acc_dk);
         wgmma_touch_a(ds_tile);
@@ -1203,7 +1242,7 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
-        dq_acc += static_cast<int64_t>(walk.next(p, blocks)) * kDqBlockFloats;
+        walk.next(p, blocks);
     }
 
     // dK and dV go where K and V were: all warps must be done with them.
@@ -1315,6 +1354,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
             produce({map_q, map_q}, map_k, map_v, {map_dout, map_dout}, p, smem, barriers);
             griddepcontrol_launch_dependents();  // takes effect when the last blocks have issued their loads
         }
+        if (warp == 1 && elect_one()) {
+            griddepcontrol_wait();
+            write_dq(p, smem, barriers);
+        }
     } else {
         setmaxnreg_inc_240();
         griddepcontrol_wait();  // here in every block: the postprocess kernel waits for this grid alone
@@ -1367,9 +1410,9 @@ extern "C" __global__ void __launch_bounds__(384) fa2_bwd_sm90_bf16_d192_v128_ca
 //   fa2_bwd_sm90_bf16_d192_v128_causal_m48_n128_s2_w8_preprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
 //   fa2_bwd_sm90_bf16_d192_v128_causal_m48_n128_s2_w8
-//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 168784 bytes of dynamic shared memory
+//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 205664 bytes of dynamic shared memory
 //     maps of q, k, v, dout, dk, dv
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 168784
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 205664
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
 //   fa2_bwd_sm90_bf16_d192_v128_causal_m48_n128_s2_w8_postprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 384 threads, 18432 bytes of dynamic shared memory
