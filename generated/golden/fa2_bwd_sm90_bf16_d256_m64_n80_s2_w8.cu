@@ -9,8 +9,8 @@
 //   contents   32 Problem and tiling,   53 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
 //             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
 //             353 Registers,  362 Registers of a warpgroup,  374 wgmma,  543 What is visible,
-//             591 Softmax and its gradient,  708 Pipelines,  753 Loads,  801 Matrix products,  844 Staging,
-//             890 Producer,  924 Consumers, 1132 Kernels, 1269 Launch
+//             591 Softmax and its gradient,  709 Pipelines,  754 Loads,  802 Matrix products,  845 Staging,
+//             891 Producer,  925 Consumers, 1133 Kernels, 1270 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -18,8 +18,8 @@
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
 //   main         dK and dV of 80 keys a block; dQ is the sum of what all blocks of keys add to it, in fp32
 //   postprocess  dQ scaled, rounded and put into rows
-// In the main kernel one mma warpgroup makes S, P and dV, the other dP, dS and dK: dK and dV do not both fit one's registers. P and
-// dS go through shared memory, dQ's columns are shared.
+// In the main kernel one mma warpgroup makes S, P and dV, the other dP, dS and dK: dK and dV do not both fit one's registers.
+// P and dS go through shared memory, dQ's columns are shared.
 
 namespace fa2gen::fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8 {
 
@@ -620,12 +620,13 @@ __device__ __forceinline__ void stage_scores(uint32_t const (&packed)[kNumP], ui
     uint32_t const lane = recompute(lane_id());
 #pragma unroll
     for (int step = 0; step < kStepsN; ++step) {
-        stmatrix_x4(score_row(tile, warp, lane, step), packed[4 * step], packed[4 * step + 1], packed[4 * step + 2], packed[4 * step + 3]);
+        stmatrix_x4(score_row(tile, warp, lane, step), packed[4 * step], packed[4 * step + 1], packed[4 * step + 2],
+                    packed[4 * step + 3]);
     }
 }
 
-// dS = P * (dP - dPsum), rounded. It lacks the factor softmax_scale, which dQ and dK get at their end. P is what stage_scores wrote:
-// rounded, as dV sees it.
+// dS = P * (dP - dPsum), rounded. It lacks the factor softmax_scale, which dQ and dK get at their end. P is what stage_scores
+// wrote: rounded, as dV sees it.
 __device__ __forceinline__ void score_gradients(
     uint32_t (&ds)[kNumP], float const (&acc_dp)[kNumAccS], uint32_t p_tile, uint32_t statistics, int warp) {
     uint32_t const lane = recompute(lane_id());
@@ -644,8 +645,8 @@ __device__ __forceinline__ void score_gradients(
     }
 }
 
-// 64 columns of the head dim of dK^T or dV^T, times `factor`, rounded and transposed into the rows of a panel; 16 of them are this
-// warp's.
+// 64 columns of the head dim of dK^T or dV^T, times `factor`, rounded and transposed into the rows of a panel; 16 of them are
+// this warp's.
 __device__ __forceinline__ void stage_transposed(float const (&acc)[kNumAccPanel], uint32_t panel, float factor, int warp) {
     int const row = lane_id() % 8;
     int const chunk = 2 * warp + lane_id() / 8 % 2;
@@ -1006,8 +1007,8 @@ __device__ __forceinline__ void consume_dv(
         probabilities(acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes + 4 * recompute(row), p.softmax_scale_log2);
         pack(p_tile, acc_s);
 
-        // P to both warpgroups. Its place is free: dS of the step before says that the other has read the P of two steps before, and
-        // came after all warps of this one had begun the step before.
+        // P to both warpgroups. Its place is free: dS of the step before says that the other has read the P of two steps
+        // before, and came after all warps of this one had begun the step before.
         stage_scores(p_tile, smem + kSmemP + parity * kScoreBytes, warp);
         fence_proxy_async();
         sync_warp();
