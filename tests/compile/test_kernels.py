@@ -293,8 +293,10 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
         wanted = [(s + dp + 2 * dkv + dq, [1, 0, 1, 1, 0])]
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
     for loop in loops:
-        # No stage is released by an arrival that may overtake loads of row statistics from it: their use comes first.
-        kinds = [kind for line in loop for kind in ("HGMMA", "LDS", "SYNCS.ARRIVE") if line.startswith(kind)]
+        # No stage is released by an arrival that may overtake loads of row statistics from it: their use comes first, by
+        # a product or by a store of what was made of them.
+        uses = ("HGMMA", "STSM", "LDS", "SYNCS.ARRIVE")
+        kinds = [kind for line in loop for kind in uses if line.startswith(kind)]
         assert ("LDS", "SYNCS.ARRIVE") not in itertools.pairwise(kinds), "a stage is released while it is being read"
     for count, waits in wanted:
         pattern = [f"WARPGROUP.DEPBAR.LE gsb0, 0x{n}" for n in waits]

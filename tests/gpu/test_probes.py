@@ -32,7 +32,7 @@ def run_on_gpu(probe: Probe, target: str) -> list[Any]:
     """The tensors after a run on the current device: loaded, mapped and launched as kernels are."""
     before, _ = probe.case()
     tensors = [x.cuda() for x in before]
-    entry = EntryPoint("probe", probe.num_threads, probe.shared_bytes, probe.tensor_maps)
+    entry = EntryPoint("probe", probe.num_threads, probe.shared_bytes, probe.tensor_maps, "one")
     plan = SimpleNamespace(
         name="probe",
         entry_points=(entry,),
