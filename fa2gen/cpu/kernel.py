@@ -162,8 +162,9 @@ def run_kernel(
 
 def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any], sizes: AnyShape | None) -> dict[str, View]:
     """The operands' memory. Raises InvalidInput for what no kernel takes: fa2gen.ops copies some of it first."""
-    given = {name: x for name, x in tensors.items() if x is not None}
     empty = {x.name for x in plan.operands if sizes is not None and 0 in x.shape(sizes, plan.problem)}
+    left_out = {x.name for x in plan.operands if x.optional} & empty  # no rows to append: as if there were none
+    given = {name: x for name, x in tensors.items() if x is not None and name not in left_out}
     needed = {operand.name for operand in plan.operands if not operand.optional} - empty
     if unknown := (given.keys() - {operand.name for operand in plan.operands}) | (needed - given.keys()):
         names = ", ".join(operand.name for operand in plan.operands)

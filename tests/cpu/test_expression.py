@@ -169,7 +169,7 @@ FAULTS = [
         for arch, n in (("sm90", 1),)
     ),
     *(Fault("rows-too-low", name, "n / 2 % 2 * 8;", "n / 2 % 2 * 4;") for name in POSITIONS.values()),
-    Fault("another-entry", kernel("sm90", score=ALIBI).name, "return {bidb, bidh,", "return {0, bidh,"),
+    Fault("another-entry", kernel("sm90", score=ALIBI).name, "with_values(p, bidb, bidh,", "with_values(p, 0, bidh,"),
     Fault("another-place", kernel("sm80", score=BIAS).name, "p.input_0_last_3 + 1)", "p.input_0_last_3)"),
     *(Fault("columns-too-far", name, "n / 4 * 8 + n % 2;", "n / 4 * 8;") for name in POSITIONS.values()),
 ]

@@ -141,7 +141,7 @@ FAULTS = (
     Fault("ds-published-too-late", PRODUCTS, f"{PUBLISH_DS}{DS_FULL}", f"{DS_FULL} {PUBLISH_DS}", schedules=4),
     Fault("ds-not-transposed", SMALL, "stmatrix_x4_trans(first + i / 4", "stmatrix_x4(first + i / 4"),
     # P and dS from one warpgroup to both
-    Fault("wait-for-dq-allows-one", PASSING, "wgmma_wait_0();\n        wgmma_touch(acc_dq);", "wgmma_wait_1();"),
+    Fault("wait-for-its-dq-allows-one", PASSING, "wgmma_wait_0();\n        wgmma_touch(acc_dq);", "wgmma_wait_1();"),
     Fault("no-wait-for-dq-of-the-other", PASSING, "wgmma_wait_1();\n        wgmma_touch(acc_dq);", ""),
     Fault("no-fence-before-dp", PASSING, "wgmma_fence();\n        gemm_s(acc_dp", "gemm_s(acc_dp"),
     Fault("no-wait-for-ds-of-either", PASSING, "mbarrier_wait(barriers.ds_full(), parity);", "", count=2),

@@ -61,7 +61,7 @@ def test_bench_of_the_host(monkeypatch):
     found, _ = peers.find(["fa2gen-sm90", "fa2gen-sm80", "cudnn"])
     run = Bench(found, {}, "fa2gen bench --preset host")
     for row in run.rows(preset_points("host")):
-        assert row["microseconds"].keys() >= {"fa2gen-sm90", "fa2gen-sm80"} and not row["tflops"]
+        assert "fa2gen-sm90" in row["microseconds"] and not row["tflops"]
         assert min(row["microseconds"].values()) > 1
     assert run.result()["provenance"]["protocol"] == protocol.HOST_PROTOCOL
 

@@ -54,7 +54,7 @@ def run_on_gpu(probe: Probe, target: str) -> list[Any]:
     base = ctypes.addressof(memory) + start
     for number, tensor_map in enumerate(entry.tensor_maps):
         tensor = tensors[int(tensor_map.name)]
-        of_tensor = SimpleNamespace(name="probe", dtype=probe.k.dtype)
+        of_tensor = SimpleNamespace(name="probe", dtype=probe.k.dtype, varlen=False)
         steps, at = tensor.stride()[:3], start + 128 * number
         encoded = launcher._TensorMap(of_tensor, tensor_map, tuple(tensor.shape), steps, memory, at)
         encoded.point_to(tensor.data_ptr())
