@@ -1039,10 +1039,10 @@ __device__ __forceinline__ float* part_sum(Params const& p, int slot, int row) {
 }
 
 // What all parts of an item have, in the order of its keys, whoever comes last. Memory answers late, so that a thread asks for
-// kParts of kQuads groups of four columns at once.
+// kParts of kQuads groups of four columns at once (1 x 8k: 24.2 us, 25.5 with 8 of 2, 26.0 with 4 of 4, H100).
 __device__ __forceinline__ void combine_parts(Params const& p, Item const& item, Part const& part, int thread) {
-    constexpr int kParts = 8;
-    constexpr int kQuads = 2;
+    constexpr int kParts = 16;
+    constexpr int kQuads = 1;
     int const end = num_quads(p, item);
 #pragma unroll 1
     for (int from = thread; from < end; from += kQuads * kNumThreads) {
