@@ -1,0 +1,1 @@
+"""Rotary embeddings; flash_attn's other operators are not here."""
