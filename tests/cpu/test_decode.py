@@ -272,7 +272,7 @@ FAULTS = [
         DENSE,
         "2 * first_block + (item.start > first_block * work.per_block);",
         "2 * first_block;",
-        schedules=12,
+        schedules=40,
     ),
     Fault(
         "parts that are not waited for",
