@@ -1,4 +1,4 @@
-"""Where flash_attn has its extension module. Its functions are there to be looked at; they raise when they are called."""
+"""Where flash_attn has its extension module. Its functions are there to be looked at; called, they raise."""
 
 from typing import Any, NoReturn
 
