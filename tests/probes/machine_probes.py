@@ -187,7 +187,8 @@ def _wgmma(op: Wgmma, span: int, depth: int, *, head_dim: int = 0, first: int = 
         a_tile, a_shape = Panels(64, depth, span), (64, depth)
     else:  # the second 64 rows of two warpgroups'
         a_tile, a_shape = Panels(128, depth, span), (128, depth)
-    b_shape = (depth, head_dim or op.n) if op.b_transposed else (op.n, depth)
+    b_columns = op.n if op.a_transposed else head_dim or op.n
+    b_shape = (depth, b_columns) if op.b_transposed else (op.n, depth)
     b_tile = Panels(*b_shape, span)
     smem_b = align_up(a_tile.bytes, 1024)
     smem_barrier = smem_b + align_up(b_tile.bytes, 1024)
@@ -262,6 +263,8 @@ def _wgmma_probes() -> Iterator[Probe]:
     for depth, head_dim, first in ((64, 64, 0), (128, 128, 0), (128, 128, 1), (128, 72, 1)):
         op = Wgmma("bf16", 80, "shared", b_transposed=False, a_transposed=True)
         yield _wgmma(op, 128, depth, head_dim=head_dim, first=first)
+    # dV^T += dO^T P: both MN-major, a panel of dO.
+    yield _wgmma(Wgmma("bf16", 96, "shared", b_transposed=True, a_transposed=True), 128, 64, head_dim=64)
 
 
 # mma.sync, ldmatrix, cp.async -----------------------------------------------------------------------------------------

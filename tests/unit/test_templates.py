@@ -55,6 +55,9 @@ def plans() -> list[KernelPlan]:
         Problem(direction="bwd", head_dim=192, mask="causal", deterministic=True, score="cap * tanh(s / cap)")
     ]
     modified += [
+        Problem(direction=direction, head_dim=64, score="s + slope[b, h] * (j - i)") for direction in ("fwd", "bwd")
+    ]
+    modified += [
         Problem(direction=direction, head_dim=64, score="where(kind[j] == 2, s, s + bias[h, i, j])")
         for direction in ("fwd", "bwd")
     ]
