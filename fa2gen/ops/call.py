@@ -3,6 +3,8 @@
 Everything that a call's signature decides (validation, the kernel, its packed arguments) is prepared once and found in
 a dict afterwards; a call then allocates its results, replaces the addresses and launches on the current stream. TMA and
 cp.async need 16-byte alignment: a tensor whose address or strides are no multiples of 16 bytes is copied, at each call.
+So is one whose head dim is no multiple of 8, with zeros up to the next, which change no product; the results of such a
+call are copied too, without those columns.
 
 What a repeated call does is spelt out, as few reads of a tensor's attributes as will do (each 40 to 80 ns) and no
 helper that only forwards: a tiny problem is done sooner than the host has called for it.
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fa2gen import env
 from fa2gen.arch import ARCHES, ArchName
@@ -34,7 +37,7 @@ from fa2gen.ops.validate import DTYPES, out_shape, validate, validate_backward, 
 from fa2gen.options import Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.select import Device, kernel_arch, select, seqlen_bounds
-from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
+from fa2gen.spec import HEAD_DIM_STEP, Direction, KernelSpec, Problem, Tiling
 
 if TYPE_CHECKING:
     from fa2gen.kernel import Kernel, PreparedLaunch, Strides
@@ -48,6 +51,7 @@ __all__ = [
     "aligned",
     "backward_cuda",
     "choose",
+    "cut",
     "dense",
     "forget",
     "forward_cuda",
@@ -59,6 +63,8 @@ __all__ = [
     "launch_with_scratch",
     "packed",
     "prepared",
+    "room_for",
+    "scaled",
 ]
 
 AnyOptions: TypeAlias = Options | tuple[Any, ...]
@@ -150,8 +156,10 @@ def forward_cuda(
         return out, lse
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if launch is None or (q_at | k_at | v_at) & 15:
+        options, room = scaled(options, q), room_for(out)
         q, k, v = (aligned(x) for x in (q, k, v))
-        return forward_cuda(q, k, v, options, arch, tiling, (out, lse))
+        forward_cuda(q, k, v, options, arch, tiling, (room, lse))
+        return cut(room, out), lse
     _launch_forward(call, q_at, k_at, v_at, out, lse)
     return out, lse
 
@@ -207,9 +215,11 @@ def backward_cuda(
     at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
     at.append(0 if dlse is None else dlse.data_ptr())
     if launch is None or any(address & 15 for address in at):
+        options, rooms = scaled(options, q), (room_for(dq), room_for(dk), room_for(dv))
         q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
         lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
-        return backward_cuda(dout, q, k, v, out, lse, dlse, options, tiling, (dq, dk, dv))
+        backward_cuda(dout, q, k, v, out, lse, dlse, options, tiling, rooms)
+        return cut(rooms[0], dq), cut(rooms[1], dk), cut(rooms[2], dv)
     launch_with_scratch(call, q, tuple(at))
     return dq, dk, dv
 
@@ -421,7 +431,7 @@ def packed(
     keys     how many a sequence has, for the choice of the kernel. It is chosen in each case: what is wrong is wrong
              at any length.
     """
-    q, head_dims = tensors["q"], (tensors["q"].shape[3], tensors["v"].shape[3])
+    q, head_dims = tensors["q"], (_whole(tensors["q"].shape[3]), _whole(tensors["v"].shape[3]))
     options = options.reduced(shape.seqlen_q, shape.seqlen_k)
     chosen = _chosen(direction, head_dims, q.dtype, options, q.get_device(), arch, tiling, keys)
     if 0 in shape or not all(has_aligned_strides(x) for x in tensors.values()):
@@ -515,13 +525,42 @@ def dense(seqlen: int, heads: int, head_dim: int) -> Strides:
 
 
 def has_aligned_strides(x: Tensor) -> bool:
-    """Whether rows are dense and strides multiples of 16 bytes; that of a single element is not used."""
+    """Whether rows are dense, and they and strides multiples of 16 bytes; that of a single element is not used."""
     *steps, last = x.stride()
-    return last == 1 and all(size == 1 or step % 8 == 0 for size, step in zip(x.shape, steps, strict=False))
+    whole = last == 1 and x.shape[-1] % HEAD_DIM_STEP == 0
+    return whole and all(size == 1 or step % 8 == 0 for size, step in zip(x.shape, steps, strict=False))
 
 
 def aligned(x: Tensor) -> Tensor:
-    """A tensor with the head dim last as 16-byte loads and TMA can read it: itself, or else a copy."""
+    """A tensor with the head dim last as 16-byte loads and TMA can read it: itself, or else a copy, with columns of
+    zeros up to a multiple of 8."""
     if x.data_ptr() % 16 == 0 and has_aligned_strides(x):
         return x
-    return x.clone(memory_format=torch.contiguous_format)
+    padding = _whole(x.shape[-1]) - x.shape[-1]
+    return pad(x, (0, padding)).contiguous() if padding else x.clone(memory_format=torch.contiguous_format)
+
+
+def scaled(options: AnyOptions, q: Tensor) -> AnyOptions:
+    """The options of a call with copies: where q is padded, with the scale of its head dim as it is before."""
+    head_dim = q.shape[-1]
+    if head_dim == _whole(head_dim):
+        return options
+    said = Options(*options)
+    return said._replace(softmax_scale=said.scale(head_dim))
+
+
+def room_for(result: Tensor) -> Tensor:
+    """Where kernels may write a result, contiguous: itself, or a buffer whose head dim is the next multiple of 8."""
+    head_dim = result.shape[-1]
+    whole = _whole(head_dim)
+    return result if whole == head_dim else result.new_empty((*result.shape[:-1], whole))
+
+
+def cut(room: Tensor, result: Tensor) -> Tensor:
+    """`result`, with what kernels wrote into the `room_for` it."""
+    return result if room is result else result.copy_(room[..., : result.shape[-1]])
+
+
+def _whole(head_dim: int) -> int:
+    """The head dim of the kernels that serve this one."""
+    return -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP

@@ -79,7 +79,8 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
     """softmax(q k^T * softmax_scale) v, exactly, and its gradients.
 
     q (batch, seqlen_q, heads, head_dim); k, v (batch, seqlen_k, heads_kv, head_dim); fp16 or bf16. v may have a head
-    dim of its own, which out has then. Nested tensors of layout jagged, with a jagged seqlen, run as
+    dim of its own, which out has then. Where one is no multiple of 8, tensors are copied in both passes, with zeros up
+    to the next, and out and gradients copied back. Nested tensors of layout jagged, with a jagged seqlen, run as
     `flash_attn_varlen_func`; out is one like q then.
 
     dropout_p          an element of the softmax is dropped with this probability, in steps of 2^-15; the others count

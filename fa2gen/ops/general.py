@@ -17,11 +17,14 @@ from fa2gen.ops.call import (
     AnyOptions,
     Call,
     aligned,
+    cut,
     dense,
     launch_cleared,
     launch_with_scratch,
     packed,
     prepared,
+    room_for,
+    scaled,
 )
 from fa2gen.ops.validate import (
     Lengths,
@@ -82,10 +85,12 @@ def forward_general(
         return out, lse
     at = [x.data_ptr() for x in (q, k, v, out, lse)]
     if call.launch is None or any(address & 15 for address in (*at, _address(rng_state))):
+        options, room = scaled(options, q), room_for(out)
         q, k, v = (aligned(x) for x in (q, k, v))
         rng_state = _on_16_bytes(rng_state)
         further = (s_aux, rng_state, tensors)
-        return forward_general(q, k, v, *lengths, *further, options, max_keys, arch, tiling, (out, lse))
+        forward_general(q, k, v, *lengths, *further, options, max_keys, arch, tiling, (room, lse))
+        return cut(room, out), lse
     addresses = (x.data_ptr() for x in (s_aux, rng_state, *tensors) if x is not None)
     others = (*(map(_address, lengths) if ragged else ()), *addresses)
     launch = launch_with_scratch if ragged else launch_cleared
@@ -151,10 +156,12 @@ def backward_general(
     at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
     at.append(_address(dlse))
     if call.launch is None or any(address & 15 for address in (*at, _address(rng_state))):
+        options, rooms = scaled(options, q), (room_for(dq), room_for(dk), room_for(dv), ds_aux)
         q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
         lse, dlse, rng_state = (_on_16_bytes(x) for x in (lse, dlse, rng_state))
         first, further = (dout, q, k, v, out, lse, dlse), (s_aux, rng_state, tensors)
-        return backward_general(*first, *lengths, *further, options, max_keys, gradients)
+        backward_general(*first, *lengths, *further, options, max_keys, rooms)
+        return cut(rooms[0], dq), cut(rooms[1], dk), cut(rooms[2], dv), ds_aux
     of_sink = () if s_aux is None else (s_aux.data_ptr(), ds_aux.data_ptr())
     addresses = (x.data_ptr() for x in (rng_state, *tensors) if x is not None)
     launch_with_scratch(call, q, (*at, *(map(_address, lengths) if ragged else ()), *of_sink, *addresses))

@@ -18,11 +18,14 @@ from fa2gen.ops.call import (
     Call,
     Gradients,
     aligned,
+    cut,
     dense,
     launch_ragged,
     launch_with_scratch,
     packed,
     prepared,
+    room_for,
+    scaled,
 )
 from fa2gen.ops.validate import Lengths, out_shape, validate_options, validate_ragged, validate_ragged_backward
 from fa2gen.options import Options, Shape
@@ -58,8 +61,10 @@ def forward_ragged(
         return out, lse
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if call.launch is None or (q_at | k_at | v_at) & 15:
+        options, room = scaled(options, q), room_for(out)
         q, k, v = (aligned(x) for x in (q, k, v))
-        return forward_ragged(q, k, v, *lengths, options, max_keys, (out, lse))
+        forward_ragged(q, k, v, *lengths, options, max_keys, (room, lse))
+        return cut(room, out), lse
     launch_ragged(call, q, (q_at, k_at, v_at, out.data_ptr()), lse, lengths)
     return out, lse
 
@@ -137,9 +142,11 @@ def backward_ragged(
     at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
     at.append(_address(dlse))
     if call.launch is None or any(address & 15 for address in at):
+        options, rooms = scaled(options, q), (room_for(dq), room_for(dk), room_for(dv))
         q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
         lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
-        return backward_ragged(dout, q, k, v, out, lse, dlse, *lengths, options, max_keys, (dq, dk, dv))
+        backward_ragged(dout, q, k, v, out, lse, dlse, *lengths, options, max_keys, rooms)
+        return cut(rooms[0], dq), cut(rooms[1], dk), cut(rooms[2], dv)
     launch_with_scratch(call, q, (*at, *map(_address, lengths)))
     return dq, dk, dv
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.features.expression import named_values, refuse_dropout
 from fa2gen.options import Expression, Options
-from fa2gen.spec import HEAD_DIM_STEP, MAX_HEAD_DIM, DType, program_of
+from fa2gen.spec import MAX_HEAD_DIM, DType, program_of
 
 __all__ = [
     "DTYPES",
@@ -369,8 +369,8 @@ def _validate_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
     for i, what in ((-3, "seqlen" if k.dim() == 4 else "rows"), (-2, "heads")):
         if k.shape[i] != v.shape[i]:
             raise InvalidInput(f"k has {what} {k.shape[i]}, v has {what} {v.shape[i]}; they must be equal: slice one")
-    validate_head_dim(q.shape[-1])
-    _validate_head_dim_v(v.shape[-1])
+    validate_head_dim("head_dim", q.shape[-1])
+    validate_head_dim("v's head_dim", v.shape[-1])
     validate_heads(q.shape[-2], k.shape[-2])
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1 and x.numel() > 0:
@@ -380,32 +380,9 @@ def _validate_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
-def validate_head_dim(head_dim: int) -> None:
-    _validate_range("head_dim", head_dim)
-    if head_dim % HEAD_DIM_STEP:
-        padded = -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
-        raise UnsupportedProblem(
-            f"head_dim is {head_dim}; it must be a multiple of {HEAD_DIM_STEP}: pad q, k and v to {padded} with "
-            f"torch.nn.functional.pad(x, (0, {padded - head_dim})), pass softmax_scale={head_dim}**-0.5, "
-            f"and take out[..., :{head_dim}]"
-        )
-
-
-def _validate_head_dim_v(head_dim: int) -> None:
-    _validate_range("v's head_dim", head_dim)
-    if head_dim % HEAD_DIM_STEP:
-        padded = -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
-        raise UnsupportedProblem(
-            f"v's head_dim is {head_dim}; it must be a multiple of {HEAD_DIM_STEP}: pad v to {padded} with "
-            f"torch.nn.functional.pad(v, (0, {padded - head_dim})), and take out[..., :{head_dim}]"
-        )
-
-
-def _validate_range(name: str, head_dim: int) -> None:
+def validate_head_dim(name: str, head_dim: int) -> None:
     if head_dim == 0:
-        raise InvalidInput(
-            f"{name} is 0; it must be a multiple of {HEAD_DIM_STEP} from {HEAD_DIM_STEP} to {MAX_HEAD_DIM}"
-        )
+        raise InvalidInput(f"{name} is 0; it must be from 1 to {MAX_HEAD_DIM}")
     if head_dim > MAX_HEAD_DIM:
         raise UnsupportedProblem(f"{name} is {head_dim}; the largest is {MAX_HEAD_DIM}. Nearest: {_OTHER}")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops.validate import describe, refuse_tensor_kinds, validate_head_dim, validate_heads, validate_kind
+from fa2gen.spec import HEAD_DIM_STEP
 
 __all__ = ["Cached", "capacity_of", "validate_cached"]
 
@@ -71,7 +72,14 @@ def validate_cached(given: Cached, num_splits: int = 0) -> None:
             f"q has head_dim {q.shape[-1]}, the caches have {k_cache.shape[-1]}; they must be equal: make the "
             "caches with q's head_dim"
         )
-    validate_head_dim(q.shape[-1])
+    validate_head_dim("head_dim", q.shape[-1])
+    if q.shape[-1] % HEAD_DIM_STEP:
+        padded = -(-q.shape[-1] // HEAD_DIM_STEP) * HEAD_DIM_STEP
+        raise UnsupportedProblem(
+            f"head_dim is {q.shape[-1]}; over a cache, which is never copied, it must be a multiple of "
+            f"{HEAD_DIM_STEP}: make the caches of head_dim {padded}, zeros behind {q.shape[-1]}, pad q, k and v "
+            f"likewise, pass softmax_scale={q.shape[-1]}**-0.5, and take out[..., :{q.shape[-1]}]"
+        )
     validate_heads(q.shape[2], k_cache.shape[2])
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
         steps = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]

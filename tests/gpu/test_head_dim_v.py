@@ -60,9 +60,10 @@ def test_every_pair(arch, dtype, pair, direction):
             assert cases.written_outside(case) is None
 
 
-@pytest.mark.parametrize("pair", PAIRS[:4], ids=name_of)
+@pytest.mark.parametrize("pair", (*PAIRS[:4], (59, 59), (111, 111), (250, 7)), ids=name_of)
 def test_what_users_call(pair):
-    """Tensors that are slices of wider ones, whose rows lie apart; gradients of all three; packed sequences."""
+    """Tensors that are slices of wider ones, whose rows lie apart; gradients of all three; packed sequences. Head dims
+    that are no multiple of 8 are padded."""
     d, dv = pair
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 300, 4, n + 16, device="cuda").bfloat16()[..., :n].requires_grad_() for n in (d, d, dv))
@@ -76,3 +77,5 @@ def test_what_users_call(pair):
     bounds = torch.arange(0, 900, 300, dtype=torch.int32, device="cuda")
     packed = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), bounds, bounds, causal=True)
     torch.testing.assert_close(packed, out.flatten(0, 1), rtol=0.02, atol=0.01)
+    of_packed = torch.autograd.grad(packed, (q, k, v), dout.flatten(0, 1))
+    assert check_gradients(of_packed, dout, q, k, v, causal=True).ok

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import struct
@@ -20,12 +21,21 @@ from fa2gen.arch import ARCHES
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops import attention, flash_attn_func, flash_attn_varlen_func
 from fa2gen.ops import call as calls
+from fa2gen.ops.general import backward_general, forward_general
 from fa2gen.ops.ragged import backward_ragged, forward_ragged, forward_ragged_out
 from fa2gen.ops.scratch import scratch_of_capture
 from fa2gen.ops.validate import LENGTHS
 from fa2gen.options import Options
 from fa2gen.plan import make_plan
-from fa2gen.reference import attention_tiled
+from fa2gen.reference import (
+    attention_backward_ragged,
+    attention_backward_tiled,
+    attention_ragged,
+    attention_tiled,
+    check,
+    check_gradients,
+    sink_gradient,
+)
 from fa2gen.select import Device, default_tiling
 from fa2gen.spec import KernelSpec, Problem
 
@@ -513,6 +523,87 @@ def test_the_longest_length_chooses_the_kernel(gpu, monkeypatch):
         forward_ragged(*arguments, RAGGED, longest)
     assert asked == [250, 500] and len(calls._calls) == 4  # 500 / 2, 32, 512 and more are cut to 500
     assert sum(len(kernel.prepared) for kernel in gpu.kernels.values()) == 4
+
+
+# Head dims that are no multiple of 8 --------------------------------------------------------------------------------
+
+
+class ReferenceLaunch:
+    """Computes what it is asked for by the reference, from addresses and strides, as the plan says what lies there."""
+
+    scratch_bytes, cleared_bytes = 4, 0
+
+    def __init__(self, plan, shape, strides, options):
+        self.plan, self.shape, self.strides, self.options = plan, shape, strides, options
+
+    def tensor(self, operand, address):
+        size = operand.shape(self.shape, self.plan.problem)
+        steps = (*self.strides[operand.name], 1) if operand.is_tensor else torch.empty(size).stride()
+        dtype = {"float": torch.float32, "int": torch.int32}.get(operand.ctype.split("*")[0].split()[0], torch.bfloat16)
+        span = 1 + sum((n - 1) * step for n, step in zip(size, steps, strict=True))
+        memory = (ctypes.c_byte * (span * dtype.itemsize)).from_address(address)
+        return torch.frombuffer(memory, dtype=dtype).as_strided(size, steps)
+
+    def __call__(self, operands, scratch, stream):
+        plan, options = self.plan, self.options._asdict()
+        assert all(address % 16 == 0 for address in operands[:5])
+        x = {o.name: self.tensor(o, at) if at else None for o, at in zip(plan.operands, operands, strict=True)}
+        if plan.varlen:
+            x |= {name: given if name in LENGTHS or given is None else given[0] for name, given in x.items()}
+        lengths = tuple(x[name] for name in LENGTHS) if plan.varlen else ()
+        q, k, v, s_aux = x["q"], x["k"], x["v"], x.get("s_aux")
+        if plan.problem.direction == "fwd":
+            run = attention_ragged if plan.varlen else attention_tiled
+            results = dict(zip(("o", "lse"), run(q, k, v, *lengths, s_aux=s_aux, **options), strict=True))
+        else:
+            run = attention_backward_ragged if plan.varlen else attention_backward_tiled
+            given = (x["dout"], q, k, v, x["o"], x["lse"], x["dlse"])
+            results = dict(zip(("dq", "dk", "dv"), run(*given, *lengths, **options), strict=True))
+            if s_aux is not None:
+                results["ds_aux"] = sink_gradient(x["dout"], x["o"], x["lse"], x["dlse"], s_aux)
+        for name, result in results.items():
+            x[name].copy_(result)
+
+
+@pytest.mark.parametrize("kind", ["dense", "ragged", "with sinks"])
+@pytest.mark.parametrize("pair", [(59, 59), (111, 64), (64, 7)], ids=str)
+def test_head_dims_are_padded_for_kernels(gpu, monkeypatch, pair, kind):
+    """By the scale of the head dim as it was given, in buffers of the shapes that were asked for, once a signature."""
+    monkeypatch.setattr(
+        FakeKernel, "prepare", lambda self, *given: self.prepared.append(given) or ReferenceLaunch(self.plan, *given)
+    )
+    head_dim, head_dim_v = pair
+    options = Options(causal=True, varlen=kind == "ragged", sink=kind == "with sinks")
+    q, k, _ = tensors(1, head_dim=head_dim)
+    v = torch.randn(1, 53, 2, head_dim_v).bfloat16()
+    sinks, dlse = torch.randn(6), torch.randn(1, 6, 37)
+    dout = torch.randn(1, 37, 6, head_dim_v).bfloat16()
+    bounds = [torch.tensor([0, n], dtype=torch.int32) for n in (37, 53)]
+    for _ in range(2):
+        if kind == "dense":
+            out, lse = calls.forward_cuda(q, k, v, options)
+            torch.testing.assert_close(calls.forward_out(q, k, v, options), out)
+            gradients = calls.backward_cuda(dout, q, k, v, out, lse, dlse, options)
+        elif kind == "ragged":
+            packed, of_out = [x[0] for x in (q, k, v)], dout[0]
+            out, lse = forward_ragged(*packed, *bounds, None, None, options)
+            gradients = backward_ragged(of_out, *packed, out, lse, dlse[0], *bounds, None, None, options)
+            out, lse, gradients = out[None], lse[None], [x[None] for x in gradients]
+        else:
+            further = (None, None, None, None, sinks, None, ())
+            out, lse = forward_general(q, k, v, *further, options)
+            *gradients, of_sinks = backward_general(dout, q, k, v, out, lse, dlse, *further, options)
+    s_aux = sinks if kind == "with sinks" else None
+    assert check(out, lse, q, k, v, causal=True, s_aux=s_aux).ok
+    assert check_gradients(gradients, dout, q, k, v, dlse=dlse, causal=True, s_aux=s_aux).ok
+    if s_aux is not None:
+        torch.testing.assert_close(of_sinks, sink_gradient(dout, out, lse, dlse, sinks))
+    for result, given in zip((out, *gradients), (dout, q, k, v), strict=True):
+        assert result.is_contiguous() and result.shape == given.shape
+    whole = {-(-n // 8) * 8 for n in pair}
+    for kernel in gpu.kernels.values():
+        assert {*kernel.plan.problem.head_dims} == whole and len(kernel.prepared) == 1
+        assert kernel.prepared[0][2].softmax_scale == head_dim**-0.5
 
 
 # Plain calls go past the operator -----------------------------------------------------------------------------------

@@ -68,10 +68,10 @@ def test_cpu_tensors_run_the_reference(causal, dtype):
     assert check(out, lse, q, k, v, causal=causal, softmax_scale=0.3).ok
 
 
-@pytest.mark.parametrize("head_dim_v", [8, 72])
-def test_values_of_another_head_dim(head_dim_v):
+@pytest.mark.parametrize(("head_dim", "head_dim_v"), [(40, 8), (40, 72), (59, 111)])
+def test_values_of_another_head_dim(head_dim, head_dim_v):
     """out, dout and dv have v's head dim, the scale is of q's: through every door, and under every transform."""
-    q, k, _ = tensors()
+    q, k, _ = tensors(head_dim=head_dim)
     v = torch.randn(2, 53, 2, head_dim_v).to(q.dtype)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, lse = attention(q, k, v, causal=True)
@@ -94,7 +94,7 @@ def test_values_of_another_head_dim(head_dim_v):
 
     with FlopCounterMode(display=False) as counter:
         torch.autograd.grad(attention(q, k, v)[0], leaves, dout)
-    assert counter.get_total_flops() == 2 * 2 * 6 * 37 * 53 * (4 * 40 + 3 * head_dim_v)
+    assert counter.get_total_flops() == 2 * 2 * 6 * 37 * 53 * (4 * head_dim + 3 * head_dim_v)
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

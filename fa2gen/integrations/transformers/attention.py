@@ -19,6 +19,7 @@ from fa2gen.integrations.transformers.rows import Plan, Rows, begins_of, packed_
 from fa2gen.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from fa2gen.ops.arguments import NO_WINDOW
 from fa2gen.ops.validate import DTYPES, validate
+from fa2gen.spec import HEAD_DIM_STEP
 
 __all__ = ["Call", "attention_by", "recorded"]
 
@@ -154,16 +155,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, asked: Asked, plan: Plan | None = N
 
     Raises UnsupportedProblem for what fa2gen does not compute.
     """
-    options, of_value = asked.options(), v.shape[-1]
-    if of_value < q.shape[-1]:
-        try:
-            return _call(q, k, v, options, plan)
-        except UnsupportedProblem:  # of this head dim of v
-            v = torch.nn.functional.pad(v, (0, q.shape[-1] - of_value))
-    return _call(q, k, v, options, plan)[..., :of_value]
-
-
-def _call(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], plan: Plan | None) -> Tensor:
+    options = asked.options()
     if torch.compiler.is_compiling() and not torch.is_autocast_enabled(q.device.type):
         validate(q, k, v)  # in sight of torch.compile, which then sees a refusal here, and not within an operator
     if q.shape[1] == 1 and not torch.is_grad_enabled() and (plan is None or plan.spans is not None):
@@ -181,10 +173,10 @@ def _call(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], plan: Plan |
 
 
 def _next_token(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], plan: Plan | None) -> Tensor:
-    """`_call` of one query each, which sees all keys that count, by kernels for that: k and v stay where they are."""
+    """`_attend` of one query each, which sees all keys that count, by kernels for that: k and v stay where they are."""
     others = {name: x for name, x in options.items() if x is not None and name not in ("dropout_p", "deterministic")}
-    if options["dropout_p"] or not others.keys() <= _OF_KVCACHE or v.shape != k.shape:
-        raise UnsupportedProblem("dropout, sinks and a narrower v are not built for the next token")
+    if options["dropout_p"] or not others.keys() <= _OF_KVCACHE or v.shape != k.shape or q.shape[-1] % HEAD_DIM_STEP:
+        raise UnsupportedProblem("dropout, sinks, a narrower v and odd head dims are not built for the next token")
     if plan is None:
         out: Tensor = flash_attn_with_kvcache(q, k, v, **others)
         return out
