@@ -603,7 +603,7 @@ def test_head_dims_are_padded_for_kernels(gpu, monkeypatch, pair, kind):
     whole = {-(-n // 8) * 8 for n in pair}
     for kernel in gpu.kernels.values():
         assert {*kernel.plan.problem.head_dims} == whole and len(kernel.prepared) == 1
-        assert kernel.prepared[0][2].softmax_scale == head_dim**-0.5
+        assert kernel.prepared[0][2].scale(kernel.plan.head_dim) == head_dim**-0.5
 
 
 # Plain calls go past the operator -----------------------------------------------------------------------------------
