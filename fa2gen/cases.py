@@ -215,12 +215,12 @@ def _forward(case: Case, by_kernel: bool) -> dict[str, Any]:
 def _parts(case: Case) -> Iterator[dict[str, Any]]:
     """Views of the tensors, by name: of each sequence that has queries and something to see, or of all of a dense
     batch. What is one a head is there in each, and as `place` what an expression looks up."""
-    if case.spec.problem.direction == "decode":
-        yield from sequences(case.tensors)
-        return
     from fa2gen.reference import Place
 
     inputs = [case.tensors[x.token] for x in case.spec.problem.program.inputs if x.is_tensor]
+    if case.spec.problem.direction == "decode":
+        yield from sequences(case.tensors, inputs)
+        return
     if not case.spec.problem.varlen:
         yield {**case.tensors, "place": Place(inputs, 0, case.tensors.get("rng_state"))}
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from random import Random
 from typing import Any
@@ -70,10 +70,12 @@ def cached_tensors(
     return sizes, tensors | {"k": k.to(device), "v": v.to(device)}
 
 
-def sequences(tensors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Views of q, o and lse of each sequence that has keys, with its keys and values as k and v."""
+def sequences(tensors: Mapping[str, Any], inputs: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Views of q, o and lse of each sequence that has keys, or sinks, with its keys and values as k and v; and as
+    `place` what an expression looks up in its inputs."""
     from fa2gen.ops.kvcache_reference import keys_of
     from fa2gen.ops.validate_cache import Cached
+    from fa2gen.reference import Place
 
     given = Cached(
         tensors["q"], tensors["k"], tensors["v"],
@@ -82,6 +84,7 @@ def sequences(tensors: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     ends = tensors["cache_seqlens"].tolist()
     starts = tensors["cache_leftpad"].tolist()
     for b, (first, end) in enumerate(zip(starts, ends, strict=True)):
-        if first < end:
+        if first < end or "s_aux" in tensors:
             keys = {name: keys_of(given, tensors[name], b, first, end) for name in ("k", "v")}
-            yield {**{name: tensors[name][b : b + 1] for name in ("q", "o", "lse")}, **keys}
+            own = {name: tensors[name][b : b + 1] for name in ("q", "o", "lse")}
+            yield {**own, **keys, "s_aux": tensors.get("s_aux"), "place": Place(inputs, b)}

@@ -322,7 +322,6 @@ class Problem(_Fields):
     sink: Annotated[
         bool,
         Shown("sink", optional=True, phrase="attention sinks"),
-        OnlyFor(("fwd", "bwd"), "kernels over caches have none yet"),
         Field(description="One more logit a query head in each softmax's sum, s_aux, which no value stands for."),
     ] = False
     dropout: Annotated[
@@ -340,7 +339,6 @@ class Problem(_Fields):
     score: Annotated[
         str,
         Shown(phrase="scores of an expression"),
-        OnlyFor(("fwd", "bwd"), "kernels over caches have none yet"),
         Field(
             description="What becomes of a score: an expression of s, the scaled product of a query and a key, their "
             "positions i and j, heads, and numbers and tensors of the call by any other name."
@@ -349,7 +347,6 @@ class Problem(_Fields):
     allow: Annotated[
         str,
         Shown(phrase="keys of an expression"),
-        OnlyFor(("fwd", "bwd"), "kernels over caches have none yet"),
         Field(
             description="Which keys a query may see, of those that the mask shows: an expression that is true or not."
         ),
@@ -357,7 +354,6 @@ class Problem(_Fields):
     inputs: Annotated[
         str,
         Shown(phrase=""),
-        OnlyFor(("fwd", "bwd"), "kernels over caches have none yet"),
         Field(description='What their names are, as far as it is not inferred: "document: int, cap: float".'),
     ] = ""
 

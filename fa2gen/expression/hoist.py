@@ -25,6 +25,7 @@ SCALE = name("softmax_scale", "float")
 QUERY, KEY = name("i"), name("j")
 """Positions."""
 _FLOAT_QUERY, _FLOAT_KEY = name("float_i", "float"), name("float_j", "float")
+_HEADS = (name("b"), name("h"), name("hk"))
 
 _AT_ONCE = 6
 _LOG2E, _LN2 = const(1.4426950408889634), const(0.6931471805599453)
@@ -40,11 +41,12 @@ def level_of(root: Node) -> Level:
     return "element" if row and column else "row" if row else "column" if column else "head"
 
 
-def factored(score: Node) -> tuple[Node, Node, dict[Node, Node]]:
+def factored(score: Node, of_all_heads: bool = False) -> tuple[Node, Node, dict[Node, Node]]:
     """A score as factor * rest, with a positive factor of the head: what the softmax multiplies with anyway.
 
     scale * acc + ... gives (scale, acc + ... / scale); c * tanh(u) gives (|c|, tanh(u) with c's sign). Others (1, all).
-    The third are parts of the score by those of the rest, where they share some.
+    The third are parts of the score by those of the rest, where they share some. `of_all_heads` is whether the factor
+    must be the same for all of them, as where rows of several heads are in one tile.
     """
     terms = score.args if score.op == "+" else (score,)
     for term in terms:
@@ -56,7 +58,8 @@ def factored(score: Node) -> tuple[Node, Node, dict[Node, Node]]:
     factors = score.args if score.op == "*" else (score,)
     others = [factor for factor in factors if level_of(factor) == "head"]
     (of_score, *more) = [factor for factor in factors if level_of(factor) != "head"]
-    if of_score.op == "tanh" and not more:
+    is_of_all = not any(node.op == "tensor" or node in _HEADS for node in walk(*others))
+    if of_score.op == "tanh" and not more and (is_of_all or not of_all_heads):
         coefficient = multiply((const(1.0), *others))
         sign = simplify(make("sign", coefficient, type="float"))
         rest = simplify(make("tanh", multiply((sign, of_score.args[0])), type="float"))

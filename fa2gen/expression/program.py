@@ -271,10 +271,14 @@ def evaluate(program: Program, what: Literal["score", "allow"], torch: Any, valu
     return evaluate_tree(tree, values, torch)
 
 
-def emit(program: Program, what: Literal["score", "gradient", "allow", "blocks", "positions", "inputs"]) -> Code:
+def emit(
+    program: Program,
+    what: Literal["score", "score of rows", "gradient", "allow", "blocks", "positions", "inputs"],
+) -> Code:
     """C++ of a program: statements by level, and results that use them. Free names: see the package's README.
 
     score     "score" and "factor": the softmax's argument is factor * score, with a positive factor of the head.
+    score of rows  the same, with a factor that is the same for all heads, as rows of several are in a tile.
     gradient  these two, and "weight", the derivative of the score by s.
     allow     "allow": whether a key is seen.
     blocks    "any" and "all": whether some and whether all keys of a tile may be seen, i0..i1 and j0..j1 inclusive.
@@ -307,7 +311,7 @@ def _results(program: Program, what: str) -> dict[str, Node]:
             for place, access in enumerate(program.accesses)
         }
     score = of_acc if program.score_tree is None else simplify(substitute(program.score_tree, {_S: of_acc}))
-    factor, rest, shared = factored(score)
+    factor, rest, shared = factored(score, of_all_heads=what == "score of rows")
     found = {"score": rest, "factor": multiply((factor, const(1.4426950408889634)))}
     if what == "gradient":
         weight = simplify(substitute(program.slope, {_S: of_acc}))

@@ -18,7 +18,7 @@ from fa2gen.expression.hoist import LEVELS
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param
 from fa2gen.options import AnyShape, Expression, Options
-from fa2gen.spec import Problem
+from fa2gen.spec import Direction, Problem
 
 __all__ = [
     "AllowCode",
@@ -122,10 +122,10 @@ class ScoreCode:
     looks_up: bool
 
 
-def score_code(program: Program, gradient: bool) -> ScoreCode:
-    """The code of a program's score."""
-    score = emit(program, "score")
-    slope = emit(program, "gradient") if gradient else None
+def score_code(program: Program, direction: Direction) -> ScoreCode:
+    """The code of a program's score in one pass's kernels."""
+    score = emit(program, "score of rows" if direction == "decode" else "score")
+    slope = emit(program, "gradient") if direction == "bwd" else None
     head = _head(slope or score)
     return ScoreCode(
         formulas=_comment(program, "score", "d score / d s"),

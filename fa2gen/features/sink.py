@@ -15,8 +15,11 @@ __all__ = ["SINK"]
 
 _S_AUX = Operand("s_aux", "head")
 
+_FORWARD = Feature("sink", rooms={"row_end": "sink"}, operands=(_S_AUX,), examples=({"sink": True},))
+
 SINK: dict[Direction, Feature] = {
-    "fwd": Feature("sink", rooms={"row_end": "sink"}, operands=(_S_AUX,), examples=({"sink": True},)),
+    "fwd": _FORWARD,
+    "decode": _FORWARD,
     "bwd": Feature(
         "sink",
         operands=(_S_AUX, Operand("ds_aux", "head", out=True)),

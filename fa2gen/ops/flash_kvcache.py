@@ -8,15 +8,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.errors import InvalidInput
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, sinks, window_sides
 from fa2gen.ops.autograd import is_plain
 from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_operator import refuse_gradients
 from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
-from fa2gen.options import Options
+from fa2gen.options import Expression, Options
 
 __all__ = ["flash_attn_with_kvcache", "run_cached"]
 
@@ -45,6 +45,8 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: Literal[False] = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -80,6 +82,8 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a few queries of each sequence over a cache of its keys and values, to which new ones may be added.
 
@@ -103,12 +107,12 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
                         depend on the batch; up to 256.
     return_softmax_lse  return (out, lse), lse (batch, heads, seqlen_q) fp32.
 
+    softcap, alibi_slopes  as in `flash_attn_func`, over the keys that are there.
+    s_aux               (heads,): the logit of each head's attention sink, which LSE has in it.
+
     Lengths and tables are read on the device, at each replay of a CUDA graph anew; they must not change meanwhile. CPU
-    tensors run a reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: softcap and ALiBi.
+    tensors run a reference. Raises InvalidInput, or UnsupportedProblem for what is not built.
     """
-    for name, (changed, _) in (("softcap", modified(softcap, None)), ("alibi_slopes", modified(0.0, alibi_slopes))):
-        if changed:
-            raise UnsupportedProblem(f"{name} is not built yet over a cache; nearest: flash_attn_func of its rows")
     optional = {
         "k": k,
         "v": v,
@@ -123,18 +127,24 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     q, k, v = (x if x is None or x.dim() == 0 or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     given = Cached(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, None, cache_batch_idx, cache_leftpad, block_table)
     given = given._replace(cache_seqlens=_lengths(cache_seqlens, given))
-    options = options_of(q, softmax_scale, causal, window_sides(window_size))
+    expression, tensors = modified(softcap, alibi_slopes)
+    given = given._replace(s_aux=sinks(s_aux), tensors=tensors)
+    options = options_of(q, softmax_scale, causal, window_sides(window_size), expression=expression)
     out, lse = run_cached(given, options, flag("rotary_interleaved", rotary_interleaved), _splits(num_splits))
     return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
 
 
 def run_cached(given: Cached, options: Options, interleaved: bool, splits: int) -> tuple[Tensor, Tensor]:
     """(out, lse), by an operator where others look at the call."""
-    if is_plain(given.q, given.k_cache, given.v_cache) and all(x is None or type(x) is Tensor for x in given[3:]):
-        refuse_gradients(*given)
+    if is_plain(given.q, given.k_cache, given.v_cache) and all(x is None or type(x) is Tensor for x in given.all[3:]):
+        refuse_gradients(*given.all)
         return cached_cuda(given, options, interleaved, splits)
-    said = (options.softmax_scale, options.causal, options.window_left, options.window_right, splits, interleaved)
-    q, k_cache, v_cache, k, v, cos, sin, *places = given
+    score, allow, inputs, numbers, _ = options.expression or Expression()
+    said = (
+        *(options.softmax_scale, options.causal, options.window_left, options.window_right, splits, interleaved),
+        *(given.s_aux, [*given.tensors], score, allow, inputs, [*numbers]),
+    )
+    q, k_cache, v_cache, k, v, cos, sin, *places = given[:-2]
     try:
         if k is None and v is None and cos is None and sin is None:
             out, lse = _READ(q, k_cache, v_cache, *places, *said)

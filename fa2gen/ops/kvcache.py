@@ -35,19 +35,19 @@ def cached_cuda(
 
     Raises as `fa2gen.ops.call.forward_cuda` does.
     """
-    key = (*map(_kind, given), options, interleaved, num_splits)
+    key = (*map(_kind, given.all), options, interleaved, num_splits)
     call = prepared(key, _prepare, given, options, interleaved, num_splits)
     q = given.q
     out, lse = q.new_empty(call.out_shape), q.new_empty(call.lse_shape, dtype=torch.float32)
     if call.launch is None and not call.misaligned:  # no query, or no place for a key
         out.zero_()
-        lse.fill_(-math.inf)
+        lse.fill_(-math.inf) if given.s_aux is None else lse.copy_(given.s_aux[:, None].expand_as(lse))
         return out, lse
     if call.launch is None or any(x is not None and x.data_ptr() & 15 for x in (getattr(given, n) for n in _INPUTS)):
         copies = {name: aligned(x) for name in _INPUTS if (x := getattr(given, name)) is not None}
         return cached_cuda(given._replace(**copies), options, interleaved, num_splits)
     turned = None if given.rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
-    at = {name: 0 if x is None else x.data_ptr() for name, x in given._asdict().items()}
+    at = {name: 0 if x is None else x.data_ptr() for name, x in zip(Cached._fields, given[:-1], strict=False)}
     if (at["k_cache"] | at["v_cache"]) & 15:
         raise InvalidInput(
             "a cache lies on an address that is no multiple of 16 bytes, and is never copied: begin a slice of one on "
@@ -63,7 +63,9 @@ def cached_cuda(
         "v_new": at["v"],
         "q_given": 0 if turned is None else at["q"],
     }
-    launch_with_scratch(call, q, tuple(operands[n] if n in operands else at[n] for n in call.operands))
+    named = len(call.operands) - len(given.tensors)  # those of an expression come last, in their order
+    addresses = [operands[n] if n in operands else at[n] for n in call.operands[:named]]
+    launch_with_scratch(call, q, (*addresses, *(x.data_ptr() for x in given.tensors)))
     return out, lse
 
 
@@ -84,12 +86,15 @@ def _kind(x: Tensor | None) -> Any:
 
 def _prepare(given: Cached, options: Options, interleaved: bool, num_splits: int) -> Call:
     """Validate a signature; choose, load and pack its kernel."""
-    validate_cached(given, num_splits)
     validate_options(options)
+    validate_cached(given, num_splits, options)
     q, k_cache, table = given.q, given.k_cache, given.block_table
     batch, seqlen_q, num_heads, head_dim = q.shape
     capacity = capacity_of(given)
-    reduced = _plain_options(options, seqlen_q, capacity)
+    reduced = _plain_options(options, seqlen_q, capacity)._replace(sink=given.s_aux is not None)
+    if reduced.expression:
+        shapes = tuple(tuple(x.shape) for x in given.tensors)
+        reduced = reduced._replace(expression=reduced.expression._replace(shapes=shapes))
     shape = CacheShape(
         batch=batch,
         seqlen_q=seqlen_q,

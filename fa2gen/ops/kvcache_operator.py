@@ -18,7 +18,7 @@ from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_reference import cached_reference
 from fa2gen.ops.validate import validate_options
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
-from fa2gen.options import Options
+from fa2gen.options import Expression, Options
 
 __all__ = ["CACHE_SCHEMAS", "cache_kernels", "refuse_gradients"]
 
@@ -30,7 +30,8 @@ _TENSORS = {
 }
 _OPTIONS = (
     "float softmax_scale, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, SymInt num_splits=0, "
-    "bool rotary_interleaved=True"
+    "bool rotary_interleaved=True, Tensor? s_aux=None, Tensor[]? tensors=None, "
+    'str score="", str allow="", str inputs="", float[] numbers=[]'
 )
 _WRITTEN = {"k_cache": "Tensor(a!)", "v_cache": "Tensor(b!)"}
 
@@ -45,9 +46,9 @@ def _schema(name: str) -> str:
 CACHE_SCHEMAS = {name: _schema(name) for name in _TENSORS}
 
 
-def refuse_gradients(*tensors: Tensor | None) -> None:
-    """Raise UnsupportedProblem where a gradient would be asked for."""
-    if torch.is_grad_enabled() and wants_gradient(*(x for x in tensors if x is not None)):
+def refuse_gradients(*tensors: Any) -> None:
+    """Raise UnsupportedProblem where a gradient would be asked for; what is no tensor is not looked at."""
+    if torch.is_grad_enabled() and wants_gradient(*(x for x in tensors if isinstance(x, Tensor))):
         raise UnsupportedProblem(
             "attention over a cache has no gradient, and an input requires one: call it under torch.no_grad(), or "
             "flash_attn_func of the keys for training"
@@ -59,13 +60,17 @@ def _called(implementation: Callable[..., Any], name: str) -> Callable[..., Any]
     names = _TENSORS[name]
 
     def implemented(*arguments: Any, **named: Any) -> Any:
-        given = Cached(**dict(zip(names, arguments, strict=False)))
-        said = dict(zip(_option_names(), arguments[len(names) :], strict=False)) | named
+        said = dict(zip((*names, *_option_names()), arguments, strict=False)) | named
+        tensors = tuple(said.get("tensors") or ())
+        given = Cached(**{n: said[n] for n in (*names, "s_aux") if n in said}, tensors=tensors)
+        said_of = {n: said[n] for n in Expression._fields if n in said}
+        expression = Expression(**said_of | {"numbers": tuple(said.get("numbers", ()))})
         options = Options(
             softmax_scale=said["softmax_scale"],
             causal=said.get("causal", False),
             window_left=said.get("window_left", -1),
             window_right=said.get("window_right", -1),
+            expression=expression if expression.score or expression.allow else None,
         )
         return implementation(given, options, said.get("rotary_interleaved", True), said.get("num_splits", 0))
 
@@ -77,8 +82,8 @@ def _option_names() -> list[str]:
 
 
 def _fake(given: Cached, options: Options, _: bool, num_splits: int) -> tuple[Tensor, Tensor]:
-    validate_cached(given, num_splits)
     validate_options(options)
+    validate_cached(given, num_splits, options)
     batch, seqlen_q, num_heads, _ = given.q.shape
     lse = given.q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
     return given.q.new_empty(given.q.shape), lse
@@ -87,10 +92,10 @@ def _fake(given: Cached, options: Options, _: bool, num_splits: int) -> tuple[Te
 def _autograd(name: str) -> Callable[..., Any]:
     """Nothing but a refusal, then what is below autograd."""
     operator = getattr(torch.ops.fa2gen, name).default
-    count = len(_TENSORS[name])
 
     def kernel(keyset: Any, *arguments: Any, **named: Any) -> Any:
-        refuse_gradients(*arguments[:count])
+        lists = (x for x in (*arguments, *named.values()) if isinstance(x, list | tuple))
+        refuse_gradients(*arguments, *named.values(), *(x for of in lists for x in of))
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **named)
 

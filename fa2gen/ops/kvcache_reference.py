@@ -11,7 +11,7 @@ from fa2gen.features import key_range
 from fa2gen.ops.validate import validate_options
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
 from fa2gen.options import Options
-from fa2gen.reference import attention_tiled
+from fa2gen.reference import Place, attention_tiled
 
 __all__ = ["cached_reference", "keys_of", "turned"]
 
@@ -20,11 +20,13 @@ def cached_reference(
     given: Cached, options: Options, interleaved: bool = True, num_splits: int = 0
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of `fa2gen.ops.kvcache.cached_cuda`; new keys are in the caches then."""
-    validate_cached(given, num_splits)
     validate_options(options)
+    validate_cached(given, num_splits, options)
     q, capacity = given.q, capacity_of(given)
     batch, seqlen_q, num_heads, _ = q.shape
     out, lse = q.new_zeros(q.shape), q.new_full((batch, num_heads, seqlen_q), -math.inf, dtype=torch.float32)
+    if given.s_aux is not None:
+        lse.copy_(given.s_aux[:, None].expand_as(lse))
     if not batch or not capacity or not given.k_cache.shape[0]:
         return out, lse
     before = [capacity] * batch
@@ -49,7 +51,8 @@ def cached_reference(
                 k, v = (keys_of(given, cache, b, first[b], end) for cache in (given.k_cache, given.v_cache))
                 hidden = max(key_range(options, seqlen_q, k.shape[1], 0)[0], 0)
                 v = torch.cat([torch.zeros_like(v[:, :hidden]), v[:, hidden:]], dim=1)  # they may hold NaN
-                out[b], lse[b] = (x[0] for x in attention_tiled(q[b : b + 1], k, v, **options._asdict()))
+                more = options._asdict() | {"s_aux": given.s_aux, "place": Place(given.tensors, b)}
+                out[b], lse[b] = (x[0] for x in attention_tiled(q[b : b + 1], k, v, **more))
     return out, lse
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "validate_options",
     "validate_ragged",
     "validate_ragged_backward",
+    "validate_sinks",
 ]
 
 DTYPES: dict[Any, DType] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -210,7 +211,7 @@ def validate_general(
     else:
         sequences = validate_ragged(q, k, v, lengths)
     if s_aux is not None:
-        _validate_sinks(s_aux, q)
+        validate_sinks(s_aux, q)
     validate_options(options)
     if options.dropout_p and options.expression:
         refuse_dropout()
@@ -338,7 +339,7 @@ def _validate_lengths(name: str, x: Tensor, q: Tensor) -> None:
         raise InvalidInput(f"{name} has a stride of {x.stride(0)}; it must be contiguous: pass {name}.contiguous()")
 
 
-def _validate_sinks(s_aux: Tensor, q: Tensor) -> None:
+def validate_sinks(s_aux: Tensor, q: Tensor) -> None:
     refuse_tensor_kinds(["s_aux"], [s_aux])
     if s_aux.dtype != torch.float32 or s_aux.shape != (q.shape[-2],) or s_aux.device != q.device:
         raise InvalidInput(

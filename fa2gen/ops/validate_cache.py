@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.validate import describe, refuse_tensor_kinds, validate_head_dim, validate_heads, validate_kind
+from fa2gen.ops.validate import (
+    describe,
+    refuse_tensor_kinds,
+    validate_expression,
+    validate_head_dim,
+    validate_heads,
+    validate_kind,
+    validate_sinks,
+)
+from fa2gen.options import Options
 from fa2gen.spec import HEAD_DIM_STEP
 
 __all__ = ["Cached", "capacity_of", "validate_cached"]
@@ -27,6 +36,8 @@ class Cached(NamedTuple):
     cache_batch_idx (batch,) int32: the entry, or the table's row, of each sequence; None: its own number.
     cache_leftpad   (batch,) int32: rows before a sequence's first key.
     block_table     (batch, pages) int32: the numbers of each sequence's pages.
+    s_aux           (heads,) fp32: the logit of each head's sink.
+    tensors         that the expression of the options names, in the order of its inputs.
     """
 
     q: Tensor
@@ -40,6 +51,14 @@ class Cached(NamedTuple):
     cache_batch_idx: Tensor | None = None
     cache_leftpad: Tensor | None = None
     block_table: Tensor | None = None
+    s_aux: Tensor | None = None
+    tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def all(self) -> tuple[Tensor | None, ...]:
+        """Each tensor by itself."""
+        *alone, tensors = self
+        return (*alone, *tensors)  # type: ignore[arg-type]
 
 
 def capacity_of(given: Cached) -> int:
@@ -48,13 +67,15 @@ def capacity_of(given: Cached) -> int:
     return rows if given.block_table is None else rows * given.block_table.shape[1]
 
 
-def validate_cached(given: Cached, num_splits: int = 0) -> None:
+def validate_cached(given: Cached, num_splits: int = 0, options: Options | None = None) -> None:
     """Raise InvalidInput or UnsupportedProblem unless these can be computed with. Values are not looked at.
+
+    options  with the expression that the tensors are of; None: they are not looked at.
 
     For any device, and for fake tensors with symbolic sizes.
     """
     q, k_cache, v_cache = given.q, given.k_cache, given.v_cache
-    refuse_tensor_kinds(Cached._fields, given)
+    refuse_tensor_kinds((*Cached._fields[:-1], *("a tensor of the expression" for _ in given.tensors)), given.all)
     for name, x, what in (
         ("q", q, "(batch, seqlen_q, heads, head_dim)"),
         ("k_cache", k_cache, "(batch, rows, heads_kv, head_dim), or with block_table (pages, page_size, ...)"),
@@ -90,6 +111,11 @@ def validate_cached(given: Cached, num_splits: int = 0) -> None:
             )
     _validate_place(given)
     _validate_new(given)
+    if given.s_aux is not None:
+        validate_sinks(given.s_aux, q)
+    if options is not None:
+        keys = torch.empty((q.shape[0], capacity_of(given), *k_cache.shape[2:]), device="meta")  # as positions count
+        validate_expression(q, keys, None, given.tensors, options)
     if not 0 <= num_splits <= MAX_SPLITS:
         raise InvalidInput(f"num_splits is {num_splits}; it must be from 0, as suits the device, to {MAX_SPLITS}")
 

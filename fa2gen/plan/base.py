@@ -231,7 +231,7 @@ class KernelPlan:
     @cached_property
     def score(self) -> ScoreCode:
         """What it makes of them, in C++."""
-        return score_code(self.problem.program, self.problem.direction == "bwd")
+        return score_code(self.problem.program, self.problem.direction)
 
     @cached_property
     def loads(self) -> tuple[tuple[str, ...], ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.features import Param, Scratch
+from fa2gen.layout import NUMBER_BYTES, ceil_div
 from fa2gen.plan.base import BrokenRule, EntryPoint
 from fa2gen.plan.memory import Region, SharedMemory, Stages
 from fa2gen.plan.sm80 import MMA_ROWS, WARP_THREADS, Sm80Plan
@@ -15,7 +16,6 @@ __all__ = ["DecodePlan"]
 
 APPEND_THREADS = 256
 LAYOUT_ENTRIES = 1024  # of sequences, in shared memory; a multiple of a warp's 32
-MERGE_PAD_BYTES = 32  # between rows of O in fp32, so that eight rows fall into different banks
 # Registers that a thread needs beside S, P, O and Q, and the most with which none spills: ptxas has the last word
 # (tests/compile).
 REGISTERS_BESIDE_TILES = 80
@@ -92,13 +92,14 @@ class DecodePlan(Sm80Plan):
 
     @cached_property
     def memory(self) -> SharedMemory:
-        """A stage is one tile of keys of one warp; O of all warps takes the stages' place at the end of a part."""
+        """A stage is one tile of keys of one warp; at the end of a part 16 rows of its O take a stage's place."""
         tile, stages = self.k_tile.bytes, self.num_mma_warps * self.num_stages
         return SharedMemory(
             (
                 Region("q", self.q_tile.bytes, label="Q"),
                 Stages(stages, (Region("k", tile, label="K"), Region("v", tile, label="V"))),
                 Region("row_sums", self.num_mma_warps * self.tile_m * 8),
+                Region("shares", 4 * self.num_mma_warps),
                 Region("layout", 4 * LAYOUT_ENTRIES + 4),
                 Region("arrived", 4),
             )
@@ -109,8 +110,14 @@ class DecodePlan(Sm80Plan):
         return 2 * self.k_tile.bytes
 
     @property
-    def merge_row_bytes(self) -> int:
-        return 4 * self.head_dim + MERGE_PAD_BYTES
+    def share_bytes(self) -> int:
+        """Of 16 rows of a warp's O in fp32."""
+        return MMA_ROWS * NUMBER_BYTES * self.head_dim
+
+    @property
+    def no_share(self) -> int:
+        """In the place of the address of a warp's share, that it has none."""
+        return 0xFFFFFFFF
 
     @property
     def row_quads(self) -> int:
@@ -123,6 +130,16 @@ class DecodePlan(Sm80Plan):
     def copy_rows(self) -> int:
         """Panel rows that one warp copies at once."""
         return WARP_THREADS // self.chunks_per_panel_row
+
+    @property
+    def tile_row_chunks(self) -> int:
+        """Groups of eight columns, 16 bytes, of a row of a tile: the last panel's are all there."""
+        return self.q_tile.count * self.chunks_per_panel_row
+
+    @property
+    def query_chunks(self) -> int:
+        """Of those of Q's tile, the most that one thread copies."""
+        return ceil_div(self.tile_m * self.tile_row_chunks, self.num_threads)
 
     @property
     def append_threads(self) -> int:
@@ -174,10 +191,8 @@ class DecodePlan(Sm80Plan):
             broken.append(BrokenRule("keys of a warp", detail))
         if self.tiling.lazy_rescale:
             broken.append(BrokenRule("lazy_rescale", f"{self.tiling.lazy_rescale} given; only sm90 kernels have it: 0"))
-        ring = self.num_mma_warps * self.num_stages * self.stage_bytes
-        merge = self.num_mma_warps * self.tile_m * self.merge_row_bytes
-        if merge > ring:
-            detail = f"{merge:,} B of all warps' O in fp32, which takes the place of {ring:,} B of stages"
+        if self.share_bytes > self.stage_bytes:
+            detail = f"{self.share_bytes:,} B of 16 rows of O in fp32, which take a stage's place, {self.stage_bytes:,} B"
             broken.append(BrokenRule("merge", detail))
         broken += self.shared_memory_rule()
         if self.register_estimate > self.registers_available:
