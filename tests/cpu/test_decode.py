@@ -44,7 +44,19 @@ def run(name: str, shape: Shape, options: Options | None = None, rendered=None, 
     return cases.verdict(case), case.tensors
 
 
-@pytest.mark.parametrize("problem", problems(head_dim=64, dtype="bf16", direction="decode"), ids=lambda p: p.text)
+EXPRESSIONS = (
+    {"score": "cap * tanh(s / cap)", "paged": True},
+    {"score": "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)", "mask": "causal"},
+    {"score": "cap[h] * tanh(s / cap[h])", "allow": "(i + seqlen_k - seqlen_q - j) % 3 != 1", "sink": True},
+)
+KINDS = [
+    *problems(head_dim=64, dtype="bf16", direction="decode", sink=False),
+    Problem(direction="decode", head_dim=64, mask="window", sink=True, paged=True),
+    *(Problem(direction="decode", head_dim=64, **fields) for fields in EXPRESSIONS),
+]
+
+
+@pytest.mark.parametrize("problem", KINDS, ids=lambda p: p.text)
 def test_every_kind(problem):
     for number, options in enumerate(examples_of(problem)):
         verdict, _ = run(best_spec(problem, ARCHES[number % 2]).name, SHAPES[number % 3], options, num_sms=5)
@@ -265,7 +277,7 @@ def test_slots_as_cuda_tensors_fill_them(door):
 
 # Seeded faults -------------------------------------------------------------------------------------------------------
 
-DENSE, PAGED = kernel().name, kernel(paged=True, mask="causal").name
+DENSE, PAGED, SINKS = kernel().name, kernel(paged=True, mask="causal").name, kernel(sink=True).name
 FAULTS = [
     Fault(
         "a block's second cut shares the first one's place",
@@ -313,32 +325,32 @@ FAULTS = [
     Fault(
         "Q is not waited for",
         DENSE,
-        "cp_async_wait_5();\n    sync_block();",
-        "sync_block();",
+        "    queries.store(smem, thread);\n    sync_block();\n",
+        "    queries.store(smem, thread);\n",
     ),
     Fault(
         "a tile is not waited for",
         DENSE,
-        "cp_async_wait_4();",
+        "cp_async_wait_5();",
         "",
     ),
     Fault(
         "warps are not waited for",
         DENSE,
-        "    sync_block();  // and all warps are done with their tiles\n",
-        "",
+        "        sync_block();\n        finish_rows",
+        "        finish_rows",
         schedules=12,
     ),
     Fault(
         "the greatest score of one warp",
         DENSE,
-        "factor[half] = weight_of(row_max[i][half], max,",
-        "factor[half] = weight_of(row_max[i][half], row_max[i][half],",
+        "weights[half] = weight_of(row_max[half], max,",
+        "weights[half] = weight_of(row_max[half], row_max[half],",
     ),
     Fault(
         "parts weigh the same",
         DENSE,
-        "float const weight = weight_of(of_part, max, p.softmax_scale_log2);",
+        "float const weight = weight_of(of_part, max, factor);",
         "float const weight = first + i < part.count ? 1.0f : 0.0f;",
     ),
     Fault(
@@ -346,6 +358,24 @@ FAULTS = [
         DENSE,
         "r - query * p.num_heads_per_kv, query",
         "0, query",
+    ),
+    Fault(
+        "the share of a warp without keys",
+        DENSE,
+        "        if (share != kNoShare) {\n            load",
+        "        if (true) {\n            load",
+    ),
+    Fault(
+        "a sink in each part",
+        SINKS,
+        "if (part.count == 1) {",
+        "if (part.count > 0) {",
+    ),
+    Fault(
+        "a sink's head",
+        SINKS,
+        "sink_of_head(p, row.head,",
+        "sink_of_head(p, item.head_kv,",
     ),
     Fault(
         "left padding",

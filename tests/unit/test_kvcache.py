@@ -156,3 +156,31 @@ def test_a_part_without_keys_changes_no_bit(empty):
         assert torch.equal(found[0], out) and torch.equal(found[1], lse)
     both = fa2gen.merge_states(nothing, none, nothing, none)
     assert not both[0].any() and (both[1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_sinks_a_cap_and_slopes(compiled):
+    """As the reference has them over each sequence's own keys; a sequence without any gives its sinks."""
+    q, (k, v) = random(BATCH, 4, HEADS, HEAD_DIM), caches()
+    s_aux, slopes = torch.linspace(-1, 1, HEADS), torch.rand(BATCH, HEADS, generator=torch.Generator().manual_seed(2))
+    said = {"causal": True, "softcap": 2.0, "return_softmax_lse": True}
+
+    def call(lengths):
+        return fa2gen.flash_attn_with_kvcache(
+            q, k, v, cache_seqlens=lengths, alibi_slopes=slopes, s_aux=s_aux.bfloat16(), **said
+        )
+
+    call = torch.compile(call, fullgraph=True, backend="eager") if compiled else call
+    out, lse = call(ints(5, 0, 48))
+    assert torch.equal(lse[1], s_aux.bfloat16().float()[:, None].expand(HEADS, 4)) and not out[1].any()
+    for b, length in ((0, 5), (2, 48)):
+        own = [x[b : b + 1] for x in (q, k[:, :length], v[:, :length])]
+        dense = fa2gen.attention(
+            *own,
+            causal=True,
+            s_aux=s_aux.bfloat16(),
+            score="cap * tanh(s / cap) - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)",
+            inputs={"cap": 2.0, "slope": slopes[b : b + 1]},
+        )
+        torch.testing.assert_close(out[b : b + 1], dense[0], atol=0.02, rtol=0.02)
+        torch.testing.assert_close(lse[b : b + 1], dense[1], atol=0.01, rtol=0.01)

@@ -106,7 +106,15 @@ def plans() -> list[KernelPlan]:
         for way in ("fwd", "bwd")
     ]
     specs += [KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in of_v for arch in ("sm80", "sm90")]
-    cached = problems_of(direction="decode", head_dim=[8, 72, 128, 256])
+    cached = problems_of(direction="decode", head_dim=[8, 72, 128, 256], sink=False)
+    cached += [
+        Problem(direction="decode", head_dim=64, mask=mask, sink=True, paged=True, score=score, allow=allow)
+        for mask, score, allow in (
+            ("window", "", ""),
+            ("full", "cap * tanh(s / cap)", ""),
+            ("causal", "s + slope[b, h] * (j - i)", "(i - j) % 3 < width"),
+        )
+    ]
     specs += [KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in cached for arch in ("sm80", "sm90")]
     problem = Problem(direction="bwd", head_dim=128)
     kinds = {(t.tile_m, t.tile_n, t.num_stages, t.num_mma_warps): t for t in feasible_tilings(problem, "sm90")}
@@ -326,7 +334,7 @@ def test_every_field_of_params_is_read():
 def test_the_symbol_is_the_name():
     for plan in plans():
         name, rendered = plan.name, renders()[plan.name]
-        symbols = re.findall(r'^extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(', rendered.source, re.M)
+        symbols = re.findall(r'^extern "C" __global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(', rendered.source, re.M)
         assert symbols == [entry.symbol for entry in plan.entry_points]
         assert re.search(rf'^extern "C" __global__ void __launch_bounds__\([^)]*\) {name}\(', rendered.source, re.M)
 

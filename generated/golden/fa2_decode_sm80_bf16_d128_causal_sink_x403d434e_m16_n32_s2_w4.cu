@@ -1,21 +1,23 @@
-// fa2_decode_sm80_bf16_d128_causal_m16_n32_s2_w4
+// fa2_decode_sm80_bf16_d128_causal_sink_x403d434e_m16_n32_s2_w4
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from decode/decode.cu.j2; edit the template or the spec, not this file.
-//   problem  decode, head dim 128, bf16, causal mask
+//   problem  decode, head dim 128, bf16, causal mask, attention sinks, scores of an expression
 //   tiling   16 query rows x 32 keys, 2 stages, 4 mma warps, 128-byte panels
-//   launch   128 threads, 139784 bytes of dynamic shared memory
-//   contents   25 Problem and tiling,  128 Threads,  159 Arithmetic,  199 Shared memory,  235 Global memory,
-//             296 cp.async,  320 Fragments,  335 Registers,  344 mma,  373 What is visible,  429 Online softmax,
-//             722 Loads,  807 Matrix products,  890 Putting together, 1184 Append, 1302 Kernel, 1323 Launch
+//   launch   128 threads, 139800 bytes of dynamic shared memory
+//   contents   27 Problem and tiling,  134 Threads,  165 Arithmetic,  212 Shared memory,  254 Global memory,
+//             319 cp.async,  338 Fragments,  353 Registers,  362 mma,  391 What is visible,  447 Online softmax,
+//             585 Expressions,  600 Scores of an expression,  784 Loads,  947 Matrix products, 1030 Putting together,
+//            1384 Append, 1502 Kernel, 1529 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
-// the order of work). Every warp has tiles of 32 keys of its own, which cp.async brings into a ring of its own: warps
-// meet only where a part of an item ends.
+// the order of work). Every warp has tiles of 32 keys of its own, which cp.async brings into a ring of its own, from the
+// first of its block's to the last: warps meet only where a part of an item ends, and the next one's keys are on their
+// way then.
 
-namespace fa2gen::fa2_decode_sm80_bf16_d128_causal_m16_n32_s2_w4 {
+namespace fa2gen::fa2_decode_sm80_bf16_d128_causal_sink_x403d434e_m16_n32_s2_w4 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -55,15 +57,18 @@ constexpr uint32_t kQPanelBytes = 2048;
 constexpr uint32_t kKvPanelBytes = 4096;
 constexpr uint32_t kKvBytes = 8192;
 constexpr uint32_t kStageBytes = 16384;
-constexpr int kMergeRowBytes = 544;  // of a row of O in fp32, apart from the next by other banks
 constexpr int kRowQuads = 32;  // of four columns
+constexpr int kTileRowChunks = 16;  // of 16 bytes
+constexpr int kQueryChunks = 2;  // of Q's tile, that a thread copies
+constexpr uint32_t kNoShare = 0xffffffffu;
 constexpr int kLayoutEntries = 1024;
 
 constexpr uint32_t kSmemQ = 0;
 constexpr uint32_t kSmemStages = 4096;
 constexpr uint32_t kSmemRowSums = 135168;
-constexpr uint32_t kSmemLayout = 135680;
-constexpr uint32_t kSmemArrived = 139780;
+constexpr uint32_t kSmemShares = 135680;
+constexpr uint32_t kSmemLayout = 135696;
+constexpr uint32_t kSmemArrived = 139796;
 
 // The kernel's scalar arguments; the order is the launcher's (KernelPlan.params).
 struct Params {
@@ -80,6 +85,7 @@ struct Params {
     int const* cache_batch_idx;
     void const* rotary_cos;
     void const* rotary_sin;
+    float const* s_aux;
     float* parts;
     float* part_sums;
     int* counters;
@@ -120,8 +126,8 @@ struct Params {
     int rotary_rows;
     int rotary_interleaved;
     int rotary_steps;
+    float number_0;
     float softmax_scale;
-    float softmax_scale_log2;
     float inverse_group;
 };
 
@@ -176,6 +182,13 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
     return y;
 }
 
+// Within 2^-11 of its value, in one MUFU.
+__device__ __forceinline__ float tanh_approx(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // By 32 bits and more it gives 0, which C++'s << does not promise.
 __device__ __forceinline__ uint32_t shift_left(uint32_t value, int bits) {
     uint32_t shifted;
@@ -215,6 +228,12 @@ __device__ __forceinline__ int load_shared_int(uint32_t address) {
     return value;
 }
 
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void store_shared_int4(uint32_t address, int r0, int r1, int r2, int r3) {
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
 // 8 bytes; the address is a multiple of 8.
 __device__ __forceinline__ void load_shared_float2(float (&r)[2], uint32_t address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
@@ -249,6 +268,10 @@ __device__ __forceinline__ void store_global_float(float* address, float value) 
 __device__ __forceinline__ void load_global_128(uint32_t (&r)[4], void const* address) {
     asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(address) : "memory");
+}
+
+__device__ __forceinline__ float load_global_float(float const* address) {
+    return *address;
 }
 
 // 16 bytes; the address is a multiple of 16.
@@ -305,11 +328,6 @@ __device__ __forceinline__ void cp_async_16(uint32_t destination, void const* so
 // Ends a group of this thread's copies; a group may be empty.
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Until at most 0 of this thread's groups are still running; a block-wide barrier then publishes what they wrote.
-__device__ __forceinline__ void cp_async_wait_0() {
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
 }
 
 // Until at most 1 of this thread's groups are still running; a block-wide barrier then publishes what they wrote.
@@ -489,6 +507,11 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
     }
 }
 
+// The logit of a query head's sink.
+__device__ __forceinline__ float sink_of_head(Params const& p, int bidh, int) {
+    return load_global_float(p.s_aux + bidh);
+}
+
 // Tiles with one branch for what is rare. With a branch for each, that of the last tile keeps P V from beginning under
 // the exponentials: 301 instructions from Q K^T to P V at d = 64 instead of 196 (sm_90).
 constexpr int kSoftmaxTiles = kNumRowTiles;
@@ -559,6 +582,44 @@ __device__ __forceinline__ void online_softmax_tiles(
     }
 }
 
+// Expressions ---------------------------------------------------------------------------------------------------------
+
+// What an expression may ask of an element's place beside its positions.
+struct Head {
+    int b;
+    int h;
+    int hk;
+    int seqlen_q;
+    int seqlen_k;
+};
+
+__device__ __forceinline__ Head head_of(Params const& p, Seqlen const& s, int bidh, int bidb) {
+    return {bidb, bidh, bidh / p.num_heads_per_kv, s.q, s.k};
+}
+
+// Scores of an expression ---------------------------------------------------------------------------------------------
+//
+// score = number_0 * tanh(s / number_0)
+// d score / d s = 1.0 - tanh(s / number_0) ** 2
+
+// Times this a score is an exponent of 2.
+__device__ __forceinline__ float score_factor(Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k) {
+    float const head_0 = p.number_0 > 0.0f ? 1.0f : (p.number_0 < 0.0f ? -1.0f : 0.0f);
+    return 1.442695f * head_0 * p.number_0;
+}
+
+__device__ __forceinline__ float score_factor(Params const& p, Head const& at) {
+    return score_factor(p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k);
+}
+
+// The score of query i and key j, whose product is `acc`.
+__device__ __forceinline__ float score_of(
+    Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k, float acc, int i, int j, float float_i, float float_j) {
+    float const head_0 = p.number_0 > 0.0f ? 1.0f : (p.number_0 < 0.0f ? -1.0f : 0.0f);
+    float const head_1 = head_0 * p.softmax_scale * reciprocal_approx(p.number_0);
+    return tanh_approx(head_1 * acc);
+}
+
 // Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long a
 // run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several blocks
 // share is in parts, which the last to finish puts together.
@@ -573,8 +634,8 @@ __device__ __forceinline__ int num_units(Params const& p, int bidb) {
     return max(((tiles.end - 1) >> p.unit_shift) + 1 - (tiles.begin >> p.unit_shift), 1);
 }
 
-// Shared memory has where sequences begin, in units of one head and tile of rows; beyond kLayoutEntries of them, several share
-// one entry.
+// Shared memory has where sequences begin, in units of one head and tile of rows, and where the last one ends; beyond
+// kLayoutEntries of them, several share one entry.
 __device__ __forceinline__ int entry_sequences(Params const& p) {
     return (p.num_sequences + kLayoutEntries - 1) / kLayoutEntries;
 }
@@ -594,11 +655,11 @@ __device__ __forceinline__ void lay_out(Params const& p, uint32_t layout, int la
             int const of_before = shfl_from(up_to_here, max(lane - step, 0));
             up_to_here += lane >= step ? of_before : 0;
         }
-        store_shared_int(layout + 4 * (first + lane), before + up_to_here - units);
+        store_shared_int(layout + 4 * (first + lane + 1), before + up_to_here);
         before += shfl_from(up_to_here, 31);
     }
     if (lane == 0) {
-        store_shared_int(layout + 4 * kLayoutEntries, before);
+        store_shared_int(layout, 0);
     }
 }
 
@@ -613,7 +674,8 @@ struct Work {
 };
 
 __device__ __forceinline__ Work work_of(Params const& p, uint32_t layout) {
-    int const total = load_shared_int(layout + 4 * kLayoutEntries) * heads_and_tiles(p);
+    int const num_entries = (p.num_sequences - 1) / entry_sequences(p) + 1;
+    int const total = load_shared_int(layout + 4 * num_entries) * heads_and_tiles(p);
     int const blocks = static_cast<int>(gridDim.x);
     return {total, max((total + blocks - 1) / blocks, p.least_units)};
 }
@@ -641,11 +703,11 @@ __device__ __forceinline__ Item item_at(Params const& p, uint32_t layout, int un
     }
     int bidb = low * span;
     int first = load_shared_int(layout + 4 * low);
-    int units = 0;
-    for (;; first += units, ++bidb) {
-        units = num_units(p, bidb);
-        if ((first + units) * width > unit) {
-            break;
+    int units = load_shared_int(layout + 4 * low + 4) - first;
+    if (span > 1) {
+        for (units = num_units(p, bidb); (first + units) * width <= unit; units = num_units(p, bidb)) {
+            first += units;
+            ++bidb;
         }
     }
     int const index = (unit - first * width) / units;
@@ -739,39 +801,92 @@ __device__ __forceinline__ Row row_at(Params const& p, Item const& item, int row
     return {query, item.head_kv * p.num_heads_per_kv + r - query * p.num_heads_per_kv, query < p.seqlen_q};
 }
 
-// Q of an item, by all threads.
-__device__ __forceinline__ void load_q(Params const& p, Item const& item, uint32_t smem, int thread) {
-    constexpr int kRowChunks = kNumPanels * kPanelChunks;
-    unsigned char const* const q = static_cast<unsigned char const*>(p.q);
-#pragma unroll 1
-    for (int i = thread; i < kTileM * kRowChunks; i += kNumThreads) {
-        int const panel = i % kRowChunks / kPanelChunks;
-        int const chunk = i % kPanelChunks;
-        int const column = panel * kPanelColumns + 8 * chunk;
-        Row const row = row_at(p, item, i / kRowChunks);
-        bool const exists = row.exists && column < kHeadDim;
-        int64_t const at = item.bidb * p.q_batch_stride + row.query * p.q_row_stride + row.head * p.q_head_stride + column;
-        cp_async_16(smem + kSmemQ + chunk_offset(i / kRowChunks, panel, chunk, kQPanelBytes),
-                    exists ? q + kElementBytes * at : q, exists ? 16 : 0);
+// Q of an item, by all threads: asked for, and then put into shared memory.
+struct QueryChunks {
+    uint32_t words[kQueryChunks][4];
+
+    __device__ __forceinline__ void ask(Params const& p, Item const& item, int thread) {
+        unsigned char const* const q = static_cast<unsigned char const*>(p.q);
+#pragma unroll
+        for (int i = 0; i < kQueryChunks; ++i) {
+            int const number = thread + i * kNumThreads;
+            int const column = 8 * (number % kTileRowChunks);
+            Row const row = row_at(p, item, number / kTileRowChunks);
+            int64_t const at = item.bidb * p.q_batch_stride + row.query * p.q_row_stride + row.head * p.q_head_stride + column;
+            words[i][0] = words[i][1] = words[i][2] = words[i][3] = 0;
+            if (row.exists && column < kHeadDim && number < kTileM * kTileRowChunks) {
+                load_global_128(words[i], q + kElementBytes * at);
+            }
+        }
     }
+
+    __device__ __forceinline__ void store(uint32_t smem, int thread) {
+#pragma unroll
+        for (int i = 0; i < kQueryChunks; ++i) {
+            int const number = thread + i * kNumThreads;
+            int const chunk = number % kTileRowChunks;
+            uint32_t const to =
+                chunk_offset(number / kTileRowChunks, chunk / kPanelChunks, chunk % kPanelChunks, kQPanelBytes);
+            if (number < kTileM * kTileRowChunks) {
+                store_shared_int4(smem + kSmemQ + to, static_cast<int>(words[i][0]), static_cast<int>(words[i][1]),
+                                  static_cast<int>(words[i][2]), static_cast<int>(words[i][3]));
+            }
+        }
+    }
+};
+
+// The tiles of a part of an item, as far as a row of the item sees one of their keys; behind end_full, and before begin_full,
+// not every row sees every key.
+__device__ __forceinline__ BlockRange tiles_of_part(Params const& p, Seqlen const& s, Item const& item, Part const& part) {
+    int const first_query = row_at(p, item, 0).query;
+    int const num_queries = min(row_at(p, item, kTileM - 1).query + 1, s.q) - first_query;
+    BlockRange tiles = key_blocks(p, s, first_query, num_queries);
+    int const first_unit = (key_blocks(p, s, 0, s.q).begin >> p.unit_shift) - item.start;
+    tiles.begin = max((first_unit + part.begin) << p.unit_shift, tiles.begin);
+    tiles.end = min((first_unit + part.end) << p.unit_shift, tiles.end);
+    return tiles;
 }
 
-// A warp's own tiles of K and V, in a ring of kNumStages stages. No other warp has a part in it.
+// The first of a warp's tiles from `begin` on: tile n is warp n % kNumWarps's, whatever the part.
+__device__ __forceinline__ int first_of_warp(int begin, int warp) {
+    return begin + (warp + kNumWarps - begin % kNumWarps) % kNumWarps;
+}
+
+// A warp's own tiles of K and V, in a ring of kNumStages stages, in the order of its block's work: while one part ends the
+// tiles of the next are on their way. No other warp has a part in it.
 struct WarpTiles {
     uint32_t stages;  // address of stage 0
-    uint32_t read;    // byte offsets of the stage in use, and of the stage to load next
-    uint32_t write;
-    int next;         // the tile to load next, and what is known of its keys
+    uint32_t stage;   // byte offset of the stage in turn
+    bool is_free;     // whether its tile is done with, so that the next is to be loaded into it
+    int unit;         // the block's first unit behind the part that is being loaded
+    int next;         // the part's tile to load next, what is known of its keys, and the end of the part's tiles
+    int end;
     TileKeys next_keys;
+    Seqlen s;
+    Keys keys;
+    int head_kv;
+    int begin_key;
 
-    static __device__ __forceinline__ uint32_t after(uint32_t stage) {
-        return stage == (kNumStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+    __device__ __forceinline__ void advance() {
+        stage = stage == (kNumStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
     }
 
-    // Loads the next tile, if it comes before `end`, as far as its keys are of [begin_key, s.k); its group is committed.
-    // Where keys of the tile after that one are is asked for ahead of its turn.
-    __device__ __forceinline__ void load(
-        Params const& p, Seqlen const& s, Keys const& keys, int head_kv, int begin_key, int end, int lane) {
+    // Loads the next tile into the stage in turn, if there is one; its group is committed. Where keys of the tile after that
+    // one are is asked for ahead of its turn.
+    __device__ __forceinline__ void load(Params const& p, Work const& work, uint32_t layout, int end_unit, int warp, int lane) {
+        while (next >= end && unit < end_unit) {
+            Item const item = item_at(p, layout, unit);
+            Part const part = part_at(p, item, work, unit, static_cast<int>(blockIdx.x));
+            s = seqlen_of(p, item.bidb);
+            keys = keys_of(p, s, item.bidb);
+            BlockRange const tiles = tiles_of_part(p, s, item, part);
+            unit = part.end;
+            next = first_of_warp(tiles.begin, warp);
+            end = tiles.end;
+            next_keys = tile_keys(p, s, keys, next, lane);
+            head_kv = item.head_kv;
+            begin_key = key_begin(p, s, row_at(p, item, 0).query);
+        }
         int const lane_row = lane / kPanelChunks;
         int const chunk = lane % kPanelChunks;
         if (any_lane(next < end)) {  // the same in all of them, as ptxas then sees: it calls a function for shuffles elsewhere
@@ -791,7 +906,7 @@ struct WarpTiles {
                 int64_t const v_row = place.entry * p.v_batch_stride + place.row * p.v_row_stride;
 #pragma unroll
                 for (int panel = 0; panel < kNumPanels; ++panel) {
-                    uint32_t const to = stages + write + chunk_offset(row, panel, chunk, kKvPanelBytes);
+                    uint32_t const to = stages + stage + chunk_offset(row, panel, chunk, kKvPanelBytes);
                     int const of_head = panel * kPanelColumns + 8 * chunk < kHeadDim ? bytes : 0;
                     cp_async_16(to, k_head + kElementBytes * k_row + panel * kPanelRowBytes, of_head);
                     cp_async_16(to + kKvBytes, v_head + kElementBytes * v_row + panel * kPanelRowBytes, of_head);
@@ -800,9 +915,34 @@ struct WarpTiles {
         }
         cp_async_commit();
         next += kNumWarps;
-        write = after(write);
     }
 };
+
+// A row of an item, as expressions ask for it.
+struct TileRow {
+    Head at;
+    int query;
+};
+
+__device__ __forceinline__ TileRow tile_row(Params const& p, Seqlen const& s, Item const& item, int number) {
+    Row const row = row_at(p, item, number);
+    return {head_of(p, s, row.head, item.bidb), row.query};
+}
+
+// Each product of Q and K becomes the score that the softmax takes.
+__device__ __forceinline__ void modify_scores(
+    Params const& p, TileRow const (&rows)[2], float (&acc_s)[kNumAccS], int first_key) {
+    int const column = first_key + 2 * (lane_id() % 4);
+    float const float_column = static_cast<float>(column);
+#pragma unroll
+    for (int n = 0; n < kNumAccS; ++n) {
+        Head const& at = rows[n / 2 % 2].at;
+        int const query = rows[n / 2 % 2].query;
+        int const right = n / 4 * 8 + n % 2;
+        acc_s[n] = score_of(p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k, acc_s[n],
+                            query, column + right, static_cast<float>(query), float_column + static_cast<float>(right));
+    }
+}
 
 // Matrix products -----------------------------------------------------------------------------------------------------
 
@@ -896,15 +1036,18 @@ struct RowSum {
 };
 
 // The weight of sums that were taken from `max`, where they are taken from `of_all`.
-__device__ __forceinline__ float weight_of(float max, float of_all, float softmax_scale_log2) {
-    return max == -kInfinity ? 0.0f : exp2_approx((max - of_all) * softmax_scale_log2);
+__device__ __forceinline__ float weight_of(float max, float of_all, float factor) {
+    return max == -kInfinity ? 0.0f : exp2_approx((max - of_all) * factor);
 }
 
-// Leaves each warp's share of O in shared memory, row by row, all taken from the row's greatest score.
-__device__ __forceinline__ void merge_warps(
-    Params const& p, float (&acc_o)[kNumRowTiles][kNumAccO], float const (&row_max)[kNumRowTiles][2],
-    float const (&row_sum)[kNumRowTiles][2], uint32_t smem, int warp, int lane) {
-    uint32_t const sums = smem + kSmemRowSums;
+// Leaves each warp's sums of its rows in shared memory, and where its share of O will be: in its stage that is free, if it had
+// a tile at all.
+__device__ __forceinline__ void leave_sums(
+    float const (&row_max)[kNumRowTiles][2], float const (&row_sum)[kNumRowTiles][2], uint32_t smem, uint32_t share, int warp,
+    int lane) {
+    if (lane == 0) {
+        store_shared_int(smem + kSmemShares + 4 * warp, static_cast<int>(share));
+    }
 #pragma unroll
     for (int i = 0; i < kNumRowTiles; ++i) {
 #pragma unroll
@@ -912,39 +1055,45 @@ __device__ __forceinline__ void merge_warps(
             float const sum = quad_sum(row_sum[i][half]);
             if (lane % 4 == 0) {
                 int const row = 16 * i + 8 * half + lane / 4;
-                store_shared_float2(sums + 8 * (warp * kTileM + row), row_max[i][half], sum);
+                store_shared_float2(smem + kSmemRowSums + 8 * (warp * kTileM + row), row_max[i][half], sum);
             }
         }
     }
-    sync_block();  // and all warps are done with their tiles
-    uint32_t const mine = smem + kSmemStages + warp * kTileM * kMergeRowBytes;
-#pragma unroll
-    for (int i = 0; i < kNumRowTiles; ++i) {
-        float factor[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float max = -kInfinity;
-#pragma unroll
-            for (int other = 0; other < kNumWarps; ++other) {
-                float found[2];
-                load_shared_float2(found, sums + 8 * (other * kTileM + 16 * i + 8 * half + lane / 4));
-                max = fmaxf(max, found[0]);
-            }
-            factor[half] = weight_of(row_max[i][half], max, p.softmax_scale_log2);
-        }
-        rescale_o(acc_o[i], factor);
-        uint32_t const to = mine + (16 * i + lane / 4) * kMergeRowBytes + lane % 4 * 8;
-#pragma unroll
-        for (int j = 0; j < kNumAccO; j += 4) {  // 8 columns
-            store_shared_float2(to + 8 * j, acc_o[i][j], acc_o[i][j + 1]);
-            store_shared_float2(to + 8 * kMergeRowBytes + 8 * j, acc_o[i][j + 2], acc_o[i][j + 3]);
-        }
-    }
-    sync_block();
 }
 
-// A row of what merge_warps left: its sum, and four columns of O, not divided by it.
-__device__ __forceinline__ RowSum merged_row(Params const& p, uint32_t smem, int row, int column, float (&o)[4]) {
+// Where four columns of a row are in a share: rows begin in other banks, as they lie one behind the other.
+__device__ __forceinline__ uint32_t quad_offset(int row, int quad) {
+    int const turned = quad + 2 * (row % 8) % kRowQuads;
+    return static_cast<uint32_t>(16 * (row * kRowQuads + (turned < kRowQuads ? turned : turned - kRowQuads)));
+}
+
+// Leaves 16 rows of a warp's share of O, taken from the rows' greatest scores of all warps.
+__device__ __forceinline__ void leave_share(
+    float (&acc_o)[kNumAccO], float const (&row_max)[2], int first_row, float factor, uint32_t smem, uint32_t share, int lane) {
+    float weights[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float max = -kInfinity;
+#pragma unroll
+        for (int other = 0; other < kNumWarps; ++other) {
+            float found[2];
+            load_shared_float2(found, smem + kSmemRowSums + 8 * (other * kTileM + first_row + 8 * half + lane / 4));
+            max = fmaxf(max, found[0]);
+        }
+        weights[half] = weight_of(row_max[half], max, factor);
+    }
+    rescale_o(acc_o, weights);
+    int const row = lane / 4;
+#pragma unroll
+    for (int j = 0; j < kNumAccO; j += 4) {  // 8 columns
+        uint32_t const to = share + quad_offset(row, j / 2 + lane % 4 / 2) + lane % 2 * 8;
+        store_shared_float2(to, acc_o[j], acc_o[j + 1]);
+        store_shared_float2(to + 8 * 16 * kRowQuads, acc_o[j + 2], acc_o[j + 3]);
+    }
+}
+
+// A row of all warps' shares: its sum, and four columns of O, not divided by it.
+__device__ __forceinline__ RowSum merged_row(uint32_t smem, int row, int quad, float factor, float (&o)[4]) {
     RowSum of[kNumWarps];
     RowSum all = {-kInfinity, 0.0f};
 #pragma unroll
@@ -957,12 +1106,15 @@ __device__ __forceinline__ RowSum merged_row(Params const& p, uint32_t smem, int
     o[0] = o[1] = o[2] = o[3] = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kNumWarps; ++warp) {
-        all.sum += of[warp].sum * weight_of(of[warp].max, all.max, p.softmax_scale_log2);
-        float share[4];
-        load_shared_float4(share, smem + kSmemStages + (warp * kTileM + row) * kMergeRowBytes + 4 * column);
+        all.sum += of[warp].sum * weight_of(of[warp].max, all.max, factor);
+        uint32_t const share = static_cast<uint32_t>(load_shared_int(smem + kSmemShares + 4 * warp));
+        float columns[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (share != kNoShare) {
+            load_shared_float4(columns, share + quad_offset(row % 16, quad));
+        }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            o[i] += share[i];
+            o[i] += columns[i];
         }
     }
     return all;
@@ -973,18 +1125,33 @@ __device__ __forceinline__ int num_quads(Params const& p, Item const& item) {
     return min(p.seqlen_q * p.num_heads_per_kv - item.m_block * kTileM, kTileM) * kRowQuads;
 }
 
+// One more exponential in a row's sum, that of the sink, which no row of V stands for.
+__device__ __forceinline__ void with_sink(RowSum& all, float (&o)[4], float sink, float factor) {
+    constexpr float kLog2E = 1.44269504088896341f;
+    float const as_score = sink * kLog2E / factor;
+    float const max = fmaxf(all.max, as_score);
+    float const weight = weight_of(all.max, max, factor);
+    all = {max, all.sum * weight + weight_of(as_score, max, factor)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        o[i] *= weight;
+    }
+}
+
 // The end of row `number` of the item: four columns of O, and LSE with the first of them. A row that saw no key gives 0 and
-// -inf.
+// its sink.
 __device__ __forceinline__ void store_row(
-    Params const& p, Item const& item, int number, RowSum const& all, float const (&o)[4], int column) {
+    Params const& p, Item const& item, int number, RowSum all, float (&o)[4], int column, float factor) {
     constexpr float kLn2 = 0.693147180559945309f;
     Row const row = row_at(p, item, number);
+    with_sink(all, o, sink_of_head(p, row.head, item.bidb), factor);
     float const inverse = all.sum == 0.0f ? 0.0f : reciprocal_approx(all.sum);
     int64_t const at = item.bidb * p.o_batch_stride + row.query * p.o_row_stride + row.head * p.o_head_stride + column;
     store_global_64(static_cast<unsigned char*>(p.o) + kElementBytes * at,
                     pack_bf16(o[0] * inverse, o[1] * inverse), pack_bf16(o[2] * inverse, o[3] * inverse));
     if (column == 0) {
-        float const lse = all.sum == 0.0f ? -kInfinity : fmaf(all.max, p.softmax_scale, log2_approx(all.sum) * kLn2);
+        float const log_sum = log2_approx(all.sum) * kLn2;
+        float const lse = all.sum == 0.0f ? -kInfinity : fmaf(all.max, factor * 0.693147180559945309f, log_sum);
         int64_t const of_head = (static_cast<int64_t>(item.bidb) * p.num_heads + row.head) * p.seqlen_q;
         store_global_float(p.lse + of_head + row.query, lse);
     }
@@ -1001,7 +1168,8 @@ __device__ __forceinline__ float* part_sum(Params const& p, int slot, int row) {
 
 // What all parts of an item have, in the order of its keys, whoever comes last. Memory answers late, so that a thread asks for
 // kParts of kQuads groups of four columns at once (1 x 8k: 24.2 us, 25.5 with 8 of 2, 26.0 with 4 of 4, H100).
-__device__ __forceinline__ void combine_parts(Params const& p, Item const& item, Part const& part, int thread) {
+__device__ __forceinline__ void combine_parts(
+    Params const& p, Item const& item, Part const& part, float factor, int thread) {
     constexpr int kParts = 16;
     constexpr int kQuads = 1;
     int const end = num_quads(p, item);
@@ -1035,7 +1203,7 @@ __device__ __forceinline__ void combine_parts(Params const& p, Item const& item,
                 for (int i = 0; i < kParts; ++i) {
                     max = fmaxf(max, sums[i][j][0]);
                 }
-                float const of_before = weight_of(all[j].max, max, p.softmax_scale_log2);
+                float const of_before = weight_of(all[j].max, max, factor);
                 all[j] = {max, all[j].sum * of_before};
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
@@ -1045,7 +1213,7 @@ __device__ __forceinline__ void combine_parts(Params const& p, Item const& item,
                 for (int i = 0; i < kParts; ++i) {
                     // Behind the last part that part is there again, and weighs nothing.
                     float const of_part = first + i < part.count ? sums[i][j][0] : -kInfinity;
-                    float const weight = weight_of(of_part, max, p.softmax_scale_log2);
+                    float const weight = weight_of(of_part, max, factor);
                     all[j].sum = fmaf(sums[i][j][1], weight, all[j].sum);
 #pragma unroll
                     for (int c = 0; c < 4; ++c) {
@@ -1058,33 +1226,51 @@ __device__ __forceinline__ void combine_parts(Params const& p, Item const& item,
         for (int j = 0; j < kQuads; ++j) {
             int const quad = from + j * kNumThreads;
             if (quad < end) {
-                store_row(p, item, quad / kRowQuads, all[j], o[j], quad % kRowQuads * 4);
+                store_row(p, item, quad / kRowQuads, all[j], o[j], quad % kRowQuads * 4, factor);
             }
         }
     }
 }
 
-// The end of a part: its item's rows where it is the only one, else its sums, and the rows if it is the last to come.
-__device__ __forceinline__ void finish_part(
-    Params const& p, Item const& item, Part const& part, uint32_t smem, int thread) {
+// Of the end of a part, 16 rows that merged_row gives: those of the item where it is the only one, else the part's.
+__device__ __forceinline__ void finish_rows(
+    Params const& p, Item const& item, Part const& part, int first_row, float factor, uint32_t smem, int thread) {
     int const slot = slot_of(part, part.index);
-    int const end = num_quads(p, item);
+    int const end = min(num_quads(p, item), (first_row + 16) * kRowQuads);
 #pragma unroll 1
-    for (int quad = thread; quad < end; quad += kNumThreads) {
+    for (int quad = first_row * kRowQuads + thread; quad < end; quad += kNumThreads) {
         int const row = quad / kRowQuads;
-        int const column = quad % kRowQuads * 4;
+        int const of_row = quad % kRowQuads;
         float o[4];
-        RowSum const all = merged_row(p, smem, row, column, o);
+        RowSum const all = merged_row(smem, row, of_row, factor, o);
         if (part.count == 1) {
-            store_row(p, item, row, all, o, column);
+            store_row(p, item, row, all, o, 4 * of_row, factor);
         } else {
             store_global_float4(part_o(p, slot, quad), o[0], o[1], o[2], o[3]);
-            if (column == 0) {
+            if (of_row == 0) {
                 store_global_float2(part_sum(p, slot, row), all.max, all.sum);
             }
         }
     }
-    sync_block();  // the part is stored, and shared memory free
+}
+
+// The end of a part: all warps' shares together, and the item's rows if it is the last of its parts to come.
+__device__ __forceinline__ void finish_part(
+    Params const& p, Item const& item, Part const& part, float (&acc_o)[kNumRowTiles][kNumAccO],
+    float const (&row_max)[kNumRowTiles][2], float const (&row_sum)[kNumRowTiles][2], float factor, uint32_t smem,
+    uint32_t share, int thread) {
+    int const lane = lane_id();
+    leave_sums(row_max, row_sum, smem, share, warp_id(), lane);
+    sync_block();
+#pragma unroll
+    for (int i = 0; i < kNumRowTiles; ++i) {
+        if (share != kNoShare) {
+            leave_share(acc_o[i], row_max[i], 16 * i, factor, smem, share, lane);
+        }
+        sync_block();
+        finish_rows(p, item, part, 16 * i, factor, smem, thread);
+        sync_block();  // the rows are stored, and shared memory free
+    }
     if (part.count > 1) {
         if (thread == 0) {
             int const before = arrive_global(p.counters + part.counter, part.count - 1);
@@ -1092,7 +1278,7 @@ __device__ __forceinline__ void finish_part(
         }
         sync_block();
         if (load_shared_int(smem + kSmemArrived) == part.count - 1) {
-            combine_parts(p, item, part, thread);
+            combine_parts(p, item, part, factor, thread);
         }
     }
 }
@@ -1109,22 +1295,33 @@ __device__ __forceinline__ void mask_scores(
     }
 }
 
+// Times this a score is an exponent of 2.
+__device__ __forceinline__ float exponent_factor(Params const& p, Seqlen const& s, Item const& item) {
+    return score_factor(p, head_of(p, s, item.head_kv * p.num_heads_per_kv, item.bidb));
+}
+
 // One part of an item.
 __device__ __forceinline__ void attend(
-    Params const& p, Item const& item, Part const& part, uint32_t smem, int thread) {
+    Params const& p, Work const& work, Item const& item, Part const& part, WarpTiles& ring, int end_unit, uint32_t smem,
+    int thread) {
     int const lane = lane_id();
     int const warp = warp_id();
     Seqlen const s = seqlen_of(p, item.bidb);
-    Keys const keys = keys_of(p, s, item.bidb);
+    BlockRange const tiles = tiles_of_part(p, s, item, part);
+    float const factor = exponent_factor(p, s, item);
 
-    // The part's tiles, as far as a row of the item sees one of their keys.
-    int const first_query = row_at(p, item, 0).query;
-    int const num_queries = min(row_at(p, item, kTileM - 1).query + 1, s.q) - first_query;
-    BlockRange const tiles = key_blocks(p, s, first_query, num_queries);
-    int const first_unit = (key_blocks(p, s, 0, s.q).begin >> p.unit_shift) - item.start;
-    int const begin = max((first_unit + part.begin) << p.unit_shift, tiles.begin);
-    int const end = min((first_unit + part.end) << p.unit_shift, tiles.end);
-    int const begin_key = key_begin(p, s, first_query);
+    QueryChunks queries;
+    queries.ask(p, item, thread);
+    if (ring.stages == 0) {  // the block's first part: Q is asked for before all else, as memory answers in turn
+        ring.stages = smem + kSmemStages + warp * kNumStages * kStageBytes;
+#pragma unroll 1
+        for (int ahead = 0; ahead < kNumStages; ++ahead) {
+            ring.load(p, work, smem + kSmemLayout, end_unit, warp, lane);
+            ring.advance();
+        }
+    }
+    queries.store(smem, thread);
+    sync_block();
 
     float acc_s[kNumRowTiles][kNumAccS];
     float acc_o[kNumRowTiles][kNumAccO];
@@ -1140,36 +1337,39 @@ __device__ __forceinline__ void attend(
         }
     }
 
-    // Tile n is warp n % kNumWarps's, whatever the part.
-    int const first_tile = begin + (warp + kNumWarps - begin % kNumWarps) % kNumWarps;
-    load_q(p, item, smem, thread);
-    cp_async_commit();
-    WarpTiles ring = {smem + kSmemStages + warp * kNumStages * kStageBytes, 0, 0, first_tile,
-                      tile_keys(p, s, keys, first_tile, lane)};
-#pragma unroll 1
-    for (int ahead = 0; ahead < kNumStages - 1; ++ahead) {
-        ring.load(p, s, keys, item.head_kv, begin_key, end, lane);
-    }
-    cp_async_wait_1();
-    sync_block();
-
     uint32_t const k_lane = lane_offset_column_major(lane);
     uint32_t const v_lane = lane_offset_row_major(lane);
     uint32_t q_operand[kStepsQk][kNumRowTiles][4];
     load_q_fragments(q_operand, smem + kSmemQ + v_lane);
-    for (int tile = first_tile; tile < end; tile += kNumWarps) {
-        cp_async_wait_0();
-        sync_warp();  // the tile is there, and the one before is done with
-        ring.load(p, s, keys, item.head_kv, begin_key, end, lane);
-        uint32_t const stage = ring.stages + ring.read;
-        ring.read = WarpTiles::after(ring.read);
+    TileRow rows[kNumRowTiles][2];
+#pragma unroll
+    for (int i = 0; i < kNumRowTiles; ++i) {
+        rows[i][0] = tile_row(p, s, item, 16 * i + lane / 4);
+        rows[i][1] = tile_row(p, s, item, 16 * i + lane / 4 + 8);
+    }
+    uint32_t share = kNoShare;
+    for (int tile = first_of_warp(tiles.begin, warp); tile < tiles.end; tile += kNumWarps) {
+        if (ring.is_free) {
+            sync_warp();  // all lanes are done with it
+            ring.load(p, work, smem + kSmemLayout, end_unit, warp, lane);
+            ring.advance();
+        }
+        ring.is_free = true;
+        cp_async_wait_1();
+        sync_warp();
+        uint32_t const stage = ring.stages + ring.stage;
+        share = stage;
         gemm_qk(acc_s, q_operand, stage + recompute(k_lane));
+#pragma unroll
+        for (int i = 0; i < kNumRowTiles; ++i) {
+            modify_scores(p, rows[i], acc_s[i], tile * kTileN);
+        }
         if (tile >= tiles.end_full) {
             mask_scores(p, s, acc_s, item, tile * kTileN, lane);
         }
         float correction[kNumRowTiles][2];
         uint32_t p_tile[kNumRowTiles][kNumP];
-        online_softmax_tiles(acc_s, row_max, row_sum, correction, p.softmax_scale_log2, 0);
+        online_softmax_tiles(acc_s, row_max, row_sum, correction, factor, 0);
 #pragma unroll
         for (int i = 0; i < kNumRowTiles; ++i) {
             rescale_o(acc_o[i], correction[i]);
@@ -1177,8 +1377,8 @@ __device__ __forceinline__ void attend(
         }
         gemm_pv(acc_o, p_tile, stage + kKvBytes + recompute(v_lane));
     }
-    merge_warps(p, acc_o, row_max, row_sum, smem, warp, lane);
-    finish_part(p, item, part, smem, thread);
+    sync_warp();
+    finish_part(p, item, part, acc_o, row_max, row_sum, factor, smem, share, thread);
 }
 
 // Append: new keys and values behind those of each sequence, in place, and rotary embeddings of them and of Q -----------------
@@ -1283,8 +1483,8 @@ __device__ __forceinline__ void turn_query_chunk(Params const& p, int row, int c
     store_global_128(static_cast<unsigned char*>(p.q) + kElementBytes * to, columns);
 }
 
-extern "C" __global__ void __launch_bounds__(kAppendThreads) fa2_decode_sm80_bf16_d128_causal_m16_n32_s2_w4_append(
-    const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kAppendThreads)
+    fa2_decode_sm80_bf16_d128_causal_sink_x403d434e_m16_n32_s2_w4_append(const __grid_constant__ Params p) {
     int const index = static_cast<int>(blockIdx.x) * kAppendThreads + static_cast<int>(threadIdx.x);
     int const row = index / kRowChunks;
     int const chunk = index % kRowChunks;
@@ -1301,7 +1501,7 @@ extern "C" __global__ void __launch_bounds__(kAppendThreads) fa2_decode_sm80_bf1
 
 // Kernel --------------------------------------------------------------------------------------------------------------
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf16_d128_causal_m16_n32_s2_w4(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf16_d128_causal_sink_x403d434e_m16_n32_s2_w4(
     const __grid_constant__ Params p) {
     int const thread = static_cast<int>(threadIdx.x);
     uint32_t const smem = shared_memory_base();
@@ -1312,10 +1512,16 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
     Work const work = work_of(p, smem + kSmemLayout);
     int unit = static_cast<int>(blockIdx.x) * work.per_block;
     int const end = min(unit + work.per_block, work.total);
+    WarpTiles ring;
+    ring.stages = 0;
+    ring.stage = 0;
+    ring.is_free = false;
+    ring.unit = unit;
+    ring.next = ring.end = 0;
     while (unit < end) {
         Item const item = item_at(p, smem + kSmemLayout, unit);
         Part const part = part_at(p, item, work, unit, static_cast<int>(blockIdx.x));
-        attend(p, item, part, smem, thread);
+        attend(p, work, item, part, ring, end, smem, thread);
         unit = part.end;
     }
 }
@@ -1324,11 +1530,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
 // Compile with nvcc -std=c++17 -arch=sm_80 -cubin, or with NVRTC.
 //
 // Kernels, one after the other on one stream; each takes Params by value:
-//   fa2_decode_sm80_bf16_d128_causal_m16_n32_s2_w4_append
+//   fa2_decode_sm80_bf16_d128_causal_sink_x403d434e_m16_n32_s2_w4_append
 //     grid ((num_new_chunks + 255) / 256, 1, 1), 256 threads, 0 bytes of dynamic shared memory
-//   fa2_decode_sm80_bf16_d128_causal_m16_n32_s2_w4
-//     grid (num_blocks, 1, 1), 128 threads, 139784 bytes of dynamic shared memory
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 139784
+//   fa2_decode_sm80_bf16_d128_causal_sink_x403d434e_m16_n32_s2_w4
+//     grid (num_blocks, 1, 1), 128 threads, 139800 bytes of dynamic shared memory
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 139800
 // Of a call over caches, beside batch, seqlen_q and heads:
 //   seqlen_k: the most keys that a sequence can have: of an entry of the caches, or of all pages of a table's row
 //   seqlen_new: keys that are appended to each sequence
@@ -1356,5 +1562,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
 //   parts: num_slots * 2048
 //   part_sums: num_slots * 32
 //   counters: fixed_parts * num_units + (1 - fixed_parts) * num_blocks; all zeros before the first launch, and left so
+// Options; limited(x, n) is n where x < 0, else min(x, n):
+//   number_0: number of the expression
+//   Params has number_0 = number_0
 
-}  // namespace fa2gen::fa2_decode_sm80_bf16_d128_causal_m16_n32_s2_w4
+}  // namespace fa2gen::fa2_decode_sm80_bf16_d128_causal_sink_x403d434e_m16_n32_s2_w4
