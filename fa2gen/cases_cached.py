@@ -78,9 +78,12 @@ def sequences(tensors: Mapping[str, Any], inputs: Sequence[Any]) -> Iterator[dic
     from fa2gen.reference import Place
 
     given = Cached(
-        tensors["q"], tensors["k"], tensors["v"],
-        **{name: tensors.get(name) for name in ("cache_batch_idx", "block_table")},
-    )  # fmt: skip
+        tensors["q"],
+        tensors["k"],
+        tensors["v"],
+        cache_batch_idx=tensors.get("cache_batch_idx"),
+        block_table=tensors.get("block_table"),
+    )
     ends = tensors["cache_seqlens"].tolist()
     starts = tensors["cache_leftpad"].tolist()
     for b, (first, end) in enumerate(zip(starts, ends, strict=True)):

@@ -58,7 +58,7 @@ class Cached(NamedTuple):
     def all(self) -> tuple[Tensor | None, ...]:
         """Each tensor by itself."""
         *alone, tensors = self
-        return (*alone, *tensors)  # type: ignore[arg-type]
+        return (*alone, *tensors)
 
 
 def capacity_of(given: Cached) -> int:

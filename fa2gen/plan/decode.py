@@ -192,7 +192,7 @@ class DecodePlan(Sm80Plan):
         if self.tiling.lazy_rescale:
             broken.append(BrokenRule("lazy_rescale", f"{self.tiling.lazy_rescale} given; only sm90 kernels have it: 0"))
         if self.share_bytes > self.stage_bytes:
-            detail = f"{self.share_bytes:,} B of 16 rows of O in fp32, which take a stage's place, {self.stage_bytes:,} B"
+            detail = f"{self.share_bytes:,} B of 16 rows of O in fp32, in the place of a stage's {self.stage_bytes:,} B"
             broken.append(BrokenRule("merge", detail))
         broken += self.shared_memory_rule()
         if self.register_estimate > self.registers_available:
