@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 VOCABULARY, SEQLEN = 64, 21
 _TEXT = {
@@ -68,6 +69,41 @@ class Animal:
             return {"pixel_values": torch.randn(batch, 3, 32, 32)}
         ids = torch.randint(3, VOCABULARY, (batch, SEQLEN))
         return {"input_ids": ids, "decoder_input_ids": ids[:, :9]} if self.kind == "both" else {"input_ids": ids}
+
+
+class Routes(TorchFunctionMode):
+    """To which experts a first model's tokens go, in all that run within: as often as each takes the greatest of many.
+
+    Two experts may be so near that a rounding decides between them. Where it decides otherwise another function of
+    the weights is computed, whose results say nothing of how exact attention is.
+
+    mask  (batch, seqlen) of the tokens that count, or None: all.
+    """
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self._mask = slice(None) if mask is None else mask.flatten().bool()
+        self._chosen: list[Tensor] = []
+        self._at: int | None = None
+        self.others = 0
+        """Tokens of a layer that would have gone elsewhere."""
+
+    def again(self) -> None:
+        """What runs from now on goes where the first went."""
+        self._at, self.others = 0, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, Tensor.topk):
+            return found
+        if self._at is None:
+            self._chosen.append(found.indices)
+            return found
+        chosen = self._chosen[self._at]
+        self._at += 1
+        differ = (found.indices.sort(-1)[0] != chosen.sort(-1)[0]).any(-1)
+        self.others += int(differ.flatten()[self._mask].sum())
+        return torch.return_types.topk((args[0].gather(-1, chosen), chosen))
 
 
 _BOTH = {
