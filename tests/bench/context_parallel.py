@@ -3,6 +3,9 @@
 For each length and scheme: how many times as fast as one GPU with the whole sequence, causal, 32 heads of 128 over 8 of
 keys, bf16, forward and backward; the contestants take turns. First each scheme's results are compared with one GPU's:
 the mean difference over the mean value, the greatest one, and whether a second run gives the same bits.
+
+With --parts also, of the first process: milliseconds of its kernels by what they do, as torch's profiler has them, and
+in how many of those it computes.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from fa2gen import attention
 from fa2gen.distributed import context_parallel_attention, shard, unshard
@@ -70,10 +74,11 @@ def timed(call: Callable[[], Any]) -> float:
     return took.item()
 
 
-def measure(rows: int, rounds: int, strides: list[int | None]) -> None:
-    whole = leaves(rows)
-
+def measure(rows: int, rounds: int, strides: list[int | None], parts: bool) -> None:
+    whole, world = leaves(rows), dist.get_world_size()
     contestants: dict[str, tuple[Callable[..., Any], list[Any]]] = {"one GPU": (partial(attention, causal=True), whole)}
+    some = [x[:, :, : x.shape[2] // world] for x in whole]  # what a process computes, without the others
+    contestants["its part of the heads alone"] = partial(attention, causal=True), some
     for scheme, layout in CAUSAL_MODES:
         here = [shard(x, layout=layout) for x in whole]
         for stride in [None] if scheme == "ring" else strides:
@@ -88,6 +93,9 @@ def measure(rows: int, rounds: int, strides: list[int | None]) -> None:
             if at:
                 times.setdefault((name, "forward"), []).append(forward)
                 times.setdefault((name, "forward and backward"), []).append(both)
+    if parts:
+        for name, (attend, tensors) in contestants.items():
+            show_parts(name, lambda a=attend, t=tensors: run(a, t))
     if dist.get_rank():
         return
     for what in ("forward", "forward and backward"):
@@ -95,8 +103,34 @@ def measure(rows: int, rounds: int, strides: list[int | None]) -> None:
         print(f"{rows} rows, {what}: one GPU {base:.2f} ms")
         for name in list(contestants)[1:]:
             took = statistics.median(times[name, what])
-            share = base / took / dist.get_world_size()
+            share = base / took / world
             print(f"  {name:26} {took:8.2f} ms  {base / took:.3f} times as fast, {share:.3f} of linear")
+
+
+KINDS = {"fa2_fwd": "forward", "fa2_bwd": "gradients", "fa2_": "around them", "nccl": "exchanges"}
+
+
+def show_parts(name: str, call: Callable[[], Any]) -> None:
+    """Print milliseconds of a call's kernels by what they do."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    took: dict[str, float] = {}
+    spans = []
+    for event in profiled.events():
+        if "CUDA" not in str(event.device_type):
+            continue
+        kind = next((kind for word, kind in KINDS.items() if word in event.name), "copies and sums")
+        took[kind] = took.get(kind, 0.0) + event.time_range.elapsed_us() / 1000
+        if kind != "exchanges":
+            spans.append((event.time_range.start, event.time_range.end))
+    busy = end = 0.0
+    for first, last in sorted(spans):
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    if dist.get_rank() == 0:
+        says = ", ".join(f"{kind} {ms:.1f}" for kind, ms in sorted(took.items()))
+        print(f"  {name:26} {says}; computes in {busy / 1000:.1f} of {(end - min(spans)[0]) / 1000:.1f} ms")
 
 
 def main() -> None:
@@ -105,13 +139,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--head-strides", type=int, nargs="+", help="instead of what each scheme takes by itself")
     parser.add_argument("--no-compare", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     given = parser.parse_args()
     dist.init_process_group("nccl")
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     if not given.no_compare:
         compare(8192)
     for rows in given.rows:
-        measure(rows, given.rounds, given.head_strides or [None])
+        measure(rows, given.rounds, given.head_strides or [None], given.parts)
     dist.destroy_process_group()
 
 
