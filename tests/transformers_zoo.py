@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from fa2gen.integrations.transformers.attention import recorded
 
 VOCABULARY, SEQLEN = 64, 21
 _TEXT = {
@@ -46,8 +50,8 @@ class Animal:
     def __str__(self) -> str:
         return self.model_type
 
-    def build(self, implementation: str, head_dim: int | None = None, heads: int = 4) -> Any:
-        """The model, in evaluation mode, of the same weights for each implementation."""
+    def configured(self, head_dim: int | None = None, heads: int = 4) -> Any:
+        """Its config, without dropout."""
         import transformers
 
         usual: dict[str, Any] = {"vision": _VISION, "both": {}}.get(self.kind, _TEXT)
@@ -59,9 +63,15 @@ class Animal:
         for name in _NO_DROPOUT:
             if isinstance(getattr(config, name, None), float):
                 setattr(config, name, 0.0)
+        return config
+
+    def build(self, implementation: str, head_dim: int | None = None) -> Any:
+        """The model, in evaluation mode, of the same weights for each implementation."""
+        import transformers
+
         auto = transformers.AutoModelForCausalLM if self.kind == "decoder" else transformers.AutoModel
         torch.manual_seed(1)
-        return auto.from_config(config, attn_implementation=implementation).eval()
+        return auto.from_config(self.configured(head_dim), attn_implementation=implementation).eval()
 
     def inputs(self, batch: int = 2) -> dict[str, Tensor]:
         torch.manual_seed(0)
@@ -169,3 +179,68 @@ ZOO = [
         since=5,
     ),
 ]
+
+
+# How exact a model is ---------------------------------------------------------------------------------------------
+
+
+class Errors(NamedTuple):
+    """Of a model in bf16: mean error of logits and of gradients, over that of eager attention in bf16.
+
+    runs   by what its attention ran.
+    mode   "dense", "padded" or "packed".
+    other  how many tokens experts would have been others for, by eager attention and by this one.
+    """
+
+    mode: str
+    runs: set[str]
+    logits: float
+    gradients: float
+    other: tuple[int, int]
+
+
+def errors(animal: Animal, device: str) -> Iterator[Errors]:
+    """Of each kind of batch, against eager attention in fp32, by the same experts as there."""
+    head_dim = 64 if animal.kind == "decoder" else None
+    exact, eager, model = (animal.build(name, head_dim).to(device) for name in ("eager", "eager", "fa2gen"))
+    for other in (eager, model):
+        other.load_state_dict(exact.state_dict())
+        other.bfloat16()
+    for mode, inputs in modes(animal, device):
+        floats = inputs | {name: x.bfloat16() for name, x in inputs.items() if x.is_floating_point()}
+        with recorded() as calls, Routes(inputs.get("attention_mask")) as routes, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            right = outcome(exact, inputs)
+            found, others = [], []
+            for one in (eager, model):
+                routes.again()
+                found.append([(x - y).abs().mean().item() for x, y in zip(outcome(one, floats), right, strict=True)])
+                others.append(routes.others)
+        ratios = [ours / max(theirs, 1e-12) for theirs, ours in zip(*found, strict=True)]
+        yield Errors(mode, {call.runs for call in calls.values()}, *ratios, (others[0], others[1]))
+
+
+def modes(animal: Animal, device: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    inputs = {name: x.to(device) for name, x in animal.inputs(batch=4).items()}
+    yield "dense", inputs
+    if animal.kind != "vision":
+        mask = torch.ones(4, SEQLEN, dtype=torch.long, device=device)
+        mask[0, :6] = mask[1, :3] = 0
+        yield "padded", {**inputs, "attention_mask": mask}
+    # The eager attention of some does not keep packed sequences apart.
+    if animal.kind == "decoder" and animal.runs == "fa2gen" and animal.model_type not in ("gpt_oss", "opt"):
+        positions = torch.cat([torch.arange(n) for n in (5, 9, SEQLEN - 14)]).expand(4, -1).to(device)
+        yield "packed", {**inputs, "position_ids": positions}
+
+
+def outcome(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(what a model says, gradients), in fp32; of what counts in a padded batch."""
+    out = model(**inputs, **({"use_cache": False} if "position_ids" in inputs else {}))
+    said = (out.logits if "logits" in out else out.last_hidden_state).float()
+    mask = inputs.get("attention_mask")
+    if mask is not None and mask.shape == said.shape[:2]:
+        said = said * mask.unsqueeze(-1)
+    model.zero_grad()
+    weights = torch.randn(said.shape, generator=torch.Generator().manual_seed(1)).to(said.device)
+    (said * weights).sum().backward()
+    return said.detach(), torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
