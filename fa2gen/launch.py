@@ -73,15 +73,20 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
     }
     for feature in plan.features:
         values |= feature.values(options, shape)
+    num_bounds = sum(table.number(values) for table in plan.tile_tables)
+    if 2 * num_bounds >= 2**31:
+        raise OverflowError(f"{2 * num_bounds:,} bounds of tiles exceed 2^31")
     grids = {
         "persistent": (min(blocks.of_queries, num_sms), 1, 1),
         "tiles": (blocks.num_m_blocks, shape.num_heads, batch),
         "query blocks": (blocks.of_queries, 1, 1),
         "key blocks": (blocks.of_keys, 1, 1),
         "one": (1, 1, 1),
+        "tile bounds": (ceil_div(num_bounds, plan.bound_warps), 1, 1),
     }
     rows = blocks.of_queries * plan.tile_m
     counts = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "dq_turns": blocks.of_queries}
+    counts["tile_bounds"] = 2 * num_bounds
     if plan.varlen:
         m, n = blocks.num_m_blocks, blocks.num_n_blocks
         counts |= {"sequences": ENTRY_NUMBERS * entries(shape.batch), "num_blocks": 2, "m_list": m, "n_list": n}

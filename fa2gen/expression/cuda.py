@@ -5,14 +5,14 @@ All words of the text are made here: names of the language, of this module, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fa2gen.expression.hoist import LEVELS, Level, level_of
 from fa2gen.expression.tree import Node, walk
 from fa2gen.expression.write import as_fp32
 
-__all__ = ["Statements", "statements"]
+__all__ = ["Statements", "bound_name", "statements"]
 
 _CONDITIONAL, _OR, _AND, _EQUAL, _LESS, _SHIFT, _SUM, _PRODUCT, _UNARY, _ATOM = range(10)
 _CTYPES = {"float": "float", "int": "int", "bool": "bool"}
@@ -62,6 +62,12 @@ def statements(results: Mapping[str, Node], tokens: Mapping[str, str]) -> Statem
         most_alive=_most_alive(results, printer.named),
         instructions=sum(map(_cost, (node for node in walk(*results.values()) if level_of(node) == "element"))),
     )
+
+
+def bound_name(token: str, side: str, filters: Iterable[tuple[str, int]]) -> str:
+    """What functions of a tensor's least and greatest number of a tile end in."""
+    words = (f"{word}_{'minus_' * (number < 0)}{abs(number)}" for word, number in filters)
+    return "_".join([token, side, *words])
 
 
 class _Printer:
@@ -125,9 +131,9 @@ class _Printer:
                 indices = ", ".join(["p", *(of(arg, _CONDITIONAL) for arg in args)])
                 return self._truth(node, f"load_{self.tokens[node.value]}({indices})")
             case "lowest" | "highest":
-                named, side, _ = node.value
-                indices = ", ".join(["p", "01"["ij".index(side)], *(of(arg, _CONDITIONAL) for arg in args)])
-                return f"{node.op}_{self.tokens[named]}({indices})", _ATOM
+                named, side, _, filters = node.value
+                indices = ", ".join(["p", f"{side}0", *(of(arg, _CONDITIONAL) for arg in args)])
+                return f"{node.op}_{bound_name(self.tokens[named], side, filters)}({indices})", _ATOM
             case "+":
                 return self._sum(node), _SUM
             case "*":

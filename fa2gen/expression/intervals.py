@@ -8,32 +8,36 @@ beforehand, and of floats that are rounded on the way, since a kernel need not r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from fa2gen.expression.hoist import KEY, QUERY, level_of
 from fa2gen.expression.simplify import FALSE, TRUE, add, multiply, negate, simplify
 from fa2gen.expression.tree import Node, const, make, name, walk
 
-__all__ = ["TILE", "Bounds", "any_and_all", "bounds", "position_axis"]
+__all__ = ["TILE", "Bounds", "Filter", "any_and_all", "bounds", "position_axis"]
 
 Bounds = tuple[Node | None, Node | None]
+Filter = tuple[str, int]
+"""Which of a tensor's numbers count: ("above", 0), ("below", 5) or ("not", 3)."""
 
 TILE: Mapping[Node, Bounds] = {QUERY: (name("i0"), name("i1")), KEY: (name("j0"), name("j1"))}
 """The first and the last position of a tile."""
 
 
-def any_and_all(condition: Node, tensors: bool = True) -> tuple[Node, Node]:
+def any_and_all(condition: Node) -> tuple[Node, Node]:
     """Whether a simplified condition may hold somewhere in a tile, and whether it holds everywhere.
 
-    tensors  whether tensors are asked for their least and greatest number of the tile. One axis of a tensor may be a
-             position: of a tensor that has them on several, nothing is known.
+    Tensors of whole numbers and conditions are asked for their least and greatest number of the tile, where one axis is
+    a position; of a tensor that has them on several, and of floats, which may be no numbers, nothing is known.
     """
     axes: dict[str, set[int | None]] = {}
+    floats = set()
     for node in walk(condition):
         if node.op == "tensor":
             axes.setdefault(node.value, set()).add(position_axis(node))
-    several = {word for word, found in axes.items() if not tensors or len(found - {None}) > 1}
-    must, may = bounds(condition, several)[condition]
+            floats |= {node.value} if node.type == "float" else set()
+    several = {word for word, found in axes.items() if len(found - {None}) > 1}
+    must, may = bounds(condition, several | floats)[condition]
     return simplify(may or TRUE), simplify(must or FALSE)
 
 
@@ -79,6 +83,8 @@ def _bounds(node: Node, found: dict[Node, Bounds]) -> Bounds:
         case "where":
             return _where(node, *of)
         case "and" | "or":
+            if node.op == "and":
+                of = [_among(part, node.args, found) for part in node.args]
             default = (FALSE, TRUE)  # of a bound that is not known
             ends = [[end or default[side] for end in ends] for side, ends in enumerate(zip(*of, strict=True))]
             return tuple(simplify(make(node.op, *end, type="bool")) for end in ends)  # type: ignore[return-value]
@@ -90,20 +96,52 @@ def _bounds(node: Node, found: dict[Node, Bounds]) -> Bounds:
 
 
 def position_axis(node: Node) -> int | None:
-    """Of a tensor at a place: which index is a position, where the others are the head's."""
+    """Of a tensor at a place: which index is a position, where the others are the head's. None of all else."""
+    if node.op != "tensor":
+        return None
     positions = [axis for axis, index in enumerate(node.args) if level_of(index) != "head"]
     return positions[0] if len(positions) == 1 and node.args[positions[0]] in (QUERY, KEY) else None
 
 
-def _of_tensor(node: Node) -> Bounds:
-    """From the numbers of a tile, where one index is a position and the others are the head's."""
+def _among(node: Node, conditions: Iterable[Node], found: dict[Node, Bounds]) -> Bounds:
+    """Bounds of one of several conditions that all must hold.
+
+    `image[i] == image[j]` beside `image[i] > 0` may hold in a tile if it may of the numbers above 0: the 0 of the text
+    between images is in most tiles.
+    """
+    if node.op != "==" or node.args[0].type != "int":
+        return found[node]
+    filters = tuple(sorted({one for x in conditions if x is not node for one in _filters(x, node.args)}))
+    if not filters:
+        return found[node]
+    sides = {
+        side: _of_tensor(side, filters) if position_axis(side) is not None and None not in found[side] else found[side]
+        for side in node.args
+    }
+    return found[node][0], _compare(node, {**found, **sides})[1]
+
+
+def _filters(condition: Node, of: Collection[Node]) -> Iterable[Filter]:
+    """What a condition says of one of these tensors, if it compares it with a constant."""
+    if condition.op not in ("<", "<=", "!="):
+        return
+    left, right = condition.args
+    if left in of and isinstance(right.number, int):
+        yield ("not", right.number) if condition.op == "!=" else ("below", right.number + (condition.op == "<="))
+    elif right in of and isinstance(left.number, int):
+        yield ("not", left.number) if condition.op == "!=" else ("above", left.number - (condition.op == "<="))
+
+
+def _of_tensor(node: Node, filters: tuple[Filter, ...] = ()) -> Bounds:
+    """From the numbers of a tile, those that the filters let through, where one index is a position and the others are
+    the head's."""
     axis = position_axis(node)
     if axis is None:
         return None, None
     side = str(node.args[axis].value)
     rest = [index for place, index in enumerate(node.args) if place != axis]
     type = "int" if node.type == "bool" else node.type
-    ends = [make(op, *rest, type=type, value=(node.value, side, axis)) for op in ("lowest", "highest")]
+    ends = [make(op, *rest, type=type, value=(node.value, side, axis, filters)) for op in ("lowest", "highest")]
     if node.type == "bool":
         ends = [make("!=", end, const(0), type="bool") for end in ends]
     return ends[0], ends[1]

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fa2gen.errors import InvalidInput
-from fa2gen.expression.cuda import Statements, statements
+from fa2gen.expression.cuda import Statements, bound_name, statements
 from fa2gen.expression.derive import derivative
 from fa2gen.expression.evaluate import evaluate_on_numbers, evaluate_tree
 from fa2gen.expression.grammar import FUNCTIONS, NAMES, TYPES
 from fa2gen.expression.hoist import SCALE, Level, factored, level_of, lowered
 from fa2gen.expression.infer import infer
-from fa2gen.expression.intervals import any_and_all, bounds
+from fa2gen.expression.intervals import Filter, any_and_all, bounds
 from fa2gen.expression.read import Text, parsed, read
 from fa2gen.expression.simplify import ACC, TRUE, multiply, simplify
 from fa2gen.expression.tree import Node, Type, const, name, substitute, walk
@@ -162,13 +162,21 @@ class Program:
 class TileBound:
     """A tensor whose least and greatest numbers over a tile's positions decide which tiles are visited.
 
-    side  whose positions: "i", the queries' or "j", the keys'.
-    axis  which of its axes they are; the code's indices are those of the others.
+    side     whose positions: "i", the queries' or "j", the keys'.
+    axis     which of its axes they are; the code's indices are those of the others.
+    filters  which of its numbers count: ("above", 0) says those above 0. Of none the least is 2^31 - 1 and the greatest
+             -2^31.
     """
 
     token: str
     side: str
     axis: int
+    filters: tuple[Filter, ...]
+
+    @property
+    def name(self) -> str:
+        """What the functions that read them end in: `lowest_input_0_i_above_0`."""
+        return bound_name(self.token, self.side, self.filters)
 
 
 @dataclass(frozen=True)
@@ -273,7 +281,7 @@ def evaluate(program: Program, what: Literal["score", "allow"], torch: Any, valu
 
 def emit(
     program: Program,
-    what: Literal["score", "score of rows", "gradient", "allow", "blocks", "positions", "inputs"],
+    what: Literal["score", "score of rows", "gradient", "allow", "blocks", "inputs"],
 ) -> Code:
     """C++ of a program: statements by level, and results that use them. Free names: see the package's README.
 
@@ -281,8 +289,8 @@ def emit(
     score of rows  the same, with a factor that is the same for all heads, as rows of several are in a tile.
     gradient  these two, and "weight", the derivative of the score by s.
     allow     "allow": whether a key is seen.
-    blocks    "any" and "all": whether some and whether all keys of a tile may be seen, i0..i1 and j0..j1 inclusive.
-    positions  the same of positions, numbers and tensors of the head alone, so that no tensor is asked for a tile.
+    blocks    "any" and "all": whether some and whether all keys of a tile may be seen, i0..i1 and j0..j1 inclusive; of
+              tensors by the functions `Program.tile_bounds` names, of the tile that begins at their first argument.
     inputs    one a place of an input, in the order of `Program.accesses`: the derivative by it.
     """
     results = {key: lowered(tree) for key, tree in _results(program, what).items()}
@@ -299,11 +307,11 @@ def emit(
 
 
 def _results(program: Program, what: str) -> dict[str, Node]:
-    if what in ("allow", "blocks", "positions"):
+    if what in ("allow", "blocks"):
         tree = TRUE if program.allow_tree is None else simplify(program.allow_tree)
         if what == "allow":
             return {"allow": tree}
-        return dict(zip(("any", "all"), any_and_all(tree, tensors=what == "blocks"), strict=True))
+        return dict(zip(("any", "all"), any_and_all(tree), strict=True))
     of_acc = multiply((ACC, SCALE))
     if what == "inputs":
         return {

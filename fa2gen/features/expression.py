@@ -6,6 +6,7 @@ Params, named tensors operands, whose axes are the indices that the expression l
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,25 +14,28 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fa2gen.errors import UnsupportedProblem
-from fa2gen.expression import Code, Input, Program, emit
+from fa2gen.expression import Code, Input, Program, TileBound, emit
 from fa2gen.expression.hoist import LEVELS
 from fa2gen.features.attention import Operand
-from fa2gen.features.base import Feature, Param
+from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.options import AnyShape, Expression, Options
 from fa2gen.spec import Direction, Problem
 
 __all__ = [
     "AllowCode",
     "ScoreCode",
+    "TileTable",
     "allow_code",
     "expression_of",
     "loads_of",
     "named_values",
     "refuse_dropout",
     "score_code",
+    "tile_tables",
 ]
 
 _EXAMPLE_NUMBER = 3.0
+_COLUMNS = 112  # of what a function returns, beside its indentation
 
 
 def expression_of(problem: Problem) -> Feature:
@@ -58,6 +62,8 @@ def expression_of(problem: Problem) -> Feature:
         ),
         values=values,
         formulas={name: name for name in (*numbers, *(name for x in tensors for name in _lasts(x)))},
+        # Queries over caches visit every tile.
+        scratch=(Scratch("tile_bounds", "int*"),) if program.tile_bounds and problem.direction != "decode" else (),
         examples=({"expression": example},),
     )
 
@@ -157,8 +163,103 @@ def allow_code(program: Program) -> AllowCode:
     return AllowCode(
         formula=_comment(program, "allow"),
         element=_function(emit(program, "allow"), "allow"),
-        tile=_function(emit(program, "positions"), "any", "all"),
+        tile=_function(emit(program, "blocks"), "any", "all"),
     )
+
+
+_PASSES = {"above": ">", "below": "<", "not": "!="}
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """The least and the greatest number of a tensor for each block of positions: a kernel before the others finds them.
+
+    Pairs of int32, one for each block of `tile` positions and each place of the other axes, in their order.
+
+    tile   positions of a block: the kernel's queries or keys.
+    rank   axes of the tensor.
+    """
+
+    bound: TileBound
+    tile: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return self.bound.name
+
+    @property
+    def token(self) -> str:
+        return self.bound.token
+
+    @property
+    def _lasts(self) -> tuple[str, ...]:
+        return tuple(f"{self.bound.token}_last_{axis}" for axis in range(self.rank))
+
+    @property
+    def count(self) -> str:
+        """A formula of how many pairs there are, over the fields of Params that say the tensor's sizes."""
+        blocks = f"({self._lasts[self.bound.axis]} / {self.tile} + 1)"
+        others = (f"({name} + 1)" for axis, name in enumerate(self._lasts) if axis != self.bound.axis)
+        return " * ".join([*others, blocks])
+
+    def number(self, values: Mapping[str, int]) -> int:
+        """That many."""
+        sizes = (values[name] + 1 for axis, name in enumerate(self._lasts) if axis != self.bound.axis)
+        blocks = values[self._lasts[self.bound.axis]] // self.tile + 1
+        return math.prod(sizes) * blocks
+
+    @property
+    def condition(self) -> str:
+        """Whether a number x counts, in C++; of all that do, nothing."""
+        return " && ".join(f"x {_PASSES[word]} {number}" for word, number in self.bound.filters)
+
+    @property
+    def counted(self) -> str:
+        """`count` in C++."""
+        return re.sub(r"input_\w+", lambda word: f"p.{word[0]}", self.count)
+
+    @property
+    def arguments(self) -> str:
+        """Parameters of the functions that read it, after Params: the first position, and the other axes' indices."""
+        others = (f"int index_{axis}" for axis in range(self.rank) if axis != self.bound.axis)
+        return ", ".join([f"int {self.bound.side}0", *others])
+
+    @property
+    def passed(self) -> str:
+        """Those as arguments."""
+        return self.arguments.replace("int ", "")
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Statements from no place, `at`, to that of the pair."""
+        others = (axis for axis in range(self.rank) if axis != self.bound.axis)
+        last = f"p.{self._lasts[self.bound.axis]}"
+        return (
+            *(
+                f"at = at * (p.{self._lasts[axis]} + 1) + min(max(index_{axis}, 0), p.{self._lasts[axis]});"
+                for axis in others
+            ),
+            f"at = at * ({last} / {self.tile} + 1) + min({self.bound.side}0, {last}) / {self.tile};",
+        )
+
+    @property
+    def last(self) -> str:
+        """The last index along the axis of positions."""
+        return f"p.{self._lasts[self.bound.axis]}"
+
+    @property
+    def inner(self) -> str:
+        """How many numbers lie between neighbours along that axis."""
+        behind = (f"(p.{name} + 1)" for name in self._lasts[self.bound.axis + 1 :])
+        return " * ".join(behind) or "1"
+
+
+def tile_tables(program: Program, tile_m: int, tile_n: int) -> tuple[TileTable, ...]:
+    """What kernels of these tiles ask of a program's tensors."""
+    ranks = {x.token: x.rank for x in program.inputs}
+    tiles = {"i": tile_m, "j": tile_n}
+    return tuple(TileTable(bound, tiles[bound.side], ranks[bound.token]) for bound in program.tile_bounds)
 
 
 def _comment(program: Program, *names: str) -> tuple[str, ...]:
@@ -190,6 +291,10 @@ def _function(code: Code, *results: str, head: tuple[tuple[str, str, str], ...] 
             wanted |= _words(value)
             kept.append(statement)
     returned = f"{{{', '.join(values)}}}" if len(values) > 1 else values[0]
+    if len(returned) > _COLUMNS:
+        kinds = ("bool" if name in ("any", "all") else "float" for name in results)
+        of_results = (f"{kind} const {name} = {x};" for kind, name, x in zip(kinds, results, values, strict=True))
+        return (*reversed(kept), *of_results, f"return {{{', '.join(results)}}};")
     return (*reversed(kept), f"return {returned};")
 
 

@@ -10,7 +10,15 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
-from fa2gen.features.expression import AllowCode, ScoreCode, allow_code, loads_of, score_code
+from fa2gen.features.expression import (
+    AllowCode,
+    ScoreCode,
+    TileTable,
+    allow_code,
+    loads_of,
+    score_code,
+    tile_tables,
+)
 from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, Panels, align_up
 from fa2gen.plan.memory import SharedMemory
@@ -20,6 +28,7 @@ __all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "Width", "
 
 
 PREPARE_THREADS = 1024
+BOUND_WARPS = 8  # of a block that finds least and greatest numbers of tiles, each of one
 DROPOUT_KEYS = 32  # of a unit of random bits: see templates/common/dropout.cuh.j2
 
 # Of entries, by how many blocks they have, in shared memory. With 128 rows a block, in batches of more than 131,072
@@ -85,7 +94,7 @@ class EntryPoint:
     num_threads: int
     shared_memory_bytes: int
     tensor_maps: tuple[TensorMapPlan, ...]
-    grid: Literal["persistent", "tiles", "query blocks", "key blocks", "one", "parts", "new rows"]
+    grid: Literal["persistent", "tiles", "query blocks", "key blocks", "one", "tile bounds", "parts", "new rows"]
     starts_early: bool = False
 
 
@@ -254,10 +263,31 @@ class KernelPlan:
         of keys adds to dQ behind the one before it, and waits for it."""
         return self.has_allow and not self.deterministic
 
+    @property
+    def walk_steps(self) -> str:
+        """How many blocks of queries a backward kernel's walk goes on at once."""
+        return "steps" if self.has_allow else "1"
+
     @cached_property
     def allow(self) -> AllowCode:
         """What it says, in C++."""
         return allow_code(self.problem.program)
+
+    @cached_property
+    def tile_tables(self) -> tuple[TileTable, ...]:
+        """Least and greatest numbers of tensors, by which tiles are passed by."""
+        if not any(scratch.name == "tile_bounds" for feature in self.features for scratch in feature.scratch):
+            return ()
+        return tile_tables(self.problem.program, self.tile_m, self.tile_n)
+
+    @property
+    def bound_threads(self) -> int:
+        return 32 * BOUND_WARPS
+
+    @property
+    def bound_warps(self) -> int:
+        """Of a block of the kernel that finds them, each of which has one tile."""
+        return BOUND_WARPS
 
     @property
     def softmax_scale(self) -> str:
@@ -324,12 +354,19 @@ class KernelPlan:
         return any(scratch.name == "tile_counter" for scratch in self.scratch)
 
     @property
+    def is_prepared(self) -> bool:
+        """Whether a kernel runs before the others."""
+        return bool(self.tile_tables) or any(feature.prepare for feature in self.features)
+
+    @property
     def prepare_entries(self) -> tuple[EntryPoint, ...]:
-        """The kernel that runs before the others, where a feature has one."""
+        """The kernels that run before the others, where features have some."""
+        bounds = EntryPoint(f"{self.name}_bounds", self.bound_threads, 0, (), "tile bounds")
+        found = (bounds,) if self.tile_tables else ()
         if not any(feature.prepare for feature in self.features):
-            return ()
+            return found
         shared_bytes = 16 + 4 * PREPARE_LENGTHS * (1 + self.lists_keys)  # two counters, and a number a kind
-        return (EntryPoint(f"{self.name}_prepare", PREPARE_THREADS, shared_bytes, (), "one"),)
+        return (*found, EntryPoint(f"{self.name}_prepare", PREPARE_THREADS, shared_bytes, (), "one"))
 
     @property
     def deterministic(self) -> bool:

@@ -34,6 +34,7 @@ class _Row:
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
     expression  whether they are for scores or masks of an expression; None: for all.
     tensors     whether they are for expressions of tensors; None: for all.
+    tables      whether they are for masks of tensors that tiles are passed by for; None: for all.
     head_dims   the only pair of Q's and V's that they are for; None: for all.
     """
 
@@ -44,6 +45,7 @@ class _Row:
     left_edge: bool | None = None
     expression: bool | None = None
     tensors: bool | None = None
+    tables: bool | None = None
     head_dims: tuple[int, int] | None = None
 
 
@@ -71,6 +73,7 @@ class _Family:
             and row.left_edge in (None, left_edge)
             and row.expression in (None, problem.has_expression)
             and row.tensors in (None, any(x.is_tensor for x in problem.program.inputs))
+            and row.tables in (None, bool(problem.program.tile_bounds))
             and row.head_dims in (None, problem.head_dims)
         )
 
@@ -153,6 +156,11 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
         (
             # 1.01 times 80 keys, which fit, at 8k (784 full and 737 causal); 1.04 times (128, 128, 2, 8) (H100).
             _Row(192, ((192, 64, 2, 12), (128, 64, 2, 8), (128, 48, 2, 8)), head_dims=(192, 128), left_edge=False),
+            # Documents: what keys a query sees is looked up beside all accumulators, and 20 to 180 registers spill
+            # with three warpgroups, or with more keys.
+            _Row(64, ((128, 128, 3, 8), (128, 112, 3, 8)), tables=True),
+            _Row(160, tuple((128, keys, 2, 8) for keys in (128, 112, 96, 80)), tables=True),
+            _Row(256, ((128, 64, 2, 8), (128, 48, 2, 8)), tables=True),  # 192 with 80 keys spills 68
             # 112: a window of scores of an expression; 96: head dim 56 with random bits
             _Row(64, ((192, 128, 4, 12), (192, 112, 4, 12), (192, 96, 4, 12))),
             # Windows: each warpgroup visits few blocks of keys, so that short ones waste less at the window's two ends,

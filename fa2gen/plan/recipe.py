@@ -21,6 +21,7 @@ from fa2gen.plan.bwd import BackwardPlan
 __all__ = [
     "LEAST_UNITS",
     "arguments",
+    "asked_by_sizes",
     "braced",
     "call_fields",
     "counted",
@@ -82,6 +83,7 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
         "num_batch_heads": f"{of_batch}num_heads",
         "num_batch_heads_kv": f"{of_batch}num_heads_kv",
         "num_sequences": "batch",
+        **dict(_bounds(plan)),
         "section_bytes": f"{SECTION_BYTES} * min(num_heads_per_kv, {SECTIONS_OF_GROUPS})",
         "section_heads_kv": f"max(1, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
@@ -93,6 +95,16 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
         if name in wanted:
             wanted |= _words(found[name])
     return {name: text for name, text in found.items() if name in wanted}
+
+
+def _bounds(plan: KernelPlan) -> Iterator[tuple[str, str]]:
+    """How many pairs of bounds the tables of tensors have, with those before them; and all."""
+    before = ""
+    for index, table in enumerate(plan.tile_tables):
+        yield f"bounds_{index}", f"{before}{table.count}"
+        before = f"bounds_{index} + "
+    if before:
+        yield "num_bounds", before.removesuffix(" + ")
 
 
 def _decoding_sizes(plan: KernelPlan) -> dict[str, str]:
@@ -135,6 +147,7 @@ def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
         "query blocks": (f"num_m_blocks * num_heads{of_batch}", "1", "1"),
         "key blocks": (f"num_n_blocks * num_heads_kv{of_batch}", "1", "1"),
         "one": ("1", "1", "1"),
+        "tile bounds": (f"(num_bounds + {plan.bound_warps - 1}) / {plan.bound_warps}", "1", "1"),
         "parts": ("num_blocks", "1", "1"),
         "new rows": (f"(num_new_chunks + {entry.num_threads - 1}) / {entry.num_threads}", "1", "1"),
     }[entry.grid]
@@ -152,6 +165,7 @@ def memory(plan: KernelPlan) -> dict[str, str]:
         "lse_log2": f"{blocks} * {plan.tiling.tile_m}",
         "dpsum": f"{blocks} * {plan.tiling.tile_m}",
         "dq_turns": blocks,
+        "tile_bounds": "2 * num_bounds",
         "parts": f"num_slots * {plan.tiling.tile_m * plan.problem.head_dim}",
         "part_sums": f"num_slots * {2 * plan.tiling.tile_m}",
         "counters": "fixed_parts * num_units + (1 - fixed_parts) * num_blocks",
@@ -172,7 +186,7 @@ def limits(plan: KernelPlan) -> list[str]:
     if plan.problem.direction == "bwd":
         rows = f"num_m_blocks * {plan.tiling.tile_m} * num_heads_per_kv"
         found += [f"num_n_blocks * {of_batch}num_heads_kv", rows, f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"]
-    return found
+    return [*found, *(["2 * num_bounds"] if plan.tile_tables else [])]
 
 
 def row_bytes(plan: KernelPlan, name: str) -> int:
@@ -246,6 +260,12 @@ def options(plan: KernelPlan) -> dict[str, str]:
         numbers |= {name: f"size {axis} of {operand.name}, less 1" for axis, name in enumerate(lasts)}
     wanted = _words(*of_features(plan).values())
     return {name: what for name, what in (_OPTIONS | numbers).items() if name in wanted}
+
+
+def asked_by_sizes(plan: KernelPlan) -> list[str]:
+    """Those that `sizes` are computed from."""
+    words = _words(*sizes(plan).values())
+    return [name for name in options(plan) if name in words]
 
 
 _DENSE = {

@@ -61,6 +61,8 @@ class Sm90FwdPlan(Sm90Plan):
         # Where two warpgroups have few to spare: slopes at 256, 80 keys, spill 3, a bias with 64 keys 27.
         of_tensors = self.num_acc_s + 8 if self.has_score and self.score.looks_up else 22 if self.loads else 0
         of_tensors *= self.num_mma_warpgroups == 2
+        # Of masks of tensors those of a block's keys: 128 with 128 keys spills 56, 64 with 160 112, 256 with 64 40.
+        of_tensors = max(of_tensors, self.num_acc_s + 5) if self.tile_tables else of_tensors
         return REGISTERS_BESIDE_TILES + (2 if self.left_edge else 0) + of_score + of_tensors + of_dropout
 
     # Matrix instructions
@@ -154,14 +156,14 @@ class Sm90FwdPlan(Sm90Plan):
 
     @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
-        shared, early = self.shared_memory_bytes, self.varlen
+        shared, early = self.shared_memory_bytes, self.is_prepared
         main = EntryPoint(self.name, self.num_threads, shared, self.tensor_maps, "persistent", early)
         return (*self.prepare_entries, main)
 
     @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
-        # The kernel that prepares a ragged batch clears it: memory of any content will do there.
-        return (Scratch("tile_counter", "int*", cleared=not self.varlen), *super().scratch)
+        # A kernel that runs before clears it: memory of any content will do there.
+        return (Scratch("tile_counter", "int*", cleared=not self.is_prepared), *super().scratch)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, full mask, keys of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
-//             211 Global memory,  239 mbarriers,  283 TMA,  325 Bulk copies,  341 Fences,  348 Fragments,
-//             362 Registers,  370 Registers of a warpgroup,  382 wgmma,  559 What is visible,  605 Expressions,
-//             620 What an expression hides,  667 Softmax and its gradient,  782 Pipelines,  827 Loads,
-//             875 Matrix products,  913 Staging,  971 Producer, 1024 Consumer, 1148 Kernels, 1293 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  167 Arithmetic,  200 Shared memory,
+//             221 Global memory,  249 mbarriers,  293 TMA,  335 Bulk copies,  351 Fences,  358 Fragments,
+//             372 Registers,  380 Registers of a warpgroup,  392 wgmma,  569 What is visible,  615 Expressions,
+//             630 What an expression hides,  679 Softmax and its gradient,  820 Pipelines,  865 Loads,
+//             913 Matrix products,  951 Staging, 1009 Producer, 1066 Consumer, 1190 Kernels, 1335 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -130,6 +130,11 @@ __device__ __forceinline__ float shfl_xor(float value, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+// A bit a lane.
+__device__ __forceinline__ uint32_t ballot(bool holds) {
+    return __ballot_sync(0xffffffffu, holds);
+}
+
 __device__ __forceinline__ void sync_warp() {
     __syncwarp();
 }
@@ -165,6 +170,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// The place of the lowest bit that is set; of 0, -1.
+__device__ __forceinline__ int lowest_bit(uint32_t bits) {
+    return __ffs(static_cast<int>(bits)) - 1;
 }
 
 // By 32 bits and more it gives 0, which C++'s << does not promise.
@@ -638,7 +648,9 @@ struct Seen {
 // Of queries i0 to i1 and keys j0 to j1.
 __device__ __forceinline__ Seen seen_between(
     Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k, int i0, int i1, int j0, int j1) {
-    return {static_cast<bool>((j0 - i1 <= 0) & ((i0 - j1 - p.number_0 < 0) | (j0 - p.number_1 < 0))), static_cast<bool>((j1 - i0 <= 0) & ((i1 - j0 - p.number_0 < 0) | (j1 - p.number_1 < 0)))};
+    bool const any = static_cast<bool>((j0 - i1 <= 0) & ((i0 - j1 - p.number_0 < 0) | (j0 - p.number_1 < 0)));
+    bool const all = static_cast<bool>((j1 - i0 <= 0) & ((i1 - j0 - p.number_0 < 0) | (j1 - p.number_1 < 0)));
+    return {any, all};
 }
 
 // Of the queries from first_row on and a block of keys, as far as there are so many.
@@ -732,11 +744,24 @@ struct QueryWalk {
     int remaining;    // steps, this one included, and those that are passed by
     int n_block;
     int bidb;
+    int known;     // blocks of the head, this one included, that the words are of: bit 0 is this one
+    uint32_t any;  // whether some query sees some key
+    uint32_t all;  // whether all see all
 
-    // What the block's queries see of its keys.
-    __device__ __forceinline__ Seen seen(Params const& p) const {
+    // Asks of 32 blocks, of which the head may not have as many.
+    __device__ __forceinline__ void look(Params const& p, BlockRange const& blocks) {
         Head const at = head_of(p, seqlen_of(p, bidb), bidh, bidb);
-        return seen_of(p, at, m_block * kTileM, kTileM, n_block * kTileN);
+        known = min(blocks.end - m_block, 32);
+        bool const is_one = lane_id() < known;
+        int const block = m_block + (is_one ? lane_id() : 0);
+        Seen const seen = seen_of(p, at, block * kTileM, kTileM, n_block * kTileN);
+        any = ballot(is_one && seen.any);
+        all = ballot(is_one && seen.all);
+    }
+
+    // Whether an expression hides some of the block's keys from some of its queries.
+    __device__ __forceinline__ bool is_partly_hidden() const {
+        return (all & 1) == 0;
     }
 
     // Whether some query of the block does not see some of the keys.
@@ -744,26 +769,39 @@ struct QueryWalk {
         return m_block < blocks.begin_full;
     }
 
-    // Returns how far the next block of queries lies behind this one.
+    // Returns how far the next block of queries that is visited lies behind this one. A warp calls it together.
     __device__ __forceinline__ int next(Params const& p, BlockRange const& blocks) {
+        return go_on(p, blocks, 1);
+    }
+
+    // So many blocks, or none, and on to one that is visited.
+    __device__ __forceinline__ int go_on(Params const& p, BlockRange const& blocks, int steps) {
         int passed = 0;
         do {
-            passed += step(p, blocks);
-        } while (remaining > 0 && !seen(p).any);
+            passed += step(p, blocks, steps);
+            known -= steps;
+            any = steps < 32 ? any >> steps : 0;
+            all = steps < 32 ? all >> steps : 0;
+            if (known == 0 && remaining > 0) {
+                look(p, blocks);
+            }
+            steps = any != 0 ? lowest_bit(any) : known;
+        } while (steps > 0);
         return passed;
     }
 
-    __device__ __forceinline__ int step(Params const& p, BlockRange const& blocks) {
-        remaining -= 1;
+    // So many blocks on, at most to the first of the next head.
+    __device__ __forceinline__ int step(Params const& p, BlockRange const& blocks, int steps) {
+        remaining -= steps;
         int skipped = 0;
-        m_block += 1;
+        m_block += steps;
         if (m_block == blocks.end) {
             m_block = blocks.begin;
             bidh += 1;
             skipped = p.num_m_blocks - (blocks.end - blocks.begin);
         }
-        query_block += skipped + 1;
-        return skipped + 1;
+        query_block += skipped + steps;
+        return skipped + steps;
     }
 };
 
@@ -772,9 +810,9 @@ __device__ __forceinline__ QueryWalk start_walk(
     int const m_block = blocks.begin;
     int const bidh = block.head_kv * p.num_heads_per_kv;
     QueryWalk walk = {m_block, bidh, query_block_index(p, s, block.bidb, bidh, m_block),
-                      (blocks.end - blocks.begin) * p.num_heads_per_kv, block.n_block, block.bidb};
-    if (walk.remaining > 0 && !walk.seen(p).any) {
-        walk.next(p, blocks);
+                      (blocks.end - blocks.begin) * p.num_heads_per_kv, block.n_block, block.bidb, 0, 0, 0};
+    if (walk.remaining > 0) {
+        walk.go_on(p, blocks, 0);
     }
     return walk;
 }
@@ -1009,7 +1047,11 @@ __device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barrier
     Seqlen const s = seqlen_of(p, block.bidb);
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     uint32_t phase = 0;
+    bool const leader = elect_one();
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
+        if (!leader) {
+            continue;
+        }
         mbarrier_wait(barriers.dq_full(), phase);
         bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats, smem + kSmemDq,
                         kDqBlockFloats * 4);
@@ -1083,7 +1125,7 @@ __device__ __forceinline__ void consume(
         if (walk.needs_mask(blocks)) {
             apply_mask(acc_s, begins, walk.m_block * kTileM);
         }
-        if (!walk.seen(p).all) {
+        if (walk.is_partly_hidden()) {
             hide(p, head_of(p, s, walk.bidh, block.bidb), acc_s, key, walk.m_block * kTileM);
         }
         probabilities(&acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
@@ -1242,7 +1284,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
             produce({map_q, map_q}, map_k, map_v, {map_dout, map_dout}, p, smem, barriers);
             griddepcontrol_launch_dependents();  // takes effect when the last blocks have issued their loads
         }
-        if (warp == 1 && elect_one()) {
+        if (warp == 1) {
             griddepcontrol_wait();
             write_dq(p, smem, barriers);
         }

@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, full mask, keys of an expression
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229504 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  165 Shared memory,
-//             186 Global memory,  200 mbarriers,  244 TMA,  286 Fences,  293 Fragments,  301 Registers of a warpgroup,
-//             313 wgmma,  441 What is visible,  491 Expressions,  506 What an expression hides,  560 Online softmax,
-//             689 Pipelines,  717 Loads,  780 Matrix products,  807 Epilogue,  854 Producer,  911 Consumer,
-//            1054 Kernel, 1094 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  132 Arithmetic,  175 Shared memory,
+//             196 Global memory,  210 mbarriers,  254 TMA,  296 Fences,  303 Fragments,  311 Registers of a warpgroup,
+//             323 wgmma,  451 What is visible,  501 Expressions,  516 What an expression hides,  592 Online softmax,
+//             721 Pipelines,  749 Loads,  812 Matrix products,  839 Epilogue,  886 Producer,  946 Consumer,
+//            1093 Kernel, 1133 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -109,6 +109,11 @@ __device__ __forceinline__ bool any_lane(bool holds) {
     return __any_sync(0xffffffffu, holds) != 0;
 }
 
+// A bit a lane.
+__device__ __forceinline__ uint32_t ballot(bool holds) {
+    return __ballot_sync(0xffffffffu, holds);
+}
+
 __device__ __forceinline__ void sync_warp() {
     __syncwarp();
 }
@@ -146,6 +151,11 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 
 __device__ __forceinline__ bool is_not_negative_zero(float x) {
     return __builtin_bit_cast(uint32_t, x) != 0x80000000u;
+}
+
+// The place of the lowest bit that is set; of 0, -1.
+__device__ __forceinline__ int lowest_bit(uint32_t bits) {
+    return __ffs(static_cast<int>(bits)) - 1;
 }
 
 // By 32 bits and more it gives 0, which C++'s << does not promise.
@@ -524,7 +534,9 @@ struct Seen {
 // Of queries i0 to i1 and keys j0 to j1.
 __device__ __forceinline__ Seen seen_between(
     Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k, int i0, int i1, int j0, int j1) {
-    return {static_cast<bool>((j0 - i1 <= 0) & ((i0 - j1 - p.number_0 < 0) | (j0 - p.number_1 < 0))), static_cast<bool>((j1 - i0 <= 0) & ((i1 - j0 - p.number_0 < 0) | (j1 - p.number_1 < 0)))};
+    bool const any = static_cast<bool>((j0 - i1 <= 0) & ((i0 - j1 - p.number_0 < 0) | (j0 - p.number_1 < 0)));
+    bool const all = static_cast<bool>((j1 - i0 <= 0) & ((i1 - j0 - p.number_0 < 0) | (j1 - p.number_1 < 0)));
+    return {any, all};
 }
 
 // Of the queries from first_row on and a block of keys, as far as there are so many.
@@ -533,13 +545,33 @@ __device__ __forceinline__ Seen seen_of(Params const& p, Head const& at, int fir
                         min(first_row + num_rows, at.seqlen_q) - 1, first_key, min(first_key + kTileN, at.seqlen_k) - 1);
 }
 
-// Of the blocks of keys from n_block down to `begin`, the first that some query of a tile may see; before `begin` if none is.
-__device__ __forceinline__ int seen_block(Params const& p, Head const& at, int first_row, int n_block, int begin) {
-    while (n_block >= begin && !seen_of(p, at, first_row, kTileM, n_block * kTileN).any) {
-        --n_block;
+// The blocks of keys that some query of a tile may see, from the last to the first; bit n of a word is of block ahead + 32 - n.
+struct SeenBlocks {
+    int ahead;     // the first that no warp has asked of yet
+    uint32_t any;  // those that are still to visit
+    uint32_t all;  // those all of whose keys all of a warpgroup's queries see
+
+    // The next of them, before `begin` if there is none, and in `whole` whether it needs no mask. A warp calls it together;
+    // num_rows queries from `row` on are its warpgroup's.
+    __device__ __forceinline__ int next(
+        Params const& p, Head const& at, int first_row, int row, int num_rows, int begin, bool& whole) {
+        while (any == 0 && ahead >= begin) {
+            int const n_block = ahead - lane_id();
+            bool const is_one = n_block >= begin;
+            int const first_key = max(n_block, 0) * kTileN;
+            any = ballot(is_one && seen_of(p, at, first_row, kTileM, first_key).any);
+            all = ballot(is_one && seen_of(p, at, row, num_rows, first_key).all);
+            ahead -= 32;
+        }
+        if (any == 0) {
+            return begin - 1;
+        }
+        int const bit = lowest_bit(any);
+        any &= any - 1;
+        whole = (all >> bit & 1) != 0;
+        return ahead + 32 - bit;
     }
-    return n_block;
-}
+};
 
 // Sets the scores of keys that a row does not see to -inf.
 __device__ __forceinline__ void hide(Params const& p, Head const& at, float (&acc_s)[kNumAccS], int row, int first_key) {
@@ -877,16 +909,19 @@ __device__ __forceinline__ void produce(
 
         // K first: where Q has one stage, the last tile still holds it.
         Head const at = head_of(p, s, tile.bidh, tile.bidb);
-        auto seen_from = [&](int n_block) {
-            return seen_block(p, at, tile.m_block * kTileM, n_block, blocks.begin);
+        SeenBlocks seen = {blocks.end - 1, 0, 0};
+        auto next_block = [&]() {
+            int const first_row = tile.m_block * kTileM;
+            bool whole = false;  // for the mma warps
+            return seen.next(p, at, first_row, first_row, kTileM, blocks.begin, whole);
         };
-        int n_block = seen_from(blocks.end - 1);
+        int n_block = next_block();
         if (n_block >= blocks.begin) {
             load_k(n_block);
         }
         load_q(map_q, smem, barriers, q_state, s, tile);
         while (n_block >= blocks.begin) {
-            int const before = seen_from(n_block - 1);
+            int const before = next_block();
             if (before >= blocks.begin) {
                 load_k(before);
             }
@@ -953,7 +988,11 @@ __device__ __forceinline__ void consume(
         Head const at = head_of(p, s, tile.bidh, tile.bidb);
         BlockRange const in_tile = key_blocks(p, s, first_row, kTileM);
         BlockRange const blocks = key_blocks(p, s, first_row + 64 * warpgroup, 64);
-        auto seen_from = [&](int n_block) { return seen_block(p, at, first_row, n_block, in_tile.begin); };
+        SeenBlocks seen = {in_tile.end - 1, 0, 0};
+        bool whole = false;
+        auto next_block = [&]() {
+            return seen.next(p, at, first_row, first_row + 64 * warpgroup, 64, in_tile.begin, whole);
+        };
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
 
         float row_max[2] = {-kInfinity, -kInfinity};
@@ -964,7 +1003,7 @@ __device__ __forceinline__ void consume(
             acc_o[i] = 0.0f;
         }
 
-        int n_block = seen_from(in_tile.end - 1);
+        int n_block = next_block();
         if (n_block >= in_tile.begin) {
             // The first block: no P yet.
             mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
@@ -979,7 +1018,7 @@ __device__ __forceinline__ void consume(
                 if (n_block >= blocks.end_full || n_block < blocks.begin_full) {
                     apply_mask(acc_s, ends, n_block * kTileN);
                 }
-                if (!seen_of(p, at, first_row + 64 * warpgroup, 64, n_block * kTileN).all) {
+                if (!whole) {
                     hide(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
                 }
             };
@@ -1015,7 +1054,7 @@ __device__ __forceinline__ void consume(
                 pack_p(p_tile, acc_s);
             };
             // One loop for all blocks: a row may see nothing of any.
-            for (n_block = seen_from(n_block - 1); n_block >= in_tile.begin; n_block = seen_from(n_block - 1)) {
+            for (n_block = next_block(); n_block >= in_tile.begin; n_block = next_block()) {
                 multiply();
                 mask();
                 accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));

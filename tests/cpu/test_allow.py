@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fa2gen import cases
+from fa2gen.cpu import RunOptions, run_kernel
 from fa2gen.options import Shape
+from fa2gen.plan import make_plan
 from tests.cpu.faults import Fault, symptom
 from tests.cpu.test_expression import ARCHES, SHAPE, SOFTCAP, kernel, run
 
@@ -37,6 +40,21 @@ def test_what_an_expression_hides(arch, direction, head_dim, mask, varlen, score
     assert verdict.ok, verdict
 
 
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_tiles_of_other_documents_are_passed_by(arch, direction):
+    """Of two documents as long as a tile half of the products of one document are made; of images between text, whose
+    number is 0, those of the text before and of their own."""
+    spec = kernel(arch, direction, 64, "full", "", allow="image[b, i] == image[b, j] and image[b, i] > 0 or j <= i")
+    case = cases.make(spec, Shape(1, 512, 512, 1, 1))
+    products = []
+    for numbers in ([1, 1, 1, 1], [1, 1, 2, 2], [0, 1, 1, 0]):
+        case.tensors["input_0"].copy_(torch.tensor(numbers).repeat_interleave(128))
+        counts = run_kernel(make_plan(spec), case.tensors, case.options, run_options=RunOptions(stats=True)).counts
+        products.append(counts["wgmma" if arch == "sm90" else "mma.sync"].instructions)
+    assert [16 * count for count in products] == [count * products[0] for count in (16, 12, 11)]
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_rows_that_see_nothing(arch):
     """Whole tiles and single rows: no output, no gradient, no NaN."""
@@ -62,13 +80,19 @@ NAMES = {
     for arch in ARCHES
     for direction in ("fwd", "bwd")
 }
+DOCUMENTS = {
+    arch: kernel(arch, "fwd", 64, "full", "", allow="document[b, i] == document[b, j]").name for arch in ARCHES
+}
 FAULTS = [
     *(Fault("nothing-hidden", name, "allowed ? acc_s[n] : -kInfinity", "acc_s[n]") for name in NAMES.values()),
     *(
         Fault("keys-cut-short", name, "first_key + kTileN, at.seqlen_k) - 1", "first_key + 8, at.seqlen_k) - 1")
         for name in NAMES.values()
     ),
-    Fault("walk-in-reverse", NAMES["sm90", "bwd"], "remaining > 0 && !seen(p).any", "remaining > 0 && seen(p).any"),
+    *(Fault("another-block", NAMES[arch, "fwd"], "ahead + 32 - bit", "ahead + 31 - bit") for arch in ARCHES),
+    *(Fault("walk-too-far", NAMES[arch, "bwd"], "lowest_bit(any) : known", "known : known") for arch in ARCHES),
+    Fault("greatest-unknown", DOCUMENTS["sm90"], "highest = max(highest, x);", "", count=2),
+    Fault("least-unknown", DOCUMENTS["sm80"], "lowest = min(lowest, x);", "", count=2),
 ]
 
 

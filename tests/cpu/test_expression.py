@@ -95,14 +95,20 @@ def test_tensors(score, arch, direction, head_dim, mask, varlen):
 @pytest.mark.parametrize(
     ("score", "allow", "arch", "direction", "varlen"),
     [
-        ("", "j <= i + seqlen_k - seqlen_q and document[b, i] == document[b, j]", arch, direction, direction == "fwd")
+        (
+            "",
+            f"j <= i + seqlen_k - seqlen_q and document{at[0]} == document{at[1]}",
+            arch,
+            direction,
+            direction == "fwd",
+        )
         for arch in ARCHES
-        for direction in ("fwd", "bwd")
+        for direction, at in (("fwd", ("[b, i]", "[b, j]")), ("bwd", ("[i, hk, b]", "[j, hk, b]")))
     ]
     + [(ALIBI, "seen[b, j] or j == i", arch, "bwd", False) for arch in ARCHES],
 )
 def test_masks_of_tensors(score, allow, arch, direction, varlen):
-    """Documents, and a padding mask: tiles that only a tensor hides are looked at element by element."""
+    """Documents, whose positions may be any axis, and a padding mask."""
     verdict, _ = run(kernel(arch, direction, 64, "full", score, allow=allow, varlen=varlen).name, SMALL)
     assert verdict.ok, verdict
 

@@ -20,6 +20,7 @@ OTHERS = ("s + 0.01 * (j - i) * s", "s * sigmoid(s)", "where(j > i, s, 0.5 * s) 
 ALIBI = "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)"
 BIAS = "s + bias[b, h, i, j]"
 DOCUMENTS = "document[b, i] == document[b, j]"
+IMAGES = "j <= i or (image[i, b] == image[j, b] and image[i, b] > 0)"
 KERNELS = [
     *(
         (SOFTCAP, *kind)
@@ -59,6 +60,8 @@ def test_kernels(score, arch, direction, head_dim, mask, varlen):
         (ALIBI, "", 128, "causal"),
         (BIAS, "", 64, "full"),
         ("", DOCUMENTS, 128, "full"),
+        (SOFTCAP, DOCUMENTS, 256, "causal"),
+        ("", IMAGES, 64, "full"),
         (ALIBI, "seen[b, j]", 256, "window"),
     ],
 )

@@ -269,7 +269,8 @@ TEXTS = st.one_of(
 OWN = re.compile(
     r"(?:head|row|column|value|number|input|load_input)_\d+|p|softmax_scale|acc|float_i|float_j|i|j|b|h|hk|seqlen_[qk]"
     r"|float|int|bool|const|static_cast|true|false|f?abs|f?min|fm(?:in|ax)f|max|fabsf"
-    r"|(?:tanh|exp2|log2|sqrt|reciprocal)_approx|floor_(?:divide|modulo)|(?:low|high)est_input_\d+|[ij][01]"
+    r"|(?:tanh|exp2|log2|sqrt|reciprocal)_approx|floor_(?:divide|modulo)|[ij][01]"
+    r"|(?:low|high)est_input_\d+_[ij](?:_(?:above|below|not)(?:_minus)?_\d+)*"
 )
 
 

@@ -25,6 +25,7 @@ REFRESH = "python -m tests.unit.test_golden --write"
 # Together they show every template: both masks and dtypes, one stage and several, O beside Q and in its place, and the
 # ways to split the backward pass over warpgroups.
 SINKS = Problem(head_dim=128, allow="j <= i and (i - j < window or j < sinks)").words[-1]
+IMAGES = Problem(head_dim=128, allow="j <= i or image[b, i] == image[b, j] and image[b, i] > 0").words[-1]
 CAP = Problem(head_dim=128, score="cap * tanh(s / cap)").words[-1]
 NAMES = (
     "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
@@ -50,6 +51,7 @@ NAMES = (
     "fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8",
     "fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1",
     f"fa2_fwd_sm90_bf16_d128_causal_{CAP}_m192_n80_s2_w12_r1",
+    f"fa2_fwd_sm90_bf16_d128_{IMAGES}_m128_n112_s2_w8_r1",
     f"fa2_fwd_sm90_bf16_d128_{SINKS}_m192_n80_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d128_window_m192_n80_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d192_v128_causal_m192_n64_s2_w12_r1",

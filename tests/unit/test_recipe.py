@@ -10,7 +10,7 @@ import pytest
 
 from fa2gen.features import examples_of
 from fa2gen.launch import launch_of
-from fa2gen.options import AnyShape, CacheShape, Shape
+from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
 from fa2gen.render import render
 from fa2gen.select import default_tiling
@@ -30,6 +30,7 @@ PROBLEMS = [
     Problem(direction="bwd", head_dim=64, sink=True),
     Problem(direction="decode", head_dim=128, mask="window", paged=True),
     Problem(direction="decode", head_dim=72, mask="causal"),
+    Problem(direction="bwd", head_dim=64, allow="kind[i, b] == kind[j, b] and kind[i, b] > 0"),
 ]
 PLANS = [
     make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
@@ -51,6 +52,13 @@ def computed(formulas: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
 def limited(value: int, limit: int) -> int:
     """As the launcher and the comment in renders say."""
     return limit if value < 0 else min(value, limit)
+
+
+def sized(plan: KernelPlan, options: Options) -> Options:
+    """With a tensor of 700 positions of 3 batch entries, where the expression names one."""
+    if not plan.tile_tables:
+        return options
+    return options._replace(expression=options.expression._replace(shapes=((700, 3),)))
 
 
 def caches() -> list[CacheShape]:
@@ -80,11 +88,12 @@ def shapes() -> list[Shape]:
 
 @each_plan
 def test_formulas_are_what_launches_compute(plan: KernelPlan):
-    options = examples_of(plan.problem)[0]._replace(softmax_scale=0.1)
+    options = sized(plan, examples_of(plan.problem)[0])._replace(softmax_scale=0.1)
+    given = dict(zip(recipe.options(plan), (699, 2), strict=False)) if plan.tile_tables else {}
     fitting = 0
     calls: list[AnyShape] = [*(caches() if plan.problem.direction == "decode" else shapes())]
     for shape in calls:
-        known = computed(recipe.sizes(plan), shape._asdict() | {"softmax_scale": 0.1, "num_sms": NUM_SMS})
+        known = computed(recipe.sizes(plan), shape._asdict() | {"softmax_scale": 0.1, "num_sms": NUM_SMS} | given)
         most = max(computed({"count": text}, known)["count"] for text in recipe.limits(plan))
         try:
             launch = launch_of(plan, shape, options, NUM_SMS)
@@ -111,8 +120,9 @@ def test_what_features_add_to_params(plan: KernelPlan):
         right = 0 if example.causal else example.window_right
         for sizes in (Shape(1, q, k, 2, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
             shape = sizes if plan.problem.direction != "decode" else CacheShape(*sizes, 0, 9, 1, 1, 5000)
-            values = launch_of(plan, shape, example, NUM_SMS).values
+            values = launch_of(plan, shape, sized(plan, example), NUM_SMS).values
             known = shape._asdict() | example._asdict() | {"window_right": right}
+            known |= {"input_0_last_0": 699, "input_0_last_1": 2}
             for name, formula in recipe.of_features(plan).items():
                 assert computed({"found": formula}, known)["found"] == values[name], (name, shape, example)
 

@@ -78,6 +78,11 @@ def plans() -> list[KernelPlan]:
         for m in get_args(Mask)
         for score in ("", "cap * tanh(s / cap)")
     ]
+    modified += [  # tiles are passed by for tensors
+        Problem(direction=direction, head_dim=64, varlen=varlen, allow="kind[i, b] == kind[j, b] and kind[i, b] > 0")
+        for direction in ("fwd", "bwd")
+        for varlen in (False, True)
+    ]
     specs += [
         KernelSpec(problem=p, tiling=default_tiling(p, arch))
         for p in backward + ordered + modified
@@ -355,6 +360,7 @@ def test_every_line_of_every_template_is_rendered_by_some_kernel():
     """A line that no test renders is a line that no test compiles: a misspelt field could lie in it."""
     covered = {origin for rendered in renders().values() for origin in rendered.origins}
     some = [*plans()[::10], *[plan for plan in plans() if plan.varlen and plan.arch == "sm90"][:2]]
+    some += [plan for plan in plans() if plan.tile_tables][:1]
     covered |= {origin for plan in some if plan.has_launcher for origin in render_launcher(plan).origins}
     wanted = {line for name in NAMES if not name.startswith("cpu/") for line in literal_lines(name)}
     holes = wanted - covered
