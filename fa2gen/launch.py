@@ -54,6 +54,10 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
     blocks = _Blocks.of(plan, shape)
     blocks.check(plan, shape, num_sms)
     group = shape.num_heads // shape.num_heads_kv
+    if group % plan.tiling.group_parts:
+        raise InvalidInput(
+            f"{plan.name} has groups in {plan.tiling.group_parts} parts, which do not divide groups of {group} heads"
+        )
     batch = _batch(plan, shape)
     scale = options.scale(plan.head_dim)
     values: dict[str, Any] = {
@@ -66,7 +70,7 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
         "num_n_blocks": blocks.num_n_blocks,
         "num_tiles": blocks.of_queries,
         "num_batch_heads": batch * shape.num_heads,
-        "num_batch_heads_kv": batch * shape.num_heads_kv,
+        "num_batch_heads_kv": batch * shape.num_heads_kv * plan.tiling.group_parts,
         "heads_per_section": _heads_per_section(plan, shape),
         "softmax_scale": scale,
         "softmax_scale_log2": scale * math.log2(math.e),
@@ -80,7 +84,8 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
         "persistent": (min(blocks.of_queries, num_sms), 1, 1),
         "tiles": (blocks.num_m_blocks, shape.num_heads, batch),
         "query blocks": (blocks.of_queries, 1, 1),
-        "key blocks": (blocks.of_keys, 1, 1),
+        "key blocks": (blocks.of_keys * plan.tiling.group_parts, 1, 1),
+        "groups": (blocks.of_keys, 1, 1),
         "one": (1, 1, 1),
         "tile bounds": (ceil_div(num_bounds, plan.bound_warps), 1, 1),
     }
@@ -92,6 +97,7 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
         counts |= {"sequences": ENTRY_NUMBERS * entries(shape.batch), "num_blocks": 2, "m_list": m, "n_list": n}
     if isinstance(plan, BackwardPlan):
         counts["dq_acc"] = blocks.of_queries * plan.dq_block_floats
+        counts["dkv_parts"] = blocks.of_keys * plan.tiling.group_parts * plan.part_floats
         counts["sink_sums"] = blocks.of_queries * plan.preprocess_warps
     return Launch(
         grids=tuple(grids[entry.grid] for entry in plan.entry_points),
@@ -190,7 +196,7 @@ class _Blocks:
         counts = {"tiles": self.of_queries + num_sms}  # a persistent kernel adds the grid to what it fetches
         if plan.problem.direction == "bwd":
             counts |= {
-                "blocks of keys": self.of_keys,
+                "blocks of keys": self.of_keys * plan.tiling.group_parts,
                 "query rows of a group of heads": (
                     self.num_m_blocks * plan.tile_m * (shape.num_heads // shape.num_heads_kv)
                 ),
@@ -217,7 +223,7 @@ def _heads_per_section(plan: KernelPlan, shape: Shape) -> int:
     if plan.problem.direction == "bwd":
         read = group * shape.seqlen_q * plan.section_row_bytes
         room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS)
-        return min(max(1, room // max(read, 1)), batch * shape.num_heads_kv)
+        return min(max(1, room // max(read, 1)), batch * shape.num_heads_kv) * plan.tiling.group_parts
     read = shape.seqlen_k * plan.section_row_bytes
     room = max(1, SECTION_BYTES // max(read, 1)) * group
     return min(room, max(SECTION_HEADS // group, 1) * group, batch * shape.num_heads)

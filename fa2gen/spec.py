@@ -502,6 +502,15 @@ class Tiling(_Fields):
         Shown("r", optional=True, phrase="lazy rescale"),
         Field(description="1: keep a row's old maximum while the new one is at most 2^8 times above it."),
     ] = 0
+    group_parts: Annotated[
+        int,
+        Range(1, 1, 32),
+        Shown("g", optional=True, phrase="groups in {} parts"),
+        Field(
+            description="Of a gradient: blocks that share the query heads of a head of K and V, for the same keys. It "
+            "must divide them."
+        ),
+    ] = 1
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

@@ -84,8 +84,9 @@ class EntryPoint:
     """One `extern "C"` kernel of a source: its symbol, and what a launch of it takes before the shared Params.
 
     grid          its blocks of threads: "persistent", one an SM or fewer; "tiles", (m block, head, batch); one for each
-                  block of queries, or of keys, of all heads; "one"; or "parts", one an SM that has a part of the keys;
-                  "new rows", as many as have 8 columns of rows to append. A grid without blocks is not launched.
+                  block of queries, or of keys and part of a group, of all heads; "groups", one for each block of keys;
+                  "one"; or "parts", one an SM that has a part of the keys; "new rows", as many as have 8 columns of rows
+                  to append. A grid without blocks is not launched.
     starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
                   executes griddepcontrol.wait before it uses what that one writes.
     """
@@ -94,7 +95,9 @@ class EntryPoint:
     num_threads: int
     shared_memory_bytes: int
     tensor_maps: tuple[TensorMapPlan, ...]
-    grid: Literal["persistent", "tiles", "query blocks", "key blocks", "one", "tile bounds", "parts", "new rows"]
+    grid: Literal[
+        "persistent", "tiles", "query blocks", "key blocks", "groups", "one", "tile bounds", "parts", "new rows"
+    ]
     starts_early: bool = False
 
 
@@ -512,6 +515,13 @@ class KernelPlan:
             return []
         detail = f"{bytes_text(self.memory.bytes)} needed ({self.memory.text}), {bytes_text(available)} available"
         return [BrokenRule("shared memory", detail)]
+
+    def groups_rule(self) -> list[BrokenRule]:
+        """The rule that groups of heads in parts break, here where nothing is summed over a group."""
+        if self.tiling.group_parts == 1:
+            return []
+        detail = f"{self.tiling.group_parts} parts given; only gradients are sums over a group: 1"
+        return [BrokenRule("groups", detail)]
 
     def dropout_rule(self) -> list[BrokenRule]:
         """The rule that a forward kernel's blocks of keys break, if units of dropout do not fill them."""

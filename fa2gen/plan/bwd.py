@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.features import Scratch
-from fa2gen.plan.base import KernelPlan
+from fa2gen.plan.base import BrokenRule, KernelPlan, Width
 
 __all__ = ["BackwardPlan"]
 
@@ -32,12 +32,60 @@ class BackwardPlan(KernelPlan):
     def walks_sections(self) -> bool:
         """Blocks of keys start section by section of heads: causal ones the longest first, deterministic ones so that
         few that run at a time belong to one head and wait for each other."""
-        return self.uneven or self.deterministic
+        return self.uneven or self.deterministic or self.splits_groups
 
     @property
     def walks_queries_down(self) -> bool:
         """Whether blocks of keys walk their blocks of queries from the last to the first."""
         return False
+
+    # Groups in parts: each block of keys then has as many blocks of threads, which leave their sums in memory
+
+    @property
+    def splits_groups(self) -> bool:
+        return self.tiling.group_parts > 1
+
+    @property
+    def key_heads(self) -> str:
+        """C++: the heads of K and V that blocks of keys count, those of each part for themselves."""
+        return "(kGroupParts * p.num_heads_kv)" if self.splits_groups else "p.num_heads_kv"
+
+    @property
+    def head_kv(self) -> str:
+        """C++: where a block's head of K and V is in the tensors."""
+        return "block.head_kv / kGroupParts" if self.splits_groups else "block.head_kv"
+
+    @property
+    def heads_of_key_block(self) -> str:
+        """C++: how many query heads a block of keys walks."""
+        return "(p.num_heads_per_kv / kGroupParts)" if self.splits_groups else "p.num_heads_per_kv"
+
+    @property
+    def sum_threads(self) -> int:
+        """Threads that hold dK of a block of keys, and as many dV."""
+        raise NotImplementedError
+
+    def num_sums(self, width: Width) -> int:
+        """fp32 numbers of dK, or of dV, that each of them holds."""
+        raise NotImplementedError
+
+    @property
+    def dk_floats(self) -> int:
+        return self.sum_threads * self.num_sums(self.qk)
+
+    @property
+    def part_floats(self) -> int:
+        return self.dk_floats + self.sum_threads * self.num_sums(self.vo)
+
+    @property
+    def groups_name(self) -> str:
+        return f"{self.name}_groups"
+
+    def groups_rule(self) -> list[BrokenRule]:
+        """The rule that a group in parts breaks, if scores are of expressions: they would count their heads wrong."""
+        if not self.splits_groups or not (self.has_score or self.has_allow):
+            return []
+        return [BrokenRule("groups", f"{self.tiling.group_parts} parts given; with an expression: 1")]
 
     @property
     def chunks_per_row(self) -> int:
@@ -69,7 +117,8 @@ class BackwardPlan(KernelPlan):
     @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
         """None of it needs to be initialised."""
-        return (*(Scratch(name, "float*") for name in ("lse_log2", "dpsum", "dq_acc")), *super().scratch)
+        names = ("lse_log2", "dpsum", "dq_acc", *(("dkv_parts",) if self.splits_groups else ()))
+        return (*(Scratch(name, "float*") for name in names), *super().scratch)
 
     @property
     def sizes(self) -> tuple[str, ...]:

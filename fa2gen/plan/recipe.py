@@ -68,10 +68,10 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
     softmax_scale; later ones use earlier ones."""
     if plan.problem.direction == "decode":
         return _decoding_sizes(plan)
-    tiling, of_batch = plan.tiling, "" if plan.varlen else "batch * "
+    tiling, of_batch, of_parts = plan.tiling, "" if plan.varlen else "batch * ", _of_parts(plan)
     if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
         read = f"num_heads_per_kv * seqlen_q * {plan.section_row_bytes}"
-        section = f"min(max(1, section_bytes / ({read})), {of_batch}num_heads_kv)"
+        section = f"min(max(1, section_bytes / ({read})), {of_batch}num_heads_kv){of_parts}"
     else:  # whole groups of query heads that share K and V
         read = f"seqlen_k * {plan.section_row_bytes}"
         section = f"min(section_heads_kv * num_heads_per_kv, {of_batch}num_heads)"
@@ -81,7 +81,7 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
         "num_n_blocks": _blocks(plan, "seqlen_k", tiling.tile_n),
         "num_tiles": f"num_m_blocks * {of_batch}num_heads",
         "num_batch_heads": f"{of_batch}num_heads",
-        "num_batch_heads_kv": f"{of_batch}num_heads_kv",
+        "num_batch_heads_kv": f"{of_batch}num_heads_kv{of_parts}",
         "num_sequences": "batch",
         **dict(_bounds(plan)),
         "section_bytes": f"{SECTION_BYTES} * min(num_heads_per_kv, {SECTIONS_OF_GROUPS})",
@@ -138,6 +138,11 @@ def _blocks(plan: KernelPlan, rows: str, tile: int) -> str:
     return f"{rows} / {tile} + 2 * batch + 1" if plan.varlen else f"({rows} + {tile - 1}) / {tile}"
 
 
+def _of_parts(plan: KernelPlan) -> str:
+    """What a number of blocks of keys is multiplied with."""
+    return f" * {plan.tiling.group_parts}" if plan.tiling.group_parts > 1 else ""
+
+
 def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
     """Formulas of a kernel's grid; `num_sms` is the device's number of multiprocessors."""
     of_batch, batch = ("", "1") if plan.varlen else (" * batch", "batch")
@@ -145,7 +150,8 @@ def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
         "persistent": ("min(num_tiles, num_sms)", "1", "1"),
         "tiles": ("num_m_blocks", "num_heads", batch),
         "query blocks": (f"num_m_blocks * num_heads{of_batch}", "1", "1"),
-        "key blocks": (f"num_n_blocks * num_heads_kv{of_batch}", "1", "1"),
+        "key blocks": (f"num_n_blocks * num_heads_kv{of_batch}{_of_parts(plan)}", "1", "1"),
+        "groups": (f"num_n_blocks * num_heads_kv{of_batch}", "1", "1"),
         "one": ("1", "1", "1"),
         "tile bounds": (f"(num_bounds + {plan.bound_warps - 1}) / {plan.bound_warps}", "1", "1"),
         "parts": ("num_blocks", "1", "1"),
@@ -172,6 +178,8 @@ def memory(plan: KernelPlan) -> dict[str, str]:
     }
     if isinstance(plan, BackwardPlan):
         counts["dq_acc"] = f"{blocks} * {plan.dq_block_floats}"
+        keys = f"num_n_blocks * num_heads_kv{'' if plan.varlen else ' * batch'}"
+        counts["dkv_parts"] = f"{keys} * {plan.tiling.group_parts * plan.part_floats}"
         counts["sink_sums"] = f"{blocks} * {plan.preprocess_warps}"
     return {scratch.name: counts[scratch.name] for scratch in plan.scratch}
 
@@ -185,7 +193,8 @@ def limits(plan: KernelPlan) -> list[str]:
     found = ["seqlen_q", "seqlen_k", f"num_m_blocks * {of_batch}num_heads + num_sms"]
     if plan.problem.direction == "bwd":
         rows = f"num_m_blocks * {plan.tiling.tile_m} * num_heads_per_kv"
-        found += [f"num_n_blocks * {of_batch}num_heads_kv", rows, f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"]
+        keys = f"num_n_blocks * {of_batch}num_heads_kv{_of_parts(plan)}"
+        found += [keys, rows, f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"]
     return [*found, *(["2 * num_bounds"] if plan.tile_tables else [])]
 
 

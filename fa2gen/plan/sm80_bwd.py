@@ -140,6 +140,13 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         more = head_dim > 96 if self.dropout else wide and (self.varlen or self.has_score)
         return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if more else 0)
 
+    @property
+    def sum_threads(self) -> int:
+        return self.num_threads
+
+    def num_sums(self, width: Width) -> int:
+        return self.num_row_tiles * self.num_acc_dkv(width)
+
     # Shared memory
 
     @property
@@ -191,7 +198,14 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
             EntryPoint(self.preprocess_name, self.preprocess_threads, 0, (), "query blocks"),
             EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "key blocks"),
             EntryPoint(self.postprocess_name, self.num_threads, self.q_tile.bytes, (), "query blocks"),
+            *self._groups_entries,
         )
+
+    @property
+    def _groups_entries(self) -> tuple[EntryPoint, ...]:
+        if not self.splits_groups:
+            return ()
+        return (EntryPoint(self.groups_name, self.num_threads, self.k_tile.bytes + self.v_tile.bytes, (), "groups"),)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
@@ -227,7 +241,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
                 )
             )
             return broken
-        broken += self.shared_memory_rule()
+        broken += self.shared_memory_rule() + self.groups_rule()
         if self.register_estimate > self.registers_available:
             dk, dv = self.num_acc_dkv(self.qk), self.num_acc_dkv(self.vo)
             broken.append(

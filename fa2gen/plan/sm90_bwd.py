@@ -178,6 +178,15 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         of_tensors = REGISTERS_OF_LOOKING_UP if looks_up else 0
         return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0) + of_allow + of_tensors
 
+    @property
+    def sum_threads(self) -> int:
+        return self.num_mma_threads if self.splits_keys else WARPGROUP_THREADS
+
+    def num_sums(self, width: Width) -> int:
+        if self.passes_p:
+            return width.num_panels * self.wgmma_panel.num_accumulators
+        return self.num_acc_dkv(width)
+
     # Matrix instructions
 
     @cached_property
@@ -428,15 +437,28 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 return (TensorMapPlan(name, columns, self.tile_m, span),)
             return self.streamed_maps(name, tile)
 
-        stored = self.tile_n if self.passes_p else WARP_ROWS  # rows of dK and dV at once
         return (
             *streamed("q", self.q_tile),
             TensorMapPlan("k", columns, self.tile_n, span),
             TensorMapPlan("v", columns, self.tile_n, span),
             *streamed("dout", self.o_tile),
-            TensorMapPlan("dk", columns, stored, span),
-            TensorMapPlan("dv", columns, stored, span),
+            *(() if self.splits_groups else self.stored_maps),
         )
+
+    @property
+    def stored_maps(self) -> tuple[TensorMapPlan, ...]:
+        rows = self.tile_n if self.passes_p else WARP_ROWS  # at once
+        return tuple(
+            TensorMapPlan(name, self.k_tile.columns, rows, self.tiling.swizzle_bytes) for name in ("dk", "dv")
+        )
+
+    def result_map(self, name: str) -> str:
+        """C++: the parameter for it of a function of the main kernel, which has none where groups are in parts."""
+        return "" if self.splits_groups else f"CUtensorMap const& map_{name}, "
+
+    @property
+    def result_maps(self) -> str:
+        return self.result_map("dk") + self.result_map("dv")
 
     @property
     def postprocess_tensor_maps(self) -> tuple[TensorMapPlan, ...]:
@@ -465,7 +487,15 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 "query blocks",
                 STARTS_EARLY,
             ),
+            *self._groups_entries,
         )
+
+    @property
+    def _groups_entries(self) -> tuple[EntryPoint, ...]:
+        if not self.splits_groups:
+            return ()
+        shared_bytes = self.k_tile.bytes + self.v_tile.bytes
+        return (EntryPoint(self.groups_name, self.num_mma_threads, shared_bytes, self.stored_maps, "groups", STARTS_EARLY),)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
@@ -530,7 +560,15 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                     f"{self.head_dim}, but {self.num_mma_warps} warps that split keys make up to {columns} columns",
                 )
             )
-        broken += self.shared_memory_rule()
+        broken += self.shared_memory_rule() + self.groups_rule()
+        if self.splits_groups and self.splits_products:
+            broken.append(
+                BrokenRule(
+                    "groups",
+                    f"{self.tiling.group_parts} parts given; with tile_n {self.tile_n}, of which one warpgroup holds "
+                    f"dV and the other dK: 1",
+                )
+            )
         if self.deterministic and self.splits_products and self.num_stages == 1:
             broken.append(
                 BrokenRule(
