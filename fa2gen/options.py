@@ -189,7 +189,8 @@ class Options(NamedTuple):
     @property
     def kind(self) -> tuple[Any, ...]:
         """What of these options decides which problem they make; the others are numbers of a call."""
-        return (self.mask, self.varlen, self.sink, self.deterministic, self.expression and self.expression[:3])
+        expression = self.expression and self.expression[:3]
+        return (self.mask, self.varlen, self.sink, self.deterministic, expression, self.dropout_p > 0)
 
     def problem(
         self, direction: Direction, head_dim: int, dtype: DType, head_dim_v: int | None = None, paged: bool = False

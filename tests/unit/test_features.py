@@ -13,7 +13,7 @@ from fa2gen.arch import ArchName
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS, examples_of, features_of, key_range, rooms_of
 from fa2gen.launch import launch_of
-from fa2gen.options import CacheShape, Options, Shape
+from fa2gen.options import CacheShape, Expression, Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import default_tiling
 from fa2gen.spec import Direction, KernelSpec, Mask, Problem
@@ -30,6 +30,20 @@ PROBLEMS = [
 ]
 PROBLEMS += [Problem(direction="decode", head_dim=64, mask=mask, paged=True) for mask in get_args(Mask)]
 KERNELS = [(problem, arch) for problem in PROBLEMS for arch in get_args(ArchName)]
+
+
+# What a call can say, one thing at a time.
+ONE_EACH = [
+    {"causal": True},
+    {"window_left": 5},
+    {"chunk": 7},
+    {"deterministic": True},
+    {"varlen": True},
+    {"sink": True},
+    {"dropout_p": 0.1},
+    {"expression": Expression(score="2 * s")},
+    {"expression": Expression(allow="i != j")},
+]
 
 
 def plan_of(problem, arch):
@@ -81,6 +95,18 @@ def test_a_kernel_is_not_launched_for_another_mask(problem, arch):
 
 
 # Options -------------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_one_kind_make_one_problem():
+    """A kernel is remembered by the kind: with a field less, a call with dropout ran the kernel without, if a call
+    without had come first."""
+    said = [{}, *({**a, **b} for a, b in itertools.combinations(ONE_EACH, 2))]
+    made = {}
+    for direction, given in itertools.product(("fwd", "bwd"), said):
+        options = Options(**given)
+        made.setdefault((direction, options.kind), set()).add(options.problem(direction, 64, "bf16"))
+    assert max(map(len, made.values())) == 1
+    assert len({problem for (problem,) in made.values() if problem.direction == "bwd"}) == len(made) / 2
 
 LENGTHS = (1, 2, 5, 8)
 SIDES = (-1, 0, 1, 3, 7, 100)
