@@ -21,7 +21,7 @@ from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTIONS_OF_GROUPS
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.recipe import LEAST_UNITS
 
-__all__ = ["RAGGED_ROWS", "SECTION_BYTES", "Launch", "launch_of", "ragged_dimensions"]
+__all__ = ["RAGGED_ROWS", "SECTION_BYTES", "Launch", "heads_per_section", "launch_of", "ragged_dimensions"]
 
 
 RAGGED_ROWS = 1 << 30  # as in templates/ptx/tma.cuh.j2
@@ -71,7 +71,7 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
         "num_tiles": blocks.of_queries,
         "num_batch_heads": batch * shape.num_heads,
         "num_batch_heads_kv": batch * shape.num_heads_kv * plan.tiling.group_parts,
-        "heads_per_section": _heads_per_section(plan, shape),
+        "heads_per_section": heads_per_section(plan, shape) * plan.tiling.group_parts,
         "softmax_scale": scale,
         "softmax_scale_log2": scale * math.log2(math.e),
     }
@@ -212,18 +212,18 @@ def _batch(plan: KernelPlan, shape: Shape) -> int:
     return 1 if plan.varlen else shape.batch
 
 
-def _heads_per_section(plan: KernelPlan, shape: Shape) -> int:
+def heads_per_section(plan: KernelPlan, shape: Shape) -> int:
     """How many neighbouring (batch, head) pairs are walked together, so that what they read stays in L2.
 
     Forward, whole groups of query heads that share K and V; backward, heads of K and V, with the Q, dO and sums of dQ
-    of their groups. Never more than there are: kernels multiply it with a number of blocks in 32 bits.
+    of their groups, in one part. Never more than there are: kernels multiply it with a number of blocks in 32 bits.
     """
     group = shape.num_heads // shape.num_heads_kv
     batch = _batch(plan, shape)
     if plan.problem.direction == "bwd":
         read = group * shape.seqlen_q * plan.section_row_bytes
         room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS)
-        return min(max(1, room // max(read, 1)), batch * shape.num_heads_kv) * plan.tiling.group_parts
+        return min(max(1, room // max(read, 1)), batch * shape.num_heads_kv)
     read = shape.seqlen_k * plan.section_row_bytes
     room = max(1, SECTION_BYTES // max(read, 1)) * group
     return min(room, max(SECTION_HEADS // group, 1) * group, batch * shape.num_heads)

@@ -180,6 +180,8 @@ class Declared:
         """How the value reads in a sentence, None where nothing is said of it."""
         if value is None or (self.is_text and not value):
             return None
+        if self.range and self.shown.optional and value == self.default:
+            return None
         if "{}" in self.shown.phrase:
             return self.shown.phrase.format(value)
         return self.shown.phrase if value else None

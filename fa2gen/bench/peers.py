@@ -23,6 +23,7 @@ from fa2gen.bench.points import Point
 from fa2gen.errors import InvalidInput
 from fa2gen.features import key_range
 from fa2gen.gpus import current_device
+from fa2gen.groups import parts_of, with_parts
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.options import CacheShape
 from fa2gen.select import select
@@ -250,7 +251,9 @@ def _of_tiling(tiling: Tiling, specs: tuple[KernelSpec, ...]) -> Contestant:
 
 
 def _selected(point: Point, arch: ArchName) -> KernelSpec:
-    return select(point.problem, current_device(), arch, point.seqlen).plan.spec
+    device = current_device()
+    plan = select(point.problem, device, arch, point.seqlen).plan
+    return with_parts(plan, parts_of(plan, point.shape, point.options, device.num_sms)).spec
 
 
 def _launched(

@@ -30,8 +30,9 @@ from torch.nn.functional import pad
 
 from fa2gen import env
 from fa2gen.arch import ARCHES, ArchName
-from fa2gen.errors import InvalidInput
+from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
+from fa2gen.groups import parts_of, with_parts
 from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
 from fa2gen.ops.validate import DTYPES, out_shape, validate, validate_backward, validate_options
 from fa2gen.options import Options, Shape
@@ -99,11 +100,27 @@ class Call:
 class _Chosen:
     """A kernel that was chosen, loaded when it is first needed."""
 
-    __slots__ = ("_kernel", "device", "plan", "target")
+    __slots__ = ("_in_parts", "_kernel", "device", "num_sms", "plan", "target")
 
     def __init__(self, plan: KernelPlan, target: str, device: int) -> None:
         self.plan, self.target, self.device = plan, target, device
+        self.num_sms = device_at(device).num_sms
         self._kernel: Kernel | None = None
+        self._in_parts: dict[int, _Chosen] = {}
+
+    def in_parts(self, shape: Shape, options: Options) -> _Chosen:
+        """The same with groups of heads in as many parts as these sizes want; itself where that can not be had here."""
+        parts = parts_of(self.plan, shape, options, self.num_sms)
+        if parts == 1:
+            return self
+        if parts not in self._in_parts:
+            chosen = _Chosen(with_parts(self.plan, parts), self.target, self.device)
+            try:
+                chosen.kernel()
+            except StoreError:  # not built ahead of time, where nothing can be generated
+                chosen = self
+            self._in_parts[parts] = chosen
+        return self._in_parts[parts]
 
     def kernel(self) -> Kernel:
         if self._kernel is None:
@@ -436,6 +453,8 @@ def packed(
     chosen = _chosen(direction, head_dims, q.dtype, options, q.get_device(), arch, tiling, keys)
     if 0 in shape or not all(has_aligned_strides(x) for x in tensors.values()):
         return None
+    if tiling is None:
+        chosen = chosen.in_parts(shape, options)
     strides = {name: x.stride()[:3] for name, x in tensors.items()}
     return chosen.kernel().prepare(shape, strides | results, options)
 

@@ -85,8 +85,8 @@ class EntryPoint:
 
     grid          its blocks of threads: "persistent", one an SM or fewer; "tiles", (m block, head, batch); one for each
                   block of queries, or of keys and part of a group, of all heads; "groups", one for each block of keys;
-                  "one"; or "parts", one an SM that has a part of the keys; "new rows", as many as have 8 columns of rows
-                  to append. A grid without blocks is not launched.
+                  "one"; or "parts", one an SM that has a part of the keys; "new rows", as many as have 8 columns of
+                  rows to append. A grid without blocks is not launched.
     starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
                   executes griddepcontrol.wait before it uses what that one writes.
     """
@@ -437,6 +437,12 @@ class KernelPlan:
     @property
     def swizzle_mask(self) -> int:
         return {128: 7, 64: 3, 32: 1}[self.tiling.swizzle_bytes]
+
+    @property
+    def head_multiple(self) -> str:
+        """C++: what query heads are a multiple of, in the launcher."""
+        parts = self.tiling.group_parts
+        return f"({parts} * call.num_heads_kv)" if parts > 1 else "call.num_heads_kv"
 
     # What a subclass must give.
 

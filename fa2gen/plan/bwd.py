@@ -81,11 +81,20 @@ class BackwardPlan(KernelPlan):
     def groups_name(self) -> str:
         return f"{self.name}_groups"
 
+    @property
+    def can_split_groups(self) -> bool:
+        """Not where scores are of expressions, which count heads of K and V too."""
+        return not self.has_score and not self.has_allow
+
     def groups_rule(self) -> list[BrokenRule]:
-        """The rule that a group in parts breaks, if scores are of expressions: they would count their heads wrong."""
-        if not self.splits_groups or not (self.has_score or self.has_allow):
+        if not self.splits_groups or self.can_split_groups:
             return []
-        return [BrokenRule("groups", f"{self.tiling.group_parts} parts given; with an expression: 1")]
+        return [BrokenRule("groups", f"{self.tiling.group_parts} parts given; {self.unsplit_groups}: 1")]
+
+    @property
+    def unsplit_groups(self) -> str:
+        """What it is that groups have one part for."""
+        return "with an expression"
 
     @property
     def chunks_per_row(self) -> int:

@@ -179,6 +179,14 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0) + of_allow + of_tensors
 
     @property
+    def can_split_groups(self) -> bool:
+        return super().can_split_groups and not self.splits_products
+
+    @property
+    def unsplit_groups(self) -> str:
+        return f"with {self.tile_n} keys" if self.splits_products else super().unsplit_groups
+
+    @property
     def sum_threads(self) -> int:
         return self.num_mma_threads if self.splits_keys else WARPGROUP_THREADS
 
@@ -448,9 +456,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def stored_maps(self) -> tuple[TensorMapPlan, ...]:
         rows = self.tile_n if self.passes_p else WARP_ROWS  # at once
-        return tuple(
-            TensorMapPlan(name, self.k_tile.columns, rows, self.tiling.swizzle_bytes) for name in ("dk", "dv")
-        )
+        return tuple(TensorMapPlan(name, self.k_tile.columns, rows, self.tiling.swizzle_bytes) for name in ("dk", "dv"))
 
     def result_map(self, name: str) -> str:
         """C++: the parameter for it of a function of the main kernel, which has none where groups are in parts."""
@@ -495,7 +501,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if not self.splits_groups:
             return ()
         shared_bytes = self.k_tile.bytes + self.v_tile.bytes
-        return (EntryPoint(self.groups_name, self.num_mma_threads, shared_bytes, self.stored_maps, "groups", STARTS_EARLY),)
+        return (
+            EntryPoint(self.groups_name, self.num_mma_threads, shared_bytes, self.stored_maps, "groups", STARTS_EARLY),
+        )
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
@@ -561,14 +569,6 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 )
             )
         broken += self.shared_memory_rule() + self.groups_rule()
-        if self.splits_groups and self.splits_products:
-            broken.append(
-                BrokenRule(
-                    "groups",
-                    f"{self.tiling.group_parts} parts given; with tile_n {self.tile_n}, of which one warpgroup holds "
-                    f"dV and the other dK: 1",
-                )
-            )
         if self.deterministic and self.splits_products and self.num_stages == 1:
             broken.append(
                 BrokenRule(

@@ -9,8 +9,8 @@
 //   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
 //             211 Global memory,  239 mbarriers,  283 TMA,  325 Bulk copies,  341 Fences,  348 Fragments,
 //             362 Registers,  370 Registers of a warpgroup,  382 wgmma,  559 What is visible,
-//             608 Softmax and its gradient,  708 Pipelines,  753 Loads,  801 Matrix products,  839 Staging,
-//             897 Producer,  950 Consumer, 1071 Kernels, 1216 Launch
+//             608 Softmax and its gradient,  708 Pipelines,  753 Loads,  802 Matrix products,  840 Staging,
+//             898 Producer,  951 Consumer, 1075 Kernels, 1220 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -781,7 +781,8 @@ __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t 
                                                KeyBlock const& block) {
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvBytes);
-        load_tile({map, map}, tile, kKvPanelBytes, full, key_box(s, block.n_block * kTileN, block.bidb), block.head_kv);
+        Box const box = key_box(s, block.n_block * kTileN, block.bidb);
+        load_tile({map, map}, tile, kKvPanelBytes, full, box, block.head_kv);
     }
 }
 
@@ -949,6 +950,15 @@ __device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barrier
 
 // Consumer: one of the mma warpgroups, 64 keys of the block --------------------------------------------------------------
 
+// 16 rows of dK or dV, through the tile where K or V was.
+__device__ __forceinline__ void finish(
+    CUtensorMap const& map, float const (&acc)[kNumAccDkv], uint32_t tile, float factor, Seqlen const& s,
+    KeyBlock const& block, int warp_key) {
+    uint32_t const rows = tile + warp_key * kPanelRowBytes;
+    stage_rows(acc, rows, kKvPanelBytes, factor);
+    store_rows(map, s, rows, block.n_block * kTileN + warp_key, block);
+}
+
 __device__ __forceinline__ void consume(
     CUtensorMap const& map_dk, CUtensorMap const& map_dv, Params const& p, uint32_t smem, Barriers const& barriers,
     int warpgroup, int warp) {
@@ -1056,15 +1066,9 @@ __device__ __forceinline__ void consume(
         walk.next(p, blocks);
     }
 
-    // dK and dV go where K and V were: all warps must be done with them.
-    named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
-    uint32_t const dk_rows = smem + kSmemK + warp_key * kPanelRowBytes;
-    uint32_t const dv_rows = smem + kSmemV + warp_key * kPanelRowBytes;
-    int const row = block.n_block * kTileN + warp_key;
-    stage_rows(acc_dv, dv_rows, kKvPanelBytes, 1.0f);
-    store_rows(map_dv, s, dv_rows, row, block);
-    stage_rows(acc_dk, dk_rows, kKvPanelBytes, p.softmax_scale);
-    store_rows(map_dk, s, dk_rows, row, block);
+    named_barrier_sync(kAllMmaWarps, kNumMmaThreads);  // all warps are done with K and V
+    finish(map_dv, acc_dv, smem + kSmemV, 1.0f, s, block, warp_key);
+    finish(map_dk, acc_dk, smem + kSmemK, p.softmax_scale, s, block, warp_key);
     tma_store_wait();
 }
 

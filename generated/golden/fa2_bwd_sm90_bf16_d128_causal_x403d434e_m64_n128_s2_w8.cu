@@ -10,7 +10,7 @@
 //             224 Global memory,  252 mbarriers,  296 TMA,  338 Bulk copies,  354 Fences,  361 Fragments,
 //             375 Registers,  383 Registers of a warpgroup,  395 wgmma,  572 What is visible,  624 Expressions,
 //             639 Softmax and its gradient,  686 Scores of an expression,  805 Pipelines,  850 Loads,
-//             898 Matrix products,  936 Staging,  994 Producer, 1047 Consumer, 1168 Kernels, 1313 Launch
+//             899 Matrix products,  937 Staging,  995 Producer, 1048 Consumer, 1172 Kernels, 1317 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -878,7 +878,8 @@ __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t 
                                                KeyBlock const& block) {
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvBytes);
-        load_tile({map, map}, tile, kKvPanelBytes, full, key_box(s, block.n_block * kTileN, block.bidb), block.head_kv);
+        Box const box = key_box(s, block.n_block * kTileN, block.bidb);
+        load_tile({map, map}, tile, kKvPanelBytes, full, box, block.head_kv);
     }
 }
 
@@ -1046,6 +1047,15 @@ __device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barrier
 
 // Consumer: one of the mma warpgroups, 64 keys of the block --------------------------------------------------------------
 
+// 16 rows of dK or dV, through the tile where K or V was.
+__device__ __forceinline__ void finish(
+    CUtensorMap const& map, float const (&acc)[kNumAccDkv], uint32_t tile, float factor, Seqlen const& s,
+    KeyBlock const& block, int warp_key) {
+    uint32_t const rows = tile + warp_key * kPanelRowBytes;
+    stage_rows(acc, rows, kKvPanelBytes, factor);
+    store_rows(map, s, rows, block.n_block * kTileN + warp_key, block);
+}
+
 __device__ __forceinline__ void consume(
     CUtensorMap const& map_dk, CUtensorMap const& map_dv, Params const& p, uint32_t smem, Barriers const& barriers,
     int warpgroup, int warp) {
@@ -1153,15 +1163,9 @@ __device__ __forceinline__ void consume(
         walk.next(p, blocks);
     }
 
-    // dK and dV go where K and V were: all warps must be done with them.
-    named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
-    uint32_t const dk_rows = smem + kSmemK + warp_key * kPanelRowBytes;
-    uint32_t const dv_rows = smem + kSmemV + warp_key * kPanelRowBytes;
-    int const row = block.n_block * kTileN + warp_key;
-    stage_rows(acc_dv, dv_rows, kKvPanelBytes, 1.0f);
-    store_rows(map_dv, s, dv_rows, row, block);
-    stage_rows(acc_dk, dk_rows, kKvPanelBytes, p.softmax_scale);
-    store_rows(map_dk, s, dk_rows, row, block);
+    named_barrier_sync(kAllMmaWarps, kNumMmaThreads);  // all warps are done with K and V
+    finish(map_dv, acc_dv, smem + kSmemV, 1.0f, s, block, warp_key);
+    finish(map_dk, acc_dk, smem + kSmemK, p.softmax_scale, s, block, warp_key);
     tma_store_wait();
 }
 

@@ -9,8 +9,8 @@
 //   contents   33 Problem and tiling,   57 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
 //             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
 //             346 Registers of a warpgroup,  358 wgmma,  561 What is visible,  607 Softmax and its gradient,
-//             702 Pipelines,  749 Loads,  797 Matrix products,  834 Staging,  891 Producer,  925 Consumers,
-//            1110 Kernels, 1247 Launch
+//             702 Pipelines,  749 Loads,  798 Matrix products,  835 Staging,  892 Producer,  926 Consumers,
+//            1111 Kernels, 1248 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -777,7 +777,8 @@ __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t 
                                                KeyBlock const& block) {
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvBytes);
-        load_tile({map, map}, tile, kKvPanelBytes, full, key_box(s, block.n_block * kTileN, block.bidb), block.head_kv);
+        Box const box = key_box(s, block.n_block * kTileN, block.bidb);
+        load_tile({map, map}, tile, kKvPanelBytes, full, box, block.head_kv);
     }
 }
 

@@ -9,8 +9,8 @@
 //   contents   32 Problem and tiling,   53 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
 //             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
 //             353 Registers,  362 Registers of a warpgroup,  374 wgmma,  543 What is visible,
-//             591 Softmax and its gradient,  709 Pipelines,  754 Loads,  802 Matrix products,  845 Staging,
-//             891 Producer,  925 Consumers, 1133 Kernels, 1270 Launch
+//             591 Softmax and its gradient,  709 Pipelines,  754 Loads,  803 Matrix products,  846 Staging,
+//             892 Producer,  926 Consumers, 1134 Kernels, 1271 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -782,7 +782,8 @@ __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t 
                                                KeyBlock const& block) {
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvBytes);
-        load_tile({map, map}, tile, kKvPanelBytes, full, key_box(s, block.n_block * kTileN, block.bidb), block.head_kv);
+        Box const box = key_box(s, block.n_block * kTileN, block.bidb);
+        load_tile({map, map}, tile, kKvPanelBytes, full, box, block.head_kv);
     }
 }
 
@@ -931,8 +932,8 @@ struct Work {
     BlockRange blocks;
 };
 
-__device__ __forceinline__ Work work_of_block(Params const& p) {
-    KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
+__device__ __forceinline__ Work work_of_block(Params const& p, int index) {
+    KeyBlock const block = key_block_at(p, index);
     Seqlen const s = seqlen_of(p, block.bidb);
     return {block, s, query_blocks(p, s, block.n_block * kTileN)};
 }
@@ -974,7 +975,7 @@ __device__ __forceinline__ void finish(
 // S = Q K^T, P, and dV^T += dO^T P; of dQ the first 128 columns.
 __device__ __forceinline__ void consume_dv(
     CUtensorMap const& map_dv, Params const& p, uint32_t smem, Barriers const& barriers, int warp) {
-    Work const work = work_of_block(p);
+    Work const work = work_of_block(p, static_cast<int>(blockIdx.x));
     uint32_t const k_tile = (smem + kSmemK) / kDescUnit;
     bool const leader = lane_id() == 0;
     int const row = 16 * warp + lane_id() / 4;  // of the block of queries, and the eighth after it
@@ -1053,7 +1054,7 @@ __device__ __forceinline__ void consume_dv(
 // dP = dO V^T, dS, and dK^T += Q^T dS; of dQ the other 128 columns.
 __device__ __forceinline__ void consume_dk(
     CUtensorMap const& map_dk, Params const& p, uint32_t smem, Barriers const& barriers, int warp) {
-    Work const work = work_of_block(p);
+    Work const work = work_of_block(p, static_cast<int>(blockIdx.x));
     uint32_t const k_tile = (smem + kSmemK) / kDescUnit;
     uint32_t const v_tile = (smem + kSmemV) / kDescUnit;
     bool const leader = lane_id() == 0;

@@ -108,6 +108,7 @@ def test_options_of_one_kind_make_one_problem():
     assert max(map(len, made.values())) == 1
     assert len({problem for (problem,) in made.values() if problem.direction == "bwd"}) == len(made) / 2
 
+
 LENGTHS = (1, 2, 5, 8)
 SIDES = (-1, 0, 1, 3, 7, 100)
 

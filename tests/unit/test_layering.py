@@ -21,7 +21,7 @@ LAYERS: dict[int, tuple[str, ...]] = {
     0: ("_version", "errors", "arch", "log", "files", "env", "_paths", "_when_imported", "_lazy_operators"),
     1: ("expression", "spec", "options", "layout", "ptx"),
     2: ("features", "plan", "catalog"),
-    3: ("source", "render", "select", "launch"),
+    3: ("source", "render", "select", "launch", "groups"),
     4: ("compile", "store"),
     5: ("kernel", "build"),
     6: (

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fa2gen.features import examples_of
+from fa2gen.groups import with_parts
 from fa2gen.launch import launch_of
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
@@ -37,6 +38,7 @@ PLANS = [
     for problem in PROBLEMS
     for arch in ("sm80", "sm90")
 ]
+PLANS += [with_parts(plan, 2) for plan in PLANS if plan.problem.direction == "bwd" and plan.can_split_groups]
 each_plan = pytest.mark.parametrize("plan", PLANS, ids=[plan.name for plan in PLANS])
 NUM_SMS = 132
 
@@ -93,6 +95,7 @@ def test_formulas_are_what_launches_compute(plan: KernelPlan):
     fitting = 0
     calls: list[AnyShape] = [*(caches() if plan.problem.direction == "decode" else shapes())]
     for shape in calls:
+        shape = shape._replace(num_heads=shape.num_heads * plan.tiling.group_parts)
         known = computed(recipe.sizes(plan), shape._asdict() | {"softmax_scale": 0.1, "num_sms": NUM_SMS} | given)
         most = max(computed({"count": text}, known)["count"] for text in recipe.limits(plan))
         try:
@@ -118,7 +121,7 @@ def test_what_features_add_to_params(plan: KernelPlan):
     assert recipe.of_features(plan).keys() == added
     for example in examples_of(plan.problem):
         right = 0 if example.causal else example.window_right
-        for sizes in (Shape(1, q, k, 2, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
+        for sizes in (Shape(1, q, k, 4, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
             shape = sizes if plan.problem.direction != "decode" else CacheShape(*sizes, 0, 9, 1, 1, 5000)
             values = launch_of(plan, shape, sized(plan, example), NUM_SMS).values
             known = shape._asdict() | example._asdict() | {"window_right": right}

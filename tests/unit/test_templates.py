@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from pathlib import Path
 from typing import get_args
@@ -111,6 +112,11 @@ def plans() -> list[KernelPlan]:
         for way in ("fwd", "bwd")
     ]
     specs += [KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in of_v for arch in ("sm80", "sm90")]
+    in_parts = [*itertools.product((64, 72, 256), (False, True)), (168, False)]
+    for (d, varlen), arch in itertools.product(in_parts, ("sm80", "sm90")):
+        problem = Problem(direction="bwd", head_dim=d, head_dim_v=d - 8, varlen=varlen)
+        tiling = default_tiling(problem, arch).model_copy(update={"group_parts": 2})
+        specs.append(KernelSpec(problem=problem, tiling=tiling))
     cached = problems_of(direction="decode", head_dim=[8, 72, 128, 256], sink=False)
     cached += [
         Problem(direction="decode", head_dim=64, mask=mask, sink=True, paged=True, score=score, allow=allow)

@@ -1,0 +1,65 @@
+"""Gradients with groups of heads in parts: the sums of all parts, in an order that never changes."""
+
+from __future__ import annotations
+
+import pytest
+
+from fa2gen import cases
+from fa2gen.cpu import RunOptions, run_kernel
+from fa2gen.options import Shape
+from fa2gen.plan import make_plan
+from fa2gen.spec import KernelSpec
+from tests.cpu.faults import Fault, symptom
+
+BY_KEYS = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4"
+AMPERE = "fa2_bwd_sm80_fp16_d64_m128_n64_s2_w8_g2"
+KERNELS = (
+    BY_KEYS,
+    "fa2_bwd_sm90_bf16_d128_v64_sink_m80_n128_s2_w8_g2",
+    "fa2_bwd_sm90_bf16_d168_causal_det_m64_n96_s2_w8_g4",  # P passes
+    "fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_g2",
+    AMPERE,
+    "fa2_bwd_sm80_bf16_d72_v40_causal_varlen_det_m64_n64_s2_w8_g4",
+)
+SHAPES = (Shape(1, 140, 203, 8, 2), Shape(1, 133, 60, 4, 1))
+
+
+def run(name: str, shape: Shape, rendered=None, **how):
+    case = cases.make(KernelSpec.from_name(name), shape, with_dlse=True)
+    run_kernel(make_plan(case.spec), case.tensors, case.options, run_options=RunOptions(**how), rendered=rendered)
+    assert cases.written_outside(case) is None
+    return cases.verdict(case), (case.tensors["dk"].clone(), case.tensors["dv"].clone())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients(name):
+    for shape in SHAPES:
+        verdict, first = run(name, shape)
+        assert verdict.ok, f"{shape}: {verdict}"
+    _, again = run(name, shape, seed=5)
+    assert all(x.equal(y) for x, y in zip(first, again, strict=True)), "dK and dV are sums in one order"
+
+
+FAULTS = (
+    Fault("a-part-left-out", BY_KEYS, "other < kGroupParts", "other < kGroupParts - 1"),
+    Fault(
+        "parts-of-one-head",
+        BY_KEYS,
+        "block.head_kv * (p.num_heads_per_kv / kGroupParts)",
+        "block.head_kv / kGroupParts",
+    ),
+    Fault("keys-of-a-part", BY_KEYS, "block.head_kv / kGroupParts", "block.head_kv % 2", count=2),
+    Fault("sums-not-awaited", BY_KEYS, "griddepcontrol_wait();\n    int const index", "int const index"),
+    Fault(
+        "a-part-over-another",
+        AMPERE,
+        "static_cast<int64_t>(index) * kPartFloats",
+        "static_cast<int64_t>(index / 2) * kPartFloats",
+    ),
+    Fault("dv-over-dk", AMPERE, "leave_part(part + kDkFloats", "leave_part(part"),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_is_seen(fault):
+    assert symptom(run, fault, SHAPES[:1], 0), "no run shows it"

@@ -1,0 +1,84 @@
+"""How gradients' groups of heads are split: the choice by a call's sizes, and what refuses it."""
+
+from __future__ import annotations
+
+import pytest
+
+from fa2gen.errors import InfeasibleSpec, InvalidInput
+from fa2gen.groups import parts_of, with_parts
+from fa2gen.launch import launch_of
+from fa2gen.options import Options, Shape
+from fa2gen.plan import default_tiling, make_plan
+from fa2gen.select import best_spec
+from fa2gen.spec import KernelSpec, Problem
+
+SMS = 132
+
+
+def plan_for(head_dim: int, arch: str = "sm90", mask: str = "causal", **fields):
+    return make_plan(best_spec(Problem(direction="bwd", head_dim=head_dim, mask=mask, **fields), arch))
+
+
+# What was the fastest of 1, 2, 4, 8 on an H100, or within 1% of it.
+@pytest.mark.parametrize(
+    ("mask", "sizes", "head_dim", "fastest"),
+    [
+        ("causal", (8, 2048, 32, 1), 64, (8,)),
+        ("causal", (4, 4096, 16, 2), 256, (4,)),
+        ("causal", (8, 2048, 32, 4), 128, (2, 4)),
+        ("causal", (8, 2048, 32, 8), 128, (1,)),
+        ("causal", (2, 8192, 32, 8), 128, (1,)),
+        ("causal", (2, 8192, 64, 8), 128, (2,)),
+        ("causal", (2, 8192, 64, 8), 64, (2,)),
+        ("causal", (1, 4096, 32, 4), 128, (4,)),
+        ("causal", (2, 8192, 16, 16), 128, (1,)),
+        ("full", (8, 2048, 32, 1), 64, (1, 2)),
+        ("full", (4, 4096, 16, 2), 256, (4,)),
+        ("full", (8, 2048, 32, 4), 128, (1,)),
+        ("full", (2, 8192, 64, 8), 128, (1,)),
+        ("full", (1, 1024, 32, 4), 128, (4,)),
+    ],
+)
+def test_the_choice_is_the_fastest_measured(mask, sizes, head_dim, fastest):
+    batch, seqlen, heads, heads_kv = sizes
+    plan = plan_for(head_dim, mask=mask)
+    shape = Shape(batch, seqlen, seqlen, heads, heads_kv)
+    assert parts_of(plan, shape, Options(causal=mask == "causal"), SMS) in fastest
+
+
+def test_a_group_has_parts_that_divide_it():
+    plan = plan_for(64)
+    for group in (2, 3, 5, 6, 7, 48, 71):
+        parts = parts_of(plan, Shape(1, 8192, 8192, group, 1), Options(causal=True), SMS)
+        assert group % parts == 0
+        assert parts > 1 or group == 71, "one head of K and V does not fill a device; 71 has no divisor up to 32"
+        launch_of(with_parts(plan, parts), Shape(1, 8192, 8192, group, 1), Options(causal=True), SMS)
+
+
+def test_parts_that_do_not_divide_a_group_are_refused():
+    with pytest.raises(InvalidInput, match="2 parts, which do not divide groups of 3 heads"):
+        launch_of(with_parts(plan_for(64), 2), Shape(1, 64, 64, 3, 1), Options(causal=True), SMS)
+
+
+def test_what_has_no_parts():
+    shape, options = Shape(1, 512, 512, 8, 1), Options(causal=True)
+    assert parts_of(plan_for(64, score="2 * s"), shape, options, SMS) == 1
+    assert parts_of(plan_for(192, dropout=True), shape, options, SMS) == 1, "split by products"
+    assert parts_of(make_plan(best_spec(Problem(head_dim=64), "sm90")), shape, options, SMS) == 1
+    for problem, why in (
+        (Problem(head_dim=64), "only gradients are sums over a group: 1"),
+        (Problem(direction="decode", head_dim=64), "only gradients are sums over a group: 1"),
+        (Problem(direction="bwd", head_dim=128, score="2 * s"), "with an expression: 1"),
+        (Problem(direction="bwd", head_dim=192, dropout=True), "with 64 keys: 1"),
+    ):
+        tiling = default_tiling(problem, "sm90").model_copy(update={"group_parts": 2})
+        with pytest.raises(InfeasibleSpec, match=why):
+            make_plan(KernelSpec(problem=problem, tiling=tiling))
+
+
+def test_fewer_blocks_want_no_fewer_parts():
+    for head_dim, arch in ((64, "sm90"), (128, "sm80"), (256, "sm90")):
+        plan = plan_for(head_dim, arch)
+        parts = [parts_of(plan, Shape(b, 4096, 4096, 64, 2), Options(causal=True), SMS) for b in (1, 2, 4, 8, 16, 64)]
+        assert parts == sorted(parts, reverse=True)
+        assert parts[-1] <= 2
