@@ -21,7 +21,7 @@ from fa2gen.features import examples_of
 from fa2gen.gpus import current_device
 from fa2gen.options import AnyShape, Options, Shape
 from fa2gen.plan import make_plan
-from fa2gen.spec import KernelSpec, Problem
+from fa2gen.spec import KernelSpec, Problem, names_of
 
 if TYPE_CHECKING:
     from fa2gen.cpu import Count
@@ -123,7 +123,7 @@ def make(
     place = device if large else "cpu"
     generator = torch.Generator(place).manual_seed(seed)
     for operand in (x for x in make_plan(spec).operands if x.of not in ("bounds", "lengths") and x.name not in tensors):
-        size = operand.shape(sizes, problem)
+        size = tuple(tensors[operand.name[1:]].shape) if operand.is_input else operand.shape(sizes, problem)
         of_dtype = dtype if operand.is_tensor else torch.float32
         if operand.out and operand.name != "q":  # which a kernel turns, where a call appends
             buffers[operand.name], tensors[operand.name] = _guarded(torch, size, of_dtype, device)
@@ -297,7 +297,7 @@ def verdict(case: Case) -> Verdict | GradientVerdict:
 
     Rows that have nothing to see must be 0 (LSE -inf): NaN, as of a row that is not written, is judged as such.
     """
-    from fa2gen.reference import check, check_gradients, check_sink_gradient
+    from fa2gen.reference import check, check_gradients, check_input_gradients, check_sink_gradient
 
     options = case.options._asdict()
     found: list[Verdict | GradientVerdict] = []
@@ -310,6 +310,9 @@ def verdict(case: Case) -> Verdict | GradientVerdict:
                 gradients = (x["dq"], x["dk"], x["dv"])
                 more = options | {name: x.get(name) for name in ("dlse", "s_aux", "place")}
                 found.append(check_gradients(gradients, x["dout"], x["q"], x["k"], x["v"], **more))
+        if learned := names_of(case.spec.problem.learned):
+            of_inputs = [case.tensors[f"d{token}"] for token in learned]
+            found.append(check_input_gradients(of_inputs, _parts(case), **options))
         if "ds_aux" in case.results:
             found.append(check_sink_gradient(case.tensors["ds_aux"], case.tensors["s_aux"], _parts(case)))
     return max(found, key=lambda one: one.share)
@@ -323,7 +326,8 @@ def written_outside(case: Case) -> str | None:
             return f"{outside} elements outside of {name} were written"
     if not case.spec.problem.varlen and case.spec.problem.direction != "decode":
         return None
-    of_rows = {name: x for name, x in case.results.items() if x.dim() > 1}
+    has_rows = {operand.name for operand in make_plan(case.spec).operands if operand.is_tensor or operand.of == "row"}
+    of_rows = {name: x for name, x in case.results.items() if name in has_rows}
     blank = {name: torch.full_like(x, -math.inf if name == "lse" else 0.0) for name, x in of_rows.items()}
     rest = {name: x.clone() for name, x in of_rows.items()}
     for part in _parts(replace(case, tensors={**case.tensors, **rest})):

@@ -95,6 +95,7 @@ class Expression(NamedTuple):
 
     numbers  the values of number_0 and so on, those of `inputs` that are no tensors, in their order.
     shapes   the sizes of those that are.
+    learned  of a backward call, which of those have gradients.
     """
 
     score: str = ""
@@ -102,6 +103,12 @@ class Expression(NamedTuple):
     inputs: str = ""
     numbers: tuple[float, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
+    learned: str = ""
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What decides which problem it makes."""
+        return (*self[:3], self.learned)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -189,14 +196,14 @@ class Options(NamedTuple):
     @property
     def kind(self) -> tuple[Any, ...]:
         """What of these options decides which problem they make; the others are numbers of a call."""
-        expression = self.expression and self.expression[:3]
+        expression = self.expression and self.expression.kind
         return (self.mask, self.varlen, self.sink, self.deterministic, expression, self.dropout_p > 0)
 
     def problem(
         self, direction: Direction, head_dim: int, dtype: DType, head_dim_v: int | None = None, paged: bool = False
     ) -> Problem:
         """What a kernel for these options computes; `paged` is whether its cache is."""
-        score, allow, inputs = (self.expression or Expression())[:3]
+        score, allow, inputs, learned = (self.expression or Expression()).kind
         return Problem(
             direction=direction,
             head_dim=head_dim,
@@ -211,4 +218,5 @@ class Options(NamedTuple):
             score=score,
             allow=allow,
             inputs=inputs,
+            learned=learned if direction == "bwd" else "",
         )

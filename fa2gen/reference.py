@@ -21,12 +21,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fa2gen.expression import evaluate
+from fa2gen.expression import evaluate, parse
+from fa2gen.expression.evaluate import evaluate_tree
 from fa2gen.features import key_range
 from fa2gen.features.dropout import keep_steps
 from fa2gen.features.expression import named_values
-from fa2gen.options import Options
-from fa2gen.spec import program_of
+from fa2gen.options import Expression, Options
+from fa2gen.spec import anonymous, names_of, program_of, text_of
 
 __all__ = [
     "GradientVerdict",
@@ -39,6 +40,7 @@ __all__ = [
     "attention_tiled",
     "check",
     "check_gradients",
+    "check_input_gradients",
     "check_sink_gradient",
     "dropout_keep",
     "dropout_mask",
@@ -49,11 +51,15 @@ __all__ = [
 
 class Place(NamedTuple):
     """What the expressions of a call look up beside positions: tensors, in the order of its inputs; and the number of
-    the batch's first entry, where a sequence is looked at alone. And what dropout draws from, see `dropout_keep`."""
+    the batch's first entry, where a sequence is looked at alone. And what dropout draws from, see `dropout_keep`.
+
+    gradients  to which those of the tensors that learn are added, shaped as they, in their order.
+    """
 
     tensors: Sequence[Tensor] = ()
     b: int = 0
     rng_state: Tensor | None = None
+    gradients: Sequence[Tensor] = ()
 
 
 def attention_reference(
@@ -270,7 +276,8 @@ def attention_backward_tiled(
     dlse  gradient of lse, or None: lse was not used.
 
     Keys are walked in blocks of `tile_n`, and for each of them the tiles of `tile_m` queries that see it. Returns
-    (dq, dk, dv), contiguous, in the dtypes of q, k and v; see the module for options.
+    (dq, dk, dv), contiguous, in the dtypes of q, k and v; see the module for options. Gradients of an expression's
+    tensors are added to those of `place`.
     """
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     said = Options(**options)
@@ -369,9 +376,11 @@ def attention_backward_ragged(
     seqused_k: Tensor | None,
     tensors: Sequence[Tensor] = (),
     rng_state: Tensor | None = None,
+    gradients: Sequence[Tensor] = (),
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attention_backward_tiled`, one sequence of a ragged batch at a time; tensors as of `attention_ragged`.
+    """`attention_backward_tiled`, one sequence of a ragged batch at a time; tensors as of `attention_ragged`, gradients
+    as of `Place`.
 
     Returns (dq, dk, dv), contiguous; 0 where no sequence has the row.
     """
@@ -381,9 +390,8 @@ def attention_backward_ragged(
         one_q, one_dout, one_out = (x[None, q0:q1] for x in of_query)
         one_k, one_v = (x[None, k0:k1] for x in of_key)
         rows, drows = lse[None, :, q0:q1], None if dlse is None else dlse[None, :, q0:q1]
-        found = attention_backward_tiled(
-            one_dout, one_q, one_k, one_v, one_out, rows, drows, place=Place(tensors, b, rng_state), **options
-        )
+        place = Place(tensors, b, rng_state, gradients)
+        found = attention_backward_tiled(one_dout, one_q, one_k, one_v, one_out, rows, drows, place=place, **options)
         dq[q0:q1], dk[k0:k1], dv[k0:k1] = (x[0] for x in found)
     return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
@@ -546,7 +554,79 @@ def check_gradients(
     keys it exceeds all of pt's, with many it is nothing.
     """
     scale = Options(**options).scale(q.shape[-1])
-    options |= {"s_aux": s_aux, "place": place}
+    truth, plain, rounded = _three_gradients(dout, dlse, q, k, v, options | {"s_aux": s_aux, "place": place})
+    ds_noise = _ds_noise(dout, v) * scale
+    of_key = (q.shape[1] * (q.shape[2] // max(k.shape[2], 1))) ** 0.5  # so many rows are summed
+    noises = (ds_noise * _max(k.float().abs()), ds_noise * _max(q.float().abs()) * of_key, 0.0)
+    of_each = zip(gradients, truth[:3], plain[:3], rounded[:3], noises, strict=True)
+    return GradientVerdict(*zip(*(_judged(*one) for one in of_each), strict=True))
+
+
+def check_input_gradients(
+    gradients: Sequence[Tensor], parts: Iterable[Mapping[str, Any]], **options: Any
+) -> GradientVerdict:
+    """Judge the gradients of an expression's tensors that learn, in their order, by the rule of `check_gradients`, and
+    allow in the mean half a rounding step of the inputs' dtype for each term of a sum, which add up as random numbers
+    do: a single number of plain PyTorch's may be right by chance.
+
+    parts  q, k, v, dout, place and what else there is of dlse and s_aux, of each sequence: gradients are their sums.
+    """
+    sums: list[tuple[Tensor, ...]] = []  # of each part: truth, plain, rounded, and terms squared
+    noise = eps = 0.0
+    for part in parts:
+        q, k, v, dout, dlse = part["q"], part["k"], part["v"], part["dout"], part.get("dlse")
+        more = options | {name: part.get(name) for name in ("s_aux", "place")}
+        three = _three_gradients(dout, dlse, q, k, v, more)
+        sums.append((*(x for of_part in three for x in of_part[3:]), *_squared_terms(dout, dlse, q, k, v, more)))
+        noise = max(noise, _ds_noise(dout, v) * (q.shape[1] * q.shape[2] * k.shape[1]) ** 0.5)
+        eps = torch.finfo(q.dtype).eps
+    of_each = [torch.stack(of_parts).sum(0) for of_parts in zip(*sums, strict=True)]
+    rows, count = [], len(gradients)
+    for n, x in enumerate(gradients):
+        truth, plain, rounded, squares = of_each[n::count]
+        error, allowed, mean, mean_allowed = _judged(x, truth, plain, rounded, noise)
+        sizes = eps * squares.sqrt()
+        rows.append((error, allowed + 2 * _max(sizes), mean, mean_allowed + _mean(sizes) / 2))
+    names = tuple(f"d{token}" for token in names_of(options["expression"].learned))
+    errors, most, means, most_means = zip(*rows, strict=True)
+    return GradientVerdict(errors, most, means, most_means, names)
+
+
+def _squared_terms(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> Iterator[Tensor]:
+    """Of each tensor that learns, sums over the squares of what its gradients are sums of."""
+    said = Options(**{name: x for name, x in options.items() if name in Options._fields})
+    place, expression = options["place"], said.expression
+    assert expression
+    (batch, seqlen_q, num_heads), seqlen_k = q.shape[:3], k.shape[1]
+    program, learned = program_of(*expression[:3]), names_of(expression.learned)
+    # dS as the gradient of what is added to the score.
+    with_ds = parse(f"({program.score}) + ds[b, h, i, j]", program.allow, {**dict(program.types), "ds": "float"})
+    tensors = dict(zip((x.name for x in program.inputs if x.is_tensor), place.tensors, strict=True))
+    tensors["ds"] = q.new_zeros((batch, num_heads, seqlen_q, seqlen_k), dtype=torch.float32)
+    plain, names = anonymous(with_ds), [x.name for x in with_ds.inputs if x.is_tensor]
+    asked = Expression(plain.score, plain.allow, text_of(plain.types), expression.numbers, (), with_ds.tokens["ds"])
+    of_ds = {"expression": asked, "place": place._replace(tensors=[tensors[name] for name in names])}
+    with _full_fp32():
+        *_, ds = _gradients(dout, dlse, q, k, v, options | of_ds)
+        scores = torch.einsum("bqngd,bknd->bngqk", _group_heads(q.float(), k), k.float()) * said.scale(q.shape[-1])
+    values = _values(said, scores, place, seqlen_q, seqlen_k)
+    for token in learned:
+        total = torch.zeros_like(tensors[token])
+        for access in program.accesses:
+            if access.token == token:
+                terms = evaluate_tree(access.derivative, values, torch) * ds
+                indices = (evaluate_tree(index, values, torch).expand(ds.shape) for index in access.leaf.args)
+                inside = (index.clamp(0, size - 1).long() for index, size in zip(indices, total.shape, strict=True))
+                total.index_put_(tuple(inside), terms.square(), accumulate=True)
+        yield total
+
+
+def _three_gradients(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
+) -> tuple[tuple[Tensor, ...], ...]:
+    """Those of `_gradients` in fp32, in the inputs' dtype, and in fp32 of a rounded O."""
     with _full_fp32():
         truth = _gradients(dout, dlse, q, k, v, options)
         plain = _gradients(dout, dlse, q, k, v, options | {"upcast": False, "reorder_ops": True})
@@ -554,21 +634,26 @@ def check_gradients(
         out = attention_reference(q.float(), k.float(), v.float(), **options)[0]
         shift = (dout.float() * (out - out.to(q.dtype).float())).sum(-1).transpose(1, 2)
         rounded = _gradients(dout, shift if dlse is None else dlse + shift, q, k, v, options)
-    ds_noise = 4 * torch.finfo(torch.float32).eps * scale * _longest_row(dout) * _longest_row(v)
-    of_key = (q.shape[1] * (q.shape[2] // max(k.shape[2], 1))) ** 0.5  # so many rows are summed
-    noises = (ds_noise * _max(k.float().abs()), ds_noise * _max(q.float().abs()) * of_key, 0.0)
-    rows = []
-    for x, ref, pt, by_rounding, noise in zip(gradients, truth, plain, rounded, noises, strict=True):
-        error, pt_error = _error(x, ref), _error(pt, ref)
-        floor = 2 * _max(_error(ref + 0.3 - 0.3, ref))
-        mean_allowed = 1.2 * _mean(pt_error) + torch.finfo(ref.dtype).eps / 8 * _mean(ref.float().abs())
-        of_rounding = _error(by_rounding, ref)
-        mean_allowed = math.hypot(mean_allowed, 1.2 * _mean(of_rounding))
-        if _max(ref.float().abs()) <= noise:
-            floor, mean_allowed = floor + noise, mean_allowed + noise
-        max_allowed = math.hypot(2 * _max(pt_error) + floor, 2 * _max(of_rounding))
-        rows.append((_max(error), max_allowed, _mean(error), mean_allowed))
-    return GradientVerdict(*zip(*rows, strict=True))
+    return truth, plain, rounded
+
+
+def _ds_noise(dout: Tensor, v: Tensor) -> float:
+    """What fp32 leaves of dP - dPsum where that is nothing."""
+    eps: float = torch.finfo(torch.float32).eps
+    return 4 * eps * _longest_row(dout) * _longest_row(v)
+
+
+def _judged(x: Tensor, ref: Tensor, pt: Tensor, by_rounding: Tensor, noise: float) -> tuple[float, float, float, float]:
+    """The errors of a gradient and their bounds, in the order of a verdict's fields."""
+    error, pt_error = _error(x, ref), _error(pt, ref)
+    floor = 2 * _max(_error(ref + 0.3 - 0.3, ref))
+    mean_allowed = 1.2 * _mean(pt_error) + torch.finfo(ref.dtype).eps / 8 * _mean(ref.float().abs())
+    of_rounding = _error(by_rounding, ref)
+    mean_allowed = math.hypot(mean_allowed, 1.2 * _mean(of_rounding))
+    if _max(ref.float().abs()) <= noise:
+        floor, mean_allowed = floor + noise, mean_allowed + noise
+    max_allowed = math.hypot(2 * _max(pt_error) + floor, 2 * _max(of_rounding))
+    return _max(error), max_allowed, _mean(error), mean_allowed
 
 
 def check_sink_gradient(ds_aux: Tensor, s_aux: Tensor, parts: Iterable[Mapping[str, Tensor]]) -> GradientVerdict:
@@ -606,16 +691,19 @@ def _longest_row(x: Tensor) -> float:
 def _gradients(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """Of q, k and v, by autograd."""
+    """Of q, k and v, and of an expression's tensors that learn, by autograd."""
     with torch.enable_grad():
         leaves = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        out, lse = attention_reference(*leaves, **options)
+        said = Options(**{name: x for name, x in options.items() if name in Options._fields})
+        place = options.get("place") or Place()
+        tensors, learning = _with_leaves(place.tensors, said)
+        out, lse = attention_reference(*leaves, **options | {"place": place._replace(tensors=tensors)})
         outputs, grads = [out], [dout]
         if dlse is not None:  # a row without keys has a constant lse
             no_key = torch.isneginf(lse)
             outputs.append(lse.masked_fill(no_key, 0.0))
             grads.append(dlse.masked_fill(no_key, 0.0))
-        gradients: tuple[Tensor, ...] = torch.autograd.grad(outputs, leaves, grads)
+        gradients: tuple[Tensor, ...] = torch.autograd.grad(outputs, (*leaves, *learning), grads)
         return gradients
 
 
@@ -717,18 +805,34 @@ def _pulled_back(
     rows: tuple[int, int],
     cols: tuple[int, int],
 ) -> Tensor:
-    """The gradient of scaled scores, from that of what the call's expression made of them; by autograd, in a thread of
-    its own: an operator's CPU kernel runs below autograd, and a new thread does not."""
+    """The gradient of scaled scores, from that of what the call's expression made of them, and those of its tensors;
+    by autograd, in a thread of its own: an operator's CPU kernel runs below autograd, and a new thread does not."""
+    place = place or Place()
 
-    def gradient() -> Tensor:
+    def gradients() -> tuple[Tensor, ...]:
         with torch.enable_grad():
             products = scores.detach().requires_grad_()
-            modified = _modified(options, products, place, seqlen_q, seqlen_k, rows, cols)
-            (found,) = torch.autograd.grad(modified, products, ds, materialize_grads=True)
-        return found
+            tensors, learning = _with_leaves(place.tensors, options)
+            with_leaves = place._replace(tensors=tensors)
+            modified = _modified(options, products, with_leaves, seqlen_q, seqlen_k, rows, cols)
+            found: tuple[Tensor, ...] = torch.autograd.grad(modified, (products, *learning), ds, materialize_grads=True)
+            return found
 
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(gradient).result()
+        of_scores, *of_tensors = thread.submit(gradients).result()
+    for total, part in zip(place.gradients, of_tensors, strict=True):
+        total += part
+    return of_scores
+
+
+def _with_leaves(tensors: Sequence[Tensor], options: Options) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of an expression, with leaves in the place of those that learn; and these alone."""
+    if options.expression is None:
+        return [*tensors], []
+    program, learned = program_of(*options.expression[:3]), names_of(options.expression.learned)
+    tokens = [x.token for x in program.inputs if x.is_tensor]
+    leaves = {token: x.detach().requires_grad_() for token, x in zip(tokens, tensors, strict=True) if token in learned}
+    return [leaves.get(token, x) for token, x in zip(tokens, tensors, strict=True)], [*leaves.values()]
 
 
 def _evaluated(
@@ -743,13 +847,27 @@ def _evaluated(
 ) -> Tensor:
     """An expression of the call over scores (B, Hk, H / Hk, rows, columns), and shaped as they."""
     assert options.expression
-    place = place or Place()
-    score, allow, inputs, numbers, _ = options.expression
-    program = program_of(score, allow, inputs)
+    values = _values(options, scores, place or Place(), seqlen_q, seqlen_k, rows, cols)
+    found = evaluate(program_of(*options.expression[:3]), what, torch, values)
+    return torch.broadcast_to(found, values["s"].shape).unflatten(1, scores.shape[1:3])
+
+
+def _values(
+    options: Options,
+    scores: Tensor,
+    place: Place,
+    seqlen_q: int,
+    seqlen_k: int,
+    rows: tuple[int, int] | None = None,
+    cols: tuple[int, int] | None = None,
+) -> dict[str, Any]:
+    """What the call's expression names, over scores (B, Hk, H / Hk, rows, columns): s is (B, H, rows, columns)."""
+    assert options.expression
+    score, allow, inputs, numbers = options.expression[:4]
     batch, num_heads_kv, group = scores.shape[:3]
     device = scores.device
     h = torch.arange(num_heads_kv * group, device=device, dtype=torch.int32).view(-1, 1, 1)
-    values = {
+    return {
         "s": scores.flatten(1, 2),
         "i": torch.arange(*(rows or (0, seqlen_q)), device=device, dtype=torch.int32).unsqueeze(-1),
         "j": torch.arange(*(cols or (0, seqlen_k)), device=device, dtype=torch.int32),
@@ -758,10 +876,8 @@ def _evaluated(
         "hk": h // group,
         "seqlen_q": seqlen_q,
         "seqlen_k": seqlen_k,
-        **named_values(program, numbers, place.tensors),
+        **named_values(program_of(score, allow, inputs), numbers, place.tensors),
     }
-    found = evaluate(program, what, torch, values)
-    return torch.broadcast_to(found, values["s"].shape).unflatten(1, (num_heads_kv, group))
 
 
 def _error(x: Tensor, ref: Tensor) -> Tensor:

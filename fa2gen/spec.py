@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import re
 import reprlib
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -48,6 +49,7 @@ __all__ = [
     "Tiling",
     "anonymous",
     "declared",
+    "names_of",
     "program_of",
     "text_of",
 ]
@@ -358,6 +360,12 @@ class Problem(_Fields):
         Shown(phrase=""),
         Field(description='What their names are, as far as it is not inferred: "document: int, cap: float".'),
     ] = ""
+    learned: Annotated[
+        str,
+        Shown(phrase="gradients of {}"),
+        OnlyFor(("bwd",), "forward kernels are the same whatever learns"),
+        Field(description='Tensors of the score whose gradients are made beside those of Q, K and V: "bias, slope".'),
+    ] = ""
 
     paged: Annotated[
         bool,
@@ -396,9 +404,11 @@ class Problem(_Fields):
     @model_validator(mode="after")
     def _has_plain_expressions(self) -> Problem:
         """Equal kernels are of equal problems: texts as the grammar writes them, with names of its own."""
-        if self.score or self.allow or self.inputs:
-            plain = anonymous(parse(self.score, self.allow, types_of(self.inputs)))
-            given = {"score": plain.score, "allow": plain.allow, "inputs": text_of(plain.types)}
+        if self.score or self.allow or self.inputs or self.learned:
+            program = parse(self.score, self.allow, types_of(self.inputs))
+            learned = ", ".join(_learned_tokens(program, self.learned))
+            plain = anonymous(program)
+            given = {"score": plain.score, "allow": plain.allow, "inputs": text_of(plain.types), "learned": learned}
             for name, text in given.items():
                 object.__setattr__(self, name, text)
             if self.has_expression:
@@ -416,7 +426,8 @@ class Problem(_Fields):
 
     @property
     def _expression_word(self) -> str:
-        return f"x{self.program.key}"
+        key = self.program.key
+        return f"x{hashlib.sha256(f'{key} {self.learned}'.encode()).hexdigest()[:8] if self.learned else key}"
 
     def word(self, field: Declared) -> str | None:
         """All expressions have one word together, where the first is declared."""
@@ -425,7 +436,7 @@ class Problem(_Fields):
         return super().word(field)
 
 
-NO_EXPRESSION = {"score": "", "allow": "", "inputs": ""}
+NO_EXPRESSION = {"score": "", "allow": "", "inputs": "", "learned": ""}
 """The fields of a problem whose scores are as they are."""
 
 _EXPRESSION_WORD = re.compile("x[0-9a-f]{8}")
@@ -449,6 +460,25 @@ def types_of(inputs: str) -> dict[str, Type]:
             )
         found[name] = kind
     return found
+
+
+def names_of(learned: str) -> tuple[str, ...]:
+    """`("bias", "slope")` of `"bias, slope"`."""
+    return tuple(filter(None, map(str.strip, learned.split(","))))
+
+
+def _learned_tokens(program: Program, learned: str) -> Iterator[str]:
+    """Of the tensors that these names are, in the order of the program. Raises InvalidInput."""
+    differentiable = {access.token for access in program.accesses}
+    known = {x.name: x for x in program.inputs if x.is_tensor and x.token in differentiable}
+    names = names_of(learned)
+    for name in names:
+        if name not in known:
+            raise InvalidInput(
+                f"learned has {_shown(name)}; it is a list of tensors that the score depends on: "
+                f"{', '.join(known) or 'here there are none'}. A number learns as a tensor of one element, cap[0]"
+            )
+    yield from (x.token for x in known.values() if x.name in names)
 
 
 def text_of(types: Iterable[tuple[str, str]]) -> str:

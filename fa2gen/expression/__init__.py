@@ -8,7 +8,19 @@ reaches C++.
 
 from __future__ import annotations
 
-from fa2gen.expression.program import Access, Code, Input, Program, TileBound, emit, evaluate, parse
+from fa2gen.expression.program import Access, Code, Input, InputGradient, Program, TileBound, emit, evaluate, parse
 from fa2gen.expression.window import Window, split_window
 
-__all__ = ["Access", "Code", "Input", "Program", "TileBound", "Window", "emit", "evaluate", "parse", "split_window"]
+__all__ = [
+    "Access",
+    "Code",
+    "Input",
+    "InputGradient",
+    "Program",
+    "TileBound",
+    "Window",
+    "emit",
+    "evaluate",
+    "parse",
+    "split_window",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from fa2gen.expression.simplify import ACC, TRUE, multiply, simplify
 from fa2gen.expression.tree import Node, Type, const, name, substitute, walk
 from fa2gen.expression.write import write
 
-__all__ = ["Access", "Code", "Input", "Program", "TileBound", "emit", "evaluate", "parse"]
+__all__ = ["Access", "Code", "Input", "InputGradient", "Program", "TileBound", "emit", "evaluate", "parse"]
 
 _S = name("s", "float")
 _FLOAT_EXACT = 2**24  # whole numbers up to here are floats
@@ -88,11 +88,11 @@ class Program:
         """(what, formula) in tokens: the score, its derivative by s and by each float input, and allow."""
         found = []
         if self.score_tree is not None:
-            found = [("score", self._written(self.score_tree)), ("d score / d s", self._written(self.slope))]
+            found = [("score", self.written(self.score_tree)), ("d score / d s", self.written(self.slope))]
             for access in self.accesses:
-                found.append((f"d score / d {self._written(access.leaf)}", self._written(access.derivative)))
+                found.append((f"d score / d {self.written(access.leaf)}", self.written(access.derivative)))
         if self.allow_tree is not None:
-            found.append(("allow", self._written(self.allow_tree)))
+            found.append(("allow", self.written(self.allow_tree)))
         return tuple(found)
 
     @functools.cached_property
@@ -110,20 +110,30 @@ class Program:
         found = [Access(self.tokens[leaf.value], leaf, derivative(tree, leaf)) for leaf in leaves]
         return tuple(access for access in found if access.derivative.number != 0)
 
+    def gradients(self, tokens: Collection[str]) -> tuple[InputGradient, ...]:
+        """Of these tensors, one a place."""
+        found = []
+        for access in self.accesses:
+            if access.token in tokens:
+                factor = _quotient(access.derivative, self.slope)
+                found.append(InputGradient(access, access.derivative if factor is None else factor, factor is not None))
+        return tuple(found)
+
     @functools.cached_property
     def tile_bounds(self) -> tuple[TileBound, ...]:
         """What the code of "blocks" asks of tensors, each once."""
-        nodes = [node for node in walk(*_results(self, "blocks").values()) if node.op in ("lowest", "highest")]
+        nodes = [node for node in walk(*_results(self, "blocks", ()).values()) if node.op in ("lowest", "highest")]
         return tuple(dict.fromkeys(TileBound(self.tokens[node.value[0]], *node.value[1:]) for node in nodes))
 
     @functools.cached_property
     def key(self) -> str:
         """Eight hexadecimal digits that tell programs apart; names of inputs do not matter."""
-        texts = [self._written(tree) if tree else "" for tree in (self.score_tree, self.allow_tree)]
+        texts = [self.written(tree) if tree else "" for tree in (self.score_tree, self.allow_tree)]
         said = "\n".join([*texts, *(f"{given.token} {given.type}" for given in self.inputs)])
         return hashlib.sha256(said.encode()).hexdigest()[:8]
 
-    def _written(self, tree: Node) -> str:
+    def written(self, tree: Node) -> str:
+        """A formula in tokens."""
         return write(tree, self.tokens.__getitem__)
 
     def check(self, seqlen_q: int, seqlen_k: int, numbers: Mapping[str, Any], batch: int = 1, heads: int = 1) -> None:
@@ -190,6 +200,24 @@ class Access:
     @property
     def level(self) -> Level:
         return level_of(self.leaf)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Of the place, as `Input.axes`."""
+        return tuple(str(index.value) if index.op == "name" else "" for index in self.leaf.args)
+
+
+@dataclass(frozen=True)
+class InputGradient:
+    """What each element adds to a tensor's gradient at one place: `factor` times a gradient that it has anyway.
+
+    of_s  whether that is the gradient of s, which the score's derivative is in already, so that the factor does not
+          depend on s; else that of the score, and the factor is the derivative by the place.
+    """
+
+    access: Access
+    factor: Node
+    of_s: bool
 
 
 @dataclass(frozen=True)
@@ -282,18 +310,20 @@ def evaluate(program: Program, what: Literal["score", "allow"], torch: Any, valu
 def emit(
     program: Program,
     what: Literal["score", "score of rows", "gradient", "allow", "blocks", "inputs"],
+    tokens: Collection[str] = (),
 ) -> Code:
     """C++ of a program: statements by level, and results that use them. Free names: see the package's README.
 
     score     "score" and "factor": the softmax's argument is factor * score, with a positive factor of the head.
     score of rows  the same, with a factor that is the same for all heads, as rows of several are in a tile.
-    gradient  these two, and "weight", the derivative of the score by s.
+    gradient  these two, "weight", the derivative of the score by s, and of `Program.gradients` of the tokens "by_0" and
+              so on, the factors of those that may depend on s.
     allow     "allow": whether a key is seen.
     blocks    "any" and "all": whether some and whether all keys of a tile may be seen, i0..i1 and j0..j1 inclusive; of
               tensors by the functions `Program.tile_bounds` names, of the tile that begins at their first argument.
-    inputs    one a place of an input, in the order of `Program.accesses`: the derivative by it.
+    inputs    of the same gradients "by_0" and so on, the other factors, and "index_0_0" and so on, their places.
     """
-    results = {key: lowered(tree) for key, tree in _results(program, what).items()}
+    results = {key: lowered(tree) for key, tree in _results(program, what, tokens).items()}
     made = statements(results, program.tokens)
     return Code(
         levels=made.levels,
@@ -306,24 +336,49 @@ def emit(
     )
 
 
-def _results(program: Program, what: str) -> dict[str, Node]:
+def _quotient(derivative: Node, slope: Node) -> Node | None:
+    """What the slope is multiplied with to be the derivative, where that does not depend on s; else None.
+
+    Every factor of the slope must be one of the derivative's: where it is 0, so is the derivative.
+    """
+    times, rest = 1.0, list(_factors(derivative))
+    for factor in _factors(slope):
+        if factor.number is not None:
+            times /= factor.number
+        elif factor in rest:
+            rest.remove(factor)
+        else:
+            return None
+    if any(node is _S for node in walk(*rest)):
+        return None
+    return multiply((const(times), *rest))
+
+
+def _factors(node: Node) -> tuple[Node, ...]:
+    return node.args if node.op == "*" else (node,)
+
+
+def _results(program: Program, what: str, tokens: Collection[str]) -> dict[str, Node]:
     if what in ("allow", "blocks"):
         tree = TRUE if program.allow_tree is None else simplify(program.allow_tree)
         if what == "allow":
             return {"allow": tree}
         return dict(zip(("any", "all"), any_and_all(tree), strict=True))
     of_acc = multiply((ACC, SCALE))
+    gradients = program.gradients(tokens)
     if what == "inputs":
-        return {
-            f"access_{place}": simplify(substitute(access.derivative, {_S: of_acc}))
-            for place, access in enumerate(program.accesses)
-        }
+        found = {f"by_{n}": gradient.factor for n, gradient in enumerate(gradients) if gradient.of_s}
+        for n, gradient in enumerate(gradients):
+            found |= {f"index_{n}_{axis}": simplify(x) for axis, x in enumerate(gradient.access.leaf.args)}
+        return found
     score = of_acc if program.score_tree is None else simplify(substitute(program.score_tree, {_S: of_acc}))
     factor, rest, shared = factored(score, of_all_heads=what == "score of rows")
     found = {"score": rest, "factor": multiply((factor, const(1.4426950408889634)))}
     if what == "gradient":
-        weight = simplify(substitute(program.slope, {_S: of_acc}))
-        found["weight"] = simplify(substitute(weight, shared))
+        derivatives = {"weight": program.slope}
+        derivatives |= {f"by_{n}": gradient.factor for n, gradient in enumerate(gradients) if not gradient.of_s}
+        for key, formula in derivatives.items():
+            found[key] = simplify(substitute(simplify(substitute(formula, {_S: of_acc})), shared))
     return found
 
 

@@ -1,7 +1,8 @@
 """Expressions: what becomes of scores, and which keys are seen beside the mask, as the spec writes it.
 
 `fa2gen.expression` parses, differentiates and prints; here is what a kernel takes of it. Named numbers are fields of
-Params, named tensors operands, whose axes are the indices that the expression looks them up by.
+Params, named tensors operands, whose axes are the indices that the expression looks them up by. Those that learn have a
+gradient each, an operand of its shape in fp32, to which the elements of dS add.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.expression import Code, Input, Program, TileBound, emit
@@ -19,17 +20,21 @@ from fa2gen.expression.hoist import LEVELS
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.options import AnyShape, Expression, Options
-from fa2gen.spec import Direction, Problem
+from fa2gen.spec import Direction, Problem, names_of
 
 __all__ = [
     "AllowCode",
+    "InputGradientCode",
     "ScoreCode",
     "TileTable",
     "allow_code",
     "expression_of",
+    "gradient_codes",
+    "input_sizes",
     "loads_of",
     "named_values",
     "refuse_dropout",
+    "refuse_order",
     "score_code",
     "tile_tables",
 ]
@@ -52,10 +57,14 @@ def expression_of(problem: Problem) -> Feature:
         lasts = (name for x in tensors for name in _lasts(x))
         return named_values(program, given.numbers) | dict(zip(lasts, sizes, strict=True))
 
-    example = Expression(problem.score, problem.allow, problem.inputs, (_EXAMPLE_NUMBER,) * len(numbers))
+    texts = (problem.score, problem.allow, problem.inputs)
+    example = Expression(*texts, (_EXAMPLE_NUMBER,) * len(numbers), learned=problem.learned)
     return Feature(
         "expression",
-        operands=tuple(Operand(x.token, "floats" if x.type == "float" else "ints") for x in tensors),
+        operands=(
+            *(Operand(x.token, "floats" if x.type == "float" else "ints") for x in tensors),
+            *(Operand(f"d{token}", "floats", out=True) for token in names_of(problem.learned)),
+        ),
         params=(
             *(Param(x.token, "int" if x.type == "int" else "float") for x in program.inputs if not x.is_tensor),
             *(Param(name, "int") for x in tensors for name in _lasts(x)),
@@ -86,25 +95,36 @@ def _lasts(x: Input) -> tuple[str, ...]:
     return tuple(f"{x.token}_last_{axis}" for axis in range(x.rank))
 
 
-def _load(x: Input) -> tuple[str, ...]:
-    """The function that reads a tensor. Indices beyond it are those of its end: so an axis of one serves all, and what
-    rows and keys that do not exist read is there."""
-    kind = "float" if x.type == "float" else "int"
+def _place(x: Input) -> tuple[str, ...]:
+    """The function that counts the numbers of a tensor before one. Indices beyond it are those of its end: so an axis
+    of one serves all, and what rows and keys that do not exist read is there. Rows are counted in 32 bits."""
     indices = ", ".join(f"int index_{axis}" for axis in range(x.rank))
-    last = [f"p.{name}" for name in _lasts(x)]
-    steps = [f"at = at * ({last[axis]} + 1) + min(max(index_{axis}, 0), {last[axis]});" for axis in range(x.rank)]
+    *rows, column = (f"min(max(index_{axis}, 0), p.{last})" for axis, last in enumerate(_lasts(x)))
+    lines = [f"int row = {rows[0]};"] if rows else []
+    lines += [f"row = row * (p.{last} + 1) + {at};" for last, at in zip(_lasts(x)[1:-1], rows[1:], strict=True)]
+    before = f"static_cast<int64_t>(row) * (p.{_lasts(x)[-1]} + 1) + " if rows else ""
     return (
-        f"__device__ __forceinline__ {kind} load_{x.token}(Params const& p, {indices}) {{",
-        "    int64_t at = 0;",
-        *(f"    {step}" for step in steps),
-        f"    return load_constant_{kind}(p.{x.token} + at);",
+        f"__device__ __forceinline__ int64_t place_in_{x.token}(Params const& p, {indices}) {{",
+        *(f"    {line}" for line in lines),
+        f"    return {before}{column};",
+        "}",
+    )
+
+
+def _load(x: Input) -> tuple[str, ...]:
+    """The function that reads a tensor."""
+    kind = "float" if x.type == "float" else "int"
+    indices = [f"index_{axis}" for axis in range(x.rank)]
+    return (
+        f"__device__ __forceinline__ {kind} load_{x.token}(Params const& p, int {', int '.join(indices)}) {{",
+        f"    return load_constant_{kind}(p.{x.token} + place_in_{x.token}(p, {', '.join(indices)}));",
         "}",
     )
 
 
 def loads_of(program: Program) -> tuple[tuple[str, ...], ...]:
     """The functions that read a program's tensors, in lines."""
-    return tuple(_load(x) for x in program.inputs if x.is_tensor)
+    return tuple(function(x) for x in program.inputs if x.is_tensor for function in (_place, _load))
 
 
 @dataclass(frozen=True)
@@ -128,20 +148,97 @@ class ScoreCode:
     looks_up: bool
 
 
-def score_code(program: Program, direction: Direction) -> ScoreCode:
-    """The code of a program's score in one pass's kernels."""
+def score_code(program: Program, direction: Direction, learned: tuple[str, ...] = ()) -> ScoreCode:
+    """The code of a program's score in one pass's kernels; of a gradient, with what it needs for those of the tensors
+    `learned`."""
     score = emit(program, "score of rows" if direction == "decode" else "score")
-    slope = emit(program, "gradient") if direction == "bwd" else None
+    slope = emit(program, "gradient", learned) if direction == "bwd" else None
     head = _head(slope or score)
+    of_tensors = (f"by_{n}" for n, found in enumerate(program.gradients(learned)) if not found.of_s)
     return ScoreCode(
         formulas=_comment(program, "score", "d score / d s"),
         factor=_function(score, "factor"),
         forward=_function(score, "score", head=head),
-        backward=_function(slope, "score", "weight", head=head) if slope else (),
+        backward=_function(slope, "score", "weight", *of_tensors, head=head) if slope else (),
         head=head,
         finite=score.is_finite,
         looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
     )
+
+
+@dataclass(frozen=True)
+class InputGradientCode:
+    """Lines of C++ for the functions of templates/common/input_gradients.cuh.j2, of one tensor at one place.
+
+    number   of the gradient, counted over all of the kernel.
+    token    the tensor.
+    formula  in words: the score's derivative by the place; lines of a comment.
+    way      how an element finds its number: "head", "row", "column" where the place depends on no more; "apart" where
+             elements of a tile have numbers of their own, by i and by j; else "element".
+    place    of a function that gives the place of an element's number.
+    factor   of one that gives what the gradient of s is multiplied with; () where that is nothing.
+    stored   which of the derivatives that are kept with P it takes in its place, times P (dP - dPsum); -1: none.
+    """
+
+    number: int
+    token: str
+    formula: tuple[str, ...]
+    way: Literal["head", "row", "column", "apart", "element"]
+    place: tuple[str, ...]
+    factor: tuple[str, ...]
+    stored: int
+
+
+def gradient_codes(program: Program, learned: tuple[str, ...]) -> tuple[InputGradientCode, ...]:
+    """The code of the gradients of these tensors."""
+    code = emit(program, "inputs", learned)
+    found: list[InputGradientCode] = []
+    for n, gradient in enumerate(program.gradients(learned)):
+        access = gradient.access
+        indices = [f"index_{n}_{axis}" for axis in range(len(access.leaf.args))]
+        (*lines, returned) = _function(code, *indices)
+        values = returned.removeprefix("return ").removesuffix(";").strip("{}")
+        found.append(
+            InputGradientCode(
+                number=n,
+                token=access.token,
+                formula=_comment(program, f"d score / d {program.written(access.leaf)}"),
+                way="apart" if {"i", "j"} <= set(access.axes) else access.level,
+                place=(*lines, f"return place_in_{access.token}(p, {values});"),
+                factor=_function(code, f"by_{n}") if gradient.of_s and gradient.factor.number != 1 else (),
+                stored=-1 if gradient.of_s else sum(one.stored >= 0 for one in found),
+            )
+        )
+    return tuple(found)
+
+
+def input_sizes(program: Program, tokens: tuple[str, ...]) -> dict[str, str]:
+    """How many numbers these tensors have, in C++."""
+    return {
+        x.token: " * ".join(["int64_t{1}", *(f"(p.{name} + 1)" for name in _lasts(x))])
+        for x in program.inputs
+        if x.token in tokens
+    }
+
+
+def refuse_order(program: Program, expression: Expression, sizes: Mapping[str, int] | None) -> None:
+    """Raise UnsupportedProblem unless gradients of the tensors that learn are the same bits in every run: where each of
+    their numbers is one element's.
+
+    sizes  of b, h, i and j, and maybe hk; None: of a ragged batch.
+    """
+    shapes = dict(zip((x.token for x in program.inputs if x.is_tensor), expression.shapes, strict=True))
+    gradients = program.gradients(names_of(expression.learned))
+    for gradient in gradients:
+        token, axes = gradient.access.token, gradient.access.axes
+        given = dict(zip(axes, shapes[token], strict=True))
+        once = sum(other.access.token == token for other in gradients) == 1
+        if not (once and sizes and all(sizes[axis] in (1, given.get(axis)) for axis in "bhij")):
+            raise UnsupportedProblem(
+                f"deterministic gradients of {token}, {shapes[token]}, of which several elements have one number, are "
+                "not built, as blocks add in any order; nearest: in a dense batch, expand it to one number an element, "
+                "looked up by [b, h, i, j], whose gradients torch sums in one order, or deterministic=False"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from operator import index
@@ -12,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.errors import InvalidInput
 from fa2gen.expression import parse
 from fa2gen.ops.validate import DTYPES, describe
 from fa2gen.options import SAID_BY_TENSORS, UNLIMITED, Expression, Options
@@ -72,11 +73,11 @@ _UNMODIFIED: Modified = (None, ())
 
 
 def _parsed(
-    score: str, allow: str, types: tuple[tuple[str, str], ...]
+    score: str, allow: str, types: tuple[tuple[str, str], ...], single: tuple[str, ...]
 ) -> tuple[str, str, str, tuple[tuple[str, int, str], ...]]:
     """`score`, `allow` and `inputs` as kernels have them; and of each input its name, the number of its indices (0: it
-    is a number) and its type."""
-    return _parse(score, allow, types)
+    is a number) and its type. Numbers that are `single`, tensors of no dimension, are looked up: `cap` is `cap[0]`."""
+    return _parse(score, allow, types, single)
 
 
 # torch.compile takes its result for a constant, as it is one. What torch.compiler.assume_constant_result does, but that
@@ -86,16 +87,21 @@ _parsed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.lru_cache(maxsize=256)
 def _parse(
-    score: str, allow: str, types: tuple[tuple[str, str], ...]
+    score: str, allow: str, types: tuple[tuple[str, str], ...], single: tuple[str, ...]
 ) -> tuple[str, str, str, tuple[tuple[str, int, str], ...]]:
     program = parse(score, allow, dict(types))  # type: ignore[arg-type]
+    numbers = {x.name for x in program.inputs if not x.is_tensor}.intersection(single)
+    if numbers:
+        word = re.compile(rf"\b({'|'.join(numbers)})\b")
+        looked_up = [word.sub(r"\1[0]", text) for text in (program.score, program.allow)]
+        program = parse(looked_up[0], looked_up[1], dict(program.types))
     plain = anonymous(program)
     kinds = tuple((x.name, x.rank if x.is_tensor else 0, str(x.type)) for x in program.inputs)
     return plain.score, plain.allow, text_of(plain.types), kinds
 
 
 def expression_of(score: Any = "", allow: Any = "", inputs: Mapping[str, Any] | None = None) -> Modified:
-    """What these arguments of a call mean. Raises InvalidInput, or UnsupportedProblem for a tensor with a gradient."""
+    """What these arguments of a call mean. Raises InvalidInput."""
     given = inputs or {}
     for name, text in (("score", score), ("allow", allow)):
         if not isinstance(text, str):
@@ -104,7 +110,8 @@ def expression_of(score: Any = "", allow: Any = "", inputs: Mapping[str, Any] | 
         raise InvalidInput(f'inputs must be a mapping of names, {{"cap": 50.0}}, not {describe(given)}')
     if not score and not allow and not given:
         return _UNMODIFIED
-    score, allow, texts, kinds = _parsed(score, allow, tuple(_types(given)))
+    single = tuple(name for name, x in given.items() if isinstance(x, Tensor) and x.dim() == 0)
+    score, allow, texts, kinds = _parsed(score, allow, tuple(_types(given)), single)
     names = [name for name, *_ in kinds]
     if missing := [name for name in names if name not in given]:
         raise InvalidInput(f"the expression names {missing[0]}, which inputs has not: give {{{missing[0]!r}: ...}}")
@@ -148,20 +155,16 @@ def modified(softcap: Any, alibi_slopes: Any) -> Modified:
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool | Real):
         return float(value)
-    if isinstance(value, Tensor) and value.dim() == 0:
-        raise InvalidInput(f"{name} must be a number, not {describe(value)}: take .item() of it, which waits for it")
     hint = f": look it up, {name}[h]" if isinstance(value, Tensor) else ""
     raise InvalidInput(f"{name} must be a number, as the expression has it, not {describe(value)}{hint}")
 
 
 def _tensor(name: str, value: Any, rank: int, kind: str) -> Tensor:
     """As kernels read it: fp32 or int32, dense."""
+    if isinstance(value, Tensor) and value.dim() == 0 and rank == 1:
+        value = value.reshape(1)
     if not isinstance(value, Tensor) or value.dim() != rank or value.numel() == 0:
         raise InvalidInput(f"{name} must be a tensor of {rank} dimensions, none of them 0, not {describe(value)}")
-    if value.requires_grad and torch.is_grad_enabled():
-        raise UnsupportedProblem(
-            f"{name} requires a gradient, and tensors of expressions have none yet; nearest: {name}.detach()"
-        )
     return value.to(torch.float32 if kind == "float" else torch.int32).contiguous()
 
 
@@ -176,6 +179,8 @@ def named(options: Options) -> dict[str, Any]:
         said |= options.expression._asdict()
         said["numbers"] = list(options.expression.numbers)
         del said["shapes"]  # which the tensors say
+        if not options.expression.learned:  # of a backward call alone
+            del said["learned"]
     if options.dropout_p:
         said["dropout_p"] = options.dropout_p
     return said

@@ -9,7 +9,8 @@ dispatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,9 +22,10 @@ from torch.autograd import forward_ad
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.ops.arguments import named
 from fa2gen.ops.call import backward_cuda
-from fa2gen.ops.general import backward_general
+from fa2gen.ops.general import AllGradients, backward_general
 from fa2gen.ops.ragged import backward_ragged
-from fa2gen.options import Options
+from fa2gen.options import Expression, Options
+from fa2gen.spec import program_of
 
 __all__ = [
     "Attention",
@@ -147,8 +149,8 @@ class RaggedAttention(torch.autograd.Function):
 
 class GeneralAttention(torch.autograd.Function):
     """`Attention` of a call with further tensors: lengths if the batch is ragged, sinks' logits if there are sinks, the
-    random bits of dropout, which say what was dropped in place of a mask, and the tensors of an expression, which have
-    no gradient."""
+    random bits of dropout, which say what was dropped in place of a mask, and the tensors of an expression, of which
+    those that require one have a gradient."""
 
     @staticmethod
     def forward(
@@ -184,9 +186,27 @@ class GeneralAttention(torch.autograd.Function):
         run: Callable[..., Any] = by_general_operator
         if _is_plain_backward(dout, q, k, v, dlse) and all(x is None or type(x) is Tensor for x in (s_aux, *tensors)):
             run = partial(backward_general, max_keys=ctx.max_keys)
-        dq, dk, dv, ds_aux = run(dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, ctx.options)
-        of_tensors = (None,) * len(tensors)
+        options, learns = _learning(ctx.options, ctx.needs_input_grad[10 : 10 + len(tensors)])
+        *gradients, dtensors = run(dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, options)
+        dq, dk, dv, ds_aux = gradients
+        found = iter(dtensors)
+        of_tensors = (next(found) if learns_ else None for learns_ in learns)
         return None, dq, dk, dv, *(None,) * 4, None if s_aux is None else ds_aux, None, *of_tensors, None, None
+
+
+def _learning(options: Any, wanted: Sequence[bool]) -> tuple[Options, list[bool]]:
+    """The options of a backward call in which these tensors of the expression learn, as far as the score depends on
+    them; and which do."""
+    said = Options(*options)
+    if said.expression is None or not any(wanted):
+        return said, [False] * len(wanted)
+    expression = Expression(*said.expression)
+    program = program_of(*expression[:3])
+    differentiable = {access.token for access in program.accesses}
+    tokens = [x.token for x in program.inputs if x.is_tensor]
+    learns = [wants and token in differentiable for wants, token in zip(wanted, tokens, strict=True)]
+    learned = ", ".join(itertools.compress(tokens, learns))
+    return said._replace(expression=expression._replace(learned=learned)), learns
 
 
 def _is_plain_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, dlse: Tensor | None) -> bool:
@@ -204,19 +224,18 @@ def by_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         said = said._replace(softmax_scale=tensors[1].shape[-1] ** -0.5)
     if said.expression:
         lengths = [] if said.varlen else [None] * 4
-        dq, dk, dv, _ = torch.ops.fa2gen.bwd_general.default(*tensors, *lengths, None, [], **named(said))
+        dq, dk, dv, *_ = torch.ops.fa2gen.bwd_general.default(*tensors, *lengths, None, None, [], **named(said))
         return dq, dk, dv
     operator = torch.ops.fa2gen.bwd_varlen.default if said.varlen else torch.ops.fa2gen.bwd.default
     gradients: tuple[Tensor, Tensor, Tensor] = operator(*tensors, **named(said))
     return gradients
 
 
-def by_general_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, ds_aux) by `fa2gen::bwd_general`; the last argument are options, with a scale."""
+def by_general_operator(*arguments: Any) -> AllGradients:
+    """What `backward_general` gives, by `fa2gen::bwd_general`; the last argument are options, with a scale."""
     *tensors, options = arguments
-    gradients: tuple[Tensor, ...] = torch.ops.fa2gen.bwd_general.default(*tensors, **named(Options(*options)))
-    dq, dk, dv, ds_aux = gradients
-    return dq, dk, dv, ds_aux
+    gradients: AllGradients = torch.ops.fa2gen.bwd_general.default(*tensors, **named(Options(*options)))
+    return gradients
 
 
 class Gradients(torch.autograd.Function):

@@ -139,7 +139,7 @@ def run_cached(given: Cached, options: Options, interleaved: bool, splits: int) 
     if is_plain(given.q, given.k_cache, given.v_cache) and all(x is None or type(x) is Tensor for x in given.all[3:]):
         refuse_gradients(*given.all)
         return cached_cuda(given, options, interleaved, splits)
-    score, allow, inputs, numbers, _ = options.expression or Expression()
+    score, allow, inputs, numbers = (options.expression or Expression())[:4]
     said = (
         *(options.softmax_scale, options.causal, options.window_left, options.window_right, splits, interleaved),
         *(given.s_aux, [*given.tensors], score, allow, inputs, [*numbers]),

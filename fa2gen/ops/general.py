@@ -34,12 +34,12 @@ from fa2gen.ops.validate import (
     validate_general_backward,
 )
 from fa2gen.options import Options, Shape
-from fa2gen.spec import Tiling
+from fa2gen.spec import Tiling, names_of, program_of
 
-__all__ = ["AllGradients", "backward_general", "forward_general"]
+__all__ = ["AllGradients", "backward_general", "forward_general", "learning"]
 
-AllGradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
-"""(dq, dk, dv, ds_aux); the last is empty where there is no s_aux."""
+AllGradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+"""(dq, dk, dv, ds_aux, those of the tensors that learn); ds_aux is empty where there is no s_aux."""
 
 
 def forward_general(
@@ -117,9 +117,10 @@ def backward_general(
     max_keys: int | None = None,
     into: AllGradients | None = None,
 ) -> AllGradients:
-    """(dq, dk, dv, ds_aux) by generated kernels, contiguous, on the current stream of q's device.
+    """(dq, dk, dv, ds_aux, dtensors) by generated kernels, contiguous, on the current stream of q's device.
 
     dout, out  as `out_shape` says, of any strides; lse, dlse as `forward_general` gives lse.
+    options    whose expression says which tensors learn: dtensors are their gradients, in fp32.
 
     ds_aux is the same bits in every run; the others where `backward_cuda`'s are. Raises as it does.
     """
@@ -140,32 +141,42 @@ def backward_general(
     gradients = into or (
         *(x.new_empty(x.shape) for x in (q, k, v)),
         q.new_empty(sinks, dtype=torch.float32),
+        [x.new_empty(x.shape) for x in learning(tensors, Options(*options))],
     )
     if call.launch is None and not call.misaligned:  # no query or no key
         if ragged and s_aux is not None and q.numel():
             one_k, one_v, bounds = _keys_of_none(k, v, lengths)
             given = (dout, q, one_k, one_v, out, lse, dlse, cu_seqlens_q, bounds, seqused_q, None)
-            dq, _, _, ds_aux = backward_general(*given, s_aux, rng_state, tensors, options, max_keys)
-            return dq, gradients[1].zero_(), gradients[2].zero_(), ds_aux
-        for gradient in gradients:
+            dq, _, _, ds_aux, dtensors = backward_general(*given, s_aux, rng_state, tensors, options, max_keys)
+            return dq, gradients[1].zero_(), gradients[2].zero_(), ds_aux, dtensors
+        for gradient in (*gradients[:4], *gradients[4]):
             gradient.zero_()
         if s_aux is not None and dlse is not None:  # P of the sink is 1
             gradients[3].copy_(dlse.sum(dim=(0, 2)).masked_fill(torch.isneginf(s_aux), 0.0))
         return gradients
-    dq, dk, dv, ds_aux = gradients
+    dq, dk, dv, ds_aux, dtensors = gradients
     at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
     at.append(_address(dlse))
     if call.launch is None or any(address & 15 for address in (*at, _address(rng_state))):
-        options, rooms = scaled(options, q), (room_for(dq), room_for(dk), room_for(dv), ds_aux)
+        options, rooms = scaled(options, q), (room_for(dq), room_for(dk), room_for(dv), ds_aux, dtensors)
         q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
         lse, dlse, rng_state = (_on_16_bytes(x) for x in (lse, dlse, rng_state))
         first, further = (dout, q, k, v, out, lse, dlse), (s_aux, rng_state, tensors)
         backward_general(*first, *lengths, *further, options, max_keys, rooms)
-        return cut(rooms[0], dq), cut(rooms[1], dk), cut(rooms[2], dv), ds_aux
+        return cut(rooms[0], dq), cut(rooms[1], dk), cut(rooms[2], dv), ds_aux, dtensors
     of_sink = () if s_aux is None else (s_aux.data_ptr(), ds_aux.data_ptr())
-    addresses = (x.data_ptr() for x in (rng_state, *tensors) if x is not None)
+    addresses = (x.data_ptr() for x in (rng_state, *tensors, *dtensors) if x is not None)
     launch_with_scratch(call, q, (*at, *(map(_address, lengths) if ragged else ()), *of_sink, *addresses))
     return gradients
+
+
+def learning(tensors: Sequence[Tensor], options: Options) -> list[Tensor]:
+    """Those tensors of an expression that learn, in their order."""
+    if not (expression := options.expression) or not expression.learned:
+        return []
+    tokens = (x.token for x in program_of(*expression[:3]).inputs if x.is_tensor)
+    learned = names_of(expression.learned)
+    return [x for token, x in zip(tokens, tensors, strict=True) if token in learned]
 
 
 def _keys_of_none(k: Tensor, v: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,9 @@ bwd(Tensor dout, q, k, v, out, lse, Tensor? dlse, float softmax_scale, bool caus
 each is says `fa2gen.ops.validate.validate_ragged`. `fwd_general` and `bwd_general` take all that a call may have:
 behind the lengths, which of a dense batch are all None, `Tensor? s_aux`, (heads,) fp32, `Tensor? rng_state`, (2,)
 int64, the random bits of dropout, and `Tensor[] tensors`, those that an expression names; `bwd_general` has a fourth
-result, ds_aux, which is empty where there is no s_aux. They alone take expressions: `score`, `allow` and `inputs` as
-`fa2gen.spec.Problem` has them, and the values of their `numbers`. Those of calls over a cache are
-`fa2gen.ops.kvcache_operator`'s.
+result, ds_aux, which is empty where there is no s_aux, and a fifth, gradients of the tensors that learn. They alone
+take expressions: `score`, `allow` and `inputs` as `fa2gen.spec.Problem` has them, `bwd_general` with `learned`, and the
+values of their `numbers`. Those of calls over a cache are `fa2gen.ops.kvcache_operator`'s.
 
 ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
 field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
@@ -46,7 +46,7 @@ from fa2gen.ops.autograd import (
     wants_gradient,
 )
 from fa2gen.ops.call import backward_cuda, forward_cuda
-from fa2gen.ops.general import backward_general, forward_general
+from fa2gen.ops.general import AllGradients, backward_general, forward_general, learning
 from fa2gen.ops.kvcache_operator import CACHE_SCHEMAS, cache_kernels
 from fa2gen.ops.ragged import backward_ragged, forward_ragged
 from fa2gen.ops.validate import (
@@ -99,13 +99,14 @@ _SCHEMAS = {
     "fwd_varlen": f"({_FORWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd_varlen": f"({_BACKWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "fwd_general": f"({_FORWARD}, {_GENERAL}, {_GENERAL_SCHEMA}) -> (Tensor out, Tensor lse)",
-    "bwd_general": f"({_BACKWARD}, {_GENERAL}, {_GENERAL_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor ds_aux)",
+    "bwd_general": f'({_BACKWARD}, {_GENERAL}, {_GENERAL_SCHEMA}, str learned="") -> (Tensor dq, Tensor dk, Tensor dv, '
+    "Tensor ds_aux, Tensor[] dtensors)",
     **CACHE_SCHEMAS,
 }
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
 _RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
 _GENERAL_NAMES = ("fwd_general", "bwd_general")
-_OF_GENERAL = ("score", "allow", "inputs", "numbers", "dropout_p")  # options behind those that all take
+_OF_GENERAL = ("score", "allow", "inputs", "numbers", "dropout_p", "learned")  # options behind those that all take
 
 
 def _options(name: str, tensors: tuple[Any, ...], others: tuple[Any, ...], named: dict[str, Any]) -> Options:
@@ -204,29 +205,33 @@ def _forward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return _forward_ragged_fake(q, k, v, *lengths, options)
 
 
-def _backward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_general_cpu(*arguments: Any) -> AllGradients:
     dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, options = arguments
     given = (dout, q, k, v, out, lse, dlse)
     sequences = validate_general_backward(*given, tuple(lengths), s_aux, rng_state, options)
     validate_expression(q, k, sequences, tensors, options)
+    dtensors = [torch.zeros_like(x) for x in learning(tensors, options)]
     with torch.autocast("cpu", enabled=False):
         if sequences is None:
-            gradients = attention_backward_tiled(*given, place=Place(tensors, 0, rng_state), **options._asdict())
+            place = Place(tensors, 0, rng_state, dtensors)
+            gradients = attention_backward_tiled(*given, place=place, **options._asdict())
         else:
-            gradients = attention_backward_ragged(*[*given, *lengths, tensors, rng_state], **options._asdict())
+            more = (*lengths, tensors, rng_state, dtensors)
+            gradients = attention_backward_ragged(*[*given, *more], **options._asdict())
             dout, out = ((x if x.dim() == 3 else x.flatten(0, 1)).unsqueeze(0) for x in (dout, out))
             lse, dlse = (None if x is None else x.unsqueeze(0) for x in (lse, dlse))
         if s_aux is None:
-            return *gradients, q.new_empty(0, dtype=torch.float32)
-        return *gradients, sink_gradient(dout, out, lse, dlse, s_aux)
+            return *gradients, q.new_empty(0, dtype=torch.float32), dtensors
+        return *gradients, sink_gradient(dout, out, lse, dlse, s_aux), dtensors
 
 
-def _backward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_general_fake(*arguments: Any) -> AllGradients:
     dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, options = arguments
     sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, tuple(lengths), s_aux, rng_state, options)
     validate_expression(q, k, sequences, tensors, options)
     ds_aux = q.new_empty(0 if s_aux is None else s_aux.shape, dtype=torch.float32)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ds_aux
+    dtensors = [x.new_empty(x.shape) for x in learning(tensors, options)]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ds_aux, dtensors
 
 
 def _flops_of_pair(direction: Direction, head_dim: int, head_dim_v: int) -> int:
@@ -278,10 +283,6 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
         given, others = arguments[: len(names)], arguments[len(names) :]
         tensors = (*given[:alone], *given[-1]) if general else given
         refuse_tensor_kinds([*names[:alone], *(f"input {i}" for i in range(len(tensors) - alone))], tensors)
-        if torch.is_grad_enabled() and wants_gradient(*tensors[alone:]):
-            raise UnsupportedProblem(
-                "a tensor of an expression requires a gradient, and has none yet; nearest: detach() it"
-            )
         if forward_ad._current_level >= 0:
             refuse_tangents(*tensors)
         below = keyset & torch._C._after_autograd_keyset

@@ -80,7 +80,8 @@ def attention(
     score            what becomes of the scaled score s of query i and key j, an expression: "cap * tanh(s / cap)".
     inputs           the numbers and tensors that it names: {"cap": 50.0}. A tensor has a dimension for each index that
                      it is looked up by, bias[h, i, j]; one of size 1 serves all, and indices beyond the others are
-                     those of their ends. Kernels read fp32 and int32: others are copied. Not differentiable yet.
+                     those of their ends. Kernels read fp32 and int32: others are copied. Tensors of the score have
+                     gradients, those of no dimension, which stand for a number, too.
 
     q, k and v may be nested tensors of layout jagged, (batch, jagged, heads, head_dim): out is one like q then, and lse
     is packed, (heads, total_q).

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.features.expression import named_values, refuse_dropout
+from fa2gen.features.expression import named_values, refuse_dropout, refuse_order
 from fa2gen.options import Expression, Options
 from fa2gen.spec import MAX_HEAD_DIM, DType, program_of
 
@@ -156,12 +156,16 @@ def validate_expression(
                 f"{given.name} of the expression is {describe(x)}; it must have {given.rank} dimensions, be {dtype}, "
                 f"contiguous, and on {q.device}"
             )
+        if x.shape[:-1].numel() >= 2**31:
+            raise InvalidInput(f"{given.name} of the expression has {x.shape[:-1].numel():,} rows; kernels count 2^31")
         for axis, size in zip(given.axes, x.shape, strict=True):
             if size not in (1, sizes.get(axis, size)) or size == 0:
                 raise InvalidInput(
                     f"{given.name} of the expression has shape {tuple(x.shape)}, indices [{', '.join(given.axes)}]; "
                     f"that of {axis} must be {sizes[axis]}, or 1 for all"
                 )
+    if options.deterministic and options.expression.learned:
+        refuse_order(program, options.expression, None if sequences is not None else sizes)
     positions = (q.shape[0] if sequences is None else sequences, q.shape[-2], q.shape[-3], k.shape[-3])
     if all(isinstance(size, int) for size in positions):
         _check_numbers(options.expression._replace(shapes=()), *positions)

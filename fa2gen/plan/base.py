@@ -12,9 +12,12 @@ from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
 from fa2gen.features.expression import (
     AllowCode,
+    InputGradientCode,
     ScoreCode,
     TileTable,
     allow_code,
+    gradient_codes,
+    input_sizes,
     loads_of,
     score_code,
     tile_tables,
@@ -22,7 +25,7 @@ from fa2gen.features.expression import (
 from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, Panels, align_up
 from fa2gen.plan.memory import SharedMemory
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.spec import KernelSpec, Problem, Tiling, names_of
 
 __all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "Width", "bytes_text"]
 
@@ -243,7 +246,36 @@ class KernelPlan:
     @cached_property
     def score(self) -> ScoreCode:
         """What it makes of them, in C++."""
-        return score_code(self.problem.program, self.problem.direction)
+        return score_code(self.problem.program, self.problem.direction, self.learned)
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Tensors of the expression whose gradients are made."""
+        return names_of(self.problem.learned)
+
+    @property
+    def learned_sizes(self) -> dict[str, str]:
+        """How many numbers each of them has, in C++."""
+        return input_sizes(self.problem.program, self.learned)
+
+    @cached_property
+    def input_gradients(self) -> tuple[InputGradientCode, ...]:
+        """Those gradients in C++, one a place at which they are read."""
+        return gradient_codes(self.problem.program, self.learned)
+
+    @property
+    def places_elements(self) -> bool:
+        """Whether they ask for each element's own positions."""
+        return any(one.factor or one.way in ("apart", "element") for one in self.input_gradients)
+
+    @property
+    def num_derivatives(self) -> int:
+        """How many derivatives by tensors are kept with P, as they depend on the score."""
+        return sum(one.stored >= 0 for one in self.input_gradients)
+
+    @property
+    def stores_derivatives(self) -> bool:
+        return self.num_derivatives > 0
 
     @cached_property
     def loads(self) -> tuple[tuple[str, ...], ...]:

@@ -128,7 +128,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     @property
     def register_estimate(self) -> int:
         """The most that is alive at one time: dK and dV, and either P and dP or dQ."""
-        scores = 2 * self.num_row_tiles * self.num_acc_s
+        scores = self.num_row_tiles * (2 * self.num_acc_s + self.num_derivatives * self.num_p)
         sums = self.num_row_tiles * (self.num_acc_dkv(self.qk) + self.num_acc_dkv(self.vo))
         return sums + max(scores, self.num_dq_row_tiles * self.num_acc_dq) + self.registers_beside_tiles
 

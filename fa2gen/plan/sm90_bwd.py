@@ -168,7 +168,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         rest = self.num_acc_dq_rest + REGISTERS_OF_DQ_REST if self.splits_dq_rest else 0
         aligned = align_up(dk, ALIGNMENT_OF_SUMS) + align_up(dv, ALIGNMENT_OF_SUMS)
         of_sums = REGISTERS_OF_SUMS * ceil_div(max(aligned - EASY_SUMS, 0), 16)
-        return dk + dv + p + max(2 * s, dq + rest) + of_sums + self.registers_beside_tiles
+        with_p = p * (1 + self.num_derivatives)
+        return dk + dv + with_p + max(2 * s, dq + rest) + of_sums + self.registers_beside_tiles
 
     @property
     def registers_beside_tiles(self) -> int:

@@ -97,6 +97,12 @@ def kernels() -> list[Any]:
         for head_dim in (64, 128, 256)
         for score in ("cap * tanh(s / cap)", "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)")
     ]
+    beyond += [  # each element of dS goes to memory too
+        default(arch, head_dim, "bf16", "causal", "bwd", score=score, learned="bias")
+        for arch in ("sm90", "sm80")
+        for head_dim in (64, 128, 256)
+        for score in ("s + bias[b, h, i, j]", "s + bias[h, i - j]")
+    ]
     of_v = [  # the largest that fit each way of splitting the work, beside what models have
         default(
             arch, head_dim, "bf16", mask, direction, head_dim_v=head_dim_v, varlen=arch == "sm90" and mask == "window"

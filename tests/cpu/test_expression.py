@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ ARCHES = ("sm80", "sm90")
 SOFTCAP = "cap * tanh(s / cap)"
 SHAPE = Shape(1, 113, 203, 4, 2)
 SMALL = Shape(1, 70, 131, 2, 1)
+LEARNING = Shape(2, 70, 131, 2, 1)
 
 
 def kernel(
@@ -92,6 +94,60 @@ def test_tensors(score, arch, direction, head_dim, mask, varlen):
     assert verdict.ok, verdict
 
 
+LEARNED = {
+    # Each with the way in which its elements find their numbers, and whether derivatives are kept with P.
+    "a dense bias": (BIAS, "bias"),
+    "a bias of all batch entries, and slopes": ("s + bias[h, i, j] - slope[h] * abs(i - j)", "bias, slope"),
+    "distances": ("s + far[h, abs(i - j)]", "far"),
+    "buckets": ("s + far[h, bucket[abs(i - j)]]", "far"),
+    "rows and columns": ("s * row[b, i] + column[h, j]", "row, column"),
+    "a cap": ("cap[0] * tanh((s + bias[h, i, j]) / cap[0])", "cap, bias"),
+}
+
+
+@pytest.mark.parametrize(
+    ("score", "arch", "head_dim", "mask", "varlen"),
+    [
+        ("a dense bias", "sm80", 64, "causal", True),
+        ("a dense bias", "sm90", 256, "full", False),
+        ("a bias of all batch entries, and slopes", "sm90", 64, "causal", True),
+        ("distances", "sm90", 128, "full", False),
+        ("buckets", "sm80", 72, "causal", False),
+        ("rows and columns", "sm80", 64, "full", False),
+        ("rows and columns", "sm90", 128, "causal", True),
+        ("a cap", "sm90", 128, "causal", False),
+        ("a cap", "sm80", 64, "window", True),
+        ("a cap", "sm90", 192, "full", False),
+    ],
+)
+def test_tensors_learn(score, arch, head_dim, mask, varlen):
+    """Grouped heads, several entries; results lie in buffers of NaN, which the kernels must clear."""
+    text, learned = LEARNED[score]
+    verdict, _ = run(kernel(arch, "bwd", head_dim, mask, text, learned=learned, varlen=varlen).name, LEARNING)
+    assert verdict.ok, verdict
+
+
+def test_one_tensor_for_all_of_an_axis_learns():
+    """(1, heads, 1, seqlen_k): a padding's bias, whose numbers all rows add to."""
+    spec = kernel("sm90", "bwd", 64, "causal", BIAS, learned="bias")
+    case = cases.make(spec, LEARNING)
+    bias = case.tensors["input_0"][:1, :, :1].contiguous()
+    assert case.options.expression
+    options = case.options._replace(expression=case.options.expression._replace(shapes=(tuple(bias.shape),)))
+    gradient = torch.full_like(bias, torch.nan)
+    case = replace(case, options=options, tensors={**case.tensors, "input_0": bias, "dinput_0": gradient}, buffers={})
+    case = replace(case, tensors=case.tensors | cases._forward(case, by_kernel=False))
+    run_kernel(make_plan(spec), case.tensors, options)
+    assert cases.verdict(case).ok
+    assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+
+
+def test_a_gradient_of_one_element_each_is_the_same_in_every_run():
+    spec = kernel("sm90", "bwd", 64, "causal", BIAS, learned="bias", deterministic=True)
+    (_, first), (_, again) = (run(spec.name, SMALL, seed=seed) for seed in (0, 5))
+    assert all(torch.equal(first[name], again[name]) for name in ("dq", "dk", "dv", "dinput_0"))
+
+
 @pytest.mark.parametrize(
     ("score", "allow", "arch", "direction", "varlen"),
     [
@@ -161,6 +217,9 @@ FORWARD = {arch: kernel(arch).name for arch in ARCHES}
 BACKWARD = {arch: kernel(arch, "bwd", 128).name for arch in ARCHES}
 SPLIT = kernel("sm90", "bwd", 64).name
 POSITIONS = {arch: kernel(arch, score="s - abs(i - j) / 8 + h / 4", mask="full").name for arch in ARCHES}
+LEARNING_BIAS = kernel("sm80", "bwd", score=BIAS, learned="bias").name
+LEARNING_ROWS = kernel("sm90", "bwd", score="s * row[b, i] + column[h, j]", learned="row, column").name
+LEARNING_FAR = kernel("sm90", "bwd", score="s + far[h, max(i - j, 9)]", learned="far").name
 FAULTS = [
     *(
         Fault("another-scale", name, "finalize_softmax(row_max", "finalize_softmax(row_sum")
@@ -177,6 +236,12 @@ FAULTS = [
     *(Fault("rows-too-low", name, "n / 2 % 2 * 8;", "n / 2 % 2 * 4;") for name in POSITIONS.values()),
     Fault("another-entry", kernel("sm90", score=ALIBI).name, "with_values(p, bidb, bidh,", "with_values(p, 0, bidh,"),
     Fault("another-place", kernel("sm80", score=BIAS).name, "p.input_0_last_3 + 1)", "p.input_0_last_3)"),
+    Fault("not-cleared", LEARNING_BIAS, "store_global_float(gradient + i, 0.0f);", ""),
+    Fault("another-element", LEARNING_BIAS, "16 * tile + j / 2 % 2 * 8;", "16 * tile;"),
+    Fault("half-of-the-lanes", LEARNING_ROWS, "sum_of_lanes(sums_0[c], 4, 16)", "sum_of_lanes(sums_0[c], 4, 8)"),
+    Fault("hidden-derivatives", LEARNING_ROWS, "probability_0[j % 2] * derivative_0", "derivative_0"),
+    Fault("a-run-without-end", LEARNING_FAR, "end_run(run_0, p.dinput_0);", ""),
+    Fault("one-run-for-all", LEARNING_FAR, "if (place != run.place) {", "if (false) {"),
     *(Fault("columns-too-far", name, "n / 4 * 8 + n % 2;", "n / 4 * 8;") for name in POSITIONS.values()),
 ]
 

@@ -67,6 +67,12 @@ def modified(score: Any, allow: str = "", **inputs: Any) -> Any:
     return attention(t(*Q), t(*K), t(*K), score=score, allow=allow, inputs=inputs)
 
 
+def learned(score: str, **inputs: Any) -> None:
+    """The gradient of a call with tensors that learn, in one order."""
+    given = {name: x.float().requires_grad_() for name, x in inputs.items()}
+    attention(t(*Q), t(*K), t(*K), score=score, inputs=given, deterministic=True)[0].sum().backward()
+
+
 def ints(*numbers: int) -> Any:
     return torch.tensor(numbers, dtype=torch.int32)
 
@@ -325,8 +331,11 @@ CASES: dict[str, Case] = {
     "score: a tensor of another size": Case(InvalidInput, "(5,)|must be 6", lambda: modified("s * slope[h]", slope=t(5))),
     "score: a tensor is no number": Case(InvalidInput, "slope[h]", lambda: modified("s * slope", slope=t(6))),
     "score: a number is no tensor": Case(InvalidInput, "slope|tensor", lambda: modified("s * slope[h]", slope=1.0)),
-    "score: a tensor that learns": Case(
-        UnsupportedProblem, "slope|detach", lambda: modified("s * slope[h]", slope=t(6).requires_grad_())
+    "score: a deterministic gradient of several elements": Case(
+        UnsupportedProblem, "input_0, (6,)|expand", lambda: learned("s * slope[h]", slope=t(6))
+    ),
+    "spec: a number that learns": Case(
+        InvalidInput, "'cap'|slope|cap[0]", lambda: Problem(direction="bwd", head_dim=64, score="s * cap + slope[h]", learned="cap")
     ),
     "ragged: scale nan": Case(InvalidInput, "nan|finite", lambda: ragged(softmax_scale=math.nan)),
     "ragged: causal is text": Case(InvalidInput, "causal must be|'yes'", lambda: ragged(causal="yes")),

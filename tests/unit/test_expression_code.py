@@ -101,6 +101,9 @@ def test_derivatives_are_those_of_autograd(program, made):
             inside = tuple(
                 place.clamp(0, size - 1).long() for place, size in zip(places, found[name].shape, strict=True)
             )
+            (part,) = (x for x in program.gradients([access.token]) if x.access.leaf is access.leaf)
+            of_part = evaluate_tree(part.factor, values, torch) * weights * (slope if part.of_s else 1.0)
+            assert torch.allclose(of_part, of_each, rtol=1e-5, atol=1e-6), program.score
             found[name] = found[name].index_put(inside, of_each, accumulate=True) if inside else of_each.sum()
     for name, gradient in found.items():
         assert torch.allclose(gradient, truth[name], rtol=1e-5, atol=1e-5), f"{name} of {program.score}"

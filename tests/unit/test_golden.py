@@ -27,6 +27,7 @@ REFRESH = "python -m tests.unit.test_golden --write"
 SINKS = Problem(head_dim=128, allow="j <= i and (i - j < window or j < sinks)").words[-1]
 IMAGES = Problem(head_dim=128, allow="j <= i or image[b, i] == image[b, j] and image[b, i] > 0").words[-1]
 CAP = Problem(head_dim=128, score="cap * tanh(s / cap)").words[-1]
+BIAS = Problem(direction="bwd", head_dim=128, score="s + bias[b, h, i, j]", learned="bias").words[-1]
 NAMES = (
     "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
     "fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8",
@@ -34,6 +35,7 @@ NAMES = (
     "fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8",
     f"fa2_bwd_sm90_bf16_d128_causal_{CAP}_m64_n128_s2_w8",
     f"fa2_bwd_sm90_bf16_d128_{SINKS}_m64_n128_s2_w8",
+    f"fa2_bwd_sm90_bf16_d128_{BIAS}_m48_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8",

@@ -62,6 +62,14 @@ def plans() -> list[KernelPlan]:
         Problem(direction=direction, head_dim=64, score="where(kind[j] == 2, s, s + bias[h, i, j])")
         for direction in ("fwd", "bwd")
     ]
+    modified += [  # gradients of tensors, by all ways in which elements find their numbers
+        Problem(direction="bwd", head_dim=d, score=score, learned=learned, varlen=varlen)
+        for d in (64, 128, 192)
+        for score, learned, varlen in (
+            ("s + bias[h, i, j] - slope[h] * abs(i - j) + far[h, i - j]", "bias, slope, far", False),
+            ("s * row[b, i] + column[j]", "row, column", True),
+        )
+    ]
     modified += [
         Problem(direction=direction, head_dim=64, sink=True, varlen=varlen)
         for direction in ("fwd", "bwd")
