@@ -8,9 +8,9 @@
 //   launch   384 threads, 213120 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,   46 Shared memory,   91 Threads,  148 Arithmetic,  191 Shared memory,
 //             212 Global memory,  239 mbarriers,  283 TMA,  325 Fences,  332 Fragments,  340 Registers of a warpgroup,
-//             352 wgmma,  483 What is visible,  533 Expressions,  555 Bounds of tiles,  642 What an expression hides,
-//             724 Online softmax,  853 Pipelines,  881 Loads,  944 Matrix products,  971 Epilogue, 1018 Producer,
-//            1078 Consumer, 1225 Kernel, 1227 Find bounds, 1383 Launch
+//             352 wgmma,  483 What is visible,  533 Expressions,  557 Bounds of tiles,  644 What an expression hides,
+//             726 Online softmax,  855 Pipelines,  883 Loads,  946 Matrix products,  973 Epilogue, 1020 Producer,
+//            1080 Consumer, 1227 Kernel, 1229 Find bounds, 1385 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -532,11 +532,13 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
 
 // Expressions ---------------------------------------------------------------------------------------------------------
 
+__device__ __forceinline__ int64_t place_in_input_0(Params const& p, int index_0, int index_1) {
+    int row = min(max(index_0, 0), p.input_0_last_0);
+    return static_cast<int64_t>(row) * (p.input_0_last_1 + 1) + min(max(index_1, 0), p.input_0_last_1);
+}
+
 __device__ __forceinline__ int load_input_0(Params const& p, int index_0, int index_1) {
-    int64_t at = 0;
-    at = at * (p.input_0_last_0 + 1) + min(max(index_0, 0), p.input_0_last_0);
-    at = at * (p.input_0_last_1 + 1) + min(max(index_1, 0), p.input_0_last_1);
-    return load_constant_int(p.input_0 + at);
+    return load_constant_int(p.input_0 + place_in_input_0(p, index_0, index_1));
 }
 
 // What an expression may ask of an element's place beside its positions.
