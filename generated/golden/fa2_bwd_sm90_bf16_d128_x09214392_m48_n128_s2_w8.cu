@@ -10,8 +10,8 @@
 //             221 Global memory,  261 mbarriers,  305 TMA,  347 Bulk copies,  363 Fences,  370 Fragments,
 //             384 Registers,  399 Registers of a warpgroup,  411 wgmma,  586 What is visible,  635 Expressions,
 //             661 Softmax and its gradient,  691 Scores of an expression,  754 Gradients of an expression's tensors,
-//             852 Pipelines,  897 Loads,  945 Matrix products,  983 Staging, 1041 Producer, 1094 Consumer,
-//            1217 Kernels, 1371 Launch
+//             852 Pipelines,  897 Loads,  946 Matrix products,  984 Staging, 1042 Producer, 1095 Consumer,
+//            1221 Kernels, 1375 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -925,7 +925,8 @@ __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t 
                                                KeyBlock const& block) {
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvBytes);
-        load_tile({map, map}, tile, kKvPanelBytes, full, key_box(s, block.n_block * kTileN, block.bidb), block.head_kv);
+        Box const box = key_box(s, block.n_block * kTileN, block.bidb);
+        load_tile({map, map}, tile, kKvPanelBytes, full, box, block.head_kv);
     }
 }
 
@@ -1093,6 +1094,15 @@ __device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barrier
 
 // Consumer: one of the mma warpgroups, 64 keys of the block --------------------------------------------------------------
 
+// 16 rows of dK or dV, through the tile where K or V was.
+__device__ __forceinline__ void finish(
+    CUtensorMap const& map, float const (&acc)[kNumAccDkv], uint32_t tile, float factor, Seqlen const& s,
+    KeyBlock const& block, int warp_key) {
+    uint32_t const rows = tile + warp_key * kPanelRowBytes;
+    stage_rows(acc, rows, kKvPanelBytes, factor);
+    store_rows(map, s, rows, block.n_block * kTileN + warp_key, block);
+}
+
 __device__ __forceinline__ void consume(
     CUtensorMap const& map_dk, CUtensorMap const& map_dv, Params const& p, uint32_t smem, Barriers const& barriers,
     int warpgroup, int warp) {
@@ -1202,15 +1212,9 @@ __device__ __forceinline__ void consume(
         walk.next(p, blocks);
     }
 
-    // dK and dV go where K and V were: all warps must be done with them.
-    named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
-    uint32_t const dk_rows = smem + kSmemK + warp_key * kPanelRowBytes;
-    uint32_t const dv_rows = smem + kSmemV + warp_key * kPanelRowBytes;
-    int const row = block.n_block * kTileN + warp_key;
-    stage_rows(acc_dv, dv_rows, kKvPanelBytes, 1.0f);
-    store_rows(map_dv, s, dv_rows, row, block);
-    stage_rows(acc_dk, dk_rows, kKvPanelBytes, p.softmax_scale);
-    store_rows(map_dk, s, dk_rows, row, block);
+    named_barrier_sync(kAllMmaWarps, kNumMmaThreads);  // all warps are done with K and V
+    finish(map_dv, acc_dv, smem + kSmemV, 1.0f, s, block, warp_key);
+    finish(map_dk, acc_dk, smem + kSmemK, p.softmax_scale, s, block, warp_key);
     tma_store_wait();
 }
 
