@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fa2gen.cases_cached import cached_tensors, sequences
 from fa2gen.errors import InvalidInput
 from fa2gen.features import examples_of
+from fa2gen.features.expression import shapes_of
 from fa2gen.gpus import current_device
 from fa2gen.options import AnyShape, Options, Shape
 from fa2gen.plan import make_plan
@@ -28,7 +29,18 @@ if TYPE_CHECKING:
     from fa2gen.kernel import Kernel
     from fa2gen.reference import GradientVerdict, Verdict
 
-__all__ = ["Case", "Place", "load", "make", "prepare", "run", "torch_dtype", "verdict", "written_outside"]
+__all__ = [
+    "Case",
+    "Place",
+    "expression_tensors",
+    "load",
+    "make",
+    "prepare",
+    "run",
+    "torch_dtype",
+    "verdict",
+    "written_outside",
+]
 
 Place = Literal["gpu", "cpu"]
 _GUARD = 4096  # elements on either side of a result; a multiple of 16 bytes, so that the view stays aligned
@@ -111,7 +123,7 @@ def make(
         shape, rows, lengths = _ragged(shape, seed)
         tensors |= {name: torch.tensor(x, dtype=torch.int32, device=device) for name, x in lengths.items()}
     if problem.has_expression:
-        inputs = _expression_tensors(problem, longest._replace(batch=shape.batch), seed, device)
+        inputs = expression_tensors(problem, longest._replace(batch=shape.batch), seed, device)
         tensors |= inputs
         assert options.expression
         shapes = tuple(tuple(x.shape) for x in inputs.values())
@@ -139,16 +151,14 @@ def make(
     return replace(case, tensors=tensors | _forward(case, large)) if problem.direction == "bwd" else case
 
 
-def _expression_tensors(problem: Problem, longest: Shape, seed: int, device: str) -> dict[str, Any]:
+def expression_tensors(problem: Problem, longest: Shape, seed: int, device: str) -> dict[str, Any]:
     """What a problem's expression names, by token: normally distributed, or small whole numbers that rise along the
     last axis, as documents do. Of a ragged batch, padded to the longest sequence."""
     torch = import_module("torch")
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"b": longest.batch, "h": longest.num_heads, "hk": longest.num_heads_kv, "i": longest.seqlen_q}
-    sizes |= {"j": longest.seqlen_k, "": max(longest.seqlen_q, longest.seqlen_k)}
     found = {}
-    for x in (x for x in problem.program.inputs if x.is_tensor):
-        size = tuple(sizes[axis] for axis in x.axes)
+    tensors = (x for x in problem.program.inputs if x.is_tensor)
+    for x, size in zip(tensors, shapes_of(problem.program, longest), strict=True):
         if x.type == "float":
             made = torch.randn(size, generator=generator)
         else:

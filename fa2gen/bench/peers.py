@@ -20,8 +20,11 @@ from typing import Any
 
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.bench.points import Point
+from fa2gen.bench.workloads import WORKLOADS, Workload, documents_of
 from fa2gen.errors import InvalidInput
+from fa2gen.expression import evaluate
 from fa2gen.features import key_range
+from fa2gen.features.expression import named_values
 from fa2gen.gpus import current_device
 from fa2gen.groups import parts_of, with_parts
 from fa2gen.layout import ELEMENT_BYTES
@@ -35,6 +38,8 @@ __all__ = [
     "DETERMINISTIC",
     "NAMES",
     "OURS",
+    "PLAIN",
+    "VARLEN",
     "Contestant",
     "Missing",
     "check",
@@ -47,6 +52,12 @@ __all__ = [
 DETERMINISTIC = "-det"  # ends the names of those of ours whose gradients have the same bits in every run
 DENSE = "fa2gen-dense"
 """Of ragged batches: dense calls of ours, one for each run of sequences of one length."""
+PLAIN = "fa2gen-plain"
+"""Of expressions: our kernel of the mask alone, which computes something else; what an expression costs."""
+VARLEN = "fa2gen-varlen"
+"""Of documents: our ragged call of them."""
+OF_FLEX = ("flex", "fa3", "fa4")
+"""The peers of expressions."""
 OURS = tuple(f"fa2gen-{arch}" for arch in reversed(ARCHES))
 DEFAULT = (*OURS, "cudnn", "fa2", "fa3", "fa4")
 """`math` and `flex` only when asked for: one keeps the S x S matrix in memory, the other compiles at each point."""
@@ -70,12 +81,14 @@ class Contestant:
 
     context  is entered around calls: which backend torch may pick.
     specs    of ours: the kernels that it is made of, one for each problem, where it is not the selector's choice.
+    agrees   whether its results are the others'.
     """
 
     name: str
     prepare: Prepare
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     specs: tuple[KernelSpec, ...] = ()
+    agrees: bool = True
 
 
 def is_ours(name: str) -> bool:
@@ -168,10 +181,38 @@ def _by_sequence(forward: Forward) -> Forward:
     def of_all(point: Point, q: Any, k: Any, v: Any) -> Call:
         if not point.lengths:
             return forward(point, q, k, v)
+        _refuse_expression(point, "a call for each sequence")
         calls = [forward(run, *parts) for run, parts in _runs(point, q, k, v)]
         return lambda: torch.cat([call().flatten(0, 1) for call in calls])
 
     return of_all
+
+
+def _refuse_expression(point: Point, who: str, but: str | None = None) -> None:
+    if point.expression and point.workload != but:
+        raise Missing(f"{who} takes no score or mask as this one")
+
+
+def _workload(point: Point, device: Any) -> tuple[Workload, Any]:
+    """Of a point of preset flex: what it measures, and its input."""
+    if point.workload not in WORKLOADS:
+        raise Missing("of expressions it is measured in preset flex alone")
+    found = WORKLOADS[point.workload]
+    return found, found.input(point.batch, point.seqlen, point.heads, device)
+
+
+def _named(point: Point, device: Any) -> dict[str, Any]:
+    """What the expression of a point names, by token."""
+    from fa2gen.cases import expression_tensors
+
+    if not point.expression:
+        return {}
+    if point.workload:
+        of, given = _workload(point, device)
+        return {} if of.numbers is None else {"input_0": given}
+    return expression_tensors(
+        point.problem, point.shape._replace(seqlen_q=point.seqlen, seqlen_k=point.seqlen), 0, device
+    )
 
 
 def _refuse_ragged(point: Point, who: str) -> None:
@@ -201,7 +242,7 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
                 raise Missing("it is what flash_attn_with_kvcache runs here that is measured over caches")
             cache = _cache(point, k, v)
             return lambda: (flash_attn_with_kvcache(q, *cache[:2], **cache[2], causal=point.causal),)
-        if point.direction == "fwd" and arch == native:
+        if point.direction == "fwd" and arch == native and not point.expression:
             if point.calls == "step":
                 return _by_autograd(lambda point, *qkv: partial(flash_attn_func, *qkv, causal=point.causal))(
                     point, q, k, v, dout
@@ -272,11 +313,13 @@ def _launched(
             shaped = {name: x.unsqueeze(0) for name, x in tensors.items()}
             bounds = _bounds(point, q.device)
             shaped |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+        shaped |= named
         return cases.prepare(cases.load(spec), cases.Case(spec, point.shape, point.options, shaped, {}))
 
     if point.direction == "decode":
         return _launched_over_a_cache(point, spec, q, k, v)
     forward = replace(point, direction="fwd", deterministic=False)
+    named = _named(point, q.device)
     tensors = {
         "q": q,
         "k": k,
@@ -325,6 +368,7 @@ def _dense(*_: Any) -> Contestant:
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
         if not point.lengths:
             raise Missing("it stands for ragged batches alone")
+        _refuse_expression(point, "a call for each sequence")
         results = (_like_o(q, v),) if point.direction == "fwd" else tuple(torch.empty_like(x) for x in (q, k, v))
         calls = [
             _launched(run, _selected(run, arch), x, y, z, dx, into)
@@ -333,6 +377,32 @@ def _dense(*_: Any) -> Contestant:
         return lambda: ([call() for call in calls], results)[1]
 
     return Contestant(DENSE, prepare)
+
+
+def _plain(*_: Any) -> Contestant:
+    """Causal where a mask is an expression's: images are a causal text."""
+
+    def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        if not point.workload:
+            raise Missing("it is measured beside expressions, in preset flex")
+        plain = replace(point, workload="", causal=True)
+        return _launched(plain, _selected(plain, _native()), q, k, v, dout)
+
+    return Contestant(PLAIN, prepare, agrees=False)
+
+
+def _of_documents(*_: Any) -> Contestant:
+    """What a user of ragged batches calls, the same documents packed as sequences."""
+
+    def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        if point.workload != "documents":
+            raise Missing("it stands for documents alone, in preset flex")
+        lengths = tuple(length for entry in range(point.batch) for length in documents_of(entry, point.seqlen))
+        packed = replace(point, workload="", batch=len(lengths), seqlen=max(lengths), lengths=lengths)
+        call = _launched(packed, _selected(packed, _native()), *(x.flatten(0, 1) for x in (q, k, v, dout)))
+        return lambda: tuple(x.unflatten(0, (point.batch, point.seqlen)) for x in call())
+
+    return Contestant(VARLEN, prepare)
 
 
 def _window(point: Point) -> tuple[int, int] | None:
@@ -363,12 +433,27 @@ def _math(*_: Any) -> Contestant:
             i, j = (torch.arange(point.seqlen, device=q.device) for _ in range(2))
             first, end = key_range(point.options, point.seqlen, point.seqlen, i.unsqueeze(-1))
             hidden = (j < first) | (j >= end)
+        of = point.options.expression
+        if of:
+            program, index = point.problem.program, partial(torch.arange, device=q.device)
+            places = {
+                "i": index(point.seqlen)[:, None],
+                "j": index(point.seqlen),
+                "h": index(point.heads)[:, None, None],
+            }
+            places |= {"b": index(point.batch)[:, None, None, None], "hk": places["h"] // groups}
+            places |= {"seqlen_q": point.seqlen, "seqlen_k": point.seqlen}
+            places |= named_values(program, of.numbers, list(_named(point, q.device).values()))
+            unseen = ~evaluate(program, "allow", torch, places).to(q.device)
+            hidden = unseen if hidden is None else hidden | unseen
 
         def call() -> Any:
             qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
             if groups > 1:
                 kt, vt = (x.repeat_interleave(groups, dim=1) for x in (kt, vt))
             scores = qt @ (kt * point.head_dim**-0.5).transpose(-1, -2)
+            if of:
+                scores = evaluate(program, "score", torch, {**places, "s": scores})
             if hidden is not None:
                 scores.masked_fill_(hidden, float("-inf"))
             return (torch.softmax(scores, dim=-1) @ vt).transpose(1, 2)
@@ -387,6 +472,7 @@ def _sdpa(name: str, backend: str, *_: Any) -> Contestant:
     allowed = getattr(attention.SDPBackend, backend)
 
     def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
+        _refuse_expression(point, "torch's scaled_dot_product_attention")
         if _window(point):
             raise Missing("torch's scaled_dot_product_attention takes no window")
         if point.calls == "new lengths" and name == "cudnn":
@@ -435,7 +521,10 @@ def _fa3(direction: Direction, library: Path | None) -> Contestant:
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
         if point.calls == "step":
             raise Missing("its operators have no autograd formula")
+        _refuse_expression(point, "FlashAttention-3", but="softcap")
         options: dict[str, Any] = {"softmax_scale": point.head_dim**-0.5, "is_causal": point.causal}
+        if point.workload:
+            options["softcap"] = WORKLOADS[point.workload].cap
         if window := _window(point):
             options |= zip(("window_size_left", "window_size_right"), window, strict=True)
         if point.lengths:
@@ -469,7 +558,10 @@ def _fa4(*_: Any) -> Contestant:
 
     def forward(point: Point, q: Any, k: Any, v: Any) -> Call:
         _refuse_ragged(point, "FlashAttention-4")
+        _refuse_expression(point, "FlashAttention-4", but="softcap")
         options: dict[str, Any] = {"causal": point.causal}
+        if point.workload:
+            options["softcap"] = WORKLOADS[point.workload].cap
         if window := _window(point):
             options["window_size"] = tuple(None if side < 0 else side for side in window)
 
@@ -498,7 +590,13 @@ def _flex(*_: Any) -> Contestant:
         _refuse_ragged(point, "FlexAttention")
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         options: dict[str, Any] = {"enable_gqa": point.heads != point.heads_kv}
-        if point.problem.mask != "full":
+        if point.expression:
+            of, given = _workload(point, q.device)
+            if of.modify:
+                options["score_mod"] = of.modify(given)
+            sizes = (point.batch if of.allow else None, None, point.seqlen, point.seqlen, q.device)
+            options["block_mask"] = flex.create_block_mask(of.visible(given), *sizes)
+        elif point.problem.mask != "full":
 
             def visible(batch: Any, head: Any, i: Any, j: Any) -> Any:
                 first, end = key_range(point.options, point.seqlen, point.seqlen, i)
@@ -514,6 +612,8 @@ _FACTORIES: dict[str, Callable[[Direction, Path | None], Contestant]] = {
     **{f"fa2gen-{arch}": partial(_fa2gen, arch, False) for arch in reversed(ARCHES)},
     **{f"fa2gen-{arch}{DETERMINISTIC}": partial(_fa2gen, arch, True) for arch in reversed(ARCHES)},
     DENSE: _dense,
+    PLAIN: _plain,
+    VARLEN: _of_documents,
     "cudnn": partial(_sdpa, "cudnn", "CUDNN_ATTENTION"),
     "fa2": partial(_sdpa, "fa2", "FLASH_ATTENTION"),
     "fa3": _fa3,

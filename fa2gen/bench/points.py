@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from statistics import NormalDist
 from typing import Any, Literal
 
+from fa2gen.bench.workloads import WORKLOADS
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.features import examples_of, key_range
-from fa2gen.options import UNLIMITED, Options, Shape
-from fa2gen.spec import Direction, DType, Mask, Problem
+from fa2gen.features.expression import EXAMPLE_NUMBER, shapes_of
+from fa2gen.options import UNLIMITED, Expression, Options, Shape
+from fa2gen.spec import Direction, DType, Mask, Problem, anonymous, program_of, text_of
 
 __all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "documents", "flops_of", "preset_points", "spec_points"]
 
@@ -32,6 +34,8 @@ class Point:
     page_size   of the cache's pages, which lie in no order; 0: no pages.
     calls       what is called: "same", one call again and again; "new lengths", each call with another seqlen than
                 those before it, up to this one; or "step", a forward and a backward pass together.
+    workload    of preset flex: which score or mask, and of which inputs.
+    score, allow, inputs  of a spec's expression, as `Problem` has them; what it names is made up.
     """
 
     preset: str
@@ -51,6 +55,10 @@ class Point:
     tokens: int = 0
     page_size: int = 0
     calls: Literal["same", "new lengths", "step"] = "same"
+    workload: str = ""
+    score: str = ""
+    allow: str = ""
+    inputs: str = ""
 
     @property
     def shape(self) -> Shape:
@@ -68,22 +76,41 @@ class Point:
         return [replace(self, batch=1, seqlen=length, lengths=()) for length in self.lengths]
 
     @property
+    def expression(self) -> Expression | None:
+        """What is done to scores beside the mask."""
+        cap = EXAMPLE_NUMBER
+        program = program_of(self.score, self.allow, self.inputs)
+        if self.workload:
+            of = WORKLOADS[self.workload]
+            cap, program = of.cap, anonymous(program_of(of.score, of.allow, ""))
+        if not program.score and not program.allow:
+            return None
+        numbers = tuple(cap for x in program.inputs if not x.is_tensor)
+        longest = self.shape if not self.lengths else self.shape._replace(seqlen_q=self.seqlen, seqlen_k=self.seqlen)
+        return Expression(program.score, program.allow, text_of(program.types), numbers, shapes_of(program, longest))
+
+    @property
     def options(self) -> Options:
-        """Reduced: the plainest that show the same."""
+        """Reduced: the plainest that show the same; of a spec's expression as it says."""
         whole = Options(
             causal=self.causal,
             window_left=self.window_left,
             window_right=self.window_right,
             deterministic=self.deterministic,
             varlen=bool(self.lengths),
+            expression=self.expression,
         )
-        return whole.reduced(self.seqlen, self.seqlen)
+        return whole if self.score or self.allow else whole.reduced(self.seqlen, self.seqlen)
 
     @property
     def flops(self) -> float:
         """See `flops_of`; of a ragged batch the sum over its sequences."""
         if self.lengths:
             return sum(point.flops for point in self.sequences)
+        if self.workload:
+            seen = WORKLOADS[self.workload].seen
+            whole = replace(self, workload="", causal=False)
+            return whole.flops * sum(seen(b, self.seqlen) for b in range(self.batch)) / self.batch / self.seqlen**2
         return flops_of(self.problem, self.shape, self.options)
 
     @property
@@ -104,6 +131,9 @@ class Point:
         heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}:{self.heads_kv}"
         sides = f"{self.window_left},{0 if self.causal else self.window_right}"
         window = [sides] if self.window_left >= 0 or self.window_right >= 0 else []
+        if self.workload:
+            words = (*replace(self, workload="").problem.words, self.workload)
+            return f"{' '.join(words)} {self.batch} x {self.seqlen}, {heads} heads"
         of_calls = "" if self.calls == "same" else f", {self.calls}"
         size = f"{sum(self.lengths)} in {self.batch}" if self.lengths else f"{self.batch} x {self.seqlen}"
         if self.tokens:
@@ -241,6 +271,17 @@ def _decode(dtype: DType) -> list[Point]:
     ]
 
 
+def _flex(dtype: DType) -> list[Point]:
+    """Scores and masks of expressions: Gemma's cap, ALiBi, eight documents of random length in each batch entry, images
+    whose tokens see each other within causal text."""
+    return [
+        replace(_point("flex", head_dim, dtype, of.causal, seqlen), workload=name)
+        for name, of in WORKLOADS.items()
+        for head_dim in (64, 128)
+        for seqlen in (2048, 8192)
+    ]
+
+
 def _host(dtype: DType) -> list[Point]:
     """Problems so small that the GPU waits for the host."""
     tiny = [_point("host", head_dim, dtype, True, 128, batch=1, heads=1) for head_dim in (64, 128)]
@@ -255,6 +296,7 @@ PRESETS: dict[str, Callable[[DType], list[Point]]] = {
     "varlen": _varlen,
     "mla": _mla,
     "decode": _decode,
+    "flex": _flex,
     "host": _host,
 }
 FORWARD_ONLY = {"host"}  # what autograd adds to a call is torch's
@@ -309,9 +351,10 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
     for name, what in (("sink", "attention sinks"), ("dropout", "dropout")):
         if refused := next((problem for problem in problems if getattr(problem, name)), None):
             raise UnsupportedProblem(f"bench measures no {what}: {refused.text}\n  nearest        without {name}")
-    if refused := next((problem for problem in problems if problem.has_expression), None):
+    over_caches = (problem for problem in problems if problem.has_expression and problem.direction == "decode")
+    if refused := next(over_caches, None):
         raise UnsupportedProblem(
-            f"bench measures no expressions: {refused.text}\n  nearest        without score and allow"
+            f"bench measures no expressions over caches: {refused.text}\n  nearest        without score and allow"
         )
     points = []
     for problem, seqlen in itertools.product(
@@ -337,6 +380,9 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
                 deterministic=problem.deterministic,
                 lengths=lengths,
                 head_dim_v=problem.head_dim_v,
+                score=problem.score,
+                allow=problem.allow,
+                inputs=problem.inputs,
             )
         )
     return points

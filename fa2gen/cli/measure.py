@@ -75,6 +75,7 @@ def _need_gpu(what: str) -> None:
         "fa2gen bench --head-dim 128 --seqlen 4096 --json | jq .rows",
         "fa2gen bench my.toml --peer fa3         what a spec of your own says",
         "fa2gen bench --preset varlen            ragged batches",
+        "fa2gen bench --preset flex              scores and masks of expressions",
         "fa2gen bench --preset host              host time of a call, in microseconds",
         "fa2gen bench --plot odd.json --out .    figures from a result; needs no GPU",
     ),
@@ -83,7 +84,7 @@ def _need_gpu(what: str) -> None:
 def bench(
     asked: Asked,
     preset: Annotated[
-        Literal["paper", "odd", "gqa", "window", "varlen", "mla", "host"], typer.Option(help="Which points.")
+        Literal["paper", "odd", "gqa", "window", "varlen", "mla", "flex", "host"], typer.Option(help="Which points.")
     ] = "paper",
     seqlen: Seqlens = None,
     peer: Annotated[
@@ -135,7 +136,9 @@ def bench(
         mine += [name + peers.DETERMINISTIC for name in mine]
     if any(point.lengths for point in points):
         mine.append(peers.DENSE)
-    others = peer or [name for name in peers.DEFAULT if not peers.is_ours(name)]
+    if of_flex := any(point.workload for point in points):
+        mine += [peers.PLAIN, peers.VARLEN]
+    others = peer or [name for name in (peers.OF_FLEX if of_flex else peers.DEFAULT) if not peers.is_ours(name)]
     peers.check([*mine, *others])
     if save is not None:
         need_folder("--save", save.parent)

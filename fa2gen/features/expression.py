@@ -19,10 +19,11 @@ from fa2gen.expression import Code, Input, Program, TileBound, emit
 from fa2gen.expression.hoist import LEVELS
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param, Scratch
-from fa2gen.options import AnyShape, Expression, Options
+from fa2gen.options import AnyShape, Expression, Options, Shape
 from fa2gen.spec import Direction, Problem, names_of
 
 __all__ = [
+    "EXAMPLE_NUMBER",
     "AllowCode",
     "InputGradientCode",
     "ScoreCode",
@@ -36,10 +37,12 @@ __all__ = [
     "refuse_dropout",
     "refuse_order",
     "score_code",
+    "shapes_of",
     "tile_tables",
 ]
 
-_EXAMPLE_NUMBER = 3.0
+EXAMPLE_NUMBER = 3.0
+"""Of what an expression names, in calls that nobody makes but tests and measurements."""
 _COLUMNS = 112  # of what a function returns, beside its indentation
 
 
@@ -58,7 +61,7 @@ def expression_of(problem: Problem) -> Feature:
         return named_values(program, given.numbers) | dict(zip(lasts, sizes, strict=True))
 
     texts = (problem.score, problem.allow, problem.inputs)
-    example = Expression(*texts, (_EXAMPLE_NUMBER,) * len(numbers), learned=problem.learned)
+    example = Expression(*texts, (EXAMPLE_NUMBER,) * len(numbers), learned=problem.learned)
     return Feature(
         "expression",
         operands=(
@@ -88,6 +91,14 @@ def named_values(program: Program, numbers: Sequence[float], tensors: Sequence[A
     """The inputs of a program by their tokens, of a call that gives numbers and tensors in their order."""
     found = {program.tokens[name]: value for name, value in program.numbers(numbers).items()}
     return found | dict(zip((x.token for x in program.inputs if x.is_tensor), tensors, strict=False))
+
+
+def shapes_of(program: Program, longest: Shape) -> tuple[tuple[int, ...], ...]:
+    """Of the tensors that a program names, sizes that hold all that a call of this shape looks up by b, h, hk, i and j;
+    of a ragged batch, whose longest sequence the shape has."""
+    sizes = {"b": longest.batch, "h": longest.num_heads, "hk": longest.num_heads_kv, "i": longest.seqlen_q}
+    sizes |= {"j": longest.seqlen_k, "": max(longest.seqlen_q, longest.seqlen_k)}
+    return tuple(tuple(sizes[axis] for axis in x.axes) for x in program.inputs if x.is_tensor)
 
 
 def _lasts(x: Input) -> tuple[str, ...]:

@@ -16,11 +16,13 @@ from typer.testing import CliRunner
 
 from fa2gen.bench import peers, protocol, provenance, report, run
 from fa2gen.bench.plot import plot
-from fa2gen.bench.points import HIDDEN, PRESETS, TOKENS, Point, preset_points
+from fa2gen.bench.points import HIDDEN, PRESETS, TOKENS, Point, flops_of, preset_points, spec_points
+from fa2gen.bench.workloads import WORKLOADS
 from fa2gen.cli import app
 from fa2gen.cli.options import Asked
-from fa2gen.errors import InvalidInput
-from fa2gen.options import Shape
+from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.expression import evaluate, parse
+from fa2gen.options import Options, Shape
 from fa2gen.select import best_spec
 from fa2gen.spec import KernelSpec, Problem, Tiling
 from fa2gen.testing import problems
@@ -526,6 +528,54 @@ def test_peers_of_ragged_batches(libraries, direction):
                     one.prepare(point, q, k, v, dout)
                 continue
             torch.testing.assert_close(tuple(one.prepare(point, q, k, v, dout)()), expected)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workloads_of_expressions(name):
+    """What FlexAttention is told is what the texts say, the scores that count are those that are seen, and `math`
+    computes the definition."""
+    torch = pytest.importorskip("torch")
+    from fa2gen.reference import Place, attention_reference
+
+    of, points = WORKLOADS[name], [point for point in preset_points("flex") if point.workload == name]
+    assert [(point.head_dim, point.seqlen) for point in points] == [(64, 2048), (64, 8192), (128, 2048), (128, 8192)]
+    point = replace(points[0], batch=2, seqlen=700, heads=4, heads_kv=2)
+    assert Point.of_row(json.loads(json.dumps(point.to_json()))) == point
+    b, h, i, j = (torch.arange(n).view(-1, *[1] * at) for at, n in zip((3, 2, 1, 0), (2, 4, 700, 700), strict=True))
+    given = of.input(2, 700, 4, "cpu")
+    seen = of.visible(given)(b, h, i, j).expand(2, 4, 700, 700)
+    counted = point.flops / flops_of(Problem(head_dim=64), point.shape, Options())
+    assert seen.double().mean() == pytest.approx(counted, rel=0.02)
+    program = parse(of.score, of.allow)
+    s = torch.randn(2, 4, 700, 700)
+    values = {"s": s, "b": b, "h": h, "i": i, "j": j, **{x.name: given for x in program.inputs}}
+    allowed = evaluate(program, "allow", torch, values) & ((j <= i) | torch.tensor(not of.causal))
+    assert torch.equal(allowed.expand_as(seen), seen)
+    if of.modify:
+        torch.testing.assert_close(of.modify(given)(s, b, h, i, j), evaluate(program, "score", torch, values))
+    q, k, v = (torch.randn(2, 700, heads, 64) for heads in (4, 2, 2))
+    ((found,),) = [one.prepare(point, q, k, v, None)() for one in peers.find(["math"])[0]]
+    tensors = [given] if of.numbers else []
+    truth, _ = attention_reference(q, k, v, **point.options._asdict(), place=Place(tensors, 0))
+    torch.testing.assert_close(found, truth)
+
+
+def test_who_takes_expressions(libraries):
+    """FlashAttention-3 a cap alone; torch's operator none; our plain kernel in the place of all, our ragged one in that
+    of documents. Specs are measured with inputs that are made up."""
+    torch = pytest.importorskip("torch")
+    found = {one.name: one for one in peers.find(["fa3", "math"])[0]}
+    alibi = next(point for point in preset_points("flex") if point.workload == "alibi")
+    with pytest.raises(peers.Missing, match="FlashAttention-3 takes no score"):
+        found["fa3"].prepare(alibi, *[torch.randn(1, 2, 32, 64)] * 4)
+    problem = Problem(head_dim=64, score="s + bias[h, j]", allow="j < 3 * kind[b, i]")
+    (point,) = spec_points([problem], [128])
+    assert point.problem == problem and point.options.expression.shapes == ((32, 128), (128, 128))
+    small = replace(point, batch=2, heads=2, heads_kv=1, seqlen=40)
+    out = found["math"].prepare(small, *(torch.randn(2, 40, heads, 64) for heads in (2, 1, 1)), None)()[0]
+    assert out.shape == (2, 40, 2, 64)
+    with pytest.raises(UnsupportedProblem, match="no expressions over caches"):
+        spec_points([Problem(direction="decode", head_dim=64, score="cap * tanh(s / cap)")])
 
 
 def test_tilings_are_contestants_with_all_their_problems():
