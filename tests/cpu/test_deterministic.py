@@ -25,7 +25,7 @@ LONG = (1, 200, 400, 2, 1)
 
 def defaults():
     turns = itertools.cycle((("bf16", "full"), ("fp16", "causal"), ("fp16", "full"), ("bf16", "causal")))
-    for head_dim, (dtype, mask) in zip((8, 40, 64, 72, 80, 128, 136, 248, 256), turns, strict=False):
+    for head_dim, (dtype, mask) in zip((8, 64, 80, 136, 256), turns, strict=False):
         problem = Problem(direction="bwd", head_dim=head_dim, dtype=dtype, mask=mask, deterministic=True)
         yield KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")).name
 
@@ -48,18 +48,17 @@ def test_every_kernel(name):
         assert verdict.ok, f"{sizes}, seed {seed}: {verdict}"
 
 
-@pytest.mark.parametrize("name", KERNELS[:9])
+@pytest.mark.parametrize("name", KERNELS[:6])
 def test_no_schedule_changes_a_bit(name):
     verdict, first = run(name, MANY_BLOCKS)
     assert verdict.ok, verdict
-    for seed in range(1, 6):
+    for seed in range(1, 5):
         _, again = run(name, MANY_BLOCKS, seed=seed)
         assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True)), f"seed {seed}"
 
 
-@pytest.mark.parametrize("name", (STAGED, DIRECT))
-def test_sanitizers_are_silent(name):
-    verdict, _ = run(name, RAGGED, sanitize=True)
+def test_sanitizers_are_silent():
+    verdict, _ = run(STAGED, RAGGED, sanitize=True)
     assert verdict.ok, verdict
 
 

