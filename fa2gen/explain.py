@@ -15,7 +15,7 @@ from fa2gen.expression import emit
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.plan.memory import Span
 from fa2gen.select import TYPICAL_SEQLEN, Device, Selection, choices, kernel_arch, select
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.spec import KernelSpec, Problem, Tiling, names_of
 from fa2gen.tune.cost import cycles, prune
 from fa2gen.tune.space import tilings
 
@@ -166,12 +166,12 @@ def _alternatives(
 
 def _formulas(problem: Problem) -> dict[str, str]:
     """Of an expression, what its code computes and about how many instructions that takes."""
-    program = problem.program
+    program, learned = problem.program, names_of(problem.learned)
     found = dict(program.formulas)
     if program.score_tree is not None:
         what: Literal["score", "gradient"] = "gradient" if problem.direction == "bwd" else "score"
         also = " and its derivative by s" if what == "gradient" else ""
-        found["an element"] = f"about {emit(program, what).instructions} instructions for the score{also}"
+        found["an element"] = f"about {emit(program, what, learned).instructions} instructions for the score{also}"
     if program.allow_tree is not None:
         hidden = f"about {emit(program, 'allow').instructions} instructions in tiles that are seen in part"
         found["an element"] = ", ".join(filter(None, [found.get("an element"), hidden]))
