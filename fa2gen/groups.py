@@ -17,6 +17,10 @@ from fa2gen.spec import KernelSpec
 __all__ = ["parts_of", "with_parts"]
 
 MOST_PARTS = 32  # a Tiling's
+# Where there are blocks enough, more parts move more heads' Q, dO and dQ through L2 at a time (32:1 heads of 64, 8k: 8
+# parts 1.02 of FlashAttention-3, 16 0.98).
+PARTS_IN_L2 = 8
+FEW_WAVES = 2.0
 
 # What a block costs beside its steps, in rows of queries walked: its start and end; and in parts, its sums written and
 # read again, of which 800 rows are as long whatever the head dim (H100, 64 rows a step).
@@ -60,7 +64,8 @@ def parts_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> 
         tail = TAIL * (1 - min(in_section * parts, 1) / 2) / parts
         return max(waves / 2 + tail, 1 / parts) + waves * parts * each
 
-    return min((parts for parts in range(1, min(group, MOST_PARTS) + 1) if group % parts == 0), key=time)
+    divisors = (parts for parts in range(1, min(group, MOST_PARTS) + 1) if group % parts == 0)
+    return min((parts for parts in divisors if parts <= PARTS_IN_L2 or waves * parts <= FEW_WAVES), key=time)
 
 
 def _rows_walked(queries: int, tile_n: int, options: Options) -> int:

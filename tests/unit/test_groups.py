@@ -24,6 +24,7 @@ def plan_for(head_dim: int, arch: str = "sm90", mask: str = "causal", **fields):
     ("mask", "sizes", "head_dim", "fastest"),
     [
         ("causal", (8, 2048, 32, 1), 64, (8,)),
+        ("causal", (2, 8192, 32, 1), 64, (8,)),
         ("causal", (4, 4096, 16, 2), 256, (4,)),
         ("causal", (8, 2048, 32, 4), 128, (2, 4)),
         ("causal", (8, 2048, 32, 8), 128, (1,)),
