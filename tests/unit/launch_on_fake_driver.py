@@ -197,20 +197,45 @@ def test_each_launch_has_its_own_addresses(arch):
             assert found == {name: at for name, at in addresses.items() if name in given}
 
 
+@pytest.mark.parametrize("arch", list(ARCHES))
+def test_launches_of_a_kernel_take_turns(arch):
+    """Of other sizes and strides, at the same addresses and at others: nothing of one is left in the next."""
+    kernel = make(arch)
+    shapes = [Shape(2, n, m, 4, 2) for n, m in ((300, 200), (300, 900), (1, 200), (77, 77))]
+    launches = [(shape, prepare(kernel, shape)) for shape in shapes]
+    for shape, launch in (*launches, *launches, *reversed(launches)):
+        for addresses in (ADDRESSES, {**ADDRESSES, "k": 0x99000, "lse": 0x88000}, ADDRESSES):
+            call(launch, addresses)
+            values = params(kernel.plan)
+            assert (values["seqlen_q"], values["seqlen_k"]) == (shape.seqlen_q, shape.seqlen_k)
+            assert values["num_m_blocks"] == -(-shape.seqlen_q // kernel.plan.tile_m)
+            assert values["lse"] == addresses["lse"]
+            for name, found in tensor_maps(kernel.plan).items():
+                assert found.address == addresses[name]
+                assert found.sizes[1] == (shape.seqlen_q if name in "qo" else shape.seqlen_k)
+            if arch == "sm80":
+                assert values["q_batch_stride"] == shape.seqlen_q * 4 * 64 and values["k"] == addresses["k"]
+
+
 @pytest.mark.parametrize("refused", ["q", "k", "v", "o"])
-def test_the_launch_after_a_refused_one_has_its_own_addresses(refused):
-    """The refused one has moved some of the maps already, to addresses that need no encoding."""
-    launch = prepare(make("sm90"))
+@pytest.mark.parametrize("other", [False, True])
+def test_the_launch_after_a_refused_one_has_its_own_addresses(refused, other):
+    """The refused one, of the same sizes or others, has moved some maps already, to addresses that need no encoding."""
+    kernel = make("sm90")
+    launch = prepare(kernel)
+    another = prepare(kernel, SHAPE._replace(seqlen_q=500, seqlen_k=700)) if other else launch
     others = {name: at + 0x100000 for name, at in ADDRESSES.items()}
-    for addresses in (others, ADDRESSES):
-        call(launch, addresses)
+    call(another, others)
+    call(launch, ADDRESSES)
     set_result("fake_encode_result", 1)
     with pytest.raises(Fa2GenError, match=f"tensor map of {refused}"):
-        call(launch, {**others, refused: 0x990000})
+        call(another, {**others, refused: 0x990000})
     set_result("fake_encode_result", 0)
     call(launch, ADDRESSES)
     maps = tensor_maps(launch.kernel.plan)
     assert {name: found.address for name, found in maps.items()} == {name: ADDRESSES[name] for name in maps}
+    assert {name: found.sizes[1] for name, found in maps.items()} == {"q": 300, "k": 200, "v": 200, "o": 300}
+    assert params(kernel.plan)["seqlen_q"] == 300
 
 
 def test_many_addresses():
@@ -218,25 +243,26 @@ def test_many_addresses():
     for i in [*range(1, 500), *range(1, 500)]:
         call(launch, {**ADDRESSES, "q": i * 4096})
         assert tensor_maps(launch.kernel.plan)["q"].address == i * 4096
-    assert len(launch._maps[0][1]._encoded) <= 64
+    assert all(len(encoded) <= 64 for _, _, encoded in launch._maps)
 
 
 @pytest.mark.parametrize("arch", list(ARCHES))
 def test_threads_do_not_mix_their_arguments(arch):
     """Between one thread's addresses and its launch no other thread may write its own."""
-    launch = prepare(make(arch))
+    kernel = make(arch)
+    launches = [prepare(kernel, SHAPE._replace(seqlen_q=seqlen)) for seqlen in (300, 500)]
     mixed = []
-    pick = launch._pick
+    block, pick = kernel.block, kernel.block.pick
 
     def checking_pick(addresses):  # runs inside the lock, after the maps are set
-        mixed.extend(addresses for index, tensor_map in launch._maps if tensor_map.address != addresses[index])
+        mixed.extend(addresses for tensor_map in block.maps if tensor_map._address != addresses[tensor_map.operand])
         return pick(addresses)
 
-    launch._pick = checking_pick
+    block.pick = checking_pick
 
     def work(n):
         for i in range(300):
-            call(launch, {name: at + (n * 1000 + i) * 4096 for name, at in ADDRESSES.items()})
+            call(launches[(n + i) % 2], {name: at + (n * 1000 + i) * 4096 for name, at in ADDRESSES.items()})
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
     for thread in threads:
