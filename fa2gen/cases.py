@@ -15,7 +15,7 @@ from importlib import import_module
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
-from fa2gen.cases_cached import cached_tensors, sequences
+from fa2gen.cases_cached import cached_tensors, gathered, paged_tensors, sequences
 from fa2gen.errors import InvalidInput
 from fa2gen.features import examples_of
 from fa2gen.features.expression import shapes_of
@@ -96,7 +96,7 @@ def make(
 
     shape      of a ragged batch the lengths of the longest sequence, and two sequences less than there are; the others'
                lengths are drawn, and how much of them is used. Rows that no sequence uses are NaN. Over a cache the
-               longest sequence's length; see `fa2gen.cases_cached`.
+               longest sequence's length, and over pages all of a sequence's: see `fa2gen.cases_cached`.
     options    default: the first of the problem's examples. Their problem must be the spec's.
     seed       default: one that depends on the lengths.
     gain       what random numbers are multiplied with.
@@ -131,6 +131,12 @@ def make(
     sizes: AnyShape = shape
     if problem.direction == "decode":
         sizes, cached = cached_tensors(problem, shape, dtype, seed, device, large)
+        tensors |= cached
+    elif problem.paged:
+        rows = tuple((first, end, 0, end_k - first_k) for first, end, first_k, end_k in rows)
+        least = 1 if spec.tiling.arch == "sm80" else 128 // spec.tiling.swizzle_bytes
+        sizes, cached = paged_tensors(problem, shape, [row[3] for row in rows], least, dtype, seed, device)
+        del tensors["cu_seqlens_k"], tensors["seqused_k"]
         tensors |= cached
     place = device if large else "cpu"
     generator = torch.Generator(place).manual_seed(seed)
@@ -238,8 +244,11 @@ def _parts(case: Case) -> Iterator[dict[str, Any]]:
     for b, (first_q, end_q, first_k, end_k) in enumerate(case.rows):
         if first_q < end_q and (first_k < end_k or case.options.sink):
             of = {"query": (1, first_q, end_q), "key": (1, first_k, end_k), "row": (2, first_q, end_q)}
+            tensors = case.tensors
+            if case.spec.problem.paged:
+                tensors = {**tensors, **gathered(tensors, b, end_k)}
             cuts = ((x.name, *of[x.of]) for x in operands if x.of in of)
-            part = {name: case.tensors[name].narrow(dim, first, end - first) for name, dim, first, end in cuts}
+            part = {name: tensors[name].narrow(dim, first, end - first) for name, dim, first, end in cuts}
             part |= {x.name: case.tensors[x.name] for x in operands if x.of in ("head", "state")}
             yield {**part, "place": Place(inputs, b, case.tensors.get("rng_state"))}
 

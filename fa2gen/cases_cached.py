@@ -1,7 +1,8 @@
-"""Cases of queries over a cache: lengths, places and pages drawn, and NaN wherever no key of a sequence is."""
+"""Cases over caches and pages: lengths, places and pages drawn, and NaN wherever no key of a sequence is."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -11,7 +12,7 @@ from typing import Any
 from fa2gen.options import CacheShape, Shape
 from fa2gen.spec import Problem
 
-__all__ = ["cached_tensors", "sequences"]
+__all__ = ["cached_tensors", "gathered", "paged_tensors", "sequences"]
 
 _PAGE_SIZES = (16, 1, 64, 3, 48)
 _NO_PAGE = 1 << 30
@@ -68,6 +69,56 @@ def cached_tensors(
         table_stride=0 if table is None else table.stride(0),
     )
     return sizes, tensors | {"k": k.to(device), "v": v.to(device)}
+
+
+def paged_tensors(
+    problem: Problem, shape: Shape, keys: Sequence[int], least: int, dtype: Any, seed: int, device: str
+) -> tuple[CacheShape, dict[str, Any]]:
+    """(sizes, inputs by operand) of a ragged batch whose sequences have so many keys each, in pages.
+
+    shape  that of the batch; how many keys there are together is of no use.
+    least  a page's rows are a multiple of it.
+
+    How many rows a page has is drawn, and whether lengths are given by their bounds or one by one.
+    """
+    torch = import_module("torch")
+    generator = torch.Generator().manual_seed(seed)
+    size = _PAGE_SIZES[seed % len(_PAGE_SIZES)] * least
+    pages = max(1, -(-max(keys) // size))  # of a row of the table
+    entries = len(keys) * pages + 3
+    k, v = (
+        torch.randn((entries, size, shape.num_heads_kv, head_dim), generator=generator).to(dtype)
+        for head_dim in problem.head_dims
+    )
+    numbers = torch.randperm(entries, generator=generator)[: len(keys) * pages].view(-1, pages)
+    table = torch.full((len(keys), pages + 1), _NO_PAGE)
+    exists = torch.zeros((entries, size), dtype=torch.bool)
+    for b, length in enumerate(keys):
+        used, rows = -(-length // size), torch.arange(length)
+        table[b, :used] = numbers[b, :used]
+        exists[numbers[b, rows // size], rows % size] = True
+    k[~exists] = v[~exists] = math.nan
+    bounds = [0, *itertools.accumulate(keys)]
+    lengths = {"cu_seqlens_k": bounds} if seed % 2 else {"seqused_k": [*keys]}
+    found = {
+        name: torch.as_tensor(x).to(torch.int32).to(device) for name, x in {**lengths, "block_table": table}.items()
+    }
+    found["block_table"] = found["block_table"][:, :pages]
+    sizes = CacheShape(
+        *shape._replace(seqlen_k=pages * size),
+        entries=entries,
+        page_size=size,
+        table_rows=len(keys),
+        table_stride=found["block_table"].stride(0),
+    )
+    return sizes, found | {"k": k.to(device), "v": v.to(device)}
+
+
+def gathered(tensors: Mapping[str, Any], sequence: int, num_keys: int) -> dict[str, Any]:
+    """k and v of a sequence of a ragged batch, (1, num_keys, heads_kv, head_dim), out of its pages."""
+    size = tensors["k"].shape[1]
+    pages = tensors["block_table"][sequence, : -(-num_keys // size)].long()
+    return {name: tensors[name][pages].flatten(0, 1)[None, :num_keys] for name in ("k", "v")}
 
 
 def sequences(tensors: Mapping[str, Any], inputs: Sequence[Any]) -> Iterator[dict[str, Any]]:

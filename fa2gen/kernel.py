@@ -19,9 +19,9 @@ from cuda.bindings import driver
 
 from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.launch import Launch, launch_of, ragged_dimensions
+from fa2gen.launch import Launch, launch_of, page_strides, pages_refusal, ragged_dimensions
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, align_up
-from fa2gen.options import AnyShape, Options
+from fa2gen.options import AnyShape, CacheShape, Options
 from fa2gen.plan import KernelPlan, TensorMapPlan
 from fa2gen.plan.base import EntryPoint
 
@@ -125,6 +125,10 @@ class Kernel:
         All sizes are at least 1; strides of dimensions longer than 1 are multiples of 16 bytes. Raises
         UnsupportedProblem where a size exceeds what the grid, an int32 or a tensor map can hold.
         """
+        if self.plan.paged and isinstance(shape, CacheShape):
+            strides = {**strides, **{name: page_strides(shape, strides[name]) for name in ("k", "v")}}
+            if why := pages_refusal(self.plan, shape, strides):
+                raise UnsupportedProblem(f"{self.plan.name} reads pages with TMA: {why}; nearest: arch='sm80'")
         try:
             launch = launch_of(self.plan, shape, options, self.num_sms)
         except OverflowError as error:
@@ -256,6 +260,8 @@ class PreparedLaunch:
             name: _map_numbers(plan, name, operand.shape(shape, plan.problem), strides[name])
             for name, operand in block.mapped
         }
+        if plan.paged and isinstance(shape, CacheShape):
+            numbers |= {name: (*numbers[name], launch.values["box_rows"]) for name in ("k", "v") if name in numbers}
         self._maps: list[tuple[_TensorMap, tuple[int, ...], dict[int, bytes]]] = [
             (tensor_map, numbers[tensor_map.name], {}) for tensor_map in block.maps
         ]
@@ -340,12 +346,15 @@ class _TensorMap:
     """One tensor map of a block, encoded in place.
 
     operand, name  whose it is, by its place among a launch's addresses.
+
+    Where it is of pages, the rows of its box are the last of a launch's numbers.
     """
 
     __slots__ = (
         "_address",
         "_after",
         "_before",
+        "_box",
         "_memory",
         "_numbers",
         "_offset",
@@ -367,12 +376,16 @@ class _TensorMap:
         self.operand, self.name = operand, tensor_map.name
         self._plan, self._memory, self._offset = plan, memory, offset
         rank = 5 if plan.varlen else 4
-        self._sizes = (ctypes.c_uint64 * (2 * rank - 1))()
+        self._sizes = (ctypes.c_uint64 * (2 * rank - 1 + tensor_map.of_pages))()
         self._pack_sizes = struct.Struct(f"<{len(self._sizes)}Q").pack_into
         sizes, at = ctypes.addressof(self._sizes), ctypes.c_void_p
         # What cuTensorMapEncodeTiled takes before the address, and after it.
         self._before = at(ctypes.addressof(memory) + offset), _DATA_TYPE[plan.dtype], rank
         self._after = at(sizes), at(sizes + 8 * rank), *_map_constants(tensor_map, rank)
+        self._box = None
+        if tensor_map.of_pages:
+            self._box = (ctypes.c_uint32 * rank)(*self._after[2])
+            self._after = (*self._after[:2], self._box, *self._after[3:])
         # What stands there.
         self._address = 0
         self._numbers: tuple[int, ...] | None = None
@@ -387,8 +400,10 @@ class _TensorMap:
         else:
             self._numbers = None
             self._pack_sizes(self._sizes, 0, *numbers)
+            if self._box is not None:
+                self._box[1] = numbers[-1]
             if result := _encode_tiled()(*self._before, ctypes.c_void_p(address), *self._after):
-                rank = len(numbers) // 2 + 1
+                rank = self._before[-1]
                 _checked(
                     f"{self._plan.name}: tensor map of {self.name}, innermost first {numbers[:rank]}, "
                     f"{[*numbers[rank:]]} B apart, address {address:#x}",
@@ -403,10 +418,11 @@ class _TensorMap:
 def _map_numbers(plan: KernelPlan, name: str, dims: tuple[int, ...], strides: Strides) -> tuple[int, ...]:
     """Of a tensor that a map describes: its sizes, innermost first, and steps in bytes, of all dimensions but that."""
     batch, seqlen, heads, head_dim = dims
+    of_pages = plan.paged and name in ("k", "v")
     batch_step, row_step, head_step = strides
     # Innermost first: (D, S, H, B). A dimension of one element may have any stride in torch, not in a tensor map.
     row_bytes = head_dim * ELEMENT_BYTES
-    row_step = row_step * ELEMENT_BYTES if seqlen > 1 else row_bytes
+    row_step = row_step * ELEMENT_BYTES if seqlen > 1 or of_pages else row_bytes
     head_step = head_step * ELEMENT_BYTES if heads > 1 else row_bytes
     batch_step = batch_step * ELEMENT_BYTES if batch > 1 else row_bytes
     if (longest := max(row_step, head_step, batch_step)) > _MAX_STRIDE_BYTES:

@@ -7,7 +7,7 @@ says fa2gen/plan/recipe.py; a test holds the two together.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +15,26 @@ from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
 from fa2gen.features.varlen import ENTRY_NUMBERS, capacity, entries
 from fa2gen.layout import ceil_div
-from fa2gen.options import SPLIT_KEYS, AnyShape, CacheShape, Options, Shape
+from fa2gen.options import SPLIT_KEYS, AnyShape, CacheShape, Options
 from fa2gen.plan import KernelPlan
 from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTIONS_OF_GROUPS
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.recipe import LEAST_UNITS
 
-__all__ = ["RAGGED_ROWS", "SECTION_BYTES", "Launch", "heads_per_section", "launch_of", "ragged_dimensions"]
+__all__ = [
+    "RAGGED_ROWS",
+    "SECTION_BYTES",
+    "Launch",
+    "heads_per_section",
+    "launch_of",
+    "page_strides",
+    "pages_refusal",
+    "ragged_dimensions",
+]
 
 
 RAGGED_ROWS = 1 << 30  # as in templates/ptx/tma.cuh.j2
+TMA_ALIGNMENT = 128  # of a box in shared memory
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,8 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
     """
     if options.mask != plan.mask and not MASKS[plan.mask].general:
         raise InvalidInput(f"{plan.name} has a {plan.mask} mask, and {options} ask for a {options.mask} one")
-    if isinstance(shape, CacheShape):
+    if plan.problem.direction == "decode":
+        assert isinstance(shape, CacheShape)
         return _decoding_launch(plan, shape, options, num_sms)
     blocks = _Blocks.of(plan, shape)
     blocks.check(plan, shape, num_sms)
@@ -75,6 +86,8 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
         "softmax_scale": scale,
         "softmax_scale_log2": scale * math.log2(math.e),
     }
+    if isinstance(shape, CacheShape):
+        values["box_rows"] = math.gcd(shape.page_size, plan.tile_n)
     for feature in plan.features:
         values |= feature.values(options, shape)
     num_bounds = sum(table.number(values) for table in plan.tile_tables)
@@ -172,6 +185,30 @@ def ragged_dimensions(heads: int, row_bytes: int, head_bytes: int) -> tuple[tupl
     return sizes, [row_bytes, head_bytes, 2**64 // RAGGED_ROWS - row_bytes, row_bytes]
 
 
+def page_strides(shape: CacheShape, strides: Sequence[int]) -> tuple[int, int, int]:
+    """Of a tensor (pages, page_size, heads, head_dim), from one page, one row, one head to the next: a dimension of one
+    element has the stride that it would have if there were more."""
+    page_step, row_step, head_step = strides
+    row_step = page_step if shape.page_size == 1 else row_step
+    return shape.page_size * row_step if shape.entries == 1 else page_step, row_step, head_step
+
+
+def pages_refusal(plan: KernelPlan, shape: AnyShape, strides: Mapping[str, Sequence[int]]) -> str | None:
+    """Why a kernel can not read pages of these sizes and strides (as `page_strides` gives them) with TMA, or None."""
+    for tensor_map in (found for entry in plan.entry_points for found in entry.tensor_maps if found.of_pages):
+        assert isinstance(shape, CacheShape)
+        name, (page_step, row_step, _) = tensor_map.name, strides[tensor_map.name]
+        rows = tensor_map.rows_of(shape.page_size)
+        least = TMA_ALIGNMENT // tensor_map.swizzle_bytes
+        if rows % least:
+            return f"pages of {shape.page_size} rows, of head dim {plan.head_dim}: a multiple of {least} rows is needed"
+        if page_step % row_step:
+            return f"pages of {name} are {page_step} elements apart, rows {row_step}: a multiple of that is needed"
+        if (count := shape.entries * (page_step // row_step) + shape.seqlen_k) >= 2**31:
+            return f"{count:,} rows of all pages of {name} exceed 2^31"
+    return None
+
+
 @dataclass(frozen=True)
 class _Blocks:
     """How many blocks a call's sizes make: a head's, and all heads'."""
@@ -182,7 +219,7 @@ class _Blocks:
     of_keys: int
 
     @classmethod
-    def of(cls, plan: KernelPlan, shape: Shape) -> _Blocks:
+    def of(cls, plan: KernelPlan, shape: AnyShape) -> _Blocks:
         if plan.varlen:  # as many as there may be: the kernels know how many there are
             m = capacity(shape.seqlen_q, shape.batch, plan.tile_m)
             n = capacity(shape.seqlen_k, shape.batch, plan.tile_n)
@@ -191,7 +228,7 @@ class _Blocks:
         batch = _batch(plan, shape)
         return cls(m, n, m * batch * shape.num_heads, n * batch * shape.num_heads_kv)
 
-    def check(self, plan: KernelPlan, shape: Shape, num_sms: int) -> None:
+    def check(self, plan: KernelPlan, shape: AnyShape, num_sms: int) -> None:
         """Raise OverflowError where the kernels' 32-bit integers do not hold a count."""
         counts = {"tiles": self.of_queries + num_sms}  # a persistent kernel adds the grid to what it fetches
         if plan.problem.direction == "bwd":
@@ -207,12 +244,12 @@ class _Blocks:
                 raise OverflowError(f"{count:,} {what} exceed 2^31")
 
 
-def _batch(plan: KernelPlan, shape: Shape) -> int:
+def _batch(plan: KernelPlan, shape: AnyShape) -> int:
     """Of the tensors as kernels see them: a ragged batch's sequences lie behind each other in one."""
     return 1 if plan.varlen else shape.batch
 
 
-def heads_per_section(plan: KernelPlan, shape: Shape) -> int:
+def heads_per_section(plan: KernelPlan, shape: AnyShape) -> int:
     """How many neighbouring (batch, head) pairs are walked together, so that what they read stays in L2.
 
     Forward, whole groups of query heads that share K and V; backward, heads of K and V, with the Q, dO and sums of dQ

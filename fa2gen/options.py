@@ -44,8 +44,9 @@ class Shape(NamedTuple):
 class CacheShape(NamedTuple):
     """Sizes of one call over a cache of keys and values; its lengths lie on the device.
 
-    q and out (batch, seqlen_q, num_heads, head_dim). Caches (entries, rows, num_heads_kv, head_dim): an entry is a
-    sequence's place, or a page.
+    q and out (batch, seqlen_q, num_heads, head_dim), or of a ragged batch (seqlen_q, num_heads, head_dim), where
+    seqlen_q are the queries of all sequences, as Shape has them. Caches (entries, rows, num_heads_kv, head_dim): an
+    entry is a sequence's place, or a page.
 
     seqlen_k      the most keys that a sequence can have: the rows of an entry, or those of all pages of a table's row.
     seqlen_new    keys of each sequence that this call has written behind its length.

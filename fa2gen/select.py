@@ -160,8 +160,10 @@ def _rows(problem: Problem, arch: ArchName) -> list[TunedRow]:
 
 def _as_tuned(problem: Problem) -> Problem:
     """The problem whose measured tilings serve this one: what keeps an order of additions, looks up lengths, adds to a
-    row's sum at its end, or is done to every score costs every tiling alike."""
+    row's sum at its end, is done to every score, or finds a block of keys elsewhere costs every tiling alike."""
     plain = {"deterministic": False, "varlen": False, "sink": False, **NO_EXPRESSION}
+    if problem.direction != "decode":
+        plain["paged"] = False
     return problem.model_copy(update=plain)
 
 

@@ -16,7 +16,7 @@ import hashlib
 import re
 import reprlib
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -48,6 +48,7 @@ __all__ = [
     "Problem",
     "Tiling",
     "anonymous",
+    "apart",
     "declared",
     "names_of",
     "program_of",
@@ -128,6 +129,15 @@ class OnlyFor:
 
 
 @dataclass(frozen=True)
+class OnlyWith:
+    """A flag that may be set in a direction only where other fields have these values, and why."""
+
+    direction: Direction
+    fields: tuple[tuple[str, Any], ...]
+    why: str
+
+
+@dataclass(frozen=True)
 class Declared:
     """What is known of one field.
 
@@ -142,6 +152,7 @@ class Declared:
     range: Range | None
     shown: Shown
     only_for: OnlyFor | None
+    only_with: OnlyWith | None
 
     @property
     def is_text(self) -> bool:
@@ -205,6 +216,7 @@ def declared(model: type[BaseModel]) -> dict[str, Declared]:
             range=found.get(Range),
             shown=found[Shown],
             only_for=found.get(OnlyFor),
+            only_with=found.get(OnlyWith),
         )
 
     return {name: of(name) for name in model.model_fields}
@@ -370,7 +382,8 @@ class Problem(_Fields):
     paged: Annotated[
         bool,
         Shown("paged", optional=True, phrase="pages"),
-        OnlyFor(("decode",), "the other kernels read K and V where they lie"),
+        OnlyFor(("decode", "fwd"), "gradients are of K and V where they lie"),
+        OnlyWith("fwd", (("varlen", True), ("dropout", False)), "pages hold a ragged batch's keys, all of them"),
         Field(description="K and V lie in pages of any size, found in a table: (pages, page size, heads, head_dim)."),
     ] = False
 
@@ -415,6 +428,12 @@ class Problem(_Fields):
                 _known[self._expression_word] = given
         return self
 
+    @model_validator(mode="after")
+    def _goes_together(self) -> Problem:
+        if why := apart(dict(self)):
+            raise ValueError(why)
+        return self
+
     @property
     def has_expression(self) -> bool:
         return bool(self.score or self.allow)
@@ -434,6 +453,17 @@ class Problem(_Fields):
         if field.name == "score" and self.has_expression:
             return self._expression_word
         return super().word(field)
+
+
+def apart(fields: Mapping[str, Any]) -> str | None:
+    """Why a problem's fields, each of which is allowed, do not go together, or None."""
+    for field in declared(Problem).values():
+        rule = field.only_with
+        if rule and fields[field.name] and fields["direction"] == rule.direction:
+            for name, value in rule.fields:
+                if fields[name] != value:
+                    return f"{field.name} goes with {name} {value}: {rule.why}"
+    return None
 
 
 NO_EXPRESSION = {"score": "", "allow": "", "inputs": "", "learned": ""}

@@ -8,7 +8,7 @@ from typing import Any
 from fa2gen.cpu import Report, RunOptions, run_kernel
 from fa2gen.options import Options
 from fa2gen.plan import KernelPlan, make_plan
-from fa2gen.spec import KernelSpec, Problem, declared
+from fa2gen.spec import KernelSpec, Problem, apart, declared
 
 __all__ = ["problems", "run_on_cpu"]
 
@@ -16,8 +16,8 @@ __all__ = ["problems", "run_on_cpu"]
 def problems(**given: Any) -> list[Problem]:
     """Every problem of the given values, one or a list for each field; of a field that is not given all its values.
 
-    head_dim must be given. What a field allows in some directions alone is left out of the others. A new value of a
-    field is in every list at once. Raises InvalidInput as Problem does.
+    head_dim must be given. What a field allows in some directions alone is left out of the others, and so is what
+    does not go together. A new value of a field is in every list at once. Raises InvalidInput as Problem does.
     """
     fields = declared(Problem)
     choices = [
@@ -32,6 +32,7 @@ def problems(**given: Any) -> list[Problem]:
             field.only_for is None or values[name] == field.default or values["direction"] in field.only_for.directions
             for name, field in fields.items()
         )
+        and not apart(values)
     ]
 
 

@@ -356,6 +356,10 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
         raise UnsupportedProblem(
             f"bench measures no expressions over caches: {refused.text}\n  nearest        without score and allow"
         )
+    if refused := next((problem for problem in problems if problem.paged and problem.varlen), None):
+        raise UnsupportedProblem(
+            f"bench measures no prefill over pages: {refused.text}\n  nearest        without paged"
+        )
     points = []
     for problem, seqlen in itertools.product(
         problems, seqlens or sorted({point.seqlen for point in PRESETS["paper"]("bf16")})

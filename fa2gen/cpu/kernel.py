@@ -6,14 +6,14 @@ import ctypes
 import struct
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fa2gen.cpu.build import build_library
 from fa2gen.cpu.run import Argument, Count, Job, KernelFault, Memory, run
 from fa2gen.errors import InvalidInput
 from fa2gen.features.attention import Operand
-from fa2gen.launch import launch_of, ragged_dimensions
+from fa2gen.launch import launch_of, page_strides, pages_refusal, ragged_dimensions
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan, make_plan
@@ -120,6 +120,11 @@ def run_kernel(
         buffers.append(buffer)
 
     values = dict(launch.values)
+    if plan.paged and isinstance(shape, CacheShape):
+        for name in ("k", "v"):
+            views[name] = replace(views[name], strides=(*page_strides(shape, views[name].strides[:3]), 1))
+        if why := pages_refusal(plan, shape, {name: views[name].strides[:3] for name in ("k", "v")}):
+            raise InvalidInput(f"{plan.name} reads pages with TMA: {why}")
     for name, view in views.items():
         if len(view.shape) == 4:
             steps = (f"{name}_{step}_stride" for step in ("batch", "row", "head"))
@@ -208,11 +213,12 @@ def _check_tensor(operand: Operand, view: View) -> None:
 
 def _shape(plan: KernelPlan, views: Mapping[str, View]) -> AnyShape:
     (batch, seqlen_q, heads, _), (entries, seqlen_k, heads_kv, _) = views["q"].shape, views["k"].shape
-    if plan.problem.direction == "decode":
-        if not plan.problem.paged:
+    if plan.problem.direction == "decode" or plan.paged:
+        if not plan.paged:
             return CacheShape(batch, seqlen_q, seqlen_k, heads, heads_kv, entries=entries)
         rows, pages = views["block_table"].shape
         stride = views["block_table"].strides[0]
+        batch = rows if plan.varlen else batch
         return CacheShape(batch, seqlen_q, pages * seqlen_k, heads, heads_kv, 0, entries, seqlen_k, rows, stride)
     if plan.varlen:
         of = [
@@ -257,11 +263,13 @@ def tensor_map(plan: TensorMapPlan, view: View, memory: int, ragged: bool = Fals
     # One element's stride is never used, and may be anything in torch and numpy.
     sizes: tuple[int, ...] = (seqlen, heads, batch)
     strides = [step * ELEMENT_BYTES if size > 1 else _ALIGNMENT for size, step in zip(sizes, steps, strict=True)]
+    if plan.of_pages:  # the step from one page's row to the next page's: see launch.page_strides
+        strides[0] = steps[0] * ELEMENT_BYTES
     if ragged:
         sizes, strides = ragged_dimensions(heads, *strides[:2])
     rank = 1 + len(sizes)
     padding = [0] * (5 - rank)
-    box = (plan.box_cols, plan.box_rows, *[1] * (rank - 2), *padding)
+    box = (plan.box_cols, plan.rows_of(seqlen), *[1] * (rank - 2), *padding)
     data = _TENSOR_MAP.pack(
         0, *strides, *padding, head_dim, *sizes, *padding, *box, rank, ELEMENT_BYTES, plan.swizzle_bytes
     )

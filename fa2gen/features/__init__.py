@@ -33,7 +33,7 @@ def features_of(problem: Problem) -> tuple[Feature, ...]:
         *([VARLEN[problem.direction]] if problem.varlen else []),
         *([SINK[problem.direction]] if problem.sink else []),
         *([DROPOUT] if problem.dropout else []),
-        *([PAGED] if problem.paged else []),
+        *([PAGED[problem.direction]] if problem.paged else []),
         *([DETERMINISTIC] if problem.deterministic else []),
         *([expression_of(problem)] if problem.has_expression else []),
     )

@@ -19,10 +19,11 @@ class Operand:
               kernel's dtype, the head dim contiguous; "row" tensors are (batch, num_heads, seqlen_q), fp32, dense;
               "bounds" (batch + 1,) and "lengths" (batch,), int32, dense; "head" (num_heads,), fp32, dense;
               "state" (4,), int32, 128 random bits.
-              "cache" is a tensor with rows of its own, (entries, rows, heads_kv, head_dim), and "table" (batch, pages),
-              int32, the numbers of a sequence's pages; "new" keys are (batch, seqlen_new, heads_kv, head_dim), "angles"
-              (positions, rotary_dim / 2), in the kernel's dtype, dense. "floats" and "ints" are what an expression
-              names, fp32 and int32, dense, of any size: a call's options say which.
+              "cache" is a tensor with rows of its own, (entries, rows, heads_kv, head_dim), and so are "key" tensors
+              that lie in pages; "table" (batch, pages), int32, the numbers of a sequence's pages; "new" keys are
+              (batch, seqlen_new, heads_kv, head_dim), "angles" (positions, rotary_dim / 2), in the kernel's dtype,
+              dense. "floats" and "ints" are what an expression names, fp32 and int32, dense, of any size: a call's
+              options say which.
     of_v      of a tensor with a head dim: whether it is V's, else that of Q and K.
     out       whether kernels write it.
     optional  whether it may be missing: its address is 0 then.
@@ -48,7 +49,7 @@ class Operand:
             return (shape.batch, shape.seqlen_new, shape.num_heads_kv, self.head_dim(problem))
         if isinstance(shape, CacheShape) and self.of == "angles":
             return (shape.rotary_rows, shape.rotary_dim // 2)
-        if isinstance(shape, CacheShape) and self.of == "cache":
+        if isinstance(shape, CacheShape) and self.of in ("cache", "key"):
             return (shape.entries, shape.page_size or shape.seqlen_k, shape.num_heads_kv, self.head_dim(problem))
         if self.of in ("bounds", "lengths"):
             return (shape.batch + (self.of == "bounds"),)

@@ -7,20 +7,38 @@ from collections.abc import Mapping
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param
 from fa2gen.options import AnyShape, CacheShape, Options
+from fa2gen.spec import Direction
 
 __all__ = ["PAGED"]
 
+_BLOCK_TABLE = Operand("block_table", "table")
+_FORMULAS = {
+    "page_size": "page_size",
+    "table_rows": "table_rows",
+    "table_step": "table_stride",
+    "num_pages": "entries",
+}
 
-def _values(_: Options, shape: AnyShape) -> Mapping[str, int | float]:
-    assert isinstance(shape, CacheShape)
-    return {"page_size": shape.page_size, "table_rows": shape.table_rows, "table_step": shape.table_stride}
+
+def _paged(rooms: Mapping[str, str], *names: str) -> Feature:
+    """With these numbers of Params."""
+
+    def values(_: Options, shape: AnyShape) -> Mapping[str, int | float]:
+        assert isinstance(shape, CacheShape)
+        said = {name: getattr(shape, formula) for name, formula in _FORMULAS.items()}
+        return {name: said[name] for name in names}
+
+    return Feature(
+        "paged",
+        rooms=rooms,
+        operands=(_BLOCK_TABLE,),
+        params=tuple(Param(name, "int") for name in names),
+        values=values,
+        formulas={name: _FORMULAS[name] for name in names},
+    )
 
 
-PAGED = Feature(
-    "paged",
-    rooms={"keys": "paged"},
-    operands=(Operand("block_table", "table"),),
-    params=(Param("page_size", "int"), Param("table_rows", "int"), Param("table_step", "int")),
-    values=_values,
-    formulas={"page_size": "page_size", "table_rows": "table_rows", "table_step": "table_stride"},
-)
+PAGED: dict[Direction, Feature] = {
+    "decode": _paged({"keys": "paged"}, "page_size", "table_rows", "table_step"),
+    "fwd": _paged({}, "page_size", "table_step", "num_pages"),
+}

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -33,9 +33,10 @@ from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
 from fa2gen.groups import parts_of, with_parts
+from fa2gen.launch import page_strides, pages_refusal
 from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
 from fa2gen.ops.validate import DTYPES, out_shape, validate, validate_backward, validate_options
-from fa2gen.options import Options, Shape
+from fa2gen.options import CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.select import Device, kernel_arch, select, seqlen_bounds
 from fa2gen.spec import HEAD_DIM_STEP, Direction, KernelSpec, Problem, Tiling
@@ -58,6 +59,7 @@ __all__ = [
     "forward_cuda",
     "forward_out",
     "has_aligned_strides",
+    "kernel_for_pages",
     "kernel_for_rows",
     "launch_cleared",
     "launch_ragged",
@@ -505,6 +507,18 @@ def kernel_for_rows(problem: Problem, device: int, seqlen_k: int, rows: int) -> 
     plan, target = choose(problem, on, None, None, seqlen_k)
     tiling = tiling_for_rows(problem, plan.tiling, rows, on.shared_memory_per_block)
     return _kernel(make_plan(KernelSpec(problem=problem, tiling=tiling)), target, device)
+
+
+def kernel_for_pages(
+    problem: Problem, device: int, seqlen_k: int, shape: CacheShape, strides: Mapping[str, Strides]
+) -> Kernel:
+    """The kernel of a ragged batch over pages, loaded on the device: what copies with cp.async, where TMA can not read
+    pages of this size, or as far apart."""
+    on = device_at(device)
+    plan, target = choose(problem, on, None, None, seqlen_k)
+    if pages_refusal(plan, shape, {name: page_strides(shape, steps) for name, steps in strides.items()}):
+        plan, target = choose(problem, on, "sm80", None, seqlen_k)
+    return _kernel(plan, target, device)
 
 
 def _family(arch: str | None, tiling: Tiling | None) -> ArchName | None:

@@ -15,23 +15,34 @@ from torch import Tensor
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops.arguments import (
     NO_WINDOW,
+    Modified,
     Window,
     flag,
     modified,
     new_rng_state,
     options_of,
     probability,
+    sinks,
     window_sides,
 )
 from fa2gen.ops.autograd import RaggedAttention, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions
 from fa2gen.ops.flash import Result, WithLse, unpacked
 from fa2gen.ops.operator import run_general, run_ragged
+from fa2gen.ops.paged_operator import run_paged
 from fa2gen.ops.ragged import are_plain, forward_ragged, forward_ragged_out
 from fa2gen.ops.validate import LENGTHS, describe, refuse_non_tensors, validate_ragged
+from fa2gen.ops.validate_cache import Paged
+from fa2gen.options import Options
 from fa2gen.reference import dropout_mask
 
-__all__ = ["flash_attn_varlen_func", "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func"]
+__all__ = [
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "over_pages",
+    "paged",
+]
 
 MaxSeqlen: TypeAlias = int | Tensor | None
 
@@ -104,17 +115,21 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     return_attn_probs  return (out, lse, None) rather than out; lse (heads, total_q) fp32, differentiable. With dropout
                        the third is a mask (batch, heads, max_seqlen_q, max_seqlen_k), as `flash_attn_func` says.
     seqused_q, _k      (batch,) int32: how many rows of each sequence count; None: all.
+    block_table        (batch, pages) int32: k and v are pages then, (pages, page_size, heads_kv, head_dim) of any
+                       page_size and strides, never copied. Sequence i has as many keys as cu_seqlens_k or seqused_k
+                       say, in the pages that row i names; entries behind its last page are not looked at. Forward only.
 
     The others are those of `flash_attn_func`. Lengths stay on the device, which nothing here waits for; ones that do
     not rise, or run past the tensors, give wrong numbers at worst. Raises InvalidInput, or UnsupportedProblem as
-    `flash_attn_func` does, and for block_table (paged keys).
+    `flash_attn_func` does.
     """
     if block_table is not None:
-        raise UnsupportedProblem(
-            "paged keys are not built yet (block_table was given); nearest: gather the pages, and pass "
-            "k[block_table].flatten(1, 2), which is (batch, seqlen_k, heads_kv, head_dim), with cu_seqlens_k=None and "
-            "seqused_k"
-        )
+        if dropout_p:
+            raise UnsupportedProblem("dropout over pages is not built: pages are for inference; nearest: dropout_p=0.0")
+        pages = paged(q, k, v, block_table, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux)
+        said = options_of(q, softmax_scale, causal, window_sides(window_size), attention_chunk, varlen=True)
+        out, lse = over_pages(pages, said, modified(softcap, alibi_slopes), max_seqlen_k)
+        return (out, lse, None) if flag("return_attn_probs", return_attn_probs) else out
     if dropout_p.__class__ is not float or dropout_p:
         dropout_p = probability(dropout_p)
     expression, tensors = None, ()
@@ -308,6 +323,28 @@ def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # the second overloa
         attention_chunk=attention_chunk,
         s_aux=s_aux,
     )
+
+
+def paged(*tensors: Any) -> Paged:
+    """The tensors of a `Paged`, as a caller gives them. Raises InvalidInput for what is none."""
+    given = dict(zip(Paged._fields, tensors, strict=True))
+    refuse_non_tensors(**{name: x for name, x in given.items() if x is not None or name in Paged._fields[:4]})
+    return Paged(**{**given, "s_aux": sinks(given["s_aux"])})
+
+
+def over_pages(
+    given: Paged,
+    options: Options,
+    expression: Modified = (None, ()),
+    max_keys: Any = None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a ragged batch over pages, whose scores become what the expression says; `into` if given."""
+    found, tensors = expression
+    if found:
+        found = found._replace(shapes=tuple(tuple(x.shape) for x in tensors))
+    longest = None if torch.compiler.is_compiling() else _longest("max_seqlen_k", max_keys)
+    return run_paged(given, tensors, options._replace(expression=found), longest, into)
 
 
 def _refuse_lengths(lengths: tuple[Any, ...]) -> NoReturn:

@@ -9,7 +9,8 @@ behind the lengths, which of a dense batch are all None, `Tensor? s_aux`, (heads
 int64, the random bits of dropout, and `Tensor[] tensors`, those that an expression names; `bwd_general` has a fourth
 result, ds_aux, which is empty where there is no s_aux, and a fifth, gradients of the tensors that learn. They alone
 take expressions: `score`, `allow` and `inputs` as `fa2gen.spec.Problem` has them, `bwd_general` with `learned`, and the
-values of their `numbers`. Those of calls over a cache are `fa2gen.ops.kvcache_operator`'s.
+values of their `numbers`. Those of calls over a cache are `fa2gen.ops.kvcache_operator`'s, that of a ragged batch over
+pages is `fa2gen.ops.paged_operator`'s.
 
 ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
 field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
@@ -48,6 +49,7 @@ from fa2gen.ops.autograd import (
 from fa2gen.ops.call import backward_cuda, forward_cuda
 from fa2gen.ops.general import AllGradients, backward_general, forward_general, learning
 from fa2gen.ops.kvcache_operator import CACHE_SCHEMAS, cache_kernels
+from fa2gen.ops.paged_operator import PAGED_SCHEMAS, paged_kernels
 from fa2gen.ops.ragged import backward_ragged, forward_ragged
 from fa2gen.ops.validate import (
     LENGTHS,
@@ -102,6 +104,7 @@ _SCHEMAS = {
     "bwd_general": f'({_BACKWARD}, {_GENERAL}, {_GENERAL_SCHEMA}, str learned="") -> (Tensor dq, Tensor dk, Tensor dv, '
     "Tensor ds_aux, Tensor[] dtensors)",
     **CACHE_SCHEMAS,
+    **PAGED_SCHEMAS,
 }
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
 _RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
@@ -349,6 +352,8 @@ def _kernels(name: str) -> dict[str, Callable[..., Any]]:
     """Dispatch key, or kind of rule -> what an operator has for it."""
     if name in CACHE_SCHEMAS:
         return dict(cache_kernels(name))
+    if name in PAGED_SCHEMAS:
+        return dict(paged_kernels())
     kernels: dict[str, dict[str, Callable[..., Any]]] = {
         "fwd": {"CPU": _forward_cpu, "CUDA": forward_cuda, "fake": _forward_fake},
         "bwd": {"CPU": _backward_cpu, "CUDA": backward_cuda, "fake": _backward_fake},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import torch
@@ -32,6 +32,7 @@ __all__ = [
     "validate_head_dim",
     "validate_heads",
     "validate_kind",
+    "validate_lengths",
     "validate_options",
     "validate_ragged",
     "validate_ragged_backward",
@@ -95,12 +96,19 @@ def validate_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> int:
                 f"{what}: {hint}"
             )
     validate_kind(q, k, v)
+    batch = validate_lengths(q, lengths, {"q": (q, of_query), "k": (k, of_key), "v": (v, of_key)})
+    _validate_sizes(q, k, v)
+    return batch
+
+
+def validate_lengths(q: Tensor, lengths: Lengths, sides: Mapping[str, tuple[Tensor, Tensor | None]]) -> int:
+    """How many sequences there are, by these lengths and by tensors, each with its cu_seqlens, that have none."""
     counts = []  # (name, of how many sequences it is)
     for name, x in zip(LENGTHS, lengths, strict=True):
         if x is not None:
             _validate_lengths(name, x, q)
             counts.append((name, x.shape[0] - 1 if name in LENGTHS[:2] else x.shape[0]))
-    for name, x, bounds in (("q", q, of_query), ("k", k, of_key), ("v", v, of_key)):
+    for name, (x, bounds) in sides.items():
         if bounds is None:
             counts.append((name, x.shape[0]))
             _validate_even(name, x)
@@ -112,7 +120,6 @@ def validate_ragged(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> int:
                 f"{first} is of {batch} sequences, {name} of {count}; they must be of as many: cu_seqlens has one "
                 "number more than there are sequences, seqused one for each"
             )
-    _validate_sizes(q, k, v)
     return batch
 
 

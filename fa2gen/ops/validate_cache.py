@@ -1,7 +1,8 @@
-"""What a call over a cache of keys and values must obey; see `fa2gen.ops.validate`."""
+"""What a call over a cache of keys and values, or over pages, must obey; see `fa2gen.ops.validate`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,18 +10,20 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops.validate import (
+    Lengths,
     describe,
     refuse_tensor_kinds,
     validate_expression,
     validate_head_dim,
     validate_heads,
     validate_kind,
+    validate_lengths,
     validate_sinks,
 )
 from fa2gen.options import Options
 from fa2gen.spec import HEAD_DIM_STEP
 
-__all__ = ["Cached", "capacity_of", "validate_cached"]
+__all__ = ["Cached", "Paged", "capacity_of", "validate_cached", "validate_paged"]
 
 MAX_SPLITS = 256
 
@@ -93,22 +96,7 @@ def validate_cached(given: Cached, num_splits: int = 0, options: Options | None 
             f"q has head_dim {q.shape[-1]}, the caches have {k_cache.shape[-1]}; they must be equal: make the "
             "caches with q's head_dim"
         )
-    validate_head_dim("head_dim", q.shape[-1])
-    if q.shape[-1] % HEAD_DIM_STEP:
-        padded = -(-q.shape[-1] // HEAD_DIM_STEP) * HEAD_DIM_STEP
-        raise UnsupportedProblem(
-            f"head_dim is {q.shape[-1]}; over a cache, which is never copied, it must be a multiple of "
-            f"{HEAD_DIM_STEP}: make the caches of head_dim {padded}, zeros behind {q.shape[-1]}, pad q, k and v "
-            f"likewise, pass softmax_scale={q.shape[-1]}**-0.5, and take out[..., :{q.shape[-1]}]"
-        )
-    validate_heads(q.shape[2], k_cache.shape[2])
-    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        steps = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-        if x.numel() > 0 and (x.stride(-1) != 1 or any(step % 8 for step in steps)):
-            raise InvalidInput(
-                f"{name} has strides {tuple(x.stride())}; a cache is never copied, so its last must be 1 and the "
-                "others multiples of 8 elements: allocate it so"
-            )
+    _validate_rows(q, {"k_cache": k_cache, "v_cache": v_cache})
     _validate_place(given)
     _validate_new(given)
     if given.s_aux is not None:
@@ -120,6 +108,108 @@ def validate_cached(given: Cached, num_splits: int = 0, options: Options | None 
         raise InvalidInput(f"num_splits is {num_splits}; it must be from 0, as suits the device, to {MAX_SPLITS}")
 
 
+def _validate_rows(q: Tensor, caches: Mapping[str, Tensor]) -> None:
+    """Head dims, heads and strides of caches, which kernels read where they lie."""
+    for name, x in (("q", q), *caches.items()):
+        head_dim = x.shape[-1]
+        validate_head_dim("head_dim" if x.shape[-1] == q.shape[-1] else f"{name}'s head_dim", head_dim)
+        if head_dim % HEAD_DIM_STEP:
+            padded = -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
+            raise UnsupportedProblem(
+                f"head_dim is {head_dim}; over a cache, which is never copied, it must be a multiple of "
+                f"{HEAD_DIM_STEP}: make the caches of head_dim {padded}, zeros behind {head_dim}, pad q, k and v "
+                f"likewise, pass softmax_scale={head_dim}**-0.5, and take out[..., :{head_dim}]"
+            )
+    for name, x in caches.items():
+        validate_heads(q.shape[-2], x.shape[2])
+        steps = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+        if x.numel() > 0 and (x.stride(-1) != 1 or any(step % 8 for step in steps)):
+            raise InvalidInput(
+                f"{name} has strides {tuple(x.stride())}; a cache is never copied, so its last must be 1 and the "
+                "others multiples of 8 elements: allocate it so"
+            )
+
+
+class Paged(NamedTuple):
+    """The tensors of a ragged batch whose keys lie in pages, as `fa2gen.ops.paged` has them.
+
+    q             (total_q, heads, head_dim) with cu_seqlens_q, (batch + 1,), else (batch, seqlen_q, heads, head_dim).
+    k             (pages, page_size, heads_kv, head_dim), and v, which may have a head dim of its own.
+    block_table   (batch, pages of a sequence) int32, of each sequence; there may be more rows.
+    cu_seqlens_k  (batch + 1,) int32: the keys of a sequence are as many as its bounds are apart, or where seqused_k,
+                  (batch,) int32, is given too, at most that; without either, all that its pages hold.
+    s_aux         (heads,) fp32: logits of sinks.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    block_table: Tensor
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_q: Tensor | None = None
+    seqused_k: Tensor | None = None
+    s_aux: Tensor | None = None
+
+    @property
+    def lengths(self) -> Lengths:
+        return self[4:8]
+
+    @property
+    def capacity(self) -> int:
+        """The most keys that a sequence's pages can hold."""
+        rows: int = self.k.shape[1] * self.block_table.shape[1]
+        return rows
+
+
+def validate_paged(given: Paged) -> int:
+    """The number of sequences. Raises InvalidInput or UnsupportedProblem unless these can be computed with."""
+    q, k, v, table, of_query, *_ = given
+    refuse_tensor_kinds(Paged._fields, given)
+    for name, x, rank, what in (
+        (
+            "q",
+            q,
+            4 if of_query is None else 3,
+            "(total_q, heads, head_dim), without cu_seqlens_q (batch, seqlen_q, ...)",
+        ),
+        ("k", k, 4, "with block_table (pages, page_size, heads_kv, head_dim)"),
+        ("v", v, 4, "with block_table (pages, page_size, heads_kv, head_dim)"),
+    ):
+        if x.dim() != rank:
+            raise InvalidInput(f"{name} has {x.dim()} dimensions, {tuple(x.shape)}; it must have {rank}, {what}")
+    validate_kind(q, k, v)
+    batch = validate_lengths(q, given.lengths, {"q": (q, of_query)})
+    if tuple(k.shape[:3]) != tuple(v.shape[:3]):
+        raise InvalidInput(f"k has shape {tuple(k.shape)}, v {tuple(v.shape)}; all but the head dim must be equal")
+    if 0 in k.shape[:2]:
+        raise InvalidInput(f"k has shape {tuple(k.shape)}; there must be a page, and a row in it")
+    if q.shape[-1] != k.shape[-1]:
+        raise UnsupportedProblem(
+            f"q has head_dim {q.shape[-1]}, k has {k.shape[-1]}; they must be equal: make the pages with q's head_dim"
+        )
+    _validate_rows(q, {"k": k, "v": v})
+    if q.stride(-1) != 1 and q.numel() > 0:
+        raise InvalidInput(f"q has strides {tuple(q.stride())}; the last must be 1: pass q.contiguous()")
+    _validate_table(table, q)
+    if table.shape[0] < batch:
+        raise InvalidInput(f"block_table has {table.shape[0]} rows, and there are {batch} sequences: one for each")
+    if given.s_aux is not None:
+        validate_sinks(given.s_aux, q)
+    return batch
+
+
+def _validate_table(table: Tensor, q: Tensor) -> None:
+    if table.dtype != torch.int32:
+        raise InvalidInput(f"block_table is {table.dtype}; kernels take torch.int32: block_table.to(torch.int32)")
+    if table.device != q.device:
+        raise InvalidInput(f"q is on {q.device}, block_table on {table.device}; use one device")
+    if table.dim() != 2 or table.shape[1] == 0:
+        raise InvalidInput(f"block_table has shape {tuple(table.shape)}; it must be (batch, pages of a sequence)")
+    if table.stride(1) != 1 and table.shape[1] > 1:
+        raise InvalidInput(f"block_table has strides {tuple(table.stride())}; the last must be 1: .contiguous()")
+
+
 def _validate_place(given: Cached) -> None:
     """Where the sequences' keys are."""
     q, k_cache, table = given.q, given.k_cache, given.block_table
@@ -128,20 +218,18 @@ def _validate_place(given: Cached) -> None:
         x = getattr(given, name)
         if x is None:
             continue
+        if name == "block_table":
+            _validate_table(x, q)
+            continue
         if x.dtype != torch.int32:
             raise InvalidInput(f"{name} is {x.dtype}; kernels take torch.int32: {name}.to(torch.int32)")
         if x.device != q.device:
             raise InvalidInput(f"q is on {q.device}, {name} on {x.device}; use one device: {name}.to(q.device)")
-        if name == "block_table":
-            if x.dim() != 2 or x.shape[1] == 0:
-                raise InvalidInput(f"block_table has shape {tuple(x.shape)}; it must be (batch, pages of a sequence)")
-            if x.stride(1) != 1 and x.shape[1] > 1:
-                raise InvalidInput(f"block_table has strides {tuple(x.stride())}; the last must be 1: .contiguous()")
-        elif tuple(x.shape) != (batch,):
+        if tuple(x.shape) != (batch,):
             raise InvalidInput(
                 f"{name} has shape {tuple(x.shape)}; it must be ({batch},), a number for each sequence of q"
             )
-        elif x.stride(0) != 1 and batch > 1:
+        if x.stride(0) != 1 and batch > 1:
             raise InvalidInput(f"{name} has a stride of {x.stride(0)}; it must be contiguous: pass {name}.contiguous()")
     if table is not None and k_cache.shape[1] == 0:
         raise InvalidInput(f"k_cache has shape {tuple(k_cache.shape)}: pages of no rows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,6 +69,7 @@ class TensorMapPlan:
     The rows of a box lie swizzle_bytes apart in shared memory, also where they are narrower.
 
     last_panel  whether it is for the last panel of columns alone, beside a map of the same tensor for the others.
+    of_pages    whether the tensor lies in pages: a box has as many rows as divide both box_rows and a page.
     """
 
     name: str
@@ -75,6 +77,11 @@ class TensorMapPlan:
     box_rows: int
     swizzle_bytes: int
     last_panel: bool = False
+    of_pages: bool = False
+
+    def rows_of(self, page_size: int) -> int:
+        """Of a box, where pages have so many."""
+        return math.gcd(self.box_rows, page_size) if self.of_pages else self.box_rows
 
     @property
     def argument(self) -> str:
@@ -221,6 +228,11 @@ class KernelPlan:
         return self.problem.varlen
 
     @property
+    def paged(self) -> bool:
+        """Whether K and V lie in pages."""
+        return self.problem.paged
+
+    @property
     def sink(self) -> bool:
         return self.problem.sink
 
@@ -235,8 +247,8 @@ class KernelPlan:
 
     @property
     def has_launcher(self) -> bool:
-        """Whether there is a launcher in C++: not of dropout, nor of queries over caches."""
-        return not self.dropout and self.problem.direction != "decode"
+        """Whether there is a launcher in C++: not of dropout, nor of queries over caches or pages."""
+        return not self.dropout and not self.paged and self.problem.direction != "decode"
 
     @property
     def has_score(self) -> bool:

@@ -84,6 +84,7 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
         "num_batch_heads_kv": f"{of_batch}num_heads_kv{of_parts}",
         "num_sequences": "batch",
         **dict(_bounds(plan)),
+        "box_rows": f"gcd(page_size, {tiling.tile_n})",
         "section_bytes": f"{SECTION_BYTES} * min(num_heads_per_kv, {SECTIONS_OF_GROUPS})",
         "section_heads_kv": f"max(1, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
@@ -350,6 +351,12 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         if plan.varlen:
             yield "  steps in bytes: of a row, of a head, 2^34 - that of a row, of a row"
         yield from (f"  {text}" for text in _boxes(maps(plan)))
+    if plan.paged and plan.varlen:
+        yield "Of a call over pages, beside batch, seqlen_q (of all sequences) and heads:"
+        yield "  seqlen_k: the most keys that a sequence can have, those of all pages of a table's row"
+        yield "  page_size, entries: rows of a page, and pages; table_stride: numbers from one row to the next"
+        if maps(plan):
+            yield "  strides of k and v are of pages, rows and heads; those of pages are multiples of those of rows"
     if plan.problem.direction == "decode":
         yield "Of a call over caches, beside batch, seqlen_q and heads:"
         yield from (f"  {name}: {text}" for name, text in _OF_A_CACHE.items())
@@ -370,9 +377,10 @@ def lines(plan: KernelPlan) -> Iterator[str]:
 
 def _boxes(tensor_maps: list[TensorMapPlan]) -> Iterator[str]:
     """`q, o: box 64 x 16, swizzle 128 bytes`, one line for each kind."""
-    kinds: dict[tuple[int, int, int], list[str]] = {}
+    kinds: dict[tuple[int, int | str, int], list[str]] = {}
     for tensor_map in tensor_maps:
-        kind = (tensor_map.box_cols, tensor_map.box_rows, tensor_map.swizzle_bytes)
+        rows = "box_rows" if tensor_map.of_pages else tensor_map.box_rows
+        kind = (tensor_map.box_cols, rows, tensor_map.swizzle_bytes)
         kinds.setdefault(kind, []).append(tensor_map.argument.removeprefix("map_"))
     for (columns, rows, span), names in kinds.items():
         yield f"{', '.join(names)}: box {columns} x {rows} x 1 x 1, swizzle {span} bytes"

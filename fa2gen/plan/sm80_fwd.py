@@ -70,10 +70,13 @@ class Sm80FwdPlan(Sm80Plan):
 
     @property
     def registers_beside_tiles(self) -> int:
-        """With random bits 32 rows a warp spill at head dim 128, and at 24 where three blocks are to share an SM."""
+        """With random bits 32 rows a warp spill at head dim 128, and at 24 where three blocks are to share an SM. With
+        pages they spill at 160, and at 72 with a window."""
         of_dropout = REGISTERS_OF_DROPOUT if self.dropout and self.num_row_tiles > 1 else 0
+        spills_of_pages = self.paged and (self.head_dim > 128 or self.head_dim == 72)
+        of_pages = 17 if spills_of_pages and self.num_row_tiles > 1 else 0
         of_tensors = 32 if self.loads else 0  # at head dim 64 with 8 warps two blocks spill 24
-        return REGISTERS_BESIDE_TILES["single" if self.num_stages == 1 else "ring"] + of_tensors + of_dropout
+        return REGISTERS_BESIDE_TILES["single" if self.num_stages == 1 else "ring"] + of_tensors + of_dropout + of_pages
 
     @property
     def register_estimate(self) -> int:
@@ -111,6 +114,11 @@ class Sm80FwdPlan(Sm80Plan):
     def num_pending_groups(self) -> int:
         """Groups of cp.async that may still run when a block's stage must be there: those of the blocks after it."""
         return max(self.num_stages - 2, 0)
+
+    @property
+    def key_source(self) -> str:
+        """What says where a thread reads K and V."""
+        return "Pages" if self.paged else "Source"
 
     # Launch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fa2gen.arch import ARCHES
@@ -149,8 +149,8 @@ class Sm90FwdPlan(Sm90Plan):
         span, columns = self.tiling.swizzle_bytes, self.k_tile.columns
         return (
             TensorMapPlan("q", columns, self.tile_m, span),
-            *self.streamed_maps("k", self.k_tile),
-            *self.streamed_maps("v", self.v_tile),
+            *(replace(found, of_pages=self.paged) for found in self.streamed_maps("k", self.k_tile)),
+            *(replace(found, of_pages=self.paged) for found in self.streamed_maps("v", self.v_tile)),
             TensorMapPlan("o", columns, WARP_ROWS, span),
         )
 
@@ -167,13 +167,14 @@ class Sm90FwdPlan(Sm90Plan):
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
-        return ()
+        return ("k", "v") if self.paged else ()
 
     @property
     def sizes(self) -> tuple[str, ...]:
         tiles = () if self.varlen else ("num_tiles", *(("num_batch_heads",) if self.uneven else ()))
         sections = ("heads_per_section",) if self.uneven and not self.varlen else ()
-        return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", *tiles, *sections)
+        boxes = ("box_rows",) if self.paged else ()
+        return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", *tiles, *sections, *boxes)
 
     def broken_rules(self) -> Sequence[BrokenRule]:
         broken = []

@@ -121,6 +121,11 @@ def kernels() -> dict[str, bool]:
         for number, arch in enumerate(ARCHES)
         for head_dim in {*HEAD_DIMS[number::2], 64, 256}
     ]
+    paged += [
+        default(arch, head_dim, mask, varlen=True, paged=True)
+        for arch, mask, head_dims in (("sm80", "window", (72, 112, 160)), ("sm90", "causal", (64, 128)))
+        for head_dim in head_dims
+    ]
     wide = [
         KernelSpec(problem=spec.problem, tiling=tiling_for_rows(spec.problem, spec.tiling, 32, limit))
         for arch, limit in ((arch, of_arch.shared_memory_per_block) for arch, of_arch in ARCHES.items())

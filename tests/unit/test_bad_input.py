@@ -77,6 +77,12 @@ def ints(*numbers: int) -> Any:
     return torch.tensor(numbers, dtype=torch.int32)
 
 
+def over_pages(**given):
+    """`ragged` over four pages of 16 keys."""
+    pages = {"k": t(4, 16, 2, 64), "v": t(4, 16, 2, 64), "cu_seqlens_k": None, "seqused_k": ints(20, 30)}
+    return ragged(**{**pages, "block_table": ints(0, 1, 2, 3).view(2, 2), **given})
+
+
 def ragged(q: Any = None, k: Any = None, v: Any = None, **changes: Any) -> Any:
     """flash_attn_varlen_func of two sequences, but for what is given."""
     q, k = (t(8, 6, 64) if q is None else q), (t(9, 2, 64) if k is None else k)
@@ -312,7 +318,17 @@ CASES: dict[str, Case] = {
     "ragged: q is None": Case(InvalidInput, "q must be a torch.Tensor|NoneType", lambda: flash_attn_varlen_func(None, t(9, 2, 64), t(9, 2, 64), ints(0, 8), ints(0, 9))),
     "ragged: longest of floats": Case(InvalidInput, "max_seqlen_k must be a whole number|5.0 (float)", lambda: ragged(max_seqlen_k=5.0)),
     "ragged: longest below 0": Case(InvalidInput, "max_seqlen_q must be a whole number|-1 (int)", lambda: ragged(max_seqlen_q=-1)),
-    "ragged: paged": Case(UnsupportedProblem, "block_table|k[block_table].flatten(1, 2)|seqused_k", lambda: ragged(block_table=ints(0, 1).view(2, 1))),
+    "pages: a table of rank 1": Case(InvalidInput, "block_table has shape (2,)|(batch, pages", lambda: over_pages(block_table=ints(0, 1))),
+    "pages: a table in int64": Case(InvalidInput, "block_table is torch.int64|torch.int32", lambda: over_pages(block_table=torch.zeros(2, 2, dtype=torch.int64))),
+    "pages: a table in columns": Case(InvalidInput, "block_table has strides|.contiguous()", lambda: over_pages(block_table=ints(0, 1, 1, 0).view(2, 2).t())),
+    "pages: too few rows": Case(InvalidInput, "block_table has 1 rows|2 sequences", lambda: over_pages(block_table=ints(0, 1).view(1, 2))),
+    "pages: packed keys": Case(InvalidInput, "k has 3 dimensions|(pages, page_size, heads_kv, head_dim)", lambda: over_pages(k=t(9, 2, 64))),
+    "pages: of no rows": Case(InvalidInput, "k has shape (4, 0, 2, 64)|a row in it", lambda: over_pages(k=t(4, 0, 2, 64), v=t(4, 0, 2, 64))),
+    "pages: as many of v": Case(InvalidInput, "k has shape|must be equal", lambda: over_pages(v=t(5, 16, 2, 64))),
+    "pages: rows not on 16 bytes": Case(InvalidInput, "k has strides|multiples of 8", lambda: over_pages(k=t(4, 16, 2, 68)[..., :64])),
+    "pages: head dim 60": Case(UnsupportedProblem, "head_dim is 60|never copied|64", lambda: over_pages(q=t(8, 6, 60), k=t(4, 16, 2, 60), v=t(4, 16, 2, 60))),
+    "pages: of another head dim": Case(UnsupportedProblem, "q has head_dim 64, k has 72", lambda: over_pages(k=t(4, 16, 2, 72))),
+    "pages: lengths of 3 sequences": Case(InvalidInput, "cu_seqlens_q is of 2 sequences, seqused_k of 3", lambda: over_pages(seqused_k=ints(1, 2, 3))),
     "ragged: dropout above 1": Case(InvalidInput, "dropout_p is 1.5|less than 1", lambda: ragged(dropout_p=1.5)),
     "ragged: a mask of unknown size": Case(InvalidInput, "max_seqlen_q|None|whole numbers", lambda: ragged(dropout_p=0.1, return_attn_probs=True)),
     "ragged: dropout is two numbers": Case(InvalidInput, "dropout_p must be a number", lambda: ragged(dropout_p=torch.zeros(2))),

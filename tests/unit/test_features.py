@@ -29,6 +29,7 @@ PROBLEMS = [
     for deterministic in ((False, True) if direction == "bwd" else (False,))
 ]
 PROBLEMS += [Problem(direction="decode", head_dim=64, mask=mask, paged=True) for mask in get_args(Mask)]
+PROBLEMS += [Problem(head_dim=64, mask=mask, varlen=True, paged=True) for mask in get_args(Mask)]
 KERNELS = [(problem, arch) for problem in PROBLEMS for arch in get_args(ArchName)]
 
 
@@ -44,6 +45,10 @@ ONE_EACH = [
     {"expression": Expression(score="2 * s")},
     {"expression": Expression(allow="i != j")},
 ]
+
+
+def shape_of(problem):
+    return SHAPES["decode" if problem.paged else problem.direction]
 
 
 def plan_of(problem, arch):
@@ -65,7 +70,7 @@ def test_what_features_declare_is_there(problem):
             == problem
         )
         for feature in features_of(problem):
-            assert feature.values(options, SHAPES[problem.direction]).keys() == {param.name for param in feature.params}
+            assert feature.values(options, shape_of(problem)).keys() == {param.name for param in feature.params}
 
 
 @pytest.mark.parametrize(("problem", "arch"), KERNELS, ids=str)
@@ -73,7 +78,7 @@ def test_a_launch_gives_every_number_that_params_hold(problem, arch):
     """Addresses and strides come later; of everything else none may be missing or of another kind."""
     plan = plan_of(problem, arch)
     for options in examples_of(problem):
-        launch = launch_of(plan, SHAPES[problem.direction], options, num_sms=132)
+        launch = launch_of(plan, shape_of(problem), options, num_sms=132)
         later = {p.name: 0 for p in plan.params if p.is_address or p.name.endswith("_stride")}
         assert not later.keys() & launch.values.keys()
         struct.pack(plan.params_format, *plan.pack_params({**later, **launch.values}))
@@ -88,10 +93,10 @@ def test_a_kernel_is_not_launched_for_another_mask(problem, arch):
         other = problem.model_copy(update={"mask": mask})
         for options in examples_of(other):
             if mask == problem.mask or MASKS[problem.mask].general:
-                launch_of(plan, SHAPES[problem.direction], options, num_sms=132)
+                launch_of(plan, shape_of(problem), options, num_sms=132)
             else:
                 with pytest.raises(InvalidInput, match=f"{problem.mask} mask"):
-                    launch_of(plan, SHAPES[problem.direction], options, num_sms=132)
+                    launch_of(plan, shape_of(problem), options, num_sms=132)
 
 
 # Options -------------------------------------------------------------------------------------------------------------

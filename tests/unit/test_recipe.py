@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from typing import Any
@@ -29,6 +30,7 @@ PROBLEMS = [
     Problem(head_dim=192, head_dim_v=128, mask="causal"),
     Problem(direction="bwd", head_dim=192, head_dim_v=128, mask="causal"),
     Problem(direction="bwd", head_dim=64, sink=True),
+    Problem(head_dim=128, mask="window", varlen=True, paged=True),
     Problem(direction="decode", head_dim=128, mask="window", paged=True),
     Problem(direction="decode", head_dim=72, mask="causal"),
     Problem(direction="bwd", head_dim=64, allow="kind[i, b] == kind[j, b] and kind[i, b] > 0"),
@@ -47,7 +49,9 @@ def computed(formulas: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
     """Their values, one after the other: C++'s `/` of whole numbers that are not negative is Python's `//`."""
     known = dict(known)
     for name, formula in formulas.items():
-        known[name] = eval(formula.replace("/", "//"), {"min": min, "max": max, "limited": limited}, known)
+        known[name] = eval(
+            formula.replace("/", "//"), {"min": min, "max": max, "gcd": math.gcd, "limited": limited}, known
+        )
     return known
 
 
@@ -61,6 +65,10 @@ def sized(plan: KernelPlan, options: Options) -> Options:
     if not plan.tile_tables:
         return options
     return options._replace(expression=options.expression._replace(shapes=((700, 3),)))
+
+
+def has_cache(plan: KernelPlan) -> bool:
+    return plan.problem.direction == "decode" or plan.paged
 
 
 def caches() -> list[CacheShape]:
@@ -93,7 +101,7 @@ def test_formulas_are_what_launches_compute(plan: KernelPlan):
     options = sized(plan, examples_of(plan.problem)[0])._replace(softmax_scale=0.1)
     given = dict(zip(recipe.options(plan), (699, 2), strict=False)) if plan.tile_tables else {}
     fitting = 0
-    calls: list[AnyShape] = [*(caches() if plan.problem.direction == "decode" else shapes())]
+    calls: list[AnyShape] = [*(caches() if has_cache(plan) else shapes())]
     for shape in calls:
         shape = shape._replace(num_heads=shape.num_heads * plan.tiling.group_parts)
         known = computed(recipe.sizes(plan), shape._asdict() | {"softmax_scale": 0.1, "num_sms": NUM_SMS} | given)
@@ -118,11 +126,11 @@ def test_formulas_are_what_launches_compute(plan: KernelPlan):
 def test_what_features_add_to_params(plan: KernelPlan):
     """Of every example, over lengths on both sides of every limit; no option is left out of the launcher's call."""
     added = {param.name for feature in plan.features for param in feature.params}
-    assert recipe.of_features(plan).keys() == added
+    assert recipe.of_features(plan).keys() == added - recipe.sizes(plan).keys()
     for example in examples_of(plan.problem):
         right = 0 if example.causal else example.window_right
         for sizes in (Shape(1, q, k, 4, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
-            shape = sizes if plan.problem.direction != "decode" else CacheShape(*sizes, 0, 9, 1, 1, 5000)
+            shape = CacheShape(*sizes, 0, 9, 1, 1, 5000) if has_cache(plan) else sizes
             values = launch_of(plan, shape, sized(plan, example), NUM_SMS).values
             known = shape._asdict() | example._asdict() | {"window_right": right}
             known |= {"input_0_last_0": 699, "input_0_last_1": 2}
@@ -143,9 +151,8 @@ def test_a_render_says_how_it_is_launched(plan: KernelPlan):
         if entry.tensor_maps:
             assert f"maps of {', '.join(m.argument[4:] for m in entry.tensor_maps)}\n" in said
         for found in entry.tensor_maps:
-            boxes = (
-                rf"\b{found.argument[4:]}\b.*: box {found.box_cols} x {found.box_rows} x .*{found.swizzle_bytes} bytes"
-            )
+            rows = "box_rows" if found.of_pages else found.box_rows
+            boxes = rf"\b{found.argument[4:]}\b.*: box {found.box_cols} x {rows} x .*{found.swizzle_bytes} bytes"
             assert re.search(boxes, said)
     assert ("left so" in said) == any(scratch.cleared for scratch in plan.scratch)
     assert all(f"  {name} = {formula}\n" in said for name, formula in recipe.sizes(plan).items())

@@ -76,6 +76,9 @@ def plans() -> list[KernelPlan]:
         for varlen in (False, True)
     ]
     modified += [
+        Problem(head_dim=d, varlen=True, paged=True, allow=a) for d in (64, 128) for a in ("", "j % 3 != i % 2")
+    ]
+    modified += [
         Problem(direction=direction, head_dim=d, dropout=True) for direction in ("fwd", "bwd") for d in (64, 192)
     ]
     modified += [

@@ -1,0 +1,121 @@
+"""The operator of ragged batches whose keys lie in pages, `fa2gen::fwd_paged`, and one call of it, or past it.
+
+Registered with the others in `fa2gen.ops.library`. It has no gradient, no rule for vmap, and counts as the products
+over all rows that the pages of a sequence hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fa2gen.errors import UnsupportedProblem
+from fa2gen.ops.arguments import named
+from fa2gen.ops.autograd import is_plain
+from fa2gen.ops.kvcache_operator import refuse_gradients
+from fa2gen.ops.paged import checked_paged, paged_cuda, paged_reference
+from fa2gen.ops.validate import out_shape
+from fa2gen.ops.validate_cache import Paged
+from fa2gen.options import Expression, Options
+
+__all__ = ["PAGED_SCHEMAS", "paged_kernels", "run_paged"]
+
+_NAME = "fwd_paged"
+_FIELDS = ("softmax_scale", "causal", "window_left", "window_right", "chunk", "score", "allow", "inputs", "numbers")
+_OPTIONS = (
+    "float softmax_scale, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, SymInt chunk=0, "
+    'str score="", str allow="", str inputs="", float[] numbers=[]'
+)
+_OPTIONAL = Paged._fields[4:]
+_TENSORS = ", ".join(f"Tensor{'?' if name in _OPTIONAL else ''} {name}" for name in Paged._fields)
+PAGED_SCHEMAS = {_NAME: f"({_TENSORS}, Tensor[] tensors, {_OPTIONS}) -> (Tensor out, Tensor lse)"}
+
+
+def run_paged(
+    given: Paged,
+    tensors: Sequence[Tensor],
+    options: Options,
+    max_keys: int | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of options with a scale, by the operator where others look at the call; see `paged_cuda`."""
+    others = (*given[3:], *tensors)
+    if is_plain(given.q, given.k, given.v) and all(x is None or type(x) is Tensor for x in others):
+        refuse_gradients(*given, *tensors)
+        return paged_cuda(given, tensors, options, max_keys, into)
+    said = named(options)
+    try:
+        found = getattr(torch.ops.fa2gen, _NAME).default(
+            *given, [*tensors], **{name: said[name] for name in _FIELDS if name in said}
+        )
+    except NotImplementedError:  # ours, or torch's two pages about a backend that has no kernel
+        checked_paged(given, tensors, options)
+        raise
+    if into is None:
+        out, lse = found
+        return out, lse
+    for buffer, x in zip(into, found, strict=True):
+        buffer.copy_(x)
+    return into
+
+
+def _called(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation that takes (Paged, tensors, Options), as the dispatcher calls it."""
+
+    def implemented(*arguments: Any, **others: Any) -> Any:
+        count = len(Paged._fields)
+        given, tensors = Paged(*arguments[:count]), arguments[count]
+        said = dict(zip(_FIELDS, arguments[count + 1 :], strict=False)) | others
+        parts = {name: said.pop(name) for name in Expression._fields if name in said}
+        shapes = tuple(tuple(x.shape) for x in tensors)
+        found = Expression(**{**parts, "numbers": tuple(parts.get("numbers", ())), "shapes": shapes})
+        sink = given.s_aux is not None
+        options = Options(**said, varlen=True, sink=sink, expression=found if found.score or found.allow else None)
+        return implementation(given, tensors, options)
+
+    return implemented
+
+
+def _fake(given: Paged, tensors: Sequence[Tensor], options: Options) -> tuple[Tensor, Tensor]:
+    checked_paged(given, tensors, options)
+    q = given.q
+    rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
+    return q.new_empty(out_shape(q, given.v)), q.new_empty((q.shape[-2], rows), dtype=torch.float32)
+
+
+def _autograd(keyset: Any, *arguments: Any, **others: Any) -> Any:
+    """Nothing but a refusal, then what is below autograd."""
+    count = len(Paged._fields)
+    refuse_gradients(*arguments[:count], *arguments[count])
+    operator = getattr(torch.ops.fa2gen, _NAME).default
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **others)
+
+
+def _refuse_vmap(*_: Any) -> NoReturn:
+    raise UnsupportedProblem(
+        "torch.func.vmap over pages is not built; what is mapped over is a longer ragged batch: put the queries one "
+        "behind the other, join their cu_seqlens_q, each with the totals before it added, and stack the tables"
+    )
+
+
+def _flops(*arguments: Any, **_: Any) -> int:
+    given = Paged(*arguments[: len(Paged._fields)])
+    q = given.q
+    rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
+    return int(2 * rows * q.shape[-2] * given.capacity * (q.shape[-1] + given.v.shape[-1]))
+
+
+def paged_kernels() -> Mapping[str, Callable[..., Any]]:
+    """Dispatch key, or kind of rule -> what the operator has for it."""
+    return {
+        "CPU": _called(paged_reference),
+        "CUDA": _called(paged_cuda),
+        "fake": _called(_fake),
+        "Autograd": _autograd,
+        "vmap": _refuse_vmap,
+        "flops": _flops,
+    }

@@ -1,0 +1,122 @@
+"""Ragged batches over pages on the CPU: the bits of packed keys, whatever a page's size, and faults that must show."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fa2gen import cases
+from fa2gen.cases_cached import gathered
+from fa2gen.cpu import RunOptions, run_kernel
+from fa2gen.errors import InvalidInput
+from fa2gen.options import Options, Shape
+from fa2gen.plan import make_plan
+from fa2gen.select import best_spec
+from fa2gen.spec import KernelSpec, Mask, Problem
+from tests.cpu.faults import Fault, symptom
+
+ARCHES = ("sm80", "sm90")
+# Queries and keys of the longest sequence; the sum of seqlen_q * 4099 + seqlen_k decides how many rows a page has.
+SHAPES = {
+    16: Shape(1, 40, 135, 2, 1),
+    1: Shape(1, 41, 137, 2, 1),
+    64: Shape(2, 40, 137, 4, 2),
+    3: Shape(2, 70, 203, 2, 2),
+}
+
+
+def kernel(arch: str, mask: Mask = "causal", head_dim: int = 64, **fields: bool) -> KernelSpec:
+    return best_spec(Problem(head_dim=head_dim, mask=mask, varlen=True, paged=True, **fields), arch)
+
+
+def run(name: str, shape: Shape, options: Options | None = None, rendered=None, **how):
+    """(verdict, case); what is beside the rows that see something is looked at too."""
+    spec = KernelSpec.from_name(name)
+    case = cases.make(spec, shape, options)
+    run_options = RunOptions(**how)
+    run_kernel(
+        make_plan(spec), case.tensors, case.options, shape=case.shape, run_options=run_options, rendered=rendered
+    )
+    assert cases.written_outside(case) is None
+    return cases.verdict(case), case
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_pages_give_the_bits_of_packed_keys(arch):
+    """Of every size of pages: those of the kernel without pages, with the same tiling."""
+    spec = kernel(arch)
+    packed = KernelSpec(problem=spec.problem.model_copy(update={"paged": False}), tiling=spec.tiling)
+    for size, shape in SHAPES.items():
+        verdict, case = run(spec.name, shape)
+        assert verdict.ok and case.shape.page_size == size, (verdict, case.shape)
+        keys = [end for *_, end in case.rows]
+        found = [gathered(case.tensors, b, n) for b, n in enumerate(keys)]
+        tensors = {name: case.tensors[name].clone() for name in ("q", "o", "lse", "cu_seqlens_q", "seqused_q")}
+        tensors |= {name: torch.cat([x[name] for x in found], dim=1) for name in ("k", "v")}
+        tensors["cu_seqlens_k"] = torch.tensor([0, *itertools.accumulate(keys)], dtype=torch.int32)
+        for name in ("o", "lse"):
+            tensors[name].fill_(torch.nan)
+        run_kernel(make_plan(packed), tensors, case.options)
+        assert torch.equal(tensors["o"], case.tensors["o"]) and torch.equal(tensors["lse"], case.tensors["lse"])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [kernel("sm80", "window", 80), kernel("sm90", "causal", 96, sink=True), kernel("sm90", "full", 192)],
+    ids=lambda spec: spec.name,
+)
+def test_every_shape_of_kernel(spec):
+    verdict, _ = run(spec.name, SHAPES[64])
+    assert verdict.ok, verdict
+
+
+def test_pages_that_TMA_can_not_read_are_refused():
+    """Boxes of one row of 64 bytes would lie on no multiple of 128 in shared memory."""
+    spec = kernel("sm90", head_dim=32)
+    spec = KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"swizzle_bytes": 64}))
+    case = cases.make(spec, SHAPES[16])
+    size = case.shape.page_size
+    tensors = {**case.tensors, **{name: case.tensors[name].flatten(0, 1)[:, None] for name in ("k", "v")}}
+    shape = case.shape._replace(page_size=1, entries=case.shape.entries * size)
+    shape = shape._replace(seqlen_k=case.tensors["block_table"].shape[1])
+    with pytest.raises(InvalidInput, match="pages of 1 rows, of head dim 32: a multiple of 2 rows"):
+        run_kernel(spec, tensors, case.options, shape=shape)
+
+
+# Seeded faults -------------------------------------------------------------------------------------------------------
+
+FAULTS = [
+    *(Fault("a page's rows", kernel(arch).name, "key - number * page_size", "key % 8") for arch in ARCHES),
+    Fault(
+        "chunks behind the end", kernel("sm80").name, "bool const exists = row < num_keys && ", "bool const exists = "
+    ),
+    Fault("boxes behind the end", kernel("sm90").name, "if (num_keys <= 0) {", "if (false) {"),
+    Fault(
+        "the sequence's end",
+        kernel("sm90").name,
+        "return {kRaggedRows - num_keys, at",
+        "return {kRaggedRows - kTileN, at",
+    ),
+    Fault("bytes that are waited for", kernel("sm90").name, "row += 32 * p.box_rows;", "row += kTileN;"),
+    Fault(
+        "a stage that is not free",
+        kernel("sm90").name,
+        "* kStageBytes;\n    mbarrier_wait(empty, state.phase ^ 1);\n    if (elect_one())",
+        "* kStageBytes;\n    if (elect_one())",
+        schedules=3,
+    ),
+    Fault(
+        "lengths that are given one by one",
+        kernel("sm80").name,
+        "if (used != nullptr) {\n        rows = min(bounds",
+        "if (used == nullptr) {\n        rows = min(bounds",
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_seeded_fault_shows(fault):
+    shapes = (SHAPES[1], SHAPES[64])
+    assert any(symptom(run, fault, shapes, seed) for seed in range(fault.schedules))

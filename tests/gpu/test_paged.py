@@ -1,0 +1,114 @@
+"""Ragged batches over pages on a GPU: every kind of kernel, pages of any size and place, replayed graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fa2gen
+from fa2gen import cases
+from fa2gen.features import examples_of
+from fa2gen.ops.call import forget
+from fa2gen.options import Shape
+from fa2gen.select import best_spec
+from fa2gen.testing import problems
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+LENGTHS = ((300, 300), (1, 2048), (0, 40), (129, 700), (77, 77))
+"""Queries and keys of each sequence."""
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize(
+    "problem",
+    problems(head_dim=[24, 64, 80, 128, 256], dtype="bf16", direction="fwd", varlen=True, dropout=False, paged=True),
+    ids=lambda problem: problem.text,
+)
+def test_every_kind(problem, arch):
+    options = examples_of(problem)
+    for number, shape in enumerate((Shape(2, 300, 700, 4, 1), Shape(3, 200, 1001, 6, 2), Shape(1, 129, 2002, 8, 8))):
+        case = cases.make(best_spec(problem, arch), shape, options[number % len(options)], device="cuda")
+        cases.run(case, "gpu")
+        assert cases.written_outside(case) is None
+        assert (verdict := cases.verdict(case)).ok, verdict
+
+
+@pytest.fixture(params=["sm80", "sm90"])
+def family(request, monkeypatch):
+    monkeypatch.setenv("FA2GEN_ARCH", request.param)
+    forget()
+    yield request.param
+    forget()
+
+
+def random(*shape: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+
+def ints(numbers) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device="cuda")
+
+
+def batch(page: int, head_dim: int = 128, heads: int = 8, heads_kv: int = 2, hnd: bool = False):
+    """(q, k and v in pages, cu_seqlens_q, seqused_k, table, k and v packed, cu_seqlens_k); NaN where no key is."""
+    queries, keys = zip(*LENGTHS, strict=True)
+    pages = -(-max(keys) // page)
+    count = pages * len(keys) + 1
+    order = torch.randperm(count - 1, generator=torch.Generator().manual_seed(page)).to("cuda")
+    table = order.view(len(keys), pages).int()
+    q, packed = random(sum(queries), heads, head_dim), [random(sum(keys), heads_kv, head_dim) + i for i in range(2)]
+    both = torch.full((count, 2, heads_kv, page, head_dim), float("nan"), device="cuda").bfloat16()
+    if not hnd:
+        both = both.transpose(2, 3).contiguous().transpose(2, 3)
+    k, v = (x.transpose(1, 2) for x in both.unbind(1))
+    starts = [0, *torch.tensor(keys).cumsum(0).tolist()]
+    for b, n in enumerate(keys):
+        rows = torch.arange(n, device="cuda")
+        for cache, x in zip((k, v), packed, strict=True):
+            cache[table[b, rows // page].long(), rows % page] = x[starts[b] : starts[b] + n]
+        table[b, -(-n // page) :] = 2**30
+    bounds = ints([0, *torch.tensor(queries).cumsum(0).tolist()])
+    return q, k, v, bounds, ints(keys), table, *packed, ints(starts)
+
+
+@pytest.mark.parametrize("page", [1, 3, 8, 16, 48, 64, 256, 528])
+def test_pages_give_what_rows_give(page, family):
+    """Of the same kernel the same bits, however its keys are found."""
+    for hnd, head_dim in ((False, 128), (True, 64)):
+        q, k, v, bounds, used, table, *dense, starts = batch(page, head_dim, hnd=hnd)
+        said = {"causal": True, "return_attn_probs": True, "max_seqlen_k": 2048}
+        found = fa2gen.flash_attn_varlen_func(q, k, v, bounds, None, seqused_k=used, block_table=table, **said)
+        wanted = fa2gen.flash_attn_varlen_func(q, *dense, bounds, starts, **said)
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+def test_a_graph_is_replayed_with_other_lengths_and_tables():
+    q, k, v, bounds, used, table, *_ = batch(16)
+    given = [x.clone() for x in (bounds, used, table)]
+
+    def run(bounds, used, table):
+        return fa2gen.flash_attn_varlen_func(q, k, v, bounds, None, seqused_k=used, block_table=table, causal=True)
+
+    run(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(*given)
+    for seed in range(5):
+        order = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(seed)).to("cuda")
+        lengths = torch.cat([bounds.new_zeros(1), bounds.diff()[order].cumsum(0).int()])
+        for x, now in zip(given, (lengths, used[order] - seed, table[order]), strict=True):
+            x.copy_(now)
+        graph.replay()
+        assert torch.equal(out, run(*given))
+
+
+def test_rows_of_pages_that_TMA_can_not_step_over_are_read_otherwise():
+    """Pages a third of a row further apart than their rows say, as of a cache beside other state."""
+    q, k, v, bounds, used, table, *dense, starts = batch(16)
+    apart = torch.empty((k.shape[0], 16 * 256 + 40), device="cuda", dtype=torch.bfloat16)
+    k, v = (apart.clone()[:, : 16 * 256].view(k.shape).copy_(x) for x in (k, v))
+    found = fa2gen.flash_attn_varlen_func(q, k, v, bounds, None, seqused_k=used, block_table=table)
+    wanted = fa2gen.flash_attn_varlen_func(q, *dense, bounds, starts)
+    torch.testing.assert_close(found, wanted, atol=0.02, rtol=0.02)

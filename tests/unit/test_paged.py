@@ -1,0 +1,93 @@
+"""`flash_attn_varlen_func` over pages, as CPU tensors run it, also under torch.compile."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fa2gen
+
+PAGE, HEADS, HEADS_KV, HEAD_DIM = 16, 4, 2, 64
+QUERIES, KEYS = (5, 1, 20), (37, 100, 20)
+PAGES = 7
+
+
+def ints(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+BOUNDS, USED, STARTS = ints(0, 5, 6, 26), ints(*KEYS), ints(0, 37, 137, 157)
+
+
+def batch():
+    """(q, k and v in pages, table, k and v packed); NaN where no key is, and no page where none is needed."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    table = torch.randperm(3 * PAGES, generator=generator).view(3, PAGES).int()
+    packed = [random(sum(KEYS), HEADS_KV, HEAD_DIM) for _ in range(2)]
+    pages = [torch.full((3 * PAGES, PAGE, HEADS_KV, HEAD_DIM), math.nan).bfloat16() for _ in range(2)]
+    for b, n in enumerate(KEYS):
+        rows = torch.arange(n)
+        for cache, x in zip(pages, packed, strict=True):
+            cache[table[b, rows // PAGE].long(), rows % PAGE] = x[STARTS[b] : STARTS[b] + n]
+        table[b, -(-n // PAGE) :] = 1 << 30
+    return random(sum(QUERIES), HEADS, HEAD_DIM), *pages, table, *packed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"causal": True, "window_size": (8, 0), "softcap": 20.0},
+        {"s_aux": torch.arange(HEADS) / 2, "softmax_scale": 0.3},
+        {"alibi_slopes": torch.arange(HEADS) / 10},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_pages_give_what_rows_give(options):
+    q, k, v, table, *packed = batch()
+    wanted = fa2gen.flash_attn_varlen_func(q, *packed, BOUNDS, STARTS, return_attn_probs=True, **options)
+    for bounds_k, used_k in ((None, USED), (STARTS, None), (ints(0, 50, 150, 250), USED)):
+        found = fa2gen.flash_attn_varlen_func(
+            *(q, k, v, BOUNDS, bounds_k), seqused_k=used_k, block_table=table, return_attn_probs=True, **options
+        )
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1]) and found[2] is None
+
+
+def test_lengths_beyond_the_pages_are_theirs_and_below_0_none():
+    q, k, v, table, *_ = batch()
+    k, v, table = k.nan_to_num(), v.nan_to_num(), table.clamp(max=0)
+    out, lse, _ = fa2gen.flash_attn_varlen_func(
+        q, k, v, BOUNDS, None, seqused_k=ints(10_000, -3, 0), block_table=table, return_attn_probs=True
+    )
+    whole = fa2gen.flash_attn_varlen_func(q, k, v, BOUNDS, None, seqused_k=ints(*[112] * 3), block_table=table)
+    assert torch.equal(out[:5], whole[:5]) and not out[5:].any() and (lse[:, 5:] == -math.inf).all()
+
+
+def test_it_is_one_operator_under_compile():
+    q, k, v, table, *_ = batch()
+
+    def attend(q, used, table):
+        said = {"seqused_k": used, "block_table": table, "causal": True, "softcap": 3.0}
+        return fa2gen.flash_attn_varlen_func(q, k, v, BOUNDS, None, max_seqlen_k=112, **said)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, USED, table), attend(q, USED, table))
+
+
+def test_what_is_refused_is_refused_by_name():
+    q, k, v, table, *_ = batch()
+    refused = fa2gen.UnsupportedProblem
+    with pytest.raises(refused, match="no gradient"):
+        fa2gen.flash_attn_varlen_func(q.requires_grad_(), k, v, BOUNDS, None, seqused_k=USED, block_table=table)
+    with pytest.raises(refused, match="dropout over pages"):
+        fa2gen.flash_attn_varlen_func(q, k, v, BOUNDS, None, dropout_p=0.1, seqused_k=USED, block_table=table)
+    with pytest.raises(refused, match="vmap over pages"):
+        torch.func.vmap(lambda q: torch.ops.fa2gen.fwd_paged(q, k, v, table, BOUNDS, None, None, USED, None, [], 0.1))(
+            q.detach()[None]
+        )
