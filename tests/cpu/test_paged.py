@@ -64,7 +64,12 @@ def test_pages_give_the_bits_of_packed_keys(arch):
 
 @pytest.mark.parametrize(
     "spec",
-    [kernel("sm80", "window", 80), kernel("sm80", "causal", 128), kernel("sm90", "causal", 96, sink=True), kernel("sm90", "full", 192)],
+    [
+        kernel("sm80", "window", 80),
+        kernel("sm80", "causal", 128),
+        kernel("sm90", "causal", 96, sink=True),
+        kernel("sm90", "full", 192),
+    ],
     ids=lambda spec: spec.name,
 )
 def test_every_shape_of_kernel(spec):
