@@ -10,8 +10,8 @@
 //             221 Global memory,  261 mbarriers,  305 TMA,  347 Bulk copies,  363 Fences,  370 Fragments,
 //             384 Registers,  399 Registers of a warpgroup,  411 wgmma,  586 What is visible,  635 Expressions,
 //             661 Softmax and its gradient,  691 Scores of an expression,  754 Gradients of an expression's tensors,
-//             852 Pipelines,  897 Loads,  946 Matrix products,  984 Staging, 1042 Producer, 1095 Consumer,
-//            1221 Kernels, 1375 Launch
+//             845 Pipelines,  890 Loads,  939 Matrix products,  977 Staging, 1035 Producer, 1088 Consumer,
+//            1214 Kernels, 1368 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -638,7 +638,7 @@ __device__ __forceinline__ int64_t place_in_input_0(Params const& p, int index_0
     int row = min(max(index_0, 0), p.input_0_last_0);
     row = row * (p.input_0_last_1 + 1) + min(max(index_1, 0), p.input_0_last_1);
     row = row * (p.input_0_last_2 + 1) + min(max(index_2, 0), p.input_0_last_2);
-    return static_cast<int64_t>(row) * (p.input_0_last_3 + 1) + min(max(index_3, 0), p.input_0_last_3);
+    return static_cast<int64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(p.input_0_last_3 + 1) + min(max(index_3, 0), p.input_0_last_3);
 }
 
 __device__ __forceinline__ float load_input_0(Params const& p, int index_0, int index_1, int index_2, int index_3) {
@@ -761,13 +761,6 @@ __device__ __forceinline__ int64_t place_0(
     return place_in_input_0(p, b, h, i, j);
 }
 
-// Most of what is hidden adds nothing.
-__device__ __forceinline__ void add_to(float* gradient, int64_t place, float value) {
-    if (value != 0.0f) {
-        reduce_add_global_float(gradient + place, value);
-    }
-}
-
 // dS in the place of dP, as score_gradients makes it, and what each element adds to the gradients of tensors.
 __device__ __forceinline__ void score_and_input_gradients(
     Params const& p, Head const& at, float (*acc_dp)[kNumAccS], float const (*weights)[kNumAccS],
@@ -795,7 +788,7 @@ __device__ __forceinline__ void score_and_input_gradients(
                 float const dp = acc_dp[tile][j] - offset[j % 2];
                 acc_dp[tile][j] = weights[tile][j] * dp;
                 float const added_0 = acc_dp[tile][j];
-                add_to(p.dinput_0, place_of_0(right, down), added_0);
+                reduce_add_global_float(p.dinput_0 + place_of_0(right, down), added_0);
             }
         }
     }

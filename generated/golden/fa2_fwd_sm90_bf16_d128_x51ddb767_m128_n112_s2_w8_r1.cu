@@ -534,7 +534,7 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
 
 __device__ __forceinline__ int64_t place_in_input_0(Params const& p, int index_0, int index_1) {
     int row = min(max(index_0, 0), p.input_0_last_0);
-    return static_cast<int64_t>(row) * (p.input_0_last_1 + 1) + min(max(index_1, 0), p.input_0_last_1);
+    return static_cast<int64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(p.input_0_last_1 + 1) + min(max(index_1, 0), p.input_0_last_1);
 }
 
 __device__ __forceinline__ int load_input_0(Params const& p, int index_0, int index_1) {
