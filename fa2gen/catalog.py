@@ -22,7 +22,7 @@ from fa2gen.errors import Fa2GenError, InvalidInput
 from fa2gen.files import distrust, own, read_file
 from fa2gen.log import warn_once
 from fa2gen.plan import default_tiling
-from fa2gen.spec import KernelSpec, Problem, Tiling
+from fa2gen.spec import NO_EXPRESSION, KernelSpec, Problem, Tiling
 
 __all__ = [
     "SCHEMA",
@@ -206,6 +206,7 @@ class TunedRow:
     tflops          of the winner at each of these; tflops_default and tflops_runner_up likewise.
     num_candidates  kernels that were timed to find it.
     provenance      GPU, compiler, versions, protocol and date.
+    score, allow, inputs, learned  of an expression, of which the names have but a hash.
     """
 
     kernel: _Name
@@ -219,6 +220,10 @@ class TunedRow:
     tflops_runner_up: tuple[_Tflops, ...]
     num_candidates: _Count
     provenance: Mapping[str, Any] = dataclasses.field(hash=False)
+    score: str = ""
+    allow: str = ""
+    inputs: str = ""
+    learned: str = ""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -321,6 +326,12 @@ def read_tuned(path: Path) -> list[TunedRow]:
 
 def _tuned_row(path: Path, fields: dict[str, Any]) -> TunedRow:
     where = f"{path}: row {reprlib.repr(fields.get('kernel', '?'))}"
+    expression = {name: fields[name] for name in NO_EXPRESSION if name in fields}
+    try:
+        if expression:  # its name is known from here on
+            expression = Problem(head_dim=64, direction="bwd", **expression).model_dump(include=set(NO_EXPRESSION))
+    except InvalidInput as error:
+        raise InvalidInput(f"{where}: {error}") from None
     try:
         # JSON, in which pydantic takes lists and tables for tuples and dataclasses without taking text for numbers.
         row = _rows().validate_json(json.dumps({"seqlen_max": None} | fields, default=str), strict=True)
@@ -329,6 +340,8 @@ def _tuned_row(path: Path, fields: dict[str, Any]) -> TunedRow:
         raise InvalidInput(f"{where}: {'; '.join(faults)}") from None
     except (ValueError, RecursionError) as error:  # a lone surrogate, tables in tables in tables
         raise InvalidInput(f"{where}: {error}") from None
+    if row.spec.problem.model_dump(include=set(NO_EXPRESSION)) != NO_EXPRESSION | expression:
+        raise InvalidInput(f"{where}: its name is that of another expression")
     lengths = {len(row.seqlens), len(row.tflops), len(row.tflops_default), len(row.tflops_runner_up)}
     if len(lengths) != 1 or not row.seqlens:
         raise InvalidInput(f"{where}: seqlens, tflops, tflops_default and tflops_runner_up must be of one length")

@@ -175,6 +175,11 @@ def _formulas(problem: Problem) -> dict[str, str]:
     if program.allow_tree is not None:
         hidden = f"about {emit(program, 'allow').instructions} instructions in tiles that are seen in part"
         found["an element"] = ", ".join(filter(None, [found.get("an element"), hidden]))
+        if problem.direction != "decode":
+            tokens = ", ".join(dict.fromkeys(bound.token for bound in program.tile_bounds))
+            found["a tile"] = "passed by, where positions and numbers say that no query sees a key of it"
+            if tokens:
+                found["a tile"] += f", or the least and greatest numbers of {tokens} that are found beforehand"
     return found
 
 

@@ -12,7 +12,7 @@ from fa2gen.catalog import SCHEMA, TunedRow, read_tuned, tuned_rows
 from fa2gen.errors import InvalidInput
 from fa2gen.files import write_file
 from fa2gen.select import forget
-from fa2gen.spec import KernelSpec
+from fa2gen.spec import NO_EXPRESSION, KernelSpec
 from fa2gen.tune.search import Found
 
 __all__ = ["file_name", "rows_of", "write"]
@@ -38,6 +38,7 @@ def rows_of(found: Found, provenance: Mapping[str, Any]) -> list[TunedRow]:
             tflops_runner_up=winner.tflops_runner_up,
             num_candidates=found.num_candidates,
             provenance={**provenance, "source": winner.digest, "complete": found.complete},
+            **found.default.problem.model_dump(include=set(NO_EXPRESSION)),
         )
         for winner in found.winners
     ]
@@ -71,11 +72,11 @@ def write(rows: Sequence[TunedRow], folder: Path) -> Path:
 
 
 def _toml(row: TunedRow) -> str:
-    """One row; TOML has no null, so an open end is left out."""
+    """One row; TOML has no null, so an open end is left out, and so are texts that say nothing."""
     fields = {
         name: getattr(row, name)
         for name in TunedRow.__dataclass_fields__
-        if name != "provenance" and getattr(row, name) is not None
+        if name != "provenance" and getattr(row, name) not in (None, "")
     }
     lines = ["[[row]]", *_assignments(fields), "", "[row.provenance]", *_assignments(row.provenance), ""]
     return "\n".join(lines)

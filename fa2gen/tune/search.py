@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from fa2gen.arch import ArchName
 from fa2gen.catalog import tuned_rows, written_tilings
 from fa2gen.compile import ResourceReport
-from fa2gen.errors import Fa2GenError, UnsupportedProblem
+from fa2gen.errors import Fa2GenError
 from fa2gen.plan import default_tiling
 from fa2gen.spec import KernelSpec, Problem
 from fa2gen.tune.cost import prune
@@ -153,14 +153,8 @@ class Search:
     def run(self, problem: Problem, arch: ArchName, deadline: float = math.inf) -> Found:
         """Tunes one problem. Once the clock passes `deadline` only the best so far are still confirmed.
 
-        Raises Fa2GenError where the default itself does not build, is wrong or fails, UnsupportedProblem for an
-        expression: a row names its kernel, and a name has no room for it.
+        Raises Fa2GenError where the default itself does not build, is wrong or fails.
         """
-        if problem.has_expression:
-            raise UnsupportedProblem(
-                f"tilings of expressions are not recorded: {problem.text}\n  nearest        the problem without score "
-                "and allow, whose tuned tilings serve it"
-            )
         specs = candidates(problem, arch, self.seqlens, self.keep)
         dropped: dict[str, str] = {}
         try:

@@ -108,6 +108,13 @@ def test_an_expression_is_explained():
     assert explain(Problem(head_dim=64), H200).formulas == {}
 
 
+def test_an_explanation_says_what_tiles_are_passed_by_for():
+    problem = Problem(head_dim=64, allow="document[b, i] == document[b, j] and i - j < width")
+    assert "numbers of input_0 that" in explain(problem, device_named("h100", "sm90")).formulas["a tile"]
+    positions = Problem(head_dim=64, allow="i - j < width")
+    assert explain(positions, device_named("h100", "sm90")).formulas["a tile"].endswith("sees a key of it")
+
+
 def test_devices_by_name():
     assert device_named("h100").name == "NVIDIA H100 80GB HBM3"
     assert device_named(None) == H200

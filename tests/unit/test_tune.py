@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
+import fa2gen.spec
 from fa2gen import catalog
 from fa2gen.catalog import read_tuned
 from fa2gen.cli import app
@@ -465,6 +466,28 @@ def test_rows_survive_the_disk(tmp_path):
     record.write(other, tmp_path)
     record.write(rows, tmp_path)  # again: in place of what was there
     assert read_tuned(path) == [*rows, *other]
+
+
+def test_rows_of_an_expression_say_it(tmp_path, monkeypatch):
+    """A process that has not met it reads its rows, beside those of the plain problem; a row of another is refused."""
+    problem = Problem(head_dim=80, score="cap * tanh(s / cap)", allow="kind[b, i] == kind[b, j]")
+    rows = record.rows_of(search(FakeRunner(favourite)).run(problem, "sm90"), ORIGIN)
+    plain = record.rows_of(search(FakeRunner(favourite)).run(PROBLEM, "sm90"), ORIGIN)
+    record.write(rows, tmp_path)
+    path = record.write(plain, tmp_path)
+    monkeypatch.setattr(fa2gen.spec, "_known", {})
+    read = read_tuned(path)
+    assert sorted(read, key=str) == sorted([*rows, *plain], key=str)
+    assert {row.spec.problem for row in read} == {problem, PROBLEM}
+    for old, new, complaint in (
+        ("tanh(s / number_0)", "tanh(s) / number_0", "another expression"),
+        ("tanh(s / number_0)", "open(s)", "no function"),
+        ('score = "', 'scores = "', "not in score or allow"),
+    ):
+        damaged = tmp_path / "damaged.toml"
+        damaged.write_text(path.read_text().replace(old, new))
+        with pytest.raises(InvalidInput, match=complaint):
+            read_tuned(damaged)
 
 
 def test_backward_rows_have_a_file_of_their_own(tmp_path):
