@@ -21,7 +21,22 @@ __all__ = [
     "_flash_attn_forward",
     "_flash_attn_varlen_backward",
     "_flash_attn_varlen_forward",
+    "_get_block_size_n",
+    "maybe_contiguous",
 ]
+
+
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """A tensor, copied where its last dimension is not contiguous."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
+    """Raises UnsupportedProblem: there are no scores in memory whose blocks it would tell of."""
+    raise UnsupportedProblem(
+        "blocks of keys are those of flash_attn's kernels, whose scores under dropout (S_dmask) tests look at; fa2gen "
+        "has no scores in memory. fa2gen.explain_call says what a call runs"
+    )
 
 
 def _flash_attn_forward(

@@ -24,7 +24,8 @@ from fa2gen.shim.wheel import write_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL = "import fa2gen; fa2gen.install_as_flash_attn()\n"
-# What is imported by whom: Megatron, TransformerEngine, diffusers, ring-flash-attention, unsloth, vLLM, transformers.
+# What is imported by whom: Megatron, TransformerEngine, diffusers, ring-flash-attention, unsloth, vLLM, transformers,
+# and flash_attn's own tests.
 IMPORTS = """
 import importlib.metadata, importlib.util
 from flash_attn import __version__, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
@@ -34,6 +35,7 @@ from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_bac
 from flash_attn.flash_attn_interface import _flash_attn_varlen_forward, _flash_attn_varlen_backward
 from flash_attn.flash_attn_interface import _wrapped_flash_attn_forward, _wrapped_flash_attn_backward
 from flash_attn.flash_attn_interface import flash_attn_gpu, flash_attn_unpadded_func
+from flash_attn.flash_attn_interface import _get_block_size_n, maybe_contiguous, USE_TRITON_ROCM
 from flash_attn.bert_padding import index_first_axis, index_put_first_axis, pad_input, unpad_input
 from flash_attn.bert_padding import unpad_input_for_concatenated_sequences
 from flash_attn.layers.rotary import apply_rotary_emb, RotaryEmbedding, apply_rotary_emb_qkv_, apply_rotary_emb_kv_

@@ -16,7 +16,12 @@ from fa2gen.shim.interface import (
     _flash_attn_forward,
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
+    _get_block_size_n,  # noqa: F401
+    maybe_contiguous,
 )
+
+USE_TRITON_ROCM = False
+
 
 _wrapped_flash_attn_forward = _flash_attn_forward
 _wrapped_flash_attn_backward = _flash_attn_backward
@@ -25,6 +30,7 @@ _wrapped_flash_attn_varlen_backward = _flash_attn_varlen_backward
 flash_attn_unpadded_func = flash_attn_varlen_func  # its name in flash_attn 1
 
 __all__ = [
+    "USE_TRITON_ROCM",
     "flash_attn_func",
     "flash_attn_gpu",
     "flash_attn_kvpacked_func",
@@ -34,4 +40,5 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "maybe_contiguous",
 ]
