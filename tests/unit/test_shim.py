@@ -173,6 +173,26 @@ def test_rings_merge_partial_results():
     assert check_gradients((dq0 + dq1, dk, dv), dout, q, k, v, softmax_scale=0.25).ok
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_pass_each_as_transformer_engine_calls_them(packed):
+    """Its context parallel: options by keywords, `causal` beside sides of a window that say the same."""
+    bounds = torch.tensor([0, 30, 64], dtype=torch.int32)
+    q, k, v = (x[0] if packed else x for x in tensors(1, 64, 64))
+    lengths, more = ((bounds, bounds, 34, 34), {"block_table": None}) if packed else ((), {})
+    said = {"softmax_scale": 0.25, "dropout_p": 0.0, "window_size_left": -1, "window_size_right": 0}
+    said |= {"alibi_slopes": None, "softcap": 0.0, "causal": True}
+    forward = interface._flash_attn_varlen_forward if packed else interface._flash_attn_forward
+    out, lse, _, state = forward(q, k, v, *lengths, **said, **more, return_softmax=False)
+    dout, grads = torch.randn_like(out), [torch.empty_like(x) for x in (q, k, v)]
+    backward = interface._flash_attn_varlen_backward if packed else interface._flash_attn_backward
+    backward(dout, q, k, v, out, lse, *grads, *lengths, **said, deterministic=False, rng_state=state)
+    for a, b in [(0, 30), (30, 64)] if packed else [(0, 64)]:
+        at = slice(a, b) if packed else (slice(None), slice(a, b))
+        rows = [x[at][None] if packed else x[at] for x in (q, k, v, dout, *grads)]
+        verdict = check_gradients(tuple(rows[4:]), rows[3], *rows[:3], causal=True, softmax_scale=0.25)
+        assert verdict.ok, verdict
+
+
 def test_packed_batches_in_one_pass_each():
     bounds = torch.tensor([0, 30, 71], dtype=torch.int32)
     q, k, v = (x[0].requires_grad_() for x in tensors(1, 71, 71))
