@@ -109,7 +109,8 @@ def make(
     torch = import_module("torch")
     problem = spec.problem
     options = examples_of(problem)[0] if options is None else options
-    asked = options.problem(problem.direction, problem.head_dim, problem.dtype, problem.head_dim_v, problem.paged)
+    of_cache = (problem.paged, problem.cache_dtype)
+    asked = options.problem(problem.direction, problem.head_dim, problem.dtype, problem.head_dim_v, *of_cache)
     if asked != problem:
         raise InvalidInput(f"{options} are no options of {spec.name}: examples are {examples_of(problem)}")
     dtype = torch_dtype(problem.dtype)

@@ -10,12 +10,14 @@ from random import Random
 from typing import Any
 
 from fa2gen.options import CacheShape, Shape
-from fa2gen.spec import Problem
+from fa2gen.spec import SAME, Problem
 
 __all__ = ["cached_tensors", "gathered", "paged_tensors", "sequences"]
 
 _PAGE_SIZES = (16, 1, 64, 3, 48)
 _NO_PAGE = 1 << 30
+_UNITS = {"e4m3": 16.0, "int8": 32.0}
+"""In an 8-bit cache, what stands for 1."""
 
 
 def cached_tensors(
@@ -39,7 +41,7 @@ def cached_tensors(
     spare = 0 if plain else 3
     entries = batch * (pages if problem.paged else 1) + spare
     size_of = (entries, size, heads_kv, problem.head_dim)
-    k, v = (torch.randn(size_of, generator=generator, device=place).to(dtype) for _ in range(2))
+    k, v = (_random(torch, problem, size_of, dtype, generator, place) for _ in range(2))
     numbers = torch.arange(entries) if plain else torch.randperm(entries, generator=torch.Generator().manual_seed(seed))
     numbers = numbers[: entries - spare].view(batch, -1)
     found: dict[str, Any] = {"cache_seqlens": lengths, "cache_leftpad": padding}
@@ -56,7 +58,14 @@ def cached_tensors(
         for b, (first, end) in enumerate(zip(padding, lengths, strict=True)):
             rows = torch.arange(first, end)
             exists[numbers[b, rows // size], rows % size] = True
-        k[~exists] = v[~exists] = math.nan
+        for x in (k, v):
+            if x.dtype == torch.int8:
+                x[~exists] = -128
+            elif problem.cache_dtype != SAME:
+                x.view(torch.uint8)[~exists] = 0x7F  # NaN
+            else:
+                x[~exists] = math.nan
+    more = {} if problem.cache_dtype == SAME else _scales(torch, problem, batch, heads_kv, device, generator)
     tensors = {name: torch.as_tensor(x).to(torch.int32).to(device) for name, x in found.items()}
     if problem.paged:
         tensors["block_table"] = tensors["block_table"][:, :pages]
@@ -67,8 +76,30 @@ def cached_tensors(
         page_size=size if problem.paged else 0,
         table_rows=0 if table is None else batch,
         table_stride=0 if table is None else table.stride(0),
+        k_scale_batch=heads_kv if more else 0,  # V has one scale for all
+        k_scale_head=int(bool(more)),
     )
-    return sizes, tensors | {"k": k.to(device), "v": v.to(device)}
+    return sizes, tensors | more | {"k": k.to(device), "v": v.to(device)}
+
+
+def _random(torch: Any, problem: Problem, size: tuple[int, ...], dtype: Any, generator: Any, device: str) -> Any:
+    """Of a cache: normally distributed once they are multiplied with `_scales`."""
+    x = torch.randn(size, generator=generator, device=device)
+    if problem.cache_dtype == SAME:
+        return x.to(dtype)
+    from fa2gen.ops.kvcache_reference import narrowed
+
+    return narrowed(
+        x * _UNITS[problem.cache_dtype], {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}[problem.cache_dtype]
+    )
+
+
+def _scales(torch: Any, problem: Problem, batch: int, heads_kv: int, device: str, generator: Any) -> dict[str, Any]:
+    """Powers of two, so that 16 bits hold what kernels are held to."""
+    one = 1.0 / _UNITS[problem.cache_dtype]
+    powers = torch.randint(-1, 2, (batch, heads_kv), generator=generator, device=generator.device)
+    scales = {"k_descale": one * 2.0**powers, "v_descale": torch.tensor(one).expand(batch, heads_kv)}
+    return {name: x.to(torch.float32).to(device) for name, x in scales.items()}
 
 
 def paged_tensors(
@@ -134,11 +165,14 @@ def sequences(tensors: Mapping[str, Any], inputs: Sequence[Any]) -> Iterator[dic
         tensors["v"],
         cache_batch_idx=tensors.get("cache_batch_idx"),
         block_table=tensors.get("block_table"),
+        k_descale=tensors.get("k_descale"),
+        v_descale=tensors.get("v_descale"),
     )
     ends = tensors["cache_seqlens"].tolist()
     starts = tensors["cache_leftpad"].tolist()
     for b, (first, end) in enumerate(zip(starts, ends, strict=True)):
         if first < end or "s_aux" in tensors:
-            keys = {name: keys_of(given, tensors[name], b, first, end) for name in ("k", "v")}
+            rows = {name: keys_of(given, tensors[name], b, first, end) for name in ("k", "v")}
+            keys = {name: x.to(tensors["q"].dtype) for name, x in rows.items()}  # exact: see `_scales`
             own = {name: tensors[name][b : b + 1] for name in ("q", "o", "lse")}
             yield {**own, **keys, "s_aux": tensors.get("s_aux"), "place": Place(inputs, b)}

@@ -6,7 +6,7 @@ import functools
 from typing import Any, NamedTuple, TypeAlias
 
 from fa2gen.expression import split_window
-from fa2gen.spec import Direction, DType, Mask, Problem, anonymous, program_of, text_of
+from fa2gen.spec import SAME, CacheDType, Direction, DType, Mask, Problem, anonymous, program_of, text_of
 
 __all__ = [
     "SAID_BY_TENSORS",
@@ -57,6 +57,8 @@ class CacheShape(NamedTuple):
     interleaved   whether pairs of columns that are turned are neighbours, or else half of rotary_dim apart.
     rotary_steps  whether each query has a position of its own, or else all that behind the sequence's keys.
     split_shift   -1: keys are split as keeps the device busy; s: into parts of 64 << s keys, whatever the batch.
+    k_scale_batch from the scale of one sequence's 8-bit keys to the next, and k_scale_head from one head's; of values
+                  v_scale_batch and v_scale_head.
     """
 
     batch: int
@@ -74,6 +76,10 @@ class CacheShape(NamedTuple):
     rotary_rows: int = 0
     interleaved: bool = False
     rotary_steps: bool = False
+    k_scale_batch: int = 0
+    k_scale_head: int = 0
+    v_scale_batch: int = 0
+    v_scale_head: int = 0
 
 
 def split_shift(num_splits: int, seqlen_k: int) -> int:
@@ -201,9 +207,15 @@ class Options(NamedTuple):
         return (self.mask, self.varlen, self.sink, self.deterministic, expression, self.dropout_p > 0)
 
     def problem(
-        self, direction: Direction, head_dim: int, dtype: DType, head_dim_v: int | None = None, paged: bool = False
+        self,
+        direction: Direction,
+        head_dim: int,
+        dtype: DType,
+        head_dim_v: int | None = None,
+        paged: bool = False,
+        cache_dtype: CacheDType = SAME,
     ) -> Problem:
-        """What a kernel for these options computes; `paged` is whether its cache is."""
+        """What a kernel for these options computes; `paged` is whether its cache is, cache_dtype what it holds."""
         score, allow, inputs, learned = (self.expression or Expression()).kind
         return Problem(
             direction=direction,
@@ -216,6 +228,7 @@ class Options(NamedTuple):
             dropout=self.dropout_p > 0,
             deterministic=self.deterministic and direction == "bwd",
             paged=paged,
+            cache_dtype=cache_dtype,
             score=score,
             allow=allow,
             inputs=inputs,

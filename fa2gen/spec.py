@@ -40,6 +40,8 @@ from fa2gen.expression.tree import Type
 
 __all__ = [
     "NO_EXPRESSION",
+    "SAME",
+    "CacheDType",
     "DType",
     "Declared",
     "Direction",
@@ -58,6 +60,8 @@ __all__ = [
 Direction = Literal["fwd", "bwd", "decode"]
 DType = Literal["fp16", "bf16"]
 Mask = Literal["full", "causal", "window"]
+CacheDType = Literal["same", "e4m3", "int8"]
+SAME: CacheDType = "same"
 
 MAX_HEAD_DIM = 256
 HEAD_DIM_STEP = 8  # 16 bytes of a 16-bit type: the unit of cp.async and of TMA strides
@@ -191,7 +195,7 @@ class Declared:
 
     def phrase(self, value: Any) -> str | None:
         """How the value reads in a sentence, None where nothing is said of it."""
-        if value is None or (self.is_text and not value):
+        if value is None or value == SAME or (self.is_text and not value):
             return None
         if self.range and self.shown.optional and value == self.default:
             return None
@@ -379,6 +383,15 @@ class Problem(_Fields):
         Field(description='Tensors of the score whose gradients are made beside those of Q, K and V: "bias, slope".'),
     ] = ""
 
+    cache_dtype: Annotated[
+        CacheDType,
+        Shown(optional=True, phrase="{} caches"),
+        OnlyFor(("decode",), "there is no cache"),
+        Field(
+            description="What caches of K and V hold: numbers of Q's type (same), or of 8 bits, e4m3 or int8, each "
+            "times a number of its sequence and head."
+        ),
+    ] = SAME
     paged: Annotated[
         bool,
         Shown("paged", optional=True, phrase="pages"),

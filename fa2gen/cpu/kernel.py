@@ -179,31 +179,28 @@ def _checked_views(plan: KernelPlan, tensors: Mapping[str, Any], sizes: AnyShape
     }
     for operand in plan.operands:
         if operand.name in views and operand.is_tensor:
-            _check_tensor(operand, views[operand.name])
+            _check_tensor(operand, views[operand.name], operand.element_bytes(plan.problem))
     shape = sizes or _shape(plan, views)
     for operand in plan.operands:
         wanted = operand.shape(shape, plan.problem)
         view = views.get(operand.name)
         if operand.is_input:
             continue
-        if view and (view.shape != wanted or view.element_bytes != _element_bytes(operand)):
-            of_four = "fp32" if operand.of in ("row", "head") else "int32"
-            kind = "16-bit" if _element_bytes(operand) == ELEMENT_BYTES else of_four
+        size = operand.element_bytes(plan.problem)
+        if view and (view.shape != wanted or view.element_bytes != size):
+            of_four = "fp32" if operand.of in ("row", "head", "scale") else "int32"
+            kind = of_four if size == NUMBER_BYTES else f"{8 * size}-bit"
             raise InvalidInput(f"{operand.name} has shape {view.shape}: {wanted}, {kind}, is needed")
     return views
 
 
-def _element_bytes(operand: Operand) -> int:
-    return ELEMENT_BYTES if operand.is_tensor or operand.of == "angles" else NUMBER_BYTES
-
-
-def _check_tensor(operand: Operand, view: View) -> None:
-    chunk = _ALIGNMENT // ELEMENT_BYTES
+def _check_tensor(operand: Operand, view: View, element_bytes: int) -> None:
+    chunk = _ALIGNMENT // element_bytes
     steps = [stride for size, stride in zip(view.shape[:3], view.strides[:3], strict=True) if size > 1]
-    if view.element_bytes != ELEMENT_BYTES or len(view.shape) != 4 or view.strides[3] != 1 or min(view.shape) < 1:
+    if view.element_bytes != element_bytes or len(view.shape) != 4 or view.strides[3] != 1 or min(view.shape) < 1:
         raise InvalidInput(
-            f"{operand.name} has shape {view.shape} and strides {view.strides}; it must have four dimensions of 16-bit "
-            "elements, the last contiguous"
+            f"{operand.name} has shape {view.shape} and strides {view.strides}; it must have four dimensions of "
+            f"{8 * element_bytes}-bit elements, the last contiguous"
         )
     if view.address % _ALIGNMENT or any(step % chunk for step in steps):
         raise InvalidInput(

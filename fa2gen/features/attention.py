@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES
 from fa2gen.options import AnyShape, CacheShape
-from fa2gen.spec import Direction, Problem
+from fa2gen.spec import SAME, Direction, Problem
 
 __all__ = ["OPERANDS", "Operand"]
 
@@ -23,7 +24,7 @@ class Operand:
               that lie in pages; "table" (batch, pages), int32, the numbers of a sequence's pages; "new" keys are
               (batch, seqlen_new, heads_kv, head_dim), "angles" (positions, rotary_dim / 2), in the kernel's dtype,
               dense. "floats" and "ints" are what an expression names, fp32 and int32, dense, of any size: a call's
-              options say which.
+              options say which. "scale" (batch, heads_kv), fp32, of steps that the call says.
     of_v      of a tensor with a head dim: whether it is V's, else that of Q and K.
     out       whether kernels write it.
     optional  whether it may be missing: its address is 0 then.
@@ -31,7 +32,20 @@ class Operand:
 
     name: str
     of: Literal[
-        "query", "key", "row", "bounds", "lengths", "cache", "table", "new", "angles", "head", "state", "floats", "ints"
+        "query",
+        "key",
+        "row",
+        "bounds",
+        "lengths",
+        "cache",
+        "table",
+        "new",
+        "angles",
+        "head",
+        "state",
+        "floats",
+        "ints",
+        "scale",
     ]
     of_v: bool = False
     out: bool = False
@@ -57,6 +71,8 @@ class Operand:
             return (4,)
         if self.of == "head":
             return (shape.num_heads,)
+        if self.of == "scale":
+            return (shape.batch, shape.num_heads_kv)
         if self.is_input:
             return ()
         batch = 1 if problem.varlen else shape.batch
@@ -71,6 +87,12 @@ class Operand:
         """Whether it is (batch, seqlen, heads, head_dim), with strides."""
         return self.of in ("query", "key", "cache", "new")
 
+    def element_bytes(self, problem: Problem) -> int:
+        """Of one of its numbers."""
+        if self.of == "cache" and problem.cache_dtype != SAME:
+            return 1
+        return ELEMENT_BYTES if self.is_tensor or self.of == "angles" else NUMBER_BYTES
+
     @property
     def is_input(self) -> bool:
         """Whether an expression names it."""
@@ -80,7 +102,7 @@ class Operand:
     def ctype(self) -> str:
         """Of the pointer to it in Params."""
         int_or_float = {"row": "float", "head": "float", "bounds": "int", "lengths": "int", "table": "int"}
-        int_or_float |= {"floats": "float", "ints": "int", "state": "int"}
+        int_or_float |= {"floats": "float", "ints": "int", "state": "int", "scale": "float"}
         of = int_or_float.get(self.of, "void")
         return of + ("*" if self.out else " const*")
 

@@ -47,6 +47,8 @@ def flash_attn_with_kvcache(
     return_softmax_lse: Literal[False] = False,
     *,
     s_aux: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -84,6 +86,8 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     return_softmax_lse: bool = False,
     *,
     s_aux: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a few queries of each sequence over a cache of its keys and values, to which new ones may be added.
 
@@ -108,6 +112,10 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     return_softmax_lse  return (out, lse), lse (batch, heads, seqlen_q) fp32.
 
     softcap, alibi_slopes  as in `flash_attn_func`, over the keys that are there.
+    k_descale, v_descale  (batch, heads_kv) fp32, of any strides: what k_cache and v_cache are to be multiplied with
+                        where they hold 8-bit numbers, torch.float8_e4m3fn or torch.int8; None: 1. New keys and values
+                        are divided by it. Queries are multiplied in fp16: those beyond 65504 give NaN. Other caches
+                        have no scale, and it is not looked at.
     s_aux               (heads,): the logit of each head's attention sink, which LSE has in it.
 
     Lengths and tables are read on the device, at each replay of a CUDA graph anew; they must not change meanwhile. CPU
@@ -121,6 +129,8 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
         "cache_batch_idx": cache_batch_idx,
         "cache_leftpad": cache_leftpad,
         "block_table": block_table,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
     }
     refuse_non_tensors(q=q, k_cache=k_cache, v_cache=v_cache, **{n: x for n, x in optional.items() if x is not None})
     refuse_tensor_kinds(("q", "k", "v"), (q, k, v))
@@ -128,7 +138,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     given = Cached(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, None, cache_batch_idx, cache_leftpad, block_table)
     given = given._replace(cache_seqlens=_lengths(cache_seqlens, given))
     expression, tensors = modified(softcap, alibi_slopes)
-    given = given._replace(s_aux=sinks(s_aux), tensors=tensors)
+    given = given._replace(s_aux=sinks(s_aux), k_descale=k_descale, v_descale=v_descale, tensors=tensors)
     options = options_of(q, softmax_scale, causal, window_sides(window_size), expression=expression)
     out, lse = run_cached(given, options, flag("rotary_interleaved", rotary_interleaved), _splits(num_splits))
     return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
@@ -142,9 +152,9 @@ def run_cached(given: Cached, options: Options, interleaved: bool, splits: int) 
     score, allow, inputs, numbers = (options.expression or Expression())[:4]
     said = (
         *(options.softmax_scale, options.causal, options.window_left, options.window_right, splits, interleaved),
-        *(given.s_aux, [*given.tensors], score, allow, inputs, [*numbers]),
+        *(given.s_aux, given.k_descale, given.v_descale, [*given.tensors], score, allow, inputs, [*numbers]),
     )
-    q, k_cache, v_cache, k, v, cos, sin, *places = given[:-2]
+    q, k_cache, v_cache, k, v, cos, sin, *places = given[:-4]
     try:
         if k is None and v is None and cos is None and sin is None:
             out, lse = _READ(q, k_cache, v_cache, *places, *said)

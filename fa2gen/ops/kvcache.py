@@ -18,8 +18,9 @@ from torch import Tensor
 from fa2gen.errors import InvalidInput
 from fa2gen.ops.call import Call, aligned, dense, has_aligned_strides, kernel_for_rows, launch_with_scratch, prepared
 from fa2gen.ops.validate import DTYPES, validate_options
-from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
+from fa2gen.ops.validate_cache import Cached, cache_dtype_of, capacity_of, validate_cached
 from fa2gen.options import CacheShape, Options, split_shift
+from fa2gen.spec import SAME
 
 __all__ = ["cached_cuda"]
 
@@ -81,6 +82,17 @@ def _kind(x: Tensor | None) -> Any:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
 
 
+def _scale_steps(given: Cached) -> dict[str, int]:
+    """Where scales of 8-bit caches are, as CacheShape has it."""
+    scales = (("k_scale", given.k_descale), ("v_scale", given.v_descale))
+    return {
+        f"{name}_{step}": x.stride(dim)
+        for name, x in scales
+        if x is not None and cache_dtype_of(given) != SAME
+        for dim, step in enumerate(("batch", "head"))
+    }
+
+
 # Once for each signature ------------------------------------------------------------------------------------------
 
 
@@ -111,8 +123,10 @@ def _prepare(given: Cached, options: Options, interleaved: bool, num_splits: int
         rotary_rows=0 if given.rotary_cos is None else given.rotary_cos.shape[0],
         interleaved=interleaved,
         rotary_steps=options.causal or options.window_left >= 0 or options.window_right >= 0,
+        **_scale_steps(given),
     )
-    problem = reduced.problem("decode", head_dim, DTYPES[q.dtype], paged=table is not None)
+    cache_dtype = cache_dtype_of(given)
+    problem = reduced.problem("decode", head_dim, DTYPES[q.dtype], paged=table is not None, cache_dtype=cache_dtype)
     rows = seqlen_q * (num_heads // max(k_cache.shape[2], 1))
     kernel = kernel_for_rows(problem, q.get_device(), capacity, rows)
     inputs = {name: x for name in _INPUTS if (x := getattr(given, name)) is not None}

@@ -30,9 +30,11 @@ _TENSORS = {
 }
 _OPTIONS = (
     "float softmax_scale, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, SymInt num_splits=0, "
-    "bool rotary_interleaved=True, Tensor? s_aux=None, Tensor[]? tensors=None, "
+    "bool rotary_interleaved=True, Tensor? s_aux=None, Tensor? k_descale=None, "
+    "Tensor? v_descale=None, Tensor[]? tensors=None, "
     'str score="", str allow="", str inputs="", float[] numbers=[]'
 )
+_NUMBERS = ("s_aux", "k_descale", "v_descale")
 _WRITTEN = {"k_cache": "Tensor(a!)", "v_cache": "Tensor(b!)"}
 
 
@@ -62,7 +64,7 @@ def _called(implementation: Callable[..., Any], name: str) -> Callable[..., Any]
     def implemented(*arguments: Any, **named: Any) -> Any:
         said = dict(zip((*names, *_option_names()), arguments, strict=False)) | named
         tensors = tuple(said.get("tensors") or ())
-        given = Cached(**{n: said[n] for n in (*names, "s_aux") if n in said}, tensors=tensors)
+        given = Cached(**{n: said[n] for n in (*names, *_NUMBERS) if n in said}, tensors=tensors)
         said_of = {n: said[n] for n in Expression._fields if n in said}
         expression = Expression(**said_of | {"numbers": tuple(said.get("numbers", ()))})
         options = Options(

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fa2gen.features import key_range
 from fa2gen.ops.validate import validate_options
-from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
+from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, capacity_of, validate_cached
 from fa2gen.options import Options
 from fa2gen.reference import Place, attention_tiled
 
-__all__ = ["cached_reference", "keys_of", "turned"]
+__all__ = ["cached_reference", "keys_of", "narrowed", "turned"]
 
 
 def cached_reference(
@@ -42,7 +42,8 @@ def cached_reference(
             of_query = [[length + i * steps for i in range(seqlen_q)] for length in before]
             k, q = turned(k, own, *angles), turned(q, of_query, *angles)
         for cache, rows in ((given.k_cache, k), (given.v_cache, given.v)):
-            _append(given, cache, rows, before)
+            scale = given.k_descale if cache is given.k_cache else given.v_descale
+            _append(given, cache, rows, before, scale)
     first = [0] * batch if given.cache_leftpad is None else [max(x, 0) for x in given.cache_leftpad.tolist()]
     with torch.autocast("cpu", enabled=False):
         for b in range(batch):
@@ -57,7 +58,13 @@ def cached_reference(
 
 
 def keys_of(given: Cached, cache: Tensor, sequence: int, first: int, end: int) -> Tensor:
-    """Rows [first, end) of a sequence's keys or values, (1, rows, heads_kv, head_dim)."""
+    """Rows [first, end) of a sequence's keys or values, (1, rows, heads_kv, head_dim); of 8-bit caches in fp32, times
+    their scales."""
+    if cache.dtype in CACHE_DTYPES:
+        whole = given._replace(k_descale=None, v_descale=None)
+        rows = keys_of(whole, cache.view(torch.uint8), sequence, first, end).contiguous().view(cache.dtype).float()
+        scale = given.k_descale if cache is given.k_cache else given.v_descale
+        return rows if scale is None else rows * scale[sequence].view(1, 1, -1, 1)
     entry = sequence if given.cache_batch_idx is None else int(given.cache_batch_idx[sequence])
     if given.block_table is None:
         return cache[min(max(entry, 0), cache.shape[0] - 1), first:end].unsqueeze(0)
@@ -80,8 +87,18 @@ def turned(x: Tensor, positions: list[list[int]], cos: Tensor, sin: Tensor, inte
     return torch.cat([both.to(x.dtype), rest], dim=-1)
 
 
-def _append(given: Cached, cache: Tensor, rows: Tensor, before: list[int]) -> None:
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers as an 8-bit cache holds them: the nearest one, the greatest for what is beyond."""
+    if dtype == torch.int8:
+        return x.float().round().clamp(-128, 127).to(dtype)
+    return x.float().clamp(-448, 448).to(dtype)
+
+
+def _append(given: Cached, cache: Tensor, rows: Tensor, before: list[int], scale: Tensor | None) -> None:
     """Write new rows behind each sequence's own; those that have no place are dropped."""
+    if cache.dtype in CACHE_DTYPES:
+        rows = narrowed(rows if scale is None else rows.float() / scale[:, None, :, None], cache.dtype)
+        cache, rows = cache.view(torch.uint8), rows.view(torch.uint8)
     capacity, entries, table = capacity_of(given), cache.shape[0], given.block_table
     for b, length in enumerate(before):
         entry = b if given.cache_batch_idx is None else int(given.cache_batch_idx[b])

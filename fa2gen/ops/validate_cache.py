@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,21 @@ from fa2gen.ops.validate import (
     validate_sinks,
 )
 from fa2gen.options import Options
-from fa2gen.spec import HEAD_DIM_STEP
+from fa2gen.spec import HEAD_DIM_STEP, SAME, CacheDType
 
-__all__ = ["Cached", "Paged", "capacity_of", "validate_cached", "validate_paged"]
+__all__ = [
+    "CACHE_DTYPES",
+    "Cached",
+    "Paged",
+    "cache_dtype_of",
+    "capacity_of",
+    "validate_cached",
+    "validate_paged",
+]
 
 MAX_SPLITS = 256
+CACHE_DTYPES: dict[Any, CacheDType] = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
+"""Of 8-bit caches."""
 
 
 class Cached(NamedTuple):
@@ -40,6 +50,9 @@ class Cached(NamedTuple):
     cache_leftpad   (batch,) int32: rows before a sequence's first key.
     block_table     (batch, pages) int32: the numbers of each sequence's pages.
     s_aux           (heads,) fp32: the logit of each head's sink.
+    k_descale       (batch, heads_kv) fp32, of any strides: what numbers of k_cache are to be multiplied with, where it
+                    holds 8-bit numbers; None: 1. Those of 16 bits have no scale, and it is not looked at. v_descale
+                    likewise.
     tensors         that the expression of the options names, in the order of its inputs.
     """
 
@@ -55,6 +68,8 @@ class Cached(NamedTuple):
     cache_leftpad: Tensor | None = None
     block_table: Tensor | None = None
     s_aux: Tensor | None = None
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
     tensors: tuple[Tensor, ...] = ()
 
     @property
@@ -62,6 +77,11 @@ class Cached(NamedTuple):
         """Each tensor by itself."""
         *alone, tensors = self
         return (*alone, *tensors)
+
+
+def cache_dtype_of(given: Cached) -> CacheDType:
+    """As a problem calls it."""
+    return CACHE_DTYPES.get(given.k_cache.dtype, SAME)
 
 
 def capacity_of(given: Cached) -> int:
@@ -86,7 +106,7 @@ def validate_cached(given: Cached, num_splits: int = 0, options: Options | None 
     ):
         if x.dim() != 4:
             raise InvalidInput(f"{name} has {x.dim()} dimensions, {tuple(x.shape)}; it must have 4, {what}")
-    validate_kind(q, k_cache, v_cache, ("q", "k_cache", "v_cache"))
+    _validate_kinds(given)
     if tuple(k_cache.shape) != tuple(v_cache.shape):
         raise InvalidInput(
             f"k_cache has shape {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}; they must be equal"
@@ -108,6 +128,35 @@ def validate_cached(given: Cached, num_splits: int = 0, options: Options | None 
         raise InvalidInput(f"num_splits is {num_splits}; it must be from 0, as suits the device, to {MAX_SPLITS}")
 
 
+def _validate_kinds(given: Cached) -> None:
+    """Devices, dtypes, and the scales of 8-bit caches."""
+    q, k_cache, v_cache = given.q, given.k_cache, given.v_cache
+    if k_cache.dtype not in CACHE_DTYPES and v_cache.dtype not in CACHE_DTYPES:
+        validate_kind(q, k_cache, v_cache, ("q", "k_cache", "v_cache"))
+        return
+    validate_kind(q, q, q, ("q", "q", "q"))
+    if k_cache.dtype != v_cache.dtype:
+        raise InvalidInput(f"k_cache is {k_cache.dtype}, v_cache is {v_cache.dtype}; use one dtype for both")
+    if q.shape[-1] % 16:
+        padded = -(-q.shape[-1] // 16) * 16
+        raise UnsupportedProblem(
+            f"head_dim is {q.shape[-1]}; over caches of 8-bit numbers it must be a multiple of 16: make them of "
+            f"head_dim {padded}, zeros behind {q.shape[-1]}, and pad q, or use caches of {q.dtype}"
+        )
+    wanted = (q.shape[0], k_cache.shape[2])
+    for name in ("k_cache", "v_cache", "k_descale", "v_descale"):
+        x = getattr(given, name)
+        if x is None:
+            continue
+        if x.device != q.device:
+            raise InvalidInput(f"q is on {q.device}, {name} on {x.device}; use one device: {name}.to(q.device)")
+        if "descale" in name and (x.dtype != torch.float32 or tuple(x.shape) != wanted):
+            raise InvalidInput(
+                f"{name} is {describe(x)}; it must be {wanted}, one number a sequence and head, torch.float32: one for "
+                f"all is {name}.expand{wanted}"
+            )
+
+
 def _validate_rows(q: Tensor, caches: Mapping[str, Tensor]) -> None:
     """Head dims, heads and strides of caches, which kernels read where they lie."""
     for name, x in (("q", q), *caches.items()):
@@ -123,10 +172,11 @@ def _validate_rows(q: Tensor, caches: Mapping[str, Tensor]) -> None:
     for name, x in caches.items():
         validate_heads(q.shape[-2], x.shape[2])
         steps = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-        if x.numel() > 0 and (x.stride(-1) != 1 or any(step % 8 for step in steps)):
+        unit = 16 // x.element_size()
+        if x.numel() > 0 and (x.stride(-1) != 1 or any(step % unit for step in steps)):
             raise InvalidInput(
                 f"{name} has strides {tuple(x.stride())}; a cache is never copied, so its last must be 1 and the "
-                "others multiples of 8 elements: allocate it so"
+                f"others multiples of {unit} elements: allocate it so"
             )
 
 

@@ -191,6 +191,16 @@ class KernelPlan:
         return self.problem.dtype
 
     @property
+    def mma_dtype(self) -> str:
+        """Of what is multiplied."""
+        return self.problem.dtype
+
+    @property
+    def packed_dtypes(self) -> tuple[str, ...]:
+        """What fp32 numbers are rounded to."""
+        return tuple(dict.fromkeys((self.dtype, self.mma_dtype)))
+
+    @property
     def mask(self) -> str:
         return self.problem.mask
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.features import Param, Scratch
-from fa2gen.layout import NUMBER_BYTES, ceil_div
+from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, ceil_div
 from fa2gen.plan.base import BrokenRule, EntryPoint
 from fa2gen.plan.memory import Region, SharedMemory, Stages
-from fa2gen.plan.sm80 import MMA_ROWS, WARP_THREADS, Sm80Plan
+from fa2gen.plan.sm80 import CHUNK_BYTES, MMA_ROWS, WARP_THREADS, Sm80Plan
+from fa2gen.spec import SAME
 
 __all__ = ["DecodePlan"]
 
@@ -20,6 +21,7 @@ LAYOUT_ENTRIES = 1024  # of sequences, in shared memory; a multiple of a warp's 
 # (tests/compile).
 REGISTERS_BESIDE_TILES = 80
 REGISTERS = 255
+SM80_PAGES_OF_8_BITS = 240  # the most head dims for which a thread's registers suffice there
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,58 @@ class DecodePlan(Sm80Plan):
     @cached_property
     def rooms(self) -> Mapping[str, str]:
         return {"keys": "dense", **super().rooms}
+
+    # What caches hold
+
+    @property
+    def has_8_bits(self) -> bool:
+        """Of each number of K and V."""
+        return self.problem.cache_dtype != SAME
+
+    @property
+    def mma_dtype(self) -> str:
+        """fp16 holds every number of 8 bits, and P, which is at most 1."""
+        return "fp16" if self.has_8_bits else self.problem.dtype
+
+    @property
+    def softmax_scale(self) -> str:
+        """A scale of K is part of that of scores, unless an expression takes products that have it."""
+        if self.has_8_bits and not self.has_score:
+            return "p.softmax_scale * k_scale(p, item.bidb, item.head_kv)"
+        return super().softmax_scale
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of a number of K or V."""
+        return 1 if self.has_8_bits else ELEMENT_BYTES
+
+    @property
+    def kv_span(self) -> int:
+        """Bytes of a panel row of K and V, which has as many columns as Q's."""
+        return self.tiling.swizzle_bytes * self.cache_bytes // ELEMENT_BYTES
+
+    @property
+    def kv_panel_bytes(self) -> int:
+        return self.tile_n * self.kv_span
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of a tile of K or V."""
+        return self.k_tile.count * self.kv_panel_bytes
+
+    @property
+    def kv_panel_chunks(self) -> int:
+        return self.kv_span // CHUNK_BYTES
+
+    @property
+    def kv_chunk_columns(self) -> int:
+        """Of a copy of 16 bytes."""
+        return CHUNK_BYTES // self.cache_bytes
+
+    @property
+    def kv_swizzle(self) -> tuple[int, int]:
+        """(shift, mask) of its panels: see `swizzle_shift`."""
+        return {128: (0, 7), 64: (1, 3), 32: (2, 1), 16: (0, 0)}[self.kv_span]
 
     # Threads and registers
 
@@ -93,7 +147,7 @@ class DecodePlan(Sm80Plan):
     @cached_property
     def memory(self) -> SharedMemory:
         """A stage is one tile of keys of one warp; at the end of a part 16 rows of its O take a stage's place."""
-        tile, stages = self.k_tile.bytes, self.num_mma_warps * self.num_stages
+        tile, stages = self.kv_bytes, self.num_mma_warps * self.num_stages
         return SharedMemory(
             (
                 Region("q", self.q_tile.bytes, label="Q"),
@@ -107,7 +161,7 @@ class DecodePlan(Sm80Plan):
 
     @property
     def stage_bytes(self) -> int:
-        return 2 * self.k_tile.bytes
+        return 2 * self.kv_bytes
 
     @property
     def share_bytes(self) -> int:
@@ -128,8 +182,8 @@ class DecodePlan(Sm80Plan):
 
     @property
     def copy_rows(self) -> int:
-        """Panel rows that one warp copies at once."""
-        return WARP_THREADS // self.chunks_per_panel_row
+        """Panel rows of K or V that one warp copies at once."""
+        return WARP_THREADS // self.kv_panel_chunks
 
     @property
     def tile_row_chunks(self) -> int:
@@ -189,6 +243,7 @@ class DecodePlan(Sm80Plan):
         if self.tile_n > WARP_THREADS:
             detail = f"tile_n {self.tile_n}, but each lane of a warp finds the place of one of them: at most 32"
             broken.append(BrokenRule("keys of a warp", detail))
+        broken += self._eight_bit_rules()
         if self.tiling.lazy_rescale:
             broken.append(BrokenRule("lazy_rescale", f"{self.tiling.lazy_rescale} given; only sm90 kernels have it: 0"))
         if self.share_bytes > self.stage_bytes:
@@ -204,4 +259,25 @@ class DecodePlan(Sm80Plan):
                     f"available to {self.num_mma_warps} warps",
                 )
             )
+        return broken
+
+    def _eight_bit_rules(self) -> list[BrokenRule]:
+        """Those that a cache of 8-bit numbers breaks."""
+        if not self.has_8_bits:
+            return []
+        broken = []
+        if self.problem.cache_dtype == "e4m3" and self.arch == "sm80":
+            detail = "e4m3: sm80 has no instruction that converts it; nearest: int8, or arch sm90"
+            broken.append(BrokenRule("cache_dtype", detail))
+        if self.arch == "sm80" and self.problem.paged and self.head_dim > SM80_PAGES_OF_8_BITS:
+            detail = (
+                f"head dim {self.head_dim} in pages of 8-bit numbers: ptxas spills 8; nearest: head dim 240, no pages"
+            )
+            broken.append(BrokenRule("registers", detail))
+        if self.head_dim % CHUNK_BYTES:
+            detail = f"rows of {self.head_dim} B are no whole copies of {CHUNK_BYTES}; nearest: a head dim that is"
+            broken.append(BrokenRule("cache_dtype", detail))
+        if self.kv_span < 2 * CHUNK_BYTES:
+            detail = f"{self.tiling.swizzle_bytes}: panels of 8-bit numbers are half as wide, at least 32 B: 64"
+            broken.append(BrokenRule("swizzle_bytes", detail))
         return broken

@@ -16,7 +16,7 @@ from fa2gen.features import features_of
 from fa2gen.layout import align_up
 from fa2gen.plan.base import bytes_text
 from fa2gen.plan.feasible import plan_of
-from fa2gen.spec import Direction, KernelSpec, Problem, Tiling
+from fa2gen.spec import SAME, Direction, KernelSpec, Problem, Tiling
 
 __all__ = ["default_tiling", "tiling_for_rows"]
 
@@ -36,6 +36,7 @@ class _Row:
     tensors     whether they are for expressions of tensors; None: for all.
     tables      whether they are for masks of tensors that tiles are passed by for; None: for all.
     head_dims   the only pair of Q's and V's that they are for; None: for all.
+    eight_bits  whether they are for caches of 8-bit numbers.
     """
 
     head_dim: int
@@ -47,6 +48,7 @@ class _Row:
     tensors: bool | None = None
     tables: bool | None = None
     head_dims: tuple[int, int] | None = None
+    eight_bits: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,14 @@ class _Family:
             and row.tensors in (None, any(x.is_tensor for x in problem.program.inputs))
             and row.tables in (None, bool(problem.program.tile_bounds))
             and row.head_dims in (None, problem.head_dims)
+            and row.eight_bits == (problem.cache_dtype != SAME)
         )
 
 
 def _least_padding(head_dims: tuple[int, int]) -> tuple[Span, ...]:
     """The widest panels that waste no more than 64-byte ones do; 32 bytes where those would be half empty."""
     if max(head_dims) <= 16:
-        return (32,)
+        return (32, 64)
     return (128,) if all(align_up(d, 64) == align_up(d, 32) for d in head_dims) else (64,)
 
 
@@ -101,6 +104,11 @@ _DECODING = _Family(
         _Row(128, ((16, 32, 3, 4), (16, 32, 2, 4), (16, 16, 2, 4))),
         _Row(192, ((16, 16, 4, 4), (16, 16, 3, 4), (16, 16, 2, 4), (16, 16, 2, 2))),
         _Row(256, ((16, 16, 3, 4), (16, 16, 2, 4), (16, 16, 2, 2))),
+        # Twice the warps: half the bytes a key are twice the keys in the same time.
+        _Row(64, ((16, 32, 6, 8), (16, 32, 4, 8), (16, 32, 2, 8)), eight_bits=True),
+        _Row(128, ((16, 32, 3, 8), (16, 32, 2, 8), (16, 32, 2, 4)), eight_bits=True),
+        _Row(192, ((16, 32, 2, 8), (16, 32, 3, 4), (16, 32, 2, 4), (16, 32, 2, 2)), eight_bits=True),
+        _Row(256, ((16, 32, 3, 4), (16, 32, 2, 4), (16, 32, 2, 2)), eight_bits=True),
     ),
     _least_padding,
 )

@@ -58,6 +58,8 @@ _OF_A_CACHE = {
     "split_shift": "-1: keys are dealt out evenly; s: in parts of 64 << s keys, whatever the batch",
     "rotary_dim, rotary_rows": "columns that are turned, and positions of the tables of angles; 0: none",
     "interleaved, rotary_steps": "pairs are neighbours; queries have positions of their own",
+    "k_scale_batch, k_scale_head": "of 8-bit caches, from one sequence's scale of K to the next, and one head's",
+    "v_scale_batch, v_scale_head": "of V likewise",
 }
 LEAST_UNITS = 2
 """So many pieces a block at least: fewer are not worth the part's way through memory."""

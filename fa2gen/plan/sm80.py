@@ -8,7 +8,7 @@ from fa2gen.arch import ARCHES
 from fa2gen.layout import align_up
 from fa2gen.plan.base import KernelPlan
 
-__all__ = ["MMA_ROWS", "SWIZZLE_ROWS", "WARP_THREADS", "Sm80Plan"]
+__all__ = ["CHUNK_BYTES", "MMA_ROWS", "SWIZZLE_ROWS", "WARP_THREADS", "Sm80Plan"]
 
 MMA_ROWS = 16  # of one mma.sync m16n8k16
 CHUNK_BYTES = 16  # of one cp.async, one ldmatrix row, one vector store

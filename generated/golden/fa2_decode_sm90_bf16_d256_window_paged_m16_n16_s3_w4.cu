@@ -6,10 +6,10 @@
 //   problem  decode, head dim 256, bf16, window mask, pages
 //   tiling   16 query rows x 16 keys, 3 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 209432 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,  141 Threads,  172 Arithmetic,  212 Shared memory,  254 Global memory,
-//             315 cp.async,  334 Fragments,  349 Registers,  358 mma,  388 d - window_left <= j <= d + window_right,
-//             465 Online softmax,  774 Loads,  911 Matrix products,  987 Putting together, 1317 Append, 1435 Kernel,
-//            1462 Launch
+//   contents   27 Problem and tiling,  144 Threads,  175 Arithmetic,  215 Shared memory,  257 Global memory,
+//             318 cp.async,  337 Fragments,  352 Registers,  361 mma,  391 d - window_left <= j <= d + window_right,
+//             468 Online softmax,  782 Loads,  921 Matrix products,  997 Putting together, 1327 Append, 1445 Kernel,
+//            1472 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -34,6 +34,7 @@ constexpr int kNumWarps = 4;
 constexpr int kNumThreads = 128;
 constexpr int kNumRowTiles = 1;  // of 16 rows
 constexpr int kElementBytes = 2;
+constexpr int kCacheBytes = 2;  // of a number of K or V
 
 // One thread's share of 16 rows, in registers.
 constexpr int kNumAccS = 8;
@@ -52,6 +53,8 @@ constexpr int kNumPanels = 4;
 constexpr int kStepsPerPanel = 4;
 constexpr int kSwizzleShift = 0;  // 16-byte chunk c of row r lies at chunk c ^ ((r >> shift) & mask)
 constexpr int kSwizzleMask = 7;
+constexpr int kKvPanelChunks = 8;
+constexpr int kChunkColumns = 8;  // of K or V
 constexpr int kCopyRows = 4;  // that a warp copies at once
 constexpr uint32_t kQPanelBytes = 2048;
 constexpr uint32_t kKvPanelBytes = 2048;
@@ -655,6 +658,11 @@ __device__ __forceinline__ Work work_of(Params const& p, uint32_t layout) {
     return {total, max((total + blocks - 1) / blocks, p.least_units)};
 }
 
+// The end of this block's units.
+__device__ __forceinline__ int end_of_block(Params const&, Work const& work) {
+    return min((static_cast<int>(blockIdx.x) + 1) * work.per_block, work.total);
+}
+
 struct Item {
     int bidb;
     int head_kv;
@@ -863,8 +871,9 @@ struct WarpTiles {
 
     // Loads the next tile into the stage in turn, if there is one; its group is committed. Where keys of the tile after that
     // one are is asked for ahead of its turn.
-    __device__ __forceinline__ void load(Params const& p, Work const& work, uint32_t layout, int end_unit, int warp, int lane) {
-        while (next >= end && unit < end_unit) {
+    __device__ __forceinline__ void load(Params const& p, uint32_t layout, int warp, int lane) {
+        while (next >= end && unit < end_of_block(p, work_of(p, layout))) {
+            Work const work = work_of(p, layout);
             Item const item = item_at(p, layout, unit);
             Part const part = part_at(p, item, work, unit, static_cast<int>(blockIdx.x));
             s = seqlen_of(p, item.bidb);
@@ -877,15 +886,15 @@ struct WarpTiles {
             head_kv = item.head_kv;
             begin_key = key_begin(p, s, row_at(p, item, 0).query);
         }
-        int const lane_row = lane / kPanelChunks;
-        int const chunk = lane % kPanelChunks;
+        int const lane_row = lane / kKvPanelChunks;
+        int const chunk = lane % kKvPanelChunks;
         if (any_lane(next < end)) {  // the same in all of them, as ptxas then sees: it calls a function for shuffles elsewhere
             TileKeys const tile = next_keys;
             next_keys = tile_keys(p, s, keys, next + kNumWarps, lane);
             unsigned char const* const k_head =
-                static_cast<unsigned char const*>(p.k) + kElementBytes * (head_kv * p.k_head_stride + 8 * chunk);
+                static_cast<unsigned char const*>(p.k) + kCacheBytes * (head_kv * p.k_head_stride + kChunkColumns * chunk);
             unsigned char const* const v_head =
-                static_cast<unsigned char const*>(p.v) + kElementBytes * (head_kv * p.v_head_stride + 8 * chunk);
+                static_cast<unsigned char const*>(p.v) + kCacheBytes * (head_kv * p.v_head_stride + kChunkColumns * chunk);
 #pragma unroll
             for (int first = 0; first < kTileN; first += kCopyRows) {
                 int const row = first + lane_row;
@@ -897,9 +906,10 @@ struct WarpTiles {
 #pragma unroll
                 for (int panel = 0; panel < kNumPanels; ++panel) {
                     uint32_t const to = stages + stage + chunk_offset(row, panel, chunk, kKvPanelBytes);
-                    int const of_head = panel * kPanelColumns + 8 * chunk < kHeadDim ? bytes : 0;
-                    cp_async_16(to, k_head + kElementBytes * k_row + panel * kPanelRowBytes, of_head);
-                    cp_async_16(to + kKvBytes, v_head + kElementBytes * v_row + panel * kPanelRowBytes, of_head);
+                    int const of_head = panel * kPanelColumns + kChunkColumns * chunk < kHeadDim ? bytes : 0;
+                    int const of_panel = panel * kPanelColumns * kCacheBytes;
+                    cp_async_16(to, k_head + kCacheBytes * k_row + of_panel, of_head);
+                    cp_async_16(to + kKvBytes, v_head + kCacheBytes * v_row + of_panel, of_head);
                 }
             }
         }
@@ -1094,7 +1104,8 @@ __device__ __forceinline__ void store_row(
                     pack_bf16(o[0] * inverse, o[1] * inverse), pack_bf16(o[2] * inverse, o[3] * inverse));
     if (column == 0) {
         float const log_sum = log2_approx(all.sum) * kLn2;
-        float const lse = all.sum == 0.0f ? -kInfinity : fmaf(all.max, p.softmax_scale, log_sum);
+        float const scale = p.softmax_scale;
+        float const lse = all.sum == 0.0f ? -kInfinity : fmaf(all.max, scale, log_sum);
         int64_t const of_head = (static_cast<int64_t>(item.bidb) * p.num_heads + row.head) * p.seqlen_q;
         store_global_float(p.lse + of_head + row.query, lse);
     }
@@ -1240,19 +1251,18 @@ __device__ __forceinline__ void mask_scores(
 }
 
 // Times this a score is an exponent of 2.
-__device__ __forceinline__ float exponent_factor(Params const& p) {
+__device__ __forceinline__ float exponent_factor(Params const& p, Seqlen const&, Item const&) {
     return p.softmax_scale_log2;
 }
 
 // One part of an item.
 __device__ __forceinline__ void attend(
-    Params const& p, Work const& work, Item const& item, Part const& part, WarpTiles& ring, int end_unit, uint32_t smem,
-    int thread) {
+    Params const& p, Item const& item, Part const& part, WarpTiles& ring, uint32_t smem, int thread) {
     int const lane = lane_id();
     int const warp = warp_id();
     Seqlen const s = seqlen_of(p, item.bidb);
     BlockRange const tiles = tiles_of_part(p, s, item, part);
-    float const factor = exponent_factor(p);
+    float const factor = exponent_factor(p, s, item);
 
     QueryChunks queries;
     queries.ask(p, item, thread);
@@ -1260,7 +1270,7 @@ __device__ __forceinline__ void attend(
         ring.stages = smem + kSmemStages + warp * kNumStages * kStageBytes;
 #pragma unroll 1
         for (int ahead = 0; ahead < kNumStages; ++ahead) {
-            ring.load(p, work, smem + kSmemLayout, end_unit, warp, lane);
+            ring.load(p, smem + kSmemLayout, warp, lane);
             ring.advance();
         }
     }
@@ -1288,7 +1298,7 @@ __device__ __forceinline__ void attend(
     for (int tile = first_of_warp(tiles.begin, warp); tile < tiles.end; tile += kNumWarps) {
         if (ring.is_free) {
             sync_warp();  // all lanes are done with it
-            ring.load(p, work, smem + kSmemLayout, end_unit, warp, lane);
+            ring.load(p, smem + kSmemLayout, warp, lane);
             ring.advance();
         }
         ring.is_free = true;
@@ -1442,19 +1452,19 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
         lay_out(p, smem + kSmemLayout, thread);
     }
     sync_block();
-    Work const work = work_of(p, smem + kSmemLayout);
-    int unit = static_cast<int>(blockIdx.x) * work.per_block;
-    int const end = min(unit + work.per_block, work.total);
+    int unit = static_cast<int>(blockIdx.x) * work_of(p, smem + kSmemLayout).per_block;
     WarpTiles ring;
     ring.stages = 0;
     ring.stage = 0;
     ring.is_free = false;
     ring.unit = unit;
     ring.next = ring.end = 0;
-    while (unit < end) {
+    // How much work there is is asked for anew each time: two registers fewer in the loop over keys.
+    while (unit < end_of_block(p, work_of(p, smem + kSmemLayout))) {
+        Work const work = work_of(p, smem + kSmemLayout);
         Item const item = item_at(p, smem + kSmemLayout, unit);
         Part const part = part_at(p, item, work, unit, static_cast<int>(blockIdx.x));
-        attend(p, work, item, part, ring, end, smem, thread);
+        attend(p, item, part, ring, smem, thread);
         unit = part.end;
     }
 }
@@ -1475,6 +1485,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   split_shift: -1: keys are dealt out evenly; s: in parts of 64 << s keys, whatever the batch
 //   rotary_dim, rotary_rows: columns that are turned, and positions of the tables of angles; 0: none
 //   interleaved, rotary_steps: pairs are neighbours; queries have positions of their own
+//   k_scale_batch, k_scale_head: of 8-bit caches, from one sequence's scale of K to the next, and one head's
+//   v_scale_batch, v_scale_head: of V likewise
 //   Params has inverse_group = 1 / num_heads_per_kv, no whole number
 // Sizes, in whole numbers:
 //   num_sequences = batch

@@ -13,7 +13,7 @@ from fa2gen.cpu import RunOptions, run_kernel
 from fa2gen.features import examples_of
 from fa2gen.ops import call as calls
 from fa2gen.ops.kvcache import cached_cuda
-from fa2gen.ops.kvcache_reference import cached_reference
+from fa2gen.ops.kvcache_reference import cached_reference, narrowed
 from fa2gen.ops.paged_append import _places
 from fa2gen.ops.validate_cache import Cached
 from fa2gen.options import CacheShape, Options, Shape, split_shift
@@ -50,10 +50,16 @@ EXPRESSIONS = (
     {"score": "cap[h] * tanh(s / cap[h])", "allow": "(i + seqlen_k - seqlen_q - j) % 3 != 1", "sink": True},
 )
 KINDS = [
-    *problems(head_dim=64, dtype="bf16", direction="decode", sink=False),
+    *problems(head_dim=64, dtype="bf16", direction="decode", sink=False, cache_dtype="same"),
     Problem(direction="decode", head_dim=64, mask="window", sink=True, paged=True),
     *(Problem(direction="decode", head_dim=64, **fields) for fields in EXPRESSIONS),
 ]
+EIGHT_BITS = (
+    ("sm90", 128, {"cache_dtype": "e4m3", "mask": "causal"}),
+    ("sm90", 80, {"cache_dtype": "e4m3", "dtype": "fp16", "paged": True, "sink": True, "score": "cap * tanh(s / cap)"}),
+    ("sm80", 64, {"cache_dtype": "int8", "paged": True, "mask": "window"}),
+    ("sm80", 16, {"cache_dtype": "int8", "dtype": "fp16"}),
+)
 
 
 @pytest.mark.parametrize("problem", KINDS, ids=lambda p: p.text)
@@ -61,6 +67,36 @@ def test_every_kind(problem):
     for number, options in enumerate(examples_of(problem)):
         verdict, _ = run(best_spec(problem, ARCHES[number % 2]).name, SHAPES[number % 3], options, num_sms=5)
         assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "fields"), EIGHT_BITS, ids=lambda value: str(value))
+def test_caches_of_8_bits(arch, head_dim, fields):
+    """Unused slots hold NaN, or -128; scales are one a sequence and head, and one for all."""
+    for shape in SHAPES[:2]:
+        verdict, _ = run(kernel(arch, head_dim, **fields).name, shape, num_sms=5)
+        assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("cache_dtype", ["e4m3", "int8"])
+def test_every_8_bit_number_is_multiplied_as_itself(cache_dtype):
+    """A query of one 1 finds column c of the only key; its value alone is the output. NaN comes out as NaN."""
+    dtype = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}[cache_dtype]
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
+    batch, head_dim = 256 // 64, 64
+    v = codes.view(batch, 1, 1, head_dim)
+    k = v.expand(batch, 1, 1, head_dim).contiguous()
+    q = torch.eye(head_dim).bfloat16()[None, None].expand(batch, 1, head_dim, head_dim).contiguous()
+    out, lse = torch.full_like(q, math.nan), torch.full((batch, head_dim, 1), math.nan)
+    tensors = {"q": q, "k": k, "v": v, "o": out, "lse": lse}
+    run_kernel(
+        kernel(cache_dtype=cache_dtype, dtype="bf16"), tensors, Options(softmax_scale=1.0),
+        shape=CacheShape(batch, 1, 1, head_dim, 1, entries=batch), run_options=RunOptions(num_sms=3),
+    )  # fmt: skip
+    wanted = codes.float().view(batch, head_dim)
+    clean = ~wanted.isnan().any(1)
+    assert torch.equal(lse[clean, :, 0], wanted[clean])
+    assert torch.equal(out[clean, 0, 0].float(), wanted[clean].bfloat16().float())
+    assert clean.all() or out[~clean].isnan().any()
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["16 rows", "32 rows"])
@@ -149,8 +185,13 @@ class OnMachine:
                 steps = (*strides[operand.name], 1) if operand.name in strides else tuple(dense)
                 if operand.of == "table":
                     steps = (shape.table_stride, 1)
+                if operand.of == "scale":
+                    steps = (
+                        getattr(shape, f"{operand.name[0]}_scale_batch"),
+                        getattr(shape, f"{operand.name[0]}_scale_head"),
+                    )
                 if address:
-                    element = 2 if operand.is_tensor or operand.of == "angles" else 4
+                    element = operand.element_bytes(self.plan.problem)
                     tensors[operand.name] = _Memory(address, sizes, steps, element)
             run_kernel(self.plan, tensors, options, shape=shape, run_options=RunOptions(num_sms=5))
             self.launches += 1
@@ -236,6 +277,23 @@ def test_calls_as_cuda_tensors_run_them(door, sizes, options, interleaved):
     assert torch.equal(caches[1], expected_caches[1]), "values are copied, and nothing else changes"
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float8_e4m3fn, 16.0), (torch.int8, 24.0)], ids=["e4m3", "int8"])
+def test_8_bit_caches_as_cuda_tensors_fill_and_read_them(door, dtype, unit):
+    """What is beyond the greatest number becomes that; scales of any steps, also of 0."""
+    given = tensors(new=3, page=16, seqlen_q=2, head_dim=64, rotary=32)
+    caches = [narrowed(x.float() * unit, dtype) for x in (given.k_cache, given.v_cache)]
+    scales = torch.full((3, 4), 1 / unit)[:, ::2], torch.tensor(0.5 / unit).expand(3, 2)
+    given.v[0, 0, 0, 0] = 1000.0
+    more = {"k_descale": scales[0], "v_descale": scales[1], "s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])}
+    given = given._replace(k_cache=caches[0], v_cache=caches[1], **more)
+    (result, ours), (expected, theirs) = both(given, CAUSAL, False)
+    torch.testing.assert_close(result[0], expected[0], atol=0.02, rtol=0.02)
+    torch.testing.assert_close(result[1], expected[1], atol=0.02, rtol=0.002)
+    for mine, other in zip(ours, theirs, strict=True):
+        a, b = (x.view(torch.uint8).int() for x in (mine, other))
+        assert (a != b).float().mean() < 0.01, "a rounding here and there"
+
+
 def test_what_lies_as_no_kernel_reads_it_is_copied_but_never_a_cache(door):
     given = tensors(new=2, seqlen_q=2, head_dim=64)
     odd = {
@@ -278,6 +336,7 @@ def test_slots_as_cuda_tensors_fill_them(door):
 # Seeded faults -------------------------------------------------------------------------------------------------------
 
 DENSE, PAGED, SINKS = kernel().name, kernel(paged=True, mask="causal").name, kernel(sink=True).name
+EIGHT = kernel(cache_dtype="e4m3").name
 FAULTS = [
     Fault(
         "a block's second cut shares the first one's place",
@@ -376,6 +435,24 @@ FAULTS = [
         SINKS,
         "sink_of_head(p, row.head,",
         "sink_of_head(p, item.head_kv,",
+    ),
+    Fault(
+        "pairs of Q as those of 16-bit keys",
+        EIGHT,
+        "as_fp16(words[i][0]), as_fp16(words[i][2])",
+        "as_fp16(words[i][0]), as_fp16(words[i][1])",
+    ),
+    Fault(
+        "even columns of V in the place of odd ones",
+        EIGHT,
+        "0x7531u",
+        "0x6420u",
+    ),
+    Fault(
+        "the scale of another sequence's keys",
+        EIGHT,
+        "p.k_descale + bidb * p.k_scale_batch",
+        "p.k_descale",
     ),
     Fault(
         "left padding",

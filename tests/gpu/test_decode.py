@@ -15,16 +15,35 @@ from fa2gen.ops.kvcache_reference import cached_reference
 from fa2gen.ops.validate_cache import Cached
 from fa2gen.options import Options, Shape
 from fa2gen.select import best_spec
+from fa2gen.spec import Problem
 from fa2gen.testing import problems
 
 SHAPES = (Shape(2, 1, 300, 4, 1), Shape(3, 5, 2030, 6, 2), Shape(16, 1, 1500, 32, 8), Shape(1, 9, 5000, 71, 1))
 
 
-@pytest.mark.parametrize("arch", ["sm80", "sm90"])
-@pytest.mark.parametrize(
-    "problem", problems(head_dim=[8, 64, 72, 128, 192, 256], direction="decode"), ids=lambda problem: problem.text
+EXPRESSIONS = (
+    {"score": "cap * tanh(s / cap)", "paged": True},
+    {"score": "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)", "mask": "causal"},
+    {"score": "cap[h] * tanh(s / cap[h])", "allow": "(i + seqlen_k - seqlen_q - j) % 3 != 1", "sink": True},
 )
+EIGHT_BITS = (
+    {"cache_dtype": "e4m3", "mask": "causal"},
+    {"cache_dtype": "int8", "paged": True, "dtype": "fp16"},
+    {"cache_dtype": "e4m3", "paged": True, "mask": "window", "sink": True, "score": "cap * tanh(s / cap)"},
+)
+KINDS = [
+    *problems(head_dim=[8, 64, 72, 128, 192, 256], direction="decode", sink=False, cache_dtype="same"),
+    *(Problem(direction="decode", head_dim=d, mask="window", sink=True, paged=True) for d in (64, 128, 256)),
+    *(Problem(direction="decode", head_dim=d, **fields) for fields in EXPRESSIONS for d in (64, 128, 256)),
+    *(Problem(direction="decode", head_dim=d, **fields) for fields in EIGHT_BITS for d in (16, 64, 80, 128, 256)),
+]
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("problem", KINDS, ids=lambda problem: problem.text)
 def test_every_kind(problem, arch):
+    if problem.cache_dtype == "e4m3" and arch == "sm80":
+        pytest.skip("refused: sm80 has no instruction that converts e4m3")
     for number, shape in enumerate(SHAPES):
         options = examples_of(problem)
         case = cases.make(best_spec(problem, arch), shape, options[number % len(options)], device="cuda")

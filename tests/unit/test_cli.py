@@ -512,6 +512,7 @@ VALUES = {
     "sink": True,
     "dropout": True,
     "deterministic": True,
+    "cache_dtype": "int8",
     "paged": True,
     "score": "number_0 * tanh(s / number_0)",
     "allow": "j <= i",

@@ -128,7 +128,7 @@ def plans() -> list[KernelPlan]:
         problem = Problem(direction="bwd", head_dim=d, head_dim_v=d - 8, varlen=varlen)
         tiling = default_tiling(problem, arch).model_copy(update={"group_parts": 2})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
-    cached = problems_of(direction="decode", head_dim=[8, 72, 128, 256], sink=False)
+    cached = problems_of(direction="decode", head_dim=[8, 72, 128, 256], sink=False, cache_dtype="same")
     cached += [
         Problem(direction="decode", head_dim=64, mask=mask, sink=True, paged=True, score=score, allow=allow)
         for mask, score, allow in (
@@ -138,6 +138,13 @@ def plans() -> list[KernelPlan]:
         )
     ]
     specs += [KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in cached for arch in ("sm80", "sm90")]
+    cap = "cap * tanh(s / cap)"
+    for arch, cache, dtype, d, score in (
+        ("sm80", "int8", "fp16", 64, cap), ("sm90", "e4m3", "bf16", 128, ""), ("sm90", "e4m3", "fp16", 256, cap),
+        ("sm80", "int8", "bf16", 80, ""),
+    ):  # fmt: skip
+        p = Problem(direction="decode", cache_dtype=cache, dtype=dtype, head_dim=d, score=score)
+        specs.append(KernelSpec(problem=p, tiling=default_tiling(p, arch)))
     problem = Problem(direction="bwd", head_dim=128)
     kinds = {(t.tile_m, t.tile_n, t.num_stages, t.num_mma_warps): t for t in feasible_tilings(problem, "sm90")}
     specs += [KernelSpec(problem=problem, tiling=tiling) for tiling in kinds.values()]

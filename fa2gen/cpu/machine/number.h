@@ -54,6 +54,30 @@ inline std::uint32_t f16_from_float(float value) {
     return sign | ((magnitude + 0xc8000fffu + (magnitude >> 13 & 1u)) >> 13);
 }
 
+// Four bits of exponent, three of mantissa; no infinity. As from_f16, the exponent is rebiased by a multiplication.
+inline float float_from_e4m3(std::uint32_t byte) {
+    std::uint32_t const magnitude = bits_from_float(float_from_bits((byte & 0x7fu) << 20) * 0x1p120f);
+    std::uint32_t const special = (byte & 0x7fu) == 0x7fu ? 0x7fc00000u : 0u;
+    return float_from_bits(magnitude | special | (byte & 0x80u) << 24);
+}
+
+// What is beyond 448 becomes 448.
+inline std::uint32_t e4m3_from_float(float value) {
+    std::uint32_t const bits = bits_from_float(value);
+    std::uint32_t const sign = bits >> 24 & 0x80u;
+    std::uint32_t const magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) {
+        return 0x7fu;
+    }
+    if (magnitude >= 0x43e00000u) {
+        return sign | 0x7eu;
+    }
+    if (magnitude < 0x3c800000u) {  // subnormal, in steps of 2^-9: as in f16_from_float
+        return sign | (bits_from_float(float_from_bits(magnitude) + 0x1p14f) - bits_from_float(0x1p14f));
+    }
+    return sign | ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3);
+}
+
 // Two values in one register, `low` in the lower half.
 inline std::uint32_t pack_bf16(float low, float high) {
     return bf16_from_float(low) | bf16_from_float(high) << 16;
