@@ -7,6 +7,9 @@ rotary_dim / 2 apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -43,6 +46,14 @@ def apply_rotary_emb(
     max_seqlen: int | None = None,
 ) -> Tensor:
     """x, turned; its place in a sequence is counted from seqlen_offsets, one number or (batch,). inplace: x itself."""
+    if inplace:
+        return _in_place(x, "x", (cos, sin), None, interleaved, seqlen_offsets, cu_seqlens)
+    return _turned(x, cos, sin, interleaved, seqlen_offsets, cu_seqlens)
+
+
+def _turned(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None
+) -> Tensor:
     if 2 * cos.shape[-1] > x.shape[-1]:
         raise InvalidInput(f"cos has {cos.shape[-1]} columns, for {2 * cos.shape[-1]} of a head dim of {x.shape[-1]}")
     places = _places(x, seqlen_offsets, cu_seqlens)
@@ -50,8 +61,7 @@ def apply_rotary_emb(
         cos, sin = (t[seqlen_offsets : seqlen_offsets + x.shape[1]] for t in (cos, sin))
     else:
         cos, sin = cos[places], sin[places]
-    turned = apply_rotary_emb_torch(x, cos, sin, interleaved)
-    return x.copy_(turned) if inplace else turned
+    return apply_rotary_emb_torch(x, cos, sin, interleaved)
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -96,25 +106,77 @@ def apply_rotary_emb_qkv_(
 ) -> Tensor:
     """qkv itself, with q and k turned: (batch, seqlen, 3, heads, head_dim), or (batch, seqlen, heads, head_dim) of
     num_heads_q heads of q, then as many of k as of v."""
-    if qkv.dim() == 5:
-        q, k, _ = qkv.unbind(2)
-    elif num_heads_q is None:
+    if qkv.dim() != 5 and num_heads_q is None:
         raise InvalidInput(f"qkv has {qkv.dim()} dimensions, and num_heads_q is None: it says which heads are q's")
-    else:
-        q = qkv[:, :, :num_heads_q]
-        k = qkv[:, :, num_heads_q : (qkv.shape[2] + num_heads_q) // 2]
-    apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets)
     of_key = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
-    apply_rotary_emb(k, *of_key, interleaved, True, seqlen_offsets)
-    return qkv
+    layout = "qkv" if num_heads_q is None or qkv.dim() == 5 else num_heads_q
+    return _in_place(qkv, layout, (cos, sin), of_key, interleaved, seqlen_offsets, None)
 
 
 def apply_rotary_emb_kv_(
     kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0
 ) -> Tensor:
     """kv (batch, seqlen, 2, heads, head_dim) itself, with k turned."""
-    apply_rotary_emb(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
-    return kv
+    return _in_place(kv, "kv", (cos, sin), None, interleaved, seqlen_offsets, None)
+
+
+# In place ---------------------------------------------------------------------------------------------------------
+
+Layout: TypeAlias = str | int  # of what is turned in a tensor: "x" all, "kv", "qkv", or how many heads are q's
+
+
+def _in_place(
+    x: Tensor,
+    layout: Layout,
+    tables: tuple[Tensor, Tensor],
+    of_key: tuple[Tensor, Tensor] | None,
+    interleaved: bool,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """x, of which these parts are turned: also where x is a leaf of autograd's, or a view that it lets nobody write."""
+    tables = (*tables, *(of_key or ()))
+    if torch.is_grad_enabled() and x.requires_grad:
+        turned: Tensor = _InPlace.apply(x, layout, interleaved, seqlen_offsets, cu_seqlens, *tables)
+        return turned
+    _turn(x, tables, layout, interleaved, seqlen_offsets, cu_seqlens)
+    return x
+
+
+class _InPlace(torch.autograd.Function):
+    """`_turn`, whose gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *said: Any) -> Tensor:
+        ctx.said = said[:4]
+        ctx.save_for_backward(*said[4:])
+        _turn(x, said[4:], *said[:4])
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        back = [-table if at % 2 else table for at, table in enumerate(ctx.saved_tensors)]
+        dx = dx.clone()
+        _turn(dx, back, *ctx.said)
+        return dx, None, None, None, None, *[None] * len(back)
+
+
+def _turn(
+    x: Tensor,
+    tables: Sequence[Tensor],
+    layout: Layout,
+    interleaved: bool,
+    seqlen_offsets: int | Tensor,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Write to the parts of x; tables are cos and sin, and behind them those of k."""
+    if isinstance(layout, int):
+        parts = [x[:, :, :layout], x[:, :, layout : (x.shape[2] + layout) // 2]]
+    else:
+        parts = {"x": [x], "kv": [x[:, :, 0]], "qkv": [x[:, :, 0], x[:, :, 1]]}[layout]
+    for at, part in enumerate(parts):
+        cos, sin = tables[2 * at : 2 * at + 2]
+        part.copy_(_turned(part, cos, sin, interleaved, seqlen_offsets, cu_seqlens))
 
 
 class RotaryEmbedding(torch.nn.Module):

@@ -293,6 +293,31 @@ def test_rotary_embedding_turns_q_and_k_and_not_v(interleaved):
     assert grouped[:, :, 3].equal(qkv[:, :, 2, 0])
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 3, 2, 12), (2, 5, 2, 2, 12), (2, 5, 8, 12)], ids=["qkv", "kv", "grouped"])
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "view"])
+def test_rotary_in_place_has_the_gradient(shape, leaf):
+    """Of a leaf, and of a view such as those of unbind, which autograd lets nobody write to: flash_attn takes both."""
+    embedding, x = rotary.RotaryEmbedding(8), torch.randn(shape)
+    cos, sin, *_ = embedding._tables(5, x)
+    given = x.clone().requires_grad_()
+    target = given if leaf else torch.stack((given, given)).mul(1).unbind(0)[0]
+    if shape[2] == 2:
+        out, turned = rotary.apply_rotary_emb_kv_(target, cos, sin), [(slice(None), slice(None), 0)]
+    else:
+        out = rotary.apply_rotary_emb_qkv_(target, cos, sin, num_heads_q=4 if len(shape) == 4 else None)
+        parts = (slice(0, 4), slice(4, 6)) if len(shape) == 4 else (0, 1)
+        turned = [(slice(None), slice(None), part) for part in parts]
+    expected = x.clone()
+    for part in turned:
+        expected[part] = rotary.apply_rotary_emb(x[part], cos, sin)
+    assert out.equal(expected) and target.equal(expected)
+    weights = torch.randn(shape)
+    (gradient,) = torch.autograd.grad((out * weights).sum(), given)
+    for part in turned:
+        weights[part] = rotary.apply_rotary_emb(weights[part], cos, -sin)
+    torch.testing.assert_close(gradient, weights)
+
+
 def test_xpos_scales_cancel_between_q_and_k():
     qkv = torch.randn(1, 6, 3, 1, 8)
     plain, scaled = (rotary.RotaryEmbedding(8, scale_base=base)(qkv.clone()) for base in (None, 16.0))
