@@ -144,7 +144,7 @@ class Options(NamedTuple):
     varlen         the batch is ragged: sequences of their own lengths, packed.
     sink           each softmax has a sink: the logits s_aux, one a query head, are a tensor of the call.
     expression     what becomes of scores, and which keys are seen beside the mask; None: the scores as they are.
-    dropout_p      an element of P is dropped with this probability, 0 <= dropout_p < 1, in steps of 2^-15; the others
+    dropout_p      an element of P is dropped with this probability, 0 <= dropout_p < 1, in steps of 2^-12; the others
                    count 1 / (1 - dropout_p) times. The random bits, rng_state, are a tensor of the call.
     """
 

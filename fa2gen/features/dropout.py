@@ -13,9 +13,13 @@ from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param
 from fa2gen.options import AnyShape, Options
 
-__all__ = ["DROPOUT", "DROP_STEPS", "keep_steps"]
+__all__ = ["DROPOUT", "DROP_DIGITS", "DROP_STEPS", "OWN_DIGITS", "keep_steps"]
 
-DROP_STEPS = 1 << 15  # of 15 random bits: what is dropped is a multiple of 1 / DROP_STEPS of all
+DROP_DIGITS = (
+    12  # of an element's random number, and the last of them are its neighbour's: see templates/common/dropout
+)
+OWN_DIGITS = 8
+DROP_STEPS = 1 << DROP_DIGITS  # what is dropped is a multiple of 1 / DROP_STEPS of all
 
 
 def keep_steps(dropout_p: float) -> int:
@@ -24,19 +28,21 @@ def keep_steps(dropout_p: float) -> int:
 
 
 def _values(options: Options, _: AnyShape) -> Mapping[str, int | float]:
-    return {
-        "keep_threshold": 65537 * keep_steps(options.dropout_p),  # for both halves of 32 bits
-        "keep_scale": 1.0 / (1.0 - options.dropout_p),
-    }
+    steps = keep_steps(options.dropout_p)
+    digits = {f"keep_digit_{i}": -(steps >> i & 1) for i in range(DROP_DIGITS)}  # 32 times each, the last first
+    return {**digits, "keep_scale": 1.0 / (1.0 - options.dropout_p)}
 
 
 DROPOUT = Feature(
     "dropout",
     operands=(Operand("rng_state", "state"),),
-    params=(Param("keep_threshold", "int"), Param("keep_scale", "float")),
+    params=(*(Param(f"keep_digit_{i}", "int") for i in range(DROP_DIGITS)), Param("keep_scale", "float")),
     values=_values,
     formulas={
-        "keep_threshold": "65537 * min(max(lround((1 - dropout_p) * 32768), 1), 32767)",
+        **{
+            f"keep_digit_{i}": f"-(min(max(lround((1 - dropout_p) * {DROP_STEPS}), 1), {DROP_STEPS - 1}) >> {i} & 1)"
+            for i in range(DROP_DIGITS)
+        },
         "keep_scale": "1 / (1 - dropout_p)",
     },
     examples=({"dropout_p": 0.17},),

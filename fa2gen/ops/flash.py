@@ -83,7 +83,7 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
     to the next, and out and gradients copied back. Nested tensors of layout jagged, with a jagged seqlen, run as
     `flash_attn_varlen_func`; out is one like q then.
 
-    dropout_p          an element of the softmax is dropped with this probability, in steps of 2^-15; the others count
+    dropout_p          an element of the softmax is dropped with this probability, in steps of 2^-12; the others count
                        1 / (1 - dropout_p) times. From torch's generator of q's device come 128 random bits for a call,
                        in a CUDA graph anew for each replay; gradients keep these, not the mask.
     softmax_scale      default head_dim ** -0.5, of q's head dim.

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
+from fa2gen.features.dropout import DROP_DIGITS, OWN_DIGITS
 from fa2gen.features.expression import (
     AllowCode,
     InputGradientCode,
@@ -249,6 +250,21 @@ class KernelPlan:
     @property
     def dropout(self) -> bool:
         return self.problem.dropout
+
+    @property
+    def neighbour_digits(self) -> range:
+        """The last binary digits of the numbers that decide what is dropped: digits of another's."""
+        return range(DROP_DIGITS - OWN_DIGITS)
+
+    @property
+    def own_digits(self) -> tuple[tuple[int, int], ...]:
+        """(digit that is drawn, of the number) of the others."""
+        return tuple((i, i + len(self.neighbour_digits)) for i in range(OWN_DIGITS))
+
+    @property
+    def gradient_scale(self) -> str:
+        """What dQ and dK are times, in C++: with dropout also what is kept."""
+        return "(p.softmax_scale * p.keep_scale)" if self.dropout else "p.softmax_scale"
 
     @property
     def sums_sinks(self) -> bool:

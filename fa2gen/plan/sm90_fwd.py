@@ -55,8 +55,8 @@ class Sm90FwdPlan(Sm90Plan):
     def registers_beside_tiles(self) -> int:
         """Of two rows, where their keys begin, too: head dim 168 with 64 keys and 160 registers spills 3. And of an
         expression its values: with a cap 96 with 112 keys spills 11, and 144 with 80. And random bits: with them
-        168 spills with 64 keys."""
-        of_dropout = self.dropout * (9 if self.head_dim == 56 else 1)  # 56 with 128 keys spills 4
+        168 spills with 64 keys, and in ragged batches and windows 144."""
+        of_dropout = self.dropout * (13 if self.head_dim > 136 and (self.left_edge or self.varlen) else 1)
         of_score = 4 if self.has_score else 0
         # Where two warpgroups have few to spare: slopes at 256, 80 keys, spill 3, a bias with 64 keys 27.
         of_tensors = self.num_acc_s + 8 if self.has_score and self.score.looks_up else 22 if self.loads else 0

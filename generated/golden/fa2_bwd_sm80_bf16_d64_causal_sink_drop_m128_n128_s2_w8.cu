@@ -6,10 +6,10 @@
 //   problem  bwd, head dim 64, bf16, causal mask, attention sinks, dropout
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 165888 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,  146 Threads,  165 Arithmetic,  199 Shared memory,  224 Global memory,
-//             269 cp.async,  288 Fragments,  303 Registers,  312 mma,  369 What is visible,
-//             575 Softmax and its gradient,  636 Dropout,  704 Matrix products,  837 Registers to shared memory,
-//             967 Kernels, 1205 Launch
+//   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  223 Shared memory,  248 Global memory,
+//             293 cp.async,  312 Fragments,  334 Registers,  343 mma,  400 What is visible,
+//             606 Softmax and its gradient,  667 Dropout,  787 Matrix products,  920 Registers to shared memory,
+//            1050 Kernels, 1294 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -137,7 +137,18 @@ struct Params {
     int num_n_blocks;
     int num_batch_heads_kv;
     int heads_per_section;
-    int keep_threshold;
+    int keep_digit_0;
+    int keep_digit_1;
+    int keep_digit_2;
+    int keep_digit_3;
+    int keep_digit_4;
+    int keep_digit_5;
+    int keep_digit_6;
+    int keep_digit_7;
+    int keep_digit_8;
+    int keep_digit_9;
+    int keep_digit_10;
+    int keep_digit_11;
     float keep_scale;
     float softmax_scale;
     float softmax_scale_log2;
@@ -174,6 +185,19 @@ __device__ __forceinline__ float exp2_approx(float x) {
 __device__ __forceinline__ void multiply_wide(uint32_t (&halves)[2], uint32_t a, uint32_t b) {
     asm("{ .reg .b64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
         : "=r"(halves[0]), "=r"(halves[1]) : "r"(a), "r"(b));
+}
+
+__device__ __forceinline__ uint32_t rotate_left(uint32_t value, int bits) {
+    uint32_t rotated;
+    asm("shf.l.wrap.b32 %0, %1, %1, %2;" : "=r"(rotated) : "r"(value), "r"(bits));
+    return rotated;
+}
+
+// Byte i is that of {high, low} which digit i of the selector names, or 8 times its sign where 8 is added.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t permuted;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(permuted) : "r"(low), "r"(high), "r"(selector));
+    return permuted;
 }
 
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
@@ -298,6 +322,13 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) 
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// One 8x8 matrix of 16-bit elements, transposed: a lane gives two elements of row l / 4, and gets two of column l / 4.
+__device__ __forceinline__ uint32_t transpose_halves(uint32_t value) {
+    uint32_t transposed;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(value));
+    return transposed;
 }
 
 // Registers -----------------------------------------------------------------------------------------------------------
@@ -592,9 +623,8 @@ __device__ __forceinline__ void probabilities(float (*acc_s)[kNumAccS], uint32_t
 }
 
 // dS = P * (dP - dPsum), in the place of dP. It lacks the factor softmax_scale, which dQ and dK get at their end.
-// Of a dropped element, whose P has a minus, dP is 0; the others' has the factor of what was kept.
-__device__ __forceinline__ void score_gradients(
-    float (*acc_dp)[kNumAccS], float const (*p)[kNumAccS], uint32_t dpsum, float keep_scale) {
+// Of a dropped element, whose P has a minus, dP counts as 0. The factor of what is kept is with the scale, dPsum without it.
+__device__ __forceinline__ void score_gradients(float (*acc_dp)[kNumAccS], float const (*p)[kNumAccS], uint32_t dpsum) {
     uint32_t const first = dpsum + 8 * (lane_id() % 4);
 #pragma unroll
     for (int i = 0; i < kNumAccS; i += 4) {
@@ -604,8 +634,9 @@ __device__ __forceinline__ void score_gradients(
         for (int tile = 0; tile < kNumRowTiles; ++tile) {
 #pragma unroll
             for (int j = i; j < i + 4; ++j) {
+                // In this order: what of P alone can be made before dP takes another register (d = 64 spills 24 bytes).
                 float const dp = p[tile][j] < 0.0f ? 0.0f : acc_dp[tile][j];
-                acc_dp[tile][j] = fabsf(p[tile][j]) * fmaf(dp, keep_scale, -offset[j % 2]);
+                acc_dp[tile][j] = fabsf(p[tile][j]) * (dp - offset[j % 2]);
             }
         }
     }
@@ -634,8 +665,9 @@ __device__ __forceinline__ void pack_kept(uint32_t (*packed)[kNumP], float const
 }
 
 // Dropout -------------------------------------------------------------------------------------------------------------
-// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for 8 elements of 15 bits each. They
-// are those of a 16 x 32 unit that agree in row % 8 and in key % 8: in S as in S^T one thread has all or half of them.
+// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for the 16 elements of a unit of 16
+// queries and 32 keys that a lane holds in S. Its 128 bits are 8 digits of 16 numbers: bit 8 * (key % 2) + key / 8 * 2 +
+// row / 8 of each half word is one number's. The comparison with a threshold is made digit by digit, of 32 numbers at once.
 
 // Where the counters of a head begin: 128 random bits, and its place. The cipher's key is 0, so that those of its rounds are
 // constants: in registers they would be 14, more than dK and dV leave.
@@ -653,49 +685,100 @@ __device__ __forceinline__ RandomState random_state(Params const& p, int bidh, i
             static_cast<uint32_t>(bits[3]) + bidb};
 }
 
-// From a counter to random bits.
-__device__ __forceinline__ void philox(uint32_t (&counter)[4]) {
+// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 32 * key_unit.
+__device__ __forceinline__ void draw(uint32_t (&words)[4], RandomState const& state, int row_unit, int key_unit, int lane) {
+    words[0] = state.row + 8 * row_unit + lane / 4;
+    words[1] = state.key + 4 * key_unit + lane % 4;
+    words[2] = state.head;
+    words[3] = state.sequence;
 #pragma unroll
     for (uint32_t round = 0; round < 7; ++round) {
         uint32_t first[2];
         uint32_t second[2];
-        multiply_wide(first, counter[0], 0xd2511f53u);
-        multiply_wide(second, counter[2], 0xcd9e8d57u);
-        counter[0] = second[1] ^ counter[1] ^ round * 0x9e3779b9u;
-        counter[1] = second[0];
-        counter[2] = first[1] ^ counter[3] ^ round * 0xbb67ae85u;
-        counter[3] = first[0];
+        multiply_wide(first, words[0], 0xd2511f53u);
+        multiply_wide(second, words[2], 0xcd9e8d57u);
+        words[0] = second[1] ^ words[1] ^ round * 0x9e3779b9u;
+        words[1] = second[0];
+        words[2] = first[1] ^ words[3] ^ round * 0xbb67ae85u;
+        words[3] = first[0];
     }
 }
 
-// Whether the 15 bits of a word's lower half, or of its upper one, reach the threshold.
-__device__ __forceinline__ bool lower_is_dropped(uint32_t bits, int threshold) {
-    return bits << 17 >= static_cast<uint32_t>(threshold) << 17;
+// One LOP3.
+__device__ __forceinline__ uint32_t majority(uint32_t a, uint32_t b, uint32_t c) {
+    return (a & b) | (a & c) | (b & c);
 }
 
-__device__ __forceinline__ bool upper_is_dropped(uint32_t bits, int threshold) {
-    return bits << 1 >= static_cast<uint32_t>(threshold) << 17;
+// Which of 32 elements are kept: bytes 0 and 2 are those of `first`, of even and of odd keys, and 1 and 3 those of `second`. A
+// digit that is above the threshold's decides for, one below it against, and an equal one leaves it to the digits behind, so
+// that each step is a majority. The last digits are the last of the neighbour, the other of two keys.
+__device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&first)[4], uint32_t const (&second)[4]) {
+    uint32_t digits[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        digits[2 * i] = permute_bytes(first[i], second[i], 0x5140u);
+        digits[2 * i + 1] = permute_bytes(first[i], second[i], 0x7362u);
+    }
+    uint32_t kept = 0;
+    kept = majority(kept, permute_bytes(digits[0], 0, 0x1032u), p.keep_digit_0);
+    kept = majority(kept, permute_bytes(digits[1], 0, 0x1032u), p.keep_digit_1);
+    kept = majority(kept, permute_bytes(digits[2], 0, 0x1032u), p.keep_digit_2);
+    kept = majority(kept, permute_bytes(digits[3], 0, 0x1032u), p.keep_digit_3);
+    kept = majority(kept, digits[0], p.keep_digit_4);
+    kept = majority(kept, digits[1], p.keep_digit_5);
+    kept = majority(kept, digits[2], p.keep_digit_6);
+    kept = majority(kept, digits[3], p.keep_digit_7);
+    kept = majority(kept, digits[4], p.keep_digit_8);
+    kept = majority(kept, digits[5], p.keep_digit_9);
+    kept = majority(kept, digits[6], p.keep_digit_10);
+    kept = majority(kept, digits[7], p.keep_digit_11);
+    return kept;
 }
 
-// Dropped elements of P^T get a minus, so that P stays what dS = P * (dP - dPsum) needs: of 16 keys from first_key on and as
-// many queries as a warp has, the first a multiple of 16.
-__device__ __forceinline__ void mark_dropped(
-    float (&acc_s)[kNumAccS], RandomState const& state, int threshold, int first_key, int first_query, int lane) {
-    uint32_t const key = state.key + first_key / 32 * 8 + lane / 4;
-    uint32_t const row = state.row + first_query / 2 + lane % 4 * 2;
-    bool const second = first_key % 32 != 0;  // half of the unit's keys
+constexpr int kNumKeepWords = (kNumAccS + 31) / 32;
+
+// Of 16 keys from first_key on and as many queries as a warp has, the first a multiple of 16. Half of a unit's keys are this
+// warp's: of two units' numbers those of this half are made one, and a matrix of 8 x 8 half words is transposed.
+__device__ __forceinline__ void draw_kept(
+    uint32_t (&kept)[kNumKeepWords], Params const& p, RandomState const& state, int first_key, int first_query, int lane) {
+    int const half = first_key / 16 % 2;
+    int const row_unit = first_query / 16;
+    uint32_t const own = 0x0f0f0f0fu << 4 * half;
 #pragma unroll
-    for (int i = 0; i < kNumAccS; i += 8) {  // 16 queries
+    for (int i = 0; i < kNumKeepWords; ++i) {  // 64 queries
+        uint32_t words[2][4] = {};
 #pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-            uint32_t words[4] = {row + i + odd, key, state.head, state.sequence};
-            philox(words);
+        for (int j = 0; j < 2; ++j) {
+            int const unit = 4 * i + 2 * j;  // this and the next
+            uint32_t other[4];
+            if (8 * unit + 8 < kNumAccS) {
+                draw(words[j], state, row_unit + unit + half, first_key / 32, lane);
+                draw(other, state, row_unit + unit + 1 - half, first_key / 32, lane);
+            } else if (8 * unit < kNumAccS) {
+                draw(other, state, row_unit + unit, first_key / 32, lane);
+            }
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {  // this thread's two keys
-                uint32_t const bits = second ? words[2 + j] : words[j];
-                float* const r = acc_s + i + 2 * j + odd;
-                r[0] = lower_is_dropped(bits, threshold) ? -r[0] : r[0];
-                r[4] = upper_is_dropped(bits, threshold) ? -r[4] : r[4];
+            for (int word = 0; word < 4; ++word) {
+                if (8 * unit + 8 < kNumAccS) {
+                    words[j][word] = (words[j][word] & own) | (rotate_left(other[word], 4 + 24 * half) & ~own);
+                } else if (8 * unit < kNumAccS) {
+                    words[j][word] = other[word] >> 4 * half;
+                }
+            }
+        }
+        kept[i] = transpose_halves(compare(p, words[0], words[1]));
+    }
+}
+
+// Dropped elements of P^T get a minus, so that P stays what dS = P * (dP - dPsum) needs.
+__device__ __forceinline__ void mark_dropped(float (&acc_s)[kNumAccS], uint32_t const (&kept)[kNumKeepWords]) {
+#pragma unroll
+    for (int i = 0; i < kNumKeepWords; ++i) {
+#pragma unroll
+        for (int bit = 0; bit < 32; ++bit) {  // in their order ptxas makes predicates of seven at once
+            int const j = 32 * i + bit / 4 % 4 * 8 + bit % 2 * 4 + bit / 2 % 2 * 2 + bit / 16;
+            if (j < kNumAccS) {
+                acc_s[j] = (kept[i] >> bit & 1u) != 0 ? acc_s[j] : -acc_s[j];
             }
         }
     }
@@ -950,7 +1033,7 @@ __device__ __forceinline__ void finish(
 #pragma unroll
     for (int tile = 0; tile < kNumRowTiles; ++tile) {
         uint32_t const rows = dk_out + 16 * tile * kPanelRowBytes;
-        stage_rows(acc_dk[tile], kColumnStepsDkv, kNumPeers, rows, kKvPanelBytes, p.softmax_scale, peer);
+        stage_rows(acc_dk[tile], kColumnStepsDkv, kNumPeers, rows, kKvPanelBytes, (p.softmax_scale * p.keep_scale), peer);
         stage_rows(acc_dv[tile], kColumnStepsDkv, kNumPeers, rows + (kSmemV - kSmemK), kKvPanelBytes, p.keep_scale, peer);
     }
     sync_block();
@@ -1027,7 +1110,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d64_causal_s
                 sink_sum -= sees_keys ? exp2_approx((sink - lse) * kLog2E) * sum : 0.0f;
             }
             store_global_float(p.lse_log2 + padded + row_of_block, lse_log2);
-            store_global_float(p.dpsum + padded + row_of_block, sum);
+            store_global_float(p.dpsum + padded + row_of_block, sum / p.keep_scale);
         }
     }
 
@@ -1104,6 +1187,13 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
 
         for (; walk.remaining > 0; walk.next(p, blocks)) {
             uint32_t const stage = pipeline.acquire(p, s, blocks, walk);
+            // Before S, as a bit an element: with it the words of several calls spill 40 bytes (d = 96).
+            uint32_t kept[kNumRowTiles][kNumKeepWords];
+#pragma unroll
+            for (int tile = 0; tile < kNumRowTiles; ++tile) {
+                draw_kept(kept[tile], p, random_state(p, walk.bidh, block.bidb), block_key + warp_key + 16 * tile,
+                          walk.m_block * kTileM + warp_query, recompute(lane));
+            }
             float acc_s[kNumRowTiles][kNumAccS];
             uint32_t p_tile[kNumRowTiles][kNumP];
             gemm_s(acc_s, recompute(k_lane), stage + q_lane);
@@ -1113,8 +1203,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
             probabilities(acc_s, stage + kStageLse + 4 * warp_query, p.softmax_scale_log2);
 #pragma unroll
             for (int tile = 0; tile < kNumRowTiles; ++tile) {
-                mark_dropped(acc_s[tile], random_state(p, walk.bidh, block.bidb), p.keep_threshold,
-                             block_key + warp_key + 16 * tile, walk.m_block * kTileM + warp_query, recompute(lane));
+                mark_dropped(acc_s[tile], kept[tile]);
             }
             pack_kept(p_tile, acc_s);
             stage_p(p_tile, recompute(p_out));
@@ -1123,7 +1212,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
             float acc_dp[kNumRowTiles][kNumAccS];
             uint32_t ds_tile[kNumRowTiles][kNumP];
             gemm_s(acc_dp, recompute(k_lane) + (kSmemV - kSmemK), stage + kStageDout + q_lane);
-            score_gradients(acc_dp, acc_s, stage + kStageDpsum + 4 * warp_query, p.keep_scale);
+            score_gradients(acc_dp, acc_s, stage + kStageDpsum + 4 * warp_query);
             pack(ds_tile, acc_dp);
             stage_p(ds_tile, recompute(p_out) + (kSmemDs - kSmemP));
             gemm_dkv_own(acc_dk, ds_tile, stage + warp_query * kPanelRowBytes + rows_lane, peer);
@@ -1192,7 +1281,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d64_
 #pragma unroll
     for (int tile = 0; tile < kNumDqRowTiles; ++tile) {
         stage_rows(acc_dq[tile], kColumnStepsDq, kNumDqColumnWarps, dq_out + 16 * tile * kPanelRowBytes, kQPanelBytes,
-                   p.softmax_scale, column_warp);
+                   (p.softmax_scale * p.keep_scale), column_warp);
     }
     sync_block();
     CopyLane const copy = copy_lane(static_cast<int>(threadIdx.x));
@@ -1228,7 +1317,18 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d64_
 //   sink_sums: num_m_blocks * num_heads * batch * 4
 // Options; limited(x, n) is n where x < 0, else min(x, n):
 //   dropout_p: the probability that an element of P is dropped, above 0 and below 1
-//   Params has keep_threshold = 65537 * min(max(lround((1 - dropout_p) * 32768), 1), 32767)
+//   Params has keep_digit_0 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 0 & 1)
+//   Params has keep_digit_1 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 1 & 1)
+//   Params has keep_digit_2 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 2 & 1)
+//   Params has keep_digit_3 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 3 & 1)
+//   Params has keep_digit_4 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 4 & 1)
+//   Params has keep_digit_5 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 5 & 1)
+//   Params has keep_digit_6 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 6 & 1)
+//   Params has keep_digit_7 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 7 & 1)
+//   Params has keep_digit_8 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 8 & 1)
+//   Params has keep_digit_9 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 9 & 1)
+//   Params has keep_digit_10 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 10 & 1)
+//   Params has keep_digit_11 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 11 & 1)
 //   Params has keep_scale = 1 / (1 - dropout_p)
 
 }  // namespace fa2gen::fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8

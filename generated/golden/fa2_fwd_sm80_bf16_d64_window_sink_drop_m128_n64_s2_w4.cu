@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 64, bf16, window mask, attention sinks, dropout
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,   99 Threads,  121 Arithmetic,  161 Shared memory,  180 Global memory,
-//             202 cp.async,  221 Fragments,  236 Registers,  245 mma,  281 d - window_left <= j <= d + window_right,
-//             358 Online softmax,  517 Dropout,  646 Pipeline,  704 Matrix products,  787 Epilogue,  879 Kernel,
-//             960 Launch
+//   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  179 Shared memory,  198 Global memory,
+//             220 cp.async,  239 Fragments,  254 Registers,  263 mma,  299 d - window_left <= j <= d + window_right,
+//             376 Online softmax,  535 Dropout,  695 Pipeline,  753 Matrix products,  836 Epilogue,  928 Kernel,
+//            1011 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -90,7 +90,18 @@ struct Params {
     int window_right;
     int chunk;
     int chunk_before;
-    int keep_threshold;
+    int keep_digit_0;
+    int keep_digit_1;
+    int keep_digit_2;
+    int keep_digit_3;
+    int keep_digit_4;
+    int keep_digit_5;
+    int keep_digit_6;
+    int keep_digit_7;
+    int keep_digit_8;
+    int keep_digit_9;
+    int keep_digit_10;
+    int keep_digit_11;
     float keep_scale;
     float softmax_scale;
     float softmax_scale_log2;
@@ -149,6 +160,13 @@ __device__ __forceinline__ uint32_t shift_left(uint32_t value, int bits) {
 __device__ __forceinline__ void multiply_wide(uint32_t (&halves)[2], uint32_t a, uint32_t b) {
     asm("{ .reg .b64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
         : "=r"(halves[0]), "=r"(halves[1]) : "r"(a), "r"(b));
+}
+
+// Byte i is that of {high, low} which digit i of the selector names, or 8 times its sign where 8 is added.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t permuted;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(permuted) : "r"(low), "r"(high), "r"(selector));
+    return permuted;
 }
 
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
@@ -515,8 +533,9 @@ __device__ __forceinline__ void online_softmax_tiles(
 }
 
 // Dropout -------------------------------------------------------------------------------------------------------------
-// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for 8 elements of 15 bits each. They
-// are those of a 16 x 32 unit that agree in row % 8 and in key % 8: in S as in S^T one thread has all or half of them.
+// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for the 16 elements of a unit of 16
+// queries and 32 keys that a lane holds in S. Its 128 bits are 8 digits of 16 numbers: bit 8 * (key % 2) + key / 8 * 2 +
+// row / 8 of each half word is one number's. The comparison with a threshold is made digit by digit, of 32 numbers at once.
 
 // Where the counters of a head begin: 128 random bits, and its place. The cipher's key is 0, so that those of its rounds are
 // constants: in registers they would be 14, more than dK and dV leave.
@@ -534,48 +553,78 @@ __device__ __forceinline__ RandomState random_state(Params const& p, int bidh, i
             static_cast<uint32_t>(bits[3]) + bidb};
 }
 
-// From a counter to random bits.
-__device__ __forceinline__ void philox(uint32_t (&counter)[4]) {
+// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 32 * key_unit.
+__device__ __forceinline__ void draw(uint32_t (&words)[4], RandomState const& state, int row_unit, int key_unit, int lane) {
+    words[0] = state.row + 8 * row_unit + lane / 4;
+    words[1] = state.key + 4 * key_unit + lane % 4;
+    words[2] = state.head;
+    words[3] = state.sequence;
 #pragma unroll
     for (uint32_t round = 0; round < 7; ++round) {
         uint32_t first[2];
         uint32_t second[2];
-        multiply_wide(first, counter[0], 0xd2511f53u);
-        multiply_wide(second, counter[2], 0xcd9e8d57u);
-        counter[0] = second[1] ^ counter[1] ^ round * 0x9e3779b9u;
-        counter[1] = second[0];
-        counter[2] = first[1] ^ counter[3] ^ round * 0xbb67ae85u;
-        counter[3] = first[0];
+        multiply_wide(first, words[0], 0xd2511f53u);
+        multiply_wide(second, words[2], 0xcd9e8d57u);
+        words[0] = second[1] ^ words[1] ^ round * 0x9e3779b9u;
+        words[1] = second[0];
+        words[2] = first[1] ^ words[3] ^ round * 0xbb67ae85u;
+        words[3] = first[0];
     }
 }
 
-// Whether the 15 bits of a word's lower half, or of its upper one, reach the threshold.
-__device__ __forceinline__ bool lower_is_dropped(uint32_t bits, int threshold) {
-    return bits << 17 >= static_cast<uint32_t>(threshold) << 17;
+// One LOP3.
+__device__ __forceinline__ uint32_t majority(uint32_t a, uint32_t b, uint32_t c) {
+    return (a & b) | (a & c) | (b & c);
 }
 
-__device__ __forceinline__ bool upper_is_dropped(uint32_t bits, int threshold) {
-    return bits << 1 >= static_cast<uint32_t>(threshold) << 17;
+// Which of 32 elements are kept: bytes 0 and 2 are those of `first`, of even and of odd keys, and 1 and 3 those of `second`. A
+// digit that is above the threshold's decides for, one below it against, and an equal one leaves it to the digits behind, so
+// that each step is a majority. The last digits are the last of the neighbour, the other of two keys.
+__device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&first)[4], uint32_t const (&second)[4]) {
+    uint32_t digits[8];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        digits[2 * i] = permute_bytes(first[i], second[i], 0x5140u);
+        digits[2 * i + 1] = permute_bytes(first[i], second[i], 0x7362u);
+    }
+    uint32_t kept = 0;
+    kept = majority(kept, permute_bytes(digits[0], 0, 0x1032u), p.keep_digit_0);
+    kept = majority(kept, permute_bytes(digits[1], 0, 0x1032u), p.keep_digit_1);
+    kept = majority(kept, permute_bytes(digits[2], 0, 0x1032u), p.keep_digit_2);
+    kept = majority(kept, permute_bytes(digits[3], 0, 0x1032u), p.keep_digit_3);
+    kept = majority(kept, digits[0], p.keep_digit_4);
+    kept = majority(kept, digits[1], p.keep_digit_5);
+    kept = majority(kept, digits[2], p.keep_digit_6);
+    kept = majority(kept, digits[3], p.keep_digit_7);
+    kept = majority(kept, digits[4], p.keep_digit_8);
+    kept = majority(kept, digits[5], p.keep_digit_9);
+    kept = majority(kept, digits[6], p.keep_digit_10);
+    kept = majority(kept, digits[7], p.keep_digit_11);
+    return kept;
 }
 
-// Dropped elements of P become 0: of 16 rows from first_row on and a block of keys, the first a multiple of 32.
-__device__ __forceinline__ void drop(
-    float (&acc_s)[kNumAccS], RandomState const& state, int threshold, int first_row, int first_key, int lane) {
-    uint32_t const row = state.row + first_row / 2 + lane / 4;
-    uint32_t const key = state.key + first_key / 4 + lane % 4 * 2;
+constexpr int kNumKeepWords = (kNumAccS + 31) / 32;
+
+// Of 16 rows from first_row on and a block of keys, the first a multiple of 32.
+__device__ __forceinline__ void draw_kept(
+    uint32_t (&kept)[kNumKeepWords], Params const& p, RandomState const& state, int first_row, int first_key, int lane) {
 #pragma unroll
-    for (int i = 0; i < kNumAccS; i += 16) {  // 32 keys
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-            uint32_t words[4] = {row, key + i / 2 + odd, state.head, state.sequence};
-            philox(words);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {  // 8 keys
-                float* const r = acc_s + i + 4 * j + odd;
-                r[0] = lower_is_dropped(words[j], threshold) ? 0.0f : r[0];
-                r[2] = upper_is_dropped(words[j], threshold) ? 0.0f : r[2];
-            }
+    for (int i = 0; i < kNumKeepWords; ++i) {  // 64 keys
+        uint32_t first[4];
+        uint32_t second[4] = {0, 0, 0, 0};
+        draw(first, state, first_row / 16, first_key / 32 + 2 * i, lane);
+        if (32 * i + 16 < kNumAccS) {
+            draw(second, state, first_row / 16, first_key / 32 + 2 * i + 1, lane);
         }
+        kept[i] = compare(p, first, second);
+    }
+}
+
+// Dropped elements of P become 0: PRMT makes 16 bits of each sign of a byte.
+__device__ __forceinline__ void drop(uint32_t (&p_tile)[kNumP], uint32_t const (&kept)[kNumKeepWords]) {
+#pragma unroll
+    for (int i = 0; i < kNumP; ++i) {
+        p_tile[i] &= permute_bytes(kept[i / 16] << (7 - i % 8), 0, i % 16 < 8 ? 0xaa88u : 0xbb99u);
     }
 }
 
@@ -946,8 +995,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_bf16_d
                 rescale_o(acc_o[i], correction[i]);
                 int const drop_thread = recompute(thread);
                 int const drop_row = first_row + drop_thread / 32 * kNumRowTiles * 16 + 16 * i;
-                drop(acc_s[i], random_state(p, bidh, bidb), p.keep_threshold, drop_row, n_block * kTileN, drop_thread % 32);
+                uint32_t kept[kNumKeepWords];
+                draw_kept(kept, p, random_state(p, bidh, bidb), drop_row, n_block * kTileN, drop_thread % 32);
                 pack_p(p_tile[i], acc_s[i]);
+                drop(p_tile[i], kept);
             }
             uint32_t const v_tile = pipeline.acquire_v(n_block - blocks.begin);
             gemm_pv(acc_o, p_tile, v_tile + recompute(v_lane));
@@ -976,7 +1027,18 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_bf16_d
 //   Params has window_right = limited(window_right, seqlen_q)
 //   Params has chunk = limited(chunk - 1, max(seqlen_q, seqlen_k) - 1) + 1
 //   Params has chunk_before = (chunk < 1) * max(seqlen_q, seqlen_k)
-//   Params has keep_threshold = 65537 * min(max(lround((1 - dropout_p) * 32768), 1), 32767)
+//   Params has keep_digit_0 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 0 & 1)
+//   Params has keep_digit_1 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 1 & 1)
+//   Params has keep_digit_2 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 2 & 1)
+//   Params has keep_digit_3 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 3 & 1)
+//   Params has keep_digit_4 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 4 & 1)
+//   Params has keep_digit_5 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 5 & 1)
+//   Params has keep_digit_6 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 6 & 1)
+//   Params has keep_digit_7 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 7 & 1)
+//   Params has keep_digit_8 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 8 & 1)
+//   Params has keep_digit_9 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 9 & 1)
+//   Params has keep_digit_10 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 10 & 1)
+//   Params has keep_digit_11 = -(min(max(lround((1 - dropout_p) * 4096), 1), 4095) >> 11 & 1)
 //   Params has keep_scale = 1 / (1 - dropout_p)
 
 }  // namespace fa2gen::fa2_fwd_sm80_bf16_d64_window_sink_drop_m128_n64_s2_w4

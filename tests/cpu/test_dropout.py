@@ -81,28 +81,55 @@ FORWARD, BACKWARD, SM80, PRODUCTS = (
 )
 SM80_FORWARD = kernel("sm80", "fwd")
 QUERIES = "walk.m_block * kTileM"
-DROP = "drop(acc_s, random_state(p, tile.bidh, tile.bidb), p.keep_threshold, row, n_block * kTileN, lane_id());"
+DRAW_FORWARD = "draw_kept(kept, p, random_state(p, tile.bidh, tile.bidb), row, n_block * kTileN, lane_id());"
 DRAW = "work.block.n_block * kTileN + 16 * warp, walk"
+OF_STATE = "static_cast<uint32_t>(bits[{}]) + {}"
 FAULTS = [
-    Fault("heads-drop-the-same", FORWARD, "static_cast<uint32_t>(bits[2]) + bidh", "static_cast<uint32_t>(bits[2])"),
-    Fault("batches-drop-the-same", FORWARD, "static_cast<uint32_t>(bits[3]) + bidb", "static_cast<uint32_t>(bits[3])"),
+    Fault("heads-drop-the-same", FORWARD, OF_STATE.format(2, "bidh"), "static_cast<uint32_t>(bits[2])"),
+    Fault("batches-drop-the-same", FORWARD, OF_STATE.format(3, "bidb"), "static_cast<uint32_t>(bits[3])"),
     Fault("rounds-without-keys", FORWARD, "^ round * 0x9e3779b9u", ""),
-    Fault("bits-of-the-upper-half", FORWARD, "return bits << 17 >=", "return bits << 16 >="),
-    Fault("rows-of-the-other-half", FORWARD, "r[2] = upper_is_dropped", "r[2] = lower_is_dropped"),
-    Fault("threshold-of-one-half", BACKWARD, "static_cast<uint32_t>(threshold);", "(threshold & 0xffff);"),
+    Fault("digits-of-the-upper-half", FORWARD, "0x5140u", "0x7362u"),
+    Fault("neighbour-is-itself", FORWARD, "permute_bytes(digits[0], 0, 0x1032u)", "digits[0]"),
+    Fault("a-digit-is-passed-over", FORWARD, "kept = majority(kept, digits[7], p.keep_digit_11);", ""),
+    Fault("keys-of-the-other-half", FORWARD, "i % 16 < 8 ? 0xaa88u : 0xbb99u", "0xaa88u"),
+    Fault("rows-of-the-other-half", FORWARD, "<< (7 - i % 8)", "<< (7 - i / 2 % 4 * 2)"),
     Fault("not-scaled", FORWARD, "inverse_sum[0] *= p.keep_scale;", ""),
-    Fault("first-block-keeps-all", FORWARD, f"{DROP}\n            pack_p", "pack_p"),
+    Fault(
+        "first-block-keeps-all",
+        FORWARD,
+        "pack_p(p_tile, acc_s);\n            drop(p_tile, kept);",
+        "pack_p(p_tile, acc_s);",
+    ),
+    Fault("bits-of-the-block-before", FORWARD, f"{DRAW_FORWARD}\n                wgmma_wait_0", "wgmma_wait_0"),
     Fault("row-of-the-warp", SM80_FORWARD, "drop_thread / 32 * kNumRowTiles * 16 + 16 * i", "16 * i"),
-    Fault("keys-of-the-first-half", BACKWARD, "second ? words[2 + j] : words[j]", "words[j]"),
-    Fault("queries-of-the-other-half", BACKWARD, "i % 8 >= 4", "i % 8 < 4"),
+    Fault("keys-of-the-first-half", BACKWARD, "first_key / 16 % 2", "0"),
+    Fault("units-in-the-wrong-place", BACKWARD, "row_unit + unit + 1 - half", "row_unit + unit + 1"),
+    Fault(
+        "not-transposed", BACKWARD, "transpose_halves(compare(p, words[0], words[1]))", "compare(p, words[0], words[1])"
+    ),
+    Fault("queries-of-the-other-half", BACKWARD, "bit % 2 * 4 + bit / 2 % 2 * 2", "bit / 2 % 2 * 4 + bit % 2 * 2"),
     Fault("p-keeps-its-minus", BACKWARD, "fabsf(p[tile][j])", "p[tile][j]"),
-    Fault("dp-is-not-dropped", BACKWARD, "p[tile][j] < 0.0f ? 0.0f : acc_dp[tile][j]", "acc_dp[tile][j]"),
-    Fault("dp-is-not-scaled", BACKWARD, "fmaf(dp, keep_scale, -offset[j % 2])", "dp - offset[j % 2]"),
+    Fault("dp-is-not-dropped", BACKWARD, "fmaxf(p[tile][j], 0.0f)", "fabsf(p[tile][j])"),
+    Fault("dpsum-is-not-scaled", BACKWARD, "sum / p.keep_scale", "sum"),
+    Fault(
+        "dq-is-not-scaled", BACKWARD, "kQPanelBytes, (p.softmax_scale * p.keep_scale)", "kQPanelBytes, p.softmax_scale"
+    ),
+    Fault(
+        "dk-is-not-scaled",
+        BACKWARD,
+        "kKvPanelBytes, (p.softmax_scale * p.keep_scale)",
+        "kKvPanelBytes, p.softmax_scale",
+    ),
     Fault("dv-is-not-scaled", BACKWARD, "dv_rows, kKvPanelBytes, p.keep_scale", "dv_rows, kKvPanelBytes, 1.0f"),
     Fault("head-of-the-first-step", BACKWARD, "random_state(p, walk.bidh,", "random_state(p, block.head_kv,"),
     Fault("keys-of-the-first-warp", PRODUCTS, DRAW, "work.block.n_block * kTileN, walk", count=2),
     Fault("keys-of-the-first-tile", SM80, "block_key + warp_key + 16 * tile,", "block_key + warp_key,"),
-    Fault("queries-of-the-first-warp", SM80, f"tile, {QUERIES} + warp_query", f"tile, {QUERIES}"),
+    Fault(
+        "queries-of-the-first-warp",
+        SM80,
+        f"{QUERIES} + warp_query, recompute(lane));\n            }}\n            float",
+        f"{QUERIES}, recompute(lane));\n            }}\n            float",
+    ),
 ]
 
 
