@@ -117,10 +117,10 @@ FAULTS = [
     Fault(
         "dk-is-not-scaled",
         BACKWARD,
-        "kKvPanelBytes, (p.softmax_scale * p.keep_scale)",
-        "kKvPanelBytes, p.softmax_scale",
+        "kSmemK, (p.softmax_scale * p.keep_scale), s",
+        "kSmemK, p.softmax_scale, s",
     ),
-    Fault("dv-is-not-scaled", BACKWARD, "dv_rows, kKvPanelBytes, p.keep_scale", "dv_rows, kKvPanelBytes, 1.0f"),
+    Fault("dv-is-not-scaled", BACKWARD, "kSmemV, p.keep_scale, s", "kSmemV, 1.0f, s"),
     Fault("head-of-the-first-step", BACKWARD, "random_state(p, walk.bidh,", "random_state(p, block.head_kv,"),
     Fault("keys-of-the-first-warp", PRODUCTS, DRAW, "work.block.n_block * kTileN, walk", count=2),
     Fault("keys-of-the-first-tile", SM80, "block_key + warp_key + 16 * tile,", "block_key + warp_key,"),
