@@ -157,7 +157,7 @@ def dropout_keep(
     def numbers(digits: list[Tensor]) -> Tensor:
         """(..., 16) of digits, the last first, which are bits of half words."""
         places = torch.arange(16, device=rng_state.device)
-        return sum((x.unsqueeze(-1) >> places & 1) << i for i, x in enumerate(digits))  # type: ignore[return-value]
+        return sum((x.unsqueeze(-1) >> places & 1) << i for i, x in enumerate(digits))
 
     own, last = numbers(halves), numbers(halves[: DROP_DIGITS - OWN_DIGITS])
     # (..., 8 rows of each unit, 4 pairs of keys of each, key % 2, key / 8, row / 8)
