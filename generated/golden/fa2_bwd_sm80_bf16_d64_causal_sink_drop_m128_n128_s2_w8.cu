@@ -6,10 +6,10 @@
 //   problem  bwd, head dim 64, bf16, causal mask, attention sinks, dropout
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 165888 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  223 Shared memory,  248 Global memory,
-//             293 cp.async,  312 Fragments,  334 Registers,  343 mma,  400 What is visible,
-//             606 Softmax and its gradient,  667 Dropout,  787 Matrix products,  920 Registers to shared memory,
-//            1050 Kernels, 1294 Launch
+//   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  224 Shared memory,  249 Global memory,
+//             294 cp.async,  313 Fragments,  335 Registers,  344 mma,  401 What is visible,
+//             607 Softmax and its gradient,  668 Dropout,  788 Matrix products,  921 Registers to shared memory,
+//            1051 Kernels, 1295 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -193,13 +193,6 @@ __device__ __forceinline__ uint32_t rotate_left(uint32_t value, int bits) {
     return rotated;
 }
 
-// Byte i is that of {high, low} which digit i of the selector names, or 8 times its sign where 8 is added.
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
-    uint32_t permuted;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(permuted) : "r"(low), "r"(high), "r"(selector));
-    return permuted;
-}
-
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t packed;
@@ -218,6 +211,14 @@ __device__ __forceinline__ uint32_t pack_relu_bf16(float low, float high) {
 __device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed) {
     values[0] = __builtin_bit_cast(float, packed << 16);
     values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
+}
+
+// Four of the eight bytes of `low` and `high`, as the digits of `selector` number them, the last one first; of a digit with 8
+// added 8 times the byte's sign.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
 }
 
 // Shared memory -------------------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@
 //   problem  decode, head dim 128, bf16, full mask, e4m3 caches, pages
 //   tiling   16 query rows x 32 keys, 3 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 205864 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,  148 Threads,  179 Arithmetic,  247 Shared memory,  294 Global memory,
-//             359 cp.async,  378 Fragments,  393 Registers,  402 mma,  431 What is visible,  485 Online softmax,
-//             799 Loads,  969 Matrix products, 1080 Putting together, 1410 Append, 1545 Kernel, 1572 Launch
+//   contents   26 Problem and tiling,  148 Threads,  179 Arithmetic,  248 Shared memory,  295 Global memory,
+//             360 cp.async,  379 Fragments,  394 Registers,  403 mma,  432 What is visible,  486 Online softmax,
+//             800 Loads,  970 Matrix products, 1081 Putting together, 1411 Append, 1546 Kernel, 1573 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -223,7 +223,8 @@ __device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed)
     values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
 }
 
-// Four of the eight bytes of `low` and `high`, as the digits of `selector` number them, the last one first.
+// Four of the eight bytes of `low` and `high`, as the digits of `selector` number them, the last one first; of a digit with 8
+// added 8 times the byte's sign.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     uint32_t bytes;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 64, bf16, window mask, attention sinks, dropout
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  179 Shared memory,  198 Global memory,
-//             220 cp.async,  239 Fragments,  254 Registers,  263 mma,  299 d - window_left <= j <= d + window_right,
-//             376 Online softmax,  535 Dropout,  695 Pipeline,  753 Matrix products,  836 Epilogue,  928 Kernel,
-//            1011 Launch
+//   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  180 Shared memory,  199 Global memory,
+//             221 cp.async,  240 Fragments,  255 Registers,  264 mma,  300 d - window_left <= j <= d + window_right,
+//             377 Online softmax,  536 Dropout,  696 Pipeline,  754 Matrix products,  837 Epilogue,  929 Kernel,
+//            1012 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -162,18 +162,19 @@ __device__ __forceinline__ void multiply_wide(uint32_t (&halves)[2], uint32_t a,
         : "=r"(halves[0]), "=r"(halves[1]) : "r"(a), "r"(b));
 }
 
-// Byte i is that of {high, low} which digit i of the selector names, or 8 times its sign where 8 is added.
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
-    uint32_t permuted;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(permuted) : "r"(low), "r"(high), "r"(selector));
-    return permuted;
-}
-
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+// Four of the eight bytes of `low` and `high`, as the digits of `selector` number them, the last one first; of a digit with 8
+// added 8 times the byte's sign.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
 }
 
 // Shared memory -------------------------------------------------------------------------------------------------------
