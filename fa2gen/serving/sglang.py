@@ -1,0 +1,144 @@
+"""The functions of SGLang's kernels, `sgl_kernel.flash_attn`, as its FlashAttention backend calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa2gen.errors import InvalidInput
+from fa2gen.ops import flash_kvcache, flash_varlen
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, window_sides
+from fa2gen.ops.validate import refuse_non_tensors
+from fa2gen.serving.pages import attend, refuse
+
+__all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
+
+_WHOLE = "q and k with all of the head dim"
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: Any = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    sinks: Tensor | None = None,
+    ver: int = 3,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over a cache; out, or with return_softmax_lse (out, lse).
+
+    With cu_seqlens_q, (batch + 1,), q is packed, (total_q, heads, head_dim), and lse (heads, total_q); else q is
+    (batch, seqlen_q, heads, head_dim), lse (batch, heads, seqlen_q), and all that `fa2gen.flash_attn_with_kvcache` says
+    holds, of new keys and rotary embeddings too. page_table is its block_table, of pages of any size, 1 too; sinks are
+    its s_aux.
+
+    cu_seqlens_k_new  is not looked at without k, as in FlashAttention-3.
+    num_splits        as in `fa2gen.flash_attn_with_kvcache`, where kernels of decoding read the cache.
+    descales          of 8-bit tensors; they are not looked at otherwise.
+    scheduler_metadata, pack_gqa, sm_margin and ver are taken, and change nothing.
+
+    Raises InvalidInput, or UnsupportedProblem for qv, rotary_seqlens, and what packed queries do not go with.
+    """
+    refuse(
+        qv=(qv is not None, _WHOLE),
+        rotary_seqlens=(rotary_seqlens is not None, "cache_seqlens, behind which positions begin"),
+    )
+    if cu_seqlens_q is None:
+        return flash_kvcache.flash_attn_with_kvcache(
+            *(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad),
+            *(page_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, None, num_splits),
+            return_softmax_lse=return_softmax_lse,
+            s_aux=sinks,
+        )
+    refuse(
+        k=(k is not None or v is not None, "new keys are written before, by fa2gen.reshape_and_cache"),
+        rotary_cos=(rotary_cos is not None, "q is turned before the call"),
+        cache_leftpad=(cache_leftpad is not None, "pages that begin with a sequence's first key"),
+    )
+    refuse_non_tensors(q=q, k_cache=k_cache, cu_seqlens_q=cu_seqlens_q)
+    batch = cu_seqlens_q.shape[0] - 1
+    if page_table is None:  # an entry of the cache is a page, the only one of its sequence
+        rows = torch.arange(batch, dtype=torch.int32, device=q.device) if cache_batch_idx is None else cache_batch_idx
+        page_table = rows[:, None]
+    elif cache_batch_idx is not None:
+        page_table = page_table[cache_batch_idx.long()]
+    if not isinstance(cache_seqlens, Tensor):
+        if cache_seqlens is None:
+            raise InvalidInput("cu_seqlens_q needs cache_seqlens, (batch,) int32: the keys of each sequence")
+        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    given = flash_varlen.paged(q, k_cache, v_cache, page_table, cu_seqlens_q, None, None, cache_seqlens, sinks)
+    said = options_of(q, softmax_scale, causal, window_sides(window_size), varlen=True)
+    out, lse = attend(given, said, modified(softcap, None), max_seqlen_q, None, num_splits)
+    return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = NO_WINDOW,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: Any = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    sinks: Tensor | None = None,
+    ver: int = 3,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fa2gen.flash_attn_varlen_func` of packed keys; out, or with return_softmax_lse (out, lse (heads, total_q)).
+
+    descales, num_splits, pack_gqa, sm_margin and ver are taken, and change nothing. Raises InvalidInput, or
+    UnsupportedProblem for qv.
+    """
+    refuse(qv=(qv is not None, _WHOLE))
+    out, lse, _ = flash_varlen.flash_attn_varlen_func(
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        return_attn_probs=True,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        s_aux=sinks,
+    )
+    return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out

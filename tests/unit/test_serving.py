@@ -1,0 +1,234 @@
+"""`fa2gen.serving` by calls as vLLM's and SGLang's attention backends make them: their keywords, shapes and layouts."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+import fa2gen
+from fa2gen.serving import pages, sglang, vllm
+
+HEADS, HEADS_KV, HEAD_DIM, PAGE, PAGES = 4, 2, 64, 16, 8
+
+
+def ints(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).bfloat16()
+
+
+class Batch:
+    """Sequences of so many queries and keys each, over pages of a cache that both tensors share."""
+
+    def __init__(self, queries: tuple[int, ...], keys: tuple[int, ...], page: int = PAGE) -> None:
+        batch = len(keys)
+        cache = random(2, batch * PAGES, HEADS_KV, page, HEAD_DIM)  # heads before rows, as vLLM may keep them
+        self.k, self.v = (x.transpose(1, 2) for x in cache.unbind(0))
+        self.table = torch.randperm(batch * PAGES, generator=torch.Generator().manual_seed(1)).view(batch, PAGES).int()
+        self.q = random(sum(queries), HEADS, HEAD_DIM)
+        self.bounds = ints(0, *torch.tensor(queries).cumsum(0).tolist())
+        self.keys, self.most = ints(*keys), max(queries)
+
+    def expected(self, **options):
+        """(out, lse) of packed keys."""
+        parts = [
+            [x[self.table[b].long()].flatten(0, 1)[:n] for b, n in enumerate(self.keys.tolist())]
+            for x in (self.k, self.v)
+        ]
+        starts = ints(0, *self.keys.cumsum(0).tolist())
+        k, v = (torch.cat(part) for part in parts)
+        return fa2gen.flash_attn_varlen_func(self.q, k, v, self.bounds, starts, return_attn_probs=True, **options)[:2]
+
+
+PREFILL, STEP, SPECULATIVE = ((30, 1, 17), (100, 70, 17)), ((1,) * 3, (100, 1, 57)), ((4,) * 3, (100, 4, 57))
+cases = pytest.mark.parametrize("sizes", [PREFILL, STEP, SPECULATIVE], ids=["prefill", "step", "speculative"])
+
+
+@pytest.fixture
+def kinds(monkeypatch):
+    """Which kernels calls took, in their order."""
+    taken = []
+    for name in ("run_cached", "over_pages"):
+        function = getattr(pages, name)
+        monkeypatch.setattr(
+            pages, name, lambda *given, name=name, function=function: (taken.append(name), function(*given))[1]
+        )
+    return taken
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found[0], wanted[0], atol=0.02, rtol=0.02)
+    torch.testing.assert_close(found[1], wanted[1], atol=1e-3, rtol=1e-3)
+    assert found[1].shape == wanted[1].shape
+
+
+@cases
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window_size": [7, 0]}, {"softcap": 20.0, "s_aux": torch.arange(4).bfloat16()}],
+    ids=["plain", "window", "softcap and sinks"],
+)
+def test_the_decoder_of_vllm(kinds, sizes, options):
+    """FlashAttentionImpl.forward: into a slice of a buffer, with scales that are expanded, and metadata."""
+    batch = Batch(*sizes)
+    count = len(batch.keys)
+    metadata = vllm.get_scheduler_metadata(
+        batch_size=count, max_seqlen_q=batch.most, max_seqlen_k=128, cache_seqlens=batch.keys, num_heads_q=HEADS,
+        num_heads_kv=HEADS_KV, headdim=HEAD_DIM, page_size=PAGE, cu_seqlens_q=batch.bounds, causal=True,
+        window_size=(-1, -1), num_splits=0, qkv_dtype=torch.bfloat16,
+    )  # fmt: skip
+    assert metadata.dtype == torch.int32 and metadata.shape == (4 * 4 + 1,)
+    buffer = torch.full((len(batch.q) + 3, HEADS, HEAD_DIM), 7.0).bfloat16()
+    scale = torch.tensor(1.0).expand(count, HEADS_KV)
+    given = {
+        "q": batch.q, "k": batch.k, "v": batch.v, "out": buffer[: len(batch.q)], "cu_seqlens_q": batch.bounds,
+        "max_seqlen_q": batch.most, "seqused_k": batch.keys, "max_seqlen_k": 128, "softmax_scale": HEAD_DIM**-0.5,
+        "causal": True, "alibi_slopes": None, "window_size": [-1, -1], "block_table": batch.table, "softcap": 0,
+        "scheduler_metadata": metadata, "fa_version": 3, "q_descale": scale, "k_descale": scale, "v_descale": scale,
+        "num_splits": 0, "s_aux": None,
+    }  # fmt: skip
+    out = vllm.flash_attn_varlen_func(**{**given, **options})
+    assert out.data_ptr() == buffer.data_ptr() and (buffer[len(batch.q) :] == 7).all()
+    close((out, torch.zeros(1)), (batch.expected(causal=True, **options)[0], torch.zeros(1)))
+    assert kinds == ["over_pages" if sizes is PREFILL else "run_cached"]
+
+
+def test_padding_of_a_captured_batch(kinds):
+    """Sequences without queries or keys behind the others: their rows become 0."""
+    batch = Batch((1, 1, 0, 0), (100, 3, 0, 0))
+    batch.q = torch.cat([batch.q, torch.full((2, HEADS, HEAD_DIM), 3.0).bfloat16()])
+    found = vllm.flash_attn_varlen_func(
+        batch.q, batch.k, batch.v, 1, batch.bounds, 128, seqused_k=batch.keys, block_table=batch.table, causal=True,
+        return_softmax_lse=True,
+    )  # fmt: skip
+    wanted = batch.expected(causal=True)
+    close([found[0][:2], found[1][:, :2]], [wanted[0][:2], wanted[1][:, :2]])
+    assert kinds == ["run_cached"] and not found[0][2:].any() and found[1][:, 2:].isneginf().all()
+
+
+def test_a_cascade_of_vllm():
+    """A prefix that all share as one sequence, each one's own keys, and their results merged."""
+    batch = Batch((1, 1, 1), (64, 50, 81))
+    batch.table[:, :2] = batch.table[0, :2]
+    common = 2 * PAGE
+    prefix, prefix_lse = vllm.flash_attn_varlen_func(
+        q=batch.q, k=batch.k, v=batch.v, cu_seqlens_q=ints(0, 3), seqused_k=ints(common), max_seqlen_q=3,
+        max_seqlen_k=common, softmax_scale=HEAD_DIM**-0.5, causal=False, window_size=[-1, -1],
+        block_table=batch.table[:1], softcap=0, return_softmax_lse=True, scheduler_metadata=None, fa_version=3,
+        q_descale=None, k_descale=None, v_descale=None, s_aux=None, num_splits=1,
+    )  # fmt: skip
+    suffix, suffix_lse = vllm.flash_attn_varlen_func(
+        q=batch.q, k=batch.k, v=batch.v, cu_seqlens_q=batch.bounds, seqused_k=batch.keys - common, max_seqlen_q=1,
+        max_seqlen_k=128, softmax_scale=HEAD_DIM**-0.5, causal=True, window_size=[-1, -1],
+        block_table=batch.table[:, 2:], softcap=0, return_softmax_lse=True, scheduler_metadata=None, fa_version=3,
+        q_descale=None, k_descale=None, v_descale=None, num_splits=1,
+    )  # fmt: skip
+    states = [(prefix, prefix_lse.t()), (suffix, suffix_lse.t())]
+    weights = torch.stack([lse for _, lse in states]).softmax(0).unsqueeze(-1)
+    merged = sum(w * o.float() for w, (o, _) in zip(weights, states, strict=True))
+    torch.testing.assert_close(merged.bfloat16(), batch.expected(causal=True)[0], atol=0.02, rtol=0.02)
+
+
+def test_an_encoder_of_vllm():
+    """Packed keys, without pages."""
+    q, k, v = random(40, HEADS, HEAD_DIM), *(random(40, HEADS_KV, HEAD_DIM, seed=i) for i in range(2))
+    bounds, out = ints(0, 25, 40), torch.empty_like(q)
+    found = vllm.flash_attn_varlen_func(
+        q=q, k=k, v=v, out=out, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=25, max_seqlen_k=25,
+        softmax_scale=0.1, causal=False, alibi_slopes=None, window_size=None, softcap=0, fa_version=2,
+        q_descale=None, k_descale=None, v_descale=None, num_splits=0,
+    )  # fmt: skip
+    assert found is out
+    assert torch.equal(out, fa2gen.flash_attn_varlen_func(q, k, v, bounds, bounds, softmax_scale=0.1))
+
+
+@cases
+@pytest.mark.parametrize("page", [1, PAGE])
+def test_sglang(kinds, sizes, page):
+    """Extending and decoding: pages of one token, lengths on the device, LSE among the results."""
+    batch = Batch(sizes[0], tuple(min(n, PAGES * page) for n in sizes[1]) if sizes is not PREFILL else (8, 7, 3), page)
+    found = sglang.flash_attn_with_kvcache(
+        q=batch.q, k_cache=batch.k, v_cache=batch.v, page_table=batch.table, cache_seqlens=batch.keys,
+        cu_seqlens_q=batch.bounds, cu_seqlens_k_new=ints(0, 1, 2, 3), max_seqlen_q=batch.most,
+        softmax_scale=HEAD_DIM**-0.5, causal=True, window_size=(-1, -1), softcap=0.0, k_descale=None, v_descale=None,
+        return_softmax_lse=True, num_splits=0, sinks=torch.ones(HEADS),
+    )  # fmt: skip
+    close(found, batch.expected(causal=True, s_aux=torch.ones(HEADS)))
+    assert kinds == ["over_pages" if sizes is PREFILL else "run_cached"]
+
+
+def test_entries_of_a_cache_are_pages_of_packed_queries():
+    batch = Batch((30, 2), (100, 90))
+    k, v = (x[batch.table.long()].flatten(1, 2) for x in (batch.k, batch.v))
+    found = sglang.flash_attn_with_kvcache(
+        batch.q, k, v, cache_seqlens=batch.keys, cu_seqlens_q=batch.bounds, causal=True, return_softmax_lse=True
+    )
+    close(found, batch.expected(causal=True))
+
+
+def test_dense_queries_of_sglang_are_those_of_flash_attn():
+    q, (k, v) = random(2, 3, HEADS, HEAD_DIM), (random(2, 50, HEADS_KV, HEAD_DIM, seed=i) for i in range(2))
+    given = {"cache_seqlens": ints(20, 50), "causal": True}
+    assert torch.equal(
+        sglang.flash_attn_with_kvcache(q, k, v, **given), fa2gen.flash_attn_with_kvcache(q, k, v, **given)
+    )
+    new = {name: random(2, 3, HEADS_KV, HEAD_DIM, seed=i) for i, name in enumerate("kv")}
+    caches = [[k.clone(), v.clone()] for _ in range(2)]
+    found = sglang.flash_attn_with_kvcache(q, *caches[0], **new, **given)
+    assert torch.equal(found, fa2gen.flash_attn_with_kvcache(q, *caches[1], **new, **given))
+    assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
+
+
+def test_ragged_prefill_of_sglang_is_that_of_flash_attn():
+    q, k, v = random(40, HEADS, HEAD_DIM), *(random(40, HEADS_KV, HEAD_DIM, seed=i) for i in range(2))
+    bounds = ints(0, 25, 40)
+    found = sglang.flash_attn_varlen_func(
+        q=q, k=k, v=v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=25, max_seqlen_k=25, softmax_scale=0.1,
+        causal=True, return_softmax_lse=True,
+    )  # fmt: skip
+    wanted = fa2gen.flash_attn_varlen_func(
+        q, k, v, bounds, bounds, softmax_scale=0.1, causal=True, return_attn_probs=True
+    )
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"q_v": 1}, "q_v"),
+        ({"dropout_p": 0.1}, "dropout_p"),
+        ({"cp_world_size": 2}, "cp_world_size.*merge_states"),
+        ({"return_attn_probs": True}, "return_softmax_lse"),
+        ({"cu_seqlens_k": ints(0, 3)}, "one of cu_seqlens_k"),
+        ({"seqused_k": None}, "one of cu_seqlens_k"),
+        ({"seqused_k": None, "cu_seqlens_k": ints(0, 3)}, "block_table needs seqused_k"),
+        ({"max_seqlen_q": 1.5}, "max_seqlen_q"),
+        ({"out": torch.zeros(3)}, "out is"),
+    ],
+    ids=str,
+)
+def test_what_vllm_may_not_ask_is_refused(options, words):
+    batch = Batch((1,), (9,))
+    given = {"seqused_k": batch.keys, "block_table": batch.table, "max_seqlen_q": 1, "cu_seqlens_q": batch.bounds}
+    with pytest.raises(fa2gen.Fa2GenError, match=words):
+        vllm.flash_attn_varlen_func(batch.q, batch.k, batch.v, **{**given, "max_seqlen_k": 9, **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"qv": 1}, {"rotary_seqlens": 1}, {"k": 1}, {"rotary_cos": 1}, {"cache_leftpad": 1}], ids=str
+)
+def test_what_sglang_may_not_ask_is_refused(options):
+    batch = Batch((1,), (9,))
+    given = {"page_table": batch.table, "cache_seqlens": batch.keys, "cu_seqlens_q": batch.bounds, "max_seqlen_q": 1}
+    with pytest.raises(fa2gen.UnsupportedProblem, match=next(iter(options))):
+        sglang.flash_attn_with_kvcache(batch.q, batch.k, batch.v, **given, **options)
+
+
+def test_the_order_of_arguments_is_that_of_the_fork():
+    """The longest come before the bounds."""
+    names = [*inspect.signature(vllm.flash_attn_varlen_func).parameters]
+    assert names[:7] == ["q", "k", "v", "max_seqlen_q", "cu_seqlens_q", "max_seqlen_k", "cu_seqlens_k"]
