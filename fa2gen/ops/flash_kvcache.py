@@ -144,11 +144,13 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
 
 
-def run_cached(given: Cached, options: Options, interleaved: bool, splits: int) -> tuple[Tensor, Tensor]:
-    """(out, lse), by an operator where others look at the call."""
+def run_cached(
+    given: Cached, options: Options, interleaved: bool, splits: int, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse), by an operator where others look at the call; `into` as in `cached_cuda`."""
     if is_plain(given.q, given.k_cache, given.v_cache) and all(x is None or type(x) is Tensor for x in given.all[3:]):
         refuse_gradients(*given.all)
-        return cached_cuda(given, options, interleaved, splits)
+        return cached_cuda(given, options, interleaved, splits, into)
     score, allow, inputs, numbers = (options.expression or Expression())[:4]
     said = (
         *(options.softmax_scale, options.causal, options.window_left, options.window_right, splits, interleaved),
@@ -161,7 +163,7 @@ def run_cached(given: Cached, options: Options, interleaved: bool, splits: int) 
         else:
             validate_cached(given, splits)  # k or v may be missing, which the operator has no words for
             out, lse = _APPEND(q, k_cache, v_cache, k, v, cos, sin, *places, *said)
-        return out, lse
+        return (out if into is None else into.copy_(out)), lse
     except NotImplementedError:  # ours, or torch's two pages about a backend that has no kernel
         validate_cached(given, splits)
         raise

@@ -28,25 +28,27 @@ _INPUTS = ("q", "k", "v", "rotary_cos", "rotary_sin")  # what is copied where a 
 
 
 def cached_cuda(
-    given: Cached, options: Options, interleaved: bool = True, num_splits: int = 0
+    given: Cached, options: Options, interleaved: bool = True, num_splits: int = 0, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) by generated kernels, on the current stream of q's device; new keys are in the caches then.
 
     out like q, contiguous; lse (batch, heads, seqlen_q) fp32.
+    into  a buffer for out, contiguous, on a multiple of 16 bytes.
 
     Raises as `fa2gen.ops.call.forward_cuda` does.
     """
     key = (*map(_kind, given.all), options, interleaved, num_splits)
     call = prepared(key, _prepare, given, options, interleaved, num_splits)
     q = given.q
-    out, lse = q.new_empty(call.out_shape), q.new_empty(call.lse_shape, dtype=torch.float32)
+    out = q.new_empty(call.out_shape) if into is None else into
+    lse = q.new_empty(call.lse_shape, dtype=torch.float32)
     if call.launch is None and not call.misaligned:  # no query, or no place for a key
         out.zero_()
         lse.fill_(-math.inf) if given.s_aux is None else lse.copy_(given.s_aux[:, None].expand_as(lse))
         return out, lse
     if call.launch is None or any(x is not None and x.data_ptr() & 15 for x in (getattr(given, n) for n in _INPUTS)):
         copies = {name: aligned(x) for name in _INPUTS if (x := getattr(given, name)) is not None}
-        return cached_cuda(given._replace(**copies), options, interleaved, num_splits)
+        return cached_cuda(given._replace(**copies), options, interleaved, num_splits, out)
     turned = None if given.rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
     at = {name: 0 if x is None else x.data_ptr() for name, x in zip(Cached._fields, given[:-1], strict=False)}
     if (at["k_cache"] | at["v_cache"]) & 15:

@@ -13,7 +13,7 @@ from fa2gen.ops.arguments import Modified
 from fa2gen.ops.flash_kvcache import run_cached
 from fa2gen.ops.flash_varlen import over_pages
 from fa2gen.ops.validate import describe
-from fa2gen.ops.validate_cache import Cached, Paged, validate_paged
+from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, Paged
 from fa2gen.options import Options
 
 __all__ = ["SHORT_ROWS", "attend", "refuse"]
@@ -31,23 +31,30 @@ def attend(
     most_keys: Any = None,
     num_splits: int = 0,
     out: Tensor | None = None,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): out (total_q, heads, head_dim), the caller's if it is given; lse (heads, total_q) fp32.
 
     most_queries  of a sequence. Where the rows of q are just so many for each, they are taken to be each sequence's, as
                   engines lay them out: sequences that have fewer, which pad a batch, stand behind the others.
+    scales        of k and v, where they are of 8 bits: (batch, heads_kv) fp32, of any strides.
     """
     most = _number("max_seqlen_q", most_queries)
     if out is not None:
         _validate_out(out, given)
+    place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
     if most and _is_short(given, most):
-        found, lse = _decoded(given, options, expression, most, num_splits)
-    elif out is not None and out.is_contiguous():
-        into = (out, out.new_empty((given.q.shape[-2], given.q.shape[0]), dtype=torch.float32))
-        return over_pages(given, options, expression, most_keys, into)
+        found, lse = _decoded(given, options, expression, most, num_splits, scales, place)
+    elif given.k.dtype in CACHE_DTYPES:
+        raise UnsupportedProblem(
+            f"pages of {given.k.dtype} are read by kernels of decoding alone, for at most {SHORT_ROWS} rows (queries of "
+            "a sequence times heads of a group), and as many queries of each; nearest: prefill from 16-bit keys"
+        )
     else:
-        found, lse = over_pages(given, options, expression, most_keys)
-    return (found if out is None else out.copy_(found)), lse
+        rows, heads = given.q.shape[0], given.q.shape[-2]
+        into = None if place is None else (place, place.new_empty((heads, rows), dtype=torch.float32))
+        found, lse = over_pages(given, options, expression, most_keys, into)
+    return (found if out is None or place is not None else out.copy_(found)), lse
 
 
 def refuse(**named: Any) -> None:
@@ -65,20 +72,28 @@ def _is_short(given: Paged, most: int) -> bool:
     return bool(rows <= SHORT_ROWS and q.shape[0] == most * (given.cu_seqlens_q.shape[0] - 1))
 
 
-def _decoded(given: Paged, options: Options, expression: Modified, most: int, num_splits: int) -> tuple[Tensor, Tensor]:
-    batch = validate_paged(given)
-    q = given.q
-    found, tensors = expression
+def _decoded(
+    given: Paged,
+    options: Options,
+    expression: Modified,
+    most: int,
+    num_splits: int,
+    scales: tuple[Tensor | None, Tensor | None],
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    q, (found, tensors) = given.q.unflatten(0, (-1, most)), expression
     cached = Cached(
-        q.unflatten(0, (batch, most)),
-        *(given.k, given.v),
+        *(q, given.k, given.v),
         cache_seqlens=given.seqused_k,
         block_table=given.block_table,
         s_aux=given.s_aux,
+        k_descale=scales[0],
+        v_descale=scales[1],
         tensors=tensors,
     )
-    out, lse = run_cached(cached, options._replace(varlen=False, expression=found), True, num_splits)
-    return out.flatten(0, 1), lse.transpose(0, 1).flatten(1)
+    into = None if out is None else out.view(q.shape)
+    o, lse = run_cached(cached, options._replace(varlen=False, expression=found), True, num_splits, into)
+    return (o.flatten(0, 1) if out is None else out), lse.transpose(0, 1).flatten(1)
 
 
 def _validate_out(out: Tensor, given: Paged) -> None:

@@ -75,6 +75,8 @@ def flash_attn_with_kvcache(
             *(page_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, None, num_splits),
             return_softmax_lse=return_softmax_lse,
             s_aux=sinks,
+            k_descale=k_descale,
+            v_descale=v_descale,
         )
     refuse(
         k=(k is not None or v is not None, "new keys are written before, by fa2gen.reshape_and_cache"),
@@ -95,7 +97,8 @@ def flash_attn_with_kvcache(
     q = q if q.stride(-1) == 1 else q.contiguous()
     given = flash_varlen.paged(q, k_cache, v_cache, page_table, cu_seqlens_q, None, None, cache_seqlens, sinks)
     said = options_of(q, softmax_scale, causal, window_sides(window_size), varlen=True)
-    out, lse = attend(given, said, modified(softcap, None), max_seqlen_q, None, num_splits)
+    scales = (k_descale, v_descale)
+    out, lse = attend(given, said, modified(softcap, None), max_seqlen_q, num_splits=num_splits, scales=scales)
     return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
 
 

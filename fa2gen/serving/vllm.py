@@ -93,7 +93,8 @@ def flash_attn_varlen_func(
         given = flash_varlen.paged(q, k, v, block_table, cu_seqlens_q, None, None, seqused_k, s_aux)
         said = options_of(q, softmax_scale, causal, sides, varlen=True)
         expression = modified(softcap, alibi_slopes)
-        found, lse = attend(given, said, expression, max_seqlen_q, max_seqlen_k, num_splits, out)
+        scales = (k_descale, v_descale)
+        found, lse = attend(given, said, expression, max_seqlen_q, max_seqlen_k, num_splits, out, scales)
     return (found, lse) if flag("return_softmax_lse", return_softmax_lse) else found
 
 

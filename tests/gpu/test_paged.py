@@ -11,6 +11,7 @@ from fa2gen.features import examples_of
 from fa2gen.ops.call import forget
 from fa2gen.options import Shape
 from fa2gen.select import best_spec
+from fa2gen.serving import vllm
 from fa2gen.testing import problems
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -102,6 +103,35 @@ def test_a_graph_is_replayed_with_other_lengths_and_tables():
             x.copy_(now)
         graph.replay()
         assert torch.equal(out, run(*given))
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_step_of_an_engine_runs_decoding_kernels_into_its_buffer(most):
+    """As vLLM captures it: scales expanded, sequences without queries or keys behind the others."""
+    _, k, v, _, used, table, *_ = batch(16)
+    count = len(LENGTHS)
+    q, buffer = random(count * most, 8, 128), torch.full((count * most + 8, 8, 128), 7.0, device="cuda").bfloat16()
+    bounds = ints([0, *[most * min(i + 1, count - 1) for i in range(count)]])
+    used = torch.cat([used[:-1], used.new_zeros(1)])
+    scale = torch.ones((), device="cuda").expand(count, 2)
+    given = {"cu_seqlens_q": bounds, "seqused_k": used, "max_seqlen_q": most, "max_seqlen_k": 2048, "causal": True}
+    given |= {"block_table": table, "k_descale": scale, "v_descale": scale, "window_size": [-1, -1], "fa_version": 3}
+
+    def run():
+        return vllm.flash_attn_varlen_func(q, k, v, out=buffer[: len(q)], return_softmax_lse=True, **given)
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run()
+    buffer.fill_(7.0)
+    graph.replay()
+    wanted = fa2gen.flash_attn_varlen_func(
+        q, k, v, bounds, None, seqused_k=used, block_table=table, causal=True, return_attn_probs=True
+    )
+    torch.testing.assert_close(out, wanted[0], atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse, wanted[1], atol=1e-3, rtol=1e-3)
+    assert out.data_ptr() == buffer.data_ptr() and (buffer[len(q) :] == 7).all()
 
 
 def test_rows_of_pages_that_TMA_can_not_step_over_are_read_otherwise():

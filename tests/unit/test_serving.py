@@ -110,6 +110,21 @@ def test_padding_of_a_captured_batch(kinds):
     assert kinds == ["run_cached"] and not found[0][2:].any() and found[1][:, 2:].isneginf().all()
 
 
+def test_caches_of_8_bits(kinds):
+    """A step reads them, by scales that are expanded; a prefill is refused by name."""
+    batch = Batch(*STEP)
+    scales = [torch.tensor(scale).expand(3, HEADS_KV) for scale in (0.5, 2.0)]
+    eight = [(x / scale).to(torch.float8_e4m3fn) for x, scale in zip((batch.k, batch.v), (0.5, 2.0), strict=True)]
+    given = {"seqused_k": batch.keys, "block_table": batch.table, "causal": True, "max_seqlen_k": 128}
+    given |= {"k_descale": scales[0], "v_descale": scales[1], "cu_seqlens_q": batch.bounds, "fa_version": 3}
+    out = vllm.flash_attn_varlen_func(batch.q, *eight, max_seqlen_q=1, **given)
+    batch.k, batch.v = (x.float().mul(scale).bfloat16() for x, scale in zip(eight, (0.5, 2.0), strict=True))
+    torch.testing.assert_close(out, batch.expected(causal=True)[0], atol=0.05, rtol=0.05)
+    assert kinds == ["run_cached"]
+    with pytest.raises(fa2gen.UnsupportedProblem, match="float8_e4m3fn are read by kernels of decoding"):
+        vllm.flash_attn_varlen_func(batch.q, *eight, max_seqlen_q=2, **given)
+
+
 def test_a_cascade_of_vllm():
     """A prefix that all share as one sequence, each one's own keys, and their results merged."""
     batch = Batch((1, 1, 1), (64, 50, 81))
