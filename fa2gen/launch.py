@@ -30,11 +30,15 @@ __all__ = [
     "page_strides",
     "pages_refusal",
     "ragged_dimensions",
+    "reads_pages_quickly",
 ]
 
 
 RAGGED_ROWS = 1 << 30  # as in templates/ptx/tma.cuh.j2
 TMA_ALIGNMENT = 128  # of a box in shared memory
+# TMA takes some 50 cycles a box: with 4 rows in each a prefill takes 2.7 times as long as of packed keys, with 1 row 9
+# times (128 columns, causal 8k, H100).
+QUICK_BOX_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,12 @@ def page_strides(shape: CacheShape, strides: Sequence[int]) -> tuple[int, int, i
     page_step, row_step, head_step = strides
     row_step = page_step if shape.page_size == 1 else row_step
     return shape.page_size * row_step if shape.entries == 1 else page_step, row_step, head_step
+
+
+def reads_pages_quickly(plan: KernelPlan, shape: CacheShape) -> bool:
+    """Whether boxes of TMA, if the kernel has any, are so large that their number does not count."""
+    found = [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps if tensor_map.of_pages]
+    return all(tensor_map.rows_of(shape.page_size) >= QUICK_BOX_ROWS for tensor_map in found)
 
 
 def pages_refusal(plan: KernelPlan, shape: AnyShape, strides: Mapping[str, Sequence[int]]) -> str | None:

@@ -33,7 +33,7 @@ from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
 from fa2gen.groups import parts_of, with_parts
-from fa2gen.launch import page_strides, pages_refusal
+from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly
 from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
 from fa2gen.ops.validate import DTYPES, out_shape, validate, validate_backward, validate_options
 from fa2gen.options import CacheShape, Options, Shape
@@ -513,10 +513,11 @@ def kernel_for_pages(
     problem: Problem, device: int, seqlen_k: int, shape: CacheShape, strides: Mapping[str, Strides]
 ) -> Kernel:
     """The kernel of a ragged batch over pages, loaded on the device: what copies with cp.async, where TMA can not read
-    pages of this size, or as far apart."""
+    pages of this size, or as far apart, or would be slow."""
     on = device_at(device)
     plan, target = choose(problem, on, None, None, seqlen_k)
-    if pages_refusal(plan, shape, {name: page_strides(shape, steps) for name, steps in strides.items()}):
+    steps_of = {name: page_strides(shape, steps) for name, steps in strides.items()}
+    if pages_refusal(plan, shape, steps_of) or not reads_pages_quickly(plan, shape):
         plan, target = choose(problem, on, "sm80", None, seqlen_k)
     return _kernel(plan, target, device)
 

@@ -47,8 +47,8 @@ def attend(
         found, lse = _decoded(given, options, expression, most, num_splits, scales, place)
     elif given.k.dtype in CACHE_DTYPES:
         raise UnsupportedProblem(
-            f"pages of {given.k.dtype} are read by kernels of decoding alone, for at most {SHORT_ROWS} rows (queries of "
-            "a sequence times heads of a group), and as many queries of each; nearest: prefill from 16-bit keys"
+            f"pages of {given.k.dtype} are read by kernels of decoding alone, for at most {SHORT_ROWS} rows (queries "
+            "of a sequence times heads of a group), and as many queries of each; nearest: prefill from 16-bit keys"
         )
     else:
         rows, heads = given.q.shape[0], given.q.shape[-2]

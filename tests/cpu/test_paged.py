@@ -97,19 +97,25 @@ FAULTS = [
     Fault(
         "chunks behind the end", kernel("sm80").name, "bool const exists = row < num_keys && ", "bool const exists = "
     ),
-    Fault("boxes behind the end", kernel("sm90").name, "if (num_keys <= 0) {", "if (false) {"),
+    Fault(
+        "boxes behind the end",
+        kernel("sm90").name,
+        "int const num_keys = max(s.k - key, 0);",
+        "int const num_keys = s.k - key;",
+    ),
     Fault(
         "the sequence's end",
         kernel("sm90").name,
-        "return {kRaggedRows - num_keys, at",
-        "return {kRaggedRows - kTileN, at",
+        "return {kRaggedRows - num_keys, page_of",
+        "return {kRaggedRows - kTileN, page_of",
     ),
+    Fault("the block before", kernel("sm90").name, "ahead = place(ahead_block);", ""),
     Fault("bytes that are waited for", kernel("sm90").name, "row += 32 * p.box_rows;", "row += kTileN;"),
     Fault(
         "a stage that is not free",
         kernel("sm90").name,
-        "* kStageBytes;\n    mbarrier_wait(empty, state.phase ^ 1);\n    if (elect_one())",
-        "* kStageBytes;\n    if (elect_one())",
+        "int head) {\n    mbarrier_wait(empty, state.phase ^ 1);\n    if (elect_one())",
+        "int head) {\n    if (elect_one())",
         schedules=3,
     ),
     Fault(

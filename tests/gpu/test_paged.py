@@ -36,7 +36,7 @@ def test_every_kind(problem, arch):
 
 
 @pytest.fixture(params=["sm80", "sm90"])
-def family(request, monkeypatch):
+def named_arch(request, monkeypatch):
     monkeypatch.setenv("FA2GEN_ARCH", request.param)
     forget()
     yield request.param
@@ -75,7 +75,7 @@ def batch(page: int, head_dim: int = 128, heads: int = 8, heads_kv: int = 2, hnd
 
 
 @pytest.mark.parametrize("page", [1, 3, 8, 16, 48, 64, 256, 528])
-def test_pages_give_what_rows_give(page, family):
+def test_pages_give_what_rows_give(page, named_arch):
     """Of the same kernel the same bits, however its keys are found."""
     for hnd, head_dim in ((False, 128), (True, 64)):
         q, k, v, bounds, used, table, *dense, starts = batch(page, head_dim, hnd=hnd)
