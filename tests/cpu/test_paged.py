@@ -109,7 +109,7 @@ FAULTS = [
         "return {kRaggedRows - num_keys, page_of",
         "return {kRaggedRows - kTileN, page_of",
     ),
-    Fault("the block before", kernel("sm90").name, "ahead = place(ahead_block);", ""),
+    Fault("the block before", kernel("sm90").name, "- 1;\n            ahead = place(ahead_block);", "- 1;"),
     Fault("bytes that are waited for", kernel("sm90").name, "row += 32 * p.box_rows;", "row += kTileN;"),
     Fault(
         "a stage that is not free",
