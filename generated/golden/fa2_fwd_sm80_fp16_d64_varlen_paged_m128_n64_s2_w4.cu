@@ -8,7 +8,7 @@
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,  101 Threads,  136 Arithmetic,  170 Shared memory,  206 Global memory,
 //             247 cp.async,  266 Fragments,  281 Registers,  290 mma,  334 What is visible,  384 Online softmax,
-//             653 Pipeline,  711 Matrix products,  794 Epilogue,  882 Kernel,  884 Prepare, 1159 Launch
+//             656 Pipeline,  714 Matrix products,  797 Epilogue,  885 Kernel,  887 Prepare, 1162 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -597,17 +597,20 @@ __device__ __forceinline__ void load_tile(
     }
 }
 
-// Pages: where a key of a sequence lies. Entries of the table behind the last page that the sequence needs are not looked at,
-// and a number that is no page's leads to some page.
+// Pages: where a key of a sequence lies. Entries of the table behind the last page that the sequence needs are not looked at.
 struct PageRow {
-    int page;
+    int entry;  // of the table; what is no page's number leads to some page
     int row;
 };
 
-__device__ __forceinline__ PageRow page_row(int const* table, int page_size, int num_pages, int key) {
+__device__ __forceinline__ PageRow page_row(int const* table, int page_size, int key) {
     int const number = static_cast<int>(static_cast<unsigned>(key) / static_cast<unsigned>(page_size));
-    int const page = load_constant_int(table + number);
-    return {min(max(page, 0), num_pages - 1), key - number * page_size};
+    return {load_constant_int(table + number), key - number * page_size};
+}
+
+// Asked where it is used: whoever looks an entry up does not wait for it.
+__device__ __forceinline__ int page_of(PageRow const& at, int num_pages) {
+    return min(max(at.entry, 0), num_pages - 1);
 }
 
 // Where a thread reads K or V of a sequence: its chunk of row 0 of page 0, and the next tile's first key.
@@ -637,9 +640,9 @@ __device__ __forceinline__ void load_pages(uint32_t tile, Pages const& source, C
         if (first + kCopyRows <= kTileN || row < kTileN) {
             PageRow at = {0, 0};
             if (row < num_keys) {
-                at = page_row(source.table, source.page_size, source.num_pages, source.first_key + row);
+                at = page_row(source.table, source.page_size, source.first_key + row);
             }
-            unsigned char const* const from = source.chunk + at.page * source.page_bytes + at.row * source.row_bytes;
+            unsigned char const* const from = source.chunk + page_of(at, source.num_pages) * source.page_bytes + at.row * source.row_bytes;
             uint32_t const to = tile + lane.offset + first * kPanelRowBytes;
 #pragma unroll
             for (int panel = 0; panel < kNumPanels; ++panel) {

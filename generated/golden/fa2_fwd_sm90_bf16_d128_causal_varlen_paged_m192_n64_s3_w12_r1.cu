@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  159 Arithmetic,  197 Shared memory,
 //             235 Global memory,  274 mbarriers,  318 TMA,  366 Fences,  373 Fragments,  381 Registers,
 //             389 Registers of a warpgroup,  401 wgmma,  533 What is visible,  585 Online softmax,  752 Pipelines,
-//             780 Loads,  888 Matrix products,  915 Epilogue,  962 Producer, 1015 Consumer, 1168 Kernel, 1170 Prepare,
-//            1417 Launch
+//             780 Loads,  891 Matrix products,  918 Epilogue,  965 Producer, 1029 Consumer, 1182 Kernel, 1184 Prepare,
+//            1431 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -837,48 +837,51 @@ __device__ __forceinline__ void load_q(
     state.advance(kNumQStages);
 }
 
-// Pages: where a key of a sequence lies. Entries of the table behind the last page that the sequence needs are not looked at,
-// and a number that is no page's leads to some page.
+// Pages: where a key of a sequence lies. Entries of the table behind the last page that the sequence needs are not looked at.
 struct PageRow {
-    int page;
+    int entry;  // of the table; what is no page's number leads to some page
     int row;
 };
 
-__device__ __forceinline__ PageRow page_row(int const* table, int page_size, int num_pages, int key) {
+__device__ __forceinline__ PageRow page_row(int const* table, int page_size, int key) {
     int const number = static_cast<int>(static_cast<unsigned>(key) / static_cast<unsigned>(page_size));
-    int const page = load_constant_int(table + number);
-    return {min(max(page, 0), num_pages - 1), key - number * page_size};
+    return {load_constant_int(table + number), key - number * page_size};
 }
 
-// Where TMA finds p.box_rows keys of a sequence from `key` on, which lie in one page: as in the room seqlen, what is behind the
-// sequence's last key gives zeros. `page_step` is from one page to the next, in rows.
-__device__ __forceinline__ Box page_box(Params const& p, Seqlen const& s, int bidb, int key, int page_step) {
+// Asked where it is used: whoever looks an entry up does not wait for it.
+__device__ __forceinline__ int page_of(PageRow const& at, int num_pages) {
+    return min(max(at.entry, 0), num_pages - 1);
+}
+
+// Of p.box_rows keys of a sequence from `key` on, which lie in one page; behind the sequence's last key, of that.
+__device__ __forceinline__ PageRow box_place(Params const& p, Seqlen const& s, int const* table, int key) {
+    return page_row(table, p.page_size, max(min(key, s.k - 1), 0));
+}
+
+// Where TMA finds them: as in the room seqlen, what is behind the sequence's last key gives zeros. `page_step` is from one page
+// to the next, in rows.
+__device__ __forceinline__ Box page_box(Params const& p, Seqlen const& s, PageRow const& at, int key, int page_step) {
     int const num_keys = s.k - key;
-    if (num_keys <= 0) {
-        return {kRaggedRows, 0};
-    }
-    int const* const table = p.block_table + static_cast<int64_t>(bidb) * p.table_step;
-    PageRow const at = page_row(table, p.page_size, p.num_pages, key);
-    return {kRaggedRows - num_keys, at.page * page_step + at.row + num_keys};
+    return {kRaggedRows - num_keys, page_of(at, p.num_pages) * page_step + at.row + num_keys};
 }
 
-// A block of keys in boxes of p.box_rows rows, side by side from all lanes. The table is read before the wait for the stage.
+// A block of keys in boxes of p.box_rows rows, side by side from all lanes; `at` is the place of this lane's first.
 __device__ __forceinline__ void load_kv_pages(
     TileMaps const& maps, uint32_t tiles, uint32_t full, uint32_t empty, PipelineState& state, Params const& p,
-    Seqlen const& s, int bidb, int first_key, int page_step, int head) {
-    int row = lane_id() * p.box_rows;
-    Box box = page_box(p, s, bidb, first_key + row, page_step);
-    uint32_t const tile = tiles + state.stage * kStageBytes;
+    Seqlen const& s, int const* table, PageRow at, int first_key, int page_step, int head) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvReadBytes);
     }
     sync_warp();
+    uint32_t const tile = tiles + state.stage * kStageBytes;
+    int row = lane_id() * p.box_rows;
     while (row < kTileN) {
+        Box const box = page_box(p, s, at, first_key + row, page_step);
         load_tile(maps, tile + row * kPanelRowBytes, kKvPanelBytes, full, box, head);
         row += 32 * p.box_rows;
         if (row < kTileN) {
-            box = page_box(p, s, bidb, first_key + row, page_step);
+            at = box_place(p, s, table, first_key + row);
         }
     }
     sync_warp();
@@ -975,15 +978,26 @@ __device__ __forceinline__ void produce(
         Tile const tile = tile_at(p, index);
         Seqlen const s = seqlen_of(p, tile.bidb);
         int const head_kv = tile.bidh / p.num_heads_per_kv;
+        BlockRange const blocks = key_blocks(p, s, tile.m_block * kTileM, kTileM);
+        // Where this lane's keys of a block are is looked up a block ahead of K; what V asks for is in the L1 cache by then.
+        int const* const table = p.block_table + static_cast<int64_t>(tile.bidb) * p.table_step;
+        auto place = [&](int n_block) { return box_place(p, s, table, n_block * kTileN + lane_id() * p.box_rows); };
+        int ahead_block = blocks.end - 1;
+        PageRow ahead = {0, 0};
+        if (blocks.begin < blocks.end) {  // rows that no sequence has are of no row of the table
+            ahead = place(ahead_block);
+        }
         auto load_k = [&](int n_block) {
+            PageRow of_k = ahead;
+            ahead_block = n_block - 1;
+            ahead = place(ahead_block);
             load_kv_pages(maps_k, smem + kSmemK, barriers.k_full(k_state.stage), barriers.k_empty(k_state.stage), k_state,
-                          p, s, tile.bidb, n_block * kTileN, k_page_step, head_kv);
+                          p, s, table, of_k, n_block * kTileN, k_page_step, head_kv);
         };
         auto load_v = [&](int n_block) {
             load_kv_pages(maps_v, smem + kSmemV, barriers.v_full(v_state.stage), barriers.v_empty(v_state.stage), v_state,
-                          p, s, tile.bidb, n_block * kTileN, v_page_step, head_kv);
+                          p, s, table, place(n_block), n_block * kTileN, v_page_step, head_kv);
         };
-        BlockRange const blocks = key_blocks(p, s, tile.m_block * kTileM, kTileM);
 
         // K first: where Q has one stage, the last tile still holds it.
         if (blocks.begin < blocks.end) {

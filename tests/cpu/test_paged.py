@@ -98,12 +98,6 @@ FAULTS = [
         "chunks behind the end", kernel("sm80").name, "bool const exists = row < num_keys && ", "bool const exists = "
     ),
     Fault(
-        "boxes behind the end",
-        kernel("sm90").name,
-        "int const num_keys = max(s.k - key, 0);",
-        "int const num_keys = s.k - key;",
-    ),
-    Fault(
         "the sequence's end",
         kernel("sm90").name,
         "return {kRaggedRows - num_keys, page_of",
