@@ -187,7 +187,8 @@ class InputGradientCode:
     token    the tensor.
     formula  in words: the score's derivative by the place; lines of a comment.
     way      how an element finds its number: "head", "row", "column" where the place depends on no more; "apart" where
-             elements of a tile have numbers of their own, by i and by j; else "element".
+             each adds for itself, as elements of a tile have numbers of their own, by i and by j; "element" where all
+             of a tile may have one.
     place    of a function that gives the place of an element's number.
     factor   of one that gives what the gradient of s is multiplied with; () where that is nothing.
     stored   which of the derivatives that are kept with P it takes in its place, times P (dP - dPsum); -1: none.
@@ -210,13 +211,14 @@ def gradient_codes(program: Program, learned: tuple[str, ...]) -> tuple[InputGra
         access = gradient.access
         indices = [f"index_{n}_{axis}" for axis in range(len(access.leaf.args))]
         (*lines, returned) = _function(code, *indices)
+        is_apart = access.level == "element" and not gradient.of_s
         values = returned.removeprefix("return ").removesuffix(";").strip("{}")
         found.append(
             InputGradientCode(
                 number=n,
                 token=access.token,
                 formula=_comment(program, f"d score / d {program.written(access.leaf)}"),
-                way="apart" if {"i", "j"} <= set(access.axes) else access.level,
+                way="apart" if {"i", "j"} <= set(access.axes) or is_apart else access.level,
                 place=(*lines, f"return place_in_{access.token}(p, {values});"),
                 factor=_function(code, f"by_{n}") if gradient.of_s and gradient.factor.number != 1 else (),
                 stored=-1 if gradient.of_s else sum(one.stored >= 0 for one in found),

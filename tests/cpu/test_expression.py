@@ -238,10 +238,10 @@ FAULTS = [
     Fault("another-place", kernel("sm80", score=BIAS).name, "p.input_0_last_3 + 1)", "p.input_0_last_3)"),
     Fault("not-cleared", LEARNING_BIAS, "store_global_float(gradient + i, 0.0f);", ""),
     Fault("another-element", LEARNING_BIAS, "16 * tile + j / 2 % 2 * 8;", "16 * tile;"),
-    Fault("half-of-the-lanes", LEARNING_ROWS, "sum_of_lanes(sums_0[c], 4, 16)", "sum_of_lanes(sums_0[c], 4, 8)"),
+    Fault("half-of-the-lanes", LEARNING_ROWS, "upper ? values[i] : values[half + i]", "values[half + i]"),
     Fault("hidden-derivatives", LEARNING_ROWS, "probability_0[j % 2] * derivative_0", "derivative_0"),
-    Fault("a-run-without-end", LEARNING_FAR, "end_run(run_0, p.dinput_0);", ""),
-    Fault("one-run-for-all", LEARNING_FAR, "if (place != run.place) {", "if (false) {"),
+    Fault("one-number-for-all", LEARNING_FAR, "if (any_lane(differs_0)) {", "if (false) {"),
+    Fault("a-sum-of-one-lane", LEARNING_FAR, "sum_of_lanes(sum_0, 1, 16)", "sum_of_lanes(sum_0, 1, 8)"),
     *(Fault("columns-too-far", name, "n / 4 * 8 + n % 2;", "n / 4 * 8;") for name in POSITIONS.values()),
 ]
 

@@ -53,10 +53,12 @@ def test_an_additive_bias(sizes):
         return attention(q, k, v, causal=True, score="s + bias[b, h, i, j]", inputs={"bias": bias})[0]
 
     truth = torch.autograd.grad(fp32(*leaves), leaves, dout.float())
+    # A number that all keys of a row have changes nothing: what rounding O leaves, times the root of 266,400 elements.
+    noise = 0.5 if sizes[-1] == 1 else 1e-3
     run = torch.compile(ours, fullgraph=True) if sizes in ((1, 4, 300, 333), (2, 1, 1, 333)) else ours
     for found, right in zip(torch.autograd.grad(run(*leaves), leaves, dout), truth, strict=True):
         assert found.dtype == right.dtype and found.shape == right.shape
-        assert (found.float() - right.float()).norm() < 0.02 * right.float().norm() + 1e-3
+        assert (found.float() - right.float()).norm() < 0.02 * right.float().norm() + noise
 
 
 def test_slopes_learn():
