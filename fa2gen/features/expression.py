@@ -115,11 +115,12 @@ def _place(x: Input) -> tuple[str, ...]:
     lines += [f"row = row * (p.{last} + 1) + {at};" for last, at in zip(_lasts(x)[1:-1], rows[1:], strict=True)]
     # Of unsigned factors: ptxas makes one instruction of their product, of signed ones four.
     size = f"static_cast<uint32_t>(p.{_lasts(x)[-1]} + 1)"
+    lines.append(f"int const column = {column};")
     before = f"static_cast<int64_t>(static_cast<uint32_t>(row)) * {size} + " if rows else ""
     return (
         f"__device__ __forceinline__ int64_t place_in_{x.token}(Params const& p, {indices}) {{",
         *(f"    {line}" for line in lines),
-        f"    return {before}{column};",
+        f"    return {before}column;",
         "}",
     )
 
@@ -228,9 +229,9 @@ def gradient_codes(program: Program, learned: tuple[str, ...]) -> tuple[InputGra
 
 
 def input_sizes(program: Program, tokens: tuple[str, ...]) -> dict[str, str]:
-    """How many numbers these tensors have, in C++."""
+    """How many numbers these tensors have, in C++: as many as there are before the last, and it."""
     return {
-        x.token: " * ".join(["int64_t{1}", *(f"(p.{name} + 1)" for name in _lasts(x))])
+        x.token: f"place_in_{x.token}({', '.join(['p', *(f'p.{name}' for name in _lasts(x))])}) + 1"
         for x in program.inputs
         if x.token in tokens
     }

@@ -9,9 +9,9 @@
 //   contents   34 Problem and tiling,   56 Shared memory,  122 Threads,  166 Arithmetic,  200 Shared memory,
 //             221 Global memory,  261 mbarriers,  305 TMA,  347 Bulk copies,  363 Fences,  370 Fragments,
 //             384 Registers,  399 Registers of a warpgroup,  411 wgmma,  586 What is visible,  635 Expressions,
-//             661 Softmax and its gradient,  691 Scores of an expression,  754 Gradients of an expression's tensors,
-//             845 Pipelines,  890 Loads,  939 Matrix products,  977 Staging, 1035 Producer, 1088 Consumer,
-//            1214 Kernels, 1368 Launch
+//             662 Softmax and its gradient,  692 Scores of an expression,  755 Gradients of an expression's tensors,
+//             846 Pipelines,  891 Loads,  940 Matrix products,  978 Staging, 1036 Producer, 1089 Consumer,
+//            1215 Kernels, 1370 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -638,7 +638,8 @@ __device__ __forceinline__ int64_t place_in_input_0(Params const& p, int index_0
     int row = min(max(index_0, 0), p.input_0_last_0);
     row = row * (p.input_0_last_1 + 1) + min(max(index_1, 0), p.input_0_last_1);
     row = row * (p.input_0_last_2 + 1) + min(max(index_2, 0), p.input_0_last_2);
-    return static_cast<int64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(p.input_0_last_3 + 1) + min(max(index_3, 0), p.input_0_last_3);
+    int const column = min(max(index_3, 0), p.input_0_last_3);
+    return static_cast<int64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(p.input_0_last_3 + 1) + column;
 }
 
 __device__ __forceinline__ float load_input_0(Params const& p, int index_0, int index_1, int index_2, int index_3) {
@@ -1161,8 +1162,8 @@ __device__ __forceinline__ void consume(
         wgmma_wait_0();
         wgmma_touch(acc_dp);
         score_and_input_gradients(
-            p, head_of(p, s, walk.bidh, block.bidb), &acc_dp, &acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes,
-            key, walk.m_block * kTileM);
+            p, head_of(p, s, walk.bidh, block.bidb), &acc_dp, &acc_s,
+            smem + kSmemDpsum + dout_state.stage * kStatisticsBytes, key, walk.m_block * kTileM);
         pack(&ds_tile, &acc_dp);
 
         // dS to all warpgroups under dV. Two stages: who writes one has passed the barrier that followed its last use.
@@ -1214,7 +1215,7 @@ __device__ __forceinline__ void consume(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // This block's share of zeros for a gradient.
-__device__ __forceinline__ void clear(float* gradient, int64_t size, int num_threads) {
+__device__ __forceinline__ void clear(float* gradient, int num_threads, int64_t size) {
     int64_t const step = static_cast<int64_t>(gridDim.x) * num_threads;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * num_threads + threadIdx.x; i < size; i += step) {
         store_global_float(gradient + i, 0.0f);
@@ -1228,7 +1229,8 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_x092143
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
     constexpr float kLog2E = 1.44269504088896341f;
-    clear(p.dinput_0, int64_t{1} * (p.input_0_last_0 + 1) * (p.input_0_last_1 + 1) * (p.input_0_last_2 + 1) * (p.input_0_last_3 + 1), kThreads);
+    clear(p.dinput_0, kThreads,
+          place_in_input_0(p, p.input_0_last_0, p.input_0_last_1, p.input_0_last_2, p.input_0_last_3) + 1);
     QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
     int const m_block = block.m_block;
     int const bidh = block.bidh;

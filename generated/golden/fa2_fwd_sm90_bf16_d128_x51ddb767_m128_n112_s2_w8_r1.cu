@@ -8,9 +8,9 @@
 //   launch   384 threads, 213120 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,   46 Shared memory,   91 Threads,  148 Arithmetic,  191 Shared memory,
 //             212 Global memory,  239 mbarriers,  283 TMA,  325 Fences,  332 Fragments,  340 Registers,
-//             348 Registers of a warpgroup,  360 wgmma,  491 What is visible,  541 Expressions,  565 Bounds of tiles,
-//             652 What an expression hides,  734 Online softmax,  891 Pipelines,  919 Loads,  982 Matrix products,
-//            1009 Epilogue, 1056 Producer, 1116 Consumer, 1268 Kernel, 1270 Find bounds, 1426 Launch
+//             348 Registers of a warpgroup,  360 wgmma,  491 What is visible,  541 Expressions,  566 Bounds of tiles,
+//             653 What an expression hides,  735 Online softmax,  892 Pipelines,  920 Loads,  983 Matrix products,
+//            1010 Epilogue, 1057 Producer, 1117 Consumer, 1269 Kernel, 1271 Find bounds, 1427 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -542,7 +542,8 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
 
 __device__ __forceinline__ int64_t place_in_input_0(Params const& p, int index_0, int index_1) {
     int row = min(max(index_0, 0), p.input_0_last_0);
-    return static_cast<int64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(p.input_0_last_1 + 1) + min(max(index_1, 0), p.input_0_last_1);
+    int const column = min(max(index_1, 0), p.input_0_last_1);
+    return static_cast<int64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(p.input_0_last_1 + 1) + column;
 }
 
 __device__ __forceinline__ int load_input_0(Params const& p, int index_0, int index_1) {

@@ -66,7 +66,7 @@ def plans() -> list[KernelPlan]:
         Problem(direction="bwd", head_dim=d, score=score, learned=learned, varlen=varlen)
         for d in (64, 128, 192)
         for score, learned, varlen in (
-            ("s + bias[h, i, j] - slope[h] * abs(i - j) + far[h, i - j]", "bias, slope, far", False),
+            ("s + bias[h, i, j] - slope[h] * j + 2 * far[h, i - j] + near[i - j]", "bias, slope, far, near", False),
             ("s * row[b, i] + column[j]", "row, column", True),
         )
     ]
