@@ -49,7 +49,7 @@ _COLUMNS = 112  # of what a function returns, beside its indentation
 def expression_of(problem: Problem) -> Feature:
     """The feature of a problem's expressions."""
     program = problem.program
-    if problem.dropout:
+    if problem.dropout and problem.learned:
         refuse_dropout()
     numbers = [x.token for x in program.inputs if not x.is_tensor]
     tensors = [x for x in program.inputs if x.is_tensor]
@@ -81,9 +81,10 @@ def expression_of(problem: Problem) -> Feature:
 
 
 def refuse_dropout() -> NoReturn:
-    """Raise UnsupportedProblem: kernels that modify scores pack P before it is known what is dropped."""
+    """Raise UnsupportedProblem: sums for tensors are of all of P."""
     raise UnsupportedProblem(
-        "dropout with an expression (a softcap) is not built yet; nearest: dropout_p 0.0, or scores as they are"
+        "dropout with a tensor of an expression that has a gradient is not built yet; nearest: dropout_p 0.0, or the "
+        "tensor's detach()"
     )
 
 

@@ -104,8 +104,8 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
                        scaled nor masked, which no value stands for. Differentiable. LSE includes it, so that of a row
                        that sees no key it is the sink; -inf: no sink.
 
-    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: dropout with a
-    softcap or ALiBi.
+    CPU tensors run the reference. Raises InvalidInput, or UnsupportedProblem for what is not built yet: head dims
+    over 256, dtypes but fp16 and bf16.
     """
     if dropout_p.__class__ is not float or dropout_p:
         dropout_p = probability(dropout_p)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.features.expression import refuse_dropout
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
 from fa2gen.ops.arguments import (
     NO_WINDOW,
@@ -205,6 +206,8 @@ def run_general(
     said = Options(*options)._replace(varlen=any(x is not None for x in lengths), sink=s_aux is not None)
     said = _with_shapes(said, tensors)
     if dropout_p:
+        if torch.is_grad_enabled() and wants_gradient(*tensors):
+            refuse_dropout()  # here, and not in the backward pass
         said = said._replace(dropout_p=probability(dropout_p))
         rng_state = new_rng_state(q) if rng_state is None else rng_state
     if said.softmax_scale is None:

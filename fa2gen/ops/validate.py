@@ -224,7 +224,7 @@ def validate_general(
     if s_aux is not None:
         validate_sinks(s_aux, q)
     validate_options(options)
-    if options.dropout_p and options.expression:
+    if options.dropout_p and options.expression and options.expression.learned:
         refuse_dropout()
     if (rng_state is None) == (options.dropout_p > 0):
         what = "needs rng_state" if rng_state is None else "takes no rng_state"

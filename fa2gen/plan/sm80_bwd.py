@@ -134,10 +134,15 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
 
     @property
     def registers_beside_tiles(self) -> int:
-        """With random bits head dim 104 with 64 x 128 spills 2, and 128."""
+        """With random bits head dim 104 with 64 x 128 spills 2, and 128; beside an expression 40 with
+        128 x 128."""
         head_dim = max(self.head_dim, self.head_dim_v)
         wide = head_dim > 112 or (self.has_score and self.score.looks_up)
-        more = head_dim > 96 if self.dropout else wide and (self.varlen or self.has_score)
+        if self.dropout:
+            of_expression = 32 if self.has_score or self.has_allow else 96  # from which head dim on
+            lengths = 4 if of_expression < head_dim <= 64 else head_dim > of_expression
+            return REGISTERS_BESIDE_TILES + REGISTERS_OF_LENGTHS * lengths
+        more = wide and (self.varlen or self.has_score)
         return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if more else 0)
 
     @property

@@ -73,6 +73,7 @@ class Sm80FwdPlan(Sm80Plan):
         """With random bits 32 rows a warp spill at head dim 128, and at 24 where three blocks are to share an SM. With
         pages they spill at 160, and at 72 with a window."""
         of_dropout = REGISTERS_OF_DROPOUT if self.dropout and self.num_row_tiles > 1 else 0
+        of_dropout *= 3 if self.has_score and self.head_dim > 64 else 1  # 96 with a cap spills 26
         spills_of_pages = self.paged and (self.head_dim > 128 or self.head_dim == 72)
         of_pages = 17 if spills_of_pages and self.num_row_tiles > 1 else 0
         of_tensors = 32 if self.loads else 0  # at head dim 64 with 8 warps two blocks spill 24

@@ -177,7 +177,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         of_allow = REGISTERS_OF_ALLOW if self.has_allow else 0
         looks_up = self.has_score and self.score.looks_up and not self.splits_products
         of_tensors = REGISTERS_OF_LOOKING_UP if looks_up else 0
-        return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0) + of_allow + of_tensors
+        of_dropout = 8 if self.has_allow else 16 if self.has_score and self.left_edge else 0  # 152 spills 6, 48 16
+        of_dropout *= self.dropout
+        return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0) + of_allow + of_tensors + of_dropout
 
     @property
     def can_split_groups(self) -> bool:

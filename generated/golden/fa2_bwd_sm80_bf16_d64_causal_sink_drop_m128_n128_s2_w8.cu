@@ -8,8 +8,8 @@
 //   launch   256 threads, 165888 bytes of dynamic shared memory
 //   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  224 Shared memory,  249 Global memory,
 //             294 cp.async,  313 Fragments,  335 Registers,  344 mma,  401 What is visible,
-//             607 Softmax and its gradient,  668 Dropout,  788 Matrix products,  921 Registers to shared memory,
-//            1051 Kernels, 1295 Launch
+//             607 Softmax and its gradient,  668 Dropout,  793 Matrix products,  926 Registers to shared memory,
+//            1056 Kernels, 1300 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -771,13 +771,18 @@ __device__ __forceinline__ void draw_kept(
     }
 }
 
+// Where a thread holds the element of a bit: of the query's unit, its half, the key's half and the query itself.
+__device__ __forceinline__ int register_of(int word, int bit) {
+    return 32 * word + bit / 4 % 4 * 8 + bit % 2 * 4 + bit / 2 % 2 * 2 + bit / 16;
+}
+
 // Dropped elements of P^T get a minus, so that P stays what dS = P * (dP - dPsum) needs.
 __device__ __forceinline__ void mark_dropped(float (&acc_s)[kNumAccS], uint32_t const (&kept)[kNumKeepWords]) {
 #pragma unroll
     for (int i = 0; i < kNumKeepWords; ++i) {
 #pragma unroll
         for (int bit = 0; bit < 32; ++bit) {  // in their order ptxas makes predicates of seven at once
-            int const j = 32 * i + bit / 4 % 4 * 8 + bit % 2 * 4 + bit / 2 % 2 * 2 + bit / 16;
+            int const j = register_of(i, bit);
             if (j < kNumAccS) {
                 acc_s[j] = (kept[i] >> bit & 1u) != 0 ? acc_s[j] : -acc_s[j];
             }

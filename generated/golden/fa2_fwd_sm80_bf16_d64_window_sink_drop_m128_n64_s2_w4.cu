@@ -8,8 +8,8 @@
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  180 Shared memory,  199 Global memory,
 //             221 cp.async,  240 Fragments,  255 Registers,  264 mma,  300 d - window_left <= j <= d + window_right,
-//             377 Online softmax,  536 Dropout,  696 Pipeline,  754 Matrix products,  837 Epilogue,  929 Kernel,
-//            1012 Launch
+//             377 Online softmax,  536 Dropout,  697 Pipeline,  755 Matrix products,  838 Epilogue,  930 Kernel,
+//            1013 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -621,11 +621,12 @@ __device__ __forceinline__ void draw_kept(
     }
 }
 
-// Dropped elements of P become 0: PRMT makes 16 bits of each sign of a byte.
+// Dropped elements of P become 0, two in a register: PRMT makes 16 bits of each sign of a byte.
 __device__ __forceinline__ void drop(uint32_t (&p_tile)[kNumP], uint32_t const (&kept)[kNumKeepWords]) {
 #pragma unroll
     for (int i = 0; i < kNumP; ++i) {
-        p_tile[i] &= permute_bytes(kept[i / 16] << (7 - i % 8), 0, i % 16 < 8 ? 0xaa88u : 0xbb99u);
+        int const bit = i % 16;
+        p_tile[i] &= permute_bytes(kept[i / 16] << (7 - bit % 8), 0, bit < 8 ? 0xaa88u : 0xbb99u);
     }
 }
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from fa2gen import cases
 from fa2gen.cpu import run_kernel
+from fa2gen.features import examples_of
 from fa2gen.options import Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.reference import dropout_keep
@@ -52,14 +55,15 @@ def test_one_mask(name):
         assert torch.equal(case.tensors["dv"][:, :, head // 2].transpose(1, 2) != 0, keep[:, head]), head
 
 
-def kernel(arch: str, direction: str, mask: str = "causal", head_dim: int = 64, **fields: bool) -> str:
+def kernel(arch: str, direction: str, mask: str = "causal", head_dim: int = 64, **fields: Any) -> str:
     problem = Problem(direction=direction, head_dim=head_dim, mask=mask, dropout=True, **fields)
     return best_spec(problem, arch).name
 
 
 def run(name: str, shape: Shape, rendered=None, p=0.3, seed=0, **how):
     spec = KernelSpec.from_name(name)
-    case = cases.make(spec, shape, Options(causal=spec.problem.mask == "causal", dropout_p=p), with_dlse=True)
+    given = next(iter(examples_of(spec.problem)))._replace(dropout_p=p)
+    case = cases.make(spec, shape, given, with_dlse=True)
     run_kernel(make_plan(spec), case.tensors, case.options, rendered=rendered)
     assert cases.written_outside(case) is None
     return cases.verdict(case), case.tensors
@@ -73,6 +77,19 @@ def test_probabilities(arch, direction, p):
         assert verdict.ok, verdict
 
 
+CAP = {"score": "cap * tanh(s / cap)"}
+SINKS_OF_KEYS = {"allow": "j <= i and (i - j < window or j < sinks)"}
+
+
+@pytest.mark.parametrize(("direction", "arch"), [("fwd", "sm80"), ("fwd", "sm90"), ("bwd", "sm80"), ("bwd", "sm90")])
+@pytest.mark.parametrize("what", [CAP | {"varlen": True, "sink": True}, SINKS_OF_KEYS], ids=["a cap, ragged", "a mask"])
+def test_with_an_expression(what, direction, arch):
+    spec = best_spec(Problem(direction=direction, head_dim=64, dropout=True, **what), arch)
+    case = cases.make(spec, Shape(1, 70, 131, 2, 1), with_dlse=True)
+    cases.run(case, "cpu")
+    assert cases.verdict(case).ok, cases.verdict(case)
+
+
 FORWARD, BACKWARD, SM80, PRODUCTS = (
     kernel("sm90", "fwd"),
     kernel("sm90", "bwd"),
@@ -80,6 +97,7 @@ FORWARD, BACKWARD, SM80, PRODUCTS = (
     kernel("sm90", "bwd", head_dim=192),
 )
 SM80_FORWARD = kernel("sm80", "fwd")
+CAPPED = kernel("sm90", "bwd", **CAP)
 QUERIES = "walk.m_block * kTileM"
 DRAW_FORWARD = "draw_kept(kept, p, random_state(p, tile.bidh, tile.bidb), row, n_block * kTileN, lane_id());"
 DRAW = "work.block.n_block * kTileN + 16 * warp, walk"
@@ -130,6 +148,9 @@ FAULTS = [
         f"{QUERIES} + warp_query, recompute(lane));\n            }}\n            float",
         f"{QUERIES}, recompute(lane));\n            }}\n            float",
     ),
+    Fault("p-of-a-cap-is-not-dropped", CAPPED, "drop(p_tile, kept);", ""),
+    Fault("dp-of-a-cap-is-not-dropped", CAPPED, "drop(acc_dp, kept);", ""),
+    Fault("bits-of-p-in-the-order-of-s", CAPPED, "i % 2 * 2 + i / 2 % 2", "i % 4"),
 ]
 
 

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an 
 KERNELS = list(itertools.product(("sm90", "sm80"), ("fwd", "bwd"), (64, 128, 192), ("full", "causal", "window")))
 
 
-@pytest.mark.parametrize("more", [{}, {"varlen": True, "sink": True}], ids=["dense", "ragged with sinks"])
+MORE = {"dense": {}, "ragged with sinks": {"varlen": True, "sink": True}, "capped": {"score": "cap * tanh(s / cap)"}}
+
+
+@pytest.mark.parametrize("more", MORE.values(), ids=MORE)
 @pytest.mark.parametrize(("arch", "direction", "head_dim", "mask"), KERNELS)
 def test_kernels(arch, direction, head_dim, mask, more):
     if arch == "sm90" and torch.cuda.get_device_capability() != (9, 0):

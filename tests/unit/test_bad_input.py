@@ -224,7 +224,7 @@ CASES: dict[str, Case] = {
     "dropout is True": Case(InvalidInput, "dropout_p must be a number|True", lambda: run(dropout_p=True)),
     "softcap": Case(InvalidInput, "softcap|-30.0|above 0", lambda: run(softcap=-30.0)),
     "softcap is no number": Case(InvalidInput, "softcap|nan|above 0", lambda: run(softcap=math.nan)),
-    "dropout of a softcap": Case(UnsupportedProblem, "dropout|softcap|dropout_p 0.0", lambda: run(softcap=30.0, dropout_p=0.1)),
+    "dropout of a tensor that learns": Case(UnsupportedProblem, "dropout|has a gradient|detach()", lambda: attention(t(*Q), t(*K), t(*K), score="s + bias[h]", inputs={"bias": torch.zeros(6, requires_grad=True)}, dropout_p=0.1)),
     "alibi of too few heads": Case(InvalidInput, "(5,)|must be 6", lambda: run(alibi_slopes=torch.zeros(5))),
     "alibi is a list": Case(InvalidInput, "alibi_slopes|(heads,)", lambda: run(alibi_slopes=[0.5])),
     "softcap is a list": Case(InvalidInput, "softcap must be a number|list|pass 0.0", lambda: run(softcap=[])),

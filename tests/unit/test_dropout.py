@@ -34,11 +34,12 @@ def gradients(results, leaves):
     return torch.autograd.grad(results, leaves, ways)
 
 
-def by_mask(q, k, v, mask, p, causal=False):
+def by_mask(q, k, v, mask, p, causal=False, cap=0.0):
     """(out, lse) in fp64 by a mask of +1 and -1."""
     q, k, v = (x.double() for x in (q, k, v))
     k, v = (x.repeat_interleave(HEADS // x.shape[2], 2) for x in (k, v))
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * HEAD_DIM**-0.5
+    scores = cap * torch.tanh(scores / cap) if cap else scores
     if causal:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
         scores = scores.masked_fill(~seen, -math.inf)
@@ -96,13 +97,13 @@ def test_a_part_of_the_mask_is_what_the_whole_has_there():
 # Calls ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "cap"), [(False, 0.0), (True, 0.0), (True, 1.5)])
 @pytest.mark.parametrize("p", [0.001, 0.17, 0.9])
-def test_results_and_gradients_are_those_of_the_mask(causal, p):
+def test_results_and_gradients_are_those_of_the_mask(causal, cap, p):
     leaves = inputs()
-    out, lse, mask = flash_attn_func(*leaves, dropout_p=p, causal=causal, return_attn_probs=True)
+    out, lse, mask = flash_attn_func(*leaves, dropout_p=p, causal=causal, softcap=cap, return_attn_probs=True)
     assert mask.shape == (2, HEADS, 40, 70) and set(mask.unique().tolist()) <= {-1.0, 1.0}
-    right = by_mask(*leaves, mask, p, causal)
+    right = by_mask(*leaves, mask, p, causal, cap)
     scale = 1 / (1 - p)
     torch.testing.assert_close(out.double(), right[0], rtol=0.01, atol=0.01 * scale)
     torch.testing.assert_close(lse.double(), right[1], rtol=1e-6, atol=1e-5)
