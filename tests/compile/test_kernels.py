@@ -81,9 +81,13 @@ def kernels() -> dict[str, bool]:
         for head_dim, mask in turns(head_dims, ("causal", "window", "full"))
     ]
     features += [
-        default(arch, head_dim, mask, "bwd", dropout=True, sink=head_dim == 64, deterministic=True)
+        default(arch, head_dim, mask, "bwd", dropout=True, **more)
         for arch in ARCHES
-        for head_dim, mask in turns((64, 128, 256), ("window", "causal"))
+        for head_dim, mask, more in (
+            (64, "window", {"sink": True, "deterministic": True}),
+            (128, "causal", {"score": "cap * tanh(s / cap)", "deterministic": True}),
+            (256, "window", {"deterministic": True}),
+        )
     ]
     features += [
         default(arch, head_dim, mask, direction, **expression)
