@@ -206,7 +206,7 @@ def run_general(
     said = Options(*options)._replace(varlen=any(x is not None for x in lengths), sink=s_aux is not None)
     said = _with_shapes(said, tensors)
     if dropout_p:
-        if torch.is_grad_enabled() and wants_gradient(*tensors):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             refuse_dropout()  # here, and not in the backward pass
         said = said._replace(dropout_p=probability(dropout_p))
         rng_state = new_rng_state(q) if rng_state is None else rng_state
