@@ -1,29 +1,25 @@
 """Launch facts of one call: grids, `Params` values and scratch memory, from a plan, sizes and options.
 
-Pure integers, for GPU and CPU alike. What whoever launches a render without this package is told, formula by formula,
-says fa2gen/plan/recipe.py; a test holds the two together.
+Pure integers, for GPU and CPU alike. The formulas are those that a render tells whoever launches it without this
+package, and that its launcher in C++ has: fa2gen/plan/recipe.py, made functions of Python here, once a plan.
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
-from fa2gen.features.varlen import ENTRY_NUMBERS, capacity, entries
-from fa2gen.layout import ceil_div
-from fa2gen.options import SPLIT_KEYS, AnyShape, CacheShape, Options
-from fa2gen.plan import KernelPlan
-from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTIONS_OF_GROUPS
-from fa2gen.plan.bwd import BackwardPlan
-from fa2gen.plan.recipe import LEAST_UNITS
+from fa2gen.options import AnyShape, CacheShape, Options
+from fa2gen.plan import KernelPlan, recipe
 
 __all__ = [
     "RAGGED_ROWS",
-    "SECTION_BYTES",
     "Launch",
     "heads_per_section",
     "launch_of",
@@ -59,123 +55,84 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
     """Grids, Params and scratch of a kernel.
 
     num_sms is the device's number of multiprocessors: persistent kernels take one block on each. Raises InvalidInput
-    for options with another mask than the plan's, OverflowError where a count does not fit 32-bit integers.
+    for options with another mask than the plan's and for groups that its parts do not divide, OverflowError where a
+    count does not fit 32-bit integers.
     """
     if options.mask != plan.mask and not MASKS[plan.mask].general:
         raise InvalidInput(f"{plan.name} has a {plan.mask} mask, and {options} ask for a {options.mask} one")
-    if plan.problem.direction == "decode":
-        assert isinstance(shape, CacheShape)
-        return _decoding_launch(plan, shape, options, num_sms)
-    blocks = _Blocks.of(plan, shape)
-    blocks.check(plan, shape, num_sms)
-    group = shape.num_heads // shape.num_heads_kv
-    if group % plan.tiling.group_parts:
-        raise InvalidInput(
-            f"{plan.name} has groups in {plan.tiling.group_parts} parts, which do not divide groups of {group} heads"
-        )
-    batch = _batch(plan, shape)
-    scale = options.scale(plan.head_dim)
-    values: dict[str, Any] = {
-        "seqlen_q": shape.seqlen_q,
-        "seqlen_k": shape.seqlen_k,
-        "num_heads": shape.num_heads,
-        "num_heads_kv": shape.num_heads_kv,
-        "num_heads_per_kv": group,
-        "num_m_blocks": blocks.num_m_blocks,
-        "num_n_blocks": blocks.num_n_blocks,
-        "num_tiles": blocks.of_queries,
-        "num_batch_heads": batch * shape.num_heads,
-        "num_batch_heads_kv": batch * shape.num_heads_kv * plan.tiling.group_parts,
-        "heads_per_section": heads_per_section(plan, shape) * plan.tiling.group_parts,
-        "softmax_scale": scale,
-        "softmax_scale_log2": scale * math.log2(math.e),
-    }
-    if isinstance(shape, CacheShape):
-        values["box_rows"] = math.gcd(shape.page_size, plan.tile_n)
+    if (group := shape.num_heads // shape.num_heads_kv) % (parts := plan.tiling.group_parts):
+        raise InvalidInput(f"{plan.name} has groups in {parts} parts, which do not divide groups of {group} heads")
+    given: dict[str, Any] = {**shape._asdict(), **options.numbers, "num_sms": num_sms}
+    given["softmax_scale"] = options.scale(plan.head_dim)
     for feature in plan.features:
-        values |= feature.values(options, shape)
-    num_bounds = sum(table.number(values) for table in plan.tile_tables)
-    if 2 * num_bounds >= 2**31:
-        raise OverflowError(f"{2 * num_bounds:,} bounds of tiles exceed 2^31")
-    grids = {
-        "persistent": (min(blocks.of_queries, num_sms), 1, 1),
-        "tiles": (blocks.num_m_blocks, shape.num_heads, batch),
-        "query blocks": (blocks.of_queries, 1, 1),
-        "key blocks": (blocks.of_keys * plan.tiling.group_parts, 1, 1),
-        "groups": (blocks.of_keys, 1, 1),
-        "one": (1, 1, 1),
-        "tile bounds": (ceil_div(num_bounds, plan.bound_warps), 1, 1),
-    }
-    rows = blocks.of_queries * plan.tile_m
-    counts = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "dq_turns": blocks.of_queries}
-    counts["tile_bounds"] = 2 * num_bounds
-    if plan.varlen:
-        m, n = blocks.num_m_blocks, blocks.num_n_blocks
-        counts |= {"sequences": ENTRY_NUMBERS * entries(shape.batch), "num_blocks": 2, "m_list": m, "n_list": n}
-    if isinstance(plan, BackwardPlan):
-        counts["dq_acc"] = blocks.of_queries * plan.dq_block_floats
-        counts["dkv_parts"] = blocks.of_keys * plan.tiling.group_parts * plan.part_floats
-        counts["sink_sums"] = blocks.of_queries * plan.preprocess_warps
-    return Launch(
-        grids=tuple(grids[entry.grid] for entry in plan.entry_points),
-        values=values,
-        scratch={scratch.name: counts[scratch.name] for scratch in plan.scratch},
-    )
-
-
-def _decoding_launch(plan: KernelPlan, shape: CacheShape, options: Options, num_sms: int) -> Launch:
-    """`launch_of` of queries over a cache. Nothing in it depends on what the lengths are, but for the most they can be.
-
-    Each block leaves at most two parts of items, or with fixed parts each part has a place of its own.
-    """
-    group = shape.num_heads // shape.num_heads_kv
-    num_m_blocks = ceil_div(shape.seqlen_q * group, plan.tile_m)
-    is_fixed = shape.split_shift >= 0
-    unit_keys = SPLIT_KEYS << max(shape.split_shift, 0)
-    # A window's first and last unit may both be cut.
-    units = (ceil_div(shape.seqlen_k, unit_keys) + 1) * shape.batch * shape.num_heads_kv * num_m_blocks
-    rows = shape.seqlen_k + unit_keys
-    turned = shape.seqlen_q * shape.num_heads if shape.rotary_dim else 0
-    new = plan.head_dim // 8 * shape.batch * (2 * shape.seqlen_new * shape.num_heads_kv + turned)
-    if (count := num_m_blocks * plan.tile_m) >= 2**22:
-        raise OverflowError(f"{count:,} rows of a head of K and V exceed 2^22")
-    for what, count in (
-        ("units of keys", units + num_sms * SPLIT_KEYS),
-        ("keys of a sequence", 2 * rows),
-        ("pieces of new keys and of queries", new),
-    ):
+        given |= feature.given(options)
+    grids, values, scratch, counts = _launch_function(plan)(given)
+    for what, count in counts.items():
         if count >= 2**31:
             raise OverflowError(f"{count:,} {what} exceed 2^31")
-    least = 1 if is_fixed else LEAST_UNITS
-    blocks = min(ceil_div(units, least), num_sms)
-    slots, counters = (units, units) if is_fixed else (2 * blocks, blocks)
-    scale = options.scale(plan.head_dim)
-    values: dict[str, Any] = {
-        "seqlen_q": shape.seqlen_q,
-        "seqlen_k": shape.seqlen_k,
-        "seqlen_new": shape.seqlen_new,
-        "num_sequences": shape.batch,
-        "cache_entries": shape.entries,
-        "num_heads": shape.num_heads,
-        "num_heads_kv": shape.num_heads_kv,
-        "num_heads_per_kv": group,
-        "num_m_blocks": num_m_blocks,
-        "unit_shift": (unit_keys // plan.tile_n).bit_length() - 1,
-        "inverse_group": 1 / group,
-        "least_units": least,
-        "fixed_parts": int(is_fixed),
-        "rotary_dim": shape.rotary_dim,
-        "rotary_rows": shape.rotary_rows,
-        "rotary_interleaved": int(shape.interleaved),
-        "rotary_steps": int(shape.rotary_steps),
-        "softmax_scale": scale,
-        "softmax_scale_log2": scale * math.log2(math.e),
+    return Launch(grids, values, scratch)
+
+
+def heads_per_section(plan: KernelPlan, shape: AnyShape) -> int:
+    """How many neighbouring (batch, head) pairs are walked together, so that what they read stays in L2: of gradients,
+    heads of K and V with their groups in one part."""
+    return int(_section_function(plan)(shape._asdict())) // plan.tiling.group_parts
+
+
+# Formulas as functions -----------------------------------------------------------------------------------------------
+
+
+def _limited(value: int, limit: int) -> int:
+    """As the comment in renders says."""
+    return limit if value < 0 else min(value, limit)
+
+
+_CALLED = {"min": min, "max": max, "gcd": math.gcd, "limited": _limited, "lround": lambda x: math.floor(x + 0.5)}
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch_function(plan: KernelPlan) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
+    """What a call gives -> grids, values, scratch, and the counts that must be less than 2^31."""
+    formulas = recipe.of_features(plan) | recipe.reals(plan)
+    values = {
+        param.name: _in_python(formulas.get(param.name, param.name), real=param.ctype == "float")
+        for param in plan.params
+        if not param.is_address and not param.name.endswith("_stride")
     }
-    for feature in plan.features:
-        values |= feature.values(options, shape)
-    counts = {"parts": slots * plan.tile_m * plan.head_dim, "part_sums": 2 * slots * plan.tile_m, "counters": counters}
-    append, _ = plan.entry_points
-    return Launch(((ceil_div(new, append.num_threads), 1, 1), (blocks, 1, 1)), values, counts)
+    grids = (_tuple(map(_in_python, recipe.grid(plan, entry))) for entry in plan.entry_points)
+    scratch, limits = (
+        _dict({name: _in_python(text) for name, text in found.items()})
+        for found in (recipe.memory(plan), recipe.limits(plan))
+    )
+    return _function(recipe.sizes(plan), _tuple((_tuple(grids), _dict(values), scratch, limits)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _section_function(plan: KernelPlan) -> Callable[[Mapping[str, Any]], Any]:
+    return _function(recipe.section(plan), "heads_per_section")
+
+
+def _function(sizes: Mapping[str, str], result: str) -> Callable[[Mapping[str, Any]], Any]:
+    """Of one argument, a mapping of all that the formulas name and do not make themselves."""
+    body = [*(f"{name} = {_in_python(text)}" for name, text in sizes.items()), f"return {result}"]
+    names = {node.id for node in ast.walk(ast.parse("\n".join(body))) if isinstance(node, ast.Name)}
+    given = [f"{name} = given[{name!r}]" for name in sorted(names - sizes.keys() - _CALLED.keys())]
+    space: dict[str, Any] = dict(_CALLED)
+    exec("\n    ".join(["def function(given):", *given, *body]), space)
+    return cast("Callable[[Mapping[str, Any]], Any]", space["function"])
+
+
+def _in_python(formula: str, real: bool = False) -> str:
+    """C++'s `/` of whole numbers that are not negative is Python's `//`."""
+    return formula if real else formula.replace("/", "//")
+
+
+def _tuple(items: Iterable[str]) -> str:
+    return f"({''.join(f'{item}, ' for item in items)})"
+
+
+def _dict(items: Mapping[str, str]) -> str:
+    return f"{{{', '.join(f'{name!r}: {text}' for name, text in items.items())}}}"
 
 
 def ragged_dimensions(heads: int, row_bytes: int, head_bytes: int) -> tuple[tuple[int, ...], list[int]]:
@@ -217,60 +174,3 @@ def pages_refusal(plan: KernelPlan, shape: AnyShape, strides: Mapping[str, Seque
         if (count := shape.entries * (page_step // row_step) + shape.seqlen_k) >= 2**31:
             return f"{count:,} rows of all pages of {name} exceed 2^31"
     return None
-
-
-@dataclass(frozen=True)
-class _Blocks:
-    """How many blocks a call's sizes make: a head's, and all heads'."""
-
-    num_m_blocks: int
-    num_n_blocks: int
-    of_queries: int
-    of_keys: int
-
-    @classmethod
-    def of(cls, plan: KernelPlan, shape: AnyShape) -> _Blocks:
-        if plan.varlen:  # as many as there may be: the kernels know how many there are
-            m = capacity(shape.seqlen_q, shape.batch, plan.tile_m)
-            n = capacity(shape.seqlen_k, shape.batch, plan.tile_n)
-        else:
-            m, n = ceil_div(shape.seqlen_q, plan.tile_m), ceil_div(shape.seqlen_k, plan.tile_n)
-        batch = _batch(plan, shape)
-        return cls(m, n, m * batch * shape.num_heads, n * batch * shape.num_heads_kv)
-
-    def check(self, plan: KernelPlan, shape: AnyShape, num_sms: int) -> None:
-        """Raise OverflowError where the kernels' 32-bit integers do not hold a count."""
-        counts = {"tiles": self.of_queries + num_sms}  # a persistent kernel adds the grid to what it fetches
-        if plan.problem.direction == "bwd":
-            counts |= {
-                "blocks of keys": self.of_keys * plan.tiling.group_parts,
-                "query rows of a group of heads": (
-                    self.num_m_blocks * plan.tile_m * (shape.num_heads // shape.num_heads_kv)
-                ),
-                "keys": self.num_n_blocks * plan.tile_n + shape.seqlen_q,
-            }
-        for what, count in counts.items():
-            if count >= 2**31:
-                raise OverflowError(f"{count:,} {what} exceed 2^31")
-
-
-def _batch(plan: KernelPlan, shape: AnyShape) -> int:
-    """Of the tensors as kernels see them: a ragged batch's sequences lie behind each other in one."""
-    return 1 if plan.varlen else shape.batch
-
-
-def heads_per_section(plan: KernelPlan, shape: AnyShape) -> int:
-    """How many neighbouring (batch, head) pairs are walked together, so that what they read stays in L2.
-
-    Forward, whole groups of query heads that share K and V; backward, heads of K and V, with the Q, dO and sums of dQ
-    of their groups, in one part. Never more than there are: kernels multiply it with a number of blocks in 32 bits.
-    """
-    group = shape.num_heads // shape.num_heads_kv
-    batch = _batch(plan, shape)
-    if plan.problem.direction == "bwd":
-        read = group * shape.seqlen_q * plan.section_row_bytes
-        room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS)
-        return min(max(1, room // max(read, 1)), batch * shape.num_heads_kv)
-    read = shape.seqlen_k * plan.section_row_bytes
-    room = max(1, SECTION_BYTES // max(read, 1)) * group
-    return min(room, max(SECTION_HEADS // group, 1) * group, batch * shape.num_heads)

@@ -201,6 +201,13 @@ class Options(NamedTuple):
         return "window"
 
     @property
+    def numbers(self) -> dict[str, int | float]:
+        """What formulas of a launch name; window_right is 0 where causal."""
+        right = 0 if self.causal else self.window_right
+        found = {"window_left": self.window_left, "window_right": right, "chunk": self.chunk}
+        return found | {"dropout_p": self.dropout_p}
+
+    @property
     def kind(self) -> tuple[Any, ...]:
         """What of these options decides which problem they make; the others are numbers of a call."""
         expression = self.expression and self.expression.kind

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fa2gen.features.attention import Operand
-from fa2gen.options import AnyShape, Options
+from fa2gen.options import Options
 
 __all__ = ["Feature", "Param", "Scratch"]
 
@@ -57,7 +57,7 @@ class Scratch:
         return Param(self.name, self.ctype)
 
 
-def _no_values(_: Options, __: AnyShape) -> Mapping[str, int | float]:
+def _nothing(_: Options) -> Mapping[str, int | float]:
     return {}
 
 
@@ -69,8 +69,9 @@ class Feature:
     rooms      room -> the block of templates/rooms/<room>/ that it puts there.
     operands   tensors of a call that it takes beside q, k and v.
     params     numbers of Params that it adds, 4 bytes each, behind the sizes.
-    values     their values at a call.
-    formulas   the same in C++, over options and lengths, for whoever launches a render: see fa2gen/plan/recipe.py.
+    formulas   their values in C++, over a call's sizes and the numbers of its options; none for what is a size itself:
+               see fa2gen/plan/recipe.py.
+    given      what formulas may name beside those: more numbers that a call's options hold.
     scratch    memory that it needs.
     prepare    whether an entry point of its own, <kernel>_prepare, runs before the others.
     uneven     whether tiles do different amounts of work, so that the order in which they start matters.
@@ -84,8 +85,8 @@ class Feature:
     rooms: Mapping[str, str] = field(default_factory=dict, hash=False)
     operands: tuple[Operand, ...] = ()
     params: tuple[Param, ...] = ()
-    values: Callable[[Options, AnyShape], Mapping[str, int | float]] = _no_values
     formulas: Mapping[str, str] = field(default_factory=dict, hash=False)
+    given: Callable[[Options], Mapping[str, int | float]] = _nothing
     scratch: tuple[Scratch, ...] = ()
     prepare: bool = False
     uneven: bool = False

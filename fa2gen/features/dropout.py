@@ -7,39 +7,29 @@ both, as it depends on the sequence, the head, the query and the key alone: see 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param
-from fa2gen.options import AnyShape, Options
 
 __all__ = ["DROPOUT", "DROP_DIGITS", "DROP_STEPS", "OWN_DIGITS", "keep_steps"]
 
-DROP_DIGITS = (
-    12  # of an element's random number, and the last of them are its neighbour's: see templates/common/dropout
-)
+DROP_DIGITS = 12  # of an element's random number; the last are its neighbour's: see templates/common/dropout.cuh.j2
 OWN_DIGITS = 8
 DROP_STEPS = 1 << DROP_DIGITS  # what is dropped is a multiple of 1 / DROP_STEPS of all
 
 
 def keep_steps(dropout_p: float) -> int:
     """Of DROP_STEPS equally likely numbers, how many keep an element; some drop it, and some do not."""
-    return min(max(round((1.0 - dropout_p) * DROP_STEPS), 1), DROP_STEPS - 1)
-
-
-def _values(options: Options, _: AnyShape) -> Mapping[str, int | float]:
-    steps = keep_steps(options.dropout_p)
-    digits = {f"keep_digit_{i}": -(steps >> i & 1) for i in range(DROP_DIGITS)}  # 32 times each, the last first
-    return {**digits, "keep_scale": 1.0 / (1.0 - options.dropout_p)}
+    return min(max(math.floor((1.0 - dropout_p) * DROP_STEPS + 0.5), 1), DROP_STEPS - 1)
 
 
 DROPOUT = Feature(
     "dropout",
     operands=(Operand("rng_state", "state"),),
     params=(*(Param(f"keep_digit_{i}", "int") for i in range(DROP_DIGITS)), Param("keep_scale", "float")),
-    values=_values,
     formulas={
-        **{
+        **{  # of keep_steps, 32 times each, the last first
             f"keep_digit_{i}": f"-(min(max(lround((1 - dropout_p) * {DROP_STEPS}), 1), {DROP_STEPS - 1}) >> {i} & 1)"
             for i in range(DROP_DIGITS)
         },

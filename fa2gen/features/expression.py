@@ -7,7 +7,6 @@ gradient each, an operand of its shape in fp32, to which the elements of dS add.
 
 from __future__ import annotations
 
-import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from fa2gen.expression import Code, Input, Program, TileBound, emit
 from fa2gen.expression.hoist import LEVELS
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param, Scratch
-from fa2gen.options import AnyShape, Expression, Options, Shape
+from fa2gen.options import Expression, Options, Shape
 from fa2gen.spec import Direction, Problem, names_of
 
 __all__ = [
@@ -54,11 +53,11 @@ def expression_of(problem: Problem) -> Feature:
     numbers = [x.token for x in program.inputs if not x.is_tensor]
     tensors = [x for x in program.inputs if x.is_tensor]
 
-    def values(options: Options, _: AnyShape) -> Mapping[str, int | float]:
-        given = options.expression or Expression()
-        sizes = (size - 1 for shape in given.shapes for size in shape)
+    def given(options: Options) -> Mapping[str, int | float]:
+        expression = options.expression or Expression()
+        sizes = (size - 1 for shape in expression.shapes for size in shape)
         lasts = (name for x in tensors for name in _lasts(x))
-        return named_values(program, given.numbers) | dict(zip(lasts, sizes, strict=True))
+        return named_values(program, expression.numbers) | dict(zip(lasts, sizes, strict=True))
 
     texts = (problem.score, problem.allow, problem.inputs)
     example = Expression(*texts, (EXAMPLE_NUMBER,) * len(numbers), learned=problem.learned)
@@ -72,8 +71,8 @@ def expression_of(problem: Problem) -> Feature:
             *(Param(x.token, "int" if x.type == "int" else "float") for x in program.inputs if not x.is_tensor),
             *(Param(name, "int") for x in tensors for name in _lasts(x)),
         ),
-        values=values,
         formulas={name: name for name in (*numbers, *(name for x in tensors for name in _lasts(x)))},
+        given=given,
         # Queries over caches visit every tile.
         scratch=(Scratch("tile_bounds", "int*"),) if program.tile_bounds and problem.direction != "decode" else (),
         examples=({"expression": example},),
@@ -316,12 +315,6 @@ class TileTable:
         blocks = f"({self._lasts[self.bound.axis]} / {self.tile} + 1)"
         others = (f"({name} + 1)" for axis, name in enumerate(self._lasts) if axis != self.bound.axis)
         return " * ".join([*others, blocks])
-
-    def number(self, values: Mapping[str, int]) -> int:
-        """That many."""
-        sizes = (values[name] + 1 for axis, name in enumerate(self._lasts) if axis != self.bound.axis)
-        blocks = values[self._lasts[self.bound.axis]] // self.tile + 1
-        return math.prod(sizes) * blocks
 
     @property
     def condition(self) -> str:

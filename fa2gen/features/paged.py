@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param
-from fa2gen.options import AnyShape, CacheShape, Options
 from fa2gen.spec import Direction
 
 __all__ = ["PAGED"]
@@ -23,17 +22,11 @@ _FORMULAS = {
 def _paged(rooms: Mapping[str, str], *names: str) -> Feature:
     """With these numbers of Params."""
 
-    def values(_: Options, shape: AnyShape) -> Mapping[str, int | float]:
-        assert isinstance(shape, CacheShape)
-        said = {name: getattr(shape, formula) for name, formula in _FORMULAS.items()}
-        return {name: said[name] for name in names}
-
     return Feature(
         "paged",
         rooms=rooms,
         operands=(_BLOCK_TABLE,),
         params=tuple(Param(name, "int") for name in names),
-        values=values,
         formulas={name: _FORMULAS[name] for name in names},
     )
 

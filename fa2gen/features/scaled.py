@@ -6,26 +6,17 @@ V into what O is divided by, so that none is applied to an element. What a call 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param
-from fa2gen.options import AnyShape, CacheShape, Options
 
 __all__ = ["SCALED"]
 
 _STEPS = ("k_scale_batch", "k_scale_head", "v_scale_batch", "v_scale_head")
 
 
-def _values(_: Options, shape: AnyShape) -> Mapping[str, int | float]:
-    assert isinstance(shape, CacheShape)
-    return {name: getattr(shape, name) for name in _STEPS}
-
-
 SCALED = Feature(
     "scaled",
     operands=(Operand("k_descale", "scale", optional=True), Operand("v_descale", "scale", optional=True)),
     params=tuple(Param(name, "int") for name in _STEPS),
-    values=_values,
     formulas={name: name for name in _STEPS},
 )

@@ -7,30 +7,13 @@ covers are entries of the table too, of queries without keys or keys without que
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param, Scratch
-from fa2gen.options import AnyShape, Options
 from fa2gen.spec import Direction
 
-__all__ = ["ENTRY_NUMBERS", "VARLEN", "capacity", "entries"]
+__all__ = ["ENTRY_NUMBERS", "VARLEN"]
 
 ENTRY_NUMBERS = 8  # of the table, a sequence: lengths, first rows, places in the lists, heads taken together, spare
-
-
-def entries(sequences: int) -> int:
-    """Of the table: the sequences, and the gaps between them, of queries and of keys."""
-    return 3 * sequences + 2
-
-
-def capacity(rows: int, sequences: int, tile: int) -> int:
-    """The most blocks that so many rows make: every sequence and every gap may end in a block that is not full."""
-    return rows // tile + 2 * sequences + 1
-
-
-def _values(_: Options, shape: AnyShape) -> Mapping[str, int | float]:
-    return {"num_sequences": shape.batch}
 
 
 def _varlen(*lists: str) -> Feature:
@@ -46,7 +29,6 @@ def _varlen(*lists: str) -> Feature:
             Operand("seqused_k", "lengths", optional=True),
         ),
         params=(Param("num_sequences", "int"),),
-        values=_values,
         scratch=tuple(Scratch(name, "int*") for name in tables),
         prepare=True,
         uneven=True,

@@ -6,34 +6,17 @@ general of the masks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from fa2gen.features.base import Feature, Param
-from fa2gen.options import AnyShape, Options
 
 __all__ = ["WINDOW"]
-
-
-def _values(options: Options, shape: AnyShape) -> Mapping[str, int]:
-    """A limit that hides nothing stands for none. None goes beyond the lengths, so that no sum exceeds 32 bits.
-
-    Without chunks all keys are one, and chunk_before, the end of what queries before key 0 may see, is as long.
-    """
-    longest = max(shape.seqlen_q, shape.seqlen_k)
-    right = 0 if options.causal else options.window_right
-    return {
-        "window_left": min(options.window_left, shape.seqlen_k) if options.window_left >= 0 else shape.seqlen_k,
-        "window_right": min(right, shape.seqlen_q) if right >= 0 else shape.seqlen_q,
-        "chunk": min(options.chunk, longest) if options.chunk else longest,
-        "chunk_before": 0 if options.chunk else longest,
-    }
 
 
 WINDOW = Feature(
     "window",
     rooms={"mask": "window"},
     params=tuple(Param(name, "int") for name in ("window_left", "window_right", "chunk", "chunk_before")),
-    values=_values,
+    # A limit that hides nothing stands for none. None goes beyond the lengths, so that no sum exceeds 32 bits. Without
+    # chunks all keys are one, and chunk_before, the end of what queries before key 0 may see, is as long.
     formulas={
         "window_left": "limited(window_left, seqlen_k)",
         "window_right": "limited(window_right, seqlen_q)",

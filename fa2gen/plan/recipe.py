@@ -1,7 +1,7 @@
 """How a kernel is launched, in formulas and words: for whoever takes a rendered source into another project.
 
-The comment at the end of every render and the C++ launcher of `fa2gen render --with-host` are made of these. Formulas
-are C++ over 64-bit integers, and Python's too but for `/`; tests hold them to what `fa2gen.launch` computes.
+The comment at the end of every render, the C++ launcher of `fa2gen render --with-host` and the package's own launches
+(`fa2gen.launch`) are made of these. Formulas are C++ over 64-bit integers, and Python's too but for `/`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ __all__ = [
     "of_features",
     "options",
     "passed_on",
+    "reals",
+    "section",
     "shared_bytes",
     "sizes",
     "strided",
@@ -70,6 +72,31 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
     softmax_scale; later ones use earlier ones."""
     if plan.problem.direction == "decode":
         return _decoding_sizes(plan)
+    grids = (text for entry in plan.entry_points for text in grid(plan, entry))
+    formulas = _words(*grids, *memory(plan).values(), *limits(plan).values())
+    return _needed(_sizes(plan), formulas | {param.name for param in plan.params})
+
+
+def section(plan: KernelPlan) -> dict[str, str]:
+    """Those of `sizes` that heads_per_section is computed from, and itself, whether kernels have use for it or not.
+
+    So many neighbouring (batch, head) pairs are walked together: forward, whole groups of query heads that share K and
+    V; backward, heads of K and V, with the Q, dO and sums of dQ of their groups, and each in parts. Never more than
+    there are: kernels multiply it with a number of blocks in 32 bits.
+    """
+    return _needed(_sizes(plan), {"heads_per_section"})
+
+
+def _needed(found: dict[str, str], wanted: set[str]) -> dict[str, str]:
+    """Of formulas, of which later ones use earlier ones, those that are wanted and what they use."""
+    for name in reversed(found):
+        if name in wanted:
+            wanted = wanted | _words(found[name])
+    return {name: text for name, text in found.items() if name in wanted}
+
+
+def _sizes(plan: KernelPlan) -> dict[str, str]:
+    """`sizes` of a pass over whole sequences, with those that this plan has no use for."""
     tiling, of_batch, of_parts = plan.tiling, "" if plan.varlen else "batch * ", _of_parts(plan)
     if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
         read = f"num_heads_per_kv * seqlen_q * {plan.section_row_bytes}"
@@ -77,7 +104,7 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
     else:  # whole groups of query heads that share K and V
         read = f"seqlen_k * {plan.section_row_bytes}"
         section = f"min(section_heads_kv * num_heads_per_kv, {of_batch}num_heads)"
-    found = {
+    return {
         "num_heads_per_kv": "num_heads / num_heads_kv",
         "num_m_blocks": _blocks(plan, "seqlen_q", tiling.tile_m),
         "num_n_blocks": _blocks(plan, "seqlen_k", tiling.tile_n),
@@ -92,12 +119,6 @@ def sizes(plan: KernelPlan) -> dict[str, str]:
         "heads_per_section": section,
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
     }
-    grids = (text for entry in plan.entry_points for text in grid(plan, entry))
-    wanted = {param.name for param in plan.params} | _words(*grids, *memory(plan).values(), *limits(plan))
-    for name in reversed(found):
-        if name in wanted:
-            wanted |= _words(found[name])
-    return {name: text for name, text in found.items() if name in wanted}
 
 
 def _bounds(plan: KernelPlan) -> Iterator[tuple[str, str]]:
@@ -132,12 +153,18 @@ def _decoding_sizes(plan: KernelPlan) -> dict[str, str]:
     }
 
 
+def reals(plan: KernelPlan) -> dict[str, str]:
+    """Name -> formula of the fields of Params that are no whole numbers, but the scale and those of features."""
+    return {"inverse_group": "1 / num_heads_per_kv"} if plan.problem.direction == "decode" else {}
+
+
 def _words(*formulas: str) -> set[str]:
     return set(re.findall(r"[a-z]\w*", " ".join(formulas)))
 
 
 def _blocks(plan: KernelPlan, rows: str, tile: int) -> str:
-    """How many blocks a head has; of a ragged batch, the most that it can have."""
+    """How many blocks a head has; of a ragged batch, the most that there can be: every sequence, and every gap between
+    them, may end in a block that is not full."""
     return f"{rows} / {tile} + 2 * batch + 1" if plan.varlen else f"({rows} + {tile - 1}) / {tile}"
 
 
@@ -166,7 +193,7 @@ def memory(plan: KernelPlan) -> dict[str, str]:
     """Name -> formula of how many 4-byte numbers each of the plan's scratch memories holds."""
     blocks = f"num_m_blocks * num_heads{'' if plan.varlen else ' * batch'}"
     counts = {
-        "sequences": f"{ENTRY_NUMBERS} * (3 * batch + 2)",
+        "sequences": f"{ENTRY_NUMBERS} * (3 * batch + 2)",  # and the gaps between them, of queries and of keys
         "num_blocks": "2",
         "m_list": "num_m_blocks",
         "n_list": "num_n_blocks",
@@ -187,18 +214,23 @@ def memory(plan: KernelPlan) -> dict[str, str]:
     return {scratch.name: counts[scratch.name] for scratch in plan.scratch}
 
 
-def limits(plan: KernelPlan) -> list[str]:
-    """Formulas of what must be less than 2^31, as the kernels count in 32 bits."""
+def limits(plan: KernelPlan) -> dict[str, str]:
+    """What must be less than 2^31, as the kernels count in 32 bits, and its formula."""
     if plan.problem.direction == "decode":
-        rows = f"num_m_blocks * {plan.tiling.tile_m << 9}"  # those of a head of K and V are below 2^22
-        return [f"num_units + num_sms * {SPLIT_KEYS}", "2 * (seqlen_k + unit_keys)", "num_new_chunks", rows]
+        return {
+            "units of keys": f"num_units + num_sms * {SPLIT_KEYS}",
+            "keys of a sequence": "2 * (seqlen_k + unit_keys)",
+            "pieces of new keys and of queries": "num_new_chunks",
+            "512ths of rows of a head of K and V": f"num_m_blocks * {plan.tiling.tile_m << 9}",  # rows are below 2^22
+        }
     of_batch = "" if plan.varlen else "batch * "
-    found = ["seqlen_q", "seqlen_k", f"num_m_blocks * {of_batch}num_heads + num_sms"]
+    found = {"queries": "seqlen_q", "keys": "seqlen_k", "tiles": f"num_m_blocks * {of_batch}num_heads + num_sms"}
     if plan.problem.direction == "bwd":
         rows = f"num_m_blocks * {plan.tiling.tile_m} * num_heads_per_kv"
         keys = f"num_n_blocks * {of_batch}num_heads_kv{_of_parts(plan)}"
-        found += [keys, rows, f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"]
-    return [*found, *(["2 * num_bounds"] if plan.tile_tables else [])]
+        found |= {"blocks of keys": keys, "query rows of a group of heads": rows}
+        found["keys and queries"] = f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"
+    return found | ({"bounds of tiles": "2 * num_bounds"} if plan.tile_tables else {})
 
 
 def row_bytes(plan: KernelPlan, name: str) -> int:
@@ -362,7 +394,7 @@ def lines(plan: KernelPlan) -> Iterator[str]:
     if plan.problem.direction == "decode":
         yield "Of a call over caches, beside batch, seqlen_q and heads:"
         yield from (f"  {name}: {text}" for name, text in _OF_A_CACHE.items())
-        yield "  Params has inverse_group = 1 / num_heads_per_kv, no whole number"
+        yield from (f"  Params has {name} = {text}, no whole number" for name, text in reals(plan).items())
     yield "Sizes, in whole numbers:"
     yield from (f"  {name} = {text}" for name, text in sizes(plan).items())
     if scratch := plan.scratch:

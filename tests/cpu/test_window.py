@@ -37,7 +37,7 @@ def each_option() -> list[Options]:
 
 @pytest.mark.parametrize(
     ("options", "arch"),
-    zip(each_option(), itertools.cycle(ARCHES)),  # the intervals are one text for both
+    [*zip(each_option(), itertools.cycle(ARCHES), strict=False)],  # the intervals are one text for both
     ids=lambda x: x if isinstance(x, str) else f"{x.window_left},{x.window_right},{x.causal:d},{x.chunk}",
 )
 def test_every_limit(machine, options, arch):

@@ -1,4 +1,4 @@
-"""What a render says of its launch, and what its C++ launcher computes, is what `fa2gen.launch` does."""
+"""Launches, and what a render says of its own: one set of formulas, held to definitions written down here."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from fa2gen.features import examples_of
+from fa2gen.features.dropout import keep_steps
 from fa2gen.groups import with_parts
 from fa2gen.launch import launch_of
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
+from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTIONS_OF_GROUPS
 from fa2gen.render import render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
@@ -30,8 +32,12 @@ PROBLEMS = [
     Problem(head_dim=192, head_dim_v=128, mask="causal"),
     Problem(direction="bwd", head_dim=192, head_dim_v=128, mask="causal"),
     Problem(direction="bwd", head_dim=64, sink=True),
+    Problem(head_dim=64, dropout=True),
+    Problem(direction="bwd", head_dim=64, varlen=True, mask="causal"),
+    Problem(head_dim=64, varlen=True),
     Problem(head_dim=128, mask="window", varlen=True, paged=True),
     Problem(direction="decode", head_dim=128, mask="window", paged=True),
+    Problem(direction="decode", head_dim=64, cache_dtype="int8", dtype="fp16"),
     Problem(direction="decode", head_dim=72, mask="causal"),
     Problem(direction="bwd", head_dim=64, allow="kind[i, b] == kind[j, b] and kind[i, b] > 0"),
 ]
@@ -43,21 +49,6 @@ PLANS = [
 PLANS += [with_parts(plan, 2) for plan in PLANS if plan.problem.direction == "bwd" and plan.can_split_groups]
 each_plan = pytest.mark.parametrize("plan", PLANS, ids=[plan.name for plan in PLANS])
 NUM_SMS = 132
-
-
-def computed(formulas: dict[str, str], known: dict[str, Any]) -> dict[str, Any]:
-    """Their values, one after the other: C++'s `/` of whole numbers that are not negative is Python's `//`."""
-    known = dict(known)
-    for name, formula in formulas.items():
-        known[name] = eval(
-            formula.replace("/", "//"), {"min": min, "max": max, "gcd": math.gcd, "limited": limited}, known
-        )
-    return known
-
-
-def limited(value: int, limit: int) -> int:
-    """As the launcher and the comment in renders say."""
-    return limit if value < 0 else min(value, limit)
 
 
 def sized(plan: KernelPlan, options: Options) -> Options:
@@ -96,46 +87,146 @@ def shapes() -> list[Shape]:
     return found
 
 
+def blocks(plan: KernelPlan, shape: AnyShape) -> tuple[int, int]:
+    """Of queries and of keys, a head's; of a ragged batch, where every sequence and every gap may end in a part of one,
+    the most that there can be."""
+    rows = ((shape.seqlen_q, plan.tile_m), (shape.seqlen_k, plan.tile_n))
+    m, n = (length // tile + 2 * shape.batch + 1 if plan.varlen else -(-length // tile) for length, tile in rows)
+    return m, n
+
+
+def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], dict[str, int], int]:
+    """Grids, values and scratch of a call, and the most that its kernels count."""
+    m, n = blocks(plan, shape)
+    batch = 1 if plan.varlen else shape.batch
+    group, parts = shape.num_heads // shape.num_heads_kv, plan.tiling.group_parts
+    of_queries, of_keys = m * batch * shape.num_heads, n * batch * shape.num_heads_kv
+    bounds = sum(3 * (699 // table.tile + 1) for table in plan.tile_tables)
+    if plan.problem.direction == "bwd":
+        room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS) // (group * shape.seqlen_q * plan.section_row_bytes)
+        section = min(max(room, 1), batch * shape.num_heads_kv) * parts
+        most = max(m * plan.tile_m * group, n * plan.tile_n + shape.seqlen_q, of_keys * parts, 2 * bounds)
+    else:
+        room = max(min(SECTION_BYTES // (shape.seqlen_k * plan.section_row_bytes), SECTION_HEADS // group), 1)
+        section = min(room * group, batch * shape.num_heads)
+        most = max(shape.seqlen_q, shape.seqlen_k)
+    values = {
+        **shape._asdict(),
+        "num_heads_per_kv": group,
+        "num_m_blocks": m,
+        "num_n_blocks": n,
+        "num_tiles": of_queries,
+        "num_batch_heads": batch * shape.num_heads,
+        "num_batch_heads_kv": batch * shape.num_heads_kv * parts,
+        "num_sequences": shape.batch,
+        "box_rows": math.gcd(getattr(shape, "page_size", 0), plan.tile_n),
+        "heads_per_section": section,
+    }
+    grids = {
+        "persistent": (min(of_queries, NUM_SMS), 1, 1),
+        "tiles": (m, shape.num_heads, batch),
+        "query blocks": (of_queries, 1, 1),
+        "key blocks": (of_keys * parts, 1, 1),
+        "groups": (of_keys, 1, 1),
+        "one": (1, 1, 1),
+        "tile bounds": (-(-bounds // plan.bound_warps), 1, 1),
+    }
+    rows = of_queries * plan.tile_m
+    scratch = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "dq_turns": of_queries, "tile_bounds": 2 * bounds}
+    scratch |= {"sequences": 8 * (3 * shape.batch + 2), "num_blocks": 2, "m_list": m, "n_list": n}
+    if plan.problem.direction == "bwd":
+        scratch["dq_acc"] = of_queries * plan.dq_block_floats
+        scratch["dkv_parts"] = of_keys * parts * plan.part_floats
+        scratch["sink_sums"] = of_queries * plan.preprocess_warps
+    return [grids[entry.grid] for entry in plan.entry_points], values, scratch, max(most, of_queries + NUM_SMS)
+
+
+def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[str, Any], dict[str, int], int]:
+    """The same over a cache. Each block leaves two parts at most, or with fixed parts each has a place of its own."""
+    group = shape.num_heads // shape.num_heads_kv
+    m = -(-shape.seqlen_q * group // plan.tile_m)
+    fixed, unit = shape.split_shift >= 0, 64 << max(shape.split_shift, 0)
+    # A window's first and last unit may both be cut.
+    units = (-(-shape.seqlen_k // unit) + 1) * shape.batch * shape.num_heads_kv * m
+    turned = shape.seqlen_q * shape.num_heads if shape.rotary_dim else 0
+    new = plan.head_dim // 8 * shape.batch * (2 * shape.seqlen_new * shape.num_heads_kv + turned)
+    least = 1 if fixed else 2
+    grid = min(-(-units // least), NUM_SMS)
+    slots = units if fixed else 2 * grid
+    values = {
+        **shape._asdict(),
+        "num_sequences": shape.batch,
+        "cache_entries": shape.entries,
+        "num_heads_per_kv": group,
+        "num_m_blocks": m,
+        "unit_shift": (unit // plan.tile_n).bit_length() - 1,
+        "inverse_group": 1 / group,
+        "least_units": least,
+        "fixed_parts": fixed,
+        "rotary_interleaved": shape.interleaved,
+    }
+    scratch = {"parts": slots * plan.tile_m * plan.head_dim, "part_sums": 2 * slots * plan.tile_m}
+    scratch["counters"] = units if fixed else grid
+    grids = [(-(-new // plan.entry_points[0].num_threads), 1, 1), (grid, 1, 1)]
+    return grids, values, scratch, max(units + 64 * NUM_SMS, 2 * (shape.seqlen_k + unit), new, m * plan.tile_m << 9)
+
+
 @each_plan
-def test_formulas_are_what_launches_compute(plan: KernelPlan):
+def test_launches_by_their_definition(plan: KernelPlan):
     options = sized(plan, examples_of(plan.problem)[0])._replace(softmax_scale=0.1)
-    given = dict(zip(recipe.options(plan), (699, 2), strict=False)) if plan.tile_tables else {}
+    of_features = {param.name for feature in plan.features for param in feature.params} - {"num_sequences"}
     fitting = 0
-    calls: list[AnyShape] = [*(caches() if has_cache(plan) else shapes())]
-    for shape in calls:
+    by_definition = expected_of_cache if plan.problem.direction == "decode" else expected
+    for shape in caches() if has_cache(plan) else shapes():
         shape = shape._replace(num_heads=shape.num_heads * plan.tiling.group_parts)
-        known = computed(recipe.sizes(plan), shape._asdict() | {"softmax_scale": 0.1, "num_sms": NUM_SMS} | given)
-        most = max(computed({"count": text}, known)["count"] for text in recipe.limits(plan))
-        try:
-            launch = launch_of(plan, shape, options, NUM_SMS)
-        except OverflowError:
-            assert most >= 2**31
+        grids, values, scratch, most = by_definition(plan, shape)
+        if most >= 2**31:
+            with pytest.raises(OverflowError, match=r"exceed 2\^31"):
+                launch_of(plan, shape, options, NUM_SMS)
             continue
-        fitting += most < 2**31
-        values = {param.name: launch.values[param.name] for param in plan.params if param.name in known}
-        assert {name: known[name] for name in values} == values and values.keys() >= set(plan.sizes)
-        grids = tuple(
-            tuple(computed({"n": text}, known)["n"] for text in recipe.grid(plan, entry)) for entry in plan.entry_points
-        )
-        assert grids == launch.grids
-        assert {n: computed({"n": text}, known)["n"] for n, text in recipe.memory(plan).items()} == launch.scratch
+        launch = launch_of(plan, shape, options, NUM_SMS)
+        values |= {"softmax_scale": 0.1, "softmax_scale_log2": pytest.approx(0.1 * math.log2(math.e), rel=1e-15)}
+        assert launch.grids == tuple(grids)
+        assert {n: x for n, x in launch.values.items() if n not in of_features} == {
+            param.name: values[param.name]
+            for param in plan.params
+            if not (param.is_address or param.name.endswith("_stride") or param.name in of_features)
+        }
+        assert launch.scratch == {one.name: scratch[one.name] for one in plan.scratch}
+        fitting += 1
     assert fitting > 100
 
 
 @each_plan
 def test_what_features_add_to_params(plan: KernelPlan):
-    """Of every example, over lengths on both sides of every limit; no option is left out of the launcher's call."""
+    """Of every example, over lengths on both sides of every limit."""
     added = {param.name for feature in plan.features for param in feature.params}
-    assert recipe.of_features(plan).keys() == added - recipe.sizes(plan).keys()
+    assert recipe.of_features(plan).keys() == added - {"num_sequences"}
     for example in examples_of(plan.problem):
-        right = 0 if example.causal else example.window_right
         for sizes in (Shape(1, q, k, 4, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
-            shape = CacheShape(*sizes, 0, 9, 1, 1, 5000) if has_cache(plan) else sizes
+            scales = {"k_scale_batch": 4, "k_scale_head": 1, "v_scale_batch": 0, "v_scale_head": 2}
+            shape = CacheShape(*sizes, 0, 9, 1, 7, 5000, **scales) if has_cache(plan) else sizes
             values = launch_of(plan, shape, sized(plan, example), NUM_SMS).values
-            known = shape._asdict() | example._asdict() | {"window_right": right}
-            known |= {"input_0_last_0": 699, "input_0_last_1": 2}
-            for name, formula in recipe.of_features(plan).items():
-                assert computed({"found": formula}, known)["found"] == values[name], (name, shape, example)
+            longest = max(shape.seqlen_q, shape.seqlen_k)
+            right = 0 if example.causal else example.window_right
+            known = {
+                "window_left": min(x if (x := example.window_left) >= 0 else longest, shape.seqlen_k),
+                "window_right": min(right if right >= 0 else longest, shape.seqlen_q),
+                "chunk": min(example.chunk or longest, longest),
+                "chunk_before": 0 if example.chunk else longest,
+                **{f"keep_digit_{i}": -(keep_steps(example.dropout_p) // 2**i % 2) for i in range(12)},
+                **scales,
+                "keep_scale": 1 / (1 - example.dropout_p),
+                "page_size": 1,
+                "table_rows": 7,
+                "table_step": 5000,
+                "num_pages": 9,
+                "input_0_last_0": 699,
+                "input_0_last_1": 2,
+            }
+            assert {name: values[name] for name in recipe.of_features(plan)} == {
+                name: known[name] for name in recipe.of_features(plan)
+            }, (shape, example)
 
 
 @each_plan
