@@ -16,6 +16,7 @@ from fa2gen.ptx import Wgmma
 
 __all__ = ["Sm90FwdPlan"]
 
+VISIT_SLOT_BYTES = 4
 TILE_SLOT_BYTES = 16  # block of queries, head, batch entry: one vector load; a ragged batch's sequence: another
 
 # Registers that a thread needs beside S, O and P: addresses, row statistics, loop state. With 160 registers 28 separate
@@ -84,6 +85,11 @@ class Sm90FwdPlan(Sm90Plan):
     def num_k_steps_pv(self) -> int:
         return self.tile_n // 16
 
+    @property
+    def seen_parts(self) -> int:
+        """Parts of a tile whose rows may need no mask where others do."""
+        return self.num_mma_warpgroups
+
     # Shared memory
 
     @property
@@ -101,6 +107,8 @@ class Sm90FwdPlan(Sm90Plan):
     def _memory(self, num_q_stages: int, o_aliases_q: bool) -> SharedMemory:
         num_barriers = 2 * (num_q_stages + 2 * self.num_stages)  # full and empty ones, of every stage
         o_bytes = align_up(self.o_tile.bytes, 1024)
+        # For the block that each stage of K is, where a tile does not visit all.
+        visits = (Region("visit_slots", VISIT_SLOT_BYTES, self.num_stages, label="visits"),) if self.has_allow else ()
         return SharedMemory(
             (
                 Region("q", max(self.q_stage_bytes, o_bytes * o_aliases_q), num_q_stages, label="Q"),
@@ -111,6 +119,7 @@ class Sm90FwdPlan(Sm90Plan):
                 Region(
                     "tile_slots", self.tile_slot_bytes * num_q_stages, label="slots"
                 ),  # for the tile of each stage of Q
+                *visits,
             )
         )
 

@@ -5,12 +5,12 @@
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 128, bf16, full mask, keys of an expression
 //   tiling   128 query rows x 112 keys, 2 stages, 8 mma warps, 128-byte panels
-//   launch   384 threads, 213120 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   91 Threads,  148 Arithmetic,  191 Shared memory,
-//             212 Global memory,  239 mbarriers,  283 TMA,  325 Fences,  332 Fragments,  340 Registers,
-//             348 Registers of a warpgroup,  360 wgmma,  491 What is visible,  541 Expressions,  566 Bounds of tiles,
-//             653 What an expression hides,  735 Online softmax,  892 Pipelines,  920 Loads,  983 Matrix products,
-//            1010 Epilogue, 1057 Producer, 1117 Consumer, 1269 Kernel, 1271 Find bounds, 1427 Launch
+//   launch   384 threads, 213128 bytes of dynamic shared memory
+//   contents   28 Problem and tiling,   46 Shared memory,   92 Threads,  149 Arithmetic,  192 Shared memory,
+//             223 Global memory,  250 mbarriers,  294 TMA,  336 Fences,  343 Fragments,  351 Registers,
+//             359 Registers of a warpgroup,  371 wgmma,  502 What is visible,  552 Expressions,  577 Bounds of tiles,
+//             664 What an expression hides,  753 Online softmax,  910 Pipelines,  938 Loads, 1026 Matrix products,
+//            1053 Epilogue, 1100 Producer, 1168 Consumer, 1325 Kernel, 1327 Find bounds, 1482 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -65,6 +65,7 @@ constexpr uint32_t kSmemV = 122880;
 constexpr uint32_t kSmemO = 180224;
 constexpr uint32_t kSmemBarriers = 212992;
 constexpr uint32_t kSmemTileSlots = 213088;
+constexpr uint32_t kSmemVisitSlots = 213120;
 
 // Matrix descriptors: swizzle and stride between groups of 8 rows; for V also the step to the next panel of columns.
 constexpr uint32_t kDescHi = 0x40000040u;
@@ -195,6 +196,16 @@ extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 // The address of the block's dynamic shared memory; the widest swizzle needs it on a 1024-byte boundary.
 __device__ __forceinline__ uint32_t shared_memory_base() {
     return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
+}
+
+__device__ __forceinline__ void store_shared_int(uint32_t address, int value) {
+    asm volatile("st.shared.s32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ int load_shared_int(uint32_t address) {
+    int value;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
 }
 
 // 16 bytes; the address is a multiple of 16.
@@ -692,18 +703,21 @@ __device__ __forceinline__ Seen seen_of(Params const& p, Head const& at, int fir
 struct SeenBlocks {
     int ahead;     // the first that no warp has asked of yet
     uint32_t any;  // those that are still to visit
-    uint32_t all;  // those all of whose keys all of a warpgroup's queries see
+    uint32_t all[2];  // those all of whose keys all queries of a part of the tile see
 
-    // The next of them, before `begin` if there is none, and in `whole` whether it needs no mask. A warp calls it together;
-    // num_rows queries from `row` on are its warpgroup's.
-    __device__ __forceinline__ int next(
-        Params const& p, Head const& at, int first_row, int row, int num_rows, int begin, bool& whole) {
+    // The next of them, before `begin` if there is none, and in `whole` a bit for each part that needs no mask there. A warp
+    // calls it together.
+    __device__ __forceinline__ int next(Params const& p, Head const& at, int first_row, int begin, uint32_t& whole) {
         while (any == 0 && ahead >= begin) {
             int const n_block = ahead - lane_id();
             bool const is_one = n_block >= begin;
             int const first_key = max(n_block, 0) * kTileN;
             any = ballot(is_one && seen_of(p, at, first_row, kTileM, first_key).any);
-            all = ballot(is_one && seen_of(p, at, row, num_rows, first_key).all);
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                int const row = first_row + kTileM / 2 * part;
+                all[part] = ballot(is_one && seen_of(p, at, row, kTileM / 2, first_key).all);
+            }
             ahead -= 32;
         }
         if (any == 0) {
@@ -711,7 +725,11 @@ struct SeenBlocks {
         }
         int const bit = lowest_bit(any);
         any &= any - 1;
-        whole = (all >> bit & 1) != 0;
+        whole = 0;
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            whole |= (all[part] >> bit & 1) << part;
+        }
         return ahead + 32 - bit;
     }
 };
@@ -951,13 +969,38 @@ __device__ __forceinline__ Tile load_tile_slot(uint32_t smem, int stage) {
     return {slot[0], slot[1], slot[2]};
 }
 
+// And whether the tile visits any block of keys.
+__device__ __forceinline__ bool has_keys(uint32_t smem, int stage) {
+    return load_shared_int(smem + kSmemTileSlots + 16 * stage + 12) != 0;
+}
+
+// A block of keys that a tile visits, and a bit for each mma warpgroup whose rows all see all of it.
+struct Visit {
+    int n_block;
+    uint32_t whole;
+};
+
+// It travels with its K, in one number: the block, the warpgroups' bits, and last whether the tile visits another one.
+__device__ __forceinline__ void store_visit(
+    uint32_t smem, uint32_t empty, PipelineState const& state, Visit const& visit, bool is_followed) {
+    mbarrier_wait(empty, state.phase ^ 1);
+    if (elect_one()) {
+        store_shared_int(smem + kSmemVisitSlots + 4 * state.stage,
+                         visit.n_block << 5 | static_cast<int>(visit.whole) << 1 | (is_followed ? 1 : 0));
+    }
+}
+
+__device__ __forceinline__ uint32_t load_visit_slot(uint32_t smem, int stage) {
+    return static_cast<uint32_t>(load_shared_int(smem + kSmemVisitSlots + 4 * stage));
+}
+
 __device__ __forceinline__ void load_q(
     CUtensorMap const& map_q, uint32_t smem, Barriers const& barriers, PipelineState& state, Seqlen const& s,
-    Tile const& tile) {
+    Tile const& tile, bool has_keys) {
     uint32_t const full = barriers.q_full(state.stage);
     mbarrier_wait(barriers.q_empty(state.stage), state.phase ^ 1);
     if (elect_one()) {
-        store_shared_int4(smem + kSmemTileSlots + 16 * state.stage, tile.m_block, tile.bidh, tile.bidb, 0);
+        store_shared_int4(smem + kSmemTileSlots + 16 * state.stage, tile.m_block, tile.bidh, tile.bidb, has_keys ? 1 : 0);
         if (tile.m_block >= 0) {
             mbarrier_arrive_expect_tx(full, kQBytes);
             load_tile({map_q, map_q}, smem + kSmemQ + state.stage * kQStageBytes, kQPanelBytes, full,
@@ -1080,24 +1123,32 @@ __device__ __forceinline__ void produce(
 
         // K first: where Q has one stage, the last tile still holds it.
         Head const at = head_of(p, s, tile.bidh, tile.bidb);
-        SeenBlocks seen = {blocks.end - 1, 0, 0};
-        auto next_block = [&]() {
-            int const first_row = tile.m_block * kTileM;
-            bool whole = false;  // for the mma warps
-            return seen.next(p, at, first_row, first_row, kTileM, blocks.begin, whole);
+        SeenBlocks seen = {blocks.end - 1, 0, {0}};
+        auto next_visit = [&]() {
+            uint32_t whole = 0;
+            int const n_block = seen.next(p, at, tile.m_block * kTileM, blocks.begin, whole);
+            return Visit{n_block, whole};
         };
-        int n_block = next_block();
-        if (n_block >= blocks.begin) {
-            load_k(n_block);
+        // The mma warps are told with K which block it is, and whether another one follows.
+        auto load_visit = [&](Visit const& visit, bool is_followed) {
+            store_visit(smem, barriers.k_empty(k_state.stage), k_state, visit, is_followed);
+            load_k(visit.n_block);
+        };
+        Visit visit = next_visit();
+        bool const has_keys = visit.n_block >= blocks.begin;
+        Visit before = next_visit();
+        if (has_keys) {
+            load_visit(visit, before.n_block >= blocks.begin);
         }
-        load_q(map_q, smem, barriers, q_state, s, tile);
-        while (n_block >= blocks.begin) {
-            int const before = next_block();
-            if (before >= blocks.begin) {
-                load_k(before);
+        load_q(map_q, smem, barriers, q_state, s, tile, has_keys);
+        while (visit.n_block >= blocks.begin) {
+            Visit const beyond = next_visit();
+            if (before.n_block >= blocks.begin) {
+                load_visit(before, beyond.n_block >= blocks.begin);
             }
-            load_v(n_block);
-            n_block = before;
+            load_v(visit.n_block);
+            visit = before;
+            before = beyond;
         }
 
         // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves
@@ -1111,7 +1162,7 @@ __device__ __forceinline__ void produce(
         }
         index = shfl_from_lane_0(fetched) + static_cast<int>(gridDim.x);
     }
-    load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});
+    load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0}, false);
 }
 
 // Consumer: one of the mma warpgroups, 64 query rows of each tile ------------------------------------------------------
@@ -1157,12 +1208,16 @@ __device__ __forceinline__ void consume(
         int const row = first_row + warp_row;  // this warp's first
         int const ends[2] = {key_end(p, s, row + lane_id() / 4), key_end(p, s, row + lane_id() / 4 + 8)};
         Head const at = head_of(p, s, tile.bidh, tile.bidb);
-        BlockRange const in_tile = key_blocks(p, s, first_row, kTileM);
         BlockRange const blocks = key_blocks(p, s, first_row + 64 * warpgroup, 64);
-        SeenBlocks seen = {in_tile.end - 1, 0, 0};
+        bool is_followed = has_keys(smem, q_state.stage);
+        int n_block = 0;
         bool whole = false;
         auto next_block = [&]() {
-            return seen.next(p, at, first_row, first_row + 64 * warpgroup, 64, in_tile.begin, whole);
+            mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
+            uint32_t const slot = load_visit_slot(smem, k_state.stage);
+            n_block = static_cast<int>(slot >> 5);
+            whole = (slot >> (1 + warpgroup) & 1) != 0;
+            is_followed = (slot & 1) != 0;
         };
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
 
@@ -1174,8 +1229,8 @@ __device__ __forceinline__ void consume(
             acc_o[i] = 0.0f;
         }
 
-        int n_block = next_block();
-        if (n_block >= in_tile.begin) {
+        if (is_followed) {
+            next_block();
             // The first block: no P yet.
             mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
             wgmma_fence();
@@ -1223,9 +1278,10 @@ __device__ __forceinline__ void consume(
                 }
                 pack_p(p_tile, acc_s);
             };
-            // Blocks that need a mask may lie between others. A row may have seen nothing of any before: its maximum is -inf then,
-            // and rises where all see all.
-            for (n_block = next_block(); n_block >= in_tile.begin; n_block = next_block()) {
+            // Blocks that need a mask may lie between others. A row may have seen nothing before: its maximum is -inf then, and
+            // rises where all see all.
+            while (is_followed) {
+                next_block();
                 if (whole && n_block >= blocks.begin_full && n_block < blocks.end_full) {
                     multiply();
                     accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
@@ -1419,7 +1475,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         }
     } else {
         setmaxnreg_inc_240();
-        griddepcontrol_wait();
         consume(map_o, p, smem, barriers, warp / 4 - 1, warp % 4);
     }
 }
@@ -1432,9 +1487,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //   fa2_fwd_sm90_bf16_d128_x51ddb767_m128_n112_s2_w8_r1_bounds
 //     grid ((num_bounds + 7) / 8, 1, 1), 256 threads, 0 bytes of dynamic shared memory
 //   fa2_fwd_sm90_bf16_d128_x51ddb767_m128_n112_s2_w8_r1
-//     grid (min(num_tiles, num_sms), 1, 1), 384 threads, 213120 bytes of dynamic shared memory
+//     grid (min(num_tiles, num_sms), 1, 1), 384 threads, 213128 bytes of dynamic shared memory
 //     maps of q, k, v, o
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 213120
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 213128
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
 // Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes
 //   q: box 64 x 128 x 1 x 1, swizzle 128 bytes

@@ -5,12 +5,12 @@
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 128, bf16, full mask, keys of an expression
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
-//   launch   512 threads, 229504 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  132 Arithmetic,  175 Shared memory,
-//             196 Global memory,  210 mbarriers,  254 TMA,  296 Fences,  303 Fragments,  311 Registers,
-//             319 Registers of a warpgroup,  331 wgmma,  459 What is visible,  509 Expressions,
-//             524 What an expression hides,  600 Online softmax,  757 Pipelines,  785 Loads,  848 Matrix products,
-//             875 Epilogue,  922 Producer,  982 Consumer, 1134 Kernel, 1174 Launch
+//   launch   512 threads, 229512 bytes of dynamic shared memory
+//   contents   28 Problem and tiling,   46 Shared memory,   90 Threads,  133 Arithmetic,  176 Shared memory,
+//             207 Global memory,  221 mbarriers,  265 TMA,  307 Fences,  314 Fragments,  322 Registers,
+//             330 Registers of a warpgroup,  342 wgmma,  470 What is visible,  520 Expressions,
+//             535 What an expression hides,  618 Online softmax,  775 Pipelines,  803 Loads,  891 Matrix products,
+//             918 Epilogue,  965 Producer, 1033 Consumer, 1190 Kernel, 1230 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -65,6 +65,7 @@ constexpr uint32_t kSmemV = 139264;
 constexpr uint32_t kSmemO = 180224;
 constexpr uint32_t kSmemBarriers = 229376;
 constexpr uint32_t kSmemTileSlots = 229472;
+constexpr uint32_t kSmemVisitSlots = 229504;
 
 // Matrix descriptors: swizzle and stride between groups of 8 rows; for V also the step to the next panel of columns.
 constexpr uint32_t kDescHi = 0x40000040u;
@@ -179,6 +180,16 @@ extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 // The address of the block's dynamic shared memory; the widest swizzle needs it on a 1024-byte boundary.
 __device__ __forceinline__ uint32_t shared_memory_base() {
     return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
+}
+
+__device__ __forceinline__ void store_shared_int(uint32_t address, int value) {
+    asm volatile("st.shared.s32 [%0], %1;" :: "r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ int load_shared_int(uint32_t address) {
+    int value;
+    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
 }
 
 // 16 bytes; the address is a multiple of 16.
@@ -557,18 +568,21 @@ __device__ __forceinline__ Seen seen_of(Params const& p, Head const& at, int fir
 struct SeenBlocks {
     int ahead;     // the first that no warp has asked of yet
     uint32_t any;  // those that are still to visit
-    uint32_t all;  // those all of whose keys all of a warpgroup's queries see
+    uint32_t all[3];  // those all of whose keys all queries of a part of the tile see
 
-    // The next of them, before `begin` if there is none, and in `whole` whether it needs no mask. A warp calls it together;
-    // num_rows queries from `row` on are its warpgroup's.
-    __device__ __forceinline__ int next(
-        Params const& p, Head const& at, int first_row, int row, int num_rows, int begin, bool& whole) {
+    // The next of them, before `begin` if there is none, and in `whole` a bit for each part that needs no mask there. A warp
+    // calls it together.
+    __device__ __forceinline__ int next(Params const& p, Head const& at, int first_row, int begin, uint32_t& whole) {
         while (any == 0 && ahead >= begin) {
             int const n_block = ahead - lane_id();
             bool const is_one = n_block >= begin;
             int const first_key = max(n_block, 0) * kTileN;
             any = ballot(is_one && seen_of(p, at, first_row, kTileM, first_key).any);
-            all = ballot(is_one && seen_of(p, at, row, num_rows, first_key).all);
+#pragma unroll
+            for (int part = 0; part < 3; ++part) {
+                int const row = first_row + kTileM / 3 * part;
+                all[part] = ballot(is_one && seen_of(p, at, row, kTileM / 3, first_key).all);
+            }
             ahead -= 32;
         }
         if (any == 0) {
@@ -576,7 +590,11 @@ struct SeenBlocks {
         }
         int const bit = lowest_bit(any);
         any &= any - 1;
-        whole = (all >> bit & 1) != 0;
+        whole = 0;
+#pragma unroll
+        for (int part = 0; part < 3; ++part) {
+            whole |= (all[part] >> bit & 1) << part;
+        }
         return ahead + 32 - bit;
     }
 };
@@ -816,13 +834,38 @@ __device__ __forceinline__ Tile load_tile_slot(uint32_t smem, int stage) {
     return {slot[0], slot[1], slot[2]};
 }
 
+// And whether the tile visits any block of keys.
+__device__ __forceinline__ bool has_keys(uint32_t smem, int stage) {
+    return load_shared_int(smem + kSmemTileSlots + 16 * stage + 12) != 0;
+}
+
+// A block of keys that a tile visits, and a bit for each mma warpgroup whose rows all see all of it.
+struct Visit {
+    int n_block;
+    uint32_t whole;
+};
+
+// It travels with its K, in one number: the block, the warpgroups' bits, and last whether the tile visits another one.
+__device__ __forceinline__ void store_visit(
+    uint32_t smem, uint32_t empty, PipelineState const& state, Visit const& visit, bool is_followed) {
+    mbarrier_wait(empty, state.phase ^ 1);
+    if (elect_one()) {
+        store_shared_int(smem + kSmemVisitSlots + 4 * state.stage,
+                         visit.n_block << 5 | static_cast<int>(visit.whole) << 1 | (is_followed ? 1 : 0));
+    }
+}
+
+__device__ __forceinline__ uint32_t load_visit_slot(uint32_t smem, int stage) {
+    return static_cast<uint32_t>(load_shared_int(smem + kSmemVisitSlots + 4 * stage));
+}
+
 __device__ __forceinline__ void load_q(
     CUtensorMap const& map_q, uint32_t smem, Barriers const& barriers, PipelineState& state, Seqlen const& s,
-    Tile const& tile) {
+    Tile const& tile, bool has_keys) {
     uint32_t const full = barriers.q_full(state.stage);
     mbarrier_wait(barriers.q_empty(state.stage), state.phase ^ 1);
     if (elect_one()) {
-        store_shared_int4(smem + kSmemTileSlots + 16 * state.stage, tile.m_block, tile.bidh, tile.bidb, 0);
+        store_shared_int4(smem + kSmemTileSlots + 16 * state.stage, tile.m_block, tile.bidh, tile.bidb, has_keys ? 1 : 0);
         if (tile.m_block >= 0) {
             mbarrier_arrive_expect_tx(full, kQBytes);
             load_tile({map_q, map_q}, smem + kSmemQ + state.stage * kQStageBytes, kQPanelBytes, full,
@@ -945,24 +988,32 @@ __device__ __forceinline__ void produce(
 
         // K first: where Q has one stage, the last tile still holds it.
         Head const at = head_of(p, s, tile.bidh, tile.bidb);
-        SeenBlocks seen = {blocks.end - 1, 0, 0};
-        auto next_block = [&]() {
-            int const first_row = tile.m_block * kTileM;
-            bool whole = false;  // for the mma warps
-            return seen.next(p, at, first_row, first_row, kTileM, blocks.begin, whole);
+        SeenBlocks seen = {blocks.end - 1, 0, {0}};
+        auto next_visit = [&]() {
+            uint32_t whole = 0;
+            int const n_block = seen.next(p, at, tile.m_block * kTileM, blocks.begin, whole);
+            return Visit{n_block, whole};
         };
-        int n_block = next_block();
-        if (n_block >= blocks.begin) {
-            load_k(n_block);
+        // The mma warps are told with K which block it is, and whether another one follows.
+        auto load_visit = [&](Visit const& visit, bool is_followed) {
+            store_visit(smem, barriers.k_empty(k_state.stage), k_state, visit, is_followed);
+            load_k(visit.n_block);
+        };
+        Visit visit = next_visit();
+        bool const has_keys = visit.n_block >= blocks.begin;
+        Visit before = next_visit();
+        if (has_keys) {
+            load_visit(visit, before.n_block >= blocks.begin);
         }
-        load_q(map_q, smem, barriers, q_state, s, tile);
-        while (n_block >= blocks.begin) {
-            int const before = next_block();
-            if (before >= blocks.begin) {
-                load_k(before);
+        load_q(map_q, smem, barriers, q_state, s, tile, has_keys);
+        while (visit.n_block >= blocks.begin) {
+            Visit const beyond = next_visit();
+            if (before.n_block >= blocks.begin) {
+                load_visit(before, beyond.n_block >= blocks.begin);
             }
-            load_v(n_block);
-            n_block = before;
+            load_v(visit.n_block);
+            visit = before;
+            before = beyond;
         }
 
         // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves
@@ -976,7 +1027,7 @@ __device__ __forceinline__ void produce(
         }
         index = shfl_from_lane_0(fetched) + static_cast<int>(gridDim.x);
     }
-    load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});
+    load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0}, false);
 }
 
 // Consumer: one of the mma warpgroups, 64 query rows of each tile ------------------------------------------------------
@@ -1022,12 +1073,16 @@ __device__ __forceinline__ void consume(
         int const row = first_row + warp_row;  // this warp's first
         int const ends[2] = {key_end(p, s, row + lane_id() / 4), key_end(p, s, row + lane_id() / 4 + 8)};
         Head const at = head_of(p, s, tile.bidh, tile.bidb);
-        BlockRange const in_tile = key_blocks(p, s, first_row, kTileM);
         BlockRange const blocks = key_blocks(p, s, first_row + 64 * warpgroup, 64);
-        SeenBlocks seen = {in_tile.end - 1, 0, 0};
+        bool is_followed = has_keys(smem, q_state.stage);
+        int n_block = 0;
         bool whole = false;
         auto next_block = [&]() {
-            return seen.next(p, at, first_row, first_row + 64 * warpgroup, 64, in_tile.begin, whole);
+            mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
+            uint32_t const slot = load_visit_slot(smem, k_state.stage);
+            n_block = static_cast<int>(slot >> 5);
+            whole = (slot >> (1 + warpgroup) & 1) != 0;
+            is_followed = (slot & 1) != 0;
         };
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
 
@@ -1039,8 +1094,8 @@ __device__ __forceinline__ void consume(
             acc_o[i] = 0.0f;
         }
 
-        int n_block = next_block();
-        if (n_block >= in_tile.begin) {
+        if (is_followed) {
+            next_block();
             // The first block: no P yet.
             mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
             wgmma_fence();
@@ -1088,9 +1143,10 @@ __device__ __forceinline__ void consume(
                 }
                 pack_p(p_tile, acc_s);
             };
-            // Blocks that need a mask may lie between others. A row may have seen nothing of any before: its maximum is -inf then,
-            // and rises where all see all.
-            for (n_block = next_block(); n_block >= in_tile.begin; n_block = next_block()) {
+            // Blocks that need a mask may lie between others. A row may have seen nothing before: its maximum is -inf then, and
+            // rises where all see all.
+            while (is_followed) {
+                next_block();
                 if (whole && n_block >= blocks.begin_full && n_block < blocks.end_full) {
                     multiply();
                     accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
@@ -1177,9 +1233,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //
 // Kernel; it takes tensor maps, then Params, by value:
 //   fa2_fwd_sm90_bf16_d128_x64652830_m192_n80_s2_w12_r1
-//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 229504 bytes of dynamic shared memory
+//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 229512 bytes of dynamic shared memory
 //     maps of q, k, v, o
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 229504
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 229512
 // Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes
 //   q: box 64 x 192 x 1 x 1, swizzle 128 bytes
 //   k, v: box 64 x 80 x 1 x 1, swizzle 128 bytes
