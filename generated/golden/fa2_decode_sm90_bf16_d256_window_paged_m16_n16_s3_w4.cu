@@ -8,8 +8,8 @@
 //   launch   128 threads, 209432 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,  144 Threads,  175 Arithmetic,  215 Shared memory,  257 Global memory,
 //             318 cp.async,  337 Fragments,  352 Registers,  361 mma,  391 d - window_left <= j <= d + window_right,
-//             468 Online softmax,  782 Loads,  921 Matrix products,  997 Putting together, 1327 Append, 1445 Kernel,
-//            1472 Launch
+//             468 Online softmax,  782 Loads,  925 Matrix products, 1001 Putting together, 1335 Append, 1453 Kernel,
+//            1478 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -855,7 +855,7 @@ __device__ __forceinline__ int first_of_warp(int begin, int warp) {
 struct WarpTiles {
     uint32_t stages;  // address of stage 0
     uint32_t stage;   // byte offset of the stage in turn
-    bool is_free;     // whether its tile is done with, so that the next is to be loaded into it
+    int missing;      // so many stages, that one first, are to be loaded
     int unit;         // the block's first unit behind the part that is being loaded
     int next;         // the part's tile to load next, what is known of its keys, and the end of the part's tiles
     int end;
@@ -865,30 +865,33 @@ struct WarpTiles {
     int head_kv;
     int begin_key;
 
-    __device__ __forceinline__ void advance() {
-        stage = stage == (kNumStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+    __device__ __forceinline__ void take(
+        Params const& p, Seqlen const& of_item, Item const& item, Part const& part, BlockRange const& tiles, int warp, int lane) {
+        s = of_item;
+        keys = keys_of(p, s, item.bidb);
+        unit = part.end;
+        next = first_of_warp(tiles.begin, warp);
+        end = tiles.end;
+        next_keys = tile_keys(p, s, keys, next, lane);
+        head_kv = item.head_kv;
+        begin_key = key_begin(p, s, row_at(p, item, 0).query);
     }
 
     // Loads the next tile into the stage in turn, if there is one; its group is committed. Where keys of the tile after that
-    // one are is asked for ahead of its turn.
+    // one are is asked for ahead of its turn. What is asked of all lanes is the same in each: where ptxas does not see that, it
+    // calls a function for shuffles (sm_80).
     __device__ __forceinline__ void load(Params const& p, uint32_t layout, int warp, int lane) {
-        while (next >= end && unit < end_of_block(p, work_of(p, layout))) {
+        while (any_lane(next >= end && unit < end_of_block(p, work_of(p, layout)))) {
             Work const work = work_of(p, layout);
             Item const item = item_at(p, layout, unit);
             Part const part = part_at(p, item, work, unit, static_cast<int>(blockIdx.x));
-            s = seqlen_of(p, item.bidb);
-            keys = keys_of(p, s, item.bidb);
-            BlockRange const tiles = tiles_of_part(p, s, item, part);
-            unit = part.end;
-            next = first_of_warp(tiles.begin, warp);
-            end = tiles.end;
-            next_keys = tile_keys(p, s, keys, next, lane);
-            head_kv = item.head_kv;
-            begin_key = key_begin(p, s, row_at(p, item, 0).query);
+            Seqlen const of_item = seqlen_of(p, item.bidb);
+            take(p, of_item, item, part, tiles_of_part(p, of_item, item, part), warp, lane);
+            sync_warp();
         }
         int const lane_row = lane / kKvPanelChunks;
         int const chunk = lane % kKvPanelChunks;
-        if (any_lane(next < end)) {  // the same in all of them, as ptxas then sees: it calls a function for shuffles elsewhere
+        if (any_lane(next < end)) {
             TileKeys const tile = next_keys;
             next_keys = tile_keys(p, s, keys, next + kNumWarps, lane);
             unsigned char const* const k_head =
@@ -915,6 +918,7 @@ struct WarpTiles {
         }
         cp_async_commit();
         next += kNumWarps;
+        stage = stage == (kNumStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
     }
 };
 
@@ -1266,16 +1270,9 @@ __device__ __forceinline__ void attend(
 
     QueryChunks queries;
     queries.ask(p, item, thread);
-    if (ring.stages == 0) {  // the block's first part: Q is asked for before all else, as memory answers in turn
-        ring.stages = smem + kSmemStages + warp * kNumStages * kStageBytes;
-#pragma unroll 1
-        for (int ahead = 0; ahead < kNumStages; ++ahead) {
-            ring.load(p, smem + kSmemLayout, warp, lane);
-            ring.advance();
-        }
+    if (ring.missing == kNumStages) {
+        ring.take(p, s, item, part, tiles, warp, lane);
     }
-    queries.store(smem, thread);
-    sync_block();
 
     float acc_s[kNumRowTiles][kNumAccS];
     float acc_o[kNumRowTiles][kNumAccO];
@@ -1295,13 +1292,23 @@ __device__ __forceinline__ void attend(
     uint32_t const v_lane = lane_offset_row_major(lane);
     uint32_t const q_operand = smem + kSmemQ + v_lane;
     uint32_t share = kNoShare;
-    for (int tile = first_of_warp(tiles.begin, warp); tile < tiles.end; tile += kNumWarps) {
-        if (ring.is_free) {
-            sync_warp();  // all lanes are done with it
+    bool has_q = false;
+    int tile = first_of_warp(tiles.begin, warp);
+    sync_block();  // so that ptxas knows warps to be together: see WarpTiles
+    while (any_lane(!has_q || tile < tiles.end)) {
+        sync_warp();  // all lanes are done with the stage
+#pragma unroll 1
+        for (; ring.missing > 0; --ring.missing) {  // Q is asked for before all of them, as memory answers in turn
             ring.load(p, smem + kSmemLayout, warp, lane);
-            ring.advance();
         }
-        ring.is_free = true;
+        if (!has_q) {
+            has_q = true;
+            queries.store(smem, thread);
+            sync_block();
+            if (tile >= tiles.end) {
+                break;
+            }
+        }
         cp_async_wait_2();
         sync_warp();
         uint32_t const stage = ring.stages + ring.stage;
@@ -1319,8 +1326,9 @@ __device__ __forceinline__ void attend(
             pack_p(p_tile[i], acc_s[i]);
         }
         gemm_pv(acc_o, p_tile, stage + kKvBytes + recompute(v_lane));
+        ring.missing = 1;
+        tile += kNumWarps;
     }
-    sync_warp();
     finish_part(p, item, part, acc_o, row_max, row_sum, factor, smem, share, thread);
 }
 
@@ -1454,11 +1462,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
     sync_block();
     int unit = static_cast<int>(blockIdx.x) * work_of(p, smem + kSmemLayout).per_block;
     WarpTiles ring;
-    ring.stages = 0;
+    ring.stages = smem + kSmemStages + warp_id() * kNumStages * kStageBytes;
     ring.stage = 0;
-    ring.is_free = false;
-    ring.unit = unit;
-    ring.next = ring.end = 0;
+    ring.missing = kNumStages;
     // How much work there is is asked for anew each time: two registers fewer in the loop over keys.
     while (unit < end_of_block(p, work_of(p, smem + kSmemLayout))) {
         Work const work = work_of(p, smem + kSmemLayout);

@@ -358,9 +358,9 @@ def check_decode(plan: Any, sass: Sass) -> None:
     main = sass.kernel(plan.name)
     assert any(re.match(ARRIVES, line) for line in main), "no block tells the others that its part is done"
     loads = 2 * plan.qk.num_panels * plan.tile_n // plan.copy_rows
-    assert sum(line.startswith("LDGSTS") for line in main) <= 2 * loads + 4, "K and V in two places, Q in one"
+    assert sum(line.startswith("LDGSTS") for line in main) == loads, "K and V in one place"
     if plan.head_dim <= 128 and plan.tile_m == 16:
-        assert len(main) < 3300 + 300 * plan.has_allow
+        assert len(main) < 3300 + 300 * plan.has_allow + 600 * plan.left_edge  # a window's edges, in two places
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_kernel(name, compiled, tmp_path):
         calls = [line for line in sass.kernel(entry.symbol) if line.startswith("CALL") and ".L_x_" not in line]
         # ptxas shuffles by a call in loops of which it does not see that warps do them together: a few times a launch.
         if entry in plan.prepare_entries or plan.problem.direction == "decode":
-            calls = [line for line in calls if "shflsync" not in line]
+            calls = [line for line in calls if "shflsync" not in line and "warpsync" not in line]
         if plan.problem.direction == "decode" and plan.sink and plan.has_score:  # what a sink is as a score, once a row
             calls = [line for line in calls if "div_rn" not in line]
         assert not calls, "a function that was not inlined"  # .L_x_: ptxas's own jumps

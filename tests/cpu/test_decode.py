@@ -384,8 +384,8 @@ FAULTS = [
     Fault(
         "Q is not waited for",
         DENSE,
-        "    queries.store(smem, thread);\n    sync_block();\n",
-        "    queries.store(smem, thread);\n",
+        "            queries.store(smem, thread);\n            sync_block();\n",
+        "            queries.store(smem, thread);\n",
     ),
     Fault(
         "a tile is not waited for",
