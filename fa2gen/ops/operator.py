@@ -98,7 +98,7 @@ def attention(
     refuse_non_tensors(q=q, k=k, v=v)
     refuse_tensor_kinds("qkv", (q, k, v))
     options = options_of(q, *said)._replace(expression=expression)
-    if torch.is_grad_enabled() and wants_gradient(q, k, v, s_aux):
+    if torch.is_grad_enabled() and wants_gradient(q, k, v, s_aux, *tensors):
         raise UnsupportedProblem(
             "arch and tiling choose a forward kernel, and an input requires a gradient: leave them out, or detach it"
         )

@@ -331,7 +331,8 @@ def call_fields(plan: KernelPlan) -> Iterator[str]:
     for operand in plan.operands:
         if not operand.is_tensor:
             note = "; or 0" if operand.optional else ""
-            yield f"CUdeviceptr {operand.name};  // {_DENSE[operand.of]}{note}"
+            what = "gradient of a " if operand.is_input and operand.out else ""
+            yield f"CUdeviceptr {operand.name};  // {what}{_DENSE[operand.of]}{note}"
     for scratch in plan.scratch:
         note = "; all zeros before the first launch, and left so" if scratch.cleared else ""
         yield f"CUdeviceptr {scratch.name};  // see Scratch{note}"
