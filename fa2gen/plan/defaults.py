@@ -211,7 +211,7 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
     shared_memory_limit  bytes that one block may have on the device: 166,912 on 8.0, 101,376 on 8.6 and 8.9, 232,448
                          on 9.0; None: what the architecture has.
 
-    Raises InfeasibleSpec where not even the last, the smallest, fits the limit.
+    Raises InfeasibleSpec where not even the last, the smallest, fits the limit or keeps the kernel's rules.
     """
     limit = shared_memory_limit or ARCHES[arch].shared_memory_per_block
     family = _FAMILIES[arch, problem.direction]
@@ -229,6 +229,9 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
             found = plan_of(KernelSpec(problem=problem, tiling=tiling))
             if found.shared_memory_bytes <= limit and not found.broken_rules():
                 return tiling
+    if found.shared_memory_bytes <= limit and (broken := found.broken_rules()):
+        reasons = "".join(f"\n  {rule.rule:<14} {rule.detail}" for rule in broken)
+        raise InfeasibleSpec(f"no {arch} kernel for {problem.text}:{reasons}")
     of_gradients = "the gradients of " if problem.direction == "bwd" else ""
     raise InfeasibleSpec(
         f"no tiling for {of_gradients}{problem.head_dims_text} fits {arch} with {bytes_text(limit)} of "

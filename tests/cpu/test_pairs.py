@@ -38,13 +38,13 @@ ROWS = [row for way in get_args(Direction) for row in covering(problems(directio
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
 @pytest.mark.parametrize("problem", ROWS, ids=lambda problem: problem.text)
 def test_features_meet(problem, arch):
-    """Once among sequences that end in the midst of blocks, once with queries that see no key."""
-    for number, shape in enumerate(SHAPES):
-        case = cases.make(best_spec(problem, arch), shape, with_dlse=bool(number))
-        cases.run(case, "cpu")
-        assert cases.written_outside(case) is None
-        verdict = cases.verdict(case)
-        assert verdict.ok, verdict
+    """On one architecture among sequences that end in the midst of blocks, on the other with rows that see no key."""
+    number = (ROWS.index(problem) + (arch == "sm90")) % 2
+    case = cases.make(best_spec(problem, arch), SHAPES[number], with_dlse=bool(number))
+    cases.run(case, "cpu")
+    assert cases.written_outside(case) is None
+    verdict = cases.verdict(case)
+    assert verdict.ok, verdict
 
 
 def test_few_rows_cover_all_pairs():
