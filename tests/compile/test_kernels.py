@@ -98,6 +98,7 @@ def kernels() -> dict[str, bool]:
             ("causal", (64, 256), {"score": "cap * tanh(s / cap)"}),
             ("causal", (64, 128, 256), {"score": "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)"}),
             ("full", (64, 256), {"allow": "j <= i and (i - j < window or j < sinks)"}),
+            ("causal", (64, 128), {"allow": "document[b, i] == document[b, j]"}),  # numbers of a block's keys
         )
         for head_dim in head_dims
     ]
@@ -227,21 +228,29 @@ WAIT_S, WAIT_O = "WARPGROUP.DEPBAR.LE gsb0, 0x1", "WARPGROUP.DEPBAR.LE gsb0, 0x0
 
 
 def main_loops(plan: Any, sass: Sass) -> list[tuple[str, ...]]:
-    """The loops over blocks of keys: both products, each waited for once."""
+    """The loops over blocks of keys: both products, each waited for once. Those of a mask of an expression are one, of
+    which each half has them."""
     products = plan.qk.num_k_steps + plan.num_k_steps_pv
-    return [
+    halves = 2 if plan.has_allow else 1
+    found = [
         loop
         for loop in sass.loops()
-        if sum(line.startswith("HGMMA") for line in loop) == products
-        and [line for line in loop if line.startswith("WARPGROUP")] == ["WARPGROUP.ARRIVE"] * 2 + [WAIT_S, WAIT_O]
+        if sum(line.startswith("HGMMA") for line in loop) == halves * products
+        and [line for line in loop if line.startswith("WARPGROUP")]
+        == halves * (["WARPGROUP.ARRIVE"] * 2 + [WAIT_S, WAIT_O])
     ]
+    if plan.has_allow:
+        ((loop, middle),) = ((loop, loop.index(WAIT_O) + 1) for loop in found)
+        return [loop[:middle], loop[middle:]]
+    return found
 
 
 def check_sm90(plan: Any, sass: Sass) -> None:
     for opcode in ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
     loops = main_loops(plan, sass)
-    assert len(loops) == 1 + plan.right_edge + plan.left_edge, "masked at the right, unmasked, masked at the left"
+    edges = 1 if plan.has_allow else plan.right_edge + plan.left_edge
+    assert len(loops) == 1 + edges, "masked at the right, unmasked, masked at the left"
     for loop in loops:
         exponentials = [i for i, line in enumerate(loop) if line.startswith("MUFU.EX2")]
         # What the release of K that depends on the row sums is for (templates/sm90/fwd.cu.j2): 5% at d = 64.
@@ -251,7 +260,7 @@ def check_sm90(plan: Any, sass: Sass) -> None:
         )
         moves = sum(line.startswith("R2UR") for line in loop)
         widest = max(plan.head_dim, plan.head_dim_v)
-        most = 12 if widest > WIDEST_WITHOUT_R2UR else int(plan.has_allow)
+        most = 12 + 2 * plan.has_allow if widest > WIDEST_WITHOUT_R2UR else int(plan.has_allow)
         assert moves <= most, f"{moves} R2UR in the loop"
     if (plan.head_dim, plan.head_dim_v, plan.tile_n) == (128, 128, 128):
         # 585 with descriptor arithmetic in bytes instead of 16-byte units. Behind branches the loop holds what a block
@@ -279,8 +288,8 @@ def check_early_starts(plan: Any, sass: Sass) -> None:
     for code in (*prepare, before, main):
         assert code.count(LAUNCH_DEPENDENTS) == 1
     assert LAUNCH_DEPENDENTS not in behind
-    assert WAIT_FOR_GRID not in (prepare[0] if prepare else before)
-    assert not prepare or first(before, WAIT_FOR_GRID) < first(before, "LDG")
+    assert all(WAIT_FOR_GRID not in code for code in (*prepare, *(() if plan.varlen else (before,))))
+    assert not plan.varlen or first(before, WAIT_FOR_GRID) < first(before, "LDG")
     assert first(before, LAUNCH_DEPENDENTS) < first(before, "LDG")
     assert first(behind, WAIT_FOR_GRID) < first(behind, "LDG")
     # The mma warps, the producer behind its load of K, and the thread that adds dQ; a peeled loop may have another.
