@@ -8,7 +8,7 @@
 //   launch   256 threads, 205864 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  148 Threads,  179 Arithmetic,  248 Shared memory,  295 Global memory,
 //             360 cp.async,  379 Fragments,  394 Registers,  403 mma,  432 What is visible,  486 Online softmax,
-//             800 Loads,  974 Matrix products, 1085 Putting together, 1419 Append, 1554 Kernel, 1579 Launch
+//             800 Loads,  974 Matrix products, 1085 Putting together, 1423 Append, 1558 Kernel, 1602 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -1342,39 +1342,44 @@ __device__ __forceinline__ float exponent_factor(Params const& p, Seqlen const&,
     return p.softmax_scale_log2 * k_scale(p, item.bidb, item.head_kv);
 }
 
-// One part of an item.
+// What a warp has of a part's rows; `share` is the address of the last of its stages, if it had a tile.
+struct Rows {
+    float acc_o[kNumRowTiles][kNumAccO];
+    float max[kNumRowTiles][2];
+    float sum[kNumRowTiles][2];
+    float factor;  // times which a score is an exponent of 2
+    uint32_t share;
+};
+
+// The keys of one part of an item.
 __device__ __forceinline__ void attend(
-    Params const& p, Item const& item, Part const& part, WarpTiles& ring, uint32_t smem, int thread) {
+    Params const& p, Item const& item, Part const& part, QueryChunks& queries, WarpTiles& ring, Rows& of_part, uint32_t smem,
+    int thread) {
     int const lane = lane_id();
     int const warp = warp_id();
     Seqlen const s = seqlen_of(p, item.bidb);
     BlockRange const tiles = tiles_of_part(p, s, item, part);
     float const factor = exponent_factor(p, s, item);
-
-    QueryChunks queries;
-    queries.ask(p, item, thread);
     if (ring.missing == kNumStages) {
         ring.take(p, s, item, part, tiles, warp, lane);
     }
 
     float acc_s[kNumRowTiles][kNumAccS];
-    float acc_o[kNumRowTiles][kNumAccO];
-    float row_max[kNumRowTiles][2];
-    float row_sum[kNumRowTiles][2];
 #pragma unroll
     for (int i = 0; i < kNumRowTiles; ++i) {
-        row_max[i][0] = row_max[i][1] = -kInfinity;
-        row_sum[i][0] = row_sum[i][1] = 0.0f;
+        of_part.max[i][0] = of_part.max[i][1] = -kInfinity;
+        of_part.sum[i][0] = of_part.sum[i][1] = 0.0f;
 #pragma unroll
         for (int j = 0; j < kNumAccO; ++j) {
-            acc_o[i][j] = 0.0f;
+            of_part.acc_o[i][j] = 0.0f;
         }
     }
+    of_part.factor = factor;
+    of_part.share = kNoShare;
 
     uint32_t const k_lane = kv_lane_offset_column_major(lane);
     uint32_t const v_lane = kv_lane_offset_row_major(lane);
     uint32_t q_operand[kStepsQk][kNumRowTiles][4];
-    uint32_t share = kNoShare;
     bool has_q = false;
     int tile = first_of_warp(tiles.begin, warp);
     sync_block();  // so that ptxas knows warps to be together: see WarpTiles
@@ -1396,24 +1401,23 @@ __device__ __forceinline__ void attend(
         cp_async_wait_2();
         sync_warp();
         uint32_t const stage = ring.stages + ring.stage;
-        share = stage;
+        of_part.share = stage;
         gemm_qk(acc_s, q_operand, stage + recompute(k_lane));
         if (tile >= tiles.end_full) {
             mask_scores(p, s, acc_s, item, tile * kTileN, lane);
         }
         float correction[kNumRowTiles][2];
         uint32_t p_tile[kNumRowTiles][kNumP];
-        online_softmax_tiles(acc_s, row_max, row_sum, correction, factor, 0);
+        online_softmax_tiles(acc_s, of_part.max, of_part.sum, correction, factor, 0);
 #pragma unroll
         for (int i = 0; i < kNumRowTiles; ++i) {
-            rescale_o(acc_o[i], correction[i]);
+            rescale_o(of_part.acc_o[i], correction[i]);
             pack_p(p_tile[i], acc_s[i]);
         }
-        gemm_pv(acc_o, p_tile, stage + kKvBytes + recompute(v_lane));
+        gemm_pv(of_part.acc_o, p_tile, stage + kKvBytes + recompute(v_lane));
         ring.missing = 1;
         tile += kNumWarps;
     }
-    finish_part(p, item, part, acc_o, row_max, row_sum, factor, smem, share, thread);
 }
 
 // Append: new keys and values behind those of each sequence, in place, and rotary embeddings of them and of Q -----------------
@@ -1566,13 +1570,32 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
     ring.stages = smem + kSmemStages + warp_id() * kNumStages * kStageBytes;
     ring.stage = 0;
     ring.missing = kNumStages;
-    // How much work there is is asked for anew each time: two registers fewer in the loop over keys.
-    while (unit < end_of_block(p, work_of(p, smem + kSmemLayout))) {
+    Item item;
+    Part part;
+    Rows rows;
+    // How much work there is is asked for anew each time: two registers fewer in the loop over keys. And Q of the next part
+    // while the one before ends, as memory answers late.
+    for (bool is_first = true;; is_first = false) {
         Work const work = work_of(p, smem + kSmemLayout);
-        Item const item = item_at(p, smem + kSmemLayout, unit);
-        Part const part = part_at(p, item, work, unit, static_cast<int>(blockIdx.x));
-        attend(p, item, part, ring, smem, thread);
+        bool const is_more = unit < end_of_block(p, work);
+        Item next;
+        Part next_part;
+        QueryChunks queries;
+        if (is_more) {
+            next = item_at(p, smem + kSmemLayout, unit);
+            next_part = part_at(p, next, work, unit, static_cast<int>(blockIdx.x));
+            queries.ask(p, next, thread);
+        }
+        if (!is_first) {
+            finish_part(p, item, part, rows.acc_o, rows.max, rows.sum, rows.factor, smem, rows.share, thread);
+        }
+        if (!is_more) {
+            break;
+        }
+        item = next;
+        part = next_part;
         unit = part.end;
+        attend(p, item, part, queries, ring, rows, smem, thread);
     }
 }
 
