@@ -14,7 +14,7 @@ from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.features import examples_of, key_range
 from fa2gen.features.expression import EXAMPLE_NUMBER, shapes_of
 from fa2gen.options import UNLIMITED, Expression, Options, Shape
-from fa2gen.spec import Direction, DType, Mask, Problem, anonymous, program_of, text_of
+from fa2gen.spec import SAME, Direction, DType, Mask, Problem, anonymous, program_of, text_of
 
 __all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "documents", "flops_of", "preset_points", "spec_points"]
 
@@ -359,6 +359,10 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
     if refused := next((problem for problem in problems if problem.paged and problem.varlen), None):
         raise UnsupportedProblem(
             f"bench measures no prefill over pages: {refused.text}\n  nearest        without paged"
+        )
+    if refused := next((problem for problem in problems if problem.cache_dtype != SAME), None):
+        raise UnsupportedProblem(
+            f"bench measures no caches of 8-bit numbers: {refused.text}\n  nearest        without cache_dtype"
         )
     points = []
     for problem, seqlen in itertools.product(

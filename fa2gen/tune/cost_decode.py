@@ -32,9 +32,9 @@ def visits(plan: KernelPlan, seqlen: int) -> Visits:
 
 def block_cycles(plan: KernelPlan) -> float:
     """Predicted SM cycles of one tile of keys."""
-    stage = cast(DecodePlan, plan).stage_bytes
-    in_flight = plan.num_mma_warps * (plan.num_stages - 1) * stage
-    read = 4 * plan.tile_n * plan.head_dim
+    decode = cast(DecodePlan, plan)
+    in_flight = plan.num_mma_warps * (plan.num_stages - 1) * decode.stage_bytes
+    read = 2 * decode.cache_bytes * plan.tile_n * plan.head_dim
     return read / MEMORY_BYTES_PER_CYCLE * (1 + LATENCY_BYTES / in_flight) * PANELS[plan.tiling.swizzle_bytes]
 
 

@@ -576,6 +576,8 @@ def test_who_takes_expressions(libraries):
     assert out.shape == (2, 40, 2, 64)
     with pytest.raises(UnsupportedProblem, match="no expressions over caches"):
         spec_points([Problem(direction="decode", head_dim=64, score="cap * tanh(s / cap)")])
+    with pytest.raises(UnsupportedProblem, match="no caches of 8-bit numbers"):
+        spec_points([Problem(direction="decode", head_dim=64, cache_dtype="int8")])
 
 
 def test_tilings_are_contestants_with_all_their_problems():
