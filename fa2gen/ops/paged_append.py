@@ -14,13 +14,23 @@ from fa2gen.options import Options
 __all__ = ["reshape_and_cache"]
 
 
-def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+def reshape_and_cache(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> None:
     """Write token i of key and value to slot slot_mapping[i] of the caches, in place.
 
     key, value    (tokens, heads_kv, head_dim), fp16 or bf16.
-    caches        (pages, page_size, heads_kv, head_dim) in key's dtype, of any strides but the last.
+    caches        (pages, page_size, heads_kv, head_dim) in key's dtype, or 8-bit numbers, of any strides but the last.
     slot_mapping  (tokens,) int32 or int64: page * page_size + row. What lies outside of the caches, as -1 does, is not
                   written.
+    k_scale       () or (heads_kv,) fp32: what numbers of an 8-bit key_cache are to be multiplied with; None: 1. v_scale
+                  likewise.
 
     Does not wait for the device. Two tokens with one slot: undefined which of them is there. Raises InvalidInput or
     UnsupportedProblem.
@@ -36,6 +46,12 @@ def reshape_and_cache(key: Tensor, value: Tensor, key_cache: Tensor, value_cache
     none = key.new_empty((key.shape[0], 0, *key.shape[1:]))  # no query
     rows, pages = _places(slot_mapping, key_cache)
     places = {"cache_seqlens": rows, "block_table": pages}
+    for name, scale in (("k", k_scale), ("v", v_scale)):
+        if scale is not None:
+            refuse_non_tensors(**{f"{name}_scale": scale})
+            if tuple(scale.shape) not in ((), (1,), (key.shape[1],)):
+                raise InvalidInput(f"{name}_scale is {describe(scale)}; it must be () or ({key.shape[1]},), fp32")
+            places[f"{name}_descale"] = scale.expand(key.shape[0], key.shape[1])
     given = Cached(none, key_cache, value_cache, key.unsqueeze(1), value.unsqueeze(1), **places)
     run_cached(given, Options(softmax_scale=1.0), True, 0)
 

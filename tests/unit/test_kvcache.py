@@ -184,3 +184,24 @@ def test_sinks_a_cap_and_slopes(compiled):
         )
         torch.testing.assert_close(out[b : b + 1], dense[0], atol=0.02, rtol=0.02)
         torch.testing.assert_close(lse[b : b + 1], dense[1], atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_8_bit_caches_are_filled_by_slots_and_read(dtype):
+    """What is read is what was written, to half a step of an 8-bit number; what is beyond becomes the greatest."""
+    heads, head_dim, tokens = 2, 64, 20
+    k, v = (random(tokens, heads, head_dim, seed=s) for s in (1, 2))
+    caches = [torch.zeros(3, 8, heads, head_dim, dtype=torch.float32).to(dtype) for _ in range(2)]
+    scales = torch.tensor([0.04, 0.03]), torch.tensor(0.05)
+    fa2gen.reshape_and_cache(k, v, *caches, torch.arange(tokens) + 2, *scales)
+    step = 0.5 if dtype == torch.int8 else 0.0
+    for cache, x, scale in zip(caches, (k, v), scales, strict=True):
+        found = cache.float().flatten(0, 1)[2 : tokens + 2] * scale.expand(heads).view(1, heads, 1)
+        torch.testing.assert_close(found, x.float(), atol=step * 0.05 + 1e-3, rtol=2**-4)
+    said = {"cache_seqlens": ints(tokens + 2), "cache_leftpad": ints(2), "block_table": ints(0, 1, 2).view(1, 3)}
+    descales = {"k_descale": scales[0].view(1, heads), "v_descale": scales[1].expand(1, heads)}
+    q = random(1, 2, 6, head_dim)
+    out = fa2gen.flash_attn_with_kvcache(q, *caches, **said, **descales)
+    torch.testing.assert_close(out, fa2gen.flash_attn_func(q, k[None], v[None]), atol=0.05, rtol=0.05)
+    fa2gen.reshape_and_cache(k * 1000, v, *caches, torch.arange(tokens), *scales)
+    assert caches[0].float().abs().max() == (448 if dtype == torch.float8_e4m3fn else 128)
