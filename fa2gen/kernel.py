@@ -11,6 +11,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from operator import itemgetter
 from typing import Any
@@ -19,7 +20,7 @@ from cuda.bindings import driver
 
 from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.launch import Launch, launch_of, page_strides, pages_refusal, ragged_dimensions
+from fa2gen.launch import Launch, launch_of, page_strides, pages_apart, pages_refusal, ragged_dimensions
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, align_up
 from fa2gen.options import AnyShape, CacheShape, Options
 from fa2gen.plan import KernelPlan, TensorMapPlan
@@ -135,6 +136,8 @@ class Kernel:
             raise UnsupportedProblem(
                 f"too large for one launch: {error}; split the batch over several calls"
             ) from error
+        if self.plan.paged:
+            launch = replace(launch, values={**launch.values, **pages_apart(self.plan, strides)})
         for what, size, limit in (
             ("seqlen_q", shape.seqlen_q, _MAX_SEQLEN),
             ("seqlen_k", shape.seqlen_k, _MAX_SEQLEN),

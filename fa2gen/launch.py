@@ -24,6 +24,7 @@ __all__ = [
     "heads_per_section",
     "launch_of",
     "page_strides",
+    "pages_apart",
     "pages_refusal",
     "ragged_dimensions",
     "reads_pages_quickly",
@@ -32,9 +33,9 @@ __all__ = [
 
 RAGGED_ROWS = 1 << 30  # as in templates/ptx/tma.cuh.j2
 TMA_ALIGNMENT = 128  # of a box in shared memory
-# TMA takes some 50 cycles a box: with 4 rows in each a prefill takes 2.7 times as long as of packed keys, with 1 row 9
-# times (128 columns, causal 8k, H100).
-QUICK_BOX_ROWS = 8
+# A warp issues a box in some 40 cycles: pages of 2 rows and 128 columns would take as long as kernels with cp.async do,
+# of 1 row twice (H100).
+QUICK_BOX_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,12 @@ def page_strides(shape: CacheShape, strides: Sequence[int]) -> tuple[int, int, i
     page_step, row_step, head_step = strides
     row_step = page_step if shape.page_size == 1 else row_step
     return shape.page_size * row_step if shape.entries == 1 else page_step, row_step, head_step
+
+
+def pages_apart(plan: KernelPlan, strides: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Numbers of Params that follow from strides (as `page_strides` gives them), where TMA reads pages."""
+    names = {found.name for entry in plan.entry_points for found in entry.tensor_maps if found.of_pages}
+    return {f"{name}_page_stride": strides[name][0] // strides[name][1] for name in sorted(names)}
 
 
 def reads_pages_quickly(plan: KernelPlan, shape: CacheShape) -> bool:

@@ -13,7 +13,7 @@ from fa2gen.cpu.build import build_library
 from fa2gen.cpu.run import Argument, Count, Job, KernelFault, Memory, run
 from fa2gen.errors import InvalidInput
 from fa2gen.features.attention import Operand
-from fa2gen.launch import launch_of, page_strides, pages_refusal, ragged_dimensions
+from fa2gen.launch import launch_of, page_strides, pages_apart, pages_refusal, ragged_dimensions
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan, make_plan
@@ -123,8 +123,10 @@ def run_kernel(
     if plan.paged and isinstance(shape, CacheShape):
         for name in ("k", "v"):
             views[name] = replace(views[name], strides=(*page_strides(shape, views[name].strides[:3]), 1))
-        if why := pages_refusal(plan, shape, {name: views[name].strides[:3] for name in ("k", "v")}):
+        strides = {name: views[name].strides[:3] for name in ("k", "v")}
+        if why := pages_refusal(plan, shape, strides):
             raise InvalidInput(f"{plan.name} reads pages with TMA: {why}")
+        values |= pages_apart(plan, strides)
     for name, view in views.items():
         if len(view.shape) == 4:
             steps = (f"{name}_{step}_stride" for step in ("batch", "row", "head"))

@@ -114,6 +114,8 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "num_sequences": "batch",
         **dict(_bounds(plan)),
         "box_rows": f"gcd(page_size, {tiling.tile_n})",
+        "tile_pages": f"{tiling.tile_n} / page_size",
+        "tile_rows": f"{tiling.tile_n} - tile_pages * page_size",
         "section_bytes": f"{SECTION_BYTES} * min(num_heads_per_kv, {SECTIONS_OF_GROUPS})",
         "section_heads_kv": f"max(1, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
@@ -391,7 +393,7 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         yield "  seqlen_k: the most keys that a sequence can have, those of all pages of a table's row"
         yield "  page_size, entries: rows of a page, and pages; table_stride: numbers from one row to the next"
         if maps(plan):
-            yield "  strides of k and v are of pages, rows and heads; those of pages are multiples of those of rows"
+            yield "  Params has k_page_stride, the rows from one page of k to the next; and v_page_stride"
     if plan.problem.direction == "decode":
         yield "Of a call over caches, beside batch, seqlen_q and heads:"
         yield from (f"  {name}: {text}" for name, text in _OF_A_CACHE.items())

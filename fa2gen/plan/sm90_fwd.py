@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fa2gen.arch import ARCHES
-from fa2gen.features import Scratch
+from fa2gen.features import Param, Scratch
 from fa2gen.layout import align_up
 from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, Width
 from fa2gen.plan.memory import Region, SharedMemory
@@ -176,13 +176,19 @@ class Sm90FwdPlan(Sm90Plan):
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
-        return ("k", "v") if self.paged else ()
+        return ()
+
+    @cached_property
+    def params(self) -> tuple[Param, ...]:
+        """With pages, from one to the next of K and of V, in rows."""
+        of_pages = ("k_page_stride", "v_page_stride") if self.paged else ()
+        return (*super().params, *(Param(name, "int") for name in of_pages))
 
     @property
     def sizes(self) -> tuple[str, ...]:
         tiles = () if self.varlen else ("num_tiles", *(("num_batch_heads",) if self.uneven else ()))
         sections = ("heads_per_section",) if self.uneven and not self.varlen else ()
-        boxes = ("box_rows",) if self.paged else ()
+        boxes = ("box_rows", "tile_pages", "tile_rows") if self.paged else ()
         return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", *tiles, *sections, *boxes)
 
     def broken_rules(self) -> Sequence[BrokenRule]:

@@ -1290,8 +1290,8 @@ __device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int head
     return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
 }
 
-extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(
-    const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kPrepareThreads)
+fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
     uint32_t const taken = smem;  // places of both lists

@@ -8,7 +8,7 @@
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,  101 Threads,  136 Arithmetic,  170 Shared memory,  206 Global memory,
 //             247 cp.async,  266 Fragments,  281 Registers,  290 mma,  334 What is visible,  384 Online softmax,
-//             656 Pipeline,  714 Matrix products,  797 Epilogue,  885 Kernel,  887 Prepare, 1162 Launch
+//             660 Pipeline,  718 Matrix products,  801 Epilogue,  889 Kernel,  891 Prepare, 1168 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -627,13 +627,16 @@ struct Pages {
 __device__ __forceinline__ Pages pages_of(
     Params const& p, void const* tensor, int64_t page_stride, int64_t row_stride, int64_t head_stride, int bidb, int head,
     int column, int first_key) {
-    return {static_cast<unsigned char const*>(tensor) + kElementBytes * (head * head_stride + column), kElementBytes * page_stride,
-            kElementBytes * row_stride, p.block_table + static_cast<int64_t>(bidb) * p.table_step, p.page_size, p.num_pages,
-            first_key};
+    int64_t const first = kElementBytes * (head * head_stride + column);
+    unsigned char const* const chunk = static_cast<unsigned char const*>(tensor) + first;
+    int const* const table = p.block_table + static_cast<int64_t>(bidb) * p.table_step;
+    return {chunk, kElementBytes * page_stride, kElementBytes * row_stride, table, p.page_size, p.num_pages, first_key};
 }
 
-// A tile of kTileN keys, of which the sequence has the first `num_keys`; the others, and columns past the head dim, become zeros.
-__device__ __forceinline__ void load_pages(uint32_t tile, Pages const& source, CopyLane const& lane, int num_keys) {
+// A tile of kTileN keys, of which the sequence has the first `num_keys`; the others, and columns past the head dim, become
+// zeros.
+__device__ __forceinline__ void load_pages(
+    uint32_t tile, Pages const& source, CopyLane const& lane, int num_keys) {
 #pragma unroll
     for (int first = 0; first < kTileN; first += kCopyRows) {
         int const row = lane.row + first;
@@ -642,7 +645,8 @@ __device__ __forceinline__ void load_pages(uint32_t tile, Pages const& source, C
             if (row < num_keys) {
                 at = page_row(source.table, source.page_size, source.first_key + row);
             }
-            unsigned char const* const from = source.chunk + page_of(at, source.num_pages) * source.page_bytes + at.row * source.row_bytes;
+            int64_t const page_at = page_of(at, source.num_pages) * source.page_bytes;
+            unsigned char const* const from = source.chunk + page_at + at.row * source.row_bytes;
             uint32_t const to = tile + lane.offset + first * kPanelRowBytes;
 #pragma unroll
             for (int panel = 0; panel < kNumPanels; ++panel) {
@@ -1024,8 +1028,8 @@ __device__ __forceinline__ int list_blocks(int entry, int num_blocks, Kinds cons
     return place;
 }
 
-extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_fwd_sm80_fp16_d64_varlen_paged_m128_n64_s2_w4_prepare(
-    const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kPrepareThreads)
+fa2_fwd_sm80_fp16_d64_varlen_paged_m128_n64_s2_w4_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
     uint32_t const taken = smem;  // places of both lists
@@ -1121,8 +1125,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
         CopyLane const copy = copy_lane(thread);
         Source const q = source_of(p.q, first_query(s, bidb, p.q_batch_stride, p.q_row_stride), p.q_row_stride,
                                    p.q_head_stride, first_row + copy.row, bidh, copy.column);
-        Pages const key = pages_of(p, p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride, bidb, head_kv, copy.column, last_key);
-        Pages const value = pages_of(p, p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride, bidb, head_kv, copy.column, last_key);
+        Pages const key = pages_of(p, p.k, p.k_batch_stride, p.k_row_stride, p.k_head_stride, bidb, head_kv,
+                                     copy.column, last_key);
+        Pages const value = pages_of(p, p.v, p.v_batch_stride, p.v_row_stride, p.v_head_stride, bidb, head_kv,
+                                       copy.column, last_key);
         load_tile(smem + kSmemQ, kTileM, kQPanelBytes, q, copy, s.q - first_row);
         KvPipeline pipeline = {smem + kSmemK, key, value, copy};
         pipeline.start(blocks.end - blocks.begin, s.k - last_key);

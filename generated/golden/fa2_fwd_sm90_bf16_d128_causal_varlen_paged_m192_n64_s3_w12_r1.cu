@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches, pages
 //   tiling   192 query rows x 64 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 196752 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  159 Arithmetic,  197 Shared memory,
-//             235 Global memory,  274 mbarriers,  318 TMA,  366 Fences,  373 Fragments,  381 Registers,
-//             389 Registers of a warpgroup,  401 wgmma,  533 What is visible,  585 Online softmax,  752 Pipelines,
-//             780 Loads,  891 Matrix products,  918 Epilogue,  965 Producer, 1029 Consumer, 1182 Kernel, 1184 Prepare,
-//            1431 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,  103 Threads,  155 Arithmetic,  193 Shared memory,
+//             231 Global memory,  270 mbarriers,  314 TMA,  362 Fences,  369 Fragments,  377 Registers,
+//             385 Registers of a warpgroup,  397 wgmma,  529 What is visible,  581 Online softmax,  748 Pipelines,
+//             776 Loads,  911 Matrix products,  938 Epilogue,  985 Producer, 1050 Consumer, 1203 Kernel, 1205 Prepare,
+//            1452 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -72,8 +72,6 @@ constexpr uint32_t kDescLoV = 0x02000000u;
 
 // The kernel's scalar arguments; the order is the launcher's (KernelPlan.params).
 struct Params {
-    void const* k;
-    void const* v;
     float* lse;
     int const* cu_seqlens_q;
     int const* cu_seqlens_k;
@@ -84,24 +82,22 @@ struct Params {
     int* sequences;
     int* num_blocks;
     int* m_list;
-    int64_t k_batch_stride;
-    int64_t k_row_stride;
-    int64_t k_head_stride;
-    int64_t v_batch_stride;
-    int64_t v_row_stride;
-    int64_t v_head_stride;
     int seqlen_q;
     int seqlen_k;
     int num_heads;
     int num_heads_per_kv;
     int num_m_blocks;
     int box_rows;
+    int tile_pages;
+    int tile_rows;
     int num_sequences;
     int page_size;
     int table_step;
     int num_pages;
     float softmax_scale;
     float softmax_scale_log2;
+    int k_page_stride;
+    int v_page_stride;
 };
 
 // Threads -------------------------------------------------------------------------------------------------------------
@@ -843,32 +839,56 @@ struct PageRow {
     int row;
 };
 
-__device__ __forceinline__ PageRow page_row(int const* table, int page_size, int key) {
-    int const number = static_cast<int>(static_cast<unsigned>(key) / static_cast<unsigned>(page_size));
-    return {load_constant_int(table + number), key - number * page_size};
-}
-
 // Asked where it is used: whoever looks an entry up does not wait for it.
 __device__ __forceinline__ int page_of(PageRow const& at, int num_pages) {
     return min(max(at.entry, 0), num_pages - 1);
 }
 
-// Of p.box_rows keys of a sequence from `key` on, which lie in one page; behind the sequence's last key, of that.
-__device__ __forceinline__ PageRow box_place(Params const& p, Seqlen const& s, int const* table, int key) {
-    return page_row(table, p.page_size, max(min(key, s.k - 1), 0));
+// An entry of the table: of a sequence's last page, if not so many are needed.
+__device__ __forceinline__ int page_entry(int const* table, int number, int last) {
+    return load_constant_int(table + max(min(number, last), 0));
 }
 
-// Where TMA finds them: as in the room seqlen, what is behind the sequence's last key gives zeros. `page_step` is from one page
-// to the next, in rows.
-__device__ __forceinline__ Box page_box(Params const& p, Seqlen const& s, PageRow const& at, int key, int page_step) {
+// Of p.box_rows keys of a sequence, which lie in one page: its entry, and where in the table and in the page that is. The same of
+// kTileN keys before takes no division.
+struct BoxPlace {
+    int entry;
+    int row;
+    int number;
+    int last;  // of the sequence's
+
+    __device__ __forceinline__ PageRow at() const {
+        return {entry, row};
+    }
+
+    __device__ __forceinline__ void step_back(Params const& p, int const* table) {
+        number -= p.tile_pages;
+        row -= p.tile_rows;
+        if (row < 0) {
+            row += p.page_size;
+            number -= 1;
+        }
+        entry = page_entry(table, number, last);
+    }
+};
+
+__device__ __forceinline__ BoxPlace box_place(Params const& p, Seqlen const& s, int const* table, int key) {
+    int const number = static_cast<int>(static_cast<unsigned>(key) / static_cast<unsigned>(p.page_size));
+    int const last = static_cast<int>(static_cast<unsigned>(max(s.k - 1, 0)) / static_cast<unsigned>(p.page_size));
+    return {page_entry(table, number, last), key - number * p.page_size, number, last};
+}
+
+// Where TMA finds them: as in the room seqlen, what is behind the sequence's last key gives zeros. `page_stride` is from one
+// page to the next, in rows.
+__device__ __forceinline__ Box page_box(Params const& p, Seqlen const& s, PageRow const& at, int key, int page_stride) {
     int const num_keys = s.k - key;
-    return {kRaggedRows - num_keys, page_of(at, p.num_pages) * page_step + at.row + num_keys};
+    return {kRaggedRows - num_keys, page_of(at, p.num_pages) * page_stride + at.row + num_keys};
 }
 
 // A block of keys in boxes of p.box_rows rows, side by side from all lanes; `at` is the place of this lane's first.
 __device__ __forceinline__ void load_kv_pages(
     TileMaps const& maps, uint32_t tiles, uint32_t full, uint32_t empty, PipelineState& state, Params const& p,
-    Seqlen const& s, int const* table, PageRow at, int first_key, int page_step, int head) {
+    Seqlen const& s, int const* table, PageRow at, int first_key, int page_stride, int head) {
     mbarrier_wait(empty, state.phase ^ 1);
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvReadBytes);
@@ -877,11 +897,11 @@ __device__ __forceinline__ void load_kv_pages(
     uint32_t const tile = tiles + state.stage * kStageBytes;
     int row = lane_id() * p.box_rows;
     while (row < kTileN) {
-        Box const box = page_box(p, s, at, first_key + row, page_step);
+        Box const box = page_box(p, s, at, first_key + row, page_stride);
         load_tile(maps, tile + row * kPanelRowBytes, kKvPanelBytes, full, box, head);
         row += 32 * p.box_rows;
         if (row < kTileN) {
-            at = box_place(p, s, table, first_key + row);
+            at = box_place(p, s, table, first_key + row).at();
         }
     }
     sync_warp();
@@ -972,31 +992,32 @@ __device__ __forceinline__ void produce(
     PipelineState v_state = {0, 0};
     int const tiles = num_tiles(p);
     int index = static_cast<int>(blockIdx.x);
-    int const k_page_step = static_cast<int>(p.k_batch_stride / p.k_row_stride);
-    int const v_page_step = static_cast<int>(p.v_batch_stride / p.v_row_stride);
     while (index < tiles) {
         Tile const tile = tile_at(p, index);
         Seqlen const s = seqlen_of(p, tile.bidb);
         int const head_kv = tile.bidh / p.num_heads_per_kv;
         BlockRange const blocks = key_blocks(p, s, tile.m_block * kTileM, kTileM);
-        // Where this lane's keys of a block are is looked up a block ahead of K; what V asks for is in the L1 cache by then.
+        // Where this lane's keys of a block are is looked up a block ahead of K, under its loads, and kept for V, which runs a block
+        // behind: asked for when they are wanted, entries of the table held up every block (1.35 times packed keys' time, H100).
         int const* const table = p.block_table + static_cast<int64_t>(tile.bidb) * p.table_step;
-        auto place = [&](int n_block) { return box_place(p, s, table, n_block * kTileN + lane_id() * p.box_rows); };
         int ahead_block = blocks.end - 1;
-        PageRow ahead = {0, 0};
+        BoxPlace ahead = {0, 0, 0, 0};
         if (blocks.begin < blocks.end) {  // rows that no sequence has are of no row of the table
-            ahead = place(ahead_block);
+            ahead = box_place(p, s, table, ahead_block * kTileN + lane_id() * p.box_rows);
         }
+        PageRow of_k = ahead.at();
+        PageRow of_v = of_k;
         auto load_k = [&](int n_block) {
-            PageRow of_k = ahead;
-            ahead_block = n_block - 1;
-            ahead = place(ahead_block);
+            of_k = ahead.at();
             load_kv_pages(maps_k, smem + kSmemK, barriers.k_full(k_state.stage), barriers.k_empty(k_state.stage), k_state,
-                          p, s, table, of_k, n_block * kTileN, k_page_step, head_kv);
+                          p, s, table, of_k, n_block * kTileN, p.k_page_stride, head_kv);
+            ahead_block = n_block - 1;
+            ahead.step_back(p, table);
         };
         auto load_v = [&](int n_block) {
             load_kv_pages(maps_v, smem + kSmemV, barriers.v_full(v_state.stage), barriers.v_empty(v_state.stage), v_state,
-                          p, s, table, place(n_block), n_block * kTileN, v_page_step, head_kv);
+                          p, s, table, of_v, n_block * kTileN, p.v_page_stride, head_kv);
+            of_v = of_k;
         };
 
         // K first: where Q has one stage, the last tile still holds it.
@@ -1326,8 +1347,8 @@ __device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int head
     return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
 }
 
-extern "C" __global__ void __launch_bounds__(kPrepareThreads) fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_prepare(
-    const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(kPrepareThreads)
+fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
     uint32_t const taken = smem;  // places of both lists
@@ -1447,13 +1468,15 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 // Of a call over pages, beside batch, seqlen_q (of all sequences) and heads:
 //   seqlen_k: the most keys that a sequence can have, those of all pages of a table's row
 //   page_size, entries: rows of a page, and pages; table_stride: numbers from one row to the next
-//   strides of k and v are of pages, rows and heads; those of pages are multiples of those of rows
+//   Params has k_page_stride, the rows from one page of k to the next; and v_page_stride
 // Sizes, in whole numbers:
 //   num_heads_per_kv = num_heads / num_heads_kv
 //   num_m_blocks = seqlen_q / 192 + 2 * batch + 1
 //   num_tiles = num_m_blocks * num_heads
 //   num_sequences = batch
 //   box_rows = gcd(page_size, 64)
+//   tile_pages = 64 / page_size
+//   tile_rows = 64 - tile_pages * page_size
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   tile_counter: 1

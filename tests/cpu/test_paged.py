@@ -93,7 +93,9 @@ def test_pages_that_TMA_can_not_read_are_refused():
 # Seeded faults -------------------------------------------------------------------------------------------------------
 
 FAULTS = [
-    *(Fault("a page's rows", kernel(arch).name, "key - number * page_size", "key % 8") for arch in ARCHES),
+    Fault("a page's rows", kernel("sm80").name, "key - number * page_size", "key % 8"),
+    Fault("a box's row in its page", kernel("sm90").name, "        if (row < 0) {", "        if (row < -64) {"),
+    Fault("a box's page", kernel("sm90").name, "number -= p.tile_pages;", "number -= 1;"),
     Fault(
         "chunks behind the end", kernel("sm80").name, "bool const exists = row < num_keys && ", "bool const exists = "
     ),
@@ -103,7 +105,7 @@ FAULTS = [
         "return {kRaggedRows - num_keys, page_of",
         "return {kRaggedRows - kTileN, page_of",
     ),
-    Fault("the block before", kernel("sm90").name, "- 1;\n            ahead = place(ahead_block);", "- 1;"),
+    Fault("V of the block before", kernel("sm90").name, "head_kv);\n            of_v = of_k;", "head_kv);"),
     Fault("bytes that are waited for", kernel("sm90").name, "row += 32 * p.box_rows;", "row += kTileN;"),
     Fault(
         "a stage that is not free",

@@ -42,7 +42,7 @@ def run(name: str, shape: Shape, options: Options | None = None, rendered=None, 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(
     "problem",
-    problems(head_dim=64, dtype="bf16", varlen=True, sink=False, dropout=False),
+    problems(head_dim=64, dtype="bf16", varlen=True, sink=False, dropout=False, paged=False),
     ids=lambda problem: problem.text,
 )
 def test_every_kind(arch, problem):

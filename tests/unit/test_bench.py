@@ -484,7 +484,7 @@ def test_a_kernel_that_is_named_is_measured(problem):
 
 @pytest.mark.parametrize(
     "problem",
-    problems(head_dim=72, dtype="bf16", varlen=True, sink=False, dropout=False),
+    problems(head_dim=72, dtype="bf16", varlen=True, sink=False, dropout=False, paged=False),
     ids=lambda problem: problem.text,
 )
 def test_a_ragged_kernel_is_measured_on_documents(problem):
