@@ -101,6 +101,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     batch = 1 if plan.varlen else shape.batch
     group, parts = shape.num_heads // shape.num_heads_kv, plan.tiling.group_parts
     of_queries, of_keys = m * batch * shape.num_heads, n * batch * shape.num_heads_kv
+    page = getattr(shape, "page_size", 0)
     bounds = sum(3 * (699 // table.tile + 1) for table in plan.tile_tables)
     if plan.problem.direction == "bwd":
         room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS) // (group * shape.seqlen_q * plan.section_row_bytes)
@@ -119,7 +120,9 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         "num_batch_heads": batch * shape.num_heads,
         "num_batch_heads_kv": batch * shape.num_heads_kv * parts,
         "num_sequences": shape.batch,
-        "box_rows": math.gcd(getattr(shape, "page_size", 0), plan.tile_n),
+        "box_rows": math.gcd(page, plan.tile_n),
+        "tile_pages": plan.tile_n // max(page, 1),
+        "tile_rows": plan.tile_n % max(page, 1),
         "heads_per_section": section,
     }
     grids = {
@@ -253,5 +256,6 @@ def test_the_order_of_a_kernels_arguments_is_the_recipes():
     for plan in PLANS:
         source = render(plan).source
         for entry in plan.entry_points:
-            signature = source[source.index(f" {entry.symbol}(") :].partition(")")[0]
+            start = re.search(rf"\s{entry.symbol}\(", source).start()
+            signature = source[start:].partition(")")[0]
             assert re.findall(r"CUtensorMap (\w+)", signature) == [found.argument for found in entry.tensor_maps]
