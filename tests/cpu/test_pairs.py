@@ -16,6 +16,7 @@ from fa2gen.testing import problems
 
 SHAPES = (Shape(2, 81, 150, 4, 2), Shape(1, 150, 65, 2, 2))
 HEAD_DIMS = {"head_dim": [64, 72], "head_dim_v": [None, 40]}
+CAPS = {"score": ["", "cap * tanh(s / cap)"]}
 
 
 def pairs(problem: Problem) -> Iterator[tuple[tuple[str, Any], ...]]:
@@ -32,13 +33,20 @@ def covering(choices: Sequence[Problem]) -> list[Problem]:
     return found
 
 
-ROWS = [row for way in get_args(Direction) for row in covering(problems(direction=way, **HEAD_DIMS))]
+def choices_of(direction: Direction) -> list[Problem]:
+    """Rows of caches of 8-bit numbers are whole copies of 16 bytes: another head dim there."""
+    return problems(direction=direction, **HEAD_DIMS | CAPS | ({"head_dim": [64, 80]} if direction == "decode" else {}))
+
+
+ROWS = [row for way in get_args(Direction) for row in covering(choices_of(way))]
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
 @pytest.mark.parametrize("problem", ROWS, ids=lambda problem: problem.text)
 def test_features_meet(problem, arch):
     """On one architecture among sequences that end in the midst of blocks, on the other with rows that see no key."""
+    if (problem.cache_dtype, arch) == ("e4m3", "sm80"):
+        pytest.skip("no sm80 kernel reads e4m3: before 8.9 nothing converts it")
     number = (ROWS.index(problem) + (arch == "sm90")) % 2
     case = cases.make(best_spec(problem, arch), SHAPES[number], with_dlse=bool(number))
     cases.run(case, "cpu")
@@ -48,6 +56,6 @@ def test_features_meet(problem, arch):
 
 
 def test_few_rows_cover_all_pairs():
-    every = {pair for problem in problems(**HEAD_DIMS) for pair in pairs(problem)}
+    every = {pair for way in get_args(Direction) for problem in choices_of(way) for pair in pairs(problem)}
     assert {pair for row in ROWS for pair in pairs(row)} == every
-    assert len(ROWS) <= 26
+    assert len(ROWS) <= 32
