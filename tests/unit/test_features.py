@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import struct
 from pathlib import Path
 from typing import get_args
@@ -12,11 +13,12 @@ import pytest
 from fa2gen.arch import ArchName
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS, examples_of, features_of, key_range, rooms_of
+from fa2gen.features.window import WINDOW
 from fa2gen.launch import launch_of
 from fa2gen.options import CacheShape, Expression, Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import default_tiling
-from fa2gen.spec import Direction, KernelSpec, Mask, Problem
+from fa2gen.spec import Direction, KernelSpec, Mask, Problem, declared
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = {
@@ -157,3 +159,52 @@ def test_reduced_options_show_the_same(seqlen_q, seqlen_k):
             assert reduced.mask in ("full", "causal") or right > 0
         if left >= seqlen_k and not chunk and (causal or right == 0):
             assert reduced.mask == "causal"
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+MOST_FILES = 8
+MORE_FILES = {
+    "head_dim": 12,
+    "head_dim_v": 10,
+    "dtype": 24,
+    "direction": 12,
+    "deterministic": 16,
+    "varlen": 25,
+    "sink": 13,
+    "dropout": 18,
+    "paged": 16,
+    "learned": 11,
+}
+"""Of fields that were there before there was a limit, or change what every step of a kernel does."""
+
+
+def askers(field: str) -> list[str]:
+    """The files of kernels, plans and launches that ask for a field of a problem; those where its options are declared,
+    and the doors that take them, are not among them."""
+    folders = ("features", "plan", "cpu", "launch.py", "render.py", "source.py", "select.py")
+    paths = [path for folder in folders for path in (ROOT / "fa2gen" / folder).rglob("*.py")]
+    paths += [ROOT / "fa2gen" / name for name in folders if name.endswith(".py")]
+    paths += (ROOT / "templates").rglob("*.j2")
+    asks = re.compile(rf"\b(k|plan|problem|self)\.{field}\b")
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths if asks.search(path.read_text()))
+
+
+@pytest.mark.parametrize("field", declared(Problem))
+def test_few_files_know_of_a_feature(field):
+    """What it puts into rooms, operands and formulas nobody asks for; the fewer ask, the less the next one misses."""
+    found = askers(field)
+    assert len(found) <= MORE_FILES.get(field, MOST_FILES), "\n".join(found)
+    # The limit of those is what they need.
+    assert field not in MORE_FILES or len(found) > MORE_FILES[field] - 5
+
+
+def test_the_walk_through_a_feature_leads_to_files():
+    text = (ROOT / "templates/README.md").read_text()
+    walk = text[text.index("## Adding a feature") : text.index("## Words")]
+    named = re.findall(r"`([\w./]+/[\w.]*)`", walk)
+    assert len(named) >= 7
+    for name in named:
+        assert any((ROOT / folder / name).exists() for folder in (".", "fa2gen", "templates")), name
+    assert "window" in get_args(Mask) and {"window_left", "window_right", "chunk"} <= set(Options._fields)
+    assert (WINDOW.rooms, WINDOW.left_edge) == ({"mask": "window"}, True) and WINDOW.formulas and WINDOW.examples
