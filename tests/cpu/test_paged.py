@@ -125,5 +125,5 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_seeded_fault_shows(fault):
-    shapes = (SHAPES[1], SHAPES[64])
+    shapes = (SHAPES[3], SHAPES[1], SHAPES[64])
     assert any(symptom(run, fault, shapes, seed) for seed in range(fault.schedules))
