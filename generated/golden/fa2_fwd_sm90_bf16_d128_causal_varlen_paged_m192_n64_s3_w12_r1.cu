@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,  103 Threads,  155 Arithmetic,  193 Shared memory,
 //             231 Global memory,  270 mbarriers,  314 TMA,  362 Fences,  369 Fragments,  377 Registers,
 //             385 Registers of a warpgroup,  397 wgmma,  529 What is visible,  581 Online softmax,  748 Pipelines,
-//             776 Loads,  911 Matrix products,  938 Epilogue,  985 Producer, 1050 Consumer, 1203 Kernel, 1205 Prepare,
-//            1452 Launch
+//             776 Loads,  911 Matrix products,  938 Epilogue,  985 Producer, 1051 Consumer, 1204 Kernel, 1206 Prepare,
+//            1453 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -849,8 +849,8 @@ __device__ __forceinline__ int page_entry(int const* table, int number, int last
     return load_constant_int(table + max(min(number, last), 0));
 }
 
-// Of p.box_rows keys of a sequence, which lie in one page: its entry, and where in the table and in the page that is. The same of
-// kTileN keys before takes no division.
+// Of p.box_rows keys of a sequence, which lie in one page: its entry, and where in the table and in the page that is. The same
+// of kTileN keys before takes no division.
 struct BoxPlace {
     int entry;
     int row;
@@ -997,8 +997,9 @@ __device__ __forceinline__ void produce(
         Seqlen const s = seqlen_of(p, tile.bidb);
         int const head_kv = tile.bidh / p.num_heads_per_kv;
         BlockRange const blocks = key_blocks(p, s, tile.m_block * kTileM, kTileM);
-        // Where this lane's keys of a block are is looked up a block ahead of K, under its loads, and kept for V, which runs a block
-        // behind: asked for when they are wanted, entries of the table held up every block (1.35 times packed keys' time, H100).
+        // Where this lane's keys of a block are is looked up a block ahead of K, under its loads, and kept for V, which runs a
+        // block behind: asked for when they are wanted, entries of the table hold up every block (1.35 times packed keys'
+        // time, H100).
         int const* const table = p.block_table + static_cast<int64_t>(tile.bidb) * p.table_step;
         int ahead_block = blocks.end - 1;
         BoxPlace ahead = {0, 0, 0, 0};
