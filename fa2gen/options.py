@@ -169,6 +169,8 @@ class Options(NamedTuple):
         Where causal, window_right is -1 then; what a window of (-1, 0) means is causal. What an expression says like a
         window becomes one: of `j <= i and document[i] == document[j]` the first, with as many queries as keys.
         """
+        if self.window_left < 0 and self.window_right < 0 and not self.chunk and not self.expression:
+            return self
         if self.expression and self.expression.allow:
             found = _split(self.expression, None if self.varlen else (seqlen_q, seqlen_k))
             if found[:2] != (UNLIMITED, UNLIMITED):

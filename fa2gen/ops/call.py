@@ -1,10 +1,12 @@
 """From CUDA tensors to launches of both passes, quickly.
 
 Everything that a call's signature decides (validation, the kernel, its packed arguments) is prepared once and found in
-a dict afterwards; a call then allocates its results, replaces the addresses and launches on the current stream. TMA and
-cp.async need 16-byte alignment: a tensor whose address or strides are no multiples of 16 bytes is copied, at each call.
-So is one whose head dim is no multiple of 8, with zeros up to the next, which change no product; the results of such a
-call are copied too, without those columns.
+a dict afterwards. What is wrong with a signature that differs from a right one in lengths alone can be its lengths and
+strides alone: of the others it is enough that their kind is known, and to prepare it is to pack. A call then allocates
+its results, replaces the addresses and launches on the current stream. TMA and cp.async need 16-byte alignment: a
+tensor whose address or strides are no multiples of 16 bytes is copied, at each call. So is one whose head dim is no
+multiple of 8, with zeros up to the next, which change no product; the results of such a call are copied too, without
+those columns.
 
 What a repeated call does is spelt out, as few reads of a tensor's attributes as will do (each 40 to 80 ns) and no
 helper that only forwards: a tiny problem is done sooner than the host has called for it.
@@ -35,7 +37,7 @@ from fa2gen.gpus import device_at
 from fa2gen.groups import parts_of, with_parts
 from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly
 from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
-from fa2gen.ops.validate import DTYPES, out_shape, validate, validate_backward, validate_options
+from fa2gen.ops.validate import DTYPES, validate, validate_backward, validate_options
 from fa2gen.options import CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.select import Device, kernel_arch, select, seqlen_bounds
@@ -74,7 +76,7 @@ AnyOptions: TypeAlias = Options | tuple[Any, ...]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which takes 2 us more to make
 class Call:
     """What all calls with one signature share.
 
@@ -131,6 +133,7 @@ class _Chosen:
 
 
 _REMEMBERED_CALLS = 1024
+_REMEMBERED_KINDS = 1024
 # What each stream keeps for an lse that is not asked for: 64 KiB. With more rows a kernel outlasts the host's call.
 SCRATCH_ROWS = 1 << 14
 # What each stream keeps for kernels that count: one for each multiprocessor of any GPU.
@@ -140,6 +143,9 @@ _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
 
 _calls: dict[tuple[Any, ...], Call] = {}  # in the order of their making
+# Kinds of calls, all of their signatures but batch and lengths, that were found right -> what their options are. Head
+# dims are multiples of 8.
+_kinds: dict[tuple[Any, ...], Options] = {}
 # A kind of problem on a device -> the key lengths from which another kernel may be chosen, and what was chosen below
 # the first of them, from each of them on.
 _problems: dict[tuple[Any, ...], tuple[tuple[int, ...], list[_Chosen | None]]] = {}
@@ -289,7 +295,7 @@ def _find(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions, arch: str | None
         q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
         options, arch, tiling,
     )  # fmt: skip
-    return _calls.get(key) or prepared(key, _prepare, q, k, v, Options(*options), arch, tiling)
+    return _calls.get(key) or prepared(key, _prepare, q, k, v, options, arch, tiling)
 
 
 def _launch_forward(call: Call, q: int, k: int, v: int, out: Tensor, lse: Tensor | None) -> None:
@@ -362,16 +368,37 @@ def _first_counters(device: int, stream: int) -> int:
 
 
 def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any) -> Call:
-    """What calls with this signature share: remembered, or prepared now, for the next one too; the oldest makes room,
-    one at a time."""
+    """What calls with this signature share: remembered, or prepared now, for the next one too."""
     if (known := _calls.get(key)) is not None:
         return known
     call = prepare(*arguments)
-    with _lock:
-        while len(_calls) >= _REMEMBERED_CALLS:
-            del _calls[next(iter(_calls))]
-        _calls[key] = call
+    _remember(_calls, _REMEMBERED_CALLS, key, call)
     return call
+
+
+def right_options(
+    kind: tuple[Any, ...], alike: bool, options: AnyOptions, validate: Callable[[Options], object]
+) -> Options:
+    """The options of a call, which is right: it is of a known kind, and `alike`; or else it passes `validate` now.
+
+    alike  whether lengths and strides fit as those of a call do that needs no copy.
+    """
+    if alike and (known := _kinds.get(kind)) is not None:
+        return known
+    said = Options(*options)
+    validate_options(said)
+    validate(said)
+    if alike:
+        _remember(_kinds, _REMEMBERED_KINDS, kind, said)
+    return said
+
+
+def _remember(known: dict[Any, Any], most: int, key: tuple[Any, ...], value: Any) -> None:
+    """The oldest makes room, one at a time."""
+    with _lock:
+        while len(known) >= most:
+            del known[next(iter(known))]
+        known[key] = value
 
 
 def forget() -> None:
@@ -381,6 +408,7 @@ def forget() -> None:
     """
     with _lock:
         _calls.clear()
+        _kinds.clear()
         _problems.clear()
         _retired.extend(_kernels.values())
         _kernels.clear()
@@ -390,22 +418,28 @@ def forget() -> None:
 # Once for each signature ------------------------------------------------------------------------------------------
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, options: Options, arch: str | None, tiling: Tiling | None) -> Call:
+def _prepare(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions, arch: str | None, tiling: Tiling | None) -> Call:
     """Validate a signature; choose, load and pack its kernel."""
-    validate(q, k, v)
-    validate_options(options)
-    tensors = {"q": q, "k": k, "v": v}
-    batch, seqlen_q, num_heads, _ = q.shape
-    of_out = out_shape(q, v)
+    size_q, size_k, size_v, device = q.shape, k.shape, v.shape, q.get_device()
+    kind = (
+        size_q[2:], size_k[2:], size_v[2:], q.dtype, k.dtype, v.dtype,
+        device, k.get_device(), v.get_device(), options, arch, tiling,
+    )  # fmt: skip
+    alike = size_q[:1] == size_k[:1] and size_k[:2] == size_v[:2] and all(map(has_aligned_strides, (q, k, v)))
+    said = right_options(kind, alike, options, lambda _: validate(q, k, v))
+    batch, seqlen_q, num_heads, _ = size_q
+    of_out = (batch, seqlen_q, num_heads, size_v[3])
     out_strides = dense(*of_out[1:])
-    shape = Shape(batch, seqlen_q, k.shape[1], num_heads, k.shape[2])
-    launch = packed("fwd", tensors, {"o": out_strides}, options, shape, shape.seqlen_k, arch, tiling)
+    shape = Shape(batch, seqlen_q, size_k[1], num_heads, size_k[2])
+    launch = packed(
+        "fwd", {"q": q, "k": k, "v": v}, {"o": out_strides}, said, shape, shape.seqlen_k, arch, tiling, alike
+    )
     return Call(
-        device=q.get_device(),
+        device=device,
         out_shape=of_out,
         lse_shape=(batch, num_heads, seqlen_q),
         num_rows=batch * num_heads * seqlen_q,
-        out_is_like_q=q.shape == of_out and q.stride() == (*out_strides, 1),
+        out_is_like_q=size_q == of_out and q.stride() == (*out_strides, 1),
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
@@ -423,14 +457,26 @@ def _prepare_backward(
     tiling: Tiling | None,
 ) -> Call:
     """`_prepare` of gradients."""
-    options = Options(*options)
-    validate_backward(dout, q, k, v, out, lse, dlse)
-    validate_options(options)
-    batch, seqlen_q, num_heads, _ = q.shape
-    shape = Shape(batch, seqlen_q, k.shape[1], num_heads, k.shape[2])
+    size_q, size_k, size_v, of_out = q.shape, k.shape, v.shape, out.shape
     tensors = {"q": q, "k": k, "v": v, "o": out, "dout": dout}
-    results = {name: dense(*x.shape[1:]) for name, x in (("dq", q), ("dk", k), ("dv", v))}
-    launch = packed("bwd", tensors, results, options, shape, shape.seqlen_k, None, tiling)
+    given = (*tensors.values(), lse, *(() if dlse is None else (dlse,)))
+    kind = (
+        size_q[2:], size_k[2:], size_v[2:], of_out[2:], *[x.dtype for x in given], *[x.get_device() for x in given],
+        options, tiling,
+    )  # fmt: skip
+    alike = (
+        size_q[:1] == size_k[:1]
+        and size_k[:2] == size_v[:2]
+        and size_q[:2] == of_out[:2]
+        and of_out == dout.shape
+        and lse.shape == (*size_q[:1], *size_q[2:3], *size_q[1:2])
+        and (dlse is None or dlse.shape == lse.shape)
+        and all(map(has_aligned_strides, tensors.values()))
+    )
+    said = right_options(kind, alike, options, lambda _: validate_backward(dout, q, k, v, out, lse, dlse))
+    shape = Shape(size_q[0], size_q[1], size_k[1], size_q[2], size_k[2])
+    results = {"dq": dense(*size_q[1:]), "dk": dense(*size_k[1:]), "dv": dense(*size_v[1:])}
+    launch = packed("bwd", tensors, results, said, shape, shape.seqlen_k, None, tiling, alike)
     return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
 
 
@@ -443,17 +489,20 @@ def packed(
     keys: int,
     arch: str | None = None,
     tiling: Tiling | None = None,
+    are_aligned: bool = False,
 ) -> PreparedLaunch | None:
     """The launch for q, k, v and other inputs; None where there is no query or key, or an input must be copied first.
 
     tensors  each (batch, seqlen, heads, head_dim); those of a ragged batch with a batch of one.
     keys     how many a sequence has, for the choice of the kernel. It is chosen in each case: what is wrong is wrong
              at any length.
+
+    are_aligned  whether all have strides that are known to be aligned.
     """
     q, head_dims = tensors["q"], (_whole(tensors["q"].shape[3]), _whole(tensors["v"].shape[3]))
     options = options.reduced(shape.seqlen_q, shape.seqlen_k)
     chosen = _chosen(direction, head_dims, q.dtype, options, q.get_device(), arch, tiling, keys)
-    if 0 in shape or not all(has_aligned_strides(x) for x in tensors.values()):
+    if 0 in shape or not (are_aligned or all(map(has_aligned_strides, tensors.values()))):
         return None
     if tiling is None:
         chosen = chosen.in_parts(shape, options)
@@ -560,9 +609,13 @@ def dense(seqlen: int, heads: int, head_dim: int) -> Strides:
 
 def has_aligned_strides(x: Tensor) -> bool:
     """Whether rows are dense, and they and strides multiples of 16 bytes; that of a single element is not used."""
-    *steps, last = x.stride()
-    whole = last == 1 and x.shape[-1] % HEAD_DIM_STEP == 0
-    return whole and all(size == 1 or step % 8 == 0 for size, step in zip(x.shape, steps, strict=False))
+    sizes, steps = x.shape, x.stride()
+    if not steps or steps[-1] != 1 or sizes[-1] % HEAD_DIM_STEP:
+        return False
+    for size, step in zip(sizes[:-1], steps, strict=False):  # noqa: SIM110 (a generator takes twice as long)
+        if step & 7 and size != 1:
+            return False
+    return True
 
 
 def aligned(x: Tensor) -> Tensor:
