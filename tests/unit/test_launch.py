@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import shutil
 import struct
@@ -154,6 +155,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(calls, "device_at", lambda index: h200)
     monkeypatch.setattr(calls, "_kernel", kernel)
     monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "_kinds", {})
     monkeypatch.setattr(calls, "_problems", {})
     monkeypatch.setattr(calls, "_scratches", {})
     monkeypatch.setattr(calls, "scratch_of_stream", lambda device, stream, rows: scratch_of_capture(device, rows))
@@ -167,6 +169,7 @@ def gpu(monkeypatch):
 
 def forget_calls():
     calls._calls.clear()
+    calls._kinds.clear()
     calls._problems.clear()
 
 
@@ -220,6 +223,65 @@ def test_prepared_calls_are_bounded(gpu, monkeypatch):
     for seqlen in range(39, 31, -1):  # the newest are there still
         calls.forward_cuda(*tensors(seqlen_q=seqlen), Options(0.1, True))
     assert len(only(gpu).prepared) == 39
+
+
+def gradients_of(q, k, v, options, **changes):
+    """`backward_cuda` of what a forward pass gives, some of it changed."""
+    out, lse = calls.forward_cuda(q, k, v, options)
+    given = {"dout": torch.zeros_like(out), "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": None} | changes
+    return calls.backward_cuda(*given.values(), options)
+
+
+@pytest.mark.parametrize("said", [{"causal": True}, {"window_left": 100, "window_right": 30}, {"chunk": 700}], ids=str)
+def test_other_lengths_of_a_known_kind_are_prepared_as_if_they_were_the_first(gpu, said):
+    """In whatever order they come: the kernel, its options, sizes and strides are those of these lengths."""
+    options = Options(0.1, **said)
+
+    def prepared(seqlens):
+        for kernel in gpu.kernels.values():
+            kernel.prepared.clear()
+        gradients_of(*tensors(1 + seqlens[0] % 3, *seqlens, head_dim=128), options)
+        return {name: [*kernel.prepared] for name, kernel in gpu.kernels.items() if kernel.prepared}
+
+    lengths = [(300, 300), (1, 9000), (64, 64), (9000, 1), (33, 700), (700, 33), (20, 20), (2000, 5000)]
+    in_turn = [prepared(seqlens) for seqlens in lengths]
+    for seqlens, found in reversed([*zip(lengths, in_turn, strict=True)]):
+        forget_calls()
+        assert prepared(seqlens) == found and len(found) == 2
+
+
+def test_what_is_wrong_with_another_call_of_a_known_kind(gpu):
+    """Batch, lengths and strides are looked at in each; a head dim, dtype or scale makes another kind."""
+    q, k, v = tensors()
+    options = Options(0.1, True)
+    gradients_of(q, k, v, options)
+    forward = lambda *given: calls.forward_cuda(*given, options)  # noqa: E731
+    for wrong in (
+        (q[:1], k, v),
+        (q, k[:1], v),
+        (q, k, v[:1]),
+        (q, k[:, :9], v),
+        (q[0], k[0], v[0]),
+        (q, k, v[..., ::2]),
+    ):
+        with pytest.raises((InvalidInput, UnsupportedProblem)):
+            forward(*wrong)
+    with pytest.raises(InvalidInput, match=r"stride\(-1\)"):
+        forward(torch.cat((q, q), -1)[..., ::2], k, v)
+    with pytest.raises(InvalidInput, match="softmax_scale"):
+        calls.forward_cuda(q, k, v, Options(math.nan, True))
+    for name, wrong in {
+        "dout": torch.zeros_like(q[:, :9]),
+        "out": torch.zeros_like(q[:1]),
+        "lse": torch.zeros(2, 6, 36),
+        "dlse": torch.zeros(2, 37, 6),
+    }.items():
+        with pytest.raises(InvalidInput, match=f"^{name} is"):
+            gradients_of(q, k, v, options, **{name: wrong})
+    launched = len(gpu.kernels)
+    forward(torch.cat((q, q[..., :4]), -1)[..., :64], k, v)  # rows 68 elements apart
+    assert len(gpu.kernels) == launched
+    assert next(iter(gpu.kernels.values())).launched[-1][0] != q.data_ptr()
 
 
 def test_misaligned_tensors_are_copied(gpu):
