@@ -44,6 +44,8 @@ KINDS = [
 def test_every_kind(problem, arch):
     if problem.cache_dtype == "e4m3" and arch == "sm80":
         pytest.skip("refused: sm80 has no instruction that converts e4m3")
+    if problem.cache_dtype == "int8" and problem.paged and problem.head_dim > 240 and arch == "sm80":
+        pytest.skip("refused: registers do not suffice")
     for number, shape in enumerate(SHAPES):
         options = examples_of(problem)
         case = cases.make(best_spec(problem, arch), shape, options[number % len(options)], device="cuda")
