@@ -517,9 +517,14 @@ VALUES = {
     "score": "number_0 * tanh(s / number_0)",
     "allow": "j <= i",
     "inputs": "number_0: float",
+    "learned": "input_0",
 }
 """Of each field of a problem a value that is not its default."""
-NEEDS = {"score": {"inputs": VALUES["inputs"]}, "inputs": {"score": VALUES["score"]}}
+NEEDS = {
+    "score": {"inputs": VALUES["inputs"]},
+    "inputs": {"score": VALUES["score"]},
+    "learned": {"score": "s + input_0[h, i - j]", "inputs": "input_0: float"},
+}
 """What a field has beside it."""
 
 SHOWN = {
