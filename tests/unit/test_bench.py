@@ -468,7 +468,9 @@ def test_a_field_narrows_a_preset(field, value):
 
 
 @pytest.mark.parametrize(
-    "problem", problems(head_dim=72, varlen=False, sink=False, dropout=False), ids=lambda problem: problem.text
+    "problem",
+    problems(head_dim=72, varlen=False, sink=False, dropout=False, cache_dtype="same"),
+    ids=lambda problem: problem.text,
 )
 def test_a_kernel_that_is_named_is_measured(problem):
     """At the paper's lengths, every field of it; the contestant is that very kernel."""
