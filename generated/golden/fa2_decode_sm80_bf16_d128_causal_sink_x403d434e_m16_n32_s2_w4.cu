@@ -8,8 +8,8 @@
 //   launch   128 threads, 139800 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,  137 Threads,  168 Arithmetic,  215 Shared memory,  257 Global memory,
 //             322 cp.async,  341 Fragments,  356 Registers,  365 mma,  394 What is visible,  450 Online softmax,
-//             588 Expressions,  603 Scores of an expression,  792 Loads,  961 Matrix products, 1044 Putting together,
-//            1406 Append, 1524 Kernel, 1568 Launch
+//             588 Expressions,  603 Scores of an expression,  792 Loads,  962 Matrix products, 1045 Putting together,
+//            1407 Append, 1525 Kernel, 1569 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -876,7 +876,8 @@ struct WarpTiles {
     int begin_key;
 
     __device__ __forceinline__ void take(
-        Params const& p, Seqlen const& of_item, Item const& item, Part const& part, BlockRange const& tiles, int warp, int lane) {
+        Params const& p, Seqlen const& of_item, Item const& item, Part const& part, BlockRange const& tiles, int warp,
+        int lane) {
         s = of_item;
         keys = keys_of(p, s, item.bidb);
         unit = part.end;

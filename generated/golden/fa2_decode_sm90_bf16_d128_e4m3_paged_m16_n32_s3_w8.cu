@@ -8,7 +8,7 @@
 //   launch   256 threads, 205864 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  148 Threads,  179 Arithmetic,  248 Shared memory,  295 Global memory,
 //             360 cp.async,  379 Fragments,  394 Registers,  403 mma,  432 What is visible,  486 Online softmax,
-//             800 Loads,  974 Matrix products, 1085 Putting together, 1423 Append, 1558 Kernel, 1602 Launch
+//             800 Loads,  975 Matrix products, 1086 Putting together, 1424 Append, 1559 Kernel, 1603 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -915,7 +915,8 @@ struct WarpTiles {
     int begin_key;
 
     __device__ __forceinline__ void take(
-        Params const& p, Seqlen const& of_item, Item const& item, Part const& part, BlockRange const& tiles, int warp, int lane) {
+        Params const& p, Seqlen const& of_item, Item const& item, Part const& part, BlockRange const& tiles, int warp,
+        int lane) {
         s = of_item;
         keys = keys_of(p, s, item.bidb);
         unit = part.end;

@@ -8,8 +8,8 @@
 //   launch   128 threads, 209432 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,  144 Threads,  175 Arithmetic,  215 Shared memory,  257 Global memory,
 //             318 cp.async,  337 Fragments,  352 Registers,  361 mma,  391 d - window_left <= j <= d + window_right,
-//             468 Online softmax,  782 Loads,  925 Matrix products, 1001 Putting together, 1339 Append, 1457 Kernel,
-//            1501 Launch
+//             468 Online softmax,  782 Loads,  926 Matrix products, 1002 Putting together, 1340 Append, 1458 Kernel,
+//            1502 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -866,7 +866,8 @@ struct WarpTiles {
     int begin_key;
 
     __device__ __forceinline__ void take(
-        Params const& p, Seqlen const& of_item, Item const& item, Part const& part, BlockRange const& tiles, int warp, int lane) {
+        Params const& p, Seqlen const& of_item, Item const& item, Part const& part, BlockRange const& tiles, int warp,
+        int lane) {
         s = of_item;
         keys = keys_of(p, s, item.bidb);
         unit = part.end;

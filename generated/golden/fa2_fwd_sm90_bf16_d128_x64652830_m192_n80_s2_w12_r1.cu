@@ -988,7 +988,7 @@ __device__ __forceinline__ void produce(
 
         // K first: where Q has one stage, the last tile still holds it.
         Head const at = head_of(p, s, tile.bidh, tile.bidb);
-        SeenBlocks seen = {blocks.end - 1, 0, {0}};
+        SeenBlocks seen = {blocks.end - 1, 0};
         auto next_visit = [&]() {
             uint32_t whole = 0;
             int const n_block = seen.next(p, at, tile.m_block * kTileM, blocks.begin, whole);

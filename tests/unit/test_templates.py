@@ -79,7 +79,9 @@ def plans() -> list[KernelPlan]:
         Problem(head_dim=d, varlen=True, paged=True, allow=a) for d in (64, 128) for a in ("", "j % 3 != i % 2")
     ]
     modified += [
-        Problem(direction=direction, head_dim=d, dropout=True) for direction in ("fwd", "bwd") for d in (64, 192)
+        Problem(direction=direction, head_dim=d, dropout=True, score=score)
+        for direction in ("fwd", "bwd")
+        for d, score in ((64, ""), (192, ""), (128, "cap * tanh(s / cap)"), (192, "cap * tanh(s / cap)"))
     ]
     modified += [
         Problem(
