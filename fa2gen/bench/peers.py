@@ -256,6 +256,8 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
                 said |= {"max_seqlen_q": point.seqlen, "max_seqlen_k": point.seqlen}
                 return lambda: (flash_attn_varlen_func(q, k, v, bounds, bounds, **said),)
             return lambda: (flash_attn_func(q, k, v, **said),)
+        if point.preset == "host":
+            raise Missing("host time is that of what a user calls, which runs the device's own family here")
         point = replace(point, deterministic=deterministic)
         return _launched(point, _selected(point, arch), q, k, v, dout)
 
