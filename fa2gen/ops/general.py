@@ -69,6 +69,7 @@ def forward_general(
     out as `out_shape` says; lse (batch, heads, seqlen_q), of a ragged batch (heads, total_q), fp32; both contiguous.
     Raises as `forward_cuda` does.
     """
+    tensors = [x.contiguous() for x in tensors]  # Inductor pads rows of its own
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
     key = (*map(_kind, (q, k, v, *lengths, s_aux, rng_state, *tensors)), options, keys, arch, tiling)
@@ -124,6 +125,7 @@ def backward_general(
 
     ds_aux is the same bits in every run; the others where `backward_cuda`'s are. Raises as it does.
     """
+    tensors = [x.contiguous() for x in tensors]
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     if torch.are_deterministic_algorithms_enabled():
         options = Options(*options)._replace(deterministic=True)

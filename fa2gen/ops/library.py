@@ -192,7 +192,7 @@ def _backward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v, *lengths, s_aux, rng_state, tensors, options = arguments
     sequences = validate_general(q, k, v, tuple(lengths), s_aux, rng_state, options)
-    validate_expression(q, k, sequences, tensors, options)
+    validate_expression(q, k, sequences, [x.contiguous() for x in tensors], options)
     with torch.autocast("cpu", enabled=False):
         if sequences is None:
             return attention_tiled(q, k, v, s_aux=s_aux, place=Place(tensors, 0, rng_state), **options._asdict())
@@ -202,7 +202,7 @@ def _forward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _forward_general_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v, *lengths, s_aux, rng_state, tensors, options = arguments
     sequences = validate_general(q, k, v, tuple(lengths), s_aux, rng_state, options)
-    validate_expression(q, k, sequences, tensors, options)
+    validate_expression(q, k, sequences, [x.contiguous() for x in tensors], options)
     if sequences is None:
         return _forward_fake(q, k, v, options)
     return _forward_ragged_fake(q, k, v, *lengths, options)
@@ -212,8 +212,8 @@ def _backward_general_cpu(*arguments: Any) -> AllGradients:
     dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, options = arguments
     given = (dout, q, k, v, out, lse, dlse)
     sequences = validate_general_backward(*given, tuple(lengths), s_aux, rng_state, options)
-    validate_expression(q, k, sequences, tensors, options)
-    dtensors = [torch.zeros_like(x) for x in learning(tensors, options)]
+    validate_expression(q, k, sequences, [x.contiguous() for x in tensors], options)
+    dtensors = [x.new_zeros(x.shape) for x in learning(tensors, options)]
     with torch.autocast("cpu", enabled=False):
         if sequences is None:
             place = Place(tensors, 0, rng_state, dtensors)
@@ -231,7 +231,7 @@ def _backward_general_cpu(*arguments: Any) -> AllGradients:
 def _backward_general_fake(*arguments: Any) -> AllGradients:
     dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, options = arguments
     sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, tuple(lengths), s_aux, rng_state, options)
-    validate_expression(q, k, sequences, tensors, options)
+    validate_expression(q, k, sequences, [x.contiguous() for x in tensors], options)
     ds_aux = q.new_empty(0 if s_aux is None else s_aux.shape, dtype=torch.float32)
     dtensors = [x.new_empty(x.shape) for x in learning(tensors, options)]
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), ds_aux, dtensors

@@ -98,3 +98,20 @@ def test_what_learns_is_part_of_a_kernels_name():
     assert KernelSpec.from_name(spec.name) == spec
     with pytest.raises(InvalidInput, match="forward kernels"):
         Problem(head_dim=64, score="s + x[i, j]", learned="x")
+
+
+def test_an_operator_takes_tensors_of_any_strides():
+    """Inductor pads the rows of what it hands over: torch.compile of a bias in bf16 was refused on a GPU."""
+    q, k, v, _ = tensors()
+    bias = inputs()[0].detach()
+    padded = torch.empty(1, 4, LENGTH, LENGTH + 8)[..., :LENGTH].copy_(bias)
+    said = {"score": "s + input_0[b, h, i, j]", "inputs": "input_0: float"}
+    (out, lse), (expected, _) = (
+        torch.ops.fa2gen.fwd_general(q, k, v, *[None] * 6, [x], 0.25, False, **said) for x in (padded, bias)
+    )
+    assert torch.equal(out, expected)
+    given = (torch.ones_like(out), q, k, v, out, lse, None, *[None] * 6)
+    found, right = (
+        torch.ops.fa2gen.bwd_general(*given, [x], 0.25, False, **said, learned="input_0")[-1][0] for x in (padded, bias)
+    )
+    assert found.is_contiguous() and torch.equal(found, right)
