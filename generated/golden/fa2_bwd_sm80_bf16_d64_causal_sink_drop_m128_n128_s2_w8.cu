@@ -6,10 +6,10 @@
 //   problem  bwd, head dim 64, bf16, causal mask, attention sinks, dropout
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 165888 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  224 Shared memory,  249 Global memory,
-//             294 cp.async,  313 Fragments,  335 Registers,  344 mma,  401 What is visible,
-//             607 Softmax and its gradient,  668 Dropout,  793 Matrix products,  926 Registers to shared memory,
-//            1056 Kernels, 1300 Launch
+//   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  230 Shared memory,  255 Global memory,
+//             300 cp.async,  319 Fragments,  341 Registers,  350 mma,  407 What is visible,
+//             613 Softmax and its gradient,  674 Dropout,  799 Matrix products,  932 Registers to shared memory,
+//            1062 Kernels, 1306 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -178,6 +178,12 @@ __device__ __forceinline__ void sync_block() {
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
@@ -1116,7 +1122,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d64_causal_s
                 sink_sum -= sees_keys ? exp2_approx((sink - lse) * kLog2E) * sum : 0.0f;
             }
             store_global_float(p.lse_log2 + padded + row_of_block, lse_log2);
-            store_global_float(p.dpsum + padded + row_of_block, sum / p.keep_scale);
+            store_global_float(p.dpsum + padded + row_of_block, sum * reciprocal_approx(p.keep_scale));
         }
     }
 

@@ -128,7 +128,7 @@ FAULTS = [
     Fault("queries-of-the-other-half", BACKWARD, "bit % 2 * 4 + bit / 2 % 2 * 2", "bit / 2 % 2 * 4 + bit % 2 * 2"),
     Fault("p-keeps-its-minus", BACKWARD, "fabsf(p[tile][j])", "p[tile][j]"),
     Fault("dp-is-not-dropped", BACKWARD, "fmaxf(p[tile][j], 0.0f)", "fabsf(p[tile][j])"),
-    Fault("dpsum-is-not-scaled", BACKWARD, "sum / p.keep_scale", "sum"),
+    Fault("dpsum-is-not-scaled", BACKWARD, "sum * reciprocal_approx(p.keep_scale)", "sum"),
     Fault(
         "dq-is-not-scaled", BACKWARD, "kQPanelBytes, (p.softmax_scale * p.keep_scale)", "kQPanelBytes, p.softmax_scale"
     ),
