@@ -33,8 +33,8 @@ __all__ = [
 
 RAGGED_ROWS = 1 << 30  # as in templates/ptx/tma.cuh.j2
 TMA_ALIGNMENT = 128  # of a box in shared memory
-# A warp issues a box in some 40 cycles. Of packed keys' time, pages of 4 rows took 2.7 by TMA and 3.1 by cp.async, pages
-# of 1 row 9.3 and 3.1 (8k causal, 128 columns, H100).
+# A warp issues a box in some 40 cycles. Of packed keys' time, pages of 4 rows took 2.7 by TMA and 3.1 by cp.async,
+# pages of 1 row 9.3 and 3.1 (8k causal, 128 columns, H100).
 QUICK_BOX_ROWS = 4
 
 
