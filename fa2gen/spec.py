@@ -577,6 +577,14 @@ class Tiling(_Fields):
         Shown("r", optional=True, phrase="lazy rescale"),
         Field(description="1: keep a row's old maximum while the new one is at most 2^8 times above it."),
     ] = 0
+    lag: Annotated[
+        Literal[0, 1],
+        Shown("l", optional=True, phrase="dQ a step later"),
+        Field(
+            description="1: of a gradient, dQ of a block of queries is made a step later than its dK and dV, so that "
+            "mma warpgroups need not be in step."
+        ),
+    ] = 0
     group_parts: Annotated[
         int,
         Range(1, 1, 32),

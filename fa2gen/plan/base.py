@@ -592,6 +592,12 @@ class KernelPlan:
         detail = f"{bytes_text(self.memory.bytes)} needed ({self.memory.text}), {bytes_text(available)} available"
         return [BrokenRule("shared memory", detail)]
 
+    def lag_rule(self) -> list[BrokenRule]:
+        """The rule that a dQ of the step before breaks, here where there is none."""
+        if not self.tiling.lag:
+            return []
+        return [BrokenRule("lag", "1 given; only sm90's gradients that split keys have it: 0")]
+
     def groups_rule(self) -> list[BrokenRule]:
         """The rule that groups of heads in parts break, here where nothing is summed over a group."""
         if self.tiling.group_parts == 1:

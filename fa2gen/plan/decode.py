@@ -249,7 +249,7 @@ class DecodePlan(Sm80Plan):
         if self.share_bytes > self.stage_bytes:
             detail = f"{self.share_bytes:,} B of 16 rows of O in fp32, in the place of a stage's {self.stage_bytes:,} B"
             broken.append(BrokenRule("merge", detail))
-        broken += self.shared_memory_rule() + self.groups_rule()
+        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
         if self.register_estimate > self.registers_available:
             broken.append(
                 BrokenRule(

@@ -246,7 +246,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
                 )
             )
             return broken
-        broken += self.shared_memory_rule() + self.groups_rule()
+        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
         if self.register_estimate > self.registers_available:
             dk, dv = self.num_acc_dkv(self.qk), self.num_acc_dkv(self.vo)
             broken.append(

@@ -167,7 +167,7 @@ class Sm80FwdPlan(Sm80Plan):
             )
         if self.tiling.lazy_rescale:
             broken.append(BrokenRule("lazy_rescale", f"{self.tiling.lazy_rescale} given; only sm90 kernels have it: 0"))
-        broken += self.shared_memory_rule() + self.groups_rule()
+        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
         broken += self.dropout_rule()
         if self.register_estimate > self.registers_available:
             broken.append(

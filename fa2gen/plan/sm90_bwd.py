@@ -46,6 +46,7 @@ ALIGNMENT_OF_SUMS = 8
 EASY_SUMS, REGISTERS_OF_SUMS = 128, 4
 REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the other columns
 
+LAGGING_BARRIERS = 9  # of dQ and of dS, each full and empty and twice, and what keeps the warpgroups out of step
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
 DQ_COLUMNS_AT_ONCE = 128  # split by products: 64 accumulator registers beside the 64 x head_dim of dV
 
@@ -98,6 +99,26 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         Each takes one panel of 64 columns; what is left beyond the second they split by queries.
         """
         return self.splits_keys and self.head_dim > 64
+
+    @property
+    def lags_dq(self) -> bool:
+        """Each step makes dQ of the step before: then the warpgroups, which need each other's dS for it, need not meet,
+        and one has its exponentials under the other's products."""
+        return bool(self.tiling.lag)
+
+    def lag_rule(self) -> list[BrokenRule]:
+        if not self.lags_dq:
+            return []
+        why = "one mma warpgroup" if self.num_mma_warpgroups == 1 else None
+        if not self.splits_keys:
+            why = f"{self.tile_n} keys, which two warpgroups do not split"
+        elif self.num_dq_slices != self.num_mma_warps:
+            why = f"{self.num_dq_slices} slices of dQ for {self.num_mma_warps} warps"
+        elif self.swaps_dq and self.tile_m > ROWS_PER_WARPGROUP:  # 80: 64 bytes spill, and products wait (C7512)
+            why = f"{self.tile_m} queries above head dim 64, which leave too few registers"
+        elif self.deterministic or self.has_score or self.has_allow:
+            why = "deterministic sums" if self.deterministic else "an expression"
+        return [BrokenRule("lag", f"1 given, with {why}: 0")] if why else []
 
     @property
     def splits_dq_rest(self) -> bool:
@@ -350,7 +371,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         of dQ, if there is one."""
         of_scores = 2 * self.num_ds_stages if self.splits_products else 2 if self.passes_p else 0
         of_queries = 2 * (self.num_stages + self.num_dout_stages)
-        return 2 + of_queries + of_scores + (2 if stages_dq or self.deterministic else 0)
+        of_dq = LAGGING_BARRIERS if self.lags_dq else 2 if stages_dq or self.deterministic else 0
+        return 2 + of_queries + of_scores + of_dq
 
     @property
     def first_of_dq_turns(self) -> str:
@@ -571,7 +593,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                     f"{self.head_dim}, but {self.num_mma_warps} warps that split keys make up to {columns} columns",
                 )
             )
-        broken += self.shared_memory_rule() + self.groups_rule()
+        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
         if self.deterministic and self.splits_products and self.num_stages == 1:
             broken.append(
                 BrokenRule(

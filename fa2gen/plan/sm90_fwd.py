@@ -206,7 +206,7 @@ class Sm90FwdPlan(Sm90Plan):
                     f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows a warpgroup: {rows}",
                 )
             )
-        broken += self.shared_memory_rule() + self.groups_rule()
+        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
         broken += self.dropout_rule()
         if self.register_estimate > self.consumer_registers:
             broken.append(
