@@ -46,7 +46,7 @@ ALIGNMENT_OF_SUMS = 8
 EASY_SUMS, REGISTERS_OF_SUMS = 128, 4
 REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the other columns
 
-LAGGING_BARRIERS = 9  # of dQ and of dS, each full and empty and twice, and what keeps the warpgroups out of step
+LAGGING_BARRIERS = 10  # of dQ and of dS, each full and empty, and what keeps the warpgroups out of step, all twice
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
 DQ_COLUMNS_AT_ONCE = 128  # split by products: 64 accumulator registers beside the 64 x head_dim of dV
 
@@ -116,6 +116,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             why = f"{self.num_dq_slices} slices of dQ for {self.num_mma_warps} warps"
         elif self.swaps_dq and self.tile_m > ROWS_PER_WARPGROUP:  # 80: 64 bytes spill, and products wait (C7512)
             why = f"{self.tile_m} queries above head dim 64, which leave too few registers"
+        elif self.swaps_dq and self.dropout:  # with a window 36 bytes spill
+            why = "dropout above head dim 64, which leaves too few registers"
         elif self.deterministic or self.has_score or self.has_allow:
             why = "deterministic sums" if self.deterministic else "an expression"
         return [BrokenRule("lag", f"1 given, with {why}: 0")] if why else []

@@ -10,7 +10,7 @@
 //             224 Global memory,  252 mbarriers,  296 TMA,  338 Bulk copies,  354 Fences,  361 Fragments,
 //             375 Registers,  383 Registers of a warpgroup,  395 wgmma,  572 What is visible,  624 Expressions,
 //             639 Softmax and its gradient,  686 Scores of an expression,  805 Pipelines,  850 Loads,
-//             899 Matrix products,  937 Staging,  995 Producer, 1048 Consumer, 1172 Kernels, 1317 Launch
+//             899 Matrix products,  937 Staging,  995 Producer, 1049 Consumer, 1174 Kernels, 1319 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -981,15 +981,15 @@ __device__ __forceinline__ void store_rows(
 
 // Leaves a warp's share of dQ in shared memory for write_dq, when the share before has left it.
 __device__ __forceinline__ void hand_over_dq(
-    float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, Barriers const& barriers, uint32_t phase) {
-    mbarrier_wait(barriers.dq_empty(), phase ^ 1);
+    float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, uint32_t full, uint32_t empty, uint32_t phase) {
+    mbarrier_wait(empty, phase ^ 1);
 #pragma unroll
     for (int i = 0; i < kNumAccDq; i += 4) {
         store_shared_float4(dq_slice + (i * 32 + lane_id() * 4) * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
     }
     fence_proxy_async();
     sync_warp();
-    mbarrier_arrive_if(barriers.dq_full(), lane_id() == 0);
+    mbarrier_arrive_if(full, lane_id() == 0);
 }
 
 // Producer: one warp. K and V once, then Q and dO of every block of queries, each with its row statistics --------------------
@@ -1028,7 +1028,8 @@ __device__ __forceinline__ void produce(
 
 // Adds dQ of one block of queries after the other to the sums in global memory. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
-__device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barriers const& barriers) {
+__device__ __forceinline__ void write_dq(
+    Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     Seqlen const s = seqlen_of(p, block.bidb);
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
@@ -1151,7 +1152,7 @@ __device__ __forceinline__ void consume(
         wgmma_commit();
         wgmma_wait_1();
         wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, dq_slice, barriers, dq_phase);
+        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(), barriers.dq_empty(), dq_phase);
         dq_phase ^= 1;
         wgmma_wait_0();
         wgmma_touch(acc_dk);
@@ -1160,6 +1161,7 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
+
         walk.next(p, blocks);
     }
 

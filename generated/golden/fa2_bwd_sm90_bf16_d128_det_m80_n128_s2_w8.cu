@@ -10,7 +10,7 @@
 //             213 Global memory,  264 mbarriers,  308 TMA,  350 Bulk copies,  366 Fences,  378 Fragments,
 //             392 Registers,  400 Registers of a warpgroup,  412 wgmma,  593 What is visible,
 //             643 Softmax and its gradient,  743 Pipelines,  788 Loads,  837 Matrix products,  875 Staging,
-//             933 Producer,  967 Turns, 1006 Consumer, 1130 Kernels, 1278 Launch
+//             933 Producer,  967 Turns, 1007 Consumer, 1132 Kernels, 1280 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -919,15 +919,15 @@ __device__ __forceinline__ void store_rows(
 
 // Leaves a warp's share of dQ in shared memory for write_dq, when the share before has left it.
 __device__ __forceinline__ void hand_over_dq(
-    float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, Barriers const& barriers, uint32_t phase) {
-    mbarrier_wait(barriers.dq_empty(), phase ^ 1);
+    float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, uint32_t full, uint32_t empty, uint32_t phase) {
+    mbarrier_wait(empty, phase ^ 1);
 #pragma unroll
     for (int i = 0; i < kNumAccDq; i += 4) {
         store_shared_float4(dq_slice + (i * 32 + lane_id() * 4) * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
     }
     fence_proxy_async();
     sync_warp();
-    mbarrier_arrive_if(barriers.dq_full(), lane_id() == 0);
+    mbarrier_arrive_if(full, lane_id() == 0);
 }
 
 // Producer: one warp. K and V once, then Q and dO of every block of queries, each with its row statistics --------------------
@@ -982,7 +982,8 @@ __device__ __forceinline__ void pass_turn(int* turn, int n_block) {
 
 // Adds dQ of one block of queries after the other to the sums in global memory, each when it is this block's turn. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
-__device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barriers const& barriers) {
+__device__ __forceinline__ void write_dq(
+    Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     Seqlen const s = seqlen_of(p, block.bidb);
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
@@ -1109,7 +1110,7 @@ __device__ __forceinline__ void consume(
         wgmma_commit();
         wgmma_wait_1();
         wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, dq_slice, barriers, dq_phase);
+        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(), barriers.dq_empty(), dq_phase);
         dq_phase ^= 1;
         wgmma_wait_0();
         wgmma_touch(acc_dk);
@@ -1118,6 +1119,7 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
+
         walk.next(p, blocks);
     }
 

@@ -10,7 +10,7 @@
 //             220 Global memory,  248 mbarriers,  292 TMA,  334 Bulk copies,  350 Fences,  357 Fragments,
 //             371 Registers,  379 Registers of a warpgroup,  391 wgmma,  629 What is visible,
 //             678 Softmax and its gradient,  778 Pipelines,  823 Loads,  903 Matrix products,  974 Staging,
-//            1072 Producer, 1132 Consumer, 1274 Kernels, 1419 Launch
+//            1072 Producer, 1133 Consumer, 1276 Kernels, 1421 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1051,8 +1051,8 @@ __device__ __forceinline__ void store_rows_v(
 // Leaves a warp's share of dQ in shared memory for write_dq, when the share before has left it.
 __device__ __forceinline__ void hand_over_dq(
     float const (&acc_dq)[kNumAccDq], float const (&acc_dq_rest)[kNumAccDqRest], uint32_t dq_slice, uint32_t rest_slice,
-    bool has_rest, Barriers const& barriers, uint32_t phase) {
-    mbarrier_wait(barriers.dq_empty(), phase ^ 1);
+    bool has_rest, uint32_t full, uint32_t empty, uint32_t phase) {
+    mbarrier_wait(empty, phase ^ 1);
 #pragma unroll
     for (int i = 0; i < kNumAccDq; i += 4) {
         store_shared_float4(dq_slice + (i * 32 + lane_id() * 4) * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
@@ -1066,7 +1066,7 @@ __device__ __forceinline__ void hand_over_dq(
     }
     fence_proxy_async();
     sync_warp();
-    mbarrier_arrive_if(barriers.dq_full(), lane_id() == 0);
+    mbarrier_arrive_if(full, lane_id() == 0);
 }
 
 // Producer: one warp. K and V once, then Q and dO of every block of queries, each with its row statistics --------------------
@@ -1112,7 +1112,8 @@ __device__ __forceinline__ void produce(
 
 // Adds dQ of one block of queries after the other to the sums in global memory. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
-__device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barriers const& barriers) {
+__device__ __forceinline__ void write_dq(
+    Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     Seqlen const s = seqlen_of(p, block.bidb);
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
@@ -1252,8 +1253,8 @@ __device__ __forceinline__ void consume(
         wgmma_commit();
         wgmma_wait_1();
         wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, acc_dq_rest, dq_slice, dq_slice + to_rest * 4, warp < kNumDqSlices - kNumMmaWarps, barriers,
-                     dq_phase);
+        hand_over_dq(acc_dq, acc_dq_rest, dq_slice, dq_slice + to_rest * 4, warp < kNumDqSlices - kNumMmaWarps,
+                     barriers.dq_full(), barriers.dq_empty(), dq_phase);
         dq_phase ^= 1;
         wgmma_wait_0();
         wgmma_touch(acc_dk);
@@ -1262,6 +1263,7 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
+
         walk.next(p, blocks);
     }
 

@@ -14,6 +14,7 @@ from tests.cpu.test_backward import NO_KEYS, run
 
 SMALL = "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w4"  # dQ in its rows, one mma warpgroup
 STAGED = "fa2_bwd_sm90_bf16_d128_causal_m80_n128_s2_w8"  # split by keys, dQ through shared memory
+LAGGING = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1"  # dQ a step later
 PANEL = "fa2_bwd_sm90_fp16_d136_causal_m64_n128_s2_w8"  # split by keys, a third panel of dQ, from registers
 PRODUCTS = "fa2_bwd_sm90_fp16_d168_causal_m64_n64_s2_w8"  # split by products, dS from one warpgroup to the other
 PASSING = "fa2_bwd_sm90_fp16_d168_causal_m64_n96_s2_w8"  # P and dS from one warpgroup to both
@@ -44,6 +45,32 @@ PUBLISH_ROWS = PUBLISH + "    if (elect_one()) {"
 TAKE_DQ = "tma_store_wait_read();\n        mbarrier_arrive(barriers.dq_empty());"
 
 FAULTS = (
+    # dQ a step later
+    Fault(
+        "dq-before-all-ds",
+        LAGGING,
+        "mbarrier_wait(barriers.ds_full(ds_stage ^ 1), (step - 1) / 2 & 1);",
+        "",
+        schedules=4,
+    ),
+    Fault(
+        "ds-over-what-is-read",
+        LAGGING,
+        "mbarrier_wait(barriers.ds_empty(ds_stage), (step / 2 & 1) ^ 1);",
+        "",
+        schedules=4,
+    ),
+    Fault("dq-of-this-step", LAGGING, "(ds_stage ^ 1) * (kDsBytes", "ds_stage * (kDsBytes", schedules=4),
+    Fault("no-wait-for-lagging-dq", LAGGING, "wgmma_wait_2();\n        wgmma_touch(acc_dq);", ""),
+    Fault("no-dq-of-the-last-step", LAGGING, "int const last = step - 1;", "int const last = step;"),
+    Fault("one-half-of-dq", LAGGING, "kDqBlockFloats + warpgroup * kHalfFloats", "kDqBlockFloats + kHalfFloats"),
+    Fault(
+        "dout-released-under-dv",
+        LAGGING,
+        "wgmma_wait_1();\n        wgmma_touch(acc_dv);",
+        "wgmma_touch(acc_dv);",
+        schedules=6,
+    ),
     # Waiting for wgmma
     Fault("no-wait-for-s", STAGED, "wgmma_wait_1();\n        wgmma_touch(acc_s);", "wgmma_touch(acc_s);"),
     Fault("waits-allow-one-more", STAGED, "machine::wgmma_wait(1, line);", "machine::wgmma_wait(2, line);"),

@@ -75,7 +75,7 @@ inline std::uint32_t e4m3_from_float(float value) {
     if (magnitude < 0x3c800000u) {  // subnormal, in steps of 2^-9: as in f16_from_float
         return sign | (bits_from_float(float_from_bits(magnitude) + 0x1p14f) - bits_from_float(0x1p14f));
     }
-    return sign | ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3);
+    return sign | (((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3));
 }
 
 // Two values in one register, `low` in the lower half.

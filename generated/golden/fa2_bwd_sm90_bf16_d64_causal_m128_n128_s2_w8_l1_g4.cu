@@ -1,16 +1,16 @@
-// fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4
+// fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 64, bf16, causal mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
-//   launch   384 threads, 198752 bytes of dynamic shared memory
-//   contents   34 Problem and tiling,   56 Shared memory,  121 Threads,  165 Arithmetic,  193 Shared memory,
-//             214 Global memory,  242 mbarriers,  286 TMA,  328 Bulk copies,  344 Fences,  351 Fragments,
-//             365 Registers,  373 Registers of a warpgroup,  385 wgmma,  562 What is visible,
-//             611 Softmax and its gradient,  658 Parts of a group of heads,  753 Pipelines,  798 Loads,
-//             847 Matrix products,  884 Staging,  942 Producer,  995 Consumer, 1134 Kernels, 1280 Launch
+//   launch   384 threads, 198816 bytes of dynamic shared memory
+//   contents   34 Problem and tiling,   56 Shared memory,  121 Threads,  161 Arithmetic,  189 Shared memory,
+//             210 Global memory,  238 mbarriers,  282 TMA,  324 Bulk copies,  340 Fences,  347 Fragments,
+//             361 Registers,  369 Registers of a warpgroup,  381 wgmma,  558 What is visible,
+//             607 Softmax and its gradient,  654 Parts of a group of heads,  749 Pipelines,  802 Loads,
+//             851 Matrix products,  888 Staging,  946 Producer, 1002 Consumer, 1164 Kernels, 1310 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in four kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -23,7 +23,7 @@
 // one takes; only dS goes through shared memory, for dQ.
 // Each mma warpgroup holds dK and dV of its own 64 keys.
 
-namespace fa2gen::fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4 {
+namespace fa2gen::fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -146,10 +146,6 @@ __device__ __forceinline__ bool elect_one() {
     uint32_t elected;
     asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(elected));
     return elected != 0;
-}
-
-__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
-    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
 }
 
 // Waits until the grid before has ended and what it wrote is visible.
@@ -408,6 +404,11 @@ __device__ __forceinline__ void wgmma_wait_1() {
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 }
 
+// Until at most 2 committed batches of this warpgroup are still running.
+__device__ __forceinline__ void wgmma_wait_2() {
+    asm volatile("wgmma.wait_group.sync.aligned 2;" ::: "memory");
+}
+
 // Pins accumulators behind a wait: without it the compiler may read them before wgmma has written them.
 __device__ __forceinline__ void wgmma_touch(float (&d)[32]) {
 #pragma unroll
@@ -494,11 +495,6 @@ __device__ __forceinline__ void wgmma_m64n64k16_ss_km(
           "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
         : "l"(a), "l"(b), "r"(accumulate));
 }
-
-// Barrier 0 is sync_block's.
-enum NamedBarrier : int {
-    kAllMmaWarps = 1,
-};
 
 // Sequences: every batch entry has the same lengths.
 struct Seqlen {
@@ -776,8 +772,11 @@ struct Barriers {
     __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
-    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumDoutStages); }
-    __device__ __forceinline__ uint32_t dq_empty() const { return dq_full() + 8; }
+    __device__ __forceinline__ uint32_t dq_full(int warpgroup) const { return dout_empty(kNumDoutStages) + 16 * warpgroup; }
+    __device__ __forceinline__ uint32_t dq_empty(int warpgroup) const { return dq_full(warpgroup) + 8; }
+    __device__ __forceinline__ uint32_t ds_full(int stage) const { return dq_full(2) + 8 * stage; }
+    __device__ __forceinline__ uint32_t ds_empty(int stage) const { return ds_full(2 + stage); }
+    __device__ __forceinline__ uint32_t first_has_dp(int parity) const { return ds_empty(2 + parity); }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
@@ -790,8 +789,13 @@ struct Barriers {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
-        mbarrier_init(dq_full(), 8);
-        mbarrier_init(dq_empty(), 1);
+        for (int i = 0; i < 2; ++i) {
+            mbarrier_init(dq_full(i), kNumMmaWarps / 2);
+            mbarrier_init(dq_empty(i), 1);
+            mbarrier_init(ds_full(i), kNumMmaWarps);
+            mbarrier_init(ds_empty(i), kNumMmaWarps);
+            mbarrier_init(first_has_dp(i), kNumMmaWarps / 2);
+        }
     }
 };
 
@@ -928,15 +932,15 @@ __device__ __forceinline__ void store_rows(
 
 // Leaves a warp's share of dQ in shared memory for write_dq, when the share before has left it.
 __device__ __forceinline__ void hand_over_dq(
-    float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, Barriers const& barriers, uint32_t phase) {
-    mbarrier_wait(barriers.dq_empty(), phase ^ 1);
+    float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, uint32_t full, uint32_t empty, uint32_t phase) {
+    mbarrier_wait(empty, phase ^ 1);
 #pragma unroll
     for (int i = 0; i < kNumAccDq; i += 4) {
         store_shared_float4(dq_slice + (i * 32 + lane_id() * 4) * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
     }
     fence_proxy_async();
     sync_warp();
-    mbarrier_arrive_if(barriers.dq_full(), lane_id() == 0);
+    mbarrier_arrive_if(full, lane_id() == 0);
 }
 
 // Producer: one warp. K and V once, then Q and dO of every block of queries, each with its row statistics --------------------
@@ -975,18 +979,21 @@ __device__ __forceinline__ void produce(
 
 // Adds dQ of one block of queries after the other to the sums in global memory. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
-__device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barriers const& barriers) {
+// Of the half that one mma warpgroup makes: they are not in step.
+__device__ __forceinline__ void write_dq(
+    Params const& p, uint32_t smem, Barriers const& barriers, int warpgroup) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     Seqlen const s = seqlen_of(p, block.bidb);
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     uint32_t phase = 0;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
-        mbarrier_wait(barriers.dq_full(), phase);
-        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats, smem + kSmemDq,
-                        kDqBlockFloats * 4);
+        mbarrier_wait(barriers.dq_full(warpgroup), phase);
+        constexpr int kHalfFloats = kDqBlockFloats / 2;
+        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warpgroup * kHalfFloats,
+                        smem + kSmemDq + warpgroup * kHalfFloats * 4, kHalfFloats * 4);
         tma_store_commit();
         tma_store_wait_read();
-        mbarrier_arrive(barriers.dq_empty());
+        mbarrier_arrive(barriers.dq_empty(warpgroup));
         phase ^= 1;
     }
     tma_store_wait();
@@ -1024,7 +1031,7 @@ __device__ __forceinline__ void consume(
     bool const leader = lane_id() == 0;
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
-    int ds_stage = 0;
+    int step = 0;
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
@@ -1048,6 +1055,9 @@ __device__ __forceinline__ void consume(
         uint32_t p_tile[kNumP];
         uint32_t ds_tile[kNumP];
 
+        if (warpgroup == 1) {  // out of step with the first, half a step behind
+            mbarrier_wait(barriers.first_has_dp(step % 2), step / 2 & 1);
+        }
         mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);
         wgmma_fence();
         gemm_s(acc_s, k_rows, q_tile);
@@ -1067,47 +1077,67 @@ __device__ __forceinline__ void consume(
         pack(&p_tile, &acc_s);
         wgmma_wait_0();
         wgmma_touch(acc_dp);
+        mbarrier_arrive_if(barriers.first_has_dp(step % 2), leader && warpgroup == 0);
         score_gradients(&acc_dp, &acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
         pack(&ds_tile, &acc_dp);
 
-        // dS to all warpgroups under dV. Two stages: who writes one has passed the barrier that followed its last use.
+        // dS to all warpgroups. Who writes a stage waits until their products of two steps ago have read it.
+        int const ds_stage = step % 2;
+        mbarrier_wait(barriers.ds_empty(ds_stage), (step / 2 & 1) ^ 1);
         stage_ds(ds_tile, ds_panel + ds_stage * kDsBytes, warp);
+        fence_proxy_async();
+        sync_warp();
+        mbarrier_arrive_if(barriers.ds_full(ds_stage), leader);
+
+        float acc_dq[kNumAccDq];
+        uint32_t ds_before = k_panel;
+        if (step > 0) {
+            mbarrier_wait(barriers.ds_full(ds_stage ^ 1), (step - 1) / 2 & 1);
+            ds_before = ds_operand + (ds_stage ^ 1) * (kDsBytes / kDescUnit);
+        }
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_before, k_panel);
+        wgmma_commit();
         wgmma_fence();
         gemm_dkv(acc_dv, p_tile, dout_tile);
         wgmma_commit();
-        fence_proxy_async();
-        auto release_dout = [&]() {
-            wgmma_touch(acc_dv);
-            wgmma_touch_a(p_tile);
-            mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-            dout_state.advance(kNumDoutStages);
-        };
-        named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
-
-        float acc_dq[kNumAccDq];
-        uint32_t const ds_rows = ds_operand + ds_stage * (kDsBytes / kDescUnit);
-        wgmma_fence();
-        gemm_dq(acc_dq, ds_rows, k_panel);
-        wgmma_commit();
-        wgmma_wait_1();
-        release_dout();
-
-        // dQ to shared memory under dK: each warp its own registers, in their order.
         wgmma_fence();
         gemm_dkv(acc_dk, ds_tile, q_tile);
         wgmma_commit();
-        wgmma_wait_1();
+
+        // dQ to shared memory under dV and dK: each warp its own registers, in their order.
+        wgmma_wait_2();
         wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, dq_slice, barriers, dq_phase);
-        dq_phase ^= 1;
+        if (step > 0) {
+            mbarrier_arrive_if(barriers.ds_empty(ds_stage ^ 1), leader);
+            hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
+            dq_phase ^= 1;
+        }
+        wgmma_wait_1();
+        wgmma_touch(acc_dv);
+        wgmma_touch_a(p_tile);
+        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
+        dout_state.advance(kNumDoutStages);
         wgmma_wait_0();
         wgmma_touch(acc_dk);
         wgmma_touch_a(ds_tile);
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
         q_state.advance(kNumStages);
 
-        ds_stage ^= 1;
+        step += 1;
         walk.next(p, blocks);
+    }
+
+    if (step > 0) {
+        int const last = step - 1;
+        float acc_dq[kNumAccDq];
+        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
+        wgmma_commit();
+        wgmma_wait_0();
+        wgmma_touch(acc_dq);
+        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
     }
 
     float* const part = part_of_thread(p, static_cast<int>(blockIdx.x), 128 * warpgroup + 32 * warp + lane_id());
@@ -1134,7 +1164,7 @@ __device__ __forceinline__ void finish_parts(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Row statistics of one block of queries, and zeros for its dQ. 8 lanes share a row, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4_preprocess(
+extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4_preprocess(
     const __grid_constant__ Params p) {
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
@@ -1201,7 +1231,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d64_causal_m
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4(
     const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
     const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_dout,
     const __grid_constant__ Params p) {
@@ -1225,9 +1255,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
             produce({map_q, map_q}, map_k, map_v, {map_dout, map_dout}, p, smem, barriers);
             griddepcontrol_launch_dependents();  // takes effect when the last blocks have issued their loads
         }
-        if (warp == 1 && elect_one()) {
+        if ((warp == 1 || warp == 2) && elect_one()) {
             griddepcontrol_wait();
-            write_dq(p, smem, barriers);
+            write_dq(p, smem, barriers, warp - 1);
         }
     } else {
         setmaxnreg_inc_240();
@@ -1237,7 +1267,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 }
 
 // One block of queries of dQ: from sums in register order to rows, through shared memory.
-extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4_postprocess(
+extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
@@ -1270,7 +1300,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d64_causal_m
 }
 
 // One block of keys of dK and dV: from what each part of its group has summed to rows.
-extern "C" __global__ void __launch_bounds__(kNumMmaThreads) fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4_groups(
+extern "C" __global__ void __launch_bounds__(kNumMmaThreads) fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4_groups(
     const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv, const __grid_constant__ Params p) {
     griddepcontrol_wait();
     int const index = kGroupParts * static_cast<int>(blockIdx.x);
@@ -1279,21 +1309,21 @@ extern "C" __global__ void __launch_bounds__(kNumMmaThreads) fa2_bwd_sm90_bf16_d
 
 // Launch --------------------------------------------------------------------------------------------------------------
 // Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
-// `fa2gen render fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4 --with-host` adds a launcher in C++.
+// `fa2gen render fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4 --with-host` adds a launcher in C++.
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
-//   fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4_preprocess
+//   fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4_preprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
-//   fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4
-//     grid (num_n_blocks * num_heads_kv * batch * 4, 1, 1), 384 threads, 198752 bytes of dynamic shared memory
+//   fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4
+//     grid (num_n_blocks * num_heads_kv * batch * 4, 1, 1), 384 threads, 198816 bytes of dynamic shared memory
 //     maps of q, k, v, dout
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 198752
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 198816
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
-//   fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4_postprocess
+//   fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4_postprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 16384 bytes of dynamic shared memory
 //     maps of dq
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
-//   fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4_groups
+//   fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4_groups
 //     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 256 threads, 32768 bytes of dynamic shared memory
 //     maps of dk, dv
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
@@ -1314,4 +1344,4 @@ extern "C" __global__ void __launch_bounds__(kNumMmaThreads) fa2_bwd_sm90_bf16_d
 //   dq_acc: num_m_blocks * num_heads * batch * 8192
 //   dkv_parts: num_n_blocks * num_heads_kv * batch * 65536
 
-}  // namespace fa2gen::fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4
+}  // namespace fa2gen::fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4

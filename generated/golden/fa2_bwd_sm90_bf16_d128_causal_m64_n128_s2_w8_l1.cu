@@ -1,16 +1,16 @@
-// fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8
+// fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 128, bf16, causal mask
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
-//   launch   384 threads, 197728 bytes of dynamic shared memory
+//   launch   384 threads, 197792 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
 //             211 Global memory,  239 mbarriers,  283 TMA,  325 Bulk copies,  341 Fences,  348 Fragments,
-//             362 Registers,  370 Registers of a warpgroup,  382 wgmma,  559 What is visible,
-//             608 Softmax and its gradient,  708 Pipelines,  753 Loads,  802 Matrix products,  840 Staging,
-//             898 Producer,  951 Consumer, 1075 Kernels, 1220 Launch
+//             362 Registers,  370 Registers of a warpgroup,  382 wgmma,  564 What is visible,
+//             613 Softmax and its gradient,  713 Pipelines,  766 Loads,  815 Matrix products,  853 Staging,
+//             911 Producer,  967 Consumer, 1114 Kernels, 1259 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -22,7 +22,7 @@
 // one takes; only dS goes through shared memory, for dQ.
 // Each mma warpgroup holds dK and dV of its own 64 keys.
 
-namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8 {
+namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -405,6 +405,11 @@ __device__ __forceinline__ void wgmma_wait_1() {
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 }
 
+// Until at most 2 committed batches of this warpgroup are still running.
+__device__ __forceinline__ void wgmma_wait_2() {
+    asm volatile("wgmma.wait_group.sync.aligned 2;" ::: "memory");
+}
+
 // Pins accumulators behind a wait: without it the compiler may read them before wgmma has written them.
 __device__ __forceinline__ void wgmma_touch(float (&d)[32]) {
 #pragma unroll
@@ -731,8 +736,11 @@ struct Barriers {
     __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
     __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
-    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumDoutStages); }
-    __device__ __forceinline__ uint32_t dq_empty() const { return dq_full() + 8; }
+    __device__ __forceinline__ uint32_t dq_full(int warpgroup) const { return dout_empty(kNumDoutStages) + 16 * warpgroup; }
+    __device__ __forceinline__ uint32_t dq_empty(int warpgroup) const { return dq_full(warpgroup) + 8; }
+    __device__ __forceinline__ uint32_t ds_full(int stage) const { return dq_full(2) + 8 * stage; }
+    __device__ __forceinline__ uint32_t ds_empty(int stage) const { return ds_full(2 + stage); }
+    __device__ __forceinline__ uint32_t first_has_dp(int parity) const { return ds_empty(2 + parity); }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
@@ -745,8 +753,13 @@ struct Barriers {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
-        mbarrier_init(dq_full(), 8);
-        mbarrier_init(dq_empty(), 1);
+        for (int i = 0; i < 2; ++i) {
+            mbarrier_init(dq_full(i), kNumMmaWarps / 2);
+            mbarrier_init(dq_empty(i), 1);
+            mbarrier_init(ds_full(i), kNumMmaWarps);
+            mbarrier_init(ds_empty(i), kNumMmaWarps);
+            mbarrier_init(first_has_dp(i), kNumMmaWarps / 2);
+        }
     }
 };
 
@@ -884,15 +897,15 @@ __device__ __forceinline__ void store_rows(
 
 // Leaves a warp's share of dQ in shared memory for write_dq, when the share before has left it.
 __device__ __forceinline__ void hand_over_dq(
-    float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, Barriers const& barriers, uint32_t phase) {
-    mbarrier_wait(barriers.dq_empty(), phase ^ 1);
+    float const (&acc_dq)[kNumAccDq], uint32_t dq_slice, uint32_t full, uint32_t empty, uint32_t phase) {
+    mbarrier_wait(empty, phase ^ 1);
 #pragma unroll
     for (int i = 0; i < kNumAccDq; i += 4) {
         store_shared_float4(dq_slice + (i * 32 + lane_id() * 4) * 4, acc_dq[i], acc_dq[i + 1], acc_dq[i + 2], acc_dq[i + 3]);
     }
     fence_proxy_async();
     sync_warp();
-    mbarrier_arrive_if(barriers.dq_full(), lane_id() == 0);
+    mbarrier_arrive_if(full, lane_id() == 0);
 }
 
 // Producer: one warp. K and V once, then Q and dO of every block of queries, each with its row statistics --------------------
@@ -931,18 +944,21 @@ __device__ __forceinline__ void produce(
 
 // Adds dQ of one block of queries after the other to the sums in global memory. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
-__device__ __forceinline__ void write_dq(Params const& p, uint32_t smem, Barriers const& barriers) {
+// Of the half that one mma warpgroup makes: they are not in step.
+__device__ __forceinline__ void write_dq(
+    Params const& p, uint32_t smem, Barriers const& barriers, int warpgroup) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     Seqlen const s = seqlen_of(p, block.bidb);
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     uint32_t phase = 0;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
-        mbarrier_wait(barriers.dq_full(), phase);
-        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats, smem + kSmemDq,
-                        kDqBlockFloats * 4);
+        mbarrier_wait(barriers.dq_full(warpgroup), phase);
+        constexpr int kHalfFloats = kDqBlockFloats / 2;
+        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warpgroup * kHalfFloats,
+                        smem + kSmemDq + warpgroup * kHalfFloats * 4, kHalfFloats * 4);
         tma_store_commit();
         tma_store_wait_read();
-        mbarrier_arrive(barriers.dq_empty());
+        mbarrier_arrive(barriers.dq_empty(warpgroup));
         phase ^= 1;
     }
     tma_store_wait();
@@ -980,7 +996,7 @@ __device__ __forceinline__ void consume(
     bool const leader = lane_id() == 0;
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
-    int ds_stage = 0;
+    int step = 0;
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
@@ -1004,6 +1020,9 @@ __device__ __forceinline__ void consume(
         uint32_t p_tile[kNumP];
         uint32_t ds_tile[kNumP];
 
+        if (warpgroup == 1) {  // out of step with the first, half a step behind
+            mbarrier_wait(barriers.first_has_dp(step % 2), step / 2 & 1);
+        }
         mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);
         wgmma_fence();
         gemm_s(acc_s, k_rows, q_tile);
@@ -1023,47 +1042,67 @@ __device__ __forceinline__ void consume(
         pack(&p_tile, &acc_s);
         wgmma_wait_0();
         wgmma_touch(acc_dp);
+        mbarrier_arrive_if(barriers.first_has_dp(step % 2), leader && warpgroup == 0);
         score_gradients(&acc_dp, &acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
         pack(&ds_tile, &acc_dp);
 
-        // dS to all warpgroups under dV. Two stages: who writes one has passed the barrier that followed its last use.
+        // dS to all warpgroups. Who writes a stage waits until their products of two steps ago have read it.
+        int const ds_stage = step % 2;
+        mbarrier_wait(barriers.ds_empty(ds_stage), (step / 2 & 1) ^ 1);
         stage_ds(ds_tile, ds_panel + ds_stage * kDsBytes, warp);
+        fence_proxy_async();
+        sync_warp();
+        mbarrier_arrive_if(barriers.ds_full(ds_stage), leader);
+
+        float acc_dq[kNumAccDq];
+        uint32_t ds_before = k_panel;
+        if (step > 0) {
+            mbarrier_wait(barriers.ds_full(ds_stage ^ 1), (step - 1) / 2 & 1);
+            ds_before = ds_operand + (ds_stage ^ 1) * (kDsBytes / kDescUnit);
+        }
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_before, k_panel);
+        wgmma_commit();
         wgmma_fence();
         gemm_dkv(acc_dv, p_tile, dout_tile);
         wgmma_commit();
-        fence_proxy_async();
-        auto release_dout = [&]() {
-            wgmma_touch(acc_dv);
-            wgmma_touch_a(p_tile);
-            mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-            dout_state.advance(kNumDoutStages);
-        };
-        named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
-
-        float acc_dq[kNumAccDq];
-        uint32_t const ds_rows = ds_operand + ds_stage * (kDsBytes / kDescUnit);
-        wgmma_fence();
-        gemm_dq(acc_dq, ds_rows, k_panel);
-        wgmma_commit();
-        wgmma_wait_1();
-        release_dout();
-
-        // dQ to shared memory under dK: each warp its own registers, in their order.
         wgmma_fence();
         gemm_dkv(acc_dk, ds_tile, q_tile);
         wgmma_commit();
-        wgmma_wait_1();
+
+        // dQ to shared memory under dV and dK: each warp its own registers, in their order.
+        wgmma_wait_2();
         wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, dq_slice, barriers, dq_phase);
-        dq_phase ^= 1;
+        if (step > 0) {
+            mbarrier_arrive_if(barriers.ds_empty(ds_stage ^ 1), leader);
+            hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
+            dq_phase ^= 1;
+        }
+        wgmma_wait_1();
+        wgmma_touch(acc_dv);
+        wgmma_touch_a(p_tile);
+        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
+        dout_state.advance(kNumDoutStages);
         wgmma_wait_0();
         wgmma_touch(acc_dk);
         wgmma_touch_a(ds_tile);
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
         q_state.advance(kNumStages);
 
-        ds_stage ^= 1;
+        step += 1;
         walk.next(p, blocks);
+    }
+
+    if (step > 0) {
+        int const last = step - 1;
+        float acc_dq[kNumAccDq];
+        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
+        wgmma_commit();
+        wgmma_wait_0();
+        wgmma_touch(acc_dq);
+        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
     }
 
     named_barrier_sync(kAllMmaWarps, kNumMmaThreads);  // all warps are done with K and V
@@ -1075,7 +1114,7 @@ __device__ __forceinline__ void consume(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Row statistics of one block of queries, and zeros for its dQ. 16 lanes share a row, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_preprocess(
+extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1_preprocess(
     const __grid_constant__ Params p) {
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
@@ -1142,7 +1181,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1(
     const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
     const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_dout,
     const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv,
@@ -1169,9 +1208,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
             produce({map_q, map_q}, map_k, map_v, {map_dout, map_dout}, p, smem, barriers);
             griddepcontrol_launch_dependents();  // takes effect when the last blocks have issued their loads
         }
-        if (warp == 1 && elect_one()) {
+        if ((warp == 1 || warp == 2) && elect_one()) {
             griddepcontrol_wait();
-            write_dq(p, smem, barriers);
+            write_dq(p, smem, barriers, warp - 1);
         }
     } else {
         setmaxnreg_inc_240();
@@ -1181,7 +1220,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 }
 
 // One block of queries of dQ: from sums in register order to rows, through shared memory.
-extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_postprocess(
+extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
@@ -1219,17 +1258,17 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 
 // Launch --------------------------------------------------------------------------------------------------------------
 // Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
-// `fa2gen render fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8 --with-host` adds a launcher in C++.
+// `fa2gen render fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1 --with-host` adds a launcher in C++.
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
-//   fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_preprocess
+//   fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1_preprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
-//   fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8
-//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 197728 bytes of dynamic shared memory
+//   fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1
+//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 197792 bytes of dynamic shared memory
 //     maps of q, k, v, dout, dk, dv
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 197728
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 197792
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
-//   fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_postprocess
+//   fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1_postprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 16384 bytes of dynamic shared memory
 //     maps of dq
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
@@ -1250,4 +1289,4 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //   dpsum: num_m_blocks * num_heads * batch * 64
 //   dq_acc: num_m_blocks * num_heads * batch * 8192
 
-}  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8
+}  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1
