@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -37,7 +36,6 @@ class _Grid:
     tile_n: tuple[int, ...]
     stages: tuple[int, ...]
     warps: tuple[int, ...]
-    lags: tuple[Literal[0, 1], ...] = (0,)
 
 
 _KEYS = (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)
@@ -47,7 +45,7 @@ _GRIDS: dict[tuple[str, str], _Grid] = {
     ("sm90", "fwd"): _Grid((64, 128, 192, 256), _KEYS, (2, 3, 4), (4, 8, 12, 16)),
     # With one stage, 96 queries fit above head dim 64.
     ("sm80", "bwd"): _Grid((32, 64, 128), (32, 48, 64, 80, 96, 112, 128, 160, 192), (1, 2, 3, 4), (4, 8)),
-    ("sm90", "bwd"): _Grid((48, 64, 80, 96, 112, 128), _KEYS, (1, 2, 3, 4), (4, 8, 12, 16), (0, 1)),
+    ("sm90", "bwd"): _Grid((48, 64, 80, 96, 112, 128), _KEYS, (1, 2, 3, 4), (4, 8, 12, 16)),
     ("sm80", "decode"): _DECODE,
     ("sm90", "decode"): _DECODE,
 }
@@ -80,7 +78,7 @@ def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
         for tile_m in grid.tile_m:
             for tile_n in grid.tile_n:
                 for stages in grid.stages:
-                    for span, lag in itertools.product(_SWIZZLES, grid.lags):
+                    for span in _SWIZZLES:
                         tiling = Tiling(
                             arch=arch,
                             tile_m=tile_m,
@@ -88,7 +86,6 @@ def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
                             num_stages=stages,
                             num_mma_warps=warps,
                             swizzle_bytes=span,
-                            lag=lag,
                         )
                         if fits(KernelSpec(problem=problem, tiling=tiling)):
                             yield tiling

@@ -49,7 +49,7 @@ def test_enumeration_is_brute_force(head_dim):
     """Every tiling of the whole grid that the plan's rules allow, no other, none twice."""
     problem = Problem(head_dim=head_dim)
     grid = itertools.product(*dataclasses.astuple(feasible._GRIDS["sm90", "fwd"]), (128, 64, 32))
-    names = ("tile_m", "tile_n", "num_stages", "num_mma_warps", "lag", "swizzle_bytes")
+    names = ("tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes")
     tilings = [Tiling(arch="sm90", **dict(zip(names, values, strict=True))) for values in grid]
     expected = {tiling for tiling in tilings if fits(KernelSpec(problem=problem, tiling=tiling))}
     found = list(feasible_tilings(problem, "sm90"))
@@ -60,8 +60,9 @@ def test_enumeration_is_brute_force(head_dim):
 @pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 144, 256])
 def test_backward_enumeration_is_brute_force(head_dim):
     problem = Problem(direction="bwd", head_dim=head_dim)
-    grid = itertools.product(range(48, 129, 16), range(16, 257, 16), range(1, 5), (4, 8, 12), (128, 64, 32), (0, 1))
-    names = ("tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes", "lag")
+    sizes = (range(48, 129, 16), range(16, 257, 16), range(1, 5), (4, 8, 12), (128, 64, 32))
+    grid = itertools.product(*sizes, *space.switches().values())
+    names = ("tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes", *space.switches())
     tilings = [Tiling(arch="sm90", **dict(zip(names, values, strict=True))) for values in grid]
     expected = {tiling for tiling in tilings if fits(KernelSpec(problem=problem, tiling=tiling))}
     found = list(space.tilings(problem, "sm90"))
