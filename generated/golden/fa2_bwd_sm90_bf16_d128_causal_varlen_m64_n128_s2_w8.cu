@@ -10,7 +10,7 @@
 //             242 Global memory,  293 mbarriers,  337 TMA,  385 Bulk copies,  401 Fences,  408 Fragments,
 //             422 Registers,  430 Registers of a warpgroup,  442 wgmma,  634 What is visible,
 //             683 Softmax and its gradient,  791 Pipelines,  836 Loads,  885 Matrix products,  923 Staging,
-//             981 Producer, 1035 Consumer, 1160 Kernels, 1162 Prepare, 1522 Launch
+//             981 Producer, 1035 Consumer, 1159 Kernels, 1161 Prepare, 1521 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1147,7 +1147,6 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
-
         walk.next(p, blocks);
     }
 

@@ -10,7 +10,7 @@
 //             224 Global memory,  252 mbarriers,  296 TMA,  338 Bulk copies,  354 Fences,  361 Fragments,
 //             375 Registers,  383 Registers of a warpgroup,  395 wgmma,  572 What is visible,  624 Expressions,
 //             639 Softmax and its gradient,  686 Scores of an expression,  805 Pipelines,  850 Loads,
-//             899 Matrix products,  937 Staging,  995 Producer, 1049 Consumer, 1174 Kernels, 1319 Launch
+//             899 Matrix products,  937 Staging,  995 Producer, 1049 Consumer, 1173 Kernels, 1318 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1161,7 +1161,6 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
-
         walk.next(p, blocks);
     }
 

@@ -10,7 +10,7 @@
 //             213 Global memory,  264 mbarriers,  308 TMA,  350 Bulk copies,  366 Fences,  378 Fragments,
 //             392 Registers,  400 Registers of a warpgroup,  412 wgmma,  593 What is visible,
 //             643 Softmax and its gradient,  743 Pipelines,  788 Loads,  837 Matrix products,  875 Staging,
-//             933 Producer,  967 Turns, 1007 Consumer, 1132 Kernels, 1280 Launch
+//             933 Producer,  967 Turns, 1007 Consumer, 1131 Kernels, 1279 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1119,7 +1119,6 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
-
         walk.next(p, blocks);
     }
 

@@ -10,7 +10,7 @@
 //             217 Global memory,  268 mbarriers,  312 TMA,  354 Bulk copies,  370 Fences,  382 Fragments,
 //             396 Registers,  404 Registers of a warpgroup,  416 wgmma,  590 d - window_left <= j <= d + window_right,
 //             667 Softmax and its gradient,  767 Pipelines,  812 Loads,  861 Matrix products,  899 Staging,
-//             957 Producer,  991 Turns, 1031 Consumer, 1157 Kernels, 1305 Launch
+//             957 Producer,  991 Turns, 1031 Consumer, 1156 Kernels, 1304 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1144,7 +1144,6 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
-
         walk.next(p, blocks);
     }
 

@@ -11,7 +11,7 @@
 //             384 Registers,  399 Registers of a warpgroup,  411 wgmma,  586 What is visible,  635 Expressions,
 //             662 Softmax and its gradient,  692 Scores of an expression,  755 Gradients of an expression's tensors,
 //             846 Pipelines,  891 Loads,  940 Matrix products,  978 Staging, 1036 Producer, 1090 Consumer,
-//            1217 Kernels, 1372 Launch
+//            1216 Kernels, 1371 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1204,7 +1204,6 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
-
         walk.next(p, blocks);
     }
 

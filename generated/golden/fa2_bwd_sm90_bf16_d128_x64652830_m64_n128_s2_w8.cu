@@ -10,7 +10,7 @@
 //             221 Global memory,  249 mbarriers,  293 TMA,  335 Bulk copies,  351 Fences,  358 Fragments,
 //             372 Registers,  380 Registers of a warpgroup,  392 wgmma,  569 What is visible,  615 Expressions,
 //             630 What an expression hides,  679 Softmax and its gradient,  820 Pipelines,  865 Loads,
-//             914 Matrix products,  952 Staging, 1010 Producer, 1068 Consumer, 1196 Kernels, 1341 Launch
+//             914 Matrix products,  952 Staging, 1010 Producer, 1068 Consumer, 1195 Kernels, 1340 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1183,7 +1183,6 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
-
         walk.next(p, blocks);
     }
 

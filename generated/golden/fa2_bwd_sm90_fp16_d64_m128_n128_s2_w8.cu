@@ -10,7 +10,7 @@
 //             210 Global memory,  238 mbarriers,  282 TMA,  324 Bulk copies,  340 Fences,  347 Fragments,
 //             361 Registers,  369 Registers of a warpgroup,  381 wgmma,  558 What is visible,
 //             604 Softmax and its gradient,  699 Pipelines,  744 Loads,  793 Matrix products,  830 Staging,
-//             888 Producer,  942 Consumer, 1067 Kernels, 1208 Launch
+//             888 Producer,  942 Consumer, 1066 Kernels, 1207 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1054,7 +1054,6 @@ __device__ __forceinline__ void consume(
         q_state.advance(kNumStages);
 
         ds_stage ^= 1;
-
         walk.next(p, blocks);
     }
 
