@@ -54,15 +54,15 @@ def run_on_gpu(probe: Probe, target: str) -> list[Any]:
     base = ctypes.addressof(memory) + start
     for number, tensor_map in enumerate(entry.tensor_maps):
         tensor = tensors[int(tensor_map.name)]
-        of_tensor = SimpleNamespace(name="probe", dtype=probe.k.dtype, varlen=False)
-        steps, at = tensor.stride()[:3], start + 128 * number
-        encoded = launcher._TensorMap(of_tensor, tensor_map, tuple(tensor.shape), steps, memory, at)
-        encoded.point_to(tensor.data_ptr())
+        of_tensor = SimpleNamespace(name="probe", dtype=probe.k.dtype, varlen=False, paged=False)
+        numbers = launcher._map_numbers(of_tensor, tensor_map.name, tuple(tensor.shape), tensor.stride()[:3])
+        encoded = launcher._TensorMap(of_tensor, tensor_map, number, memory, start + 128 * number)
+        encoded.point_to(tensor.data_ptr(), numbers, {})
     ctypes.memmove(base + 128 * maps, params, len(params))
     pointers = (ctypes.c_void_p * (maps + 1))(*(base + 128 * number for number in range(maps + 1)))
     stream = launcher._stream(torch.cuda.current_stream().cuda_stream)
     at = ctypes.addressof(pointers)
-    launcher._launch(kernel, "probe", kernel.functions[0], 1, 1, 1, probe.num_threads, probe.shared_bytes, at, stream)
+    launcher._launch(entry, kernel._device, kernel.functions[0], at, 1, 1, 1, stream)
     torch.cuda.synchronize()
     return [x.cpu() for x in tensors]
 

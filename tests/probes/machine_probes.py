@@ -133,9 +133,9 @@ def differences(found: Values, expected: Values) -> str:
 def _k(params: Mapping[str, str], **values: object) -> SimpleNamespace:
     """What the primitives look at: the default of every switch, and `values`."""
     fields = tuple(Param(name, ctype) for name, ctype in params.items())
-    return SimpleNamespace(
-        tiling=Tiling(arch="sm90", tile_m=64, tile_n=64, num_mma_warps=4), params=fields, name="probe", **values
-    )
+    numbers = {"mma_dtype": values["dtype"], "packed_dtypes": (values["dtype"],)} if "dtype" in values else {}
+    tiling = Tiling(arch="sm90", tile_m=64, tile_n=64, num_mma_warps=4)
+    return SimpleNamespace(tiling=tiling, params=fields, name="probe", **numbers, **values)
 
 
 def integers(*shape: int, seed: int = 0, most: int = 3) -> torch.Tensor:
