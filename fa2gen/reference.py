@@ -581,8 +581,8 @@ def check_input_gradients(
 ) -> GradientVerdict:
     """Judge the gradients of an expression's tensors that learn, in their order, by the rule of `check_gradients`, and
     allow in the mean half a rounding step of the inputs' dtype for each term of a sum, which add up as random numbers
-    do: a single number of plain PyTorch's may be right by chance. So may one of ours be wrong: of n numbers that are not
-    0 the mean bound is 1 + n ** -0.5 times as large.
+    do: a single number of plain PyTorch's may be right by chance. And one of ours may be wrong by chance: of n numbers
+    that are not 0 the mean bound is 1 + n ** -0.5 times as large.
 
     parts  q, k, v, dout, place and what else there is of dlse and s_aux, of each sequence: gradients are their sums.
     """
