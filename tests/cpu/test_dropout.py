@@ -109,8 +109,8 @@ FAULTS = [
     Fault("digits-of-the-upper-half", FORWARD, "0x5140u", "0x7362u"),
     Fault("neighbour-is-itself", FORWARD, "permute_bytes(digits[0], 0, 0x1032u)", "digits[0]"),
     Fault("a-digit-is-passed-over", FORWARD, "kept = majority(kept, digits[7], p.keep_digit_11);", ""),
-    Fault("keys-of-the-other-half", FORWARD, "i % 16 < 8 ? 0xaa88u : 0xbb99u", "0xaa88u"),
-    Fault("rows-of-the-other-half", FORWARD, "<< (7 - i % 8)", "<< (7 - i / 2 % 4 * 2)"),
+    Fault("keys-of-the-other-half", FORWARD, "bit < 8 ? 0xaa88u : 0xbb99u", "0xaa88u"),
+    Fault("rows-of-the-other-half", FORWARD, "<< (7 - bit % 8)", "<< (7 - bit / 2 % 4 * 2)"),
     Fault("not-scaled", FORWARD, "inverse_sum[0] *= p.keep_scale;", ""),
     Fault(
         "first-block-keeps-all",

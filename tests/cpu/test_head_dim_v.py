@@ -57,7 +57,7 @@ MIX_UPS = (
     ("dp-has-the-steps-of-s", KEYS, "gemm_s_v(acc_dp,", "gemm_s(acc_dp,", 1),
     ("dout-has-the-stages-of-q", KEYS, "state.stage * kQBytesV,", "state.stage * kQBytes,", 1),
     ("dout-expects-the-bytes-of-q", KEYS, "kQReadBytesV + kStatisticsBytes", "kQReadBytes + kStatisticsBytes", 1),
-    ("dv-is-stored-as-dk", KEYS, "store_rows_v(map_dv,", "store_rows(map_dv,", 1),
+    ("dv-is-stored-as-dk", KEYS, "store_rows_v(map, s, rows,", "store_rows(map, s, rows,", 1),
     ("dp-has-the-steps-of-s", PRODUCTS, "gemm_s_v(acc_dp,", "gemm_s(acc_dp,", 1),
     ("dout-is-read-in-the-stages-of-q", PRODUCTS, "dout_state.stage * kQBytesV)", "dout_state.stage * kQBytes)", 2),
     ("v-is-copied-as-k", SM80_BWD, "load_tile_v(smem + kSmemV,", "load_tile(smem + kSmemV,", 1),

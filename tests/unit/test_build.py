@@ -126,6 +126,8 @@ def test_a_result_as_json():
         "dropout": False,
         "head_dim_v": None,
         "paged": False,
+        "cache_dtype": "same",
+        "learned": "",
         "score": "",
         "allow": "",
         "inputs": "",

@@ -258,7 +258,9 @@ def test_render_by_name_and_by_options():
 
 def test_render_of_a_backward_kernel():
     shown = fa2("render", "--direction", "bwd", "--head-dim", "64").stdout
-    assert all(f"fa2_bwd_sm90_bf16_d64_m128_n128_s2_w8{part}(" in shown for part in ("_preprocess", "", "_postprocess"))
+    assert all(
+        f"fa2_bwd_sm90_bf16_d64_m128_n128_s2_w8_l1{part}(" in shown for part in ("_preprocess", "", "_postprocess")
+    )
 
 
 def test_render_is_what_the_library_renders():
@@ -827,7 +829,7 @@ def machine(monkeypatch):
 
 RESULTS = {"fwd": ("o", "lse"), "bwd": ("dq", "dk", "dv"), "decode": ("o", "lse")}
 CAUSAL = "fa2_fwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
-BACKWARD = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8"
+BACKWARD = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1"
 
 
 @pytest.mark.parametrize("name", [CAUSAL, BACKWARD])
