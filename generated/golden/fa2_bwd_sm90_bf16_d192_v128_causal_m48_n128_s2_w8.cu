@@ -10,7 +10,7 @@
 //             220 Global memory,  248 mbarriers,  292 TMA,  334 Bulk copies,  350 Fences,  357 Fragments,
 //             371 Registers,  379 Registers of a warpgroup,  391 wgmma,  629 What is visible,
 //             678 Softmax and its gradient,  778 Pipelines,  823 Loads,  903 Matrix products,  974 Staging,
-//            1072 Producer, 1133 Consumer, 1275 Kernels, 1420 Launch
+//            1072 Producer, 1133 Consumer, 1276 Kernels, 1421 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1240,10 +1240,11 @@ __device__ __forceinline__ void consume(
         named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
 
         float acc_dq[kNumAccDq];
+        float acc_dq_rest[kNumAccDqRest];
         uint32_t const ds_rows = ds_operand + ds_stage * (kDsBytes / kDescUnit);
         wgmma_fence();
         gemm_dq(acc_dq, ds_rows, k_panel);
-        float acc_dq_rest[kNumAccDqRest];
+        wgmma_fence();
         gemm_dq_rest(acc_dq_rest, ds_rows + warpgroup * (kTileM / 2 * kPanelRowBytes / kDescUnit), k_rest);
         wgmma_commit();
 
