@@ -11,7 +11,7 @@
 //             384 Registers,  399 Registers of a warpgroup,  411 wgmma,  586 What is visible,  635 Expressions,
 //             662 Softmax and its gradient,  692 Scores of an expression,  755 Gradients of an expression's tensors,
 //             846 Pipelines,  891 Loads,  940 Matrix products,  978 Staging, 1036 Producer, 1090 Consumer,
-//            1216 Kernels, 1372 Launch
+//            1216 Kernels, 1373 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1218,7 +1218,8 @@ __device__ __forceinline__ void consume(
 // This block's share of zeros for a gradient.
 __device__ __forceinline__ void clear(float* gradient, int num_threads, int64_t size) {
     int64_t const step = static_cast<int64_t>(gridDim.x) * num_threads;
-#pragma unroll 1  // else the number of steps is found by a division, which calls a function
+    // Unrolled, the number of steps would be found by a division, which calls a function.
+#pragma unroll 1
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * num_threads + threadIdx.x; i < size; i += step) {
         store_global_float(gradient + i, 0.0f);
     }
