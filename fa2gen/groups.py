@@ -7,6 +7,8 @@ K and V there are then too few blocks for a device, or the longest ones end alon
 
 from __future__ import annotations
 
+import math
+
 from fa2gen.launch import heads_per_section
 from fa2gen.layout import ceil_div
 from fa2gen.options import Options, Shape
@@ -26,10 +28,6 @@ FEW_WAVES = 2.0
 # read again, of which 800 rows are as long whatever the head dim (H100, 64 rows a step).
 ROWS_OF_BLOCK = 96
 ROWS_OF_PART = 800
-
-# With a causal mask the longest blocks of the last section of heads start when others end: what they then take alone is
-# this share of the longest where a section has few blocks, and half of it where it has one for each multiprocessor.
-TAIL = 1.0
 
 
 def with_parts(plan: KernelPlan, parts: int) -> KernelPlan:
@@ -60,8 +58,10 @@ def parts_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> 
     def time(parts: int) -> float:  # in walks of the longest block of a group in one part
         each = (ROWS_OF_BLOCK if parts == 1 else ROWS_OF_PART) / rows
         if not options.causal:
-            return -(-waves * parts // 1) * (1 / parts + each)
-        tail = TAIL * (1 - min(in_section * parts, 1) / 2) / parts
+            return math.ceil(waves * parts) * (1 / parts + each)
+        # The longest blocks of the last section of heads start when others end: what they then take alone is a walk
+        # where a section has few blocks, and half of one where it has a block for each multiprocessor.
+        tail = (1 - min(in_section * parts, 1) / 2) / parts
         return max(waves / 2 + tail, 1 / parts) + waves * parts * each
 
     divisors = (parts for parts in range(1, min(group, MOST_PARTS) + 1) if group % parts == 0)

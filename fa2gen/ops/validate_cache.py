@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.layout import align_up
 from fa2gen.ops.validate import (
     Lengths,
     describe,
@@ -138,7 +139,7 @@ def _validate_kinds(given: Cached) -> None:
     if k_cache.dtype != v_cache.dtype:
         raise InvalidInput(f"k_cache is {k_cache.dtype}, v_cache is {v_cache.dtype}; use one dtype for both")
     if q.shape[-1] % 16:
-        padded = -(-q.shape[-1] // 16) * 16
+        padded = align_up(q.shape[-1], 16)
         raise UnsupportedProblem(
             f"head_dim is {q.shape[-1]}; over caches of 8-bit numbers it must be a multiple of 16: make them of "
             f"head_dim {padded}, zeros behind {q.shape[-1]}, and pad q, or use caches of {q.dtype}"
@@ -163,7 +164,7 @@ def _validate_rows(q: Tensor, caches: Mapping[str, Tensor]) -> None:
         head_dim = x.shape[-1]
         validate_head_dim("head_dim" if x.shape[-1] == q.shape[-1] else f"{name}'s head_dim", head_dim)
         if head_dim % HEAD_DIM_STEP:
-            padded = -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
+            padded = align_up(head_dim, HEAD_DIM_STEP)
             raise UnsupportedProblem(
                 f"head_dim is {head_dim}; over a cache, which is never copied, it must be a multiple of "
                 f"{HEAD_DIM_STEP}: make the caches of head_dim {padded}, zeros behind {head_dim}, pad q, k and v "
