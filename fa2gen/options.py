@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from fa2gen.expression import split_window
@@ -17,6 +18,7 @@ __all__ = [
     "Expression",
     "Options",
     "Shape",
+    "expression_said",
     "split_shift",
 ]
 
@@ -116,6 +118,14 @@ class Expression(NamedTuple):
     def kind(self) -> tuple[str, ...]:
         """What decides which problem it makes."""
         return (*self[:3], self.learned)
+
+
+def expression_said(said: Mapping[str, Any], tensors: Iterable[Any]) -> Expression | None:
+    """The expression of an operator's arguments, of which some have names of its fields, and of its tensors; None where
+    they say none."""
+    parts = {name: said[name] for name in Expression._fields if name in said}
+    parts |= {"numbers": tuple(parts.get("numbers", ())), "shapes": tuple(tuple(x.shape) for x in tensors)}
+    return Expression(**parts) if parts.get("score") or parts.get("allow") else None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -64,7 +64,7 @@ from fa2gen.ops.validate import (
     validate_ragged,
     validate_ragged_backward,
 )
-from fa2gen.options import Expression, Options
+from fa2gen.options import Expression, Options, expression_said
 from fa2gen.reference import (
     Place,
     attention_backward_ragged,
@@ -120,9 +120,8 @@ def _options(name: str, tensors: tuple[Any, ...], others: tuple[Any, ...], named
     ragged = not of_query is of_key is used_q is used_k is None
     count = len(Options._fields) - len(OF_GENERAL_OPERATORS)
     given = {**named, **dict(zip(_OF_GENERAL, others[count:], strict=False))}
-    said = Expression(*(given.pop(field, default) for field, default in Expression._field_defaults.items()))
-    said = said._replace(numbers=tuple(said.numbers), shapes=tuple(tuple(x.shape) for x in inputs))
-    expression = said if said.score or said.allow else None
+    expression = expression_said(given, inputs)
+    given = {name: value for name, value in given.items() if name not in Expression._fields}
     given |= {"varlen": ragged, "sink": s_aux is not None, "expression": expression}
     return Options(*others[:count], **given)
 

@@ -19,7 +19,7 @@ from fa2gen.ops.kvcache_operator import refuse_gradients
 from fa2gen.ops.paged import checked_paged, paged_cuda, paged_reference
 from fa2gen.ops.validate import out_shape
 from fa2gen.ops.validate_cache import Paged
-from fa2gen.options import Expression, Options
+from fa2gen.options import Expression, Options, expression_said
 
 __all__ = ["PAGED_SCHEMAS", "paged_kernels", "run_paged"]
 
@@ -69,11 +69,9 @@ def _called(implementation: Callable[..., Any]) -> Callable[..., Any]:
         count = len(Paged._fields)
         given, tensors = Paged(*arguments[:count]), arguments[count]
         said = dict(zip(_FIELDS, arguments[count + 1 :], strict=False)) | others
-        parts = {name: said.pop(name) for name in Expression._fields if name in said}
-        shapes = tuple(tuple(x.shape) for x in tensors)
-        found = Expression(**{**parts, "numbers": tuple(parts.get("numbers", ())), "shapes": shapes})
-        sink = given.s_aux is not None
-        options = Options(**said, varlen=True, sink=sink, expression=found if found.score or found.allow else None)
+        expression = expression_said(said, tensors)
+        said = {name: value for name, value in said.items() if name not in Expression._fields}
+        options = Options(**said, varlen=True, sink=given.s_aux is not None, expression=expression)
         return implementation(given, tensors, options)
 
     return implemented
