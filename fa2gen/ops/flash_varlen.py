@@ -7,7 +7,7 @@ keyword-only, behind its own.
 from __future__ import annotations
 
 from operator import index
-from typing import Any, Literal, NoReturn, TypeAlias, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from fa2gen.ops.flash import Result, WithLse, unpacked
 from fa2gen.ops.operator import run_general, run_ragged
 from fa2gen.ops.paged_operator import run_paged
 from fa2gen.ops.ragged import are_plain, forward_ragged, forward_ragged_out
-from fa2gen.ops.validate import LENGTHS, describe, refuse_non_tensors, validate_ragged
+from fa2gen.ops.validate import describe, refuse_non_lengths, refuse_non_tensors, validate_ragged
 from fa2gen.ops.validate_cache import Paged
 from fa2gen.options import Options
 from fa2gen.reference import dropout_mask
@@ -176,9 +176,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         return (out, lse, None) if return_attn_probs else out
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
-    for x in lengths:
-        if not (x is None or isinstance(x, Tensor)):
-            _refuse_lengths(lengths)
+    refuse_non_lengths(lengths)
     max_keys = None
     if not torch.compiler.is_compiling():  # there a number would be a constant of the graph, and another make a new one
         _longest("max_seqlen_q", max_seqlen_q)
@@ -345,14 +343,6 @@ def over_pages(
         found = found._replace(shapes=tuple(tuple(x.shape) for x in tensors))
     longest = None if torch.compiler.is_compiling() else _longest("max_seqlen_k", max_keys)
     return run_paged(given, tensors, options._replace(expression=found), longest, into)
-
-
-def _refuse_lengths(lengths: tuple[Any, ...]) -> NoReturn:
-    name, x = next(pair for pair in zip(LENGTHS, lengths, strict=True) if not isinstance(pair[1], Tensor | None))
-    raise InvalidInput(
-        f"{name} must be a torch.Tensor or None, not {describe(x)}: torch.tensor({name}, dtype=torch.int32, "
-        "device=q.device)"
-    )
 
 
 def _longest(name: str, given: Any) -> int | None:

@@ -31,9 +31,11 @@ from fa2gen.ops.nested import jagged_like, packed_jagged
 from fa2gen.ops.ragged import are_plain, forward_ragged
 from fa2gen.ops.validate import (
     DTYPES,
+    NO_LENGTHS,
     Lengths,
     describe,
     out_shape,
+    refuse_non_lengths,
     refuse_non_tensors,
     refuse_tensor_kinds,
     validate,
@@ -48,7 +50,6 @@ __all__ = ["attention", "forward_into", "run", "run_any", "run_general", "run_ra
 _OPERATOR = torch.ops.fa2gen.fwd.default
 _RAGGED_OPERATOR = torch.ops.fa2gen.fwd_varlen.default
 _GENERAL_OPERATOR = torch.ops.fa2gen.fwd_general.default
-_NO_LENGTHS: Lengths = (None, None, None, None)
 
 
 def attention(
@@ -68,6 +69,10 @@ def attention(
     allow: str = "",
     inputs: Mapping[str, Any] | None = None,
     dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as (out, lse), both differentiable, once; shapes as in `fa2gen.ops`.
 
@@ -83,6 +88,8 @@ def attention(
                      it is looked up by, bias[h, i, j]; one of size 1 serves all, and indices beyond the others are
                      those of their ends. Kernels read fp32 and int32: others are copied. Tensors of the score have
                      gradients, those of no dimension, which stand for a number, too.
+    cu_seqlens_q, _k of a ragged batch, as in `flash_attn_varlen_func`, seqused_q and seqused_k too: with any of them, q
+                     is (total_q, heads, head_dim), lse (heads, total_q), and i and j count from a sequence's first row.
 
     q, k and v may be nested tensors of layout jagged, (batch, jagged, heads, head_dim): out is one like q then, and lse
     is packed, (heads, total_q).
@@ -93,8 +100,10 @@ def attention(
     """
     expression, tensors = expression_of(score, allow, inputs)
     said = (softmax_scale, causal, window_sides(window_size), attention_chunk, deterministic)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    refuse_non_lengths(lengths)
     if arch is None and tiling is None:
-        return run_any(q, k, v, said, (expression, tensors), s_aux, dropout_p)
+        return run_any(q, k, v, said, (expression, tensors), s_aux, dropout_p, lengths=lengths)
     refuse_non_tensors(q=q, k=k, v=v)
     refuse_tensor_kinds("qkv", (q, k, v))
     options = options_of(q, *said)._replace(expression=expression)
@@ -104,10 +113,11 @@ def attention(
         )
     if not q.is_cuda:
         raise InvalidInput(f"arch and tiling choose a CUDA kernel, but q is on {q.device}: leave them out")
-    if s_aux is not None or tensors or dropout_p:
-        said_by_tensors = options._replace(sink=s_aux is not None, dropout_p=probability(dropout_p))
+    ragged = any(x is not None for x in lengths)
+    if ragged or s_aux is not None or tensors or dropout_p:
+        said_by_tensors = options._replace(varlen=ragged, sink=s_aux is not None, dropout_p=probability(dropout_p))
         rng_state = new_rng_state(q) if dropout_p else None
-        further = (*autocasted(q, k, v), *_NO_LENGTHS, sinks(s_aux), rng_state, tensors)
+        further = (*autocasted(q, k, v), *lengths, sinks(s_aux), rng_state, tensors)
         return forward_general(*further, _with_shapes(said_by_tensors, tensors), None, arch, tiling)
     return forward_cuda(*autocasted(q, k, v), options, arch, tiling)
 
@@ -121,11 +131,17 @@ def run_any(
     s_aux: Tensor | None = None,
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
+    lengths: Lengths = NO_LENGTHS,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of dense or nested tensors; `said` are the arguments of `options_of`, of which none is checked yet."""
+    """(out, lse) of dense or nested tensors, or with lengths of packed ones; `said` are the arguments of `options_of`,
+    of which none is checked yet."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
     expression, tensors = given
+    if any(x is not None for x in lengths):
+        refuse_tensor_kinds("qkv", (q, k, v))
+        options = options_of(q, *said)._replace(varlen=True, expression=expression)
+        return run_ragged(q, k, v, lengths, options, None, s_aux, tensors, dropout_p)
     if q.is_nested or k.is_nested or v.is_nested:
         packed, lengths = packed_jagged(q, k, v)
         options = options_of(packed[0], *said)._replace(varlen=True, expression=expression)
@@ -133,7 +149,7 @@ def run_any(
         return jagged_like(q, out), lse
     options = options_of(q, *said)._replace(expression=expression)
     if s_aux is not None or tensors or dropout_p:
-        return run_general(q, k, v, _NO_LENGTHS, options, None, s_aux, dropout_p, rng_state, tensors)
+        return run_general(q, k, v, NO_LENGTHS, options, None, s_aux, dropout_p, rng_state, tensors)
     return run(q, k, v, options)
 
 
@@ -145,7 +161,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tens
             return out, lse
         return forward_cuda(q, k, v, options)
     if options.expression:
-        return run_general(q, k, v, _NO_LENGTHS, options)
+        return run_general(q, k, v, NO_LENGTHS, options)
     q, k, v = autocasted(q, k, v)
     try:
         out, lse = _OPERATOR(q, k, v, **named(options))

@@ -22,6 +22,7 @@ __all__ = [
     "Lengths",
     "describe",
     "out_shape",
+    "refuse_non_lengths",
     "refuse_non_tensors",
     "refuse_tensor_kinds",
     "validate",
@@ -290,6 +291,16 @@ def refuse_non_tensors(**named: object) -> None:
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise InvalidInput(f"{name} must be a torch.Tensor, not {describe(x)}: torch.as_tensor({name}) makes one")
+
+
+def refuse_non_lengths(lengths: tuple[object, ...]) -> None:
+    """Raise InvalidInput for the first of the four LENGTHS that is neither a tensor nor None."""
+    for name, x in zip(LENGTHS, lengths, strict=True):
+        if not isinstance(x, Tensor | None):
+            raise InvalidInput(
+                f"{name} must be a torch.Tensor or None, not {describe(x)}: torch.tensor({name}, dtype=torch.int32, "
+                "device=q.device)"
+            )
 
 
 def refuse_tensor_kinds(names: Iterable[str], tensors: Iterable[Tensor | None]) -> None:

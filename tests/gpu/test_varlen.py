@@ -14,8 +14,10 @@ from fa2gen import InvalidInput, env, flash_attn_func, flash_attn_varlen_func
 from fa2gen.errors import Fa2GenError
 from fa2gen.features import MASKS
 from fa2gen.gpus import current_device
+from fa2gen.ops import attention
 from fa2gen.ops.call import backward_cuda, forget, forward_cuda
 from fa2gen.ops.ragged import backward_ragged, forward_ragged
+from fa2gen.ops.validate import LENGTHS
 from fa2gen.options import Options
 from fa2gen.reference import check, check_gradients
 from fa2gen.select import select
@@ -343,6 +345,10 @@ def test_functions_and_operators(which):
         for x, of in zip((batch.q, batch.k, batch.v), (bounds[0].long(), of_keys, of_keys), strict=True)
     ]
     assert torch.equal(flash_attn_func(*nested, causal=True).values(), out)
+    named = dict(zip(LENGTHS, batch.lengths, strict=True))
+    problem = batch.options.problem("fwd", which[2], which[1])
+    for chosen in ({"arch": which[0]}, {"tiling": select(problem, current_device(), which[0], 69).plan.tiling}):
+        assert torch.equal(attention(batch.q, batch.k, batch.v, causal=True, **chosen, **named)[0], out)
 
 
 def test_lengths_on_the_cpu_are_refused():

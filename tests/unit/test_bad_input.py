@@ -149,6 +149,8 @@ CASES: dict[str, Case] = {
     "q is nested": Case(UnsupportedProblem, "q is a nested tensor|all three|flash_attn_varlen_func|q.values()", lambda: run(nested(torch.jagged))),
     "k is nested, strided": Case(UnsupportedProblem, "k is a nested tensor|k.unbind()|layout=torch.jagged", lambda: run(k=nested(torch.strided))),
     "qkv is nested": Case(UnsupportedProblem, "qkv is a nested tensor", lambda: flash_attn_qkvpacked_func(nested(torch.strided))),
+    "lengths and nested": Case(UnsupportedProblem, "q is a nested tensor|q.values()", lambda: attention(*[nested(torch.jagged)] * 3, cu_seqlens_q=ints(0, 8), cu_seqlens_k=ints(0, 8))),
+    "lengths of attention are a list": Case(InvalidInput, "seqused_k must be a torch.Tensor or None|dtype=torch.int32", lambda: attention(t(*Q), t(*K), t(*K), seqused_k=[8, 9])),
     "arch and nested": Case(UnsupportedProblem, "v is a nested tensor", lambda: attention(t(*Q), t(*K), nested(torch.jagged), arch="sm80")),
     "the operator and nested": Case(UnsupportedProblem, "q is a nested tensor", lambda: torch.ops.fa2gen.fwd(nested(torch.strided), t(*K), t(*K), 0.1, True)),
     "the operator and a scale": Case(InvalidInput, "nan|finite", lambda: torch.ops.fa2gen.fwd(t(*Q), t(*K), t(*K), math.nan, True)),

@@ -38,7 +38,7 @@ from fa2gen.reference import (
     sink_gradient,
 )
 from fa2gen.select import Device, default_tiling
-from fa2gen.spec import KernelSpec, Problem
+from fa2gen.spec import KernelSpec, Problem, Tiling
 
 HERE = Path(__file__).resolve().parent
 
@@ -130,6 +130,7 @@ class FakeKernel:
         self.plan = plan
         self.scratch_bytes = 4 if plan.scratch else 0
         self.cleared_bytes = 0
+        self.scratch_cleared = all(one.cleared for one in plan.scratch)
         self.prepared = []
         self.launched = []
 
@@ -490,6 +491,22 @@ def test_a_ragged_call_is_launched_without_a_look_at_its_lengths(gpu):
     assert strides["q"][1:] == strides["o"][1:] == (6 * 64, 64)
     forward_ragged(*arguments[:5], None, None, RAGGED)
     assert only(gpu).launched[-1][7:9] == (0, 0) and len(only(gpu).prepared) == 2
+
+
+def test_arch_and_tiling_of_a_ragged_call(cuda):
+    """Through `attention`, as of a dense one; with what goes beside lengths too."""
+    q, k, v, *lengths = ragged_tensors()
+    named = dict(zip(LENGTHS, lengths, strict=True))
+    tiling = Tiling(arch="sm80", tile_m=64, tile_n=32, num_mma_warps=4)
+    out, lse = attention(q, k, v, arch="sm80", **named)
+    attention(q, k, v, tiling=tiling, **named)
+    attention(q, k, v, tiling=tiling, s_aux=torch.zeros(6), **named)
+    selected, given, with_sinks = cuda.kernels.values()
+    assert selected.launched[-1][:9] == tuple(x.data_ptr() for x in (q, k, v, out, lse, *lengths))
+    assert all(kernel.plan.arch == "sm80" and kernel.plan.varlen for kernel in (selected, given, with_sinks))
+    assert given.plan.tiling == with_sinks.plan.tiling == tiling and with_sinks.plan.sink
+    with pytest.raises(InvalidInput, match=r"q has 4 dimensions.*\(total_q, heads, head_dim\)"):
+        attention(q[None], k, v, arch="sm80", **named)
 
 
 def test_a_ragged_call_uses_the_scratch_of_its_stream(gpu, monkeypatch):

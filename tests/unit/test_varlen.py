@@ -22,6 +22,7 @@ from fa2gen.ops import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from fa2gen.ops.validate import LENGTHS
 from fa2gen.padding import index_first_axis, pad_input, unpad_input
 
 FWD, BWD = torch.ops.fa2gen.fwd_varlen.default, torch.ops.fa2gen.bwd_varlen.default
@@ -183,6 +184,27 @@ def test_the_longest_lengths_change_nothing(longest):
     batch = BATCHES["unequal"]()
     out = flash_attn_varlen_func(batch.q, batch.k, batch.v, *batch.cu, *longest, causal=True)
     assert torch.equal(out, batch.one_by_one(causal=True)[0])
+
+
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("said", "in_flash"),
+    [
+        ({"window_size": (3, 0)}, {"window_size": (3, 0)}),
+        ({"s_aux": SINKS, "causal": True}, {"s_aux": SINKS, "causal": True}),
+        ({"score": "cap * tanh(s / cap)", "inputs": {"cap": 0.5}}, {"softcap": 0.5}),
+    ],
+)
+def test_attention_takes_lengths(said, in_flash):
+    batch = BATCHES["used"]()
+    named = dict(zip(LENGTHS, batch.lengths, strict=True))
+    out, lse = attention(batch.q, batch.k, batch.v, **named, **said)
+    right_out, right_lse = batch.call(**in_flash)
+    assert torch.equal(out, right_out) and torch.equal(lse, right_lse)
+    for x, y in zip(batch.gradients(out, lse), batch.gradients(right_out, right_lse), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_packed_inputs():
