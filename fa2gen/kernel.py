@@ -11,16 +11,16 @@ import ctypes
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache, cached_property, partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuda.bindings import driver
 
 from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.launch import Launch, launch_of, page_strides, pages_apart, pages_refusal, ragged_dimensions
+from fa2gen.features.attention import Operand
+from fa2gen.launch import Launch, LaunchOf, launches_of, page_strides, pages_apart, pages_refusal, ragged_dimensions
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, align_up
 from fa2gen.options import AnyShape, CacheShape, Options
 from fa2gen.plan import KernelPlan, TensorMapPlan
@@ -37,11 +37,12 @@ Strides = tuple[int, int, int]
 _MAP_BYTES = 128  # sizeof(CUtensorMap); it must lie on a 64-byte boundary
 _ALIGNMENT = 64
 SCRATCH_ALIGNMENT = 128
-_MAP = struct.Struct(f"{_MAP_BYTES}s")  # copies in a fifth of the time of ctypes.memmove
 _MAX_GRID_YZ = 65_535
 _MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bits
 _MAX_STRIDE_BYTES = 2**40 - 1
-_REMEMBERED_MAPS = 64  # encoded tensor maps kept for each argument of a launch; 128 bytes each
+_NO_STRIDES = (0, 0, 0)
+_NO_ADDRESSES: tuple[int, ...] = ()
+_REMEMBERED_ARGUMENTS = 64  # of a launch, for so many sets of addresses; 0.6 to 1.6 KB each
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _SWIZZLE = {span: int(getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{span}B")) for span in (32, 64, 128)}
@@ -118,6 +119,10 @@ class Kernel:
         """Where launches have their arguments."""
         return _Block(self.plan, self.functions, self._device)
 
+    @cached_property
+    def _launch_of(self) -> LaunchOf:
+        return launches_of(self.plan)
+
     def prepare(self, shape: AnyShape, strides: Mapping[str, Strides], options: Options) -> PreparedLaunch:
         """Everything about a launch but the addresses.
 
@@ -126,23 +131,24 @@ class Kernel:
         All sizes are at least 1; strides of dimensions longer than 1 are multiples of 16 bytes. Raises
         UnsupportedProblem where a size exceeds what the grid, an int32 or a tensor map can hold.
         """
-        if self.plan.paged and isinstance(shape, CacheShape):
+        if is_paged := self.plan.paged and isinstance(shape, CacheShape):
             strides = {**strides, **{name: page_strides(shape, strides[name]) for name in ("k", "v")}}
             if why := pages_refusal(self.plan, shape, strides):
                 raise UnsupportedProblem(f"{self.plan.name} reads pages with TMA: {why}; nearest: arch='sm80'")
         try:
-            launch = launch_of(self.plan, shape, options, self.num_sms)
+            launch = self._launch_of(shape, options, self.num_sms)
         except OverflowError as error:
             raise UnsupportedProblem(
                 f"too large for one launch: {error}; split the batch over several calls"
             ) from error
-        if self.plan.paged:
-            launch = replace(launch, values={**launch.values, **pages_apart(self.plan, strides)})
+        if is_paged:
+            launch = launch._replace(values={**launch.values, **pages_apart(self.plan, strides)})
+        _, ys, zs = zip(*launch.grids, strict=True)
         for what, size, limit in (
             ("seqlen_q", shape.seqlen_q, _MAX_SEQLEN),
             ("seqlen_k", shape.seqlen_k, _MAX_SEQLEN),
-            *(("heads", grid[1], _MAX_GRID_YZ) for grid in launch.grids),
-            *(("batch", grid[2], _MAX_GRID_YZ) for grid in launch.grids),
+            ("heads", max(ys), _MAX_GRID_YZ),
+            ("batch", max(zs), _MAX_GRID_YZ),
         ):
             if size > limit:
                 raise UnsupportedProblem(
@@ -155,17 +161,17 @@ class _Block:
     """One block of memory in which all launches of a kernel have their arguments, one launch at a time.
 
     The driver copies them at the call: so a lock around "write the arguments, launch" is all that threads need, and
-    what a launch keeps for itself is the bytes of its Params, and of its tensor maps once they are encoded.
+    what a launch keeps for itself are the bytes that it wrote, for each set of addresses.
 
     The tensor maps of all entry points come first, on the 64-byte grid that they need, then the Params that all share,
     then what cuLaunchKernel takes as kernelParams of each entry point: the places of its maps, and of Params.
 
-    standing   the Params, addresses aside, that stand there with all that goes with them; None: they are being written.
+    standing   the arguments that stand there; None: they are being written.
     """
 
     def __init__(self, plan: KernelPlan, functions: Sequence[Any], device: Any) -> None:
         self.lock = threading.Lock()
-        self.standing: bytes | None = None
+        self.standing: _Arguments | None = None
         names = (*(operand.name for operand in plan.operands), *(scratch.name for scratch in plan.scratch))
         maps = [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps]
         params = struct.Struct(plan.params_format)
@@ -180,20 +186,24 @@ class _Block:
             _TensorMap(plan, tensor_map, names.index(tensor_map.name), memory, start + _MAP_BYTES * i)
             for i, tensor_map in enumerate(maps)
         ]
-        self.mapped = [(x.name, x) for x in plan.operands if x.name in {tensor_map.name for tensor_map in maps}]
-        # What becomes Params: all values by name, of which those of operands that are missing are 0, strides too.
-        self.pack_params = params.pack
-        self.params_of = itemgetter(*(param.name for param in plan.params))
-        self.zeros = {param.name: 0 for param in plan.params if param.is_address or param.ctype == "int64_t"}
-        strides = ((x.name, [f"{x.name}_{step}_stride" for step in ("batch", "row", "head")]) for x in plan.operands)
-        self.strides = [(name, steps) for name, steps in strides if steps[0] in self.zeros]
+        named = {tensor_map.name for tensor_map in maps}
+        self.mapped = [_Mapped(plan, operand) for operand in plan.operands if operand.name in named]
+        # What becomes Params: addresses, which each call writes, strides of operands, 0 of those that are missing, and
+        # numbers.
+        fields = {param.name: param for param in plan.params}
+        held = [name for name, param in fields.items() if param.is_address]
+        self.strided = [x.name for x in plan.operands if f"{x.name}_row_stride" in fields]
+        steps = [f"{name}_{step}_stride" for name in self.strided for step in ("batch", "row", "head")]
+        others = list(fields)[len(held) + len(steps) :]
+        assert list(fields) == [*held, *steps, *others], "addresses, then strides, must lead Params"
+        self.pack_params = struct.Struct(f"<{8 * len(held)}x" + plan.params_format[1 + len(held) :]).pack
+        self.numbers_of = itemgetter(*others)
         # Addresses come first in Params (8-byte fields do), so that one short pack replaces them all.
-        held = [param.name for param in plan.params if param.is_address]
-        assert held == [param.name for param in plan.params[: len(held)]], "addresses must lead Params"
-        self._params_at = start + params_at
+        self._start, self._params_at = start, start + params_at
+        self._arguments = struct.Struct(f"{params_at + params.size}s")
         self._pack_params = struct.Struct(f"{params.size}s").pack_into
         self._pack_addresses = struct.Struct(f"<{len(held)}Q").pack_into
-        self.pick = itemgetter(*(names.index(name) for name in held))
+        self._pick = itemgetter(*(names.index(name) for name in held))
         # Scratch that must be zeros lies apart from what needs not be.
         self.is_cleared = bool(plan.scratch) and all(scratch.cleared for scratch in plan.scratch)
         self.apart = [scratch.cleared and not self.is_cleared for scratch in plan.scratch]
@@ -212,12 +222,37 @@ class _Block:
                 self.entries.append(partial(_launch, entry, device, function, arguments))
         pointers.pack_into(memory, start + pointers_at, *places)
 
-    def write_params(self, params: bytes) -> None:
-        self._pack_params(self._memory, self._params_at, params)
+    def write(self, arguments: _Arguments) -> None:
+        """What `encoded` gave."""
+        self._arguments.pack_into(self._memory, self._start, arguments.written)
+        self.standing = arguments
 
-    def write_addresses(self, addresses: tuple[int, ...]) -> None:
-        """Into Params, those of a launch's operands and scratch."""
-        self._pack_addresses(self._memory, self._params_at, *self.pick(addresses))
+    def encoded(self, addresses: tuple[int, ...], params: bytes, numbers: Sequence[tuple[int, ...]]) -> _Arguments:
+        """Write, and give, the arguments of a launch. Of the same launch's, maps that need not move stay.
+
+        addresses  of its operands and scratch.
+        params     all of Params but those.
+        numbers    of each tensor map, as `_Mapped.numbers` gives them.
+        """
+        before, self.standing = self.standing, None
+        stay = before.addresses if before is not None and before.numbers is numbers else _NO_ADDRESSES
+        for tensor_map, of_map in zip(self.maps, numbers, strict=True):
+            address = addresses[tensor_map.operand]
+            if not stay or stay[tensor_map.operand] != address:
+                tensor_map.encode(address, of_map)
+        self._pack_params(self._memory, self._params_at, params)
+        self._pack_addresses(self._memory, self._params_at, *self._pick(addresses))
+        written = self._arguments.unpack_from(self._memory, self._start)[0]
+        self.standing = arguments = _Arguments(written, addresses, numbers)
+        return arguments
+
+
+class _Arguments(NamedTuple):
+    """All arguments of a launch, as bytes; the addresses in them, and the numbers of their tensor maps."""
+
+    written: bytes
+    addresses: tuple[int, ...]
+    numbers: Sequence[tuple[int, ...]]
 
 
 class PreparedLaunch:
@@ -230,9 +265,9 @@ class PreparedLaunch:
 
     __slots__ = (
         "_block",
+        "_encoded",
         "_grids",
-        "_maps",
-        "_packed",
+        "_numbers",
         "_params",
         "_scratch_at",
         "cleared_bytes",
@@ -251,23 +286,12 @@ class PreparedLaunch:
             self._scratch_at.append((is_apart, ends[is_apart]))
             ends[is_apart] += align_up(NUMBER_BYTES * count, SCRATCH_ALIGNMENT)  # each begins on a cache line
         self.scratch_bytes, self.cleared_bytes = ends
-        # The operands and scratch that the block has the addresses of, if this launch stands there.
-        self._packed: tuple[tuple[int, ...], int, int] | None = None
-        values: dict[str, Any] = {**block.zeros, **launch.values}
-        for name, fields in block.strides:
-            if name in strides:
-                values[fields[0]], values[fields[1]], values[fields[2]] = strides[name]
-        self._params: bytes = block.pack_params(*block.params_of(values))
-        plan = kernel.plan
-        numbers = {
-            name: _map_numbers(plan, name, operand.shape(shape, plan.problem), strides[name])
-            for name, operand in block.mapped
-        }
-        if plan.paged and isinstance(shape, CacheShape):
-            numbers |= {name: (*numbers[name], launch.values["box_rows"]) for name in ("k", "v") if name in numbers}
-        self._maps: list[tuple[_TensorMap, tuple[int, ...], dict[int, bytes]]] = [
-            (tensor_map, numbers[tensor_map.name], {}) for tensor_map in block.maps
-        ]
+        steps = [step for name in block.strided for step in strides.get(name, _NO_STRIDES)]
+        self._params: bytes = block.pack_params(*steps, *block.numbers_of(launch.values))
+        numbers = {operand.name: operand.numbers(shape, strides, launch.values) for operand in block.mapped}
+        self._numbers = [numbers[tensor_map.name] for tensor_map in block.maps]
+        # What was written before for these operands, scratch and cleared memory: an allocator gives the same in turn.
+        self._encoded: dict[tuple[tuple[int, ...], int, int], _Arguments] = {}
         self._grids = [(entry, grid) for entry, grid in zip(block.entries, launch.grids, strict=True) if 0 not in grid]
 
     def __call__(self, operands: tuple[int, ...], scratch: int, stream: int, cleared: int = 0) -> None:
@@ -281,19 +305,17 @@ class PreparedLaunch:
         """
         handle = _stream(stream)
         block = self._block
+        given = (operands, scratch, cleared)
         with block.lock:
-            packed = (operands, scratch, cleared)
-            # An allocator gives the same ones in turn: 0.4 us less.
-            if block.standing is not self._params or packed != self._packed:
-                if block.standing is not self._params:
-                    block.write_params(self._params)
-                block.standing = None
+            if (arguments := self._encoded.get(given)) is None:
                 bases = (scratch, cleared)
                 addresses = (*operands, *[bases[is_apart] + at for is_apart, at in self._scratch_at])
-                for tensor_map, numbers, encoded in self._maps:
-                    tensor_map.point_to(addresses[tensor_map.operand], numbers, encoded)
-                block.write_addresses(addresses)
-                self._packed, block.standing = packed, self._params
+                arguments = block.encoded(addresses, self._params, self._numbers)
+                if len(self._encoded) >= _REMEMBERED_ARGUMENTS:
+                    self._encoded.clear()
+                self._encoded[given] = arguments
+            elif block.standing is not arguments:
+                block.write(arguments)
             for launch, (x, y, z) in self._grids:
                 launch(x, y, z, handle)
 
@@ -355,14 +377,12 @@ class _TensorMap:
 
     __slots__ = (
         "_address",
-        "_after",
-        "_before",
+        "_arguments",
         "_box",
-        "_memory",
-        "_numbers",
-        "_offset",
+        "_encode",
         "_pack_sizes",
         "_plan",
+        "_rank",
         "_sizes",
         "name",
         "operand",
@@ -377,66 +397,68 @@ class _TensorMap:
         offset: int,
     ) -> None:
         self.operand, self.name = operand, tensor_map.name
-        self._plan, self._memory, self._offset = plan, memory, offset
-        rank = 5 if plan.varlen else 4
+        self._plan, self._rank = plan, (rank := 5 if plan.varlen else 4)
         self._sizes = (ctypes.c_uint64 * (2 * rank - 1 + tensor_map.of_pages))()
         self._pack_sizes = struct.Struct(f"<{len(self._sizes)}Q").pack_into
+        self._encode = _encode_tiled()
+        self._address = ctypes.c_void_p()  # of the tensor
+        box, *constants = _map_constants(tensor_map, rank)
+        self._box = (ctypes.c_uint32 * rank)(*box) if tensor_map.of_pages else None
+        # What cuTensorMapEncodeTiled takes, made once: with its arguments at hand it takes 0.4 us instead of 0.5.
         sizes, at = ctypes.addressof(self._sizes), ctypes.c_void_p
-        # What cuTensorMapEncodeTiled takes before the address, and after it.
-        self._before = at(ctypes.addressof(memory) + offset), _DATA_TYPE[plan.dtype], rank
-        self._after = at(sizes), at(sizes + 8 * rank), *_map_constants(tensor_map, rank)
-        self._box = None
-        if tensor_map.of_pages:
-            self._box = (ctypes.c_uint32 * rank)(*self._after[2])
-            self._after = (*self._after[:2], self._box, *self._after[3:])
-        # What stands there.
-        self._address = 0
-        self._numbers: tuple[int, ...] | None = None
-
-    def point_to(self, address: int, numbers: tuple[int, ...], encoded: dict[int, bytes]) -> None:
-        """Encode for the tensor at `address`, or copy what was encoded for it and these numbers before (0.1 us instead
-        of 1)."""
-        if self._address == address and self._numbers is numbers:
-            return
-        if (known := encoded.get(address)) is not None:
-            _MAP.pack_into(self._memory, self._offset, known)
-        else:
-            self._numbers = None
-            self._pack_sizes(self._sizes, 0, *numbers)
-            if self._box is not None:
-                self._box[1] = numbers[-1]
-            if result := _encode_tiled()(*self._before, ctypes.c_void_p(address), *self._after):
-                rank = self._before[-1]
-                _checked(
-                    f"{self._plan.name}: tensor map of {self.name}, innermost first {numbers[:rank]}, "
-                    f"{[*numbers[rank:]]} B apart, address {address:#x}",
-                    (driver.CUresult(result),),
-                )
-            if len(encoded) >= _REMEMBERED_MAPS:
-                encoded.clear()
-            (encoded[address],) = _MAP.unpack_from(self._memory, self._offset)
-        self._address, self._numbers = address, numbers
-
-
-def _map_numbers(plan: KernelPlan, name: str, dims: tuple[int, ...], strides: Strides) -> tuple[int, ...]:
-    """Of a tensor that a map describes: its sizes, innermost first, and steps in bytes, of all dimensions but that."""
-    batch, seqlen, heads, head_dim = dims
-    of_pages = plan.paged and name in ("k", "v")
-    batch_step, row_step, head_step = strides
-    # Innermost first: (D, S, H, B). A dimension of one element may have any stride in torch, not in a tensor map.
-    row_bytes = head_dim * ELEMENT_BYTES
-    row_step = row_step * ELEMENT_BYTES if seqlen > 1 or of_pages else row_bytes
-    head_step = head_step * ELEMENT_BYTES if heads > 1 else row_bytes
-    batch_step = batch_step * ELEMENT_BYTES if batch > 1 else row_bytes
-    if (longest := max(row_step, head_step, batch_step)) > _MAX_STRIDE_BYTES:
-        raise UnsupportedProblem(
-            f"{name} has a stride of {longest:,} B; a tensor map holds less than 2^40 B; "
-            "use a contiguous copy, or an SM80 kernel (arch='sm80')"
+        self._arguments = (
+            *(at(ctypes.addressof(memory) + offset), _DATA_TYPE[plan.dtype], rank, self._address),
+            *(at(sizes), at(sizes + 8 * rank), self._box or box, *constants),
         )
-    if plan.varlen:
-        sizes, steps = ragged_dimensions(heads, row_step, head_step)
-        return (head_dim, *sizes, *steps)
-    return head_dim, seqlen, heads, batch, row_step, head_step, batch_step
+
+    def encode(self, address: int, numbers: tuple[int, ...]) -> None:
+        """For the tensor at `address`."""
+        self._pack_sizes(self._sizes, 0, *numbers)
+        if self._box is not None:
+            self._box[1] = numbers[-1]
+        self._address.value = address
+        if result := self._encode(*self._arguments):
+            rank = self._rank
+            _checked(
+                f"{self._plan.name}: tensor map of {self.name}, innermost first {numbers[:rank]}, "
+                f"{[*numbers[rank:]]} B apart, address {address:#x}",
+                (driver.CUresult(result),),
+            )
+
+
+class _Mapped:
+    """An operand that tensor maps describe."""
+
+    __slots__ = ("_head_dim", "_is_ragged", "_of_key", "_operand", "_problem", "name")
+
+    def __init__(self, plan: KernelPlan, operand: Operand) -> None:
+        self.name, self._problem = operand.name, plan.problem
+        self._head_dim, self._of_key = operand.head_dim(plan.problem), operand.of == "key"
+        self._is_ragged = plan.varlen
+        self._operand = operand if plan.paged and self._of_key else None  # whose sizes are those of a cache
+
+    def numbers(self, shape: AnyShape, strides: Mapping[str, Strides], values: Mapping[str, int]) -> tuple[int, ...]:
+        """Its sizes, innermost first, steps in bytes of all dimensions but that, and of pages the rows of a box."""
+        batch_step, row_step, head_step = strides[self.name]
+        of_pages = self._operand is not None
+        batch = 1 if self._is_ragged else shape.batch
+        seqlen, heads = (shape.seqlen_k, shape.num_heads_kv) if self._of_key else (shape.seqlen_q, shape.num_heads)
+        if self._operand is not None:
+            batch, seqlen, heads, _ = self._operand.shape(shape, self._problem)
+        # Innermost first: (D, S, H, B). A dimension of one element may have any stride in torch, not in a tensor map.
+        row_bytes = self._head_dim * ELEMENT_BYTES
+        row_step = row_step * ELEMENT_BYTES if seqlen > 1 or of_pages else row_bytes
+        head_step = head_step * ELEMENT_BYTES if heads > 1 else row_bytes
+        batch_step = batch_step * ELEMENT_BYTES if batch > 1 else row_bytes
+        if row_step > _MAX_STRIDE_BYTES or head_step > _MAX_STRIDE_BYTES or batch_step > _MAX_STRIDE_BYTES:
+            raise UnsupportedProblem(
+                f"{self.name} has a stride of {max(row_step, head_step, batch_step):,} B; a tensor map holds less than "
+                "2^40 B; use a contiguous copy, or an SM80 kernel (arch='sm80')"
+            )
+        if self._is_ragged:
+            sizes, steps = ragged_dimensions(heads, row_step, head_step)
+            return (self._head_dim, *sizes, *steps, *((values["box_rows"],) if of_pages else ()))
+        return self._head_dim, seqlen, heads, batch, row_step, head_step, batch_step
 
 
 @cache

@@ -10,8 +10,7 @@ import ast
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias
 
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
@@ -23,6 +22,7 @@ __all__ = [
     "Launch",
     "heads_per_section",
     "launch_of",
+    "launches_of",
     "page_strides",
     "pages_apart",
     "pages_refusal",
@@ -38,8 +38,7 @@ TMA_ALIGNMENT = 128  # of a box in shared memory
 QUICK_BOX_ROWS = 4
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """What to launch, and what memory it needs beside its operands.
 
     grids    blocks of each of the plan's entry points, which run one after the other.
@@ -52,6 +51,10 @@ class Launch:
     scratch: Mapping[str, int]
 
 
+LaunchOf: TypeAlias = Callable[[AnyShape, Options, int], Launch]
+"""(shape, options, num_sms) -> what to launch, as `launch_of` says."""
+
+
 def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int) -> Launch:
     """Grids, Params and scratch of a kernel.
 
@@ -59,25 +62,40 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
     for options with another mask than the plan's and for groups that its parts do not divide, OverflowError where a
     count does not fit 32-bit integers.
     """
-    if options.mask != plan.mask and not MASKS[plan.mask].general:
-        raise InvalidInput(f"{plan.name} has a {plan.mask} mask, and {options} ask for a {options.mask} one")
-    if (group := shape.num_heads // shape.num_heads_kv) % (parts := plan.tiling.group_parts):
-        raise InvalidInput(f"{plan.name} has groups in {parts} parts, which do not divide groups of {group} heads")
-    given: dict[str, Any] = {**shape._asdict(), **options.numbers, "num_sms": num_sms}
-    given["softmax_scale"] = options.scale(plan.head_dim)
-    for feature in plan.features:
-        given |= feature.given(options)
-    grids, values, scratch, counts = _launch_function(plan)(given)
-    for what, count in counts.items():
-        if count >= 2**31:
-            raise OverflowError(f"{count:,} {what} exceed 2^31")
-    return Launch(grids, values, scratch)
+    return launches_of(plan)(shape, options, num_sms)
+
+
+@functools.lru_cache(maxsize=1024)
+def launches_of(plan: KernelPlan) -> LaunchOf:
+    """`launch_of` of a plan, for whoever asks often: to look a plan up takes a quarter of what a launch does."""
+    mask, is_general, head_dim = plan.mask, MASKS[plan.mask].general, plan.head_dim
+    parts = plan.tiling.group_parts
+    found, is_given_more = _launch_function(plan)
+    more = [feature.given for feature in plan.features]
+
+    def launch_of_plan(shape: AnyShape, options: Options, num_sms: int) -> Launch:
+        if not is_general and options.mask != mask:
+            raise InvalidInput(f"{plan.name} has a {mask} mask, and {options} ask for a {options.mask} one")
+        if parts > 1 and (group := shape.num_heads // shape.num_heads_kv) % parts:
+            raise InvalidInput(f"{plan.name} has groups in {parts} parts, which do not divide groups of {group} heads")
+        given: dict[str, Any] = {}
+        if is_given_more:
+            given |= options.numbers
+            for given_by in more:
+                given |= given_by(options)
+        grids, values, scratch, counts = found(shape, options.scale(head_dim), num_sms, given)
+        for what, count in counts.items():
+            if count >= 2**31:
+                raise OverflowError(f"{count:,} {what} exceed 2^31")
+        return Launch(grids, values, scratch)
+
+    return launch_of_plan
 
 
 def heads_per_section(plan: KernelPlan, shape: AnyShape) -> int:
     """How many neighbouring (batch, head) pairs are walked together, so that what they read stays in L2: of gradients,
     heads of K and V with their groups in one part."""
-    return int(_section_function(plan)(shape._asdict())) // plan.tiling.group_parts
+    return int(_section_function(plan)(shape)) // plan.tiling.group_parts
 
 
 # Formulas as functions -----------------------------------------------------------------------------------------------
@@ -91,9 +109,9 @@ def _limited(value: int, limit: int) -> int:
 _CALLED = {"min": min, "max": max, "gcd": math.gcd, "limited": _limited, "lround": lambda x: math.floor(x + 0.5)}
 
 
-@functools.lru_cache(maxsize=1024)
-def _launch_function(plan: KernelPlan) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
-    """What a call gives -> grids, values, scratch, and the counts that must be less than 2^31."""
+def _launch_function(plan: KernelPlan) -> tuple[Callable[..., tuple[Any, ...]], bool]:
+    """(shape, softmax_scale, num_sms, given) -> grids, values, scratch, and the counts that must be less than 2^31; and
+    whether anything is looked up in `given`, the numbers of options."""
     formulas = recipe.of_features(plan) | recipe.reals(plan)
     values = {
         param.name: _in_python(formulas.get(param.name, param.name), real=param.ctype == "float")
@@ -105,22 +123,28 @@ def _launch_function(plan: KernelPlan) -> Callable[[Mapping[str, Any]], tuple[An
         _dict({name: _in_python(text) for name, text in found.items()})
         for found in (recipe.memory(plan), recipe.limits(plan))
     )
-    return _function(recipe.sizes(plan), _tuple((_tuple(grids), _dict(values), scratch, limits)))
+    result = _tuple((_tuple(grids), _dict(values), scratch, limits))
+    return _function(recipe.sizes(plan), result, ("shape", "softmax_scale", "num_sms", "given"))
 
 
 @functools.lru_cache(maxsize=1024)
-def _section_function(plan: KernelPlan) -> Callable[[Mapping[str, Any]], Any]:
-    return _function(recipe.section(plan), "heads_per_section")
+def _section_function(plan: KernelPlan) -> Callable[..., Any]:
+    """Of a shape."""
+    return _function(recipe.section(plan), "heads_per_section", ("shape",))[0]
 
 
-def _function(sizes: Mapping[str, str], result: str) -> Callable[[Mapping[str, Any]], Any]:
-    """Of one argument, a mapping of all that the formulas name and do not make themselves."""
+def _function(sizes: Mapping[str, str], result: str, arguments: Sequence[str]) -> tuple[Callable[..., Any], bool]:
+    """A function of these arguments, and whether it reads the last, which has what the formulas name beside a shape's
+    sizes and the other arguments, and do not make themselves."""
     body = [*(f"{name} = {_in_python(text)}" for name, text in sizes.items()), f"return {result}"]
     names = {node.id for node in ast.walk(ast.parse("\n".join(body))) if isinstance(node, ast.Name)}
-    given = [f"{name} = given[{name!r}]" for name in sorted(names - sizes.keys() - _CALLED.keys())]
+    names -= {*sizes, *_CALLED, *arguments}
+    of_shape = sorted(names.intersection(CacheShape._fields))  # Shape's are among them
+    others = sorted(names.difference(of_shape))
+    read = [f"{name} = shape.{name}" for name in of_shape] + [f"{name} = {arguments[-1]}[{name!r}]" for name in others]
     space: dict[str, Any] = dict(_CALLED)
-    exec("\n    ".join(["def function(given):", *given, *body]), space)
-    return cast("Callable[[Mapping[str, Any]], Any]", space["function"])
+    exec("\n    ".join([f"def function({', '.join(arguments)}):", *read, *body]), space)
+    return space["function"], bool(others)
 
 
 def _in_python(formula: str, real: bool = False) -> str:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -142,10 +143,11 @@ _COUNTER_BYTES = 1 << 14
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
 
-_calls: dict[tuple[Any, ...], Call] = {}  # in the order of their making
+# In the order of their making. Ordered, as to find the first of a dict passes by all that were deleted before it.
+_calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
 # Kinds of calls, all of their signatures but batch and lengths, that were found right -> what their options are. Head
 # dims are multiples of 8.
-_kinds: dict[tuple[Any, ...], Options] = {}
+_kinds: OrderedDict[tuple[Any, ...], Options] = OrderedDict()
 # A kind of problem on a device -> the key lengths from which another kernel may be chosen, and what was chosen below
 # the first of them, from each of them on.
 _problems: dict[tuple[Any, ...], tuple[tuple[int, ...], list[_Chosen | None]]] = {}
@@ -393,11 +395,11 @@ def right_options(
     return said
 
 
-def _remember(known: dict[Any, Any], most: int, key: tuple[Any, ...], value: Any) -> None:
+def _remember(known: OrderedDict[Any, Any], most: int, key: tuple[Any, ...], value: Any) -> None:
     """The oldest makes room, one at a time."""
     with _lock:
         while len(known) >= most:
-            del known[next(iter(known))]
+            known.popitem(last=False)
         known[key] = value
 
 

@@ -36,6 +36,7 @@ uint32_t fake_sizes_first[MAX_ARGUMENTS], fake_num_first;    // and *_prepare
 int32_t fake_shared_limit;                    // the attribute as last set
 CUresult fake_launch_result, fake_encode_result;
 uint32_t fake_launches_before_failure;        // how many succeed before fake_launch_result is given
+uint32_t fake_encodes_before_failure;         // and before fake_encode_result is
 uint32_t fake_wrong_context_launches;         // how many launches to refuse for want of a context
 
 uint64_t fake_allocated_at = 0x7f1200000000, fake_allocated_bytes, fake_cleared_on;
@@ -117,7 +118,8 @@ CUresult cuTensorMapEncodeTiled(struct Map* map, int data_type, uint32_t rank, u
                                 uint64_t const* strides, uint32_t const* box, uint32_t const* element_strides,
                                 int interleave, int swizzle, int l2_promotion, int fill) {
     ++fake_encodes;
-    if (fake_encode_result) return fake_encode_result;
+    if (fake_encode_result && !fake_encodes_before_failure) return fake_encode_result;
+    if (fake_encode_result) --fake_encodes_before_failure;
     if ((uint64_t)map % 64) return 1;
     memset(map, 0, MAP_BYTES);
     *map = (struct Map){.address = address, .data_type = data_type, .rank = (int)rank, .swizzle = swizzle,

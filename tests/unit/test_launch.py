@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,8 +156,8 @@ def gpu(monkeypatch):
     zeros = torch.zeros
     monkeypatch.setattr(calls, "device_at", lambda index: h200)
     monkeypatch.setattr(calls, "_kernel", kernel)
-    monkeypatch.setattr(calls, "_calls", {})
-    monkeypatch.setattr(calls, "_kinds", {})
+    monkeypatch.setattr(calls, "_calls", OrderedDict())
+    monkeypatch.setattr(calls, "_kinds", OrderedDict())
     monkeypatch.setattr(calls, "_problems", {})
     monkeypatch.setattr(calls, "_scratches", {})
     monkeypatch.setattr(calls, "scratch_of_stream", lambda device, stream, rows: scratch_of_capture(device, rows))
