@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -584,38 +584,6 @@ class KernelPlan:
         """The kernels of this source in the order of their launches; the one called `name` does the work."""
         raise NotImplementedError
 
-    def shared_memory_rule(self) -> list[BrokenRule]:
-        """The rule that a block's shared memory breaks, if it is more than the architecture has."""
-        available = ARCHES[self.tiling.arch].shared_memory_per_block
-        if self.memory.bytes <= available:
-            return []
-        detail = f"{bytes_text(self.memory.bytes)} needed ({self.memory.text}), {bytes_text(available)} available"
-        return [BrokenRule("shared memory", detail)]
-
-    def lag_rule(self) -> list[BrokenRule]:
-        """The rule that a dQ of the step before breaks, here where there is none."""
-        if not self.tiling.lag:
-            return []
-        return [BrokenRule("lag", "1 given; only sm90's gradients that split keys have it: 0")]
-
-    def groups_rule(self) -> list[BrokenRule]:
-        """The rule that groups of heads in parts break, here where nothing is summed over a group."""
-        if self.tiling.group_parts == 1:
-            return []
-        detail = f"{self.tiling.group_parts} parts given; only gradients are sums over a group: 1"
-        return [BrokenRule("groups", detail)]
-
-    def dropout_rule(self) -> list[BrokenRule]:
-        """The rule that a forward kernel's blocks of keys break, if units of dropout do not fill them."""
-        if not self.dropout or self.tile_n % DROPOUT_KEYS == 0:
-            return []
-        detail = f"tile_n {self.tile_n}; random bits are drawn for {DROPOUT_KEYS} keys at once: a multiple of that"
-        return [BrokenRule("dropout", detail)]
-
-    def broken_rules(self) -> Sequence[BrokenRule]:
-        """Every feasibility rule that this plan breaks; empty when the kernel can be built."""
-        raise NotImplementedError
-
     @cached_property
     def params_format(self) -> str:
         """`struct.Struct` format of Params, with the trailing padding that C++ adds."""
@@ -625,6 +593,65 @@ class KernelPlan:
     def pack_params(self, values: dict[str, Any]) -> tuple[Any, ...]:
         """The values of Params in struct order, from a dict with those names; it may have others."""
         return tuple(values[param.name] for param in self.params)
+
+    @property
+    def register_estimate(self) -> int:
+        """Registers that a thread needs, where it multiplies."""
+        raise NotImplementedError
+
+    @property
+    def registers_available(self) -> int:
+        """Those that it has."""
+        raise NotImplementedError
+
+    # What does not fit
+
+    def broken_rules(self) -> tuple[BrokenRule, ...]:
+        """Every feasibility rule that this plan breaks; empty when the kernel can be built."""
+        return tuple(self.rules())
+
+    def rules(self) -> Iterator[BrokenRule]:
+        """Those, one after the other, up to one without which the next have no numbers: so they are statements, and no
+        rows of a table, each of which would have to repeat what must hold before it."""
+        raise NotImplementedError
+
+    def common_rules(self, registers: str) -> Iterator[BrokenRule]:
+        """Those that every kernel may break; `registers` is what the estimate consists of."""
+        available = ARCHES[self.tiling.arch].shared_memory_per_block
+        if self.memory.bytes > available:
+            detail = f"{bytes_text(self.memory.bytes)} needed ({self.memory.text}), {bytes_text(available)} available"
+            yield BrokenRule("shared memory", detail)
+        yield from self.lazy_rescale_rule()
+        yield from self.groups_rule()
+        yield from self.lag_rule()
+        if self.register_estimate > self.registers_available:
+            yield BrokenRule(
+                "registers",
+                f"{self.register_estimate} a thread needed ({registers}), {self.registers_available} available to "
+                f"{self.num_mma_warps} warps",
+            )
+
+    def lazy_rescale_rule(self) -> Iterator[BrokenRule]:
+        """The rule that lazy rescaling breaks, here where there is no running maximum or a cheap one."""
+        if self.tiling.lazy_rescale:
+            yield BrokenRule("lazy rescale", "1 given; only sm90's forward kernels have it: 0")
+
+    def groups_rule(self) -> Iterator[BrokenRule]:
+        """The rule that groups of heads in parts break, here where nothing is summed over a group."""
+        if self.tiling.group_parts > 1:
+            detail = f"{self.tiling.group_parts} parts given; only gradients are sums over a group: 1"
+            yield BrokenRule("groups", detail)
+
+    def lag_rule(self) -> Iterator[BrokenRule]:
+        """The rule that a dQ of the step before breaks, here where there is none."""
+        if self.tiling.lag:
+            yield BrokenRule("lag", "1 given; only sm90's gradients that split keys have it: 0")
+
+    def dropout_rule(self) -> Iterator[BrokenRule]:
+        """The rule that a forward kernel's blocks of keys break, if units of dropout do not fill them."""
+        if self.dropout and self.tile_n % DROPOUT_KEYS:
+            detail = f"tile_n {self.tile_n}; random bits are drawn for {DROPOUT_KEYS} keys at once: a multiple of that"
+            yield BrokenRule("dropout", detail)
 
 
 def bytes_text(value: int) -> str:

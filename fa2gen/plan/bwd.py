@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -86,10 +87,9 @@ class BackwardPlan(KernelPlan):
         """Not where scores are of expressions, which count heads of K and V too."""
         return not self.has_score and not self.has_allow
 
-    def groups_rule(self) -> list[BrokenRule]:
-        if not self.splits_groups or self.can_split_groups:
-            return []
-        return [BrokenRule("groups", f"{self.tiling.group_parts} parts given; {self.unsplit_groups}: 1")]
+    def groups_rule(self) -> Iterator[BrokenRule]:
+        if self.splits_groups and not self.can_split_groups:
+            yield BrokenRule("groups", f"{self.tiling.group_parts} parts given; {self.unsplit_groups}: 1")
 
     @property
     def unsplit_groups(self) -> str:

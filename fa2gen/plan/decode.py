@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -235,49 +235,36 @@ class DecodePlan(Sm80Plan):
         rotary = ("rotary_dim", "rotary_rows", "rotary_interleaved", "rotary_steps")
         return (*lengths, *heads, "unit_shift", "least_units", "fixed_parts", *rotary)
 
-    def broken_rules(self) -> Sequence[BrokenRule]:
-        broken = []
+    def rules(self) -> Iterator[BrokenRule]:
         if self.num_stages < 2:
             detail = f"{self.num_stages} given; a warp multiplies one while it loads another: 2"
-            broken.append(BrokenRule("stages", detail))
+            yield BrokenRule("stages", detail)
         if self.tile_n > WARP_THREADS:
             detail = f"tile_n {self.tile_n}, but each lane of a warp finds the place of one of them: at most 32"
-            broken.append(BrokenRule("keys of a warp", detail))
-        broken += self._eight_bit_rules()
-        if self.tiling.lazy_rescale:
-            broken.append(BrokenRule("lazy_rescale", f"{self.tiling.lazy_rescale} given; only sm90 kernels have it: 0"))
+            yield BrokenRule("keys of a warp", detail)
+        if self.has_8_bits:
+            yield from self._eight_bit_rules()
         if self.share_bytes > self.stage_bytes:
             detail = f"{self.share_bytes:,} B of 16 rows of O in fp32, in the place of a stage's {self.stage_bytes:,} B"
-            broken.append(BrokenRule("merge", detail))
-        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
-        if self.register_estimate > self.registers_available:
-            broken.append(
-                BrokenRule(
-                    "registers",
-                    f"{self.register_estimate} a thread needed ({self.num_row_tiles} x (S {self.num_acc_s} + P "
-                    f"{self.num_p} + O {self.num_acc_o}) + {REGISTERS_BESIDE_TILES}), {self.registers_available} "
-                    f"available to {self.num_mma_warps} warps",
-                )
-            )
-        return broken
+            yield BrokenRule("merge", detail)
+        yield from self.common_rules(
+            f"{self.num_row_tiles} x (S {self.num_acc_s} + P {self.num_p} + O {self.num_acc_o}) + "
+            f"{REGISTERS_BESIDE_TILES}"
+        )
 
-    def _eight_bit_rules(self) -> list[BrokenRule]:
+    def _eight_bit_rules(self) -> Iterator[BrokenRule]:
         """Those that a cache of 8-bit numbers breaks."""
-        if not self.has_8_bits:
-            return []
-        broken = []
         if self.problem.cache_dtype == "e4m3" and self.arch == "sm80":
             detail = "e4m3: sm80 has no instruction that converts it; nearest: int8, or arch sm90"
-            broken.append(BrokenRule("cache_dtype", detail))
+            yield BrokenRule("cache_dtype", detail)
         if self.arch == "sm80" and self.problem.paged and self.head_dim > SM80_PAGES_OF_8_BITS:
             detail = (
                 f"head dim {self.head_dim} in pages of 8-bit numbers: ptxas spills 8; nearest: head dim 240, no pages"
             )
-            broken.append(BrokenRule("registers", detail))
+            yield BrokenRule("registers", detail)
         if self.head_dim % CHUNK_BYTES:
             detail = f"rows of {self.head_dim} B are no whole copies of {CHUNK_BYTES}; nearest: a head dim that is"
-            broken.append(BrokenRule("cache_dtype", detail))
+            yield BrokenRule("cache_dtype", detail)
         if self.kv_span < 2 * CHUNK_BYTES:
             detail = f"{self.tiling.swizzle_bytes}: panels of 8-bit numbers are half as wide, at least 32 B: 64"
-            broken.append(BrokenRule("swizzle_bytes", detail))
-        return broken
+            yield BrokenRule("swizzle_bytes", detail)

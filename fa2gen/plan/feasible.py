@@ -62,7 +62,7 @@ def make_plan(spec: KernelSpec) -> KernelPlan:
     plan = plan_of(spec)
     broken = plan.broken_rules()
     if broken:
-        raise InfeasibleSpec(_explain(plan, list(broken)))
+        raise InfeasibleSpec(_explain(plan, broken))
     return plan
 
 
@@ -105,7 +105,7 @@ def _nearest(spec: KernelSpec) -> Tiling | None:
     return min(feasible_tilings(spec.problem, asked.arch), key=distance, default=None)
 
 
-def _explain(plan: KernelPlan, broken: list[BrokenRule]) -> str:
+def _explain(plan: KernelPlan, broken: tuple[BrokenRule, ...]) -> str:
     asked = plan.tiling
     rows = [(rule.rule, rule.detail) for rule in broken]
     nearest = _nearest(plan.spec)

@@ -30,11 +30,6 @@ class Sm80Plan(KernelPlan):
         return WARP_THREADS * self.num_mma_warps
 
     @property
-    def register_estimate(self) -> int:
-        """The most registers of a thread that are alive at one time."""
-        raise NotImplementedError
-
-    @property
     def registers_available(self) -> int:
         """Of one thread: the instruction set's limit, or this block's share of the SM."""
         arch = ARCHES["sm80"]

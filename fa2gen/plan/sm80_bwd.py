@@ -7,7 +7,7 @@ and columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -216,46 +216,34 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     def strided_tensors(self) -> tuple[str, ...]:
         return ("q", "k", "v", "o", "dout", "dq", "dk", "dv")
 
-    def broken_rules(self) -> Sequence[BrokenRule]:
-        broken = []
-        if self.num_mma_warps not in (4, 8):
-            broken.append(BrokenRule("mma warps", f"{self.num_mma_warps} given; 4 or 8"))
-        if self.tile_m not in QUERIES:
-            broken.append(
-                BrokenRule("query rows", f"tile_m {self.tile_m} given; one of {', '.join(map(str, QUERIES))}")
-            )
-        if self.tiling.lazy_rescale:
-            broken.append(BrokenRule("lazy rescale", "1 given; a backward kernel has no running maximum: 0"))
-        if self.num_stages > 2:
-            broken.append(BrokenRule("stages", f"{self.num_stages} given; 1, or 2"))
-        if self.copy_rows % SWIZZLE_ROWS:
-            broken.append(
-                BrokenRule(
-                    "swizzle",
-                    f"{self.num_threads} threads must copy a multiple of 8 rows of {self.tiling.swizzle_bytes} B",
-                )
-            )
-        if broken:
-            return broken  # nothing else can be said of how the warps share the work
+    def rules(self) -> Iterator[BrokenRule]:
+        alone = tuple(self._rules_of_work())
+        yield from alone
+        if alone:
+            return  # nothing else can be said of how the warps share the work
         if not self.num_row_tiles or not self.num_dq_row_tiles:
-            broken.append(
-                BrokenRule(
-                    "keys",
-                    f"tile_n {self.tile_n} with tile_m {self.tile_m}: {self.num_mma_warps} warps must take 16 or 32 "
-                    "keys and a multiple of 16 queries each, and 16 or 32 rows of dQ",
-                )
+            yield BrokenRule(
+                "keys",
+                f"tile_n {self.tile_n} with tile_m {self.tile_m}: {self.num_mma_warps} warps must take 16 or 32 "
+                "keys and a multiple of 16 queries each, and 16 or 32 rows of dQ",
             )
-            return broken
-        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
-        if self.register_estimate > self.registers_available:
-            dk, dv = self.num_acc_dkv(self.qk), self.num_acc_dkv(self.vo)
-            broken.append(
-                BrokenRule(
-                    "registers",
-                    f"{self.register_estimate} a thread needed ({self.num_row_tiles} x (dK {dk} + dV {dv}) + the more "
-                    f"of {self.num_row_tiles} x (P {self.num_acc_s} + dP {self.num_acc_s}) and dQ "
-                    f"{self.num_dq_row_tiles * self.num_acc_dq} + {self.registers_beside_tiles}), "
-                    f"{self.registers_available} available to {self.num_mma_warps} warps",
-                )
+            return
+        dk, dv = self.num_acc_dkv(self.qk), self.num_acc_dkv(self.vo)
+        yield from self.common_rules(
+            f"{self.num_row_tiles} x (dK {dk} + dV {dv}) + the more of {self.num_row_tiles} x (P {self.num_acc_s} + dP "
+            f"{self.num_acc_s}) and dQ {self.num_dq_row_tiles * self.num_acc_dq} + {self.registers_beside_tiles}"
+        )
+
+    def _rules_of_work(self) -> Iterator[BrokenRule]:
+        """Those without which the warps' share of the work has no numbers."""
+        if self.num_mma_warps not in (4, 8):
+            yield BrokenRule("mma warps", f"{self.num_mma_warps} given; 4 or 8")
+        if self.tile_m not in QUERIES:
+            yield BrokenRule("query rows", f"tile_m {self.tile_m} given; one of {', '.join(map(str, QUERIES))}")
+        if self.num_stages > 2:
+            yield BrokenRule("stages", f"{self.num_stages} given; 1, or 2")
+        if self.copy_rows % SWIZZLE_ROWS:
+            yield BrokenRule(
+                "swizzle",
+                f"{self.num_threads} threads must copy a multiple of 8 rows of {self.tiling.swizzle_bytes} B",
             )
-        return broken

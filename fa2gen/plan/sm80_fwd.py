@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -146,36 +146,20 @@ class Sm80FwdPlan(Sm80Plan):
         heads = () if self.varlen else ("num_heads",)
         return ("seqlen_q", "seqlen_k", *heads, "num_heads_per_kv", *(("num_m_blocks",) if self.uneven else ()))
 
-    def broken_rules(self) -> Sequence[BrokenRule]:
-        broken = []
+    def rules(self) -> Iterator[BrokenRule]:
         if self.tile_m % (MMA_ROWS * self.num_mma_warps):
-            broken.append(
-                BrokenRule(
-                    "query rows",
-                    f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take a multiple of 16 rows each: "
-                    f"{MMA_ROWS * self.num_mma_warps} or a multiple",
-                )
+            yield BrokenRule(
+                "query rows",
+                f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take a multiple of 16 rows each: "
+                f"{MMA_ROWS * self.num_mma_warps} or a multiple",
             )
-            return broken  # nothing else can be said without the rows of a warp
+            return  # nothing else can be said without the rows of a warp
         if self.copy_rows % SWIZZLE_ROWS or self.num_threads % self.chunks_per_panel_row:
-            broken.append(
-                BrokenRule(
-                    "mma warps",
-                    f"{self.num_mma_warps} given; their {self.num_threads} threads must copy a multiple of 8 rows of "
-                    f"{self.tiling.swizzle_bytes} B at once: an even number, or swizzle_bytes 64",
-                )
+            yield BrokenRule(
+                "mma warps",
+                f"{self.num_mma_warps} given; their {self.num_threads} threads must copy a multiple of 8 rows of "
+                f"{self.tiling.swizzle_bytes} B at once: an even number, or swizzle_bytes 64",
             )
-        if self.tiling.lazy_rescale:
-            broken.append(BrokenRule("lazy_rescale", f"{self.tiling.lazy_rescale} given; only sm90 kernels have it: 0"))
-        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
-        broken += self.dropout_rule()
-        if self.register_estimate > self.registers_available:
-            broken.append(
-                BrokenRule(
-                    "registers",
-                    f"{self.register_estimate} a thread needed ({self.num_row_tiles} x (S {self.num_acc_s} + O "
-                    f"{self.num_acc_o}) + {self.register_estimate - self.num_accumulators}), "
-                    f"{self.registers_available} available to {self.num_mma_warps} warps",
-                )
-            )
-        return broken
+        beside = self.register_estimate - self.num_accumulators
+        yield from self.common_rules(f"{self.num_row_tiles} x (S {self.num_acc_s} + O {self.num_acc_o}) + {beside}")
+        yield from self.dropout_rule()

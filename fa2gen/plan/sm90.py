@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fa2gen.layout import Panels
+from fa2gen.plan.barriers import Barriers
 from fa2gen.plan.base import KernelPlan, TensorMapPlan
 from fa2gen.ptx import Wgmma
 
-__all__ = ["BARRIER_BYTES", "REGISTER_SPLIT", "ROWS_PER_WARPGROUP", "WARPGROUP_THREADS", "WARP_ROWS", "Sm90Plan"]
+__all__ = ["REGISTER_SPLIT", "ROWS_PER_WARPGROUP", "WARPGROUP_THREADS", "WARP_ROWS", "Sm90Plan"]
 
 WARPGROUP_THREADS = 128
 ROWS_PER_WARPGROUP = 64  # wgmma's M
 WARP_ROWS = 16  # a warp's share of those
-BARRIER_BYTES = 8
 
 # (producer, consumer) registers after setmaxnreg, by number of consumer warpgroups. A block starts with
 # 65,536 / threads registers a thread, rounded down to 8; the split must not exceed that pool (all rows ran on an H200).
@@ -40,6 +40,15 @@ class Sm90Plan(KernelPlan):
     @property
     def consumer_registers(self) -> int:
         return REGISTER_SPLIT[self.num_mma_warpgroups][1]
+
+    @property
+    def registers_available(self) -> int:
+        return self.consumer_registers
+
+    @property
+    def barriers(self) -> Barriers:
+        """Of the main kernel."""
+        raise NotImplementedError
 
     @property
     def wgmmas(self) -> tuple[Wgmma, ...]:

@@ -14,17 +14,18 @@ split the work in one of three ways, which the tiling decides:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from fa2gen.arch import ARCHES
 from fa2gen.layout import Panels, align_up, ceil_div
+from fa2gen.plan.barriers import Barrier, Barriers, ring
 from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, Width
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.memory import Region, SharedMemory
-from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, WARPGROUP_THREADS, Sm90Plan
+from fa2gen.plan.sm90 import ROWS_PER_WARPGROUP, WARP_ROWS, WARPGROUP_THREADS, Sm90Plan
 from fa2gen.ptx import Wgmma
 
 __all__ = ["Sm90BwdPlan"]
@@ -46,7 +47,6 @@ ALIGNMENT_OF_SUMS = 8
 EASY_SUMS, REGISTERS_OF_SUMS = 128, 4
 REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the other columns
 
-LAGGING_BARRIERS = 10  # of dQ and of dS, each full and empty, and what keeps the warpgroups out of step, all twice
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
 DQ_COLUMNS_AT_ONCE = 128  # split by products: 64 accumulator registers beside the 64 x head_dim of dV
 
@@ -106,9 +106,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         and one has its exponentials under the other's products."""
         return bool(self.tiling.lag)
 
-    def lag_rule(self) -> list[BrokenRule]:
+    def lag_rule(self) -> Iterator[BrokenRule]:
         if not self.lags_dq:
-            return []
+            return
         why = "one mma warpgroup" if self.num_mma_warpgroups == 1 else None
         if not self.splits_keys:
             why = f"{self.tile_n} keys, which two warpgroups do not split"
@@ -120,7 +120,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             why = "dropout above head dim 64, which leaves too few registers"
         elif self.deterministic or self.has_score or self.has_allow:
             why = "deterministic sums" if self.deterministic else "an expression"
-        return [BrokenRule("lag", f"1 given, with {why}: 0")] if why else []
+        if why:
+            yield BrokenRule("lag", f"1 given, with {why}: 0")
 
     @property
     def splits_dq_rest(self) -> bool:
@@ -362,26 +363,51 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         """LSE, or dPsum, of one block of queries."""
         return self.tile_m * FLOAT_BYTES
 
-    @property
-    def num_barriers(self) -> int:
-        """Of the kernel."""
-        return self._num_barriers(self.stages_dq)
+    @cached_property
+    def barriers(self) -> Barriers:
+        return self._barriers(self.stages_dq)
 
-    def _num_barriers(self, stages_dq: bool) -> int:
-        """K, V; full and empty of each stage of Q and dO, and of dS where one warpgroup makes it for another, or full
-        of P and dS where both pass; and two between the mma warps and the thread that stands between them and the sums
-        of dQ, if there is one."""
-        of_scores = 2 * self.num_ds_stages if self.splits_products else 2 if self.passes_p else 0
-        of_queries = 2 * (self.num_stages + self.num_dout_stages)
-        of_dq = LAGGING_BARRIERS if self.lags_dq else 2 if stages_dq or self.deterministic else 0
-        return 2 + of_queries + of_scores + of_dq
+    def _barriers(self, stages_dq: bool) -> Barriers:
+        """K and V are loaded once. Q, with LSE, and dO, with dPsum, come in rings.
 
-    @property
-    def first_of_dq_turns(self) -> str:
-        """C++: where the barriers of dQ's turns begin."""
-        if self.passes_p:
-            return "ds_full() + 8"
-        return "ds_empty(kNumDsStages)" if self.splits_products else "dout_empty(kNumDoutStages)"
+        Split by products, dS goes from one mma warpgroup to the other in a ring. Where P passes too, P and dS have one
+        barrier each, from the warpgroup that makes them to both, and need no empty one: P of a step comes after all
+        warps have waited for dS of the step before, and dS after they have for P of the step.
+        """
+        warps, half = "kNumMmaWarps", "kNumMmaWarps / 2"
+        of_scores: tuple[Barrier, ...] = ()
+        if self.splits_products:
+            of_scores = ring("ds", NUM_DS_STAGES, full=half, empty=half)
+        elif self.passes_p:
+            of_scores = Barrier("p_full", half), Barrier("ds_full", half)
+        return Barriers(
+            (
+                Barrier("k_full", "1"),
+                Barrier("v_full", "1"),
+                *ring("q", self.num_stages, empty=warps),
+                *ring("dout", self.num_dout_stages, empty=warps),
+                *of_scores,
+                *self._dq_barriers(stages_dq),
+            )
+        )
+
+    def _dq_barriers(self, stages_dq: bool) -> tuple[Barrier, ...]:
+        """Between the warps that make dQ and the thread of write_dq, if there is one: full and empty of its place in
+        shared memory, or its turn and its additions.
+
+        Where dQ lags a step behind, each mma warpgroup has a pair of its own, dS a ring, and two barriers in turn keep
+        the second warpgroup half a step behind the first: with one, the first could be two of its phases ahead of a
+        slow warp.
+        """
+        warps, half = "kNumMmaWarps", "kNumMmaWarps / 2"
+        if self.lags_dq:
+            of_ds = ring("ds", NUM_DS_STAGES, full=warps, empty=warps)
+            return *ring("dq", 2, full=half, empty="1"), *of_ds, Barrier("first_has_dp", half, 2)
+        if stages_dq:
+            return Barrier("dq_full", str(self.num_dq_warps)), Barrier("dq_empty", "1")
+        if self.deterministic:
+            return Barrier("dq_turn", "1"), Barrier("dq_added", str(self.num_dq_warps))
+        return ()
 
     @cached_property
     def memory(self) -> SharedMemory:
@@ -400,7 +426,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 *((Region("dq", self.dq_block_floats * FLOAT_BYTES, label="dQ"),) if stages_dq else ()),
                 Region("lse", self.statistics_bytes, self.num_stages, label="LSE"),
                 Region("dpsum", self.statistics_bytes, self.num_dout_stages, label="dPsum"),
-                Region("barriers", BARRIER_BYTES * self._num_barriers(stages_dq)),
+                self._barriers(stages_dq).region,
             )
         )
 
@@ -536,82 +562,55 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def strided_tensors(self) -> tuple[str, ...]:
         return ("o", "dout")
 
-    def broken_rules(self) -> Sequence[BrokenRule]:
-        broken = []
+    def rules(self) -> Iterator[BrokenRule]:
         if self.num_mma_warps not in (4, 8):
-            broken.append(BrokenRule("mma warps", f"{self.num_mma_warps} given; one or two warpgroups: 4 or 8"))
-            return broken  # nothing else can be said without a warpgroup count
-        if self.tiling.lazy_rescale:
-            broken.append(BrokenRule("lazy rescale", "1 given; a backward kernel has no running maximum: 0"))
+            yield BrokenRule("mma warps", f"{self.num_mma_warps} given; one or two warpgroups: 4 or 8")
+            return  # nothing else can be said without a warpgroup count
         if self.tiling.swizzle_bytes != 128:
-            broken.append(
-                BrokenRule("swizzle", f"{self.tiling.swizzle_bytes} given; backward kernels have 128-byte panels")
-            )
-            return broken
+            yield BrokenRule("swizzle", f"{self.tiling.swizzle_bytes} given; backward kernels have 128-byte panels")
+            return
         keys = ROWS_PER_WARPGROUP * self.num_mma_warpgroups
         if self.tile_n not in (keys, ROWS_PER_WARPGROUP) and not (self.passes_p and self.tile_n % 16 == 0):
-            broken.append(
-                BrokenRule(
-                    "keys",
-                    f"tile_n {self.tile_n}, but {self.num_mma_warps} warps take {keys} keys, or "
-                    f"{ROWS_PER_WARPGROUP} to {keys - 16}, a multiple of 16, if one makes dV and another dK",
-                )
+            yield BrokenRule(
+                "keys",
+                f"tile_n {self.tile_n}, but {self.num_mma_warps} warps take {keys} keys, or "
+                f"{ROWS_PER_WARPGROUP} to {keys - 16}, a multiple of 16, if one makes dV and another dK",
             )
-            return broken
+            return
         if not self.splits_keys and self.tile_m != ROWS_PER_WARPGROUP:
-            broken.append(
-                BrokenRule("query rows", f"tile_m {self.tile_m}; one warpgroup makes dQ: {ROWS_PER_WARPGROUP}")
-            )
+            yield BrokenRule("query rows", f"tile_m {self.tile_m}; one warpgroup makes dQ: {ROWS_PER_WARPGROUP}")
         elif self.passes_p and self.k_tile.count == 1:
-            broken.append(
-                BrokenRule(
-                    "head dim",
-                    f"{self.head_dim}, but warpgroups that share dQ by panels of {self.k_tile.columns} columns need "
-                    f"more than {self.k_tile.columns}: tile_n {keys}, or {ROWS_PER_WARPGROUP}",
-                )
+            yield BrokenRule(
+                "head dim",
+                f"{self.head_dim}, but warpgroups that share dQ by panels of {self.k_tile.columns} columns need "
+                f"more than {self.k_tile.columns}: tile_n {keys}, or {ROWS_PER_WARPGROUP}",
             )
-            return broken
+            return
         elif self.passes_p and (self.has_score or self.has_allow or self.dropout):
-            broken.append(
-                BrokenRule(
-                    "scores",
-                    f"tile_n {self.tile_n}, but neither what an expression makes nor what is dropped passes from one "
-                    f"warpgroup to the other: {keys}, or {ROWS_PER_WARPGROUP}",
-                )
+            yield BrokenRule(
+                "scores",
+                f"tile_n {self.tile_n}, but neither what an expression makes nor what is dropped passes from one "
+                f"warpgroup to the other: {keys}, or {ROWS_PER_WARPGROUP}",
             )
-            return broken
+            return
         elif self.splits_keys and not self.swaps_dq and self.tile_m != keys:
-            broken.append(
-                BrokenRule(
-                    "query rows",
-                    f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows of dQ a warpgroup: {keys}",
-                )
+            yield BrokenRule(
+                "query rows",
+                f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows of dQ a warpgroup: {keys}",
             )
         columns = keys + (ROWS_PER_WARPGROUP if self.num_mma_warpgroups == 2 else 0)
         if self.swaps_dq and self.head_dim > columns:
-            broken.append(
-                BrokenRule(
-                    "head dim",
-                    f"{self.head_dim}, but {self.num_mma_warps} warps that split keys make up to {columns} columns",
-                )
+            yield BrokenRule(
+                "head dim",
+                f"{self.head_dim}, but {self.num_mma_warps} warps that split keys make up to {columns} columns",
             )
-        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
+        yield from self.common_rules(
+            f"S {self.num_acc_s}, dP {self.num_acc_s}, P {self.num_p}, dK {self.num_acc_dkv(self.qk)}, dV "
+            f"{self.num_acc_dkv(self.vo)}, dQ {self.num_acc_dq}"
+        )
         if self.deterministic and self.splits_products and self.num_stages == 1:
-            broken.append(
-                BrokenRule(
-                    "stages",
-                    f"1 given; a deterministic kernel above head dim 160 needs 2: with one, its producer warpgroup "
-                    f"spills out of its {self.producer_registers} registers",
-                )
+            yield BrokenRule(
+                "stages",
+                f"1 given; a deterministic kernel above head dim 160 needs 2: with one, its producer warpgroup "
+                f"spills out of its {self.producer_registers} registers",
             )
-        if self.register_estimate > self.consumer_registers:
-            broken.append(
-                BrokenRule(
-                    "registers",
-                    f"{self.register_estimate} a thread needed (S {self.num_acc_s}, dP {self.num_acc_s}, "
-                    f"P {self.num_p}, dK {self.num_acc_dkv(self.qk)}, dV {self.num_acc_dkv(self.vo)}, "
-                    f"dQ {self.num_acc_dq}), "
-                    f"{self.consumer_registers} available to {self.num_mma_warps} warps",
-                )
-            )
-        return broken

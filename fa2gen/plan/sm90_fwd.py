@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from fa2gen.arch import ARCHES
 from fa2gen.features import Param, Scratch
 from fa2gen.layout import align_up
+from fa2gen.plan.barriers import Barriers, ring
 from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, Width
 from fa2gen.plan.memory import Region, SharedMemory
-from fa2gen.plan.sm90 import BARRIER_BYTES, ROWS_PER_WARPGROUP, WARP_ROWS, Sm90Plan
+from fa2gen.plan.sm90 import ROWS_PER_WARPGROUP, WARP_ROWS, Sm90Plan
 from fa2gen.ptx import Wgmma
 
 __all__ = ["Sm90FwdPlan"]
@@ -104,8 +105,15 @@ class Sm90FwdPlan(Sm90Plan):
     def tile_slot_bytes(self) -> int:
         return TILE_SLOT_BYTES * (2 if self.varlen else 1)
 
+    @cached_property
+    def barriers(self) -> Barriers:
+        return self._barriers(self.num_q_stages)
+
+    def _barriers(self, num_q_stages: int) -> Barriers:
+        rings = (("q", num_q_stages), ("k", self.num_stages), ("v", self.num_stages))
+        return Barriers(sum((ring(name, stages, empty="kNumMmaWarps") for name, stages in rings), ()))
+
     def _memory(self, num_q_stages: int, o_aliases_q: bool) -> SharedMemory:
-        num_barriers = 2 * (num_q_stages + 2 * self.num_stages)  # full and empty ones, of every stage
         o_bytes = align_up(self.o_tile.bytes, 1024)
         # For the block that each stage of K is, where a tile does not visit all.
         visits = (Region("visit_slots", VISIT_SLOT_BYTES, self.num_stages, label="visits"),) if self.has_allow else ()
@@ -115,7 +123,7 @@ class Sm90FwdPlan(Sm90Plan):
                 Region("k", self.stage_bytes(self.qk), self.num_stages, label="K"),
                 Region("v", self.stage_bytes(self.vo), self.num_stages, label="V"),
                 Region("o", o_bytes, label="O", in_place_of="q" if o_aliases_q else None),
-                Region("barriers", BARRIER_BYTES * num_barriers),
+                self._barriers(num_q_stages).region,
                 Region(
                     "tile_slots", self.tile_slot_bytes * num_q_stages, label="slots"
                 ),  # for the tile of each stage of Q
@@ -191,30 +199,20 @@ class Sm90FwdPlan(Sm90Plan):
         boxes = ("box_rows", "tile_pages", "tile_rows") if self.paged else ()
         return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", *tiles, *sections, *boxes)
 
-    def broken_rules(self) -> Sequence[BrokenRule]:
-        broken = []
+    def rules(self) -> Iterator[BrokenRule]:
         if self.num_mma_warps not in (4, 8, 12, 16):
-            broken.append(
-                BrokenRule("mma warps", f"{self.num_mma_warps} given; one to four warpgroups: 4, 8, 12 or 16")
-            )
-            return broken  # nothing else can be said without a warpgroup count
+            yield BrokenRule("mma warps", f"{self.num_mma_warps} given; one to four warpgroups: 4, 8, 12 or 16")
+            return  # nothing else can be said without a warpgroup count
         rows = ROWS_PER_WARPGROUP * self.num_mma_warpgroups
         if self.tile_m != rows:
-            broken.append(
-                BrokenRule(
-                    "query rows",
-                    f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows a warpgroup: {rows}",
-                )
+            yield BrokenRule(
+                "query rows",
+                f"tile_m {self.tile_m}, but {self.num_mma_warps} warps take 64 rows a warpgroup: {rows}",
             )
-        broken += self.shared_memory_rule() + self.groups_rule() + self.lag_rule()
-        broken += self.dropout_rule()
-        if self.register_estimate > self.consumer_registers:
-            broken.append(
-                BrokenRule(
-                    "registers",
-                    f"{self.register_estimate} a thread needed (S {self.num_acc_s} + O {self.num_acc_o} + "
-                    f"P {self.num_p} + {self.registers_beside_tiles}), "
-                    f"{self.consumer_registers} available to {self.num_mma_warps} warps",
-                )
-            )
-        return broken
+        yield from self.common_rules(
+            f"S {self.num_acc_s} + O {self.num_acc_o} + P {self.num_p} + {self.registers_beside_tiles}"
+        )
+        yield from self.dropout_rule()
+
+    def lazy_rescale_rule(self) -> Iterator[BrokenRule]:
+        return iter(())

@@ -9,8 +9,8 @@
 //   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
 //             211 Global memory,  239 mbarriers,  283 TMA,  325 Bulk copies,  341 Fences,  348 Fragments,
 //             362 Registers,  370 Registers of a warpgroup,  382 wgmma,  564 What is visible,
-//             613 Softmax and its gradient,  713 Pipelines,  766 Loads,  815 Matrix products,  853 Staging,
-//             911 Producer,  967 Consumer, 1114 Kernels, 1259 Launch
+//             613 Softmax and its gradient,  713 Pipelines,  762 Loads,  811 Matrix products,  849 Staging,
+//             912 Producer,  968 Consumer, 1115 Kernels, 1260 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -733,32 +733,28 @@ struct Barriers {
     __device__ __forceinline__ uint32_t k_full() const { return base; }
     __device__ __forceinline__ uint32_t v_full() const { return base + 8; }
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 16 + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
-    __device__ __forceinline__ uint32_t dq_full(int warpgroup) const { return dout_empty(kNumDoutStages) + 16 * warpgroup; }
-    __device__ __forceinline__ uint32_t dq_empty(int warpgroup) const { return dq_full(warpgroup) + 8; }
-    __device__ __forceinline__ uint32_t ds_full(int stage) const { return dq_full(2) + 8 * stage; }
-    __device__ __forceinline__ uint32_t ds_empty(int stage) const { return ds_full(2 + stage); }
-    __device__ __forceinline__ uint32_t first_has_dp(int parity) const { return ds_empty(2 + parity); }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dout_full(int stage) const { return base + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return base + 64 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dq_full(int stage) const { return base + 80 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dq_empty(int stage) const { return base + 96 + 8 * stage; }
+    __device__ __forceinline__ uint32_t ds_full(int stage) const { return base + 112 + 8 * stage; }
+    __device__ __forceinline__ uint32_t ds_empty(int stage) const { return base + 128 + 8 * stage; }
+    __device__ __forceinline__ uint32_t first_has_dp(int stage) const { return base + 144 + 8 * stage; }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
         mbarrier_init(v_full(), 1);
-        for (int stage = 0; stage < kNumStages; ++stage) {
+        for (int stage = 0; stage < 2; ++stage) {
             mbarrier_init(q_full(stage), 1);
             mbarrier_init(q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumDoutStages; ++stage) {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
-        }
-        for (int i = 0; i < 2; ++i) {
-            mbarrier_init(dq_full(i), kNumMmaWarps / 2);
-            mbarrier_init(dq_empty(i), 1);
-            mbarrier_init(ds_full(i), kNumMmaWarps);
-            mbarrier_init(ds_empty(i), kNumMmaWarps);
-            mbarrier_init(first_has_dp(i), kNumMmaWarps / 2);
+            mbarrier_init(dq_full(stage), kNumMmaWarps / 2);
+            mbarrier_init(dq_empty(stage), 1);
+            mbarrier_init(ds_full(stage), kNumMmaWarps);
+            mbarrier_init(ds_empty(stage), kNumMmaWarps);
+            mbarrier_init(first_has_dp(stage), kNumMmaWarps / 2);
         }
     }
 };
@@ -852,11 +848,16 @@ __device__ __forceinline__ void gemm_dq(float (&acc_dq)[kNumAccDq], uint32_t ds_
 
 // Staging -------------------------------------------------------------------------------------------------------------
 
-// dS^T of 16 keys, transposed into [query][key] rows. `ds_panel` holds the warpgroup's 64 keys, `warp` is the warp in it.
-__device__ __forceinline__ void stage_ds(uint32_t const (&ds)[kNumP], uint32_t ds_panel, int warp) {
+// Where a lane's 8 elements of the first 16 rows of a panel go, of which a warp has 16 columns, held transposed.
+__device__ __forceinline__ uint32_t transposed_row(uint32_t panel, int warp) {
     int const row = lane_id() % 8;
     int const chunk = 2 * warp + lane_id() / 8 % 2;
-    uint32_t const first = ds_panel + (row + lane_id() / 16 * 8) * kPanelRowBytes + static_cast<uint32_t>((chunk ^ row) << 4);
+    return panel + (row + lane_id() / 16 * 8) * kPanelRowBytes + static_cast<uint32_t>((chunk ^ row) << 4);
+}
+
+// dS^T of 16 keys, transposed into [query][key] rows. `ds_panel` holds the warpgroup's 64 keys, `warp` is the warp in it.
+__device__ __forceinline__ void stage_ds(uint32_t const (&ds)[kNumP], uint32_t ds_panel, int warp) {
+    uint32_t const first = transposed_row(ds_panel, warp);
 #pragma unroll
     for (int i = 0; i < kNumP; i += 4) {
         stmatrix_x4_trans(first + i / 4 * 16 * kPanelRowBytes, ds[i], ds[i + 1], ds[i + 2], ds[i + 3]);

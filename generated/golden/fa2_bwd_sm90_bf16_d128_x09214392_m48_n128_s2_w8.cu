@@ -10,8 +10,8 @@
 //             221 Global memory,  261 mbarriers,  305 TMA,  347 Bulk copies,  363 Fences,  370 Fragments,
 //             384 Registers,  399 Registers of a warpgroup,  411 wgmma,  586 What is visible,  635 Expressions,
 //             662 Softmax and its gradient,  692 Scores of an expression,  755 Gradients of an expression's tensors,
-//             846 Pipelines,  891 Loads,  940 Matrix products,  978 Staging, 1036 Producer, 1090 Consumer,
-//            1216 Kernels, 1373 Launch
+//             846 Pipelines,  889 Loads,  938 Matrix products,  976 Staging, 1039 Producer, 1093 Consumer,
+//            1219 Kernels, 1376 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -866,20 +866,18 @@ struct Barriers {
     __device__ __forceinline__ uint32_t k_full() const { return base; }
     __device__ __forceinline__ uint32_t v_full() const { return base + 8; }
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 16 + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
-    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumDoutStages); }
-    __device__ __forceinline__ uint32_t dq_empty() const { return dq_full() + 8; }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dout_full(int stage) const { return base + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return base + 64 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dq_full() const { return base + 80; }
+    __device__ __forceinline__ uint32_t dq_empty() const { return base + 88; }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
         mbarrier_init(v_full(), 1);
-        for (int stage = 0; stage < kNumStages; ++stage) {
+        for (int stage = 0; stage < 2; ++stage) {
             mbarrier_init(q_full(stage), 1);
             mbarrier_init(q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumDoutStages; ++stage) {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
@@ -977,11 +975,16 @@ __device__ __forceinline__ void gemm_dq(float (&acc_dq)[kNumAccDq], uint32_t ds_
 
 // Staging -------------------------------------------------------------------------------------------------------------
 
-// dS^T of 16 keys, transposed into [query][key] rows. `ds_panel` holds the warpgroup's 64 keys, `warp` is the warp in it.
-__device__ __forceinline__ void stage_ds(uint32_t const (&ds)[kNumP], uint32_t ds_panel, int warp) {
+// Where a lane's 8 elements of the first 16 rows of a panel go, of which a warp has 16 columns, held transposed.
+__device__ __forceinline__ uint32_t transposed_row(uint32_t panel, int warp) {
     int const row = lane_id() % 8;
     int const chunk = 2 * warp + lane_id() / 8 % 2;
-    uint32_t const first = ds_panel + (row + lane_id() / 16 * 8) * kPanelRowBytes + static_cast<uint32_t>((chunk ^ row) << 4);
+    return panel + (row + lane_id() / 16 * 8) * kPanelRowBytes + static_cast<uint32_t>((chunk ^ row) << 4);
+}
+
+// dS^T of 16 keys, transposed into [query][key] rows. `ds_panel` holds the warpgroup's 64 keys, `warp` is the warp in it.
+__device__ __forceinline__ void stage_ds(uint32_t const (&ds)[kNumP], uint32_t ds_panel, int warp) {
+    uint32_t const first = transposed_row(ds_panel, warp);
 #pragma unroll
     for (int i = 0; i < kNumP; i += 4) {
         stmatrix_x4_trans(first + i / 4 * 16 * kPanelRowBytes, ds[i], ds[i + 1], ds[i + 2], ds[i + 3]);

@@ -9,8 +9,8 @@
 //   contents   33 Problem and tiling,   59 Shared memory,  127 Threads,  171 Arithmetic,  199 Shared memory,
 //             220 Global memory,  248 mbarriers,  292 TMA,  334 Bulk copies,  350 Fences,  357 Fragments,
 //             371 Registers,  379 Registers of a warpgroup,  391 wgmma,  629 What is visible,
-//             678 Softmax and its gradient,  778 Pipelines,  823 Loads,  903 Matrix products,  974 Staging,
-//            1072 Producer, 1133 Consumer, 1276 Kernels, 1421 Launch
+//             678 Softmax and its gradient,  778 Pipelines,  821 Loads,  901 Matrix products,  972 Staging,
+//            1075 Producer, 1136 Consumer, 1279 Kernels, 1424 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -798,20 +798,18 @@ struct Barriers {
     __device__ __forceinline__ uint32_t k_full() const { return base; }
     __device__ __forceinline__ uint32_t v_full() const { return base + 8; }
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 16 + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
-    __device__ __forceinline__ uint32_t dq_full() const { return dout_empty(kNumDoutStages); }
-    __device__ __forceinline__ uint32_t dq_empty() const { return dq_full() + 8; }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dout_full(int stage) const { return base + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return base + 64 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dq_full() const { return base + 80; }
+    __device__ __forceinline__ uint32_t dq_empty() const { return base + 88; }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
         mbarrier_init(v_full(), 1);
-        for (int stage = 0; stage < kNumStages; ++stage) {
+        for (int stage = 0; stage < 2; ++stage) {
             mbarrier_init(q_full(stage), 1);
             mbarrier_init(q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumDoutStages; ++stage) {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
@@ -973,11 +971,16 @@ __device__ __forceinline__ void gemm_dq_rest(float (&acc_dq)[kNumAccDqRest], uin
 
 // Staging -------------------------------------------------------------------------------------------------------------
 
-// dS^T of 16 keys, transposed into [query][key] rows. `ds_panel` holds the warpgroup's 64 keys, `warp` is the warp in it.
-__device__ __forceinline__ void stage_ds(uint32_t const (&ds)[kNumP], uint32_t ds_panel, int warp) {
+// Where a lane's 8 elements of the first 16 rows of a panel go, of which a warp has 16 columns, held transposed.
+__device__ __forceinline__ uint32_t transposed_row(uint32_t panel, int warp) {
     int const row = lane_id() % 8;
     int const chunk = 2 * warp + lane_id() / 8 % 2;
-    uint32_t const first = ds_panel + (row + lane_id() / 16 * 8) * kPanelRowBytes + static_cast<uint32_t>((chunk ^ row) << 4);
+    return panel + (row + lane_id() / 16 * 8) * kPanelRowBytes + static_cast<uint32_t>((chunk ^ row) << 4);
+}
+
+// dS^T of 16 keys, transposed into [query][key] rows. `ds_panel` holds the warpgroup's 64 keys, `warp` is the warp in it.
+__device__ __forceinline__ void stage_ds(uint32_t const (&ds)[kNumP], uint32_t ds_panel, int warp) {
+    uint32_t const first = transposed_row(ds_panel, warp);
 #pragma unroll
     for (int i = 0; i < kNumP; i += 4) {
         stmatrix_x4_trans(first + i / 4 * 16 * kPanelRowBytes, ds[i], ds[i + 1], ds[i + 2], ds[i + 3]);

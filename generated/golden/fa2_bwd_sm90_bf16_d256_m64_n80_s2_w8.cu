@@ -9,8 +9,8 @@
 //   contents   32 Problem and tiling,   53 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
 //             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
 //             353 Registers,  362 Registers of a warpgroup,  374 wgmma,  543 What is visible,
-//             591 Softmax and its gradient,  709 Pipelines,  754 Loads,  803 Matrix products,  846 Staging,
-//             892 Producer,  926 Consumers, 1134 Kernels, 1271 Launch
+//             591 Softmax and its gradient,  696 Pipelines,  741 Loads,  790 Matrix products,  833 Staging,
+//             897 Producer,  931 Consumers, 1139 Kernels, 1276 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -645,19 +645,6 @@ __device__ __forceinline__ void score_gradients(
     }
 }
 
-// 64 columns of the head dim of dK^T or dV^T, times `factor`, rounded and transposed into the rows of a panel; 16 of them are
-// this warp's.
-__device__ __forceinline__ void stage_transposed(float const (&acc)[kNumAccPanel], uint32_t panel, float factor, int warp) {
-    int const row = lane_id() % 8;
-    int const chunk = 2 * warp + lane_id() / 8 % 2;
-    uint32_t const first = panel + (row + lane_id() / 16 * 8) * kPanelRowBytes + static_cast<uint32_t>((chunk ^ row) << 4);
-    auto pair = [&](int i) { return pack_bf16(acc[i] * factor, acc[i + 1] * factor); };
-#pragma unroll
-    for (int i = 0; i < kNumAccPanel; i += 8) {
-        stmatrix_x4_trans(first + i / 8 * 16 * kPanelRowBytes, pair(i), pair(i + 2), pair(i + 4), pair(i + 6));
-    }
-}
-
 // Order of blocks: head by head, so that neighbours share Q, dO and dQ in L2.
 struct KeyBlock {
     int n_block;
@@ -729,20 +716,20 @@ struct Barriers {
     __device__ __forceinline__ uint32_t k_full() const { return base; }
     __device__ __forceinline__ uint32_t v_full() const { return base + 8; }
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 16 + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_full(int stage) const { return q_empty(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return dout_full(kNumDoutStages + stage); }
-    __device__ __forceinline__ uint32_t p_full() const { return dout_empty(kNumDoutStages); }
-    __device__ __forceinline__ uint32_t ds_full() const { return p_full() + 8; }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dout_full(int stage) const { return base + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dout_empty(int stage) const { return base + 56 + 8 * stage; }
+    __device__ __forceinline__ uint32_t p_full() const { return base + 64; }
+    __device__ __forceinline__ uint32_t ds_full() const { return base + 72; }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
         mbarrier_init(v_full(), 1);
-        for (int stage = 0; stage < kNumStages; ++stage) {
+        for (int stage = 0; stage < 2; ++stage) {
             mbarrier_init(q_full(stage), 1);
             mbarrier_init(q_empty(stage), kNumMmaWarps);
         }
-        for (int stage = 0; stage < kNumDoutStages; ++stage) {
+        for (int stage = 0; stage < 1; ++stage) {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
@@ -844,6 +831,24 @@ __device__ __forceinline__ void gemm_dq(float (&acc_dq)[32], uint32_t ds_tile, u
 }
 
 // Staging -------------------------------------------------------------------------------------------------------------
+
+// Where a lane's 8 elements of the first 16 rows of a panel go, of which a warp has 16 columns, held transposed.
+__device__ __forceinline__ uint32_t transposed_row(uint32_t panel, int warp) {
+    int const row = lane_id() % 8;
+    int const chunk = 2 * warp + lane_id() / 8 % 2;
+    return panel + (row + lane_id() / 16 * 8) * kPanelRowBytes + static_cast<uint32_t>((chunk ^ row) << 4);
+}
+
+// 64 columns of the head dim of dK^T or dV^T, times `factor`, rounded and transposed into the rows of a panel; 16 of them are
+// this warp's.
+__device__ __forceinline__ void stage_transposed(float const (&acc)[kNumAccPanel], uint32_t panel, float factor, int warp) {
+    uint32_t const first = transposed_row(panel, warp);
+    auto pair = [&](int i) { return pack_bf16(acc[i] * factor, acc[i + 1] * factor); };
+#pragma unroll
+    for (int i = 0; i < kNumAccPanel; i += 8) {
+        stmatrix_x4_trans(first + i / 8 * 16 * kPanelRowBytes, pair(i), pair(i + 2), pair(i + 4), pair(i + 6));
+    }
+}
 
 // 16 rows of dK, dV or dQ, times `factor`, rounded into the rows of a tile whose panels are panel_bytes apart.
 __device__ __forceinline__ void stage_rows(

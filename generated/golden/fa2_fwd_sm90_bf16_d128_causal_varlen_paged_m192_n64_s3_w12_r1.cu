@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,  103 Threads,  155 Arithmetic,  193 Shared memory,
 //             231 Global memory,  270 mbarriers,  314 TMA,  362 Fences,  369 Fragments,  377 Registers,
 //             385 Registers of a warpgroup,  397 wgmma,  529 What is visible,  581 Online softmax,  748 Pipelines,
-//             776 Loads,  911 Matrix products,  938 Epilogue,  985 Producer, 1051 Consumer, 1204 Kernel, 1206 Prepare,
-//            1453 Launch
+//             789 Loads,  924 Matrix products,  951 Epilogue,  998 Producer, 1064 Consumer, 1217 Kernel, 1219 Prepare,
+//            1457 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -766,11 +766,24 @@ struct Barriers {
     uint32_t base;
 
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(2 * kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kNumStages + stage); }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 8 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_full(int stage) const { return base + 16 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_empty(int stage) const { return base + 40 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_full(int stage) const { return base + 64 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_empty(int stage) const { return base + 88 + 8 * stage; }
+
+    __device__ __forceinline__ void init() const {
+        for (int stage = 0; stage < 1; ++stage) {
+            mbarrier_init(q_full(stage), 1);
+            mbarrier_init(q_empty(stage), kNumMmaWarps);
+        }
+        for (int stage = 0; stage < 3; ++stage) {
+            mbarrier_init(k_full(stage), 1);
+            mbarrier_init(k_empty(stage), kNumMmaWarps);
+            mbarrier_init(v_full(stage), 1);
+            mbarrier_init(v_empty(stage), kNumMmaWarps);
+        }
+    }
 };
 
 // Loads ---------------------------------------------------------------------------------------------------------------
@@ -1424,16 +1437,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         tma_prefetch_map(map_k);
         tma_prefetch_map(map_v);
         tma_prefetch_map(map_o);
-        for (int stage = 0; stage < kNumQStages; ++stage) {
-            mbarrier_init(barriers.q_full(stage), 1);
-            mbarrier_init(barriers.q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumStages; ++stage) {
-            mbarrier_init(barriers.k_full(stage), 1);
-            mbarrier_init(barriers.k_empty(stage), kNumMmaWarps);
-            mbarrier_init(barriers.v_full(stage), 1);
-            mbarrier_init(barriers.v_empty(stage), kNumMmaWarps);
-        }
+        barriers.init();
         fence_mbarrier_init();
     }
     sync_block();

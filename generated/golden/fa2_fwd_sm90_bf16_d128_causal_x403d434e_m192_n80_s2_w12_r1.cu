@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  172 Shared memory,
 //             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
 //             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Expressions,
-//             523 Scores of an expression,  562 Online softmax,  724 Pipelines,  752 Loads,  815 Matrix products,
-//             842 Epilogue,  889 Producer,  940 Consumer, 1097 Kernel, 1137 Launch
+//             523 Scores of an expression,  562 Online softmax,  724 Pipelines,  763 Loads,  826 Matrix products,
+//             853 Epilogue,  900 Producer,  951 Consumer, 1108 Kernel, 1139 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -742,11 +742,22 @@ struct Barriers {
     uint32_t base;
 
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(2 * kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kNumStages + stage); }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 16 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_full(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_empty(int stage) const { return base + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_full(int stage) const { return base + 64 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_empty(int stage) const { return base + 80 + 8 * stage; }
+
+    __device__ __forceinline__ void init() const {
+        for (int stage = 0; stage < 2; ++stage) {
+            mbarrier_init(q_full(stage), 1);
+            mbarrier_init(q_empty(stage), kNumMmaWarps);
+            mbarrier_init(k_full(stage), 1);
+            mbarrier_init(k_empty(stage), kNumMmaWarps);
+            mbarrier_init(v_full(stage), 1);
+            mbarrier_init(v_empty(stage), kNumMmaWarps);
+        }
+    }
 };
 
 // Loads ---------------------------------------------------------------------------------------------------------------
@@ -1109,16 +1120,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         tma_prefetch_map(map_k);
         tma_prefetch_map(map_v);
         tma_prefetch_map(map_o);
-        for (int stage = 0; stage < kNumQStages; ++stage) {
-            mbarrier_init(barriers.q_full(stage), 1);
-            mbarrier_init(barriers.q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumStages; ++stage) {
-            mbarrier_init(barriers.k_full(stage), 1);
-            mbarrier_init(barriers.k_empty(stage), kNumMmaWarps);
-            mbarrier_init(barriers.v_full(stage), 1);
-            mbarrier_init(barriers.v_empty(stage), kNumMmaWarps);
-        }
+        barriers.init();
         fence_mbarrier_init();
     }
     sync_block();

@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,   93 Threads,  131 Arithmetic,  169 Shared memory,
 //             190 Global memory,  204 mbarriers,  248 TMA,  290 Fences,  297 Fragments,  305 Registers,
 //             313 Registers of a warpgroup,  325 wgmma,  454 d - window_left <= j <= d + window_right,
-//             531 Online softmax,  693 Pipelines,  721 Loads,  784 Matrix products,  811 Epilogue,  858 Producer,
-//             909 Consumer, 1070 Kernel, 1110 Launch
+//             531 Online softmax,  693 Pipelines,  732 Loads,  795 Matrix products,  822 Epilogue,  869 Producer,
+//             920 Consumer, 1081 Kernel, 1112 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -711,11 +711,22 @@ struct Barriers {
     uint32_t base;
 
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(2 * kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kNumStages + stage); }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 16 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_full(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_empty(int stage) const { return base + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_full(int stage) const { return base + 64 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_empty(int stage) const { return base + 80 + 8 * stage; }
+
+    __device__ __forceinline__ void init() const {
+        for (int stage = 0; stage < 2; ++stage) {
+            mbarrier_init(q_full(stage), 1);
+            mbarrier_init(q_empty(stage), kNumMmaWarps);
+            mbarrier_init(k_full(stage), 1);
+            mbarrier_init(k_empty(stage), kNumMmaWarps);
+            mbarrier_init(v_full(stage), 1);
+            mbarrier_init(v_empty(stage), kNumMmaWarps);
+        }
+    }
 };
 
 // Loads ---------------------------------------------------------------------------------------------------------------
@@ -1082,16 +1093,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         tma_prefetch_map(map_k);
         tma_prefetch_map(map_v);
         tma_prefetch_map(map_o);
-        for (int stage = 0; stage < kNumQStages; ++stage) {
-            mbarrier_init(barriers.q_full(stage), 1);
-            mbarrier_init(barriers.q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumStages; ++stage) {
-            mbarrier_init(barriers.k_full(stage), 1);
-            mbarrier_init(barriers.k_empty(stage), kNumMmaWarps);
-            mbarrier_init(barriers.v_full(stage), 1);
-            mbarrier_init(barriers.v_empty(stage), kNumMmaWarps);
-        }
+        barriers.init();
         fence_mbarrier_init();
     }
     sync_block();

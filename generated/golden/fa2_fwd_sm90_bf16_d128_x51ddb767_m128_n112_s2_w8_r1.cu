@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,   92 Threads,  149 Arithmetic,  192 Shared memory,
 //             223 Global memory,  250 mbarriers,  294 TMA,  336 Fences,  343 Fragments,  351 Registers,
 //             359 Registers of a warpgroup,  371 wgmma,  502 What is visible,  552 Expressions,  577 Bounds of tiles,
-//             664 What an expression hides,  753 Online softmax,  910 Pipelines,  938 Loads, 1026 Matrix products,
-//            1053 Epilogue, 1100 Producer, 1168 Consumer, 1325 Kernel, 1327 Find bounds, 1482 Launch
+//             664 What an expression hides,  753 Online softmax,  910 Pipelines,  949 Loads, 1037 Matrix products,
+//            1064 Epilogue, 1111 Producer, 1179 Consumer, 1336 Kernel, 1338 Find bounds, 1484 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -928,11 +928,22 @@ struct Barriers {
     uint32_t base;
 
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(2 * kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kNumStages + stage); }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 16 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_full(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_empty(int stage) const { return base + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_full(int stage) const { return base + 64 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_empty(int stage) const { return base + 80 + 8 * stage; }
+
+    __device__ __forceinline__ void init() const {
+        for (int stage = 0; stage < 2; ++stage) {
+            mbarrier_init(q_full(stage), 1);
+            mbarrier_init(q_empty(stage), kNumMmaWarps);
+            mbarrier_init(k_full(stage), 1);
+            mbarrier_init(k_empty(stage), kNumMmaWarps);
+            mbarrier_init(v_full(stage), 1);
+            mbarrier_init(v_empty(stage), kNumMmaWarps);
+        }
+    }
 };
 
 // Loads ---------------------------------------------------------------------------------------------------------------
@@ -1453,16 +1464,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         tma_prefetch_map(map_k);
         tma_prefetch_map(map_v);
         tma_prefetch_map(map_o);
-        for (int stage = 0; stage < kNumQStages; ++stage) {
-            mbarrier_init(barriers.q_full(stage), 1);
-            mbarrier_init(barriers.q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumStages; ++stage) {
-            mbarrier_init(barriers.k_full(stage), 1);
-            mbarrier_init(barriers.k_empty(stage), kNumMmaWarps);
-            mbarrier_init(barriers.v_full(stage), 1);
-            mbarrier_init(barriers.v_empty(stage), kNumMmaWarps);
-        }
+        barriers.init();
         fence_mbarrier_init();
     }
     sync_block();

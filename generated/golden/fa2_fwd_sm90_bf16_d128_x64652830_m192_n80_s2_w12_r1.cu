@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,   90 Threads,  133 Arithmetic,  176 Shared memory,
 //             207 Global memory,  221 mbarriers,  265 TMA,  307 Fences,  314 Fragments,  322 Registers,
 //             330 Registers of a warpgroup,  342 wgmma,  470 What is visible,  520 Expressions,
-//             535 What an expression hides,  618 Online softmax,  775 Pipelines,  803 Loads,  891 Matrix products,
-//             918 Epilogue,  965 Producer, 1033 Consumer, 1190 Kernel, 1230 Launch
+//             535 What an expression hides,  618 Online softmax,  775 Pipelines,  814 Loads,  902 Matrix products,
+//             929 Epilogue,  976 Producer, 1044 Consumer, 1201 Kernel, 1232 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -793,11 +793,22 @@ struct Barriers {
     uint32_t base;
 
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(2 * kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kNumStages + stage); }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 16 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_full(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_empty(int stage) const { return base + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_full(int stage) const { return base + 64 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_empty(int stage) const { return base + 80 + 8 * stage; }
+
+    __device__ __forceinline__ void init() const {
+        for (int stage = 0; stage < 2; ++stage) {
+            mbarrier_init(q_full(stage), 1);
+            mbarrier_init(q_empty(stage), kNumMmaWarps);
+            mbarrier_init(k_full(stage), 1);
+            mbarrier_init(k_empty(stage), kNumMmaWarps);
+            mbarrier_init(v_full(stage), 1);
+            mbarrier_init(v_empty(stage), kNumMmaWarps);
+        }
+    }
 };
 
 // Loads ---------------------------------------------------------------------------------------------------------------
@@ -1202,16 +1213,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         tma_prefetch_map(map_k);
         tma_prefetch_map(map_v);
         tma_prefetch_map(map_o);
-        for (int stage = 0; stage < kNumQStages; ++stage) {
-            mbarrier_init(barriers.q_full(stage), 1);
-            mbarrier_init(barriers.q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumStages; ++stage) {
-            mbarrier_init(barriers.k_full(stage), 1);
-            mbarrier_init(barriers.k_empty(stage), kNumMmaWarps);
-            mbarrier_init(barriers.v_full(stage), 1);
-            mbarrier_init(barriers.v_empty(stage), kNumMmaWarps);
-        }
+        barriers.init();
         fence_mbarrier_init();
     }
     sync_block();

@@ -9,7 +9,7 @@
 //   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  129 Arithmetic,  167 Shared memory,
 //             188 Global memory,  202 mbarriers,  246 TMA,  288 Fences,  295 Fragments,  303 Registers,
 //             311 Registers of a warpgroup,  323 wgmma,  449 What is visible,  501 Online softmax,  663 Pipelines,
-//             691 Loads,  774 Matrix products,  801 Epilogue,  848 Producer,  899 Consumer, 1052 Kernel, 1092 Launch
+//             704 Loads,  787 Matrix products,  814 Epilogue,  861 Producer,  912 Consumer, 1065 Kernel, 1096 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -681,11 +681,24 @@ struct Barriers {
     uint32_t base;
 
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(2 * kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kNumStages + stage); }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 8 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_full(int stage) const { return base + 16 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_empty(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_full(int stage) const { return base + 48 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_empty(int stage) const { return base + 64 + 8 * stage; }
+
+    __device__ __forceinline__ void init() const {
+        for (int stage = 0; stage < 1; ++stage) {
+            mbarrier_init(q_full(stage), 1);
+            mbarrier_init(q_empty(stage), kNumMmaWarps);
+        }
+        for (int stage = 0; stage < 2; ++stage) {
+            mbarrier_init(k_full(stage), 1);
+            mbarrier_init(k_empty(stage), kNumMmaWarps);
+            mbarrier_init(v_full(stage), 1);
+            mbarrier_init(v_empty(stage), kNumMmaWarps);
+        }
+    }
 };
 
 // Loads ---------------------------------------------------------------------------------------------------------------
@@ -1064,16 +1077,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         tma_prefetch_map(map_k);
         tma_prefetch_map(map_v);
         tma_prefetch_map(map_o);
-        for (int stage = 0; stage < kNumQStages; ++stage) {
-            mbarrier_init(barriers.q_full(stage), 1);
-            mbarrier_init(barriers.q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumStages; ++stage) {
-            mbarrier_init(barriers.k_full(stage), 1);
-            mbarrier_init(barriers.k_empty(stage), kNumMmaWarps);
-            mbarrier_init(barriers.v_full(stage), 1);
-            mbarrier_init(barriers.v_empty(stage), kNumMmaWarps);
-        }
+        barriers.init();
         fence_mbarrier_init();
     }
     sync_block();

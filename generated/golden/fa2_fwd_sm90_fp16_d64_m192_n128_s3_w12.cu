@@ -8,8 +8,8 @@
 //   launch   512 threads, 172192 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  124 Arithmetic,  162 Shared memory,
 //             183 Global memory,  197 mbarriers,  241 TMA,  283 Fences,  290 Fragments,  298 Registers of a warpgroup,
-//             310 wgmma,  436 What is visible,  486 Online softmax,  634 Pipelines,  662 Loads,  725 Matrix products,
-//             752 Epilogue,  799 Producer,  850 Consumer,  998 Kernel, 1038 Launch
+//             310 wgmma,  436 What is visible,  486 Online softmax,  634 Pipelines,  675 Loads,  738 Matrix products,
+//             765 Epilogue,  812 Producer,  863 Consumer, 1011 Kernel, 1042 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -652,11 +652,24 @@ struct Barriers {
     uint32_t base;
 
     __device__ __forceinline__ uint32_t q_full(int stage) const { return base + 8 * stage; }
-    __device__ __forceinline__ uint32_t q_empty(int stage) const { return q_full(kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_full(int stage) const { return q_full(2 * kNumQStages + stage); }
-    __device__ __forceinline__ uint32_t k_empty(int stage) const { return k_full(kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_full(int stage) const { return k_full(2 * kNumStages + stage); }
-    __device__ __forceinline__ uint32_t v_empty(int stage) const { return k_full(3 * kNumStages + stage); }
+    __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 16 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_full(int stage) const { return base + 32 + 8 * stage; }
+    __device__ __forceinline__ uint32_t k_empty(int stage) const { return base + 56 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_full(int stage) const { return base + 80 + 8 * stage; }
+    __device__ __forceinline__ uint32_t v_empty(int stage) const { return base + 104 + 8 * stage; }
+
+    __device__ __forceinline__ void init() const {
+        for (int stage = 0; stage < 2; ++stage) {
+            mbarrier_init(q_full(stage), 1);
+            mbarrier_init(q_empty(stage), kNumMmaWarps);
+        }
+        for (int stage = 0; stage < 3; ++stage) {
+            mbarrier_init(k_full(stage), 1);
+            mbarrier_init(k_empty(stage), kNumMmaWarps);
+            mbarrier_init(v_full(stage), 1);
+            mbarrier_init(v_empty(stage), kNumMmaWarps);
+        }
+    }
 };
 
 // Loads ---------------------------------------------------------------------------------------------------------------
@@ -1010,16 +1023,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_fp16_d
         tma_prefetch_map(map_k);
         tma_prefetch_map(map_v);
         tma_prefetch_map(map_o);
-        for (int stage = 0; stage < kNumQStages; ++stage) {
-            mbarrier_init(barriers.q_full(stage), 1);
-            mbarrier_init(barriers.q_empty(stage), kNumMmaWarps);
-        }
-        for (int stage = 0; stage < kNumStages; ++stage) {
-            mbarrier_init(barriers.k_full(stage), 1);
-            mbarrier_init(barriers.k_empty(stage), kNumMmaWarps);
-            mbarrier_init(barriers.v_full(stage), 1);
-            mbarrier_init(barriers.v_empty(stage), kNumMmaWarps);
-        }
+        barriers.init();
         fence_mbarrier_init();
     }
     sync_block();

@@ -125,14 +125,14 @@ FAULTS = (
     Fault(
         "k-empty-count-too-small",
         SM90,
-        "mbarrier_init(barriers.k_empty(stage), kNumMmaWarps);",
-        "mbarrier_init(barriers.k_empty(stage), kNumMmaWarps - 1);",
+        "mbarrier_init(k_empty(stage), kNumMmaWarps);",
+        "mbarrier_init(k_empty(stage), kNumMmaWarps - 1);",
     ),
     Fault(
         "q-empty-count-too-large",
         SM90,
-        "mbarrier_init(barriers.q_empty(stage), kNumMmaWarps);",
-        "mbarrier_init(barriers.q_empty(stage), kNumMmaWarps + 1);",
+        "mbarrier_init(q_empty(stage), kNumMmaWarps);",
+        "mbarrier_init(q_empty(stage), kNumMmaWarps + 1);",
     ),
     Fault(
         "expects-too-few-bytes",

@@ -296,7 +296,7 @@ def test_shared_memory(name):
         *([(plan.memory.offsets["dq"], 4 * plan.dq_block_floats, 16)] if plan.stages_dq else []),
         (plan.memory.offsets["lse"], plan.num_stages * plan.statistics_bytes, 16),
         (plan.memory.offsets["dpsum"], plan.num_dout_stages * plan.statistics_bytes, 16),
-        (plan.memory.offsets["barriers"], 8 * plan.num_barriers, 8),
+        (plan.memory.offsets["barriers"], plan.barriers.region.bytes, 8),
     ]
     end = 0
     for begin, size, alignment in parts:
@@ -359,7 +359,7 @@ def test_launch_facts_of_deterministic_kernels(mask):
     names = [param.name for param in plan.params]
     assert names.index("dq_turns") == names.index("dq_acc") + 1 and "heads_per_section" in names
     usual: Any = make_plan(KernelSpec(problem=problem.model_copy(update={"deterministic": False}), tiling=plan.tiling))
-    assert plan.num_barriers == usual.num_barriers  # the pair of dQ
+    assert len(plan.barriers.all) == len(usual.barriers.all)  # the pair of dQ
     assert {param.name for param in usual.params}.isdisjoint({"dq_turns"})
 
 

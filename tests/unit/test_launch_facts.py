@@ -70,6 +70,7 @@ _PRELUDE = """
 #include <cstddef>
 using std::max;
 using std::min;
+void mbarrier_init(uint32_t barrier, uint32_t arrivals);
 #define __device__
 #define __forceinline__ inline
 """
@@ -106,15 +107,6 @@ void tile(void const* p, int index, int* out) {
     out[1] = found.bidh;
     out[2] = found.bidb;
 }
-void barriers(uint32_t base, int q_stage, int stage, uint32_t* out) {
-    Barriers const b = {base};
-    out[0] = b.q_full(q_stage);
-    out[1] = b.q_empty(q_stage);
-    out[2] = b.k_full(stage);
-    out[3] = b.k_empty(stage);
-    out[4] = b.v_full(stage);
-    out[5] = b.v_empty(stage);
-}
 void positions(int num_stages, int steps, int* out) {
     PipelineState state = {0, 0};
     for (int i = 0; i < steps; ++i, state.advance(num_stages)) {
@@ -134,12 +126,11 @@ def library(arch: str, mask: str) -> ctypes.CDLL:
     plan = plan_of(arch, mask)
     rendered = render(plan)
     rooms = ("rooms/seqlen/", "rooms/mask/", "rooms/schedule/")
-    wanted = ("common/params.", *rooms, "sm90/pipeline", "sm90/fwd/pipeline")
+    wanted = ("common/params.", *rooms, "sm90/pipeline")
     text = [
         line
         for line, origin in zip(rendered.source.splitlines(), rendered.origins, strict=True)
-        if origin.startswith(wanted)
-        or line.startswith(("constexpr int kTile", "constexpr int kNumStages", "constexpr int kNumQStages"))
+        if origin.startswith(wanted) or line.startswith(("constexpr int kTile", "constexpr int kNum"))
     ]
     offsets = "".join(f"out[n++] = offsetof(Params, {param.name});" for param in plan.params)
     more = (_BEGIN if plan.left_edge else "") + (_TILE_SM90 if arch == "sm90" else _TILE_SM80)
@@ -321,18 +312,42 @@ def test_key_blocks_of_a_part_lie_within_those_of_the_whole(arch, mask):
                 assert whole[0] <= part[0] <= part[3] <= whole[3], f"{shape}, {options}, row {row}"
 
 
+# One for each way in which a kernel of SM90 splits its work.
+BARRIERS = (
+    "fa2_fwd_sm90_bf16_d128_causal_m128_n128_s2_w8",
+    "fa2_bwd_sm90_bf16_d128_m64_n128_s2_w8",
+    "fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1",
+    "fa2_bwd_sm90_bf16_d256_det_m64_n64_s2_w8",
+    "fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8",
+)
+_INIT = """
+static uint32_t* found;
+void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+    *found++ = barrier;
+    *found++ = arrivals;
+}
+extern "C" int init(uint32_t base, uint32_t* out) {
+    found = out;
+    Barriers{base}.init();
+    return found - out;
+}
+"""
+
+
 @needs_compiler
-def test_barriers_are_all_different_and_in_their_place():
-    plan, facts = plan_of("sm90", "causal"), library("sm90", "causal")
-    found, out = set(), (ctypes.c_uint32 * 6)()
-    for q_stage in range(plan.num_q_stages):
-        for stage in range(plan.num_stages):
-            facts.barriers(plan.memory.offsets["barriers"], q_stage, stage, out)
-            found |= {("q", q_stage, 0, out[0]), ("q", q_stage, 1, out[1])}
-            found |= {("kv", stage, kind, out[2 + kind]) for kind in range(4)}
-    places = sorted(place for *_, place in found)
-    assert len(places) == 2 * plan.num_q_stages + 4 * plan.num_stages
-    assert places == list(range(plan.memory.offsets["barriers"], plan.memory.offsets["tile_slots"], 8))
+@pytest.mark.parametrize("name", BARRIERS)
+def test_every_barrier_has_a_place_of_its_own_and_is_initialised_once(name):
+    plan = make_plan(KernelSpec.from_name(name))
+    rendered = render(plan)
+    lines = zip(rendered.source.splitlines(), rendered.origins, strict=True)
+    text = [
+        line for line, origin in lines if origin.startswith("sm90/pipeline") or line.startswith("constexpr int kNum")
+    ]
+    region, out = plan.barriers.region, (ctypes.c_uint32 * 100)()
+    base = plan.memory.offsets["barriers"]
+    count = compiled("\n".join(text) + _INIT).init(base, out)
+    assert sorted(out[:count:2]) == list(range(base, base + region.bytes, 8))
+    assert all(1 <= arrivals <= plan.num_mma_warps for arrivals in out[1:count:2])
 
 
 @needs_compiler
