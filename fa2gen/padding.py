@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
+from fa2gen.ops.validate import refuse_non_tensors, refuse_tensor_kinds
 
 __all__ = [
     "index_first_axis",
@@ -39,6 +40,9 @@ def unpad_input(
 
     Raises InvalidInput where a mask is not of the batch.
     """
+    given = {"hidden_states": hidden_states, "attention_mask": attention_mask, "unused_mask": unused_mask}
+    refuse_non_tensors(**{name: x for name, x in given.items() if x is not None or name != "unused_mask"})
+    refuse_tensor_kinds(given, given.values())
     for name, mask in (("attention_mask", attention_mask), ("unused_mask", unused_mask)):
         if mask is not None and (mask.dim() != 2 or mask.shape != hidden_states.shape[:2]):
             raise InvalidInput(
@@ -80,6 +84,9 @@ def unpad_input_for_concatenated_sequences(
 
     The others as in `unpad_input`. Waits for the device. Raises InvalidInput where the lengths are not of the batch.
     """
+    given = {"hidden_states": hidden_states, "attention_mask_in_length": attention_mask_in_length}
+    refuse_non_tensors(**given)
+    refuse_tensor_kinds(given, given.values())
     if attention_mask_in_length.dim() != 2 or attention_mask_in_length.shape != hidden_states.shape[:2]:
         raise InvalidInput(
             f"attention_mask_in_length has shape {tuple(attention_mask_in_length.shape)}, hidden_states "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from operator import index
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -15,9 +14,9 @@ from fa2gen.distributed.plan import Layout, Split
 from fa2gen.distributed.ring import Ring
 from fa2gen.distributed.ulysses import Ulysses
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.arguments import NO_WINDOW, Window, options_of, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, options_of, whole, window_sides
 from fa2gen.ops.operator import autocasted
-from fa2gen.ops.validate import describe, refuse_non_tensors, validate, validate_options
+from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds, validate, validate_options
 
 __all__ = ["context_parallel_attention", "context_parallel_varlen_attention"]
 
@@ -97,7 +96,8 @@ def context_parallel_varlen_attention(
                 in each. Rows behind the last are padding: out and gradients 0, lse -inf. It is read on the host, once a
                 tensor: give every layer the same one.
     """
-    refuse_non_tensors(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    refuse_non_tensors(q=q, k=k, v=v)
+    refuse_tensor_kinds("qkv", (q, k, v))
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise InvalidInput(
@@ -153,7 +153,7 @@ def _attention(
 
 
 def _scheme(asked: object, q: Tensor, k: Tensor, v: Tensor, split: Split) -> str:
-    if asked not in get_args(Scheme):
+    if not isinstance(asked, str) or asked not in get_args(Scheme):
         raise InvalidInput(f"scheme is {asked!r}; it must be one of {', '.join(map(repr, get_args(Scheme)))}")
     divides = k.shape[2] % split.world == 0
     if asked == "ulysses" and not divides:
@@ -188,18 +188,16 @@ def _stride(given: Any, heads: int, blocks: int) -> int:
     """How many key heads travel at a time, of `heads` with so many blocks of keys each."""
     if given is None:
         return min(heads, max(math.ceil(heads / _GROUPS), math.ceil(_BLOCKS / blocks)))
-    try:
-        stride = 0 if isinstance(given, bool) else index(given)
-    except TypeError:
-        stride = 0
-    if stride < 1:
+    stride = whole(given)
+    if stride is None or stride < 1:
         raise InvalidInput(f"head_stride must be a whole number of key heads from 1, or None, not {describe(given)}")
     return min(stride, heads)
 
 
 def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor]:
     """Results in which each query also sees its head's sink."""
-    if not isinstance(s_aux, Tensor) or s_aux.shape != (out.shape[2],) or not s_aux.is_floating_point():
+    of_floats = isinstance(s_aux, Tensor) and not s_aux.is_nested and s_aux.is_floating_point()
+    if not of_floats or s_aux.shape != (out.shape[2],):
         raise InvalidInput(f"s_aux is {describe(s_aux)}; it must be ({out.shape[2]},), a number for each head of q")
     sink = s_aux.float()[:, None]
     share = torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1)

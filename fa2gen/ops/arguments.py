@@ -33,11 +33,13 @@ __all__ = [
     "options_of",
     "probability",
     "sinks",
+    "whole",
     "window_sides",
 ]
 
 Window: TypeAlias = Sequence[int | None] | Tensor | None
 NO_WINDOW = (UNLIMITED, UNLIMITED)
+_MOST = (1 << 63) - 1  # that operators take for a whole number
 _SYMBOLIC = (torch.SymInt, torch.SymFloat)  # numbers under torch.compile and torch.export
 
 
@@ -102,7 +104,7 @@ def _parse(
 
 def expression_of(score: Any = "", allow: Any = "", inputs: Mapping[str, Any] | None = None) -> Modified:
     """What these arguments of a call mean. Raises InvalidInput."""
-    given = inputs or {}
+    given = {} if inputs is None else inputs
     for name, text in (("score", score), ("allow", allow)):
         if not isinstance(text, str):
             raise InvalidInput(f'{name} must be an expression in text, "cap * tanh(s / cap)", not {describe(text)}')
@@ -140,7 +142,7 @@ def modified(softcap: Any, alibi_slopes: Any) -> Modified:
     with slopes of a head or of a batch entry's head. Raises InvalidInput."""
     if isinstance(softcap, bool) or not isinstance(softcap, Real | torch.SymFloat):
         raise InvalidInput(f"softcap must be a number, not {describe(softcap)}: pass 0.0, which is no cap")
-    cap = float(softcap)
+    cap = _float(softcap)
     if not cap >= 0:
         raise InvalidInput(f"softcap is {softcap}; it must be above 0, or 0.0 for no cap")
     capped, inputs = (SOFTCAP, {"cap": cap}) if cap else ("s", {})
@@ -154,7 +156,7 @@ def modified(softcap: Any, alibi_slopes: Any) -> Modified:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool | Real):
-        return float(value)
+        return _float(value)
     hint = f": look it up, {name}[h]" if isinstance(value, Tensor) else ""
     raise InvalidInput(f"{name} must be a number, as the expression has it, not {describe(value)}{hint}")
 
@@ -224,16 +226,20 @@ def window_sides(window: Any) -> tuple[int, int]:
     tensor. None: no window. Raises InvalidInput."""
     if type(window) is tuple and len(window) == 2:
         left, right = window
-        if type(left) is int and type(right) is int and left >= UNLIMITED and right >= UNLIMITED:
+        if type(left) is int and type(right) is int and UNLIMITED <= left <= _MOST and UNLIMITED <= right <= _MOST:
             return left, right
     if window is None:
         return NO_WINDOW
-    given = window.tolist() if hasattr(window, "tolist") else window
+    try:
+        given = window.tolist() if hasattr(window, "tolist") else window
+    except (RuntimeError, ValueError):  # of tensors without storage, or values
+        given = None
     sides = [_side(side) for side in given] if isinstance(given, Sequence) and not isinstance(given, str) else []
     if len(sides) == 2 and None not in sides:
         return sides[0], sides[1]  # type: ignore[return-value]
     raise InvalidInput(
-        f"window_size is {window!r}; it must be (left, right), each a whole number from 0, or -1 for no limit"
+        f"window_size is {describe(window) if isinstance(window, Tensor) else repr(window)}; it must be (left, right), "
+        "each a whole number from 0, or -1 for no limit"
     )
 
 
@@ -243,21 +249,32 @@ def _side(side: Any) -> int | None:
         return UNLIMITED
     if isinstance(side, torch.SymInt):
         return side  # type: ignore[no-any-return]
-    try:
-        number = None if isinstance(side, bool) else index(side)
-    except TypeError:  # also of tensors of floats, or of more than one element
-        return None
+    number = whole(side)
     return number if number is not None and number >= UNLIMITED else None
+
+
+def whole(value: Any) -> int | None:
+    """A whole number of 64 bits, as operators have them, whatever holds it; None for all else, also for a switch."""
+    try:
+        number = None if isinstance(value, bool) else index(value)
+    except (TypeError, ValueError, RuntimeError):  # also of tensors of floats, of more than one element, without values
+        return None
+    return number if number is not None and ~_MOST <= number <= _MOST else None
+
+
+def _float(number: Any) -> float:
+    """Infinite where it is beyond all floats, which every option refuses with its own words."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def _chunk(chunk: Any) -> int:
     if isinstance(chunk, torch.SymInt):
         return chunk  # type: ignore[no-any-return]
-    try:
-        number = -1 if isinstance(chunk, bool) else index(chunk)
-    except TypeError:
-        number = -1
-    if number < 0:
+    number = whole(chunk)
+    if number is None or number < 0:
         raise InvalidInput(f"attention_chunk must be a whole number of keys, or 0 for no chunks, not {describe(chunk)}")
     return number
 
@@ -270,10 +287,7 @@ def _scale(softmax_scale: Any, q: Tensor) -> float:
     if isinstance(softmax_scale, bool):  # a number to Python, a misplaced argument to us
         hint = "; did you mean causal, which comes after it?"
     elif isinstance(softmax_scale, Real):
-        try:
-            return float(softmax_scale)
-        except OverflowError:
-            return math.inf
+        return _float(softmax_scale)
     else:
         hint = ": take .item() of it, which waits for the device" if isinstance(softmax_scale, Tensor) else ""
     raise InvalidInput(f"softmax_scale must be a number or None, not {describe(softmax_scale)}{hint}")
@@ -286,7 +300,7 @@ def probability(dropout_p: Any) -> float:
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         hint = ": take .item() of it, which waits for the device" if isinstance(dropout_p, Tensor) else ""
         raise InvalidInput(f"dropout_p must be a number, not {describe(dropout_p)}{hint}")
-    number = float(dropout_p)
+    number = _float(dropout_p)
     if not 0 <= number < 1:
         raise InvalidInput(
             f"dropout_p is {dropout_p!r}; it must be from 0, no dropout, to less than 1. If this is a scale: the "

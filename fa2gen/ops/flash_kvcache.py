@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, sinks, window_sides
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, sinks, whole, window_sides
 from fa2gen.ops.autograd import is_plain
 from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_operator import refuse_gradients
@@ -191,10 +191,7 @@ def _lengths(lengths: Any, given: Cached) -> Tensor | None:
 def _splits(num_splits: Any) -> int:
     if isinstance(num_splits, torch.SymInt):
         return num_splits  # type: ignore[no-any-return]
-    try:
-        number = None if isinstance(num_splits, bool) else index(num_splits)
-    except TypeError:
-        number = None
+    number = whole(num_splits)
     if number is None:
         raise InvalidInput(f"num_splits must be a whole number, or 0 as suits the device, not {describe(num_splits)}")
     return number

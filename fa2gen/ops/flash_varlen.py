@@ -6,7 +6,6 @@ keyword-only, behind its own.
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any, Literal, TypeAlias, overload
 
 import torch
@@ -23,6 +22,7 @@ from fa2gen.ops.arguments import (
     options_of,
     probability,
     sinks,
+    whole,
     window_sides,
 )
 from fa2gen.ops.autograd import RaggedAttention, is_plain, wants_gradient
@@ -31,7 +31,13 @@ from fa2gen.ops.flash import Result, WithLse, unpacked
 from fa2gen.ops.operator import run_general, run_ragged
 from fa2gen.ops.paged_operator import run_paged
 from fa2gen.ops.ragged import are_plain, forward_ragged, forward_ragged_out
-from fa2gen.ops.validate import describe, refuse_non_lengths, refuse_non_tensors, validate_ragged
+from fa2gen.ops.validate import (
+    describe,
+    refuse_non_lengths,
+    refuse_non_tensors,
+    refuse_tensor_kinds,
+    validate_ragged,
+)
 from fa2gen.ops.validate_cache import Paged
 from fa2gen.options import Options
 from fa2gen.reference import dropout_mask
@@ -124,7 +130,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     `flash_attn_func` does.
     """
     if block_table is not None:
-        if dropout_p:
+        if probability(dropout_p):
             raise UnsupportedProblem("dropout over pages is not built: pages are for inference; nearest: dropout_p=0.0")
         pages = paged(q, k, v, block_table, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux)
         said = options_of(q, softmax_scale, causal, window_sides(window_size), attention_chunk, varlen=True)
@@ -142,7 +148,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         and (causal is True or causal is False)
         and (deterministic is False or deterministic is True)
         and attention_chunk.__class__ is int
-        and attention_chunk >= 0
+        and 0 <= attention_chunk < 1 << 63
     )
     if (
         plain_numbers
@@ -176,6 +182,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         return (out, lse, None) if return_attn_probs else out
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
+    refuse_tensor_kinds("qkv", (q, k, v))
     refuse_non_lengths(lengths)
     max_keys = None
     if not torch.compiler.is_compiling():  # there a number would be a constant of the graph, and another make a new one
@@ -327,6 +334,7 @@ def paged(*tensors: Any) -> Paged:
     """The tensors of a `Paged`, as a caller gives them. Raises InvalidInput for what is none."""
     given = dict(zip(Paged._fields, tensors, strict=True))
     refuse_non_tensors(**{name: x for name, x in given.items() if x is not None or name in Paged._fields[:4]})
+    refuse_tensor_kinds("q", tensors[:1])
     return Paged(**{**given, "s_aux": sinks(given["s_aux"])})
 
 
@@ -351,11 +359,8 @@ def _longest(name: str, given: Any) -> int | None:
         return given
     if given is None or isinstance(given, Tensor | torch.SymInt):
         return None
-    try:
-        rows = -1 if isinstance(given, bool) else index(given)
-    except TypeError:
-        rows = -1
-    if rows < 0:
+    rows = whole(given)
+    if rows is None or rows < 0:
         raise InvalidInput(
             f"{name} must be a whole number of rows, a tensor (which is not read) or None, not {describe(given)}"
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.validate import describe, refuse_non_tensors
+from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds
 
 __all__ = ["merge_states"]
 
@@ -23,16 +23,19 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     result is the other part's, bit for bit; of two such parts it is 0 and -inf. Sums are in fp32, out is in out_a's
     dtype. Differentiable, on any device. Raises InvalidInput for shapes that do not fit.
     """
-    refuse_non_tensors(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
-    if out_a.dim() not in (3, 4):
+    parts = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    refuse_non_tensors(**parts)
+    refuse_tensor_kinds(parts, parts.values())
+    if out_a.dim() not in (3, 4) or not out_a.is_floating_point():
         raise InvalidInput(
-            f"out_a is {describe(out_a)}; it must be (batch, seqlen, heads, head_dim), or (total, heads, head_dim)"
+            f"out_a is {describe(out_a)}; it must be (batch, seqlen, heads, head_dim), or (total, heads, head_dim), "
+            "floating-point"
         )
     rows = tuple(out_a.shape[:-1])
     of_lse = (*rows[:-2], rows[-1], rows[-2])
     for name, x, shape in (("out_b", out_b, tuple(out_a.shape)), ("lse_a", lse_a, of_lse), ("lse_b", lse_b, of_lse)):
-        if tuple(x.shape) != shape or x.device != out_a.device:
-            raise InvalidInput(f"{name} is {describe(x)}; it must be {shape} on {out_a.device}")
+        if tuple(x.shape) != shape or x.device != out_a.device or not x.is_floating_point():
+            raise InvalidInput(f"{name} is {describe(x)}; it must be {shape} on {out_a.device}, floating-point")
     a, b = (lse.float().masked_fill(lse == math.inf, -math.inf) for lse in (lse_a, lse_b))
     greatest = torch.maximum(a, b)
     base = greatest.masked_fill(greatest == -math.inf, 0.0)  # (-inf) - (-inf) would be NaN

@@ -98,6 +98,7 @@ def attention(
     With `arch` or `tiling` the kernel is called directly, not through the operator: torch.compile cannot see into that.
     Raises InvalidInput, UnsupportedProblem, or InfeasibleSpec for a tiling that does not fit.
     """
+    dropout_p = probability(dropout_p)
     expression, tensors = expression_of(score, allow, inputs)
     said = (softmax_scale, causal, window_sides(window_size), attention_chunk, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
@@ -115,7 +116,7 @@ def attention(
         raise InvalidInput(f"arch and tiling choose a CUDA kernel, but q is on {q.device}: leave them out")
     ragged = any(x is not None for x in lengths)
     if ragged or s_aux is not None or tensors or dropout_p:
-        said_by_tensors = options._replace(varlen=ragged, sink=s_aux is not None, dropout_p=probability(dropout_p))
+        said_by_tensors = options._replace(varlen=ragged, sink=s_aux is not None, dropout_p=dropout_p)
         rng_state = new_rng_state(q) if dropout_p else None
         further = (*autocasted(q, k, v), *lengths, sinks(s_aux), rng_state, tensors)
         return forward_general(*further, _with_shapes(said_by_tensors, tensors), None, arch, tiling)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput
 from fa2gen.ops.flash_kvcache import run_cached
-from fa2gen.ops.validate import describe, refuse_non_tensors
+from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds
 from fa2gen.ops.validate_cache import Cached
 from fa2gen.options import Options
 
@@ -36,11 +36,14 @@ def reshape_and_cache(
     UnsupportedProblem.
     """
     refuse_non_tensors(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slot_mapping=slot_mapping)
+    refuse_tensor_kinds(("key_cache", "slot_mapping"), (key_cache, slot_mapping))
     if key.dim() != 3 or slot_mapping.shape != key.shape[:1] or slot_mapping.dtype not in (torch.int32, torch.int64):
         raise InvalidInput(
             f"key is {describe(key)}, slot_mapping {describe(slot_mapping)}; they must be (tokens, heads_kv, head_dim) "
             "and (tokens,), int32 or int64"
         )
+    if value.dim() != 3:
+        raise InvalidInput(f"value is {describe(value)}; it must be (tokens, heads_kv, head_dim)")
     if key_cache.dim() != 4 or 0 in key_cache.shape[:2]:
         raise InvalidInput(f"key_cache is {describe(key_cache)}; it must be (pages, page_size, heads_kv, head_dim)")
     none = key.new_empty((key.shape[0], 0, *key.shape[1:]))  # no query
@@ -49,6 +52,7 @@ def reshape_and_cache(
     for name, scale in (("k", k_scale), ("v", v_scale)):
         if scale is not None:
             refuse_non_tensors(**{f"{name}_scale": scale})
+            refuse_tensor_kinds([f"{name}_scale"], [scale])
             if tuple(scale.shape) not in ((), (1,), (key.shape[1],)):
                 raise InvalidInput(f"{name}_scale is {describe(scale)}; it must be () or ({key.shape[1]},), fp32")
             places[f"{name}_descale"] = scale.expand(key.shape[0], key.shape[1])

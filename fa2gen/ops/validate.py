@@ -322,6 +322,8 @@ def refuse_tensor_kinds(names: Iterable[str], tensors: Iterable[Tensor | None]) 
 
 def describe(x: object) -> str:
     """How an error speaks of an argument."""
+    if isinstance(x, Tensor) and torch.nn.parameter.is_lazy(x):
+        return "an uninitialized parameter"
     if isinstance(x, Tensor) and x.is_nested:
         return f"a nested tensor, {x.dtype} on {x.device}"
     if isinstance(x, Tensor):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.arguments import Modified
+from fa2gen.ops.arguments import Modified, whole
 from fa2gen.ops.flash_kvcache import run_cached
 from fa2gen.ops.flash_varlen import over_pages
 from fa2gen.ops.validate import describe
@@ -105,7 +104,7 @@ def _validate_out(out: Tensor, given: Paged) -> None:
 def _number(name: str, given: Any) -> int:
     if given is None:
         return 0
-    try:
-        return -1 if isinstance(given, bool) else index(given)
-    except TypeError:
-        raise InvalidInput(f"{name} must be a whole number, not {describe(given)}") from None
+    number = whole(given)
+    if number is None:
+        raise InvalidInput(f"{name} must be a whole number, not {describe(given)}")
+    return number

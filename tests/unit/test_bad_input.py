@@ -8,6 +8,7 @@ GPU would see is validated by the same functions, on the CPU or on fake CUDA ten
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from fa2gen.ops import (
     flash_attn_with_kvcache,
     forward_into,
 )
+from fa2gen.ops.validate import describe
 from fa2gen.padding import unpad_input
 from fa2gen.select import Device, default_tiling, kernel_arch
 
@@ -448,3 +450,77 @@ def test_errors_are_also_what_python_would_raise():
     assert issubclass(fa2gen.InvalidInput, ValueError)
     assert issubclass(fa2gen.UnsupportedProblem, NotImplementedError)
     assert issubclass(fa2gen.InfeasibleSpec, ValueError)
+
+
+# Whatever an argument is ---------------------------------------------------------------------------------------------
+
+ROWS, KEYS = t(4, 2, 16), t(4, 1, 16)
+BOUNDS = ints(0, 1, 4)
+CACHE = {"q": t(2, 1, 2, 16), "k_cache": t(2, 8, 1, 16), "v_cache": t(2, 8, 1, 16), "cache_seqlens": ints(3, 4)}
+PAIR = {"cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS, "max_seqlen_q": 3, "max_seqlen_k": 3}
+DENSE = {"q": ROWS[None], "k": KEYS[None], "v": KEYS[None]}
+STATE = {"out_a": ROWS[None], "lse_a": t(1, 2, 4, dtype=torch.float32)}
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "attention": (attention, DENSE),
+    "attention, packed": (attention, {"q": ROWS, "k": KEYS, "v": KEYS, "cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS}),
+    "func": (flash_attn_func, DENSE),
+    "kvpacked": (flash_attn_kvpacked_func, {"q": ROWS[None], "kv": t(1, 4, 2, 1, 16)}),
+    "qkvpacked": (flash_attn_qkvpacked_func, {"qkv": t(1, 4, 3, 2, 16)}),
+    "varlen": (flash_attn_varlen_func, {"q": ROWS, "k": KEYS, "v": KEYS, **PAIR}),
+    "varlen kvpacked": (flash_attn_varlen_kvpacked_func, {"q": ROWS, "kv": t(4, 2, 1, 16), **PAIR}),
+    "varlen qkvpacked": (flash_attn_varlen_qkvpacked_func, {"qkv": t(4, 3, 2, 16), "cu_seqlens": BOUNDS}),
+    "pages": (over_pages, {"q": t(8, 6, 64)}),
+    "cache": (flash_attn_with_kvcache, CACHE),
+    "pages of a cache": (flash_attn_with_kvcache, {**CACHE, "block_table": ints(0, 1).view(2, 1)}),
+    "new keys": (
+        flash_attn_with_kvcache,
+        {**CACHE, **dict.fromkeys("kv", t(2, 1, 1, 16)), **dict.fromkeys(("rotary_cos", "rotary_sin"), t(8, 8))},
+    ),
+    "merge": (fa2gen.merge_states, {**STATE, "out_b": STATE["out_a"], "lse_b": STATE["lse_a"]}),
+    "append": (
+        fa2gen.reshape_and_cache,
+        {
+            **dict.fromkeys(("key", "value"), KEYS),
+            **dict.fromkeys(("key_cache", "value_cache"), CACHE["k_cache"]),
+            "slot_mapping": torch.arange(4),
+        },
+    ),
+    "unpad": (unpad_input, {"hidden_states": t(1, 4, 32), "attention_mask": t(1, 4, dtype=torch.int32)}),
+    "number": (lambda cap: modified("cap * s", cap=cap), {"cap": 2.0}),
+    "tensor": (lambda cap: modified("cap[h] * s", cap=cap), {"cap": t(6, dtype=torch.float32)}),
+}  # fmt: skip
+ANYTHING: dict[str, Any] = {
+    "strided nested": torch.nested.nested_tensor([t(1, 2, 16), t(3, 2, 16)]),
+    "jagged": torch.nested.nested_tensor([t(1, 2, 16), t(3, 2, 16)], layout=torch.jagged),
+    "sparse": t(1, 4, 2, 16).float().to_sparse(),
+    "complex": torch.ones(1, 4, 2, 16, dtype=torch.complex64),
+    "fp8": torch.ones(1, 4, 2, 16).to(torch.float8_e4m3fn),
+    "meta": t(1, 4, 2, 16, device="meta"),
+    "strided": t(1, 4, 2, 32)[..., ::2],
+    "five dimensions": t(1, 1, 4, 2, 16),
+    "empty": t(0),
+    "one number": torch.tensor(1.0),
+    "two numbers": torch.ones(2),
+    "two whole numbers": ints(1, 2),
+    "arrays": (numpy.ones(2), numpy.float64(1), numpy.int64(2), numpy.bool_(True)),
+    "numbers": (-1, 2, 2.5, 1j, 10**400, -(10**400), 1e38, math.nan, math.inf, True, None),
+    "texts": ("no", "", "\ud800", b"x"),
+    "others": ([], [1, 2], {}, {"x": object()}, object(), int, len, (10**30, 10**30), (torch.ones(2), 0)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_whatever_an_argument_is_the_error_is_ours(call):
+    """Each argument of each function by itself: what it cannot be is refused by name, not by torch or Python."""
+    function, good = CALLS[call]
+    function(**good)
+    names = good if call in ("pages", "number", "tensor") else inspect.signature(function).parameters
+    for name in names:
+        for kind, value in ANYTHING.items():
+            for one in value if isinstance(value, tuple) else [value]:
+                try:
+                    function(**{**good, name: one})
+                except Fa2GenError as error:
+                    assert len(str(error)) < 1500
+                except Exception as error:
+                    pytest.fail(f"{name}, {kind}, {describe(one)}: {type(error).__name__}: {error}")
