@@ -75,6 +75,7 @@ def plans() -> list[KernelPlan]:
         for direction in ("fwd", "bwd")
         for varlen in (False, True)
     ]
+    modified += [Problem(direction="bwd", head_dim=256, varlen=True)]  # P passes, and places are read again
     modified += [
         Problem(head_dim=d, varlen=True, paged=True, allow=a) for d in (64, 128) for a in ("", "j % 3 != i % 2")
     ]
