@@ -5,6 +5,7 @@ The operations are those of the library that is passed in, torch, so that autogr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -98,9 +99,14 @@ def _pair(op: str, a: Any, b: Any, torch: Any) -> Any:
 def evaluate_on_numbers(root: Node, values: Mapping[str, Any]) -> Any:
     """The value of a tree without tensors on Python's numbers, where whole ones do not wrap."""
     found: dict[Node, Any] = {}
-    for node in walk(root):
+    for node in _in_order(root):
         found[node] = _on_numbers(node, [found[arg] for arg in node.args], values)
     return found[root]
+
+
+@functools.lru_cache(maxsize=1024)  # a walk takes longer than the rest
+def _in_order(root: Node) -> tuple[Node, ...]:
+    return tuple(walk(root))
 
 
 _ON_NUMBERS: dict[str, Any] = {

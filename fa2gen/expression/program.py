@@ -144,28 +144,31 @@ class Program:
         ends = {"i0": 0, "i1": max(seqlen_q - 1, 0), "j0": 0, "j1": max(seqlen_k - 1, 0)}
         values = {**ends, **numbers, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
         corners = [values | {"b": b, "h": h, "hk": h} for b in {0, batch - 1} for h in {0, heads - 1}]
-        for tree in (self.score_tree, self.allow_tree):
-            if tree is not None:
-                self._check(simplify(tree), corners)
+        for node, number, limit in self._limits:
+            for values in corners:
+                found = evaluate_on_numbers(number, values)
+                if limit is None and found <= 0:
+                    raise InvalidInput(f"{write(node)} divides by {found}; it must be positive")
+                if limit is not None and abs(found) > limit:
+                    raise InvalidInput(f"{write(node)} reaches {found} at these lengths, beyond {limit}")
 
-    def _check(self, tree: Node, corners: list[dict[str, Any]]) -> None:
-        known = bounds(tree)
-        for node in walk(tree):
-            if node.op in ("//", "%"):
-                for values in corners:
-                    divisor = evaluate_on_numbers(node.args[1], values)
-                    if divisor <= 0:
-                        raise InvalidInput(f"{write(node)} divides by {divisor}; it must be positive")
-            if node.type != "int" or node.op in ("const", "name", "number", "tensor"):
-                continue
-            limit = _FLOAT_EXACT if any(user.op == "float" and node in user.args for user in walk(tree)) else 2**31 - 1
-            for end in known[node]:
-                if end is None or any(part.op in ("tensor", "lowest", "highest") for part in walk(end)):
+    @functools.cached_property
+    def _limits(self) -> tuple[tuple[Node, Node, int | None], ...]:
+        """(node, number, limit): which numbers `check` looks at. Each divisor, which has no limit but must be positive,
+        and both ends of each whole number."""
+        found: list[tuple[Node, Node, int | None]] = []
+        for tree in (simplify(tree) for tree in (self.score_tree, self.allow_tree) if tree is not None):
+            known = bounds(tree)
+            for node in walk(tree):
+                if node.op in ("//", "%"):
+                    found.append((node, node.args[1], None))
+                if node.type != "int" or node.op in ("const", "name", "number", "tensor"):
                     continue
-                for values in corners:
-                    found = evaluate_on_numbers(end, values)
-                    if abs(found) > limit:
-                        raise InvalidInput(f"{write(node)} reaches {found} at these lengths, beyond {limit}")
+                exact = any(user.op == "float" and node in user.args for user in walk(tree))
+                for end in known[node]:
+                    if end is not None and not any(part.op in ("tensor", "lowest", "highest") for part in walk(end)):
+                        found.append((node, end, _FLOAT_EXACT if exact else 2**31 - 1))
+        return tuple(found)
 
 
 @dataclass(frozen=True)

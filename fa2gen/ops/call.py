@@ -22,7 +22,7 @@ import math
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -54,23 +54,29 @@ __all__ = [
     "Call",
     "Gradients",
     "aligned",
+    "are_aligned",
     "backward_cuda",
     "choose",
     "cut",
     "dense",
+    "fit_each_other",
+    "fit_results",
     "forget",
     "forward_cuda",
     "forward_out",
-    "has_aligned_strides",
     "kernel_for_pages",
     "kernel_for_rows",
+    "known_options",
     "launch_cleared",
     "launch_ragged",
     "launch_with_scratch",
     "packed",
     "prepared",
+    "remember_kind",
     "room_for",
     "scaled",
+    "strides_of",
+    "types_of",
 ]
 
 AnyOptions: TypeAlias = Options | tuple[Any, ...]
@@ -232,7 +238,7 @@ def backward_cuda(
         *[None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse)],
         *(options, tiling),
     )
-    call = prepared(key, _prepare_backward, dout, q, k, v, out, lse, dlse, options, tiling)
+    call = prepared(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, options, tiling)
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     launch = call.launch
     if launch is None and not call.misaligned:  # no query or no key
@@ -297,7 +303,7 @@ def _find(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions, arch: str | None
         q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
         options, arch, tiling,
     )  # fmt: skip
-    return _calls.get(key) or prepared(key, _prepare, q, k, v, options, arch, tiling)
+    return _calls.get(key) or prepared(key, _prepare, key, q, k, v, options, arch, tiling)
 
 
 def _launch_forward(call: Call, q: int, k: int, v: int, out: Tensor, lse: Tensor | None) -> None:
@@ -378,21 +384,16 @@ def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any
     return call
 
 
-def right_options(
-    kind: tuple[Any, ...], alike: bool, options: AnyOptions, validate: Callable[[Options], object]
-) -> Options:
-    """The options of a call, which is right: it is of a known kind, and `alike`; or else it passes `validate` now.
+def known_options(kind: tuple[Any, ...] | None) -> Options | None:
+    """The options of calls of a kind that was found right, of which lengths and strides fit; kind is None where those
+    of this call may not."""
+    return None if kind is None else _kinds.get(kind)
 
-    alike  whether lengths and strides fit as those of a call do that needs no copy.
-    """
-    if alike and (known := _kinds.get(kind)) is not None:
-        return known
-    said = Options(*options)
-    validate_options(said)
-    validate(said)
-    if alike:
-        _remember(_kinds, _REMEMBERED_KINDS, kind, said)
-    return said
+
+def remember_kind(kind: tuple[Any, ...] | None, options: Options) -> None:
+    """Of a call that was found right."""
+    if kind is not None:
+        _remember(_kinds, _REMEMBERED_KINDS, kind, options)
 
 
 def _remember(known: OrderedDict[Any, Any], most: int, key: tuple[Any, ...], value: Any) -> None:
@@ -420,34 +421,48 @@ def forget() -> None:
 # Once for each signature ------------------------------------------------------------------------------------------
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions, arch: str | None, tiling: Tiling | None) -> Call:
-    """Validate a signature; choose, load and pack its kernel."""
-    size_q, size_k, size_v, device = q.shape, k.shape, v.shape, q.get_device()
-    kind = (
-        size_q[2:], size_k[2:], size_v[2:], q.dtype, k.dtype, v.dtype,
-        device, k.get_device(), v.get_device(), options, arch, tiling,
-    )  # fmt: skip
-    alike = size_q[:1] == size_k[:1] and size_k[:2] == size_v[:2] and all(map(has_aligned_strides, (q, k, v)))
-    said = right_options(kind, alike, options, lambda _: validate(q, k, v))
-    batch, seqlen_q, num_heads, _ = size_q
-    of_out = (batch, seqlen_q, num_heads, size_v[3])
-    out_strides = dense(*of_out[1:])
-    shape = Shape(batch, seqlen_q, size_k[1], num_heads, size_k[2])
-    launch = packed(
-        "fwd", {"q": q, "k": k, "v": v}, {"o": out_strides}, said, shape, shape.seqlen_k, arch, tiling, alike
-    )
+def _prepare(
+    key: tuple[Any, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: AnyOptions,
+    arch: str | None,
+    tiling: Tiling | None,
+) -> Call:
+    """Validate a signature, that of `_find`; choose, load and pack its kernel."""
+    size_q, size_k, size_v, step_q, step_k, step_v, *others = key
+    strides = kind = None
+    if fit_each_other(size_q, size_k, size_v) and (
+        strides := strides_of({"q": (size_q, step_q), "k": (size_k, step_k), "v": (size_v, step_v)})
+    ):
+        kind = ("fwd", *size_q[2:], *size_k[2:], *size_v[2:], *others)
+    if (said := known_options(kind)) is None:
+        said = Options(*options)
+        validate_options(said)
+        validate(q, k, v)
+        remember_kind(kind, said)
+    batch, seqlen_q, num_heads, head_dim = size_q
+    _, seqlen_k, num_heads_kv, head_dim_v = size_v
+    of_out = (batch, seqlen_q, num_heads, head_dim_v)
+    out_strides = dense(seqlen_q, num_heads, head_dim_v)
+    shape = Shape(batch, seqlen_q, seqlen_k, num_heads, num_heads_kv)
+    if strides is not None:
+        strides["o"] = out_strides
+    launch = packed("fwd", q, head_dim_v, strides, said, shape, seqlen_k, arch, tiling)
     return Call(
-        device=device,
+        q.get_device(),
         out_shape=of_out,
         lse_shape=(batch, num_heads, seqlen_q),
         num_rows=batch * num_heads * seqlen_q,
-        out_is_like_q=size_q == of_out and q.stride() == (*out_strides, 1),
+        out_is_like_q=head_dim == head_dim_v and step_q == (*out_strides, 1),
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
 
 
 def _prepare_backward(
+    key: tuple[Any, ...],
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -458,58 +473,76 @@ def _prepare_backward(
     options: AnyOptions,
     tiling: Tiling | None,
 ) -> Call:
-    """`_prepare` of gradients."""
-    size_q, size_k, size_v, of_out = q.shape, k.shape, v.shape, out.shape
-    tensors = {"q": q, "k": k, "v": v, "o": out, "dout": dout}
-    given = (*tensors.values(), lse, *(() if dlse is None else (dlse,)))
-    kind = (
-        size_q[2:], size_k[2:], size_v[2:], of_out[2:], *[x.dtype for x in given], *[x.get_device() for x in given],
-        options, tiling,
-    )  # fmt: skip
-    alike = (
-        size_q[:1] == size_k[:1]
-        and size_k[:2] == size_v[:2]
-        and size_q[:2] == of_out[:2]
-        and of_out == dout.shape
-        and lse.shape == (*size_q[:1], *size_q[2:3], *size_q[1:2])
-        and (dlse is None or dlse.shape == lse.shape)
-        and all(map(has_aligned_strides, tensors.values()))
-    )
-    said = right_options(kind, alike, options, lambda _: validate_backward(dout, q, k, v, out, lse, dlse))
+    """`_prepare` of gradients; the signature is that of `backward_cuda`."""
+    of_dout, of_q, of_k, of_v, of_out = key[:5]
+    size_q, size_k, size_v = of_q[0], of_k[0], of_v[0]
+    strides = kind = None
+    if (
+        fit_each_other(size_q, size_k, size_v)
+        and fit_results((size_q[0], size_q[2], size_q[1]), (*size_q[:3], size_v[3]), key)
+        and (strides := strides_of({"q": of_q, "k": of_k, "v": of_v, "o": of_out, "dout": of_dout}))
+    ):
+        kind = ("bwd", size_q[2:], size_k[2:], size_v[2:], *types_of(key[:7]), *key[7:])
+    if (said := known_options(kind)) is None:
+        said = Options(*options)
+        validate_options(said)
+        validate_backward(dout, q, k, v, out, lse, dlse)
+        remember_kind(kind, said)
     shape = Shape(size_q[0], size_q[1], size_k[1], size_q[2], size_k[2])
-    results = {"dq": dense(*size_q[1:]), "dk": dense(*size_k[1:]), "dv": dense(*size_v[1:])}
-    launch = packed("bwd", tensors, results, said, shape, shape.seqlen_k, None, tiling, alike)
+    if strides is not None:
+        strides |= {"dq": dense(*size_q[1:]), "dk": dense(*size_k[1:]), "dv": dense(*size_v[1:])}
+    launch = packed("bwd", q, size_v[3], strides, said, shape, shape.seqlen_k, None, tiling)
     return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
+
+
+def fit_each_other(size_q: Sequence[int], size_k: Sequence[int], size_v: Sequence[int]) -> bool:
+    """Whether dense tensors have one batch, and k and v as many rows."""
+    return (
+        len(size_q) == len(size_k) == len(size_v) == 4
+        and size_q[0] == size_k[0] == size_v[0]
+        and size_k[1] == size_v[1]
+    )
+
+
+def fit_results(rows: tuple[int, ...], size: tuple[int, ...], signature: Sequence[Any]) -> bool:
+    """Whether lse and dlse have these rows, and dout and out this size, in the signature of gradients, of which a place
+    begins with sizes: (dout, q, k, v, out, lse, dlse or None, ...)."""
+    of_dout, _, _, _, of_out, of_lse, of_dlse, *_ = signature
+    results_fit: bool = of_dout[0] == of_out[0] == size and of_lse[0] == rows
+    return results_fit and (of_dlse is None or of_dlse[0] == rows)
+
+
+def types_of(places: Sequence[Any]) -> list[Any]:
+    """Of the places of a signature, which end in dtype and device, or are None."""
+    return [None if place is None else place[-2:] for place in places]
 
 
 def packed(
     direction: Direction,
-    tensors: dict[str, Tensor],
-    results: dict[str, Strides],
+    q: Tensor,
+    head_dim_v: int,
+    strides: dict[str, Strides] | None,
     options: Options,
     shape: Shape,
     keys: int,
     arch: str | None = None,
     tiling: Tiling | None = None,
-    are_aligned: bool = False,
 ) -> PreparedLaunch | None:
-    """The launch for q, k, v and other inputs; None where there is no query or key, or an input must be copied first.
+    """The launch for q and all else; None where there is no query or key, or an input must be copied first.
 
-    tensors  each (batch, seqlen, heads, head_dim); those of a ragged batch with a batch of one.
+    strides  of all its tensors, each (batch, seqlen, heads, head_dim); those of a ragged batch with a batch of one.
+             None: one must be copied.
     keys     how many a sequence has, for the choice of the kernel. It is chosen in each case: what is wrong is wrong
              at any length.
-
-    are_aligned  whether all have strides that are known to be aligned.
     """
-    q, head_dims = tensors["q"], (_whole(tensors["q"].shape[3]), _whole(tensors["v"].shape[3]))
+    head_dims = _whole(q.shape[-1]), _whole(head_dim_v)
     options = options.reduced(shape.seqlen_q, shape.seqlen_k)
     chosen = _chosen(direction, head_dims, q.dtype, options, q.get_device(), arch, tiling, keys)
-    if 0 in shape or not (are_aligned or all(map(has_aligned_strides, tensors.values()))):
+    if strides is None or 0 in shape:
         return None
-    if tiling is None:
+    if tiling is None and direction == "bwd":
         chosen = chosen.in_parts(shape, options)
-    strides = {name: x.stride()[:3] for name, x in tensors.items()}
-    return chosen.kernel().prepare(shape, strides | results, options)
+    return chosen.kernel().prepare(shape, strides, options)
 
 
 def _chosen(
@@ -609,9 +642,19 @@ def dense(seqlen: int, heads: int, head_dim: int) -> Strides:
     return seqlen * heads * head_dim, heads * head_dim, head_dim
 
 
-def has_aligned_strides(x: Tensor) -> bool:
+def strides_of(places: Mapping[str, Sequence[Any]]) -> dict[str, Strides] | None:
+    """All but the last, which is 1, of tensors (batch, seqlen, heads, head_dim), each (sizes, strides, ...); None where
+    one is not aligned."""
+    found = {}
+    for name, (sizes, steps, *_) in places.items():
+        if not are_aligned(sizes, steps):
+            return None
+        found[name] = steps[:3]
+    return found
+
+
+def are_aligned(sizes: Sequence[int], steps: Sequence[int]) -> bool:
     """Whether rows are dense, and they and strides multiples of 16 bytes; that of a single element is not used."""
-    sizes, steps = x.shape, x.stride()
     if not steps or steps[-1] != 1 or sizes[-1] % HEAD_DIM_STEP:
         return False
     for size, step in zip(sizes[:-1], steps, strict=False):  # noqa: SIM110 (a generator takes twice as long)
@@ -623,7 +666,7 @@ def has_aligned_strides(x: Tensor) -> bool:
 def aligned(x: Tensor) -> Tensor:
     """A tensor with the head dim last as 16-byte loads and TMA can read it: itself, or else a copy, with columns of
     zeros up to a multiple of 8."""
-    if x.data_ptr() % 16 == 0 and has_aligned_strides(x):
+    if x.data_ptr() % 16 == 0 and are_aligned(x.shape, x.stride()):
         return x
     padding = _whole(x.shape[-1]) - x.shape[-1]
     return pad(x, (0, padding)).contiguous() if padding else x.clone(memory_format=torch.contiguous_format)

@@ -19,13 +19,20 @@ from fa2gen.ops.call import (
     aligned,
     cut,
     dense,
+    fit_each_other,
+    fit_results,
+    known_options,
     launch_cleared,
     launch_with_scratch,
     packed,
     prepared,
+    remember_kind,
     room_for,
     scaled,
+    strides_of,
+    types_of,
 )
+from fa2gen.ops.ragged import packed_sequences, placed, shape_of
 from fa2gen.ops.validate import (
     Lengths,
     out_shape,
@@ -73,7 +80,9 @@ def forward_general(
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
     key = (*map(_kind, (q, k, v, *lengths, s_aux, rng_state, *tensors)), options, keys, arch, tiling)
-    call = prepared(key, _prepare, q, k, v, lengths, s_aux, rng_state, tensors, Options(*options), keys, arch, tiling)
+    call = prepared(
+        key, _prepare, key, q, k, v, lengths, s_aux, rng_state, tensors, Options(*options), keys, arch, tiling
+    )
     out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
     ragged = any(x is not None for x in lengths)
     if call.launch is None and not call.misaligned:  # no query, or no key for any
@@ -138,7 +147,7 @@ def backward_general(
     first = (dout, q, k, v, out, lse, dlse)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
     key = (*map(_kind, (*first, *lengths, s_aux, rng_state, *tensors)), options, keys)
-    call = prepared(key, _prepare_backward, *first, lengths, s_aux, rng_state, tensors, Options(*options), keys)
+    call = prepared(key, _prepare_backward, key, *first, lengths, s_aux, rng_state, tensors, Options(*options), keys)
     sinks = 0 if s_aux is None else s_aux.shape[0]
     gradients = into or (
         *(x.new_empty(x.shape) for x in (q, k, v)),
@@ -205,6 +214,7 @@ def _address(x: Tensor | None) -> int:
 
 
 def _prepare(
+    key: tuple[Any, ...],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -217,16 +227,21 @@ def _prepare(
     arch: str | None,
     tiling: Tiling | None,
 ) -> Call:
-    """Validate a signature; choose, load and pack its kernel."""
-    sequences = validate_general(q, k, v, lengths, s_aux, rng_state, options)
+    """Validate a signature, that of `forward_general`; choose, load and pack its kernel."""
+    kind, sequences = _kind_of(key[:3], key[3:7], key[7:])
+    if known_options(kind) is None:
+        sequences = validate_general(q, k, v, lengths, s_aux, rng_state, options)
+        remember_kind(kind, options)
     validate_expression(q, k, sequences, inputs, options)
-    tensors, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v})
+    places, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v})
     of_out = out_shape(q, v)
-    out_strides = dense(shape.seqlen_q, shape.num_heads, v.shape[-1])
-    launch = packed("fwd", tensors, {"o": out_strides}, options, shape, _keys(shape, sequences, keys), arch, tiling)
+    strides = strides_of(places)
+    if strides is not None:
+        strides["o"] = dense(shape.seqlen_q, shape.num_heads, v.shape[-1])
+    launch = packed("fwd", q, v.shape[-1], strides, options, shape, _keys(shape, sequences, keys), arch, tiling)
     rows = (shape.num_heads, shape.seqlen_q)
     return Call(
-        device=q.get_device(),
+        q.get_device(),
         out_shape=of_out,
         lse_shape=(shape.batch, *rows) if sequences is None else rows,
         num_rows=0,
@@ -237,6 +252,7 @@ def _prepare(
 
 
 def _prepare_backward(
+    key: tuple[Any, ...],
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -251,21 +267,47 @@ def _prepare_backward(
     options: Options,
     keys: int | None,
 ) -> Call:
-    """`_prepare` of gradients."""
-    sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, lengths, s_aux, rng_state, options)
+    """`_prepare` of gradients; the signature is that of `backward_general`."""
+    kind, sequences = _kind_of(key[1:4], key[7:11], (*types_of((key[0], *key[4:7])), *key[11:]))
+    rows = (q.shape[0], q.shape[-2], q.shape[1]) if sequences is None else (q.shape[-2], q.shape[0])
+    if kind is not None and not fit_results(rows, out_shape(q, v), key):
+        kind = None
+    if known_options(kind) is None:
+        sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, lengths, s_aux, rng_state, options)
+        remember_kind(kind, options)
     validate_expression(q, k, sequences, inputs, options)
-    tensors, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v, "o": out, "dout": dout})
-    results = {f"d{name}": dense(*tensors[name].shape[1:]) for name in "qkv"}
-    launch = packed("bwd", tensors, results, options, shape, _keys(shape, sequences, keys))
+    places, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v, "o": out, "dout": dout})
+    strides = strides_of(places)
+    if strides is not None:
+        strides |= {f"d{name}": dense(*places[name][0][1:]) for name in "qkv"}
+    launch = packed("bwd", q, v.shape[-1], strides, options, shape, _keys(shape, sequences, keys))
     return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
 
 
-def _as_kernels_see_them(sequences: int | None, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Shape]:
-    """(batch, rows, heads, head_dim); of a ragged batch, whose sequences are counted, with a batch of one."""
+def _kind_of(
+    tensors: Sequence[Any], lengths: Sequence[Any], others: Sequence[Any]
+) -> tuple[tuple[Any, ...] | None, int | None]:
+    """What calls share that differ in batch and lengths alone, of places of a signature; None where sizes may not fit
+    each other. And how many sequences there are, if the batch is ragged."""
+    sequences = None
+    if all(x is None for x in lengths):
+        fit = fit_each_other(*(x[0] for x in tensors)) and all(x[1][3] == 1 for x in tensors)
+    else:
+        sequences = packed_sequences(tensors, lengths)
+        fit = sequences is not None
+    if not fit:
+        return None, sequences
+    return ("general", *(x[0][-2:] for x in tensors), *types_of((*tensors, *lengths)), *others), sequences
+
+
+def _as_kernels_see_them(sequences: int | None, tensors: dict[str, Tensor]) -> tuple[dict[str, Any], Shape]:
+    """(sizes, strides) of (batch, rows, heads, head_dim), where sequences are counted with a batch of one; and the
+    shape of the call."""
     if sequences is not None:
-        tensors = {name: (x if x.dim() == 3 else x.flatten(0, 1)).unsqueeze(0) for name, x in tensors.items()}
-    (batch, seqlen_q, num_heads, _), (_, seqlen_k, num_heads_kv, _) = tensors["q"].shape, tensors["k"].shape
-    return tensors, Shape(batch if sequences is None else sequences, seqlen_q, seqlen_k, num_heads, num_heads_kv)
+        places = {name: placed(x) for name, x in tensors.items()}
+        return places, shape_of(sequences, places)
+    q, k = tensors["q"].shape, tensors["k"].shape
+    return {name: (x.shape, x.stride()) for name, x in tensors.items()}, Shape(q[0], q[1], k[1], q[2], k[2])
 
 
 def _keys(shape: Shape, sequences: int | None, keys: int | None) -> int:

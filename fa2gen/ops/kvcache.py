@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.call import Call, aligned, dense, has_aligned_strides, kernel_for_rows, launch_with_scratch, prepared
+from fa2gen.ops.call import Call, aligned, are_aligned, dense, kernel_for_rows, launch_with_scratch, prepared
 from fa2gen.ops.validate import DTYPES, validate_options
 from fa2gen.ops.validate_cache import Cached, cache_dtype_of, capacity_of, validate_cached
 from fa2gen.options import CacheShape, Options, split_shift
@@ -134,7 +134,7 @@ def _prepare(given: Cached, options: Options, interleaved: bool, num_splits: int
     inputs = {name: x for name in _INPUTS if (x := getattr(given, name)) is not None}
     empty = 0 in (batch, capacity, shape.entries) or (0 in (seqlen_q, num_heads) and not shape.seqlen_new)
     launch = None
-    if not empty and all(has_aligned_strides(x) for x in inputs.values()):
+    if not empty and all(are_aligned(x.shape, x.stride()) for x in inputs.values()):
         strides = {name: x.stride()[:3] for name, x in (("q", q), ("k", k_cache), ("v", given.v_cache))}
         strides["o"] = of_query = dense(seqlen_q, num_heads, head_dim)
         strides |= {f"{name}_new": inputs[name].stride()[:3] for name in ("k", "v") if name in inputs}

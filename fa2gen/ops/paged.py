@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.call import Call, aligned, dense, has_aligned_strides, kernel_for_pages, launch_with_scratch, prepared
+from fa2gen.ops.call import Call, aligned, are_aligned, dense, kernel_for_pages, launch_with_scratch, prepared
 from fa2gen.ops.validate import DTYPES, out_shape, validate_expression, validate_options
 from fa2gen.ops.validate_cache import Paged, validate_paged
 from fa2gen.options import CacheShape, Options
@@ -122,7 +122,7 @@ def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: in
     kernel = kernel_for_pages(problem, q.get_device(), longest, shape, caches)
     empty = 0 in (sequences, total_q, num_heads)
     launch = None
-    if not empty and has_aligned_strides(rows):
+    if not empty and are_aligned(rows.shape, rows.stride()):
         of_out = dense(total_q, num_heads, v.shape[-1])
         launch = kernel.prepare(shape, {**caches, "q": rows.stride()[:3], "o": of_out}, options)
     return Call(

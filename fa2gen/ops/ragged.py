@@ -7,6 +7,7 @@ a grid, nor for the kernel, which is chosen by how many keys the caller says tha
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,17 +21,30 @@ from fa2gen.ops.call import (
     aligned,
     cut,
     dense,
+    fit_results,
+    known_options,
     launch_ragged,
     launch_with_scratch,
     packed,
     prepared,
+    remember_kind,
     room_for,
     scaled,
+    strides_of,
+    types_of,
 )
-from fa2gen.ops.validate import Lengths, out_shape, validate_options, validate_ragged, validate_ragged_backward
+from fa2gen.ops.validate import Lengths, validate_options, validate_ragged, validate_ragged_backward
 from fa2gen.options import Options, Shape
 
-__all__ = ["are_plain", "backward_ragged", "forward_ragged", "forward_ragged_out"]
+__all__ = [
+    "are_plain",
+    "backward_ragged",
+    "forward_ragged",
+    "forward_ragged_out",
+    "packed_sequences",
+    "placed",
+    "shape_of",
+]
 
 
 def forward_ragged(
@@ -94,7 +108,7 @@ def _find(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions
         kind_q, kind_q if bounds_k is bounds_q else _kind(bounds_k),
         None if used_q is None else _kind(used_q), None if used_k is None else _kind(used_k), options, bits,
     )  # fmt: skip
-    return prepared(key, _prepare, q, k, v, lengths, options, bits)
+    return prepared(key, _prepare, key, q, k, v, lengths, options, bits)
 
 
 def backward_ragged(
@@ -133,7 +147,7 @@ def backward_ragged(
         *[None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse)],
         *map(_kind, lengths), options, bits,
     )  # fmt: skip
-    call = prepared(key, _prepare_backward, dout, q, k, v, out, lse, dlse, lengths, options, bits)
+    call = prepared(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, lengths, options, bits)
     dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     if call.launch is None and not call.misaligned:  # no query or no key
         for gradient in (dq, dk, dv):
@@ -174,28 +188,47 @@ def _address(x: Tensor | None) -> int:
 # Once for each signature ------------------------------------------------------------------------------------------
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, bits: int | None) -> Call:
-    """Validate a signature; choose, load and pack its kernel."""
-    options = Options(*options)
-    batch = validate_ragged(q, k, v, lengths)
-    validate_options(options)
-    tensors = {name: _packed_rows(x) for name, x in (("q", q), ("k", k), ("v", v))}
-    shape = _shape(batch, tensors)
-    of_out = out_shape(q, v)
-    out_strides = dense(*out_shape(tensors["q"], tensors["v"])[1:])
-    launch = packed("fwd", tensors, {"o": out_strides}, options, shape, _keys(shape, bits))
+def _prepare(
+    key: tuple[Any, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Lengths,
+    options: AnyOptions,
+    bits: int | None,
+) -> Call:
+    """Validate a signature, that of `_find`; choose, load and pack its kernel."""
+    size_q, size_k, size_v = key[:3]
+    of_lengths = key[12:16]
+    kind = None
+    if (batch := packed_sequences(list(zip(key[:3], key[3:6], strict=True)), of_lengths)) is not None:
+        kind = ("varlen", size_q[1:], size_k[1:], size_v[1:], *key[6:12], *types_of(of_lengths), options)
+    if batch is None or (said := known_options(kind)) is None:
+        said = Options(*options)
+        batch = validate_ragged(q, k, v, lengths)
+        validate_options(said)
+        remember_kind(kind, said)
+    places = {"q": placed(q), "k": placed(k), "v": placed(v)}
+    strides = strides_of(places)
+    shape = shape_of(batch, places)
+    of_out = (*size_q[:-1], size_v[-1])
+    out_strides = dense(shape.seqlen_q, shape.num_heads, size_v[-1])
+    if strides is not None:
+        strides["o"] = out_strides
+    launch = packed("fwd", q, size_v[-1], strides, said, shape, _keys(shape, bits))
     return Call(
-        device=q.get_device(),
+        q.get_device(),
         out_shape=of_out,
         lse_shape=(shape.num_heads, shape.seqlen_q),
         num_rows=shape.num_heads * shape.seqlen_q,
-        out_is_like_q=q.shape == of_out and q.stride() == (*out_strides[1:], 1),
+        out_is_like_q=size_q == of_out and q.stride() == (*out_strides[1:], 1),
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
 
 
 def _prepare_backward(
+    key: tuple[Any, ...],
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -207,26 +240,55 @@ def _prepare_backward(
     options: AnyOptions,
     bits: int | None,
 ) -> Call:
-    """`_prepare` of gradients."""
-    options = Options(*options)
-    batch = validate_ragged_backward(dout, q, k, v, out, lse, dlse, lengths)
-    validate_options(options)
-    given = (("q", q), ("k", k), ("v", v), ("o", out), ("dout", dout))
-    tensors = {name: _packed_rows(x) for name, x in given}
-    shape = _shape(batch, tensors)
-    results = {f"d{name}": dense(*tensors[name].shape[1:]) for name in "qkv"}
-    launch = packed("bwd", tensors, results, options, shape, _keys(shape, bits))
+    """`_prepare` of gradients; the signature is that of `backward_ragged`."""
+    size_q, size_k, size_v = q.shape, k.shape, v.shape
+    kind, batch = None, packed_sequences(key[1:4], key[7:11])
+    if batch is not None and fit_results((size_q[1], size_q[0]), (*size_q[:2], size_v[2]), key):
+        kind = ("varlen bwd", size_q[1:], size_k[1:], size_v[1:], *types_of(key[:11]), options)
+    if batch is None or (said := known_options(kind)) is None:
+        said = Options(*options)
+        batch = validate_ragged_backward(dout, q, k, v, out, lse, dlse, lengths)
+        validate_options(said)
+        remember_kind(kind, said)
+    places = {name: placed(x) for name, x in (("q", q), ("k", k), ("v", v), ("o", out), ("dout", dout))}
+    strides = strides_of(places)
+    shape = shape_of(batch, places)
+    if strides is not None:
+        strides |= {f"d{name}": dense(*places[name][0][1:]) for name in "qkv"}
+    launch = packed("bwd", q, size_v[-1], strides, said, shape, _keys(shape, bits))
     return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
 
 
-def _packed_rows(x: Tensor) -> Tensor:
-    """As a kernel sees it: (1, rows, heads, head_dim). A batch of even sequences is one row behind the other."""
-    return (x if x.dim() == 3 else x.flatten(0, 1)).unsqueeze(0)
+def packed_sequences(tensors: Sequence[Any], lengths: Sequence[Any]) -> int | None:
+    """How many sequences there are, where q, k and v are packed, and all sizes and strides fit each other; else None:
+    they are to be looked at closely. Each is (sizes, strides, ...), of lengths maybe None."""
+    of_query, of_key, *used = lengths
+    if of_query is None or of_key is None or not all(len(x[0]) == 3 and x[1][2] == 1 for x in tensors):
+        return None
+    bounds = of_query[0]
+    if of_key[0] != bounds or len(bounds) != 1 or not bounds[0] or tensors[1][0][0] != tensors[2][0][0]:
+        return None
+    batch: int = bounds[0] - 1
+    for sizes, steps, *_ in (x for x in lengths if x is not None):
+        if sizes[0] > 1 and steps[0] != 1:
+            return None
+    return None if any(x is not None and x[0] != (batch,) for x in used) else batch
 
 
-def _shape(batch: int, tensors: dict[str, Tensor]) -> Shape:
-    _, total_q, num_heads, _ = tensors["q"].shape
-    _, total_k, num_heads_kv, _ = tensors["k"].shape
+def placed(x: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+    """(sizes, strides) as a kernel sees a tensor: (1, rows, heads, head_dim). Of a batch of even sequences, one row is
+    behind the other."""
+    if x.dim() == 3:
+        sizes, steps = x.shape, x.stride()
+        return (1, *sizes), (sizes[0] * steps[0], *steps)
+    rows = x.flatten(0, 1).unsqueeze(0)
+    return rows.shape, rows.stride()
+
+
+def shape_of(batch: int, places: Mapping[str, tuple[Sequence[int], Sequence[int]]]) -> Shape:
+    """Of so many sequences, of tensors as `placed` gives them."""
+    _, total_q, num_heads, _ = places["q"][0]
+    _, total_k, num_heads_kv, _ = places["k"][0]
     return Shape(batch, total_q, total_k, num_heads, num_heads_kv)
 
 

@@ -27,7 +27,7 @@ from fa2gen.ops.general import backward_general, forward_general
 from fa2gen.ops.ragged import backward_ragged, forward_ragged, forward_ragged_out
 from fa2gen.ops.scratch import scratch_of_capture
 from fa2gen.ops.validate import LENGTHS
-from fa2gen.options import Options
+from fa2gen.options import Expression, Options
 from fa2gen.plan import make_plan
 from fa2gen.reference import (
     attention_backward_ragged,
@@ -603,6 +603,87 @@ def test_the_longest_length_chooses_the_kernel(gpu, monkeypatch):
         forward_ragged(*arguments, RAGGED, longest)
     assert asked == [250, 500] and len(calls._calls) == 4  # 500 / 2, 32, 512 and more are cut to 500
     assert sum(len(kernel.prepared) for kernel in gpu.kernels.values()) == 4
+
+
+SLOPES = Expression("s - input_0[h] * j", "", "input_0: float", (), ((6,),))
+OF_KINDS = {
+    "ragged": (RAGGED, None, None, ()),
+    "ragged, with sinks": (RAGGED._replace(sink=True), torch.zeros(6), None, ()),
+    "ragged, with dropout": (RAGGED._replace(dropout_p=0.1), None, torch.zeros(2, dtype=torch.int64), ()),
+    "dense, with an expression": (Options(0.1, True, expression=SLOPES), None, None, (torch.zeros(6),)),
+}
+
+
+def both_passes(kind, q, k, v, lengths, wrong_results=None):
+    """Forward and backward of a kind of calls; some of what the second is given replaced."""
+    options, *others = OF_KINDS[kind]
+    out, lse = forward_general(q, k, v, *lengths, *others, options)
+    if kind == "ragged":
+        out, lse = forward_ragged(q, k, v, *lengths, options)
+    given = {"dout": torch.zeros_like(out), "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": None}
+    given |= wrong_results or {}
+    backward_general(*given.values(), *lengths, *others, options)
+    if kind == "ragged":
+        backward_ragged(*given.values(), *lengths, options)
+
+
+@pytest.mark.parametrize("kind", list(OF_KINDS))
+def test_other_lengths_of_a_known_kind_of_other_calls(gpu, kind):
+    """As of dense ones: in whatever order they come, each is prepared as if it were the first."""
+
+    def prepared(batch, seqlens):
+        for kernel in gpu.kernels.values():
+            kernel.prepared.clear()
+        if OF_KINDS[kind][0].varlen:
+            q, k, v, *_ = ragged_tensors(*seqlens)
+            bounds, used = torch.zeros(batch + 1, dtype=torch.int32), torch.zeros(batch, dtype=torch.int32)
+            both_passes(kind, q, k, v, (bounds, bounds.clone(), None, used))
+        else:
+            both_passes(kind, *tensors(batch, *seqlens), (None,) * 4)
+        return {name: [*kernel.prepared] for name, kernel in gpu.kernels.items() if kernel.prepared}
+
+    lengths = [(2, (300, 300)), (5, (1, 9000)), (1, (64, 64)), (2, (9000, 1)), (3, (33, 700))]
+    in_turn = [prepared(*one) for one in lengths]
+    assert len(calls._kinds) == (4 if kind == "ragged" else 2)
+    for one, found in reversed([*zip(lengths, in_turn, strict=True)]):
+        forget_calls()
+        assert prepared(*one) == found and len(found) == 2
+
+
+@pytest.mark.parametrize("kind", ["ragged", "ragged, with sinks"])
+def test_what_is_wrong_with_another_ragged_call_of_a_known_kind(gpu, kind):
+    q, k, v, *lengths = ragged_tensors()
+    both_passes(kind, q, k, v, lengths)
+    of_query, of_key, used_q, used_k = lengths
+    twice = torch.zeros(6, dtype=torch.int32)[::2]
+    for wrong in (
+        (q[:, 0], k, v, lengths),
+        (q[None], k, v, lengths),
+        (q, k[:9], v, lengths),
+        (torch.cat((q, q), -1)[..., ::2], k, v, lengths),
+        (q, k, v, (of_query[:2], of_key, used_q, used_k)),
+        (q, k, v, (of_query, of_key, used_q[:1], used_k)),
+        (q, k, v, (of_query, of_key, used_q, of_key)),
+        (q, k, v, (twice, of_key, used_q, used_k)),
+        (q, k, v, (of_query, of_key, used_q, twice[:2])),
+        (q, k, v, (of_query[None], of_key[None], used_q, used_k)),
+        (q, k, v, (of_query, of_key.long(), used_q, used_k)),
+    ):
+        with pytest.raises((InvalidInput, UnsupportedProblem)):
+            both_passes(kind, *wrong)
+    for name, wrong in {"dout": q[:9], "out": q[:9], "lse": torch.zeros(6, 36), "dlse": torch.zeros(37, 6)}.items():
+        with pytest.raises(InvalidInput, match=f"^{name} is"):
+            both_passes(kind, q, k, v, lengths, {name: wrong})
+
+
+def test_tensors_of_an_expression_are_looked_at_in_each_call_of_a_known_kind(gpu):
+    """One has a number a key: right for one length, and wrong for the next."""
+    of_keys = Expression("s + input_0[j]", "", "input_0: float", (), ((53,),))
+    further = (None, None, None, None, None, None, (torch.zeros(53),), Options(0.1, True, expression=of_keys))
+    forward_general(*tensors(), *further)
+    forward_general(*tensors(seqlen_q=36), *further)
+    with pytest.raises(InvalidInput, match=r"that of j must be 52"):
+        forward_general(*tensors(seqlen_k=52), *further)
 
 
 # Head dims that are no multiple of 8 --------------------------------------------------------------------------------
