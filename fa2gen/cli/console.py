@@ -17,10 +17,11 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
-    "LONGEST_SEQLEN",
     "SECONDS_BETWEEN_LINES",
     "AsJson",
     "ExitStatus",
+    "GpuWords",
+    "Seqlen",
     "Seqlens",
     "bytes_text",
     "count_text",
@@ -48,6 +49,16 @@ class ExitStatus(IntEnum):
 LONGEST_SEQLEN = 2**31 - 1  # kernels take lengths as 32-bit integers
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Seqlen = Annotated[
+    int | None,
+    typer.Option(min=1, max=LONGEST_SEQLEN, metavar="N", help="Number of keys. Default: 4096.", show_default=False),
+]
+GpuWords = Annotated[
+    str | None,
+    typer.Option(
+        help="A GPU's name or words of it, e.g. h100. Default: the one here, else an H200.", show_default=False
+    ),
+]
 Seqlens = Annotated[
     list[int] | None,
     typer.Option("--seqlen", min=1, max=LONGEST_SEQLEN, metavar="N", help="May be repeated.", show_default=False),

@@ -15,10 +15,11 @@ import typer
 
 from fa2gen.arch import ArchName
 from fa2gen.cli.console import (
-    LONGEST_SEQLEN,
     SECONDS_BETWEEN_LINES,
     AsJson,
     ExitStatus,
+    GpuWords,
+    Seqlen,
     Seqlens,
     count_text,
     examples,
@@ -448,16 +449,8 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
 @takes_kernels("typical")
 def explain(
     asked: Asked,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(min=1, max=LONGEST_SEQLEN, metavar="N", help="Number of keys. Default: 4096.", show_default=False),
-    ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            help="A GPU's name or words of it, e.g. h100. Default: the one here, else an H200.", show_default=False
-        ),
-    ] = None,
+    seqlen: Seqlen = None,
+    gpu: GpuWords = None,
     as_json: AsJson = False,
 ) -> None:
     from fa2gen.explain import device_named, lines

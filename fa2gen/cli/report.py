@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fa2gen.cli.console import LONGEST_SEQLEN, AsJson, ExitStatus, examples, note, print_json, print_table
+from fa2gen.cli.console import AsJson, ExitStatus, GpuWords, Seqlen, examples, note, print_json, print_table
 from fa2gen.cli.options import Asked, takes_kernels
 
 __all__ = ["app"]
@@ -40,16 +40,8 @@ def report(
             help="A file of fa2gen bench --save; may be repeated. Default: those of a checkout.", show_default=False
         ),
     ] = None,
-    seqlen: Annotated[
-        int | None,
-        typer.Option(min=1, max=LONGEST_SEQLEN, metavar="N", help="Number of keys. Default: 4096.", show_default=False),
-    ] = None,
-    gpu: Annotated[
-        str | None,
-        typer.Option(
-            help="A GPU's name or words of it, e.g. h100. Default: the one here, else an H200.", show_default=False
-        ),
-    ] = None,
+    seqlen: Seqlen = None,
+    gpu: GpuWords = None,
     as_json: AsJson = False,
 ) -> None:
     from fa2gen.explain import device_named, explain

@@ -10,7 +10,7 @@ from fa2gen.features import Param, Scratch
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, ceil_div
 from fa2gen.plan.base import BrokenRule, EntryPoint
 from fa2gen.plan.memory import Region, SharedMemory, Stages
-from fa2gen.plan.sm80 import CHUNK_BYTES, MMA_ROWS, WARP_THREADS, Sm80Plan
+from fa2gen.plan.sm80 import CHUNK_BYTES, MMA_ROWS, WARP_THREADS, Sm80RowsPlan
 from fa2gen.spec import SAME
 
 __all__ = ["DecodePlan"]
@@ -25,7 +25,7 @@ SM80_PAGES_OF_8_BITS = 240  # the most head dims for which a thread's registers 
 
 
 @dataclass(frozen=True)
-class DecodePlan(Sm80Plan):
+class DecodePlan(Sm80RowsPlan):
     """Every number of templates/decode/decode.cu.j2."""
 
     template: str = "decode/decode.cu.j2"
@@ -90,28 +90,8 @@ class DecodePlan(Sm80Plan):
 
     @property
     def num_row_tiles(self) -> int:
-        """16-row tiles of every warp: each fragment of K or V that it loads serves so many products."""
+        """Every warp has all rows."""
         return self.tile_m // MMA_ROWS
-
-    @property
-    def num_acc_s(self) -> int:
-        """fp32 registers of 16 rows of S in one thread."""
-        return self.tile_n // 2
-
-    @property
-    def num_acc_o(self) -> int:
-        """fp32 registers of 16 rows of O in one thread."""
-        return self.head_dim // 2
-
-    @property
-    def num_p(self) -> int:
-        """32-bit registers of 16 rows of P, two elements each, in one thread."""
-        return self.num_acc_s // 2
-
-    @property
-    def num_q(self) -> int:
-        """32-bit registers of all of Q, two elements each, in one thread."""
-        return self.num_row_tiles * 4 * self.qk.num_k_steps
 
     @property
     def num_tile_registers(self) -> int:

@@ -8,7 +8,7 @@ from fa2gen.arch import ARCHES
 from fa2gen.layout import align_up
 from fa2gen.plan.base import KernelPlan
 
-__all__ = ["CHUNK_BYTES", "MMA_ROWS", "SWIZZLE_ROWS", "WARP_THREADS", "Sm80Plan"]
+__all__ = ["CHUNK_BYTES", "MMA_ROWS", "SWIZZLE_ROWS", "WARP_THREADS", "Sm80Plan", "Sm80RowsPlan"]
 
 MMA_ROWS = 16  # of one mma.sync m16n8k16
 CHUNK_BYTES = 16  # of one cp.async, one ldmatrix row, one vector store
@@ -50,3 +50,33 @@ class Sm80Plan(KernelPlan):
     def copy_rows(self) -> int:
         """Panel rows that all threads copy at once."""
         return self.num_threads // self.chunks_per_panel_row
+
+
+@dataclass(frozen=True)
+class Sm80RowsPlan(Sm80Plan):
+    """Each warp holds S, P and O of num_row_tiles times 16 rows, for the keys of a tile."""
+
+    @property
+    def num_row_tiles(self) -> int:
+        """16-row tiles of one warp: each fragment of K or V that it loads serves so many products."""
+        raise NotImplementedError
+
+    @property
+    def num_acc_s(self) -> int:
+        """fp32 registers of 16 rows of S in one thread."""
+        return self.tile_n // 2
+
+    @property
+    def num_acc_o(self) -> int:
+        """fp32 registers of 16 rows of O in one thread."""
+        return self.head_dim_v // 2
+
+    @property
+    def num_p(self) -> int:
+        """32-bit registers of 16 rows of P, two elements each, in one thread."""
+        return self.num_acc_s // 2
+
+    @property
+    def num_q(self) -> int:
+        """32-bit registers of all of a warp's Q, two elements each, in one thread."""
+        return self.num_row_tiles * 4 * self.qk.num_k_steps

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from fa2gen.plan.base import BrokenRule, EntryPoint
 from fa2gen.plan.memory import Region, SharedMemory, Stages
-from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan
+from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80RowsPlan
 
 __all__ = ["Sm80FwdPlan"]
 
@@ -22,7 +22,7 @@ REGISTERS_WITH_Q = 208
 
 
 @dataclass(frozen=True)
-class Sm80FwdPlan(Sm80Plan):
+class Sm80FwdPlan(Sm80RowsPlan):
     """Every number of templates/sm80/fwd.cu.j2."""
 
     template: str = "sm80/fwd.cu.j2"
@@ -35,28 +35,7 @@ class Sm80FwdPlan(Sm80Plan):
 
     @property
     def num_row_tiles(self) -> int:
-        """16-row tiles of one warp: each fragment of K or V that it loads serves so many products."""
         return self.rows_per_warp // MMA_ROWS
-
-    @property
-    def num_acc_s(self) -> int:
-        """fp32 registers of 16 rows of S in one thread."""
-        return self.tile_n // 2
-
-    @property
-    def num_acc_o(self) -> int:
-        """fp32 registers of 16 rows of O in one thread."""
-        return self.head_dim_v // 2
-
-    @property
-    def num_p(self) -> int:
-        """32-bit registers of 16 rows of P, two elements each, in one thread."""
-        return self.num_acc_s // 2
-
-    @property
-    def num_q(self) -> int:
-        """32-bit registers of all of a warp's Q, two elements each, in one thread."""
-        return self.num_row_tiles * 4 * self.qk.num_k_steps
 
     @property
     def num_accumulators(self) -> int:

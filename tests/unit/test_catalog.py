@@ -97,7 +97,7 @@ def test_a_tiling_is_never_a_product(tmp_path):
         ("head_dim =", "head_dims =", "head_dims|did you mean 'head_dim'"),
         ("head_dim = [64, 128]", "head_dim = 60", "head_dim|multiple of 8|nearest 64"),
         ("head_dim = [64, 128]", "head_dim = '64'", "head_dim|integer|'64'"),
-        ('mask = "causal"', 'mask = "casual"', "mask|'full', 'causal' or 'window'|casual"),
+        ('mask = "causal"', 'mask = "casual"', "mask|'full'|'causal'|casual"),
         ('dtype = ["fp16", "bf16"]', 'dtype = ["fp16", "fp8"]', "dtype|fp8"),
         ("tile_m = 128", "tile_m = 100", "tile_m|multiple of 16|nearest 112"),
         ("tile_m = 128", "", "tile_m|required"),
