@@ -47,6 +47,7 @@ __all__ = [
     "in_order",
     "is_ours",
     "of_specs",
+    "refuse_caches",
 ]
 
 DETERMINISTIC = "-det"  # ends the names of those of ours whose gradients have the same bits in every run
@@ -108,14 +109,18 @@ def find(
     found: list[Contestant] = []
     missing: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        if direction == "decode" and name not in OVER_CACHES:
-            missing[name] = f"over caches there are {', '.join(OVER_CACHES)}"
-            continue
         try:
+            refuse_caches(name, direction)
             found.append(_FACTORIES[name](direction, fa3_library))
         except Missing as error:
             missing[name] = str(error)
     return found, missing
+
+
+def refuse_caches(name: str, direction: Direction) -> None:
+    """Raises Missing where a contestant has no calls over caches, and the direction is theirs."""
+    if direction == "decode" and name not in OVER_CACHES:
+        raise Missing(f"over caches there are {', '.join(OVER_CACHES)}")
 
 
 def check(names: Sequence[str]) -> None:
@@ -226,7 +231,7 @@ def _refuse_ragged(point: Point, who: str) -> None:
 def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path | None) -> Contestant:
     """Forward on the device's own family what a user calls; else the kernel that the selector gives, launched alone."""
     torch = import_module("torch")
-    from fa2gen.ops import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+    from fa2gen.ops import flash_attn_with_kvcache
 
     if deterministic and direction == "fwd":
         raise Missing("the forward pass is always deterministic")
@@ -236,32 +241,32 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
     native = _native()
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
-        options = point.options
         if point.direction == "decode":
             if arch != native:
                 raise Missing("it is what flash_attn_with_kvcache runs here that is measured over caches")
             cache = _cache(point, k, v)
             return lambda: (flash_attn_with_kvcache(q, *cache[:2], **cache[2], causal=point.causal),)
         if point.direction == "fwd" and arch == native and not point.expression:
-            if point.calls == "step":
-                return _by_autograd(lambda point, *qkv: partial(flash_attn_func, *qkv, causal=point.causal))(
-                    point, q, k, v, dout
-                )
-            said: dict[str, Any] = {
-                "causal": options.causal,
-                "window_size": (options.window_left, options.window_right),
-            }
-            if point.lengths:
-                bounds = _bounds(point, q.device)
-                said |= {"max_seqlen_q": point.seqlen, "max_seqlen_k": point.seqlen}
-                return lambda: (flash_attn_varlen_func(q, k, v, bounds, bounds, **said),)
-            return lambda: (flash_attn_func(q, k, v, **said),)
+            return _by_autograd(_called)(point, q, k, v, dout)
         if point.preset == "host":
             raise Missing("host time is that of what a user calls, which runs the device's own family here")
         point = replace(point, deterministic=deterministic)
         return _launched(point, _selected(point, arch), q, k, v, dout)
 
     return Contestant(f"fa2gen-{arch}{DETERMINISTIC if deterministic else ''}", prepare)
+
+
+def _called(point: Point, q: Any, k: Any, v: Any) -> Call:
+    """What a user calls, of a forward point."""
+    from fa2gen.ops import flash_attn_func, flash_attn_varlen_func
+
+    options = point.options
+    said: dict[str, Any] = {"causal": options.causal, "window_size": (options.window_left, options.window_right)}
+    if not point.lengths:
+        return lambda: flash_attn_func(q, k, v, **said)
+    bounds = _bounds(point, q.device)
+    said |= {"max_seqlen_q": point.seqlen, "max_seqlen_k": point.seqlen}
+    return lambda: flash_attn_varlen_func(q, k, v, bounds, bounds, **said)
 
 
 def _cache(point: Point, k: Any, v: Any) -> tuple[Any, Any, dict[str, Any]]:

@@ -32,8 +32,9 @@ class Point:
     head_dim_v  of v, where it is another.
     tokens      over a cache, the queries of each sequence: q (batch, tokens, heads, head_dim); seqlen are its keys.
     page_size   of the cache's pages, which lie in no order; 0: no pages.
-    calls       what is called: "same", one call again and again; "new lengths", each call with another seqlen than
-                those before it, up to this one; or "step", a forward and a backward pass together.
+    calls       what is called: "same", one call again and again; "new lengths", each call with another seqlen, of a
+                ragged batch in two sequences, than those before it, up to this one; or "step", a forward and a backward
+                pass together.
     workload    of preset flex: which score or mask, and of which inputs.
     score, allow, inputs  of a spec's expression, as `Problem` has them; what it names is made up.
     """
@@ -285,7 +286,16 @@ def _flex(dtype: DType) -> list[Point]:
 def _host(dtype: DType) -> list[Point]:
     """Problems so small that the GPU waits for the host."""
     tiny = [_point("host", head_dim, dtype, True, 128, batch=1, heads=1) for head_dim in (64, 128)]
-    return [*tiny, replace(tiny[0], seqlen=NEW_LENGTHS, calls="new lengths"), replace(tiny[0], calls="step")]
+    ragged = _ragged("host", 64, dtype, True, (32, 32, 64), 1, 1)
+    return [
+        *tiny,
+        replace(tiny[0], seqlen=NEW_LENGTHS, calls="new lengths"),
+        replace(tiny[0], calls="step"),
+        ragged,
+        replace(_ragged("host", 64, dtype, True, (NEW_LENGTHS,), 1, 1), calls="new lengths"),
+        replace(ragged, calls="step"),
+        replace(tiny[0], direction="decode", causal=False, tokens=1),
+    ]
 
 
 PRESETS: dict[str, Callable[[DType], list[Point]]] = {
@@ -321,12 +331,11 @@ def preset_points(
         others = ", ".join(name for name in PRESETS if name not in FORWARD_ONLY)
         raise InvalidInput(f"preset {preset} is forward only; {direction} has {others}")
     points = PRESETS[preset](dtype)
-    over_caches = any(point.tokens for point in points)
+    over_caches = all(point.tokens for point in points)
     if direction == ("bwd" if over_caches else "decode"):
         others = ", ".join(name for name in PRESETS if (name == "decode") != over_caches)
         raise InvalidInput(f"preset {preset} has no points of direction {direction}; there are those of {others}")
-    if not over_caches:
-        points = [replace(point, direction=direction) for point in points]
+    points = [point if point.tokens else replace(point, direction=direction) for point in points]
     left = [
         point
         for point in points

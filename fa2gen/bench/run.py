@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from fa2gen.arch import ARCHES
-from fa2gen.bench import protocol, provenance
+from fa2gen.bench import peers, protocol, provenance
 from fa2gen.bench.peers import DETERMINISTIC, Contestant, is_ours
 from fa2gen.bench.points import Point
 from fa2gen.bench.protocol import significant
@@ -121,6 +121,7 @@ class Bench:
         truth = None
         for one in sorted(self.contestants, key=lambda one: is_ours(one.name)):  # it is ours that has to prove itself
             try:
+                peers.refuse_caches(one.name, point.direction)
                 with one.context():
                     call = _in_turn(one, point, inputs) if point.calls == "new lengths" else one.prepare(point, *inputs)
                     results = call()
@@ -164,9 +165,14 @@ def _is_host_time(point: Point) -> bool:
 
 
 def _in_turn(one: Contestant, point: Point, inputs: Sequence[Any]) -> Callable[[], Any]:
-    """A call of each length from the point's down, over and over."""
-    lengths = range(point.seqlen, 0, -1)
-    calls = [one.prepare(replace(point, seqlen=n), *(x[:, :n] for x in inputs)) for n in lengths]
+    """A call of each length from the point's down, over and over; of a ragged batch, in two sequences."""
+    calls = []
+    for n in range(point.seqlen, 0, -1):
+        shorter, cut = replace(point, seqlen=n), [x[:, :n] for x in inputs]
+        if point.lengths:
+            longer = n - n // 2
+            shorter, cut = replace(point, batch=2, seqlen=longer, lengths=(longer, n // 2)), [x[:n] for x in inputs]
+        calls.append(one.prepare(shorter, *cut))
     turns = itertools.cycle(calls)
     return lambda: next(turns)()
 

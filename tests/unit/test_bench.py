@@ -82,6 +82,7 @@ def test_backward_points_are_the_forward_ones():
         assert {point.problem.direction for point in backward} == {"bwd"}
     with pytest.raises(InvalidInput, match="forward only; bwd has paper, odd, gqa, window"):
         preset_points("host", direction="bwd")
+    assert {point.direction for point in preset_points("host")} == {"fwd", "decode"}
 
 
 def test_points_over_caches_are_a_direction_of_their_own():
@@ -311,14 +312,19 @@ def test_new_lengths_are_ever_new():
     from fa2gen.bench.run import _in_turn
     from fa2gen.ops import call as calls
 
-    (point,) = (point for point in preset_points("host") if point.calls == "new lengths")
-    assert point.seqlen > calls._REMEMBERED_CALLS
+    point, ragged = (point for point in preset_points("host") if point.calls == "new lengths")
+    assert point.seqlen == sum(ragged.lengths) > calls._REMEMBERED_CALLS
     seen = []
     one = peers.Contestant("math", lambda point, q, *_: lambda: seen.append((point.seqlen, q.shape[1])))
     call = _in_turn(one, replace(point, seqlen=3), [torch.zeros(1, 3, 1, 8)] * 4)
     for _ in range(4):
         call()
     assert seen == [(3, 3), (2, 2), (1, 1), (3, 3)]
+    one = peers.Contestant("math", lambda point, q, *_: lambda: seen.append((*point.lengths, point.seqlen, q.shape[0])))
+    call = _in_turn(one, replace(ragged, seqlen=3, lengths=(3,)), [torch.zeros(3, 1, 8)] * 4)
+    for _ in range(3):
+        call()
+    assert seen[4:] == [(2, 1, 2, 3), (1, 1, 1, 2), (1, 0, 1, 1)]
 
 
 def test_math_of_grouped_heads():
