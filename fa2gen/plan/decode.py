@@ -134,7 +134,7 @@ class DecodePlan(Sm80RowsPlan):
                 Stages(stages, (Region("k", tile, label="K"), Region("v", tile, label="V"))),
                 Region("row_sums", self.num_mma_warps * self.tile_m * 8),
                 Region("shares", 4 * self.num_mma_warps),
-                Region("layout", 4 * LAYOUT_ENTRIES + 4),
+                Region("layout", 4 * (LAYOUT_ENTRIES + 3)),
                 Region("arrived", 4),
             )
         )
@@ -213,7 +213,8 @@ class DecodePlan(Sm80RowsPlan):
         lengths = ("seqlen_q", "seqlen_k", "seqlen_new", "num_sequences", "cache_entries")
         heads = ("num_heads", "num_heads_kv", "num_heads_per_kv", "num_m_blocks")
         rotary = ("rotary_dim", "rotary_rows", "rotary_interleaved", "rotary_steps")
-        return (*lengths, *heads, "unit_shift", "least_units", "fixed_parts", *rotary)
+        work = ("unit_shift", "least_units", "fixed_parts", "entry_sequences", "num_entries")
+        return (*lengths, *heads, *work, "block_reciprocal", "m_block_reciprocal", *rotary)
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.num_stages < 2:

@@ -17,6 +17,7 @@ from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.options import SPLIT_KEYS
 from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTIONS_OF_GROUPS, EntryPoint, KernelPlan, TensorMapPlan
 from fa2gen.plan.bwd import BackwardPlan
+from fa2gen.plan.decode import LAYOUT_ENTRIES
 
 __all__ = [
     "LEAST_UNITS",
@@ -148,6 +149,10 @@ def _decoding_sizes(plan: KernelPlan) -> dict[str, str]:
         "unit_keys": f"{tile_n} << unit_shift",
         "num_units": "((seqlen_k + unit_keys - 1) / unit_keys + 1) * batch * num_heads_kv * num_m_blocks",
         "num_blocks": "min((num_units + least_units - 1) / least_units, num_sms)",
+        "entry_sequences": f"max((batch + {LAYOUT_ENTRIES - 1}) / {LAYOUT_ENTRIES}, 1)",
+        "num_entries": "(batch + entry_sequences - 1) / entry_sequences",
+        "block_reciprocal": f"{2**31 - 1} / max(num_blocks, 1)",
+        "m_block_reciprocal": f"{2**31 - 1} / max(num_m_blocks, 1)",
         "num_new_chunks": f"{plan.problem.head_dim // 8} * batch"
         " * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)",
         "num_slots": "fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks",
