@@ -257,15 +257,18 @@ def backward_cuda(
     return dq, dk, dv
 
 
-def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...]) -> None:
-    """Launch on the current stream of q's device, with scratch memory of any content, and counters that are zero."""
+def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...], memory: Tensor | None = None) -> None:
+    """Launch on the current stream of q's device, with scratch memory of any content, and counters that are zero.
+
+    memory  the scratch, where the caller has some.
+    """
     assert call.launch is not None
     if _current_device() != call.device:
         with torch.cuda.device(call.device):
-            launch_with_scratch(call, q, operands)
+            launch_with_scratch(call, q, operands, memory)
         return
     # Freed for the allocator at return, when no later kernel of this stream can have started.
-    scratch = q.new_empty(call.launch.scratch_bytes, dtype=torch.uint8)
+    scratch = q.new_empty(call.launch.scratch_bytes, dtype=torch.uint8) if memory is None else memory
     stream: int = torch._C._cuda_getCurrentRawStream(call.device)
     if not (size := call.launch.cleared_bytes):
         call.launch(operands, scratch.data_ptr(), stream)

@@ -11,8 +11,8 @@ from torch import Tensor
 from fa2gen.errors import InvalidInput
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
 from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, sinks, whole, window_sides
-from fa2gen.ops.autograd import is_plain
-from fa2gen.ops.kvcache import cached_cuda
+from fa2gen.ops.autograd import is_plain, wants_gradient
+from fa2gen.ops.kvcache import cached_cuda, cached_out
 from fa2gen.ops.kvcache_operator import refuse_gradients
 from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
@@ -20,6 +20,7 @@ from fa2gen.options import Expression, Options
 
 __all__ = ["flash_attn_with_kvcache", "run_cached"]
 
+_INT32_MAX = 2**31 - 1
 _READ = torch.ops.fa2gen.decode.default
 _APPEND = torch.ops.fa2gen.decode_append.default
 
@@ -121,6 +122,35 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     Lengths and tables are read on the device, at each replay of a CUDA graph anew; they must not change meanwhile. CPU
     tensors run a reference. Raises InvalidInput, or UnsupportedProblem for what is not built.
     """
+    # What most calls are, in as few steps as will do; what follows may raise.
+    if (
+        (k is v is rotary_cos is rotary_sin is alibi_slopes is s_aux is k_descale is v_descale is None)
+        and (softmax_scale is None or softmax_scale.__class__ is float)
+        and softcap.__class__ is float
+        and not softcap
+        and (causal is True or causal is False)
+        and (rotary_interleaved is True or rotary_interleaved is False)
+        and (return_softmax_lse is True or return_softmax_lse is False)
+        and num_splits.__class__ is int
+        and is_plain(q, k_cache, v_cache)
+        and (cache_seqlens is None or cache_seqlens.__class__ is Tensor or cache_seqlens.__class__ is int)
+        and (block_table is None or block_table.__class__ is Tensor)
+        and (cache_batch_idx is None or cache_batch_idx.__class__ is Tensor)
+        and (cache_leftpad is None or cache_leftpad.__class__ is Tensor)
+        and q.dim()
+        and q.stride(-1) == 1
+        and not (torch.is_grad_enabled() and wants_gradient(q, k_cache, v_cache))
+    ):
+        lengths = cache_seqlens
+        if lengths.__class__ is int:  # kernels keep it within the cache
+            lengths = q.new_full(q.shape[:1], min(max(lengths, 0), _INT32_MAX), dtype=torch.int32)
+        of_call = (softmax_scale, causal, *window_sides(window_size), 0, False, False, False, None, 0.0)
+        tensors_of = Cached(
+            q, k_cache, v_cache, None, None, None, None, lengths, cache_batch_idx, cache_leftpad, block_table
+        )
+        if return_softmax_lse:
+            return cached_cuda(tensors_of, of_call, rotary_interleaved, num_splits)
+        return cached_out(tensors_of, of_call, rotary_interleaved, num_splits)
     optional = {
         "k": k,
         "v": v,

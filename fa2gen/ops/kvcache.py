@@ -10,25 +10,37 @@ New keys and values are written by a small kernel of the same source that runs b
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.call import Call, aligned, are_aligned, dense, kernel_for_rows, launch_with_scratch, prepared
+from fa2gen.ops.call import (
+    AnyOptions,
+    Call,
+    aligned,
+    are_aligned,
+    dense,
+    kernel_for_rows,
+    launch_with_scratch,
+    prepared,
+)
 from fa2gen.ops.validate import DTYPES, validate_options
 from fa2gen.ops.validate_cache import Cached, cache_dtype_of, capacity_of, validate_cached
 from fa2gen.options import CacheShape, Options, split_shift
 from fa2gen.spec import SAME
 
-__all__ = ["cached_cuda"]
+__all__ = ["cached_cuda", "cached_out"]
 
 _INPUTS = ("q", "k", "v", "rotary_cos", "rotary_sin")  # what is copied where a kernel cannot read it as it lies
 
 
 def cached_cuda(
-    given: Cached, options: Options, interleaved: bool = True, num_splits: int = 0, into: Tensor | None = None
+    given: Cached, options: AnyOptions, interleaved: bool = True, num_splits: int = 0, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) by generated kernels, on the current stream of q's device; new keys are in the caches then.
 
@@ -37,39 +49,73 @@ def cached_cuda(
 
     Raises as `fa2gen.ops.call.forward_cuda` does.
     """
-    key = (*map(_kind, given.all), options, interleaved, num_splits)
-    call = prepared(key, _prepare, given, options, interleaved, num_splits)
-    q = given.q
-    out = q.new_empty(call.out_shape) if into is None else into
-    lse = q.new_empty(call.lse_shape, dtype=torch.float32)
-    if call.launch is None and not call.misaligned:  # no query, or no place for a key
+    out, lse = _run(given, options, interleaved, num_splits, into, True)
+    assert lse is not None
+    return out, lse
+
+
+def cached_out(given: Cached, options: AnyOptions, interleaved: bool, num_splits: int) -> Tensor:
+    """`out` of `cached_cuda`, for who does not ask for lse: no memory of its own is allocated for that."""
+    return _run(given, options, interleaved, num_splits, None, False)[0]
+
+
+def _run(
+    given: Cached, options: AnyOptions, interleaved: bool, num_splits: int, into: Tensor | None, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse), lse None where it is not wanted."""
+    q, tensors = given.q, given.tensors
+    kinds = [None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in (*given[:-1], *tensors)]
+    key = (*kinds, options, interleaved, num_splits)
+    call = cast(_CachedCall, prepared(key, _prepare, given, options, interleaved, num_splits))
+    out = call.new_out(q) if into is None else into
+    launch = call.launch
+    if launch is None and not call.misaligned:  # no query, or no place for a key
         out.zero_()
-        lse.fill_(-math.inf) if given.s_aux is None else lse.copy_(given.s_aux[:, None].expand_as(lse))
+        lse = q.new_full(call.lse_shape, -math.inf, dtype=torch.float32)
+        if given.s_aux is not None:
+            lse.copy_(given.s_aux[:, None].expand_as(lse))
         return out, lse
-    if call.launch is None or any(x is not None and x.data_ptr() & 15 for x in (getattr(given, n) for n in _INPUTS)):
+    at = [0 if x is None else x.data_ptr() for x in given[:-1]]
+    if launch is None or (at[0] | at[3] | at[4] | at[5] | at[6]) & 15:  # _INPUTS
         copies = {name: aligned(x) for name in _INPUTS if (x := getattr(given, name)) is not None}
-        return cached_cuda(given._replace(**copies), options, interleaved, num_splits, out)
-    turned = None if given.rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
-    at = {name: 0 if x is None else x.data_ptr() for name, x in zip(Cached._fields, given[:-1], strict=False)}
-    if (at["k_cache"] | at["v_cache"]) & 15:
+        return _run(given._replace(**copies), options, interleaved, num_splits, out, wants_lse)
+    if (at[1] | at[2]) & 15:
         raise InvalidInput(
             "a cache lies on an address that is no multiple of 16 bytes, and is never copied: begin a slice of one on "
             "a multiple of 8 elements"
         )
-    operands = {
-        "q": at["q"] if turned is None else turned.data_ptr(),
-        "k": at["k_cache"],
-        "v": at["v_cache"],
-        "o": out.data_ptr(),
-        "lse": lse.data_ptr(),
-        "k_new": at["k"],
-        "v_new": at["v"],
-        "q_given": 0 if turned is None else at["q"],
-    }
-    named = len(call.operands) - len(given.tensors)  # those of an expression come last, in their order
-    addresses = [operands[n] if n in operands else at[n] for n in call.operands[:named]]
-    launch_with_scratch(call, q, (*addresses, *(x.data_ptr() for x in given.tensors)))
+    turned = None if given.rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+    if wants_lse:
+        lse = q.new_empty(call.lse_shape, dtype=torch.float32)
+        memory, lse_at = None, lse.data_ptr()
+    else:  # behind the scratch: one allocation, of 1.5 us, less
+        lse = None
+        memory = q.new_empty(launch.scratch_bytes + 4 * call.num_rows, dtype=torch.uint8)
+        lse_at = memory.data_ptr() + launch.scratch_bytes
+    at += (out.data_ptr(), lse_at, 0 if turned is None else turned.data_ptr(), 0)
+    launch_with_scratch(call, q, call.pick(at + [x.data_ptr() for x in tensors]), memory)
     return out, lse
+
+
+@dataclass(slots=True)
+class _CachedCall(Call):
+    """`pick` takes the addresses of `_PLACES`, and of an expression's tensors behind them, in the order of a launch's
+    operands."""
+
+    pick: Callable[[list[int]], tuple[int, ...]] = tuple
+
+
+# Where `_run` has the addresses of a plan's operands; those of Cached go by its names but for a few.
+_PLACES = (*Cached._fields[:-1], "o", "lse", "turned", "nothing")
+_NAMES = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v"}
+
+
+def _picked(operands: tuple[str, ...], given: Cached) -> Callable[[list[int]], tuple[int, ...]]:
+    """Where there are rotary embeddings, queries are turned from where they are given to a place of their own."""
+    names = {**_NAMES, "q_given": "nothing"} if given.rotary_cos is None else {**_NAMES, "q": "turned", "q_given": "q"}
+    named = len(operands) - len(given.tensors)  # those of an expression come last, in their order
+    places = [_PLACES.index(names.get(name, name)) for name in operands[:named]]
+    return itemgetter(*places, *range(len(_PLACES), len(_PLACES) + len(given.tensors)))
 
 
 def _plain_options(options: Options, seqlen_q: int, capacity: int) -> Options:
@@ -77,11 +123,6 @@ def _plain_options(options: Options, seqlen_q: int, capacity: int) -> Options:
     if seqlen_q == 1:
         options = options._replace(causal=False, window_right=-1)
     return options.reduced(seqlen_q, capacity)
-
-
-def _kind(x: Tensor | None) -> Any:
-    """What of a tensor is part of a call's signature."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
 
 
 def _scale_steps(given: Cached) -> dict[str, int]:
@@ -98,8 +139,9 @@ def _scale_steps(given: Cached) -> dict[str, int]:
 # Once for each signature ------------------------------------------------------------------------------------------
 
 
-def _prepare(given: Cached, options: Options, interleaved: bool, num_splits: int) -> Call:
+def _prepare(given: Cached, said: AnyOptions, interleaved: bool, num_splits: int) -> Call:
     """Validate a signature; choose, load and pack its kernel."""
+    options = Options(*said)
     validate_options(options)
     validate_cached(given, num_splits, options)
     q, k_cache, table = given.q, given.k_cache, given.block_table
@@ -141,13 +183,13 @@ def _prepare(given: Cached, options: Options, interleaved: bool, num_splits: int
         if shape.rotary_dim:
             strides |= {"q": of_query, "q_given": q.stride()[:3]}
         launch = kernel.prepare(shape, strides, reduced)
-    return Call(
+    return _CachedCall(
         device=q.get_device(),
         out_shape=tuple(q.shape),
         lse_shape=(batch, num_heads, seqlen_q),
         num_rows=batch * num_heads * seqlen_q,
-        out_is_like_q=False,
+        out_is_like_q=q.stride() == (*dense(seqlen_q, num_heads, head_dim), 1),
         launch=launch,
         misaligned=launch is None and not empty,
-        operands=tuple(operand.name for operand in kernel.plan.operands),
+        pick=_picked(tuple(operand.name for operand in kernel.plan.operands), given),
     )

@@ -5,10 +5,10 @@
 // Rendered by fa2gen from decode/decode.cu.j2; edit the template or the spec, not this file.
 //   problem  decode, head dim 128, bf16, full mask, e4m3 caches, pages
 //   tiling   16 query rows x 32 keys, 3 stages, 8 mma warps, 128-byte panels
-//   launch   256 threads, 205864 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,  148 Threads,  179 Arithmetic,  248 Shared memory,  295 Global memory,
-//             360 cp.async,  379 Fragments,  394 Registers,  403 mma,  432 What is visible,  486 Online softmax,
-//             800 Loads,  975 Matrix products, 1086 Putting together, 1424 Append, 1559 Kernel, 1603 Launch
+//   launch   256 threads, 205872 bytes of dynamic shared memory
+//   contents   26 Problem and tiling,  152 Threads,  183 Arithmetic,  252 Shared memory,  299 Global memory,
+//             364 cp.async,  383 Fragments,  398 Registers,  413 mma,  442 What is visible,  496 Online softmax,
+//             843 Loads, 1017 Matrix products, 1128 Putting together, 1459 Append, 1594 Kernel, 1636 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -73,7 +73,7 @@ constexpr uint32_t kSmemStages = 4096;
 constexpr uint32_t kSmemRowSums = 200704;
 constexpr uint32_t kSmemShares = 201728;
 constexpr uint32_t kSmemLayout = 201760;
-constexpr uint32_t kSmemArrived = 205860;
+constexpr uint32_t kSmemArrived = 205868;
 
 // The kernel's scalar arguments; the order is the launcher's (KernelPlan.params).
 struct Params {
@@ -129,6 +129,10 @@ struct Params {
     int unit_shift;
     int least_units;
     int fixed_parts;
+    int entry_sequences;
+    int num_entries;
+    int block_reciprocal;
+    int m_block_reciprocal;
     int rotary_dim;
     int rotary_rows;
     int rotary_interleaved;
@@ -400,6 +404,12 @@ __device__ __forceinline__ uint32_t recompute(uint32_t value) {
     return value;
 }
 
+// Likewise, in two of them.
+__device__ __forceinline__ int64_t keep_wide(int64_t value) {
+    asm volatile("" : "+l"(value));
+    return value;
+}
+
 // mma -----------------------------------------------------------------------------------------------------------------
 
 // mma.sync: d[16 x 8] += a[16 x 16] b[16 x 8]. A lane holds, with g = lane / 4, t = lane % 4, two elements a register of a, b:
@@ -631,36 +641,49 @@ __device__ __forceinline__ int num_units(Params const& p, int bidb) {
 }
 
 // Shared memory has where sequences begin, in units of one head and tile of rows, and where the last one ends; beyond
-// kLayoutEntries of them, several share one entry.
-__device__ __forceinline__ int entry_sequences(Params const& p) {
-    return (p.num_sequences + kLayoutEntries - 1) / kLayoutEntries;
+// kLayoutEntries of them, p.entry_sequences share one entry. `Work` lies behind them.
+constexpr int kWorkAt = kLayoutEntries + 1;
+
+__device__ __forceinline__ int heads_and_tiles(Params const& p) {
+    return p.num_heads_kv * p.num_m_blocks;
+}
+
+// a / b, for which the host gives (2^31 - 1) / b: a fifth of the instructions of a division, which a short call waits for.
+__device__ __forceinline__ int quotient(int a, int b, int reciprocal) {
+    int const near = static_cast<int>(static_cast<int64_t>(a) * reciprocal >> 31);  // or 1 less
+    return near + (a - near * b >= b);
 }
 
 // By one warp.
 __device__ __forceinline__ void lay_out(Params const& p, uint32_t layout, int lane) {
-    int const span = entry_sequences(p);
     int before = 0;
-    for (int first = 0; first * span < p.num_sequences; first += 32) {
-        int const bidb = (first + lane) * span;
+#pragma unroll 1
+    for (int first = 0; first < p.num_entries; first += 32) {
+        int const entry = first + lane;
+        int const bidb = entry * p.entry_sequences;
         int units = 0;
-        for (int i = bidb; i < min(bidb + span, p.num_sequences); ++i) {
+#pragma unroll 1
+        for (int i = bidb; i < min(bidb + p.entry_sequences, p.num_sequences); ++i) {
             units += num_units(p, i);
         }
-        int up_to_here = units;
-        for (int step = 1; step < 32; step *= 2) {
-            int const of_before = shfl_from(up_to_here, max(lane - step, 0));
-            up_to_here += lane >= step ? of_before : 0;
+#pragma unroll 1
+        for (int step = 1; step < min(p.num_entries, 32); step *= 2) {
+            int const of_before = shfl_from(units, max(lane - step, 0));
+            units += lane >= step ? of_before : 0;
         }
-        store_shared_int(layout + 4 * (first + lane + 1), before + up_to_here);
-        before += shfl_from(up_to_here, 31);
+        store_shared_int(layout + 4 * (entry + 1), before + units);
+        if (entry + 1 == p.num_entries) {
+            int const total = (before + units) * heads_and_tiles(p);
+            int const blocks = static_cast<int>(gridDim.x);
+            int const per_block = quotient(total + blocks - 1, blocks, p.block_reciprocal);
+            store_shared_int(layout + 4 * kWorkAt, total);
+            store_shared_int(layout + 4 * kWorkAt + 4, max(per_block, p.least_units));
+        }
+        before += shfl_from(units, 31);
     }
     if (lane == 0) {
         store_shared_int(layout, 0);
     }
-}
-
-__device__ __forceinline__ int heads_and_tiles(Params const& p) {
-    return p.num_heads_kv * p.num_m_blocks;
 }
 
 // The units of all items, and how many a block takes.
@@ -669,15 +692,12 @@ struct Work {
     int per_block;
 };
 
-__device__ __forceinline__ Work work_of(Params const& p, uint32_t layout) {
-    int const num_entries = (p.num_sequences - 1) / entry_sequences(p) + 1;
-    int const total = load_shared_int(layout + 4 * num_entries) * heads_and_tiles(p);
-    int const blocks = static_cast<int>(gridDim.x);
-    return {total, max((total + blocks - 1) / blocks, p.least_units)};
+__device__ __forceinline__ Work work_of(uint32_t layout) {
+    return {load_shared_int(layout + 4 * kWorkAt), load_shared_int(layout + 4 * kWorkAt + 4)};
 }
 
 // The end of this block's units.
-__device__ __forceinline__ int end_of_block(Params const&, Work const& work) {
+__device__ __forceinline__ int end_of_block(Work const& work) {
     return min((static_cast<int>(blockIdx.x) + 1) * work.per_block, work.total);
 }
 
@@ -691,9 +711,8 @@ struct Item {
 
 __device__ __forceinline__ Item item_at(Params const& p, uint32_t layout, int unit) {
     int const width = heads_and_tiles(p);
-    int const span = entry_sequences(p);
     int low = 0;
-    int high = (p.num_sequences - 1) / span;
+    int high = p.num_entries - 1;
     while (low < high) {
         int const middle = (low + high + 1) / 2;
         if (load_shared_int(layout + 4 * middle) * width <= unit) {
@@ -702,47 +721,53 @@ __device__ __forceinline__ Item item_at(Params const& p, uint32_t layout, int un
             high = middle - 1;
         }
     }
-    int bidb = low * span;
+    int bidb = low * p.entry_sequences;
     int first = load_shared_int(layout + 4 * low);
     int units = load_shared_int(layout + 4 * low + 4) - first;
-    if (span > 1) {
+    if (p.entry_sequences > 1) {
         for (units = num_units(p, bidb); (first + units) * width <= unit; units = num_units(p, bidb)) {
             first += units;
             ++bidb;
         }
     }
     int const index = (unit - first * width) / units;
-    return {bidb, index / p.num_m_blocks, index % p.num_m_blocks, first * width + index * units, units};
+    int const head_kv = quotient(index, p.num_m_blocks, p.m_block_reciprocal);
+    return {bidb, head_kv, index - head_kv * p.num_m_blocks, first * width + index * units, units};
 }
 
-// A part of an item: units [begin, end), number `index` of `count`. Part 0 leaves what it has at `first_slot`, part i at
-// slots + i * step: a block cuts two items at most, its first one and its last. `counter` counts those that are done: of the
-// items that begin in a block only its last is cut.
+// A part of an item: units [begin, end).
 struct Part {
     int begin;
     int end;
+};
+
+__device__ __forceinline__ Part part_at(Params const& p, Item const& item, Work const& work, int unit) {
+    int const of_block = (static_cast<int>(blockIdx.x) + 1) * work.per_block;
+    return {unit, p.fixed_parts ? unit + 1 : min(item.start + item.units, of_block)};
+}
+
+// Which part that is: number `index` of `count`. Part 0 leaves what it has at `first_slot`, part i at slots + i: of a block
+// the first part has one place, and that of an item that begins in it another, as many behind as there are blocks: of those
+// only the last is cut. A counter has the number of `slots`.
+struct Share {
     int index;
     int count;
     int first_slot;
     int slots;
-    int step;
-    int counter;
 };
 
-__device__ __forceinline__ Part part_at(Params const& p, Item const& item, Work const& work, int unit, int block) {
+__device__ __forceinline__ Share share_of(Params const& p, Item const& item, Part const& part, Work const& work) {
     if (p.fixed_parts) {
-        return {unit, unit + 1, unit - item.start, item.units, item.start, item.start, 1, item.start};
+        return {part.begin - item.start, item.units, item.start, item.start};
     }
-    int const end = item.start + item.units;
     int const first_block = item.start / work.per_block;
-    int const last_block = (end - 1) / work.per_block;
-    int const first_slot = 2 * first_block + (item.start > first_block * work.per_block);
-    return {unit,       min(end, (block + 1) * work.per_block), block - first_block, last_block - first_block + 1,
-            first_slot, 2 * first_block,                        2,                   first_block};
+    int const last_block = (item.start + item.units - 1) / work.per_block;
+    int const behind = item.start > first_block * work.per_block ? static_cast<int>(gridDim.x) : 0;
+    return {static_cast<int>(blockIdx.x) - first_block, last_block - first_block + 1, first_block + behind, first_block};
 }
 
-__device__ __forceinline__ int slot_of(Part const& part, int index) {
-    return index == 0 ? part.first_slot : part.slots + index * part.step;
+__device__ __forceinline__ int slot_of(Share const& share, int index) {
+    return index == 0 ? share.first_slot : share.slots + index;
 }
 
 // Where keys are: in pages of p.page_size rows, which the sequence's row of the table names. Entries behind the last page
@@ -774,14 +799,32 @@ __device__ __forceinline__ TileKeys tile_keys(Params const& p, Seqlen const& s, 
     return {min(max(page, 0), p.cache_entries - 1), static_cast<int>(row - number * static_cast<unsigned>(p.page_size))};
 }
 
+// Where a row is in the caches, in elements.
+struct Offsets {
+    int64_t k;
+    int64_t v;
+};
+
+// Of the rows of a tile that a lane copies, as each is in another lane's mind.
+struct LaneRows {
+    TileKeys tile;
+    int lane_row;
+};
+
+__device__ __forceinline__ LaneRows rows_of_lane(Params const&, Keys const&, TileKeys const& tile, int lane_row) {
+    return {tile, lane_row};
+}
+
+__device__ __forceinline__ Offsets offsets_of(Params const& p, LaneRows const& rows, int first) {
+    int const page = shfl_from(rows.tile.page, first + rows.lane_row);
+    int const row = shfl_from(rows.tile.row, first + rows.lane_row);
+    return {page * p.k_batch_stride + row * p.k_row_stride, page * p.v_batch_stride + row * p.v_row_stride};
+}
+
 struct Place {
     int entry;
     int row;
 };
-
-__device__ __forceinline__ Place place_of(Keys const&, TileKeys const& tile, int row) {
-    return {shfl_from(tile.page, row), shfl_from(tile.row, row)};
-}
 
 __device__ __forceinline__ Place place_of_row(Params const& p, int bidb, int row) {
     int const asked = p.cache_batch_idx == nullptr ? bidb : load_global_int(p.cache_batch_idx + bidb);
@@ -931,10 +974,10 @@ struct WarpTiles {
     // one are is asked for ahead of its turn. What is asked of all lanes is the same in each: where ptxas does not see that, it
     // calls a function for shuffles (sm_80).
     __device__ __forceinline__ void load(Params const& p, uint32_t layout, int warp, int lane) {
-        while (any_lane(next >= end && unit < end_of_block(p, work_of(p, layout)))) {
-            Work const work = work_of(p, layout);
+        while (any_lane(next >= end && unit < end_of_block(work_of(layout)))) {
+            Work const work = work_of(layout);
             Item const item = item_at(p, layout, unit);
-            Part const part = part_at(p, item, work, unit, static_cast<int>(blockIdx.x));
+            Part const part = part_at(p, item, work, unit);
             Seqlen const of_item = seqlen_of(p, item.bidb);
             take(p, of_item, item, part, tiles_of_part(p, of_item, item, part), warp, lane);
             sync_warp();
@@ -944,6 +987,7 @@ struct WarpTiles {
         if (any_lane(next < end)) {
             TileKeys const tile = next_keys;
             next_keys = tile_keys(p, s, keys, next + kNumWarps, lane);
+            LaneRows const rows = rows_of_lane(p, keys, tile, lane_row);
             unsigned char const* const k_head =
                 static_cast<unsigned char const*>(p.k) + kCacheBytes * (head_kv * p.k_head_stride + kChunkColumns * chunk);
             unsigned char const* const v_head =
@@ -952,17 +996,15 @@ struct WarpTiles {
             for (int first = 0; first < kTileN; first += kCopyRows) {
                 int const row = first + lane_row;
                 int const key = next * kTileN + row;
-                Place const place = place_of(keys, tile, row);
+                Offsets const at = offsets_of(p, rows, first);
                 int const bytes = key >= begin_key && key < s.k ? 16 : 0;
-                int64_t const k_row = place.entry * p.k_batch_stride + place.row * p.k_row_stride;
-                int64_t const v_row = place.entry * p.v_batch_stride + place.row * p.v_row_stride;
 #pragma unroll
                 for (int panel = 0; panel < kNumPanels; ++panel) {
                     uint32_t const to = stages + stage + kv_chunk_offset(row, panel, chunk);
                     int const of_head = panel * kPanelColumns + kChunkColumns * chunk < kHeadDim ? bytes : 0;
                     int const of_panel = panel * kPanelColumns * kCacheBytes;
-                    cp_async_16(to, k_head + kCacheBytes * k_row + of_panel, of_head);
-                    cp_async_16(to + kKvBytes, v_head + kCacheBytes * v_row + of_panel, of_head);
+                    cp_async_16(to, k_head + kCacheBytes * at.k + of_panel, of_head);
+                    cp_async_16(to + kKvBytes, v_head + kCacheBytes * at.v + of_panel, of_head);
                 }
             }
         }
@@ -1201,84 +1243,75 @@ __device__ __forceinline__ void store_row(
 }
 
 // Where a group of four columns of a part is in the memory of parts, and a row's sum.
+constexpr int kNumberBytes = 4;
+constexpr int kColumnsOfPart = kTileM * kHeadDim;
+constexpr int kSumsOfPart = 2 * kTileM;
+
 __device__ __forceinline__ float* part_o(Params const& p, int slot, int quad) {
-    return p.parts + static_cast<int64_t>(slot) * kTileM * kHeadDim + 4 * quad;
+    return p.parts + static_cast<int64_t>(slot) * kColumnsOfPart + 4 * quad;
 }
 
 __device__ __forceinline__ float* part_sum(Params const& p, int slot, int row) {
-    return p.part_sums + (static_cast<int64_t>(slot) * kTileM + row) * 2;
+    return p.part_sums + static_cast<int64_t>(slot) * kSumsOfPart + 2 * row;
 }
 
 // What all parts of an item have, in the order of its keys, whoever comes last. Memory answers late, so that a thread asks for
-// kParts of kQuads groups of four columns at once (1 x 8k: 24.2 us, 25.5 with 8 of 2, 26.0 with 4 of 4, H100).
+// four columns of kParts parts at once (1 x 8k: 24.2 us, 25.5 with two such groups of 8 parts, H100).
 __device__ __forceinline__ void combine_parts(
-    Params const& p, Item const& item, Part const& part, float factor, int thread) {
+    Params const& p, Item const& item, Share const& share, float factor, int thread) {
     constexpr int kParts = 16;
-    constexpr int kQuads = 1;
     int const end = num_quads(p, item);
 #pragma unroll 1
-    for (int from = thread; from < end; from += kQuads * kNumThreads) {
-        RowSum all[kQuads];
-        float o[kQuads][4];
-#pragma unroll
-        for (int j = 0; j < kQuads; ++j) {
-            all[j] = {-kInfinity, 0.0f};
-            o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
-        }
+    for (int quad = thread; quad < end; quad += kNumThreads) {
+        int const row = quad / kRowQuads;
+        RowSum all = {-kInfinity, 0.0f};
+        float o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
-        for (int first = 0; first < part.count; first += kParts) {
-            float sums[kParts][kQuads][2];
-            float shares[kParts][kQuads][4];
+        for (int first = 0; first < share.count; first += kParts) {
+            int const last = share.count - 1 - first;  // behind it that part is there again, and weighs nothing
+            // Bytes from here on: one instruction an address.
+            int64_t const sum = keep_wide(reinterpret_cast<int64_t>(part_sum(p, share.slots + first, row)));
+            int64_t const columns = keep_wide(reinterpret_cast<int64_t>(part_o(p, share.slots + first, quad)));
+            float sums[kParts][2];
+            float shares[kParts][4];
+            load_global_float2(sums[0], part_sum(p, slot_of(share, first), row));
+            load_global_float4(shares[0], part_o(p, slot_of(share, first), quad));
+#pragma unroll
+            for (int i = 1; i < kParts; ++i) {
+                int64_t const from = min(i, last);
+                load_global_float2(sums[i], reinterpret_cast<float const*>(sum + from * (kNumberBytes * kSumsOfPart)));
+                load_global_float4(
+                    shares[i], reinterpret_cast<float const*>(columns + from * (kNumberBytes * kColumnsOfPart)));
+            }
+            float max = all.max;
 #pragma unroll
             for (int i = 0; i < kParts; ++i) {
-                int const slot = slot_of(part, min(first + i, part.count - 1));
+                max = fmaxf(max, sums[i][0]);
+            }
+            float const of_before = weight_of(all.max, max, factor);
+            all = {max, all.sum * of_before};
 #pragma unroll
-                for (int j = 0; j < kQuads; ++j) {
-                    int const quad = min(from + j * kNumThreads, end - 1);
-                    load_global_float2(sums[i][j], part_sum(p, slot, quad / kRowQuads));
-                    load_global_float4(shares[i][j], part_o(p, slot, quad));
-                }
+            for (int c = 0; c < 4; ++c) {
+                o[c] *= of_before;
             }
 #pragma unroll
-            for (int j = 0; j < kQuads; ++j) {
-                float max = all[j].max;
-#pragma unroll
-                for (int i = 0; i < kParts; ++i) {
-                    max = fmaxf(max, sums[i][j][0]);
-                }
-                float const of_before = weight_of(all[j].max, max, factor);
-                all[j] = {max, all[j].sum * of_before};
+            for (int i = 0; i < kParts; ++i) {
+                float const weight = weight_of(i <= last ? sums[i][0] : -kInfinity, max, factor);
+                all.sum = fmaf(sums[i][1], weight, all.sum);
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    o[j][c] *= of_before;
-                }
-#pragma unroll
-                for (int i = 0; i < kParts; ++i) {
-                    // Behind the last part that part is there again, and weighs nothing.
-                    float const of_part = first + i < part.count ? sums[i][j][0] : -kInfinity;
-                    float const weight = weight_of(of_part, max, factor);
-                    all[j].sum = fmaf(sums[i][j][1], weight, all[j].sum);
-#pragma unroll
-                    for (int c = 0; c < 4; ++c) {
-                        o[j][c] = fmaf(shares[i][j][c], weight, o[j][c]);
-                    }
+                    o[c] = fmaf(shares[i][c], weight, o[c]);
                 }
             }
         }
-#pragma unroll
-        for (int j = 0; j < kQuads; ++j) {
-            int const quad = from + j * kNumThreads;
-            if (quad < end) {
-                store_row(p, item, quad / kRowQuads, all[j], o[j], quad % kRowQuads * 4, factor);
-            }
-        }
+        store_row(p, item, row, all, o, quad % kRowQuads * 4, factor);
     }
 }
 
 // Of the end of a part, 16 rows that merged_row gives: those of the item where it is the only one, else the part's.
 __device__ __forceinline__ void finish_rows(
-    Params const& p, Item const& item, Part const& part, int first_row, float factor, uint32_t smem, int thread) {
-    int const slot = slot_of(part, part.index);
+    Params const& p, Item const& item, Share const& share, int first_row, float factor, uint32_t smem, int thread) {
+    int const slot = slot_of(share, share.index);
     int const end = min(num_quads(p, item), (first_row + 16) * kRowQuads);
 #pragma unroll 1
     for (int quad = first_row * kRowQuads + thread; quad < end; quad += kNumThreads) {
@@ -1286,7 +1319,7 @@ __device__ __forceinline__ void finish_rows(
         int const of_row = quad % kRowQuads;
         float o[4];
         RowSum const all = merged_row(smem, row, of_row, factor, o);
-        if (part.count == 1) {
+        if (share.count == 1) {
             store_row(p, item, row, all, o, 4 * of_row, factor);
         } else {
             store_global_float4(part_o(p, slot, quad), o[0], o[1], o[2], o[3]);
@@ -1299,29 +1332,29 @@ __device__ __forceinline__ void finish_rows(
 
 // The end of a part: all warps' shares together, and the item's rows if it is the last of its parts to come.
 __device__ __forceinline__ void finish_part(
-    Params const& p, Item const& item, Part const& part, float (&acc_o)[kNumRowTiles][kNumAccO],
+    Params const& p, Item const& item, Share const& share, float (&acc_o)[kNumRowTiles][kNumAccO],
     float const (&row_max)[kNumRowTiles][2], float const (&row_sum)[kNumRowTiles][2], float factor, uint32_t smem,
-    uint32_t share, int thread) {
+    uint32_t stage, int thread) {
     int const lane = lane_id();
-    leave_sums(row_max, row_sum, smem, share, warp_id(), lane);
+    leave_sums(row_max, row_sum, smem, stage, warp_id(), lane);
     sync_block();
 #pragma unroll
     for (int i = 0; i < kNumRowTiles; ++i) {
-        if (share != kNoShare) {
-            leave_share(acc_o[i], row_max[i], 16 * i, factor, smem, share, lane);
+        if (stage != kNoShare) {
+            leave_share(acc_o[i], row_max[i], 16 * i, factor, smem, stage, lane);
         }
         sync_block();
-        finish_rows(p, item, part, 16 * i, factor, smem, thread);
+        finish_rows(p, item, share, 16 * i, factor, smem, thread);
         sync_block();  // the rows are stored, and shared memory free
     }
-    if (part.count > 1) {
+    if (share.count > 1) {
         if (thread == 0) {
-            int const before = arrive_global(p.counters + part.counter, part.count - 1);
+            int const before = arrive_global(p.counters + share.slots, share.count - 1);
             store_shared_int(smem + kSmemArrived, before);
         }
         sync_block();
-        if (load_shared_int(smem + kSmemArrived) == part.count - 1) {
-            combine_parts(p, item, part, factor, thread);
+        if (load_shared_int(smem + kSmemArrived) == share.count - 1) {
+            combine_parts(p, item, share, factor, thread);
         }
     }
 }
@@ -1343,13 +1376,14 @@ __device__ __forceinline__ float exponent_factor(Params const& p, Seqlen const&,
     return p.softmax_scale_log2 * k_scale(p, item.bidb, item.head_kv);
 }
 
-// What a warp has of a part's rows; `share` is the address of the last of its stages, if it had a tile.
+// What a warp has of a part's rows; `stage` is the address of the last of its stages, if it had a tile.
 struct Rows {
     float acc_o[kNumRowTiles][kNumAccO];
     float max[kNumRowTiles][2];
     float sum[kNumRowTiles][2];
     float factor;  // times which a score is an exponent of 2
-    uint32_t share;
+    uint32_t stage;
+    Share share;
 };
 
 // The keys of one part of an item.
@@ -1376,7 +1410,7 @@ __device__ __forceinline__ void attend(
         }
     }
     of_part.factor = factor;
-    of_part.share = kNoShare;
+    of_part.stage = kNoShare;
 
     uint32_t const k_lane = kv_lane_offset_column_major(lane);
     uint32_t const v_lane = kv_lane_offset_row_major(lane);
@@ -1393,6 +1427,7 @@ __device__ __forceinline__ void attend(
         if (!has_q) {
             has_q = true;
             queries.store(smem, thread);
+            of_part.share = share_of(p, item, part, work_of(smem + kSmemLayout));  // the keys are on their way
             sync_block();
             load_q_fragments(q_operand, smem + kSmemQ + lane_offset_row_major(lane));
             if (tile >= tiles.end) {
@@ -1402,7 +1437,7 @@ __device__ __forceinline__ void attend(
         cp_async_wait_2();
         sync_warp();
         uint32_t const stage = ring.stages + ring.stage;
-        of_part.share = stage;
+        of_part.stage = stage;
         gemm_qk(acc_s, q_operand, stage + recompute(k_lane));
         if (tile >= tiles.end_full) {
             mask_scores(p, s, acc_s, item, tile * kTileN, lane);
@@ -1566,37 +1601,35 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
         lay_out(p, smem + kSmemLayout, thread);
     }
     sync_block();
-    int unit = static_cast<int>(blockIdx.x) * work_of(p, smem + kSmemLayout).per_block;
+    int unit = static_cast<int>(blockIdx.x) * work_of(smem + kSmemLayout).per_block;
     WarpTiles ring;
     ring.stages = smem + kSmemStages + warp_id() * kNumStages * kStageBytes;
     ring.stage = 0;
     ring.missing = kNumStages;
     Item item;
-    Part part;
     Rows rows;
     // How much work there is is asked for anew each time: two registers fewer in the loop over keys. And Q of the next part
     // while the one before ends, as memory answers late.
     for (bool is_first = true;; is_first = false) {
-        Work const work = work_of(p, smem + kSmemLayout);
-        bool const is_more = unit < end_of_block(p, work);
+        Work const work = work_of(smem + kSmemLayout);
+        bool const is_more = unit < end_of_block(work);
         Item next;
         Part next_part;
         QueryChunks queries;
         if (is_more) {
             next = item_at(p, smem + kSmemLayout, unit);
-            next_part = part_at(p, next, work, unit, static_cast<int>(blockIdx.x));
+            next_part = part_at(p, next, work, unit);
             queries.ask(p, next, thread);
         }
         if (!is_first) {
-            finish_part(p, item, part, rows.acc_o, rows.max, rows.sum, rows.factor, smem, rows.share, thread);
+            finish_part(p, item, rows.share, rows.acc_o, rows.max, rows.sum, rows.factor, smem, rows.stage, thread);
         }
         if (!is_more) {
             break;
         }
         item = next;
-        part = next_part;
-        unit = part.end;
-        attend(p, item, part, queries, ring, rows, smem, thread);
+        unit = next_part.end;
+        attend(p, item, next_part, queries, ring, rows, smem, thread);
     }
 }
 
@@ -1607,8 +1640,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   fa2_decode_sm90_bf16_d128_e4m3_paged_m16_n32_s3_w8_append
 //     grid ((num_new_chunks + 255) / 256, 1, 1), 256 threads, 0 bytes of dynamic shared memory
 //   fa2_decode_sm90_bf16_d128_e4m3_paged_m16_n32_s3_w8
-//     grid (num_blocks, 1, 1), 256 threads, 205864 bytes of dynamic shared memory
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 205864
+//     grid (num_blocks, 1, 1), 256 threads, 205872 bytes of dynamic shared memory
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 205872
 // Of a call over caches, beside batch, seqlen_q and heads:
 //   seqlen_k: the most keys that a sequence can have: of an entry of the caches, or of all pages of a table's row
 //   seqlen_new: keys that are appended to each sequence
@@ -1631,6 +1664,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   unit_keys = 32 << unit_shift
 //   num_units = ((seqlen_k + unit_keys - 1) / unit_keys + 1) * batch * num_heads_kv * num_m_blocks
 //   num_blocks = min((num_units + least_units - 1) / least_units, num_sms)
+//   entry_sequences = max((batch + 1023) / 1024, 1)
+//   num_entries = (batch + entry_sequences - 1) / entry_sequences
+//   block_reciprocal = 2147483647 / max(num_blocks, 1)
+//   m_block_reciprocal = 2147483647 / max(num_m_blocks, 1)
 //   num_new_chunks = 16 * batch * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)
 //   num_slots = fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634

@@ -341,21 +341,27 @@ FAULTS = [
     Fault(
         "a block's second cut shares the first one's place",
         DENSE,
-        "2 * first_block + (item.start > first_block * work.per_block);",
-        "2 * first_block;",
+        "first_block + behind, first_block};",
+        "first_block, first_block};",
         schedules=40,
+    ),
+    Fault(
+        "a quotient that is one less",
+        DENSE,
+        "return near + (a - near * b >= b);",
+        "return near;",
     ),
     Fault(
         "parts that are not waited for",
         DENSE,
-        "load_shared_int(smem + kSmemArrived) == part.count - 1) {",
+        "load_shared_int(smem + kSmemArrived) == share.count - 1) {",
         "load_shared_int(smem + kSmemArrived) == 0) {",
     ),
     Fault(
         "a counter that is left",
         DENSE,
-        "p.counters + part.counter, part.count - 1)",
-        "p.counters + part.counter, part.count)",
+        "p.counters + share.slots, share.count - 1)",
+        "p.counters + share.slots, share.count)",
     ),
     Fault(
         "keys behind the end are read",
@@ -384,8 +390,8 @@ FAULTS = [
     Fault(
         "Q is not waited for",
         DENSE,
-        "            queries.store(smem, thread);\n            sync_block();\n",
-        "            queries.store(smem, thread);\n",
+        "// the keys are on their way\n            sync_block();\n",
+        "\n",
     ),
     Fault(
         "a tile is not waited for",
@@ -409,8 +415,8 @@ FAULTS = [
     Fault(
         "parts weigh the same",
         DENSE,
-        "float const weight = weight_of(of_part, max, factor);",
-        "float const weight = first + i < part.count ? 1.0f : 0.0f;",
+        "float const weight = weight_of(i <= last ? sums[i][0] : -kInfinity, max, factor);",
+        "float const weight = i <= last ? 1.0f : 0.0f;",
     ),
     Fault(
         "heads of a group",
@@ -427,8 +433,8 @@ FAULTS = [
     Fault(
         "a sink in each part",
         SINKS,
-        "if (part.count == 1) {",
-        "if (part.count > 0) {",
+        "if (share.count == 1) {",
+        "if (share.count > 0) {",
     ),
     Fault(
         "a sink's head",

@@ -167,6 +167,10 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
         "least_units": least,
         "fixed_parts": fixed,
         "rotary_interleaved": shape.interleaved,
+        "entry_sequences": max(-(-shape.batch // 1024), 1),
+        "num_entries": -(-shape.batch // max(-(-shape.batch // 1024), 1)),
+        "block_reciprocal": (2**31 - 1) // max(grid, 1),
+        "m_block_reciprocal": (2**31 - 1) // max(m, 1),
     }
     scratch = {"parts": slots * plan.tile_m * plan.head_dim, "part_sums": 2 * slots * plan.tile_m}
     scratch["counters"] = units if fixed else grid
