@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import fa2gen
 from fa2gen import _paths, env
@@ -267,11 +267,12 @@ def _kernels(gpus: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Selec
     from fa2gen.arch import ARCHES
     from fa2gen.catalog import catalogue
     from fa2gen.select import Device, select
+    from fa2gen.spec import Direction
 
-    problems = {spec.problem for spec in catalogue() if spec.problem.head_dim in (64, 128, 256)}
+    problems = dict.fromkeys(spec.problem for spec in catalogue() if spec.problem.head_dim in (64, 128, 256))
     usual = [problem for problem in problems if problem.dtype == "bf16" and not problem.deterministic]
-    usual.sort(key=lambda problem: (problem.direction != "fwd", problem.head_dim, problem.mask != "full", problem.mask))
-
+    directions = get_args(Direction)
+    usual.sort(key=lambda problem: (directions.index(problem.direction), problem.head_dim))
     devices = [
         Device(gpu["name"], tuple(gpu["compute_capability"]), gpu["shared_memory_per_block"], gpu["multiprocessors"])
         for gpu in gpus

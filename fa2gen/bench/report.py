@@ -73,21 +73,23 @@ def headlines(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A document that `save` wrote. Raises InvalidInput for anything else, OSError where there is no file."""
+    """A document that `save` wrote. Raises InvalidInput, which names the file, for anything else."""
     try:
         document: dict[str, Any] = json.loads(read_file(path))
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"{path.name} is not JSON: {error}") from None
+        raise InvalidInput(f"{path} is not JSON: {error}") from None
     rows = document.get("rows") if isinstance(document, dict) else None
     needed = {"preset", "direction", "head_dim", "dtype", "causal", "batch", "seqlen", "heads", "heads_kv", "tflops"}
     if not isinstance(rows, list) or not isinstance(document.get("provenance"), dict):
-        raise InvalidInput(f'{path.name} is not a result of `fa2gen bench`: it must hold "provenance" and "rows"')
+        raise InvalidInput(f'{path} is not a result of `fa2gen bench`: it must hold "provenance" and "rows"')
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not row.keys() >= needed:
             lacking = ", ".join(sorted(needed - row.keys())) if isinstance(row, dict) else "everything"
-            raise InvalidInput(f"{path.name}: row {number} lacks {lacking}")
+            raise InvalidInput(f"{path}: row {number} lacks {lacking}")
         if wrong := _wrong_field(row):
-            raise InvalidInput(f"{path.name}: row {number}: {wrong} is {row[wrong]!r}")
+            raise InvalidInput(f"{path}: row {number}: {wrong} is {row[wrong]!r}")
     return document
 
 

@@ -13,6 +13,7 @@ from fa2gen.cli.console import (
     bytes_text,
     count_text,
     examples,
+    need_folder,
     note,
     print_json,
     print_pairs,
@@ -135,4 +136,5 @@ def _shim() -> None:
 def wheel(out: Annotated[Path, typer.Option(help="The folder to write it to.")] = Path()) -> None:
     from fa2gen.shim.wheel import write_wheel
 
+    need_folder("--out", out)
     typer.echo(write_wheel(out))

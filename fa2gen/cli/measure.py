@@ -110,7 +110,10 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Draw a saved result; measures nothing.", show_default=False)
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the figures of --plot.")] = Path(),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the figures of --plot. Default: this one.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     from fa2gen.bench import report
@@ -119,8 +122,9 @@ def bench(
         from fa2gen.bench.plot import plot as draw
 
         document = report.load(plot)
-        need_folder("--out", out)
-        written = draw(document, out, plot.stem)
+        folder = out or Path()
+        need_folder("--out", folder)
+        written = draw(document, folder, plot.stem)
         if as_json:
             print_json([str(path) for path in written])
         else:
@@ -129,6 +133,8 @@ def bench(
                 note(f"wrote {path}")
         return
 
+    if out is not None:
+        raise typer.BadParameter("--out is where the figures of --plot go: --save is for what is measured")
     from fa2gen.bench import peers
 
     points, specs = _points(asked, preset, seqlen or ())

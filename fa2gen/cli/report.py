@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from fa2gen.cli.console import AsJson, ExitStatus, GpuWords, Seqlen, examples, note, print_json, print_table
+from fa2gen.cli.console import (
+    AsJson,
+    ExitStatus,
+    GpuWords,
+    Seqlen,
+    examples,
+    need_folder,
+    note,
+    print_json,
+    print_table,
+)
 from fa2gen.cli.options import Asked, takes_kernels
 
 __all__ = ["app"]
@@ -44,6 +54,7 @@ def report(
     gpu: GpuWords = None,
     as_json: AsJson = False,
 ) -> None:
+    from fa2gen.bench.report import load
     from fa2gen.explain import device_named, explain
     from fa2gen.files import write_file
     from fa2gen.plan import make_plan
@@ -55,6 +66,10 @@ def report(
         raise typer.BadParameter("--out is where a page goes: add --html")
     if out is not None and len(wanted) > 1:
         raise typer.BadParameter(f"--out is one page, and {len(wanted)} kernels are asked for: leave it out")
+    for path in result or ():
+        load(path)
+    if html:
+        need_folder("--out", out.parent if out else Path())
     rows: list[dict[str, Any]] = []
     for one in wanted:
         arch, tiling = (one.spec.tiling.arch, one.spec.tiling) if one.spec else (one.arch, None)

@@ -61,7 +61,7 @@ def write(rows: Sequence[TunedRow], folder: Path) -> Path:
     path = folder / file_name(gpu, rows[0].spec)
     kept = [row for row in (read_tuned(path) if path.exists() else []) if row.spec.problem != problem]
     if any(row.gpu != gpu or row.spec.tiling.arch != arch for row in kept):
-        raise InvalidInput(f"{path.name} holds rows of another GPU or architecture")
+        raise InvalidInput(f"{path} holds rows of another GPU or architecture")
     ordered = sorted(
         (*kept, *rows), key=lambda row: (row.spec.problem.dtype, row.spec.problem.mask != "full", row.seqlen_min)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import fa2gen
 from fa2gen import catalog, log
 from fa2gen.arch import ARCHES
 from fa2gen.cli import ExitStatus, app
+from fa2gen.doctor import _kernels
 from fa2gen.select import forget as forget_selections
 from fa2gen.spec import Direction
 
@@ -162,6 +164,14 @@ def test_doctor_holds_what_a_report_needs(cache):
     assert not cache.exists()
 
 
+def test_rows_of_kernels_come_in_one_order():
+    """Whatever order Python's sets have in a process."""
+    ask = "from fa2gen.doctor import _kernels; print([row['problem'] for row, _ in _kernels([])])"
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"{[row['problem'] for row, _ in _kernels([])]}\n", done.stderr
+
+
 # Nothing is called done that is not ----------------------------------------------------------------------------------
 
 
@@ -181,9 +191,25 @@ def test_looking_at_the_cache_makes_none(cache, command):
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("arguments", ["--target sm_999", "--out README.md", "--out /proc/nope"])
-def test_a_build_looks_at_its_options_first(cache, arguments):
-    done = fa2("build", NAME, *arguments.split())
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(f"build {NAME} {rest}" for rest in ("--target sm_999", "--out README.md", "--out /proc/nope")),
+        f"report {NAME} --html --out /proc/nope/page.html",
+        f"report {NAME} --result /proc/nope",
+        "bench --save /proc/nope/result.json",
+        "bench --plot /proc/nope",
+        "bench --peer nope",
+        "bench --out /proc/nope",
+        "tune --head-dim 64 --out /proc/nope",
+        "tune --head-dim 64 --journal /proc/nope/journal",
+        "shim wheel --out /proc/nope",
+        "explain --gpu nope",
+    ],
+)
+def test_options_are_looked_at_first(cache, arguments):
+    """What cannot be read, written or found is a fault of usage, named before anything is compiled or measured."""
+    done = fa2(*arguments.split())
     assert done.status == ExitStatus.USAGE
-    assert arguments.split()[1] in done.stderr
+    assert any(word in done.stderr for word in ("nope", "sm_999", "README.md", "--plot"))
     assert not cache.exists()

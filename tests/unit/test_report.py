@@ -161,7 +161,7 @@ def test_the_command(listing, tmp_path, monkeypatch):
     said = run(app, ["report", NAME])
     assert said.exit_code == 0 and not list(Path().glob("*.json"))
     assert run(app, ["report", NAME, "--out", "x.html"]).exit_code == 2
-    assert run(app, ["report", NAME, "--html", "--out", f"{NAME}.html/x.html"]).exit_code == 1
+    assert run(app, ["report", NAME, "--html", "--out", f"{NAME}.html/x.html"]).exit_code == 2
 
 
 # In a browser -----------------------------------------------------------------------------------------------------
