@@ -17,6 +17,13 @@ BIN  := $(VENV)/bin
 # The outer pip fills .venv: a Debian python3 without python3-venv cannot put a pip inside.
 PIP  := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check --quiet
 
+# Installs $(1), with a line every five seconds: pip says nothing while it downloads, and a log would look dead.
+define install
+@echo "installing $(strip $(1))"; \
+(while sleep 5 >/dev/null 2>&1; do echo "still installing"; done) & teller=$$!; trap "kill $$teller" EXIT; \
+$(PIP) install $(1)
+endef
+
 .PHONY: demo test docs clean
 
 demo: $(VENV)/.stamp-demo
@@ -42,11 +49,11 @@ $(BIN)/python:
 
 # Building kernels needs no torch; running them does. So the demo installs one only where a GPU is.
 $(VENV)/.stamp-demo: pyproject.toml | $(BIN)/python
-	$(PIP) install $(if $(shell command -v nvidia-smi),$(TORCH)) --editable .
+	$(call install,$(if $(shell command -v nvidia-smi),$(TORCH)) --editable .)
 	@touch $@
 
 $(VENV)/.stamp-test: pyproject.toml | $(BIN)/python
-	$(PIP) install $(TORCH) --editable '.[test]'
+	$(call install,$(TORCH) --editable '.[test]')
 	@touch $@
 
 clean:

@@ -14,6 +14,7 @@ import time
 import numpy as np
 
 from fa2gen import Fa2GenError, KernelSpec
+from fa2gen.cli.console import progress
 from fa2gen.cpu import find_compiler
 from fa2gen.features import examples_of, key_range
 from fa2gen.options import Options
@@ -55,7 +56,8 @@ def main() -> int:
         for rows in (QUERIES, KEYS, KEYS)
     )
     started = time.perf_counter()
-    out, lse, report = run_on_cpu(spec, q, k, v, options)
+    with progress("running", 1):  # a line every few seconds: compiling takes long on a slow machine
+        out, lse, report = run_on_cpu(spec, q, k, v, options)
     seconds = time.perf_counter() - started
 
     wide_q, wide_k, wide_v = (x[0].astype(np.float64) for x in (q, k, v))

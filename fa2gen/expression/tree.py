@@ -23,6 +23,7 @@ exp log tanh sigmoid sqrt exp2 log2  float
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class Node:
 
 _known: WeakValueDictionary[tuple[Any, ...], Node] = WeakValueDictionary()
 _lock = threading.Lock()
+# A child that is forked while another thread makes a node would wait for that thread, which it has not.
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 def make(op: str, *args: Node, type: Type, value: Any = None) -> Node:

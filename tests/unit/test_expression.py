@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import signal
 import string
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fa2gen.errors import InvalidInput
-from fa2gen.expression import emit, parse
+from fa2gen.expression import emit, parse, tree
 from fa2gen.expression.examples import EXAMPLES
 from fa2gen.expression.grammar import FUNCTIONS, NAMES
 from tests.expressions import random_condition, random_score
@@ -308,3 +312,23 @@ def test_a_name_never_reaches_the_code(word):
     known = {*FUNCTIONS, *NAMES, "d", "score", "allow", "and", "or", "not", "sign"}
     for _, text in program.formulas:
         assert all(word in known or OWN.fullmatch(word) for word in re.findall(r"[A-Za-z_]\w*", text)), text
+
+
+def test_a_child_forked_while_a_thread_makes_a_node_makes_nodes():
+    """It would wait for that thread, which it has not."""
+    held = threading.Event()
+
+    def hold() -> None:
+        with tree._lock:
+            held.set()
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)  # a child that hangs is ended by it
+        os._exit(0 if tree.const(1.5) is tree.const(1.5) else 1)
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0

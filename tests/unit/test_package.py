@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -187,3 +188,18 @@ def test_type_checkers_know_what_comes_back(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     wrong = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
     assert wrong == {8, 9}, done.stdout + done.stderr
+
+
+def test_make_says_that_it_installs(tmp_path):
+    """pip is silent while it downloads; a log of `make demo` shows a line every few seconds all the same."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("needs make")
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").touch()
+    command = [make, ".venv/.stamp-demo", "PIP=sleep 6 && echo"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and (tmp_path / ".venv/.stamp-demo").exists(), done.stderr
+    assert "still installing\n" in done.stdout and "--editable .\n" in done.stdout
