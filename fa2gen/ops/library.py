@@ -80,13 +80,13 @@ __all__ = ["OPTION_SCHEMA"]
 
 _TYPES = {bool: "bool", int: "SymInt", float | None: "float"}  # a scale has a value here
 _POSITIONAL = ("softmax_scale", "causal")  # these came first, without a default
+_OPTIONS = (*_POSITIONAL, *(name for name in Options._fields if name not in (*_POSITIONAL, *OF_GENERAL_OPERATORS)))
 
 
 def _option_schema() -> str:
     types = typing.get_type_hints(Options)
-    first = [f"{_TYPES[types[name]]} {name}" for name in _POSITIONAL]
-    others = [name for name in Options._fields if name not in (*_POSITIONAL, *OF_GENERAL_OPERATORS)]
-    return ", ".join([*first, *(f"{_TYPES[types[n]]} {n}={Options._field_defaults[n]}" for n in others)])
+    defaults = {name: "" if name in _POSITIONAL else f"={Options._field_defaults[name]}" for name in _OPTIONS}
+    return ", ".join(f"{_TYPES[types[name]]} {name}{default}" for name, default in defaults.items())
 
 
 OPTION_SCHEMA = _option_schema()
@@ -114,16 +114,15 @@ _OF_GENERAL = ("score", "allow", "inputs", "numbers", "dropout_p", "learned")  #
 
 def _options(name: str, tensors: tuple[Any, ...], others: tuple[Any, ...], named: dict[str, Any]) -> Options:
     """What an operator was called with, where others are its arguments behind the tensors."""
+    given = {**named, **dict(zip((*_OPTIONS, *_OF_GENERAL), others, strict=False))}
     if name not in _GENERAL_NAMES:
-        return Options(*others, **{**named, "varlen": name in _RAGGED_NAMES})
+        return Options(**{**given, "varlen": name in _RAGGED_NAMES})
     *_, of_query, of_key, used_q, used_k, s_aux, _, inputs = tensors
     ragged = not of_query is of_key is used_q is used_k is None
-    count = len(Options._fields) - len(OF_GENERAL_OPERATORS)
-    given = {**named, **dict(zip(_OF_GENERAL, others[count:], strict=False))}
     expression = expression_said(given, inputs)
     given = {name: value for name, value in given.items() if name not in Expression._fields}
     given |= {"varlen": ragged, "sink": s_aux is not None, "expression": expression}
-    return Options(*others[:count], **given)
+    return Options(**given)
 
 
 def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
