@@ -1,10 +1,9 @@
 """The gradients of attention, for every way in which PyTorch asks for them.
 
-`Attention` is the autograd function, `RaggedAttention` that of ragged batches, `GeneralAttention` that of calls with
-further tensors, dense or ragged. The operators `fa2gen::fwd`, `fwd_varlen` and `fwd_general` apply them in their
-Autograd kernels (see `fa2gen.ops.library`), so that whoever calls an operator gets gradients: exported programs, graphs
-of make_fx, torch.compile. A plain eager call applies them around the CUDA kernels themselves, without the operator's
-dispatch.
+`Attention` is the autograd function, of dense and of ragged batches, `GeneralAttention` that of calls with further
+tensors. The operators `fa2gen::fwd`, `fwd_varlen` and `fwd_general` apply them in their Autograd kernels (see
+`fa2gen.ops.library`), so that whoever calls an operator gets gradients: exported programs, graphs of make_fx,
+torch.compile. A plain eager call applies them around the CUDA kernels themselves, without the operator's dispatch.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ __all__ = [
     "Attention",
     "GeneralAttention",
     "Gradients",
-    "RaggedAttention",
     "apply",
     "is_plain",
     "refuse_tangents",
@@ -85,95 +83,38 @@ def apply(function: type[torch.autograd.Function], run: Callable[..., Any], *arg
 
 
 class Attention(torch.autograd.Function):
-    """(out, lse) of q, k, v and options by `run`, and their gradients."""
+    """(out, lse) of q, k, v by `run`, and their gradients; of a ragged batch with its four lengths."""
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, options: Any
+        ctx: Any, run: Callable[..., tuple[Tensor, Tensor]], q: Tensor, k: Tensor, v: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
-        out, lse = run(q, k, v, options)
-        ctx.save_for_backward(q, k, v, out, lse)
+        """rest, behind q, k and v what `run` takes too: further tensors, options, and the keys of the longest sequence,
+        None where they are not known or all have the same."""
+        out, lse = run(q, k, v, *rest)
+        *others, ctx.options, ctx.max_keys = rest
+        ctx.save_for_backward(q, k, v, out, lse, *others)
         ctx.set_materialize_grads(False)
-        ctx.options = options
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
-            return (None,) * 5
-        q, k, v, out, lse = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        run = backward_cuda if _is_plain_backward(dout, q, k, v, dlse) else by_operator
-        dq, dk, dv = run(dout, q, k, v, out, lse, dlse, ctx.options)
-        return None, dq, dk, dv, None
-
-
-class RaggedAttention(torch.autograd.Function):
-    """`Attention` of a ragged batch: with its four lengths, and the keys of the longest sequence if they are known."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: Callable[..., tuple[Tensor, Tensor]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        options: Any,
-        max_keys: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-        out, lse = run(q, k, v, *lengths, options, max_keys)
-        ctx.save_for_backward(q, k, v, out, lse, *lengths)
-        ctx.set_materialize_grads(False)
-        ctx.options, ctx.max_keys = options, max_keys
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dout is None and dlse is None:
-            return (None,) * 10
+            return (None,) * len(ctx.needs_input_grad)
         q, k, v, out, lse, *lengths = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
-        run = by_operator
+        run: Callable[..., Any] = by_operator
         if _is_plain_backward(dout, q, k, v, dlse):
-            run = partial(backward_ragged, max_keys=ctx.max_keys)
+            run = partial(backward_ragged, max_keys=ctx.max_keys) if lengths else backward_cuda
         dq, dk, dv = run(dout, q, k, v, out, lse, dlse, *lengths, ctx.options)
-        return None, dq, dk, dv, *(None,) * 6
+        return None, dq, dk, dv, *(None,) * len(lengths), None, None
 
 
-class GeneralAttention(torch.autograd.Function):
-    """`Attention` of a call with further tensors: lengths if the batch is ragged, sinks' logits if there are sinks, the
-    random bits of dropout, which say what was dropped in place of a mask, and the tensors of an expression, of which
-    those that require one have a gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: Callable[..., tuple[Tensor, Tensor]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        seqused_q: Tensor | None,
-        seqused_k: Tensor | None,
-        s_aux: Tensor | None,
-        rng_state: Tensor | None,
-        *rest: Any,
-    ) -> tuple[Tensor, Tensor]:
-        *tensors, options, max_keys = rest
-        others = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, s_aux, rng_state, *tensors)
-        out, lse = run(q, k, v, *others, options, max_keys)
-        ctx.save_for_backward(q, k, v, out, lse, *others)
-        ctx.set_materialize_grads(False)
-        ctx.options, ctx.max_keys = options, max_keys
-        return out, lse
+class GeneralAttention(Attention):
+    """`Attention` of a call with further tensors: four lengths if the batch is ragged, sinks' logits if there are
+    sinks, the random bits of dropout, which say what was dropped in place of a mask, and the tensors of an expression,
+    of which those that require one have a gradient."""
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:

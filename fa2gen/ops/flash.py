@@ -126,7 +126,7 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
     ):
         options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False, False, expression, 0.0)
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
-            out, lse = Attention.apply(forward_cuda, q, k, v, options)
+            out, lse = Attention.apply(forward_cuda, q, k, v, options, None)
         elif return_attn_probs:
             out, lse = forward_cuda(q, k, v, options)
         else:

@@ -41,7 +41,6 @@ from fa2gen.ops.autograd import (
     Attention,
     GeneralAttention,
     Gradients,
-    RaggedAttention,
     apply,
     refuse_tangents,
     wants_gradient,
@@ -294,8 +293,8 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
                 return operator.redispatch(below, *flat[:alone], *as_list, *others, **named)
 
         if torch.is_grad_enabled() and wants_gradient(*tensors):
-            behind = (None,) if function is GeneralAttention else ()  # it is not known how many keys there are at most
-            return apply(function, run, *tensors, _options(name, given, others, named), *behind)
+            options = _options(name, given, others, named)
+            return apply(function, run, *tensors, options, None)  # it is not known how many keys there are at most
         return run(*tensors)
 
     return kernel
@@ -362,7 +361,7 @@ def _kernels(name: str) -> dict[str, Callable[..., Any]]:
     }
     functions: dict[str, type[torch.autograd.Function]] = {
         "fwd": Attention,
-        "fwd_varlen": RaggedAttention,
+        "fwd_varlen": Attention,
         "fwd_general": GeneralAttention,
     }
     plain = name in ("fwd", "bwd")
