@@ -40,6 +40,11 @@ class BackwardPlan(KernelPlan):
         """Whether blocks of keys walk their blocks of queries from the last to the first."""
         return False
 
+    @property
+    def shares_draws(self) -> bool:
+        """Whether two warps, whose 32 keys get random bits together, draw half of them each, for both."""
+        return False
+
     # Groups in parts: each block of keys then has as many blocks of threads, which leave their sums in memory
 
     @property

@@ -31,6 +31,7 @@ from fa2gen.ptx import Wgmma
 __all__ = ["Sm90BwdPlan"]
 
 FLOAT_BYTES = 4
+WARP_BYTES = 128  # of a word of each lane
 
 # Registers that a thread needs beside the tiles: addresses, loop state. With these every default compiles without a
 # spill; ptxas has the last word (tests/compile).
@@ -116,8 +117,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             why = f"{self.num_dq_slices} slices of dQ for {self.num_mma_warps} warps"
         elif self.swaps_dq and self.tile_m > ROWS_PER_WARPGROUP:  # 80: 64 bytes spill, and products wait (C7512)
             why = f"{self.tile_m} queries above head dim 64, which leave too few registers"
-        elif self.swaps_dq and self.dropout:  # with a window 36 bytes spill
-            why = "dropout above head dim 64, which leaves too few registers"
+        elif self.swaps_dq and self.dropout and self.left_edge:  # 16 bytes spill
+            why = "dropout in a window above head dim 64, which leaves too few registers"
         elif self.deterministic or self.has_score or self.has_allow:
             why = "deterministic sums" if self.deterministic else "an expression"
         if why:
@@ -363,6 +364,19 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         """LSE, or dPsum, of one block of queries."""
         return self.tile_m * FLOAT_BYTES
 
+    @property
+    def shares_draws(self) -> bool:
+        return self.dropout and self.splits_keys
+
+    @property
+    def kept_warp_bytes(self) -> int:
+        """What a warp draws for a block of queries: a bit an element."""
+        return WARP_BYTES * ceil_div(self.num_acc_s, 32)
+
+    @property
+    def kept_bytes(self) -> int:
+        return self.kept_warp_bytes * self.num_mma_warps
+
     @cached_property
     def barriers(self) -> Barriers:
         return self._barriers(self.stages_dq)
@@ -426,6 +440,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 *((Region("dq", self.dq_block_floats * FLOAT_BYTES, label="dQ"),) if stages_dq else ()),
                 Region("lse", self.statistics_bytes, self.num_stages, label="LSE"),
                 Region("dpsum", self.statistics_bytes, self.num_dout_stages, label="dPsum"),
+                *((Region("kept", self.kept_bytes, 2 if self.lags_dq else 1),) if self.shares_draws else ()),
                 self._barriers(stages_dq).region,
             )
         )

@@ -322,8 +322,9 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
     else:
         wanted = [(s + dp + 2 * dkv + dq, [1, 0, 1, 1, 0])]
     # Addresses and descriptors stay uniform; but for the parity of a step where turns need uniform registers too, and
-    # for the numbers of an expression that says what is hidden, or of tensors that learn.
-    moved = 2 if plan.has_allow else int((plan.passes_p and plan.deterministic) or bool(plan.learned))
+    # for the numbers of an expression that says what is hidden, or of tensors that learn, and where counters begin.
+    one = (plan.passes_p and plan.deterministic) or bool(plan.learned)
+    moved = 2 if plan.has_allow or plan.shares_draws else int(one)
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
     for loop in loops:
         # No stage is released by an arrival that may overtake loads of row statistics from it: their use comes first,

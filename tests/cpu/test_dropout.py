@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fa2gen import cases
-from fa2gen.cpu import run_kernel
+from fa2gen.cpu import RunOptions, run_kernel
 from fa2gen.features import examples_of
 from fa2gen.options import Options, Shape
 from fa2gen.plan import make_plan
@@ -25,7 +25,8 @@ TILINGS = (
     "fa2_fwd_sm90_fp16_d128_drop_m64_n96_s2_w4",
     "fa2_bwd_sm80_bf16_d128_drop_m64_n64_s2_w8",
     "fa2_bwd_sm80_fp16_d128_drop_m32_n32_s1_w4",
-    "fa2_bwd_sm90_bf16_d128_drop_m80_n128_s2_w8",
+    "fa2_bwd_sm90_bf16_d128_drop_m48_n128_s2_w8",
+    "fa2_bwd_sm90_bf16_d128_drop_m64_n128_s2_w8_l1",
     "fa2_bwd_sm90_fp16_d128_drop_m64_n64_s2_w8",
 )
 
@@ -64,7 +65,8 @@ def run(name: str, shape: Shape, rendered=None, p=0.3, seed=0, **how):
     spec = KernelSpec.from_name(name)
     given = next(iter(examples_of(spec.problem)))._replace(dropout_p=p)
     case = cases.make(spec, shape, given, with_dlse=True)
-    run_kernel(make_plan(spec), case.tensors, case.options, rendered=rendered)
+    run_options = RunOptions(seed=seed, **how)
+    run_kernel(make_plan(spec), case.tensors, case.options, rendered=rendered, run_options=run_options)
     assert cases.written_outside(case) is None
     return cases.verdict(case), case.tensors
 
@@ -121,13 +123,28 @@ FAULTS = [
     Fault("bits-of-the-block-before", FORWARD, f"{DRAW_FORWARD}\n                wgmma_wait_0", "wgmma_wait_0"),
     Fault("row-of-the-warp", SM80_FORWARD, "drop_thread / 32 * kNumRowTiles * 16 + 16 * i", "16 * i"),
     Fault("keys-of-the-first-half", BACKWARD, "first_key / 16 % 2", "0"),
-    Fault("units-in-the-wrong-place", BACKWARD, "row_unit + unit + 1 - half", "row_unit + unit + 1"),
+    Fault("units-in-the-wrong-place", PRODUCTS, "row_unit + unit + 1 - half", "row_unit + unit + 1"),
+    Fault("not-transposed", BACKWARD, "transpose_halves(compare(p, first, second))", "compare(p, first, second)"),
+    Fault("the-other-half-stays", BACKWARD, "4 + 24 * half", "0"),
+    Fault("the-own-half-twice", BACKWARD, "drawn(slice ^ 1, kept_stage)", "drawn(slice, kept_stage)"),
+    Fault("halves-the-other-way", BACKWARD, "0x0f0f0f0fu << 4 * half", "0xf0f0f0f0u >> 4 * half"),
     Fault(
-        "not-transposed", BACKWARD, "transpose_halves(compare(p, words[0], words[1]))", "compare(p, words[0], words[1])"
+        "nobody-waits-for-the-other-half",
+        BACKWARD,
+        "named_barrier_sync(kFirstWarpPair + slice / 2, 64);",
+        "",
+        schedules=4,
+    ),
+    Fault("bits-of-the-step-before", BACKWARD, "draw(ds_stage ^ 1);", "draw(ds_stage);"),
+    Fault(
+        "bits-of-the-same-queries",
+        BACKWARD,
+        "walk.next(p, blocks);\n        draw(ds_stage ^ 1);",
+        "draw(ds_stage ^ 1);\n        walk.next(p, blocks);",
     ),
     Fault("queries-of-the-other-half", BACKWARD, "bit % 2 * 4 + bit / 2 % 2 * 2", "bit / 2 % 2 * 4 + bit % 2 * 2"),
     Fault("p-keeps-its-minus", BACKWARD, "fabsf(p[tile][j])", "p[tile][j]"),
-    Fault("dp-is-not-dropped", BACKWARD, "fmaxf(p[tile][j], 0.0f)", "fabsf(p[tile][j])"),
+    Fault("dp-is-not-dropped", BACKWARD, "saturate(p[tile][j])", "fabsf(p[tile][j])"),
     Fault("dpsum-is-not-scaled", BACKWARD, "sum * reciprocal_approx(p.keep_scale)", "sum"),
     Fault(
         "dq-is-not-scaled", BACKWARD, "kQPanelBytes, (p.softmax_scale * p.keep_scale)", "kQPanelBytes, p.softmax_scale"
@@ -156,4 +173,5 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_seen(fault):
-    assert any(symptom(run, fault, [shape], 0) for shape in (Shape(2, 90, 140, 4, 2),)), "no run shows it"
+    shapes = [Shape(2, 90, 140, 4, 2)]
+    assert any(symptom(run, fault, shapes, seed) for seed in range(fault.schedules)), "no run shows it"
