@@ -89,7 +89,8 @@ class Call:
 
     out_shape, lse_shape  of a forward pass's results.
     num_rows              of lse.
-    out_is_like_q         whether torch.empty_like(q), which takes two thirds of q.new_empty's time, has out's strides.
+    results_are_like      whether torch.empty_like of q, or of q, k and v for gradients, which takes half of new_empty's
+                          time, has the strides of results.
     launch                None where there is nothing to compute, and where a stride is no multiple of 16 bytes
                           (`misaligned`): such a call goes on with copies, which have a signature of their own.
     operands              the names of what a launch takes, where callers do not have them in order.
@@ -99,13 +100,18 @@ class Call:
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
     num_rows: int
-    out_is_like_q: bool
+    results_are_like: bool
     launch: PreparedLaunch | None
     misaligned: bool
     operands: tuple[str, ...] = ()
 
     def new_out(self, q: Tensor) -> Tensor:
-        return torch.empty_like(q) if self.out_is_like_q else q.new_empty(self.out_shape)
+        return torch.empty_like(q) if self.results_are_like else q.new_empty(self.out_shape)
+
+    def new_gradients(self, q: Tensor, k: Tensor, v: Tensor) -> Gradients:
+        if self.results_are_like:
+            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 class _Chosen:
@@ -239,26 +245,28 @@ def backward_cuda(
         *(options, tiling),
     )
     call = prepared(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, options, tiling)
-    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    dq, dk, dv = into or call.new_gradients(q, k, v)
     launch = call.launch
     if launch is None and not call.misaligned:  # no query or no key
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return dq, dk, dv
-    at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
-    at.append(0 if dlse is None else dlse.data_ptr())
-    if launch is None or any(address & 15 for address in at):
+    q_at, k_at, v_at, out_at, dout_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), dout.data_ptr()
+    dq_at, dk_at, dv_at, lse_at = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr()
+    dlse_at = 0 if dlse is None else dlse.data_ptr()
+    if launch is None or (q_at | k_at | v_at | out_at | dout_at | dq_at | dk_at | dv_at | lse_at | dlse_at) & 15:
         options, rooms = scaled(options, q), (room_for(dq), room_for(dk), room_for(dv))
         q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
         lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
         backward_cuda(dout, q, k, v, out, lse, dlse, options, tiling, rooms)
         return cut(rooms[0], dq), cut(rooms[1], dk), cut(rooms[2], dv)
-    launch_with_scratch(call, q, tuple(at))
+    launch_with_scratch(call, q, (q_at, k_at, v_at, out_at, dout_at, dq_at, dk_at, dv_at, lse_at, dlse_at))
     return dq, dk, dv
 
 
 def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...], memory: Tensor | None = None) -> None:
-    """Launch on the current stream of q's device, with scratch memory of any content, and counters that are zero.
+    """Launch on the current stream of q's device, with scratch memory of any content, the stream's if it fits, and
+    counters that are zero.
 
     memory  the scratch, where the caller has some.
     """
@@ -267,10 +275,16 @@ def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...], memory
         with torch.cuda.device(call.device):
             launch_with_scratch(call, q, operands, memory)
         return
+    stream: int = torch._C._cuda_getCurrentRawStream(call.device)
+    size = call.launch.cleared_bytes
+    if memory is None and not size and call.launch.scratch_bytes <= WORK_BYTES and not _is_capturing():
+        of_stream = _scratches.get((call.device, stream)) or _first_scratch(call.device, stream)
+        with of_stream.lock:
+            call.launch(operands, of_stream.work, stream)
+        return
     # Freed for the allocator at return, when no later kernel of this stream can have started.
     scratch = q.new_empty(call.launch.scratch_bytes, dtype=torch.uint8) if memory is None else memory
-    stream: int = torch._C._cuda_getCurrentRawStream(call.device)
-    if not (size := call.launch.cleared_bytes):
+    if not size:
         call.launch(operands, scratch.data_ptr(), stream)
     elif size > _COUNTER_BYTES or _is_capturing():  # a graph has its own, as it may be replayed on any stream
         zeros = q.new_zeros(size, dtype=torch.uint8)
@@ -458,7 +472,7 @@ def _prepare(
         out_shape=of_out,
         lse_shape=(batch, num_heads, seqlen_q),
         num_rows=batch * num_heads * seqlen_q,
-        out_is_like_q=head_dim == head_dim_v and step_q == (*out_strides, 1),
+        results_are_like=head_dim == head_dim_v and step_q == (*out_strides, 1),
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
@@ -495,7 +509,8 @@ def _prepare_backward(
     if strides is not None:
         strides |= {"dq": dense(*size_q[1:]), "dk": dense(*size_k[1:]), "dv": dense(*size_v[1:])}
     launch = packed("bwd", q, size_v[3], strides, said, shape, shape.seqlen_k, None, tiling)
-    return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
+    alike = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    return Call(q.get_device(), (), (), 0, alike, launch, launch is None and 0 not in shape)
 
 
 def fit_each_other(size_q: Sequence[int], size_k: Sequence[int], size_v: Sequence[int]) -> bool:

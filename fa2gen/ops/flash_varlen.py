@@ -25,7 +25,7 @@ from fa2gen.ops.arguments import (
     whole,
     window_sides,
 )
-from fa2gen.ops.autograd import Attention, is_plain, wants_gradient
+from fa2gen.ops.autograd import attend, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions
 from fa2gen.ops.flash import Result, WithLse, unpacked
 from fa2gen.ops.operator import run_general, run_ragged
@@ -174,7 +174,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         )
         max_keys: int | None = max_seqlen_k
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
-            out, lse = Attention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
+            out, lse = attend(forward_ragged, q, k, v, *lengths, options, max_keys)
         elif return_attn_probs:
             out, lse = forward_ragged(q, k, v, *lengths, options, max_keys)
         else:

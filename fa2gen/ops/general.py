@@ -245,7 +245,7 @@ def _prepare(
         out_shape=of_out,
         lse_shape=(shape.batch, *rows) if sequences is None else rows,
         num_rows=0,
-        out_is_like_q=q.is_contiguous() and of_out == q.shape,
+        results_are_like=q.is_contiguous() and of_out == q.shape,
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )

@@ -188,7 +188,7 @@ def _prepare(given: Cached, said: AnyOptions, interleaved: bool, num_splits: int
         out_shape=tuple(q.shape),
         lse_shape=(batch, num_heads, seqlen_q),
         num_rows=batch * num_heads * seqlen_q,
-        out_is_like_q=q.stride() == (*dense(seqlen_q, num_heads, head_dim), 1),
+        results_are_like=q.stride() == (*dense(seqlen_q, num_heads, head_dim), 1),
         launch=launch,
         misaligned=launch is None and not empty,
         pick=_picked(tuple(operand.name for operand in kernel.plan.operands), given),

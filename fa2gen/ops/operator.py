@@ -24,7 +24,7 @@ from fa2gen.ops.arguments import (
     sinks,
     window_sides,
 )
-from fa2gen.ops.autograd import Attention, GeneralAttention, is_plain, wants_gradient
+from fa2gen.ops.autograd import attend, attend_generally, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions, forward_cuda
 from fa2gen.ops.general import forward_general
 from fa2gen.ops.nested import jagged_like, packed_jagged
@@ -158,7 +158,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tens
     """(out, lse) of options with a scale, by the operator where others look at the call."""
     if is_plain(q, k, v):
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
-            out, lse = Attention.apply(forward_cuda, q, k, v, options, None)
+            out, lse = attend(forward_cuda, q, k, v, options, None)
             return out, lse
         return forward_cuda(q, k, v, options)
     if options.expression:
@@ -189,7 +189,7 @@ def run_ragged(
         return run_general(q, k, v, lengths, options, max_keys, s_aux, dropout_p, None, tensors)
     if is_plain(q, k, v) and are_plain(lengths):
         if torch.is_grad_enabled() and wants_gradient(q, k, v):
-            out, lse = Attention.apply(forward_ragged, q, k, v, *lengths, options, max_keys)
+            out, lse = attend(forward_ragged, q, k, v, *lengths, options, max_keys)
             return out, lse
         return forward_ragged(q, k, v, *lengths, options, max_keys)
     said = Options(*options)
@@ -232,7 +232,7 @@ def run_general(
     others = (*lengths, sinks(s_aux), rng_state)
     if is_plain(q, k, v) and all(x is None or type(x) is Tensor for x in (*others, *tensors)):
         if torch.is_grad_enabled() and wants_gradient(q, k, v, *others, *tensors):
-            out, lse = GeneralAttention.apply(_forward_flat, q, k, v, *others, *tensors, said, max_keys)
+            out, lse = attend_generally(_forward_flat, q, k, v, *others, *tensors, said, max_keys)
             return out, lse
         return forward_general(q, k, v, *others, tensors, said, max_keys)
     q, k, v = autocasted(q, k, v)

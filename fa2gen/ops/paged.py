@@ -130,7 +130,7 @@ def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: in
         out_shape=out_shape(q, v),
         lse_shape=(num_heads, total_q),
         num_rows=0,
-        out_is_like_q=False,
+        results_are_like=False,
         launch=launch,
         misaligned=launch is None and not empty,
         operands=tuple(operand.name for operand in kernel.plan.operands if not operand.is_input),

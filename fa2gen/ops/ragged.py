@@ -148,7 +148,7 @@ def backward_ragged(
         *map(_kind, lengths), options, bits,
     )  # fmt: skip
     call = prepared(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, lengths, options, bits)
-    dq, dk, dv = into or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    dq, dk, dv = into or call.new_gradients(q, k, v)
     if call.launch is None and not call.misaligned:  # no query or no key
         for gradient in (dq, dk, dv):
             gradient.zero_()
@@ -221,7 +221,7 @@ def _prepare(
         out_shape=of_out,
         lse_shape=(shape.num_heads, shape.seqlen_q),
         num_rows=shape.num_heads * shape.seqlen_q,
-        out_is_like_q=size_q == of_out and q.stride() == (*out_strides[1:], 1),
+        results_are_like=size_q == of_out and q.stride() == (*out_strides[1:], 1),
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
@@ -256,7 +256,8 @@ def _prepare_backward(
     if strides is not None:
         strides |= {f"d{name}": dense(*places[name][0][1:]) for name in "qkv"}
     launch = packed("bwd", q, size_v[-1], strides, said, shape, _keys(shape, bits))
-    return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
+    alike = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
+    return Call(q.get_device(), (), (), 0, alike, launch, launch is None and 0 not in shape)
 
 
 def packed_sequences(tensors: Sequence[Any], lengths: Sequence[Any]) -> int | None:

@@ -536,6 +536,32 @@ def test_a_ragged_call_uses_the_scratch_of_its_stream(gpu, monkeypatch):
     assert only(gpu).launched[-1][4] == lse.data_ptr() and only(gpu).launched[-1][9] != scratch.work
 
 
+def test_gradients_of_small_problems_use_the_scratch_of_their_stream(gpu, monkeypatch):
+    """Under a lock, as three kernels follow each other there. A captured call and a larger one have their own."""
+    q, k, v = tensors()
+    out, lse = calls.forward_cuda(q, k, v, Options(0.1, True))
+    locked = []
+    launch = FakeKernel.__call__
+    monkeypatch.setattr(
+        FakeKernel,
+        "__call__",
+        lambda self, *given: (locked.append(calls._scratches[-1, 5].lock.locked()), launch(self, *given)),
+    )
+
+    def scratch():
+        calls.backward_cuda(torch.zeros_like(out), q, k, v, out, lse, None, Options(0.1, True))
+        *_, kernel = gpu.kernels.values()
+        return kernel.launched[-1][-2]
+
+    work = calls._scratches[-1, 5].work
+    assert scratch() == work and locked == [True]
+    gpu.capturing = True
+    assert scratch() != work
+    gpu.capturing = False
+    monkeypatch.setattr(calls, "WORK_BYTES", 3)
+    assert scratch() != work and locked == [True, False, False]
+
+
 def test_ragged_gradients_are_launched(gpu):
     q, k, v, *lengths = ragged_tensors()
     out, lse = forward_ragged(q, k, v, *lengths, RAGGED)
