@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fa2gen.errors import InvalidInput
+from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.expression import parse
 from fa2gen.ops.validate import DTYPES, describe
 from fa2gen.options import SAID_BY_TENSORS, UNLIMITED, Expression, Options
@@ -310,5 +310,13 @@ def probability(dropout_p: Any) -> float:
 
 
 def new_rng_state(q: Tensor) -> Tensor:
-    """128 random bits on q's device, by its generator: (2,) int64. A captured graph draws new ones at each replay."""
+    """128 random bits on q's device, by its generator: (2,) int64. A captured graph draws new ones at each replay.
+
+    Raises UnsupportedProblem for a DTensor, as other devices would draw other bits.
+    """
+    if hasattr(q, "device_mesh"):
+        raise UnsupportedProblem(
+            "dropout of DTensors is not built: each device would drop other elements; nearest: dropout_p=0.0, or the "
+            "local tensors, to_local()"
+        )
     return torch.randint(-(1 << 63), (1 << 63) - 1, (2,), device=q.device)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
 from fa2gen.errors import UnsupportedProblem
@@ -21,6 +21,7 @@ __all__ = ["register"]
 
 _BATCH = 0  # dimension of all tensors of a batch that is not ragged
 _NUM_LENGTHS = len(LENGTHS)
+_OF_NO_TENSORS = None  # in the place of a list, which is empty
 
 
 def register() -> None:
@@ -30,7 +31,18 @@ def register() -> None:
     register_sharding(torch.ops.fa2gen.fwd_varlen.default)(partial(_forward, True))
     register_sharding(torch.ops.fa2gen.bwd_varlen.default)(partial(_backward, True))
     register_sharding(torch.ops.fa2gen.fwd_general.default)(_forward_general)
-    register_sharding(torch.ops.fa2gen.bwd_general.default)(_backward_general)
+    general = torch.ops.fa2gen.bwd_general.default
+    register_sharding(general)(_backward_general)
+    strategies = DTensor._op_dispatcher.sharding_propagator.op_strategy_funcs
+    strategies[general] = partial(_with_a_list, strategies[general])
+
+
+def _with_a_list(strategy: Any, schema: Any) -> Any:
+    """A strategy whose last result is a list, of no tensors: `register_sharding` has no word for one."""
+    found = strategy(schema)
+    for one in found.strategies:
+        one.output_specs = (*one.output_specs[:-1], [])
+    return found
 
 
 def _forward(ragged: bool, q: Any, k: Any, v: Any, *others: Any) -> list[tuple[list[Any], list[Any]]]:
@@ -59,7 +71,8 @@ def _forward_general(q: Any, k: Any, v: Any, *others: Any) -> list[tuple[list[An
     for results, inputs in _forward(any(x is not None for x in lengths), q, k, v, *lengths, *options):
         of_head = _of_heads(s_aux, results[1], len(q.shape))
         at = 3 + _NUM_LENGTHS
-        found.append((results, [*inputs[:at], of_head, None if rng_state is None else Replicate(), [], *inputs[at:]]))
+        of_bits = None if rng_state is None else Replicate()
+        found.append((results, [*inputs[:at], of_head, of_bits, _OF_NO_TENSORS, *inputs[at:]]))
     return found if rng_state is None else found[:1]  # heads and sequences are numbered in each shard from 0
 
 
@@ -77,7 +90,9 @@ def _backward_general(
         of_head = _of_heads(s_aux, rows, len(q.shape))
         of_gradient = Partial() if s_aux is not None and of_head == Replicate() != rows else of_head or Replicate()
         of_bits = None if rng_state is None else Replicate()
-        found.append(([*results, of_gradient], [*inputs[:at], of_head, of_bits, [], *inputs[at:]]))
+        found.append(
+            ([*results, of_gradient, _OF_NO_TENSORS], [*inputs[:at], of_head, of_bits, _OF_NO_TENSORS, *inputs[at:]])
+        )
     return found if rng_state is None else found[:1]
 
 

@@ -290,6 +290,34 @@ def test_dtensors_are_computed_where_they_are(mesh, dimension):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dimension", [0, 2], ids=["batch", "heads"])
+def test_dtensors_with_a_cap_and_sinks(mesh, dimension):
+    """The general operators, both passes; sinks lie with their heads, or their gradient is a sum over the batch."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    xs = [*inputs(), torch.randn(4)]
+    of_sinks = Replicate() if dimension == 0 else Shard(0)
+    leaves = [x.clone().requires_grad_() for x in xs]
+    places = [Shard(dimension)] * 3 + [of_sinks]
+    *shards, sinks = (
+        DTensor.from_local(
+            x, mesh, [place], run_check=False, grad_placements=[Partial() if place.is_replicate() else place]
+        )
+        for x, place in zip(leaves, places, strict=True)
+    )
+    out = flash_attn_func(*shards, causal=True, softcap=2.0, s_aux=sinks)
+    assert out.placements == (Shard(dimension),)
+    wanted = [x.clone().requires_grad_() for x in xs]
+    expected = flash_attn_func(*wanted[:3], causal=True, softcap=2.0, s_aux=wanted[3])
+    assert torch.equal(out.to_local(), expected)
+    dout = torch.randn_like(expected)
+    found = torch.autograd.grad(out.to_local(), leaves, dout)
+    for x, y in zip(found, torch.autograd.grad(expected, wanted, dout), strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(UnsupportedProblem, match="dropout of DTensors is not built"):
+        flash_attn_func(*shards, 0.1)
+
+
 @pytest.mark.parametrize(
     ("heads", "heads_kv", "sizes", "together"),
     [
