@@ -942,9 +942,14 @@ def test_readme_excerpt_is_rendered():
     assert rendered == excerpt, "the template has changed: copy the excerpt anew into README.md"
 
 
-def test_readme_refusal_is_real():
-    command, refusal = readme_block("is refused with every rule that it breaks:").split("\n", 1)
-    assert fa2(*command.removeprefix("$ fa2gen ").split()).stderr.rstrip() == refusal
+@pytest.mark.parametrize(
+    "shown", dict.fromkeys(block.split("\n", 1)[1] for block in pages().split("```")[1::2] if "\n$ fa2gen " in block)
+)
+def test_what_pages_show_is_printed(shown):
+    """Every block that begins with a command holds what it prints."""
+    command, printed = shown.split("\n", 1)
+    done = fa2(*command.removeprefix("$ fa2gen ").split())
+    assert (done.stdout + done.stderr).rstrip() == printed.rstrip()
 
 
 def readme_commands() -> list[str]:
