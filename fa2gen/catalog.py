@@ -85,7 +85,10 @@ def _written(users: bool) -> tuple[Wanted, ...]:
     for folder in folders:
         if not folder.is_dir():
             raise InvalidInput(f"FA2GEN_SPECS names {folder}, which is no folder")
-    return tuple(wanted for folder in folders for path in sorted(folder.glob("*.toml")) for wanted in read_spec(path))
+    paths = [path for folder in folders for path in sorted(folder.glob("*.toml"))]
+    if strange := [path for path in paths if path.exists() and not path.is_file()]:
+        raise InvalidInput(f"{strange[0]}: it is no regular file, and a pipe in a folder of specs would be waited for")
+    return tuple(wanted for path in paths for wanted in read_spec(path))
 
 
 @functools.cache

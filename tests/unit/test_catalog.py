@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -303,6 +304,14 @@ def test_a_problem_without_a_tiling_is_built_for_every_family(users):
     found = [spec for spec in catalogue() if spec.problem == Problem(head_dim=24)]
     assert [spec.tiling for spec in found] == [default_tiling(Problem(head_dim=24), arch) for arch in ARCHES]
     assert users_tilings() == {}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_in_a_folder_is_named(users, make):
+    """A pipe is not waited for."""
+    make(users / "own.toml")
+    with pytest.raises(InvalidInput, match=r"own\.toml: it is no regular file"):
+        catalogue()
 
 
 def test_a_folder_that_is_none_is_named(users):
