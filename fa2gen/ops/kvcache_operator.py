@@ -18,7 +18,7 @@ from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_reference import cached_reference
 from fa2gen.ops.validate import validate_options
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
-from fa2gen.options import Expression, Options
+from fa2gen.options import Options, expression_said
 
 __all__ = ["CACHE_SCHEMAS", "cache_kernels", "refuse_gradients"]
 
@@ -65,14 +65,12 @@ def _called(implementation: Callable[..., Any], name: str) -> Callable[..., Any]
         said = dict(zip((*names, *_option_names()), arguments, strict=False)) | named
         tensors = tuple(said.get("tensors") or ())
         given = Cached(**{n: said[n] for n in (*names, *_NUMBERS) if n in said}, tensors=tensors)
-        said_of = {n: said[n] for n in Expression._fields if n in said}
-        expression = Expression(**said_of | {"numbers": tuple(said.get("numbers", ()))})
         options = Options(
             softmax_scale=said["softmax_scale"],
             causal=said.get("causal", False),
             window_left=said.get("window_left", -1),
             window_right=said.get("window_right", -1),
-            expression=expression if expression.score or expression.allow else None,
+            expression=expression_said(said, tensors),
         )
         return implementation(given, options, said.get("rotary_interleaved", True), said.get("num_splits", 0))
 
