@@ -30,7 +30,7 @@ from fa2gen.groups import parts_of, with_parts
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.options import CacheShape
 from fa2gen.select import select
-from fa2gen.spec import Direction, KernelSpec, Tiling
+from fa2gen.spec import SAME, Direction, KernelSpec, Tiling
 
 __all__ = [
     "DEFAULT",
@@ -270,9 +270,18 @@ def _called(point: Point, q: Any, k: Any, v: Any) -> Call:
 
 
 def _cache(point: Point, k: Any, v: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """(k_cache, v_cache, where keys are in them, as flash_attn says it): all of each sequence's keys, on the device."""
+    """(k_cache, v_cache, where keys are in them and their scales, as flash_attn says it): all on the device."""
     torch = import_module("torch")
-    said = {"cache_seqlens": torch.full((point.batch,), point.seqlen, dtype=torch.int32, device=k.device)}
+    from fa2gen.ops.validate_cache import CACHE_DTYPES
+
+    keys = point.keys or (point.seqlen,) * point.batch
+    said = {"cache_seqlens": torch.tensor(keys, dtype=torch.int32, device=k.device)}
+    if point.cache_dtype != SAME:
+        dtype = next(dtype for dtype, name in CACHE_DTYPES.items() if name == point.cache_dtype)
+        unit = 16.0  # of which random numbers are some, and none 128
+        k, v = ((x * unit).to(dtype) for x in (k, v))
+        scale = torch.full((point.batch, point.heads_kv), 1 / unit, device=k.device)
+        said |= {"k_descale": scale, "v_descale": scale}
     if not point.page_size:
         return k, v, said
     pages = point.batch * point.seqlen // point.page_size
@@ -539,6 +548,8 @@ def _fa3(direction: Direction, library: Path | None) -> Contestant:
             options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
             options |= {"max_seqlen_q": point.seqlen, "max_seqlen_k": point.seqlen}
         if point.direction == "decode":
+            if point.cache_dtype != SAME:
+                raise Missing("over caches of 8 bits its queries have 8 bits too")
             k_cache, v_cache, said = _cache(point, k, v)
             options |= {"seqused_k": said["cache_seqlens"], "page_table": said.get("block_table")}
             return lambda: operators.fwd(q, k_cache, v_cache, **options, num_splits=0)[:1]

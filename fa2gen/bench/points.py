@@ -14,7 +14,7 @@ from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.features import examples_of, key_range
 from fa2gen.features.expression import EXAMPLE_NUMBER, shapes_of
 from fa2gen.options import UNLIMITED, Expression, Options, Shape
-from fa2gen.spec import SAME, Direction, DType, Mask, Problem, anonymous, program_of, text_of
+from fa2gen.spec import SAME, CacheDType, Direction, DType, Mask, Problem, anonymous, program_of, text_of
 
 __all__ = ["HIDDEN", "PRESETS", "TOKENS", "Point", "documents", "flops_of", "preset_points", "spec_points"]
 
@@ -32,6 +32,8 @@ class Point:
     head_dim_v  of v, where it is another.
     tokens      over a cache, the queries of each sequence: q (batch, tokens, heads, head_dim); seqlen are its keys.
     page_size   of the cache's pages, which lie in no order; 0: no pages.
+    keys        over a cache, how many each sequence has, of which seqlen are the most; (): all have seqlen.
+    cache_dtype what the cache holds.
     calls       what is called: "same", one call again and again; "new lengths", each call with another seqlen, of a
                 ragged batch in two sequences, than those before it, up to this one; or "step", a forward and a backward
                 pass together.
@@ -55,6 +57,8 @@ class Point:
     head_dim_v: int | None = None
     tokens: int = 0
     page_size: int = 0
+    keys: tuple[int, ...] = ()
+    cache_dtype: CacheDType = SAME
     calls: Literal["same", "new lengths", "step"] = "same"
     workload: str = ""
     score: str = ""
@@ -108,6 +112,8 @@ class Point:
         """See `flops_of`; of a ragged batch the sum over its sequences."""
         if self.lengths:
             return sum(point.flops for point in self.sequences)
+        if self.keys:
+            return sum(replace(self, batch=1, seqlen=keys, keys=()).flops for keys in self.keys)
         if self.workload:
             seen = WORKLOADS[self.workload].seen
             whole = replace(self, workload="", causal=False)
@@ -117,13 +123,15 @@ class Point:
     @property
     def problem(self) -> Problem:
         """What a kernel for it computes."""
-        return self.options.problem(self.direction, self.head_dim, self.dtype, self.head_dim_v, bool(self.page_size))
+        return self.options.problem(
+            self.direction, self.head_dim, self.dtype, self.head_dim_v, bool(self.page_size), self.cache_dtype
+        )
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Point:
         """The point of a row of results, also of one that was saved before a field was known."""
         known = {item.name: row[item.name] for item in fields(cls) if item.name in row}
-        return cls(**known | {"lengths": tuple(known.get("lengths", ()))})
+        return cls(**known | {name: tuple(known.get(name, ())) for name in ("lengths", "keys")})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -139,6 +147,10 @@ class Point:
         size = f"{sum(self.lengths)} in {self.batch}" if self.lengths else f"{self.batch} x {self.seqlen}"
         if self.tokens:
             size = f"{self.batch} x {self.tokens} over {self.seqlen}"
+            if self.keys:
+                size = f"{self.batch} x {self.tokens} over {sum(self.keys)} in all"
+            if self.page_size:
+                size = f"{size} in pages of {self.page_size}"
         return f"{' '.join((*self.problem.words, *window))} {size}, {heads} heads{of_calls}"
 
 
@@ -227,13 +239,17 @@ def _ragged(
     return replace(_point(preset, head_dim, dtype, causal, max(lengths), **sizes), lengths=tuple(lengths))
 
 
+def _log_normal(number: int, median: float) -> int:
+    """One of many lengths, log-normal as those of texts of the web are; the same each time."""
+    share = (number + 0.5) * GOLDEN % 1.0  # evenly spread, in no order
+    return max(1, round(median * math.exp(1.2 * NormalDist().inv_cdf(share))))
+
+
 def documents(total: int, longest: int, median: float = 500.0) -> list[int]:
-    """Lengths of documents that are packed to `total` tokens: log-normal, as texts of the web are; none above
-    `longest`, the last one cut. The same ones each time."""
+    """Lengths of documents that are packed to `total` tokens; none above `longest`, the last one cut."""
     lengths: list[int] = []
     while (left := total - sum(lengths)) > 0:
-        share = (len(lengths) + 0.5) * GOLDEN % 1.0  # evenly spread, in no order
-        lengths.append(min(left, longest, max(1, round(median * math.exp(1.2 * NormalDist().inv_cdf(share))))))
+        lengths.append(min(left, longest, _log_normal(len(lengths), median)))
     return lengths
 
 
@@ -258,17 +274,30 @@ def _mla(dtype: DType) -> list[Point]:
 
 
 def _decode(dtype: DType) -> list[Point]:
-    """Queries over caches: batches and lengths of serving, the heads of current models, more tokens, pages of 16."""
+    """Queries over caches: batches and lengths of serving, one of them ragged; the heads of current models; more
+    tokens; pages of 16 and of 1; 8-bit caches."""
     plain = replace(
         _point("decode", 128, dtype, False, 8192, batch=16, heads=32, heads_kv=8), direction="decode", tokens=1
     )
-    sizes = ((128, 4096), (16, 8192), (1, 65_536), (1, 8192), (1, 1024))
-    heads = ((128, 64, 8), (128, 32, 32), (64, 32, 8), (256, 32, 2))
+
+    def sized(*sizes: tuple[int, int], **fields: Any) -> list[Point]:
+        return [replace(plain, batch=batch, seqlen=seqlen, **fields) for batch, seqlen in sizes]
+
+    keys = tuple(min(32_768, _log_normal(number, 2500)) for number in range(32))
+    short, long = ((1, 1024), (1, 8192), (1, 65_536)), ((16, 1024), (16, 8192), (16, 65_536))
+    heads = ((128, 64, 8), (128, 32, 32), (128, 32, 2), (64, 32, 8), (64, 64, 8), (256, 32, 8), (256, 32, 2))
     return [
-        *(replace(plain, batch=batch, seqlen=seqlen) for batch, seqlen in sizes),
+        *sized((128, 4096), *short, *long, (128, 1024), (128, 8192)),  # 128 x 65,536 are 34 GB
+        *sized((32, max(keys)), keys=keys),
         *(replace(plain, head_dim=d, heads=h, heads_kv=hk) for d, h, hk in heads),
         *(replace(plain, causal=True, tokens=tokens) for tokens in (2, 4, 8, 16)),
-        *(replace(plain, batch=batch, seqlen=seqlen, page_size=16) for batch, seqlen in sizes[:3]),
+        *sized((128, 4096), *long[1:2], *short[1:], page_size=16),
+        *sized(*long[1:2], *short[1:2], page_size=1),
+        *(
+            point
+            for kind in ("e4m3", "int8")
+            for point in sized((128, 4096), *long[1:2], *short[1:2], cache_dtype=kind)
+        ),
     ]
 
 

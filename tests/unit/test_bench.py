@@ -86,10 +86,26 @@ def test_backward_points_are_the_forward_ones():
 
 
 def test_points_over_caches_are_a_direction_of_their_own():
+    torch = pytest.importorskip("torch")
     points = preset_points("decode")
     assert {point.problem.direction for point in points} == {"decode"} and points[0].shape == Shape(128, 1, 4096, 32, 8)
     assert {point.problem.paged for point in points} == {False, True}
     assert points[0].size(32, 128, of_query=True) == (128, 1, 32, 128) and points[0].size(8, 128) == (128, 4096, 8, 128)
+    (ragged,) = (point for point in points if point.keys)
+    assert ragged.shape[:3] == (32, 1, max(ragged.keys)) and ragged.size(8, 128) == (32, max(ragged.keys), 8, 128)
+    assert ragged.flops == sum(replace(points[0], batch=1, seqlen=keys).flops for keys in ragged.keys)
+    assert Point.of_row(json.loads(json.dumps(ragged.to_json()))) == ragged
+    assert {point.problem.cache_dtype for point in points} == {"same", "e4m3", "int8"}
+    assert len(set(points)) == len(points) == len({str(point) for point in points})
+    for point in points:
+        kv = torch.randn(2, 64, 2, 16).bfloat16()
+        k_cache, _, said = peers._cache(replace(point, batch=2, seqlen=64, heads_kv=2, keys=point.keys[:2]), kv, kv)
+        assert k_cache.shape[1] == (point.page_size or 64) and said["cache_seqlens"].shape == (2,)
+        whole = k_cache.float() * said["k_descale"][0, 0] if "k_descale" in said else k_cache.float()
+        assert ("k_descale" in said) == (k_cache.element_size() == 1) == (point.cache_dtype != "same")
+        if "block_table" in said:
+            whole = whole[said["block_table"].long()].flatten(1, 2)
+        torch.testing.assert_close(whole, kv.float(), atol=0.07, rtol=0.07)
     for preset, direction in (("decode", "bwd"), ("paper", "decode")):
         with pytest.raises(InvalidInput, match=f"preset {preset} has no points of direction {direction}"):
             preset_points(preset, direction=direction)
