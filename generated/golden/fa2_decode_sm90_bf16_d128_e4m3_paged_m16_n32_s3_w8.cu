@@ -7,8 +7,8 @@
 //   tiling   16 query rows x 32 keys, 3 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 205872 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  152 Threads,  183 Arithmetic,  252 Shared memory,  299 Global memory,
-//             364 cp.async,  383 Fragments,  398 Registers,  413 mma,  442 What is visible,  496 Online softmax,
-//             843 Loads, 1017 Matrix products, 1128 Putting together, 1459 Append, 1594 Kernel, 1636 Launch
+//             369 cp.async,  388 Fragments,  403 Registers,  418 mma,  447 What is visible,  501 Online softmax,
+//             856 Loads, 1031 Matrix products, 1142 Putting together, 1458 Append, 1593 Kernel, 1637 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -303,6 +303,11 @@ __device__ __forceinline__ int load_global_int(int const* address) {
     int value;
     asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
+}
+
+// Asks for what lies there, which a load is to find in L1 later on.
+__device__ __forceinline__ void prefetch_global(void const* address) {
+    asm volatile("prefetch.global.L1 [%0];" :: "l"(address) : "memory");
 }
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
@@ -799,6 +804,14 @@ __device__ __forceinline__ TileKeys tile_keys(Params const& p, Seqlen const& s, 
     return {min(max(page, 0), p.cache_entries - 1), static_cast<int>(row - number * static_cast<unsigned>(p.page_size))};
 }
 
+// What says where the keys of this tile and of a warp's next seven are: memory is waited for once, not for each in turn.
+__device__ __forceinline__ void prefetch_keys(Params const& p, Seqlen const& s, Keys const& keys, int tile, int lane) {
+    int const key = (tile + lane / 4 * kNumWarps) * kTileN + lane % 4 * (kTileN / 4);
+    if (key < s.k) {
+        prefetch_global(keys.table + static_cast<unsigned>(keys.first_row + key) / static_cast<unsigned>(p.page_size));
+    }
+}
+
 // Where a row is in the caches, in elements.
 struct Offsets {
     int64_t k;
@@ -965,6 +978,7 @@ struct WarpTiles {
         unit = part.end;
         next = first_of_warp(tiles.begin, warp);
         end = tiles.end;
+        prefetch_keys(p, s, keys, next, lane);
         next_keys = tile_keys(p, s, keys, next, lane);
         head_kv = item.head_kv;
         begin_key = key_begin(p, s, row_at(p, item, 0).query);
@@ -1165,22 +1179,8 @@ __device__ __forceinline__ uint32_t quad_offset(int row, int quad) {
     return static_cast<uint32_t>(16 * (row * kRowQuads + (turned < kRowQuads ? turned : turned - kRowQuads)));
 }
 
-// Leaves 16 rows of a warp's share of O, taken from the rows' greatest scores of all warps.
-__device__ __forceinline__ void leave_share(
-    float (&acc_o)[kNumAccO], float const (&row_max)[2], int first_row, float factor, uint32_t smem, uint32_t share, int lane) {
-    float weights[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float max = -kInfinity;
-#pragma unroll
-        for (int other = 0; other < kNumWarps; ++other) {
-            float found[2];
-            load_shared_float2(found, smem + kSmemRowSums + 8 * (other * kTileM + first_row + 8 * half + lane / 4));
-            max = fmaxf(max, found[0]);
-        }
-        weights[half] = weight_of(row_max[half], max, factor);
-    }
-    rescale_o(acc_o, weights);
+// Leaves 16 rows of a warp's share of O, taken from the warp's own greatest scores.
+__device__ __forceinline__ void leave_share(float const (&acc_o)[kNumAccO], uint32_t share, int lane) {
     int const row = lane / 4;
 #pragma unroll
     for (int j = 0; j < kNumAccO; j += 8) {  // 16 columns, the even ones and the odd ones
@@ -1204,7 +1204,8 @@ __device__ __forceinline__ RowSum merged_row(uint32_t smem, int row, int quad, f
     o[0] = o[1] = o[2] = o[3] = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < kNumWarps; ++warp) {
-        all.sum += of[warp].sum * weight_of(of[warp].max, all.max, factor);
+        float const weight = weight_of(of[warp].max, all.max, factor);
+        all.sum = fmaf(of[warp].sum, weight, all.sum);
         uint32_t const share = static_cast<uint32_t>(load_shared_int(smem + kSmemShares + 4 * warp));
         float columns[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         if (share != kNoShare) {
@@ -1212,7 +1213,7 @@ __device__ __forceinline__ RowSum merged_row(uint32_t smem, int row, int quad, f
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            o[i] += columns[i];
+            o[i] = fmaf(columns[i], weight, o[i]);
         }
     }
     return all;
@@ -1332,16 +1333,15 @@ __device__ __forceinline__ void finish_rows(
 
 // The end of a part: all warps' shares together, and the item's rows if it is the last of its parts to come.
 __device__ __forceinline__ void finish_part(
-    Params const& p, Item const& item, Share const& share, float (&acc_o)[kNumRowTiles][kNumAccO],
+    Params const& p, Item const& item, Share const& share, float const (&acc_o)[kNumRowTiles][kNumAccO],
     float const (&row_max)[kNumRowTiles][2], float const (&row_sum)[kNumRowTiles][2], float factor, uint32_t smem,
     uint32_t stage, int thread) {
     int const lane = lane_id();
     leave_sums(row_max, row_sum, smem, stage, warp_id(), lane);
-    sync_block();
 #pragma unroll
     for (int i = 0; i < kNumRowTiles; ++i) {
         if (stage != kNoShare) {
-            leave_share(acc_o[i], row_max[i], 16 * i, factor, smem, stage, lane);
+            leave_share(acc_o[i], stage, lane);
         }
         sync_block();
         finish_rows(p, item, share, 16 * i, factor, smem, thread);
@@ -1388,11 +1388,10 @@ struct Rows {
 
 // The keys of one part of an item.
 __device__ __forceinline__ void attend(
-    Params const& p, Item const& item, Part const& part, QueryChunks& queries, WarpTiles& ring, Rows& of_part, uint32_t smem,
-    int thread) {
+    Params const& p, Seqlen const& s, Item const& item, Part const& part, QueryChunks& queries, WarpTiles& ring, Rows& of_part,
+    uint32_t smem, int thread) {
     int const lane = lane_id();
     int const warp = warp_id();
-    Seqlen const s = seqlen_of(p, item.bidb);
     BlockRange const tiles = tiles_of_part(p, s, item, part);
     float const factor = exponent_factor(p, s, item);
     if (ring.missing == kNumStages) {
@@ -1615,10 +1614,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
         bool const is_more = unit < end_of_block(work);
         Item next;
         Part next_part;
+        Seqlen s;
         QueryChunks queries;
         if (is_more) {
             next = item_at(p, smem + kSmemLayout, unit);
             next_part = part_at(p, next, work, unit);
+            s = seqlen_of(p, next.bidb);
             queries.ask(p, next, thread);
         }
         if (!is_first) {
@@ -1629,7 +1630,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
         }
         item = next;
         unit = next_part.end;
-        attend(p, item, next_part, queries, ring, rows, smem, thread);
+        attend(p, s, item, next_part, queries, ring, rows, smem, thread);
     }
 }
 

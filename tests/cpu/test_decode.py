@@ -407,10 +407,10 @@ FAULTS = [
         schedules=12,
     ),
     Fault(
-        "the greatest score of one warp",
+        "warps weigh the same",
         DENSE,
-        "weights[half] = weight_of(row_max[half], max,",
-        "weights[half] = weight_of(row_max[half], row_max[half],",
+        "float const weight = weight_of(of[warp].max, all.max, factor);",
+        "float const weight = of[warp].max == -kInfinity ? 0.0f : 1.0f;",
     ),
     Fault(
         "parts weigh the same",
