@@ -9,7 +9,7 @@
 //   contents   27 Problem and tiling,  141 Threads,  172 Arithmetic,  219 Shared memory,  261 Global memory,
 //             326 cp.async,  345 Fragments,  360 Registers,  375 mma,  404 What is visible,  460 Online softmax,
 //             598 Expressions,  613 Scores of an expression,  835 Loads, 1005 Matrix products, 1088 Putting together,
-//            1428 Append, 1546 Kernel, 1590 Launch
+//            1429 Append, 1547 Kernel, 1589 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -1348,10 +1348,11 @@ struct Rows {
 
 // The keys of one part of an item.
 __device__ __forceinline__ void attend(
-    Params const& p, Seqlen const& s, Item const& item, Part const& part, QueryChunks& queries, WarpTiles& ring, Rows& of_part,
-    uint32_t smem, int thread) {
+    Params const& p, Item const& item, Part const& part, QueryChunks& queries, WarpTiles& ring, Rows& of_part, uint32_t smem,
+    int thread) {
     int const lane = lane_id();
     int const warp = warp_id();
+    Seqlen const s = seqlen_of(p, item.bidb);
     BlockRange const tiles = tiles_of_part(p, s, item, part);
     float const factor = exponent_factor(p, s, item);
     if (ring.missing == kNumStages) {
@@ -1567,12 +1568,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
         bool const is_more = unit < end_of_block(work);
         Item next;
         Part next_part;
-        Seqlen s;
         QueryChunks queries;
         if (is_more) {
             next = item_at(p, smem + kSmemLayout, unit);
             next_part = part_at(p, next, work, unit);
-            s = seqlen_of(p, next.bidb);
             queries.ask(p, next, thread);
         }
         if (!is_first) {
@@ -1583,7 +1582,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
         }
         item = next;
         unit = next_part.end;
-        attend(p, s, item, next_part, queries, ring, rows, smem, thread);
+        attend(p, item, next_part, queries, ring, rows, smem, thread);
     }
 }
 

@@ -8,7 +8,7 @@
 //   launch   256 threads, 205872 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  152 Threads,  183 Arithmetic,  252 Shared memory,  299 Global memory,
 //             369 cp.async,  388 Fragments,  403 Registers,  418 mma,  447 What is visible,  501 Online softmax,
-//             856 Loads, 1031 Matrix products, 1142 Putting together, 1458 Append, 1593 Kernel, 1637 Launch
+//             856 Loads, 1031 Matrix products, 1142 Putting together, 1459 Append, 1594 Kernel, 1636 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -1388,10 +1388,11 @@ struct Rows {
 
 // The keys of one part of an item.
 __device__ __forceinline__ void attend(
-    Params const& p, Seqlen const& s, Item const& item, Part const& part, QueryChunks& queries, WarpTiles& ring, Rows& of_part,
-    uint32_t smem, int thread) {
+    Params const& p, Item const& item, Part const& part, QueryChunks& queries, WarpTiles& ring, Rows& of_part, uint32_t smem,
+    int thread) {
     int const lane = lane_id();
     int const warp = warp_id();
+    Seqlen const s = seqlen_of(p, item.bidb);
     BlockRange const tiles = tiles_of_part(p, s, item, part);
     float const factor = exponent_factor(p, s, item);
     if (ring.missing == kNumStages) {
@@ -1614,12 +1615,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
         bool const is_more = unit < end_of_block(work);
         Item next;
         Part next_part;
-        Seqlen s;
         QueryChunks queries;
         if (is_more) {
             next = item_at(p, smem + kSmemLayout, unit);
             next_part = part_at(p, next, work, unit);
-            s = seqlen_of(p, next.bidb);
             queries.ask(p, next, thread);
         }
         if (!is_first) {
@@ -1630,7 +1629,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
         }
         item = next;
         unit = next_part.end;
-        attend(p, s, item, next_part, queries, ring, rows, smem, thread);
+        attend(p, item, next_part, queries, ring, rows, smem, thread);
     }
 }
 

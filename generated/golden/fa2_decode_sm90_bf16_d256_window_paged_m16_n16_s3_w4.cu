@@ -8,8 +8,8 @@
 //   launch   128 threads, 209440 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,  148 Threads,  179 Arithmetic,  219 Shared memory,  261 Global memory,
 //             327 cp.async,  346 Fragments,  361 Registers,  376 mma,  406 d - window_left <= j <= d + window_right,
-//             483 Online softmax,  838 Loads,  982 Matrix products, 1058 Putting together, 1374 Append, 1492 Kernel,
-//            1536 Launch
+//             483 Online softmax,  838 Loads,  982 Matrix products, 1058 Putting together, 1375 Append, 1493 Kernel,
+//            1535 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -1305,10 +1305,11 @@ struct Rows {
 
 // The keys of one part of an item.
 __device__ __forceinline__ void attend(
-    Params const& p, Seqlen const& s, Item const& item, Part const& part, QueryChunks& queries, WarpTiles& ring, Rows& of_part,
-    uint32_t smem, int thread) {
+    Params const& p, Item const& item, Part const& part, QueryChunks& queries, WarpTiles& ring, Rows& of_part, uint32_t smem,
+    int thread) {
     int const lane = lane_id();
     int const warp = warp_id();
+    Seqlen const s = seqlen_of(p, item.bidb);
     BlockRange const tiles = tiles_of_part(p, s, item, part);
     float const factor = exponent_factor(p, s, item);
     if (ring.missing == kNumStages) {
@@ -1513,12 +1514,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
         bool const is_more = unit < end_of_block(work);
         Item next;
         Part next_part;
-        Seqlen s;
         QueryChunks queries;
         if (is_more) {
             next = item_at(p, smem + kSmemLayout, unit);
             next_part = part_at(p, next, work, unit);
-            s = seqlen_of(p, next.bidb);
             queries.ask(p, next, thread);
         }
         if (!is_first) {
@@ -1529,7 +1528,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
         }
         item = next;
         unit = next_part.end;
-        attend(p, s, item, next_part, queries, ring, rows, smem, thread);
+        attend(p, item, next_part, queries, ring, rows, smem, thread);
     }
 }
 
