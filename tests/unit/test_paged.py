@@ -80,6 +80,16 @@ def test_it_is_one_operator_under_compile():
     assert torch.equal(compiled(q, USED, table), attend(q, USED, table))
 
 
+def test_opcheck():
+    """All of torch's checks, with an expression and without."""
+    q, k, v, table, *_ = batch()
+    given = (q, k.nan_to_num(), v.nan_to_num(), table.clamp(max=3 * PAGES - 1), BOUNDS, None, None, USED, None)
+    slopes = ([torch.rand(HEADS)], 0.25, True, -1, -1, 0, "s - input_0[h] * j", "", "input_0: float")
+    for rest in (([], 0.25, True, 8), slopes):
+        found = torch.library.opcheck(torch.ops.fa2gen.fwd_paged.default, (*given, *rest))
+        assert set(found.values()) == {"SUCCESS"}
+
+
 def test_what_is_refused_is_refused_by_name():
     q, k, v, table, *_ = batch()
     refused = fa2gen.UnsupportedProblem
