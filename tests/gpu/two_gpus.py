@@ -80,6 +80,13 @@ def _dtensors(rank):
         assert torch.equal(out.full_tensor(), attention(*xs, causal=True)[0])
         verdict = check_gradients(tuple(x.full_tensor() for x in found), dout, *xs, causal=True)
         assert verdict.ok, verdict
+        capped = {"causal": True, "score": "cap * tanh(s / cap)", "inputs": {"cap": 5.0}}
+        out, _ = attention(*spread, **capped)
+        found = torch.autograd.grad(out, spread, distribute_tensor(dout, mesh, out.placements))
+        whole, _ = attention(*xs, **capped)
+        assert torch.equal(out.full_tensor(), whole)
+        for x, y in zip(found, torch.autograd.grad(whole, xs, dout), strict=True):
+            torch.testing.assert_close(x.full_tensor(), y, rtol=2e-2, atol=2e-2)
 
 
 def _context_parallel(rank):
