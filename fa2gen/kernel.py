@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property, partial
+from itertools import accumulate
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -182,9 +183,14 @@ class _Block:
         start = -ctypes.addressof(memory) % _ALIGNMENT
         base = ctypes.addressof(memory) + start
 
+        # The numbers of all maps, one behind the other: sizes and steps of each, and of pages the rows of its box.
+        rank = 5 if plan.varlen else 4
+        counts = [2 * rank - 1 + tensor_map.of_pages for tensor_map in maps]
+        self._numbers = (ctypes.c_uint64 * sum(counts))()
+        self._pack_numbers = struct.Struct(f"<{sum(counts)}Q").pack_into
         self.maps = [
-            _TensorMap(plan, tensor_map, names.index(tensor_map.name), memory, start + _MAP_BYTES * i)
-            for i, tensor_map in enumerate(maps)
+            _TensorMap(plan, tensor_map, names.index(tensor_map.name), base + _MAP_BYTES * i, self._numbers, first)
+            for i, (tensor_map, first) in enumerate(zip(maps, accumulate(counts, initial=0), strict=False))
         ]
         named = {tensor_map.name for tensor_map in maps}
         self.mapped = [_Mapped(plan, operand) for operand in plan.operands if operand.name in named]
@@ -227,19 +233,20 @@ class _Block:
         self._arguments.pack_into(self._memory, self._start, arguments.written)
         self.standing = arguments
 
-    def encoded(self, addresses: tuple[int, ...], params: bytes, numbers: Sequence[tuple[int, ...]]) -> _Arguments:
+    def encoded(self, addresses: tuple[int, ...], params: bytes, numbers: tuple[int, ...]) -> _Arguments:
         """Write, and give, the arguments of a launch. Of the same launch's, maps that need not move stay.
 
         addresses  of its operands and scratch.
         params     all of Params but those.
-        numbers    of each tensor map, as `_Mapped.numbers` gives them.
+        numbers    of all tensor maps, each as `_Mapped.numbers` gives them.
         """
         before, self.standing = self.standing, None
         stay = before.addresses if before is not None and before.numbers is numbers else _NO_ADDRESSES
-        for tensor_map, of_map in zip(self.maps, numbers, strict=True):
+        self._pack_numbers(self._numbers, 0, *numbers)
+        for tensor_map in self.maps:
             address = addresses[tensor_map.operand]
             if not stay or stay[tensor_map.operand] != address:
-                tensor_map.encode(address, of_map)
+                tensor_map.encode(address)
         self._pack_params(self._memory, self._params_at, params)
         self._pack_addresses(self._memory, self._params_at, *self._pick(addresses))
         written = self._arguments.unpack_from(self._memory, self._start)[0]
@@ -252,7 +259,7 @@ class _Arguments(NamedTuple):
 
     written: bytes
     addresses: tuple[int, ...]
-    numbers: Sequence[tuple[int, ...]]
+    numbers: tuple[int, ...]
 
 
 class PreparedLaunch:
@@ -288,8 +295,14 @@ class PreparedLaunch:
         self.scratch_bytes, self.cleared_bytes = ends
         steps = [step for name in block.strided for step in strides.get(name, _NO_STRIDES)]
         self._params: bytes = block.pack_params(*steps, *block.numbers_of(launch.values))
-        numbers = {operand.name: operand.numbers(shape, strides, launch.values) for operand in block.mapped}
-        self._numbers = [numbers[tensor_map.name] for tensor_map in block.maps]
+        numbers: dict[str, tuple[int, ...]] = {}
+        found: dict[tuple[Any, ...], tuple[int, ...]] = {}  # operands have few strides between them
+        for operand in block.mapped:
+            alike = (operand.size, steps_of := strides[operand.name])
+            if (of_operand := found.get(alike)) is None:
+                found[alike] = of_operand = operand.numbers(shape, steps_of, launch.values)
+            numbers[operand.name] = of_operand
+        self._numbers = tuple(number for tensor_map in block.maps for number in numbers[tensor_map.name])
         # What was written before for these operands, scratch and cleared memory: an allocator gives the same in turn.
         self._encoded: dict[tuple[tuple[int, ...], int, int], _Arguments] = {}
         self._grids = [(entry, grid) for entry, grid in zip(block.entries, launch.grids, strict=True) if 0 not in grid]
@@ -371,75 +384,62 @@ class _TensorMap:
     """One tensor map of a block, encoded in place.
 
     operand, name  whose it is, by its place among a launch's addresses.
-
-    Where it is of pages, the rows of its box are the last of a launch's numbers.
     """
 
-    __slots__ = (
-        "_address",
-        "_arguments",
-        "_box",
-        "_encode",
-        "_pack_sizes",
-        "_plan",
-        "_rank",
-        "_sizes",
-        "name",
-        "operand",
-    )
+    __slots__ = ("_address", "_arguments", "_box", "_encode", "_numbers", "_plan", "_rank", "_rows", "name", "operand")
 
     def __init__(
         self,
         plan: KernelPlan,
         tensor_map: TensorMapPlan,
         operand: int,
-        memory: ctypes.Array[ctypes.c_char],
-        offset: int,
+        at: int,
+        numbers: ctypes.Array[ctypes.c_uint64],
+        first: int,
     ) -> None:
+        """at: its address; numbers: of a block's maps, those of this one from `first` on."""
         self.operand, self.name = operand, tensor_map.name
         self._plan, self._rank = plan, (rank := 5 if plan.varlen else 4)
-        self._sizes = (ctypes.c_uint64 * (2 * rank - 1 + tensor_map.of_pages))()
-        self._pack_sizes = struct.Struct(f"<{len(self._sizes)}Q").pack_into
         self._encode = _encode_tiled()
         self._address = ctypes.c_void_p()  # of the tensor
+        self._numbers, self._rows = numbers, (first, first + 2 * rank - 1)
         box, *constants = _map_constants(tensor_map, rank)
         self._box = (ctypes.c_uint32 * rank)(*box) if tensor_map.of_pages else None
         # What cuTensorMapEncodeTiled takes, made once: with its arguments at hand it takes 0.4 us instead of 0.5.
-        sizes, at = ctypes.addressof(self._sizes), ctypes.c_void_p
+        sizes, pointer = ctypes.addressof(numbers) + 8 * first, ctypes.c_void_p
         self._arguments = (
-            *(at(ctypes.addressof(memory) + offset), _DATA_TYPE[plan.dtype], rank, self._address),
-            *(at(sizes), at(sizes + 8 * rank), self._box or box, *constants),
+            *(pointer(at), _DATA_TYPE[plan.dtype], rank, self._address),
+            *(pointer(sizes), pointer(sizes + 8 * rank), self._box or box, *constants),
         )
 
-    def encode(self, address: int, numbers: tuple[int, ...]) -> None:
+    def encode(self, address: int) -> None:
         """For the tensor at `address`."""
-        self._pack_sizes(self._sizes, 0, *numbers)
         if self._box is not None:
-            self._box[1] = numbers[-1]
+            self._box[1] = self._numbers[self._rows[1]]
         self._address.value = address
         if result := self._encode(*self._arguments):
-            rank = self._rank
+            numbers, rank = self._numbers[slice(*self._rows)], self._rank
             _checked(
-                f"{self._plan.name}: tensor map of {self.name}, innermost first {numbers[:rank]}, "
-                f"{[*numbers[rank:]]} B apart, address {address:#x}",
+                f"{self._plan.name}: tensor map of {self.name}, innermost first {(*numbers[:rank],)}, "
+                f"{numbers[rank:]} B apart, address {address:#x}",
                 (driver.CUresult(result),),
             )
 
 
 class _Mapped:
-    """An operand that tensor maps describe."""
+    """An operand that tensor maps describe; those of one `size` have the same sizes in each call."""
 
-    __slots__ = ("_head_dim", "_is_ragged", "_of_key", "_operand", "_problem", "name")
+    __slots__ = ("_head_dim", "_is_ragged", "_of_key", "_operand", "_problem", "name", "size")
 
     def __init__(self, plan: KernelPlan, operand: Operand) -> None:
         self.name, self._problem = operand.name, plan.problem
         self._head_dim, self._of_key = operand.head_dim(plan.problem), operand.of == "key"
-        self._is_ragged = plan.varlen
+        self._is_ragged, self.size = plan.varlen, (self._head_dim, self._of_key)
         self._operand = operand if plan.paged and self._of_key else None  # whose sizes are those of a cache
 
-    def numbers(self, shape: AnyShape, strides: Mapping[str, Strides], values: Mapping[str, int]) -> tuple[int, ...]:
+    def numbers(self, shape: AnyShape, strides: Strides, values: Mapping[str, int]) -> tuple[int, ...]:
         """Its sizes, innermost first, steps in bytes of all dimensions but that, and of pages the rows of a box."""
-        batch_step, row_step, head_step = strides[self.name]
+        batch_step, row_step, head_step = strides
         of_pages = self._operand is not None
         batch = 1 if self._is_ragged else shape.batch
         seqlen, heads = (shape.seqlen_k, shape.num_heads_kv) if self._of_key else (shape.seqlen_q, shape.num_heads)

@@ -72,6 +72,7 @@ def launches_of(plan: KernelPlan) -> LaunchOf:
     parts = plan.tiling.group_parts
     found, is_given_more = _launch_function(plan)
     more = [feature.given for feature in plan.features]
+    limited = tuple(recipe.limits(plan))
 
     def launch_of_plan(shape: AnyShape, options: Options, num_sms: int) -> Launch:
         if not is_general and options.mask != mask:
@@ -84,9 +85,9 @@ def launches_of(plan: KernelPlan) -> LaunchOf:
             for given_by in more:
                 given |= given_by(options)
         grids, values, scratch, counts = found(shape, options.scale(head_dim), num_sms, given)
-        for what, count in counts.items():
-            if count >= 2**31:
-                raise OverflowError(f"{count:,} {what} exceed 2^31")
+        if max(counts) >= 2**31:
+            what, count = next(x for x in zip(limited, counts, strict=True) if x[1] >= 2**31)
+            raise OverflowError(f"{count:,} {what} exceed 2^31")
         return Launch(grids, values, scratch)
 
     return launch_of_plan
@@ -119,10 +120,8 @@ def _launch_function(plan: KernelPlan) -> tuple[Callable[..., tuple[Any, ...]], 
         if not param.is_address and not param.name.endswith("_stride")
     }
     grids = (_tuple(map(_in_python, recipe.grid(plan, entry))) for entry in plan.entry_points)
-    scratch, limits = (
-        _dict({name: _in_python(text) for name, text in found.items()})
-        for found in (recipe.memory(plan), recipe.limits(plan))
-    )
+    scratch = _dict({name: _in_python(text) for name, text in recipe.memory(plan).items()})
+    limits = _tuple(map(_in_python, recipe.limits(plan).values()))
     result = _tuple((_tuple(grids), _dict(values), scratch, limits))
     return _function(recipe.sizes(plan), result, ("shape", "softmax_scale", "num_sms", "given"))
 
