@@ -12,7 +12,7 @@ import struct
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -302,7 +302,7 @@ class PreparedLaunch:
             if (of_operand := found.get(alike)) is None:
                 found[alike] = of_operand = operand.numbers(shape, steps_of, launch.values)
             numbers[operand.name] = of_operand
-        self._numbers = tuple(number for tensor_map in block.maps for number in numbers[tensor_map.name])
+        self._numbers = tuple(chain.from_iterable([numbers[tensor_map.name] for tensor_map in block.maps]))
         # What was written before for these operands, scratch and cleared memory: an allocator gives the same in turn.
         self._encoded: dict[tuple[tuple[int, ...], int, int], _Arguments] = {}
         self._grids = [(entry, grid) for entry, grid in zip(block.entries, launch.grids, strict=True) if 0 not in grid]

@@ -263,17 +263,22 @@ def _prepare_backward(
 def packed_sequences(tensors: Sequence[Any], lengths: Sequence[Any]) -> int | None:
     """How many sequences there are, where q, k and v are packed, and all sizes and strides fit each other; else None:
     they are to be looked at closely. Each is (sizes, strides, ...), of lengths maybe None."""
-    of_query, of_key, *used = lengths
-    if of_query is None or of_key is None or not all(len(x[0]) == 3 and x[1][2] == 1 for x in tensors):
+    of_query, of_key, used_q, used_k = lengths
+    if of_query is None or of_key is None or tensors[1][0][:1] != tensors[2][0][:1]:
         return None
+    for x in tensors:
+        if len(x[0]) != 3 or x[1][2] != 1:
+            return None
     bounds = of_query[0]
-    if of_key[0] != bounds or len(bounds) != 1 or not bounds[0] or tensors[1][0][0] != tensors[2][0][0]:
+    if of_key[0] != bounds or len(bounds) != 1 or not bounds[0]:
         return None
     batch: int = bounds[0] - 1
-    for sizes, steps, *_ in (x for x in lengths if x is not None):
-        if sizes[0] > 1 and steps[0] != 1:
+    if (used_q is not None and used_q[0] != (batch,)) or (used_k is not None and used_k[0] != (batch,)):
+        return None
+    for x in lengths:
+        if x is not None and x[1][0] != 1 and x[0][0] > 1:
             return None
-    return None if any(x is not None and x[0] != (batch,) for x in used) else batch
+    return batch
 
 
 def placed(x: Tensor) -> tuple[Sequence[int], Sequence[int]]:
