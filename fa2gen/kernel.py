@@ -135,7 +135,7 @@ class Kernel:
         if is_paged := self.plan.paged and isinstance(shape, CacheShape):
             strides = {**strides, **{name: page_strides(shape, strides[name]) for name in ("k", "v")}}
             if why := pages_refusal(self.plan, shape, strides):
-                raise UnsupportedProblem(f"{self.plan.name} reads pages with TMA: {why}; nearest: arch='sm80'")
+                raise UnsupportedProblem(f"{self.plan.name} can not read these pages: {why}; nearest: arch='sm80'")
         try:
             launch = self._launch_of(shape, options, self.num_sms)
         except OverflowError as error:

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
+from fa2gen.layout import CHUNK_BYTES, ELEMENT_BYTES
 from fa2gen.options import AnyShape, CacheShape, Options
-from fa2gen.plan import KernelPlan, recipe
+from fa2gen.plan import KernelPlan, fits, make_plan, recipe
+from fa2gen.spec import KernelSpec
 
 __all__ = [
     "RAGGED_ROWS",
@@ -28,14 +30,15 @@ __all__ = [
     "pages_refusal",
     "ragged_dimensions",
     "reads_pages_quickly",
+    "row_by_row",
 ]
 
 
 RAGGED_ROWS = 1 << 30  # as in templates/ptx/tma.cuh.j2
 TMA_ALIGNMENT = 128  # of a box in shared memory
-# A warp issues a box in some 40 cycles. Of packed keys' time, pages of 4 rows took 2.7 by TMA and 3.1 by cp.async,
-# pages of 1 row 9.3 and 3.1 (8k causal, 128 columns, H100).
-QUICK_BOX_ROWS = 4
+# Of packed keys' time, pages of 8 rows took 1.15 in boxes and 1.46 row by row, of 4 rows 1.58 and 1.47 (8k causal, 128
+# columns, H100).
+QUICK_BOX_ROWS = 8
 
 
 class Launch(NamedTuple):
@@ -190,8 +193,19 @@ def reads_pages_quickly(plan: KernelPlan, shape: CacheShape) -> bool:
     return all(tensor_map.rows_of(shape.page_size) >= QUICK_BOX_ROWS for tensor_map in found)
 
 
+def row_by_row(plan: KernelPlan) -> KernelPlan | None:
+    """The kernel that is as another over pages, but copies each row of K and V by itself: so pages may be of any size
+    and distance. None where there is none: of expressions."""
+    spec = KernelSpec(problem=plan.problem, tiling=plan.tiling.model_copy(update={"page_rows": 1}))
+    return make_plan(spec) if fits(spec) else None
+
+
 def pages_refusal(plan: KernelPlan, shape: AnyShape, strides: Mapping[str, Sequence[int]]) -> str | None:
-    """Why a kernel can not read pages of these sizes and strides (as `page_strides` gives them) with TMA, or None."""
+    """Why a kernel can not read pages of these sizes and strides (as `page_strides` gives them), or None."""
+    if plan.tiling.page_rows:
+        assert isinstance(shape, CacheShape)
+        most = max(shape.entries * strides[name][0] for name in ("k", "v")) * ELEMENT_BYTES // CHUNK_BYTES
+        return f"{most:,} chunks of 16 bytes exceed 2^31" if most >= 2**31 else None
     for tensor_map in (found for entry in plan.entry_points for found in entry.tensor_maps if found.of_pages):
         assert isinstance(shape, CacheShape)
         name, (page_step, row_step, _) = tensor_map.name, strides[tensor_map.name]

@@ -8,9 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ELEMENT_BYTES", "NUMBER_BYTES", "Panels", "accumulator_position", "align_up", "ceil_div", "swizzle"]
+__all__ = [
+    "CHUNK_BYTES",
+    "ELEMENT_BYTES",
+    "NUMBER_BYTES",
+    "Panels",
+    "accumulator_position",
+    "align_up",
+    "ceil_div",
+    "swizzle",
+]
 
 ELEMENT_BYTES = 2  # fp16 and bf16
+CHUNK_BYTES = 16  # of one cp.async, one ldmatrix row, one vector store
 NUMBER_BYTES = 4  # of every scratch number: fp32 or int32
 
 

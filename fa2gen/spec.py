@@ -594,6 +594,14 @@ class Tiling(_Fields):
             "must divide them."
         ),
     ] = 1
+    page_rows: Annotated[
+        Literal[0, 1],
+        Shown("p", optional=True, phrase="pages row by row"),
+        Field(
+            description="1: sm90's kernels over pages copy each row of K and V by itself, with cp.async, whatever a "
+            "page's size; 0: boxes of rows, with TMA, as far as a page holds them."
+        ),
+    ] = 0
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

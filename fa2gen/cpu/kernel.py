@@ -125,7 +125,7 @@ def run_kernel(
             views[name] = replace(views[name], strides=(*page_strides(shape, views[name].strides[:3]), 1))
         strides = {name: views[name].strides[:3] for name in ("k", "v")}
         if why := pages_refusal(plan, shape, strides):
-            raise InvalidInput(f"{plan.name} reads pages with TMA: {why}")
+            raise InvalidInput(f"{plan.name} can not read these pages: {why}")
         values |= pages_apart(plan, strides)
     for name, view in views.items():
         if len(view.shape) == 4:

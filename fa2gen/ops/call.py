@@ -36,7 +36,7 @@ from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
 from fa2gen.groups import parts_of, with_parts
-from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly
+from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly, row_by_row
 from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
 from fa2gen.ops.validate import DTYPES, validate, validate_backward, validate_options
 from fa2gen.options import CacheShape, Options, Shape
@@ -614,13 +614,17 @@ def kernel_for_rows(problem: Problem, device: int, seqlen_k: int, rows: int) -> 
 def kernel_for_pages(
     problem: Problem, device: int, seqlen_k: int, shape: CacheShape, strides: Mapping[str, Strides]
 ) -> Kernel:
-    """The kernel of a ragged batch over pages, loaded on the device: what copies with cp.async, where TMA can not read
+    """The kernel of a ragged batch over pages, loaded on the device: what copies row by row, where TMA can not read
     pages of this size, or as far apart, or would be slow."""
     on = device_at(device)
     plan, target = choose(problem, on, None, None, seqlen_k)
     steps_of = {name: page_strides(shape, steps) for name, steps in strides.items()}
     if pages_refusal(plan, shape, steps_of) or not reads_pages_quickly(plan, shape):
-        plan, target = choose(problem, on, "sm80", None, seqlen_k)
+        copying = row_by_row(plan)
+        if copying is None or pages_refusal(copying, shape, steps_of):
+            plan, target = choose(problem, on, "sm80", None, seqlen_k)
+        else:
+            plan = copying
     return _kernel(plan, target, device)
 
 

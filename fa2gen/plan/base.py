@@ -29,9 +29,10 @@ from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, Panels, align_up
 from fa2gen.plan.memory import SharedMemory
 from fa2gen.spec import KernelSpec, Problem, Tiling, names_of
 
-__all__ = ["BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "Width", "bytes_text"]
+__all__ = ["WARP_THREADS", "BrokenRule", "EntryPoint", "KernelPlan", "TensorMapPlan", "Width", "bytes_text"]
 
 
+WARP_THREADS = 32
 PREPARE_THREADS = 1024
 BOUND_WARPS = 8  # of a block that finds least and greatest numbers of tiles, each of one
 DROPOUT_KEYS = 32  # of a unit of random bits: see templates/common/dropout.cuh.j2
@@ -145,6 +146,16 @@ class Width:
     def num_k_steps(self) -> int:
         """Steps of 16 along the head dim; the last reads zeros where the head dim is an odd multiple of 8."""
         return align_up(self.head_dim, 16) // 16
+
+    @property
+    def row_chunks(self) -> int:
+        """Chunks of 16 bytes of a row that steps read."""
+        return 2 * self.num_k_steps
+
+    @property
+    def row_lanes(self) -> int:
+        """Lanes of a warp that copy a row, a chunk each: a power of two, of at most 8 rows at once."""
+        return max(1 << (self.row_chunks - 1).bit_length(), WARP_THREADS // 8)
 
 
 @dataclass(frozen=True)
@@ -624,6 +635,7 @@ class KernelPlan:
         yield from self.lazy_rescale_rule()
         yield from self.groups_rule()
         yield from self.lag_rule()
+        yield from self.pages_rule()
         if self.register_estimate > self.registers_available:
             yield BrokenRule(
                 "registers",
@@ -646,6 +658,11 @@ class KernelPlan:
         """The rule that a dQ of the step before breaks, here where there is none."""
         if self.tiling.lag:
             yield BrokenRule("lag", "1 given; only sm90's gradients that split keys have it: 0")
+
+    def pages_rule(self) -> Iterator[BrokenRule]:
+        """The rule that pages copied row by row break, here where there are none or all are copied so."""
+        if self.tiling.page_rows:
+            yield BrokenRule("page_rows", "1 given; only sm90's forward kernels over pages have it: 0")
 
     def dropout_rule(self) -> Iterator[BrokenRule]:
         """The rule that a forward kernel's blocks of keys break, if units of dropout do not fill them."""

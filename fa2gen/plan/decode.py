@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.features import Param, Scratch
-from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, ceil_div
-from fa2gen.plan.base import BrokenRule, EntryPoint
+from fa2gen.layout import CHUNK_BYTES, ELEMENT_BYTES, NUMBER_BYTES, ceil_div
+from fa2gen.plan.base import WARP_THREADS, BrokenRule, EntryPoint
 from fa2gen.plan.memory import Region, SharedMemory, Stages
-from fa2gen.plan.sm80 import CHUNK_BYTES, MMA_ROWS, WARP_THREADS, Sm80RowsPlan
+from fa2gen.plan.sm80 import MMA_ROWS, Sm80RowsPlan
 from fa2gen.spec import SAME
 
 __all__ = ["DecodePlan"]

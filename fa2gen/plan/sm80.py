@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fa2gen.arch import ARCHES
-from fa2gen.layout import align_up
-from fa2gen.plan.base import KernelPlan
+from fa2gen.layout import CHUNK_BYTES, align_up
+from fa2gen.plan.base import WARP_THREADS, KernelPlan
 
-__all__ = ["CHUNK_BYTES", "MMA_ROWS", "SWIZZLE_ROWS", "WARP_THREADS", "Sm80Plan", "Sm80RowsPlan"]
+__all__ = ["MMA_ROWS", "SWIZZLE_ROWS", "Sm80Plan", "Sm80RowsPlan"]
 
 MMA_ROWS = 16  # of one mma.sync m16n8k16
-CHUNK_BYTES = 16  # of one cp.async, one ldmatrix row, one vector store
-WARP_THREADS = 32
 SWIZZLE_ROWS = 8  # after so many rows every swizzle repeats
 
 # Of one A100 SM (CUDA C++ Programming Guide, technical specifications), and what the driver keeps of it for each block.

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fa2gen.layout import Panels, ceil_div
-from fa2gen.plan.base import BrokenRule, EntryPoint, Width
+from fa2gen.plan.base import WARP_THREADS, BrokenRule, EntryPoint, Width
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.memory import Region, SharedMemory, Stages
-from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80Plan
+from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, Sm80Plan
 
 __all__ = ["Sm80BwdPlan"]
 

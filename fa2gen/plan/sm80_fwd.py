@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from fa2gen.plan.base import BrokenRule, EntryPoint
+from fa2gen.plan.base import WARP_THREADS, BrokenRule, EntryPoint
 from fa2gen.plan.memory import Region, SharedMemory, Stages
-from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, WARP_THREADS, Sm80RowsPlan
+from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, Sm80RowsPlan
 
 __all__ = ["Sm80FwdPlan"]
 

@@ -34,12 +34,17 @@ class Sm90Plan(KernelPlan):
         return WARPGROUP_THREADS * (1 + self.num_mma_warpgroups)
 
     @property
+    def register_split(self) -> tuple[int, int]:
+        """Registers of a thread of the producer, and of one that multiplies."""
+        return REGISTER_SPLIT[self.num_mma_warpgroups]
+
+    @property
     def producer_registers(self) -> int:
-        return REGISTER_SPLIT[self.num_mma_warpgroups][0]
+        return self.register_split[0]
 
     @property
     def consumer_registers(self) -> int:
-        return REGISTER_SPLIT[self.num_mma_warpgroups][1]
+        return self.register_split[1]
 
     @property
     def registers_available(self) -> int:

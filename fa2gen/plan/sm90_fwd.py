@@ -8,9 +8,9 @@ from functools import cached_property
 
 from fa2gen.arch import ARCHES
 from fa2gen.features import Param, Scratch
-from fa2gen.layout import align_up
+from fa2gen.layout import align_up, ceil_div
 from fa2gen.plan.barriers import Barriers, ring
-from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, Width
+from fa2gen.plan.base import WARP_THREADS, BrokenRule, EntryPoint, TensorMapPlan, Width
 from fa2gen.plan.memory import Region, SharedMemory
 from fa2gen.plan.sm90 import ROWS_PER_WARPGROUP, WARP_ROWS, Sm90Plan
 from fa2gen.ptx import Wgmma
@@ -19,6 +19,11 @@ __all__ = ["Sm90FwdPlan"]
 
 VISIT_SLOT_BYTES = 4
 TILE_SLOT_BYTES = 16  # block of queries, head, batch entry: one vector load; a ragged batch's sequence: another
+FETCHED_BYTES = 4  # a tile's number, from the warp that fetched it to others that load
+
+# (producer, consumer) registers as in REGISTER_SPLIT, where threads of the producer copy rows beside two warpgroups:
+# the first that is enough for a consumer. With 24 head dim 192 spills 16 bytes, 256 4.
+COPYING_SPLITS = ((56, 224), (40, 232))
 
 # Registers that a thread needs beside S, O and P: addresses, row statistics, loop state. With 160 registers 28 separate
 # the tilings that compile clean (head dim 144 with 80 keys, 72 with 128) from those that spill (128 with 96, 80 with
@@ -33,6 +38,52 @@ class Sm90FwdPlan(Sm90Plan):
     template: str = "sm90/fwd.cu.j2"
 
     # Threads and registers
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether rows of pages are copied one by one, with cp.async; else pages are boxes of TMA."""
+        return self.paged and bool(self.tiling.page_rows)
+
+    @property
+    def register_split(self) -> tuple[int, int]:
+        if not self.copies_rows or self.num_mma_warpgroups != 2:
+            return super().register_split
+        return next((split for split in COPYING_SPLITS if self.register_estimate <= split[1]), COPYING_SPLITS[-1])
+
+    @property
+    def load_parts(self) -> int:
+        """Warps that share a block of K, or of V, over pages: rows, or panels if there is more than one."""
+        return 2 if self.copies_rows or min(width.num_panels for width in self.widths) > 1 else 1
+
+    @property
+    def num_load_warps(self) -> int:
+        """Of the producer warpgroup: those of K and, over pages, of V."""
+        return 2 * self.load_parts if self.paged else 1
+
+    @property
+    def lane_rows(self) -> int:
+        """Rows of a part of a block that a lane looks up."""
+        return ceil_div(self.tile_n // self.load_parts, WARP_THREADS)
+
+    @property
+    def producer(self) -> str:
+        """The template of the warps that load."""
+        return "producer_pages" if self.paged else "producer"
+
+    @property
+    def full_arrivals(self) -> int:
+        """At the barrier of a stage of K or V: of one lane, which TMA's bytes follow, or of all that copy."""
+        return WARP_THREADS * self.load_parts if self.copies_rows else 1
+
+    @property
+    def wait_full(self) -> str:
+        """What waits for a stage that a product reads."""
+        return "wait_full" if self.copies_rows else "mbarrier_wait"
+
+    @property
+    def kv_maps(self) -> str:
+        """What the producer takes of tensor maps of K and V."""
+        return "" if self.copies_rows else f"{self.tile_maps('k')}, {self.tile_maps('v')}, "
 
     @property
     def num_acc_s(self) -> int:
@@ -110,13 +161,19 @@ class Sm90FwdPlan(Sm90Plan):
         return self._barriers(self.num_q_stages)
 
     def _barriers(self, num_q_stages: int) -> Barriers:
-        rings = (("q", num_q_stages), ("k", self.num_stages), ("v", self.num_stages))
-        return Barriers(sum((ring(name, stages, empty="kNumMmaWarps") for name, stages in rings), ()))
+        rings = (
+            ("q", num_q_stages, 1),
+            ("k", self.num_stages, self.full_arrivals),
+            ("v", self.num_stages, self.full_arrivals),
+        )
+        declared = (ring(name, stages, full=f"{full}", empty="kNumMmaWarps") for name, stages, full in rings)
+        return Barriers(sum(declared, ()))
 
     def _memory(self, num_q_stages: int, o_aliases_q: bool) -> SharedMemory:
         o_bytes = align_up(self.o_tile.bytes, 1024)
         # For the block that each stage of K is, where a tile does not visit all.
         visits = (Region("visit_slots", VISIT_SLOT_BYTES, self.num_stages, label="visits"),) if self.has_allow else ()
+        fetched = (Region("fetched", FETCHED_BYTES, 2, label="fetched"),) if self.paged else ()  # in turn
         return SharedMemory(
             (
                 Region("q", max(self.q_stage_bytes, o_bytes * o_aliases_q), num_q_stages, label="Q"),
@@ -128,6 +185,7 @@ class Sm90FwdPlan(Sm90Plan):
                     "tile_slots", self.tile_slot_bytes * num_q_stages, label="slots"
                 ),  # for the tile of each stage of Q
                 *visits,
+                *fetched,
             )
         )
 
@@ -164,10 +222,10 @@ class Sm90FwdPlan(Sm90Plan):
     @cached_property
     def tensor_maps(self) -> tuple[TensorMapPlan, ...]:
         span, columns = self.tiling.swizzle_bytes, self.k_tile.columns
+        streamed = (*self.streamed_maps("k", self.k_tile), *self.streamed_maps("v", self.v_tile))
         return (
             TensorMapPlan("q", columns, self.tile_m, span),
-            *(replace(found, of_pages=self.paged) for found in self.streamed_maps("k", self.k_tile)),
-            *(replace(found, of_pages=self.paged) for found in self.streamed_maps("v", self.v_tile)),
+            *(replace(found, of_pages=self.paged) for found in streamed if not self.copies_rows),
             TensorMapPlan("o", columns, WARP_ROWS, span),
         )
 
@@ -184,20 +242,26 @@ class Sm90FwdPlan(Sm90Plan):
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
-        return ()
+        return ("k", "v") if self.copies_rows else ()
 
     @cached_property
     def params(self) -> tuple[Param, ...]:
-        """With pages, from one to the next of K and of V, in rows."""
-        of_pages = ("k_page_stride", "v_page_stride") if self.paged else ()
+        """With pages that TMA reads, from one to the next of K and of V, in rows."""
+        of_pages = ("k_page_stride", "v_page_stride") if self.paged and not self.copies_rows else ()
         return (*super().params, *(Param(name, "int") for name in of_pages))
 
     @property
     def sizes(self) -> tuple[str, ...]:
         tiles = () if self.varlen else ("num_tiles", *(("num_batch_heads",) if self.uneven else ()))
         sections = ("heads_per_section",) if self.uneven and not self.varlen else ()
-        boxes = ("box_rows", "tile_pages", "tile_rows") if self.paged else ()
+        boxes = ("box_rows", "tile_pages", "tile_rows") if self.paged and not self.copies_rows else ()
         return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", *tiles, *sections, *boxes)
+
+    def pages_rule(self) -> Iterator[BrokenRule]:
+        if not self.paged:
+            yield from super().pages_rule()
+        elif self.copies_rows and self.problem.has_expression:
+            yield BrokenRule("page_rows", "1 given; with an expression, threads that copy spill 4 to 28 bytes: 0")
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.num_mma_warps not in (4, 8, 12, 16):

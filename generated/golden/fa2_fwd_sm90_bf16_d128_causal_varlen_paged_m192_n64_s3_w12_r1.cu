@@ -5,12 +5,12 @@
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches, pages
 //   tiling   192 query rows x 64 keys, 3 stages, 12 mma warps, 128-byte panels
-//   launch   512 threads, 196752 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,  103 Threads,  155 Arithmetic,  193 Shared memory,
-//             231 Global memory,  270 mbarriers,  314 TMA,  362 Fences,  369 Fragments,  377 Registers,
-//             385 Registers of a warpgroup,  397 wgmma,  529 What is visible,  581 Online softmax,  748 Pipelines,
-//             789 Loads,  924 Matrix products,  951 Epilogue,  998 Producer, 1064 Consumer, 1217 Kernel, 1219 Prepare,
-//            1457 Launch
+//   launch   512 threads, 196760 bytes of dynamic shared memory
+//   contents   28 Problem and tiling,   46 Shared memory,  104 Threads,  160 Arithmetic,  198 Shared memory,
+//             236 Global memory,  269 mbarriers,  313 TMA,  361 Fences,  368 Fragments,  376 Registers,
+//             384 Registers of a warpgroup,  396 wgmma,  534 What is visible,  586 Online softmax,  753 Pipelines,
+//             794 Loads,  939 Matrix products,  966 Epilogue, 1013 Producer, 1085 Consumer, 1238 Kernel, 1240 Prepare,
+//            1478 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -65,6 +65,7 @@ constexpr uint32_t kSmemV = 98304;
 constexpr uint32_t kSmemO = 147456;
 constexpr uint32_t kSmemBarriers = 196608;
 constexpr uint32_t kSmemTileSlots = 196720;
+constexpr uint32_t kSmemFetched = 196752;
 
 // Matrix descriptors: swizzle and stride between groups of 8 rows; for V also the step to the next panel of columns.
 constexpr uint32_t kDescHi = 0x40000040u;
@@ -140,6 +141,10 @@ __device__ __forceinline__ bool elect_one() {
     uint32_t elected;
     asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(elected));
     return elected != 0;
+}
+
+__device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads) {
+    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "r"(num_threads) : "memory");
 }
 
 // Waits until the grid before has ended and what it wrote is visible.
@@ -259,12 +264,6 @@ __device__ __forceinline__ void store_global_int4(int* address, int r0, int r1, 
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
-}
-
-__device__ __forceinline__ int load_constant_int(int const* address) {
-    int value;
-    asm("ld.global.nc.s32 %0, [%1];" : "=r"(value) : "l"(address));
-    return value;
 }
 
 // mbarriers -----------------------------------------------------------------------------------------------------------
@@ -487,6 +486,12 @@ __device__ __forceinline__ void wgmma_m64n128k16_rs_km(
           "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
 }
+
+// Barrier 0 is sync_block's.
+enum NamedBarrier : int {
+    kFirstMmaWarpgroup = 1,
+    kProducer = kFirstMmaWarpgroup + kNumMmaWarps / 4,
+};
 
 // Sequences: a ragged batch's, each with its own lengths, one behind the other in the packed tensors. Entries behind the
 // sequences are gaps, rows that no sequence has: of queries without keys, or of keys without queries.
@@ -857,9 +862,10 @@ __device__ __forceinline__ int page_of(PageRow const& at, int num_pages) {
     return min(max(at.entry, 0), num_pages - 1);
 }
 
-// An entry of the table: of a sequence's last page, if not so many are needed.
+// An entry of the table: of a sequence's last page, if not so many are needed. Asked for here and now: left to the compiler
+// it would be where a block's boxes wait for it.
 __device__ __forceinline__ int page_entry(int const* table, int number, int last) {
-    return load_constant_int(table + max(min(number, last), 0));
+    return load_global_int(table + max(min(number, last), 0));
 }
 
 // Of p.box_rows keys of a sequence, which lie in one page: its entry, and where in the table and in the page that is. The same
@@ -898,12 +904,15 @@ __device__ __forceinline__ Box page_box(Params const& p, Seqlen const& s, PageRo
     return {kRaggedRows - num_keys, page_of(at, p.num_pages) * page_stride + at.row + num_keys};
 }
 
-// A block of keys in boxes of p.box_rows rows, side by side from all lanes; `at` is the place of this lane's first.
+constexpr int kLoadParts = 2;
+
+// A part's panels of a block of keys in boxes of p.box_rows rows, side by side from all lanes; `at` is the place of this lane's
+// first. The first part arrives for both: bytes of the other may come before they are expected.
 __device__ __forceinline__ void load_kv_pages(
     TileMaps const& maps, uint32_t tiles, uint32_t full, uint32_t empty, PipelineState& state, Params const& p,
-    Seqlen const& s, int const* table, PageRow at, int first_key, int page_stride, int head) {
+    Seqlen const& s, int const* table, PageRow at, int first_key, int page_stride, int head, int part) {
     mbarrier_wait(empty, state.phase ^ 1);
-    if (elect_one()) {
+    if (part == 0 && elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvReadBytes);
     }
     sync_warp();
@@ -911,7 +920,13 @@ __device__ __forceinline__ void load_kv_pages(
     int row = lane_id() * p.box_rows;
     while (row < kTileN) {
         Box const box = page_box(p, s, at, first_key + row, page_stride);
-        load_tile(maps, tile + row * kPanelRowBytes, kKvPanelBytes, full, box, head);
+#pragma unroll
+        for (int panel = 0; panel < kNumPanels; ++panel) {
+            if (panel % kLoadParts == part) {
+                load_box(tile + row * kPanelRowBytes + panel * kKvPanelBytes,
+                         panel + 1 < kNumPanels ? maps.panel : maps.last_panel, full, panel * kPanelColumns, box, head);
+            }
+        }
         row += 32 * p.box_rows;
         if (row < kTileN) {
             at = box_place(p, s, table, first_key + row).at();
@@ -995,70 +1010,76 @@ __device__ __forceinline__ void store_lse(
     }
 }
 
-// Producer: one warp. V runs one block behind K, as the mma warps use them ---------------------------------------------
+// Producer: 4 warps. Even ones load K, odd ones V, each through a ring of its own; the first loads Q, too --------------------
+
+constexpr int kNumLoadWarps = 4;
 
 __device__ __forceinline__ void produce(
     CUtensorMap const& map_q, TileMaps const& maps_k, TileMaps const& maps_v, Params const& p, uint32_t smem,
-    Barriers const& barriers) {
+    Barriers const& barriers, int warp) {
+    bool const is_v = warp % 2 != 0;
+    int const part = warp / 2;
     PipelineState q_state = {0, 0};
-    PipelineState k_state = {0, 0};
-    PipelineState v_state = {0, 0};
+    PipelineState state = {0, 0};
     int const tiles = num_tiles(p);
     int index = static_cast<int>(blockIdx.x);
+    uint32_t slot = smem + kSmemFetched;
     while (index < tiles) {
         Tile const tile = tile_at(p, index);
         Seqlen const s = seqlen_of(p, tile.bidb);
         int const head_kv = tile.bidh / p.num_heads_per_kv;
         BlockRange const blocks = key_blocks(p, s, tile.m_block * kTileM, kTileM);
-        // Where this lane's keys of a block are is looked up a block ahead of K, under its loads, and kept for V, which runs a
-        // block behind: asked for when they are wanted, entries of the table hold up every block (1.35 times packed keys'
-        // time, H100).
         int const* const table = p.block_table + static_cast<int64_t>(tile.bidb) * p.table_step;
-        int ahead_block = blocks.end - 1;
+        // Where this lane's keys of a block are is looked up a block ahead, under the loads of the one before: asked for when
+        // they are wanted, entries of the table hold up every block (1.35 times packed keys' time, H100).
         BoxPlace ahead = {0, 0, 0, 0};
-        if (blocks.begin < blocks.end) {  // rows that no sequence has are of no row of the table
-            ahead = box_place(p, s, table, ahead_block * kTileN + lane_id() * p.box_rows);
-        }
-        PageRow of_k = ahead.at();
-        PageRow of_v = of_k;
-        auto load_k = [&](int n_block) {
-            of_k = ahead.at();
-            load_kv_pages(maps_k, smem + kSmemK, barriers.k_full(k_state.stage), barriers.k_empty(k_state.stage), k_state,
-                          p, s, table, of_k, n_block * kTileN, p.k_page_stride, head_kv);
-            ahead_block = n_block - 1;
-            ahead.step_back(p, table);
+        auto look_up = [&](int n_block) {
+            ahead = box_place(p, s, table, n_block * kTileN + lane_id() * p.box_rows);
         };
-        auto load_v = [&](int n_block) {
-            load_kv_pages(maps_v, smem + kSmemV, barriers.v_full(v_state.stage), barriers.v_empty(v_state.stage), v_state,
-                          p, s, table, of_v, n_block * kTileN, p.v_page_stride, head_kv);
-            of_v = of_k;
+        if (blocks.begin < blocks.end) {  // rows that no sequence has are of no row of the table
+            look_up(blocks.end - 1);
+        }
+        auto load = [&](int n_block) {
+            PageRow const at = ahead.at();
+            ahead.step_back(p, table);
+            uint32_t const full = is_v ? barriers.v_full(state.stage) : barriers.k_full(state.stage);
+            uint32_t const empty = is_v ? barriers.v_empty(state.stage) : barriers.k_empty(state.stage);
+            if (is_v) {
+                load_kv_pages(maps_v, smem + kSmemV, full, empty, state, p, s, table, at, n_block * kTileN, p.v_page_stride,
+                              head_kv, part);
+            } else {
+                load_kv_pages(maps_k, smem + kSmemK, full, empty, state, p, s, table, at, n_block * kTileN, p.k_page_stride,
+                              head_kv, part);
+            }
         };
 
         // K first: where Q has one stage, the last tile still holds it.
         if (blocks.begin < blocks.end) {
-            load_k(blocks.end - 1);
+            load(blocks.end - 1);
         }
-        load_q(map_q, smem, barriers, q_state, s, tile);
+        if (warp == 0) {
+            load_q(map_q, smem, barriers, q_state, s, tile);
+        }
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
-            load_k(n_block);
-            load_v(n_block + 1);
-        }
-        if (blocks.begin < blocks.end) {
-            load_v(blocks.begin);
+            load(n_block);
         }
 
         // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves
-        // the counter at 0 for the next launch.
-        int fetched = 0;
-        if (lane_id() == 0) {
-            fetched = fetch_add_global(p.tile_counter, 1);
+        // the counter at 0 for the next launch. Two slots in turn: one is written again when all have read it.
+        if (warp == 0 && lane_id() == 0) {
+            int const fetched = fetch_add_global(p.tile_counter, 1);
             if (fetched == tiles - 1) {
                 store_global_int(p.tile_counter, 0);
             }
+            store_shared_int(slot, fetched);
         }
-        index = shfl_from_lane_0(fetched) + static_cast<int>(gridDim.x);
+        named_barrier_sync(kProducer, 32 * kNumLoadWarps);
+        index = load_shared_int(slot) + static_cast<int>(gridDim.x);
+        slot ^= 4;
     }
-    load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});
+    if (warp == 0) {
+        load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});
+    }
 }
 
 // Consumer: one of the mma warpgroups, 64 query rows of each tile ------------------------------------------------------
@@ -1444,9 +1465,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 
     if (warp < 4) {
         setmaxnreg_dec_32();
-        if (warp == 0) {
+        if (warp < kNumLoadWarps) {
             griddepcontrol_wait();  // for the table and the lists
-            produce(map_q, {map_k, map_k}, {map_v, map_v}, p, smem, barriers);
+            produce(map_q, {map_k, map_k}, {map_v, map_v}, p, smem, barriers, warp);
         }
     } else {
         setmaxnreg_inc_160();
@@ -1461,9 +1482,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_prepare
 //     grid (1, 1, 1), 1024 threads, 4112 bytes of dynamic shared memory
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1
-//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 196752 bytes of dynamic shared memory
+//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 196760 bytes of dynamic shared memory
 //     maps of q, k, v, o
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 196752
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 196760
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
 // Tensor maps: tiled, (head_dim, 2^30, heads, 2^31, 2^31), 16-bit elements, zeros outside, on 64 bytes
 //   steps in bytes: of a row, of a head, 2^34 - that of a row, of a row

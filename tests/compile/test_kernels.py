@@ -136,13 +136,18 @@ def kernels() -> dict[str, bool]:
         for arch, mask, head_dims in (("sm80", "window", (64, 72, 112, 160, 256)), ("sm90", "causal", (64, 128, 256)))
         for head_dim in head_dims
     ]
+    row_by_row = [
+        KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"page_rows": 1}))
+        for head_dim, mask in turns((16, 64, 72, 96, 128, 192, 256), ("window", "full", "causal"))
+        for spec in (default("sm90", head_dim, mask, varlen=True, paged=True),)
+    ]
     wide = [
         KernelSpec(problem=spec.problem, tiling=tiling_for_rows(spec.problem, spec.tiling, 32, limit))
         for arch, limit in ((arch, of_arch.shared_memory_per_block) for arch, of_arch in ARCHES.items())
         for spec in (default(arch, head_dim, "window", "decode", paged=True) for head_dim in (8, 64, 72, 96, 128))
     ]
     quick = in_turns(written)
-    slow = [spec.name for spec in (*plain, *features, *of_v, *paged, *wide) if spec not in written]
+    slow = [spec.name for spec in (*plain, *features, *of_v, *paged, *row_by_row, *wide) if spec not in written]
     quick |= {name for name in slow if {"d128", "d192"} & {*name.split("_")} and "drop" not in name}
     return {name: name in quick for name in sorted({*quick, *slow})}
 

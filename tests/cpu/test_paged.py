@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from fa2gen import cases
 from fa2gen.cases_cached import gathered
 from fa2gen.cpu import RunOptions, run_kernel
 from fa2gen.errors import InvalidInput
+from fa2gen.launch import row_by_row
 from fa2gen.options import Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import best_spec
 from fa2gen.spec import KernelSpec, Mask, Problem
 from tests.cpu.faults import Fault, symptom
 
-ARCHES = ("sm80", "sm90")
 # Queries and keys of the longest sequence; the sum of seqlen_q * 4099 + seqlen_k decides how many rows a page has.
 SHAPES = {
     16: Shape(1, 40, 135, 2, 1),
@@ -27,8 +28,15 @@ SHAPES = {
 }
 
 
-def kernel(arch: str, mask: Mask = "causal", head_dim: int = 64, **fields: bool) -> KernelSpec:
+def kernel(arch: str, mask: Mask = "causal", head_dim: int = 64, **fields: Any) -> KernelSpec:
     return best_spec(Problem(head_dim=head_dim, mask=mask, varlen=True, paged=True, **fields), arch)
+
+
+def by_rows(*args: Any, **fields: Any) -> KernelSpec:
+    """Of sm90, whose pages are copied row by row."""
+    found = row_by_row(make_plan(kernel("sm90", *args, **fields)))
+    assert found is not None
+    return found.spec
 
 
 def run(name: str, shape: Shape, options: Options | None = None, rendered=None, **how):
@@ -43,11 +51,11 @@ def run(name: str, shape: Shape, options: Options | None = None, rendered=None, 
     return cases.verdict(case), case
 
 
-@pytest.mark.parametrize("arch", ARCHES)
-def test_pages_give_the_bits_of_packed_keys(arch):
+@pytest.mark.parametrize("spec", [kernel("sm80"), kernel("sm90"), by_rows()], ids=lambda spec: spec.name)
+def test_pages_give_the_bits_of_packed_keys(spec):
     """Of every size of pages: those of the kernel without pages, with the same tiling."""
-    spec = kernel(arch)
-    packed = KernelSpec(problem=spec.problem.model_copy(update={"paged": False}), tiling=spec.tiling)
+    tiling = spec.tiling.model_copy(update={"page_rows": 0})
+    packed = KernelSpec(problem=spec.problem.model_copy(update={"paged": False}), tiling=tiling)
     for size in (16, 3):
         shape = SHAPES[size]
         verdict, case = run(spec.name, shape)
@@ -70,6 +78,8 @@ def test_pages_give_the_bits_of_packed_keys(arch):
         kernel("sm80", "causal", 128),
         kernel("sm90", "causal", 96, sink=True),
         kernel("sm90", "full", 192),
+        by_rows("window", 24, head_dim_v=72),
+        by_rows("causal", 192, sink=True),
     ],
     ids=lambda spec: spec.name,
 )
@@ -106,14 +116,30 @@ FAULTS = [
         "return {kRaggedRows - num_keys, page_of",
         "return {kRaggedRows - kTileN, page_of",
     ),
-    Fault("V of the block before", kernel("sm90").name, "head_kv);\n            of_v = of_k;", "head_kv);"),
+    Fault("the next tile", kernel("sm90").name, "slot ^= 4;", "slot ^= 0;", schedules=20),
+    Fault("who waits for the next tile", kernel("sm90").name, "named_barrier_sync(kProducer, 32 * kNumLoadWarps);", ""),
     Fault("bytes that are waited for", kernel("sm90").name, "row += 32 * p.box_rows;", "row += kTileN;"),
     Fault(
         "a stage that is not free",
         kernel("sm90").name,
-        "int head) {\n    mbarrier_wait(empty, state.phase ^ 1);\n    if (elect_one())",
-        "int head) {\n    if (elect_one())",
+        "int part) {\n    mbarrier_wait(empty, state.phase ^ 1);\n    if (part",
+        "int part) {\n    if (part",
         schedules=3,
+    ),
+    Fault("a row's lane", by_rows().name, "first_row % 32 + lane_row);", "lane_row);"),
+    Fault("a row's swizzle", by_rows().name, "(lane_chunk ^ row_swizzle(first_row) << 4)", "lane_chunk"),
+    Fault("a part of a block", by_rows().name, "int const part = warp / 2;", "int const part = warp % 2;"),
+    Fault("rows behind the end", by_rows().name, "at >= 0 ? source_bytes : 0", "source_bytes"),
+    Fault(
+        "a fence behind copies",
+        by_rows().name,
+        "parity);\n    fence_proxy_async();",
+        "parity);",
+        message="no fence.proxy.async of the reader",
+    ),
+    Fault("copies that arrive", by_rows().name, "cp_async_mbarrier_arrive(full);", "mbarrier_arrive(full);"),
+    Fault(
+        "a stage whose copies may begin", by_rows().name, "mbarrier_wait(empty, state.phase ^ 1);\n#pragma", "#pragma"
     ),
     Fault(
         "lengths that are given one by one",

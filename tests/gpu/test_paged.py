@@ -76,15 +76,13 @@ def batch(page: int, head_dim: int = 128, heads: int = 8, heads_kv: int = 2, hnd
 
 @pytest.mark.parametrize("page", [1, 3, 8, 16, 48, 64, 256, 528])
 def test_pages_give_what_rows_give(page, named_arch):
-    """Of the same kernel the same bits, however its keys are found; pages too small for TMA are read by another."""
+    """The same bits, however keys are found: in boxes of TMA, or row by row where a page is too small for those."""
     for hnd, head_dim in ((False, 128), (True, 64)):
         q, k, v, bounds, used, table, *dense, starts = batch(page, head_dim, hnd=hnd)
         said = {"causal": True, "return_attn_probs": True, "max_seqlen_k": 2048}
         found = fa2gen.flash_attn_varlen_func(q, k, v, bounds, None, seqused_k=used, block_table=table, **said)
         wanted = fa2gen.flash_attn_varlen_func(q, *dense, bounds, starts, **said)
-        torch.testing.assert_close(found[0], wanted[0], atol=0.02, rtol=0.02)
-        if named_arch == "sm80" or page > 3:
-            assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
 def test_a_graph_is_replayed_with_other_lengths_and_tables():
@@ -136,11 +134,12 @@ def test_a_step_of_an_engine_runs_decoding_kernels_into_its_buffer(most):
     assert out.data_ptr() == buffer.data_ptr() and (buffer[len(q) :] == 7).all()
 
 
-def test_rows_of_pages_that_TMA_can_not_step_over_are_read_otherwise():
+def test_rows_of_pages_that_TMA_can_not_step_over_are_copied_one_by_one():
     """Pages a third of a row further apart than their rows say, as of a cache beside other state."""
     q, k, v, bounds, used, table, *dense, starts = batch(16)
     apart = torch.empty((k.shape[0], 16 * 256 + 40), device="cuda", dtype=torch.bfloat16)
     k, v = (apart.clone()[:, : 16 * 256].view(k.shape).copy_(x) for x in (k, v))
-    found = fa2gen.flash_attn_varlen_func(q, k, v, bounds, None, seqused_k=used, block_table=table)
-    wanted = fa2gen.flash_attn_varlen_func(q, *dense, bounds, starts)
-    torch.testing.assert_close(found, wanted, atol=0.02, rtol=0.02)
+    said = {"max_seqlen_k": 2048}
+    found = fa2gen.flash_attn_varlen_func(q, k, v, bounds, None, seqused_k=used, block_table=table, **said)
+    wanted = fa2gen.flash_attn_varlen_func(q, *dense, bounds, starts, **said)
+    assert torch.equal(found, wanted)

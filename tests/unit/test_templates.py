@@ -122,6 +122,12 @@ def plans() -> list[KernelPlan]:
                 tiling.model_copy(update={field: value}) for field, values in switches.items() for value in values
             ]
             specs += [spec for spec in (KernelSpec(problem=problem, tiling=t) for t in varied) if fits(spec)]
+    by_rows = [p for p in modified if p.paged and not p.allow] + [
+        Problem(head_dim=192, head_dim_v=128, varlen=True, paged=True)
+    ]
+    for problem in by_rows:
+        tiling = default_tiling(problem, "sm90").model_copy(update={"page_rows": 1})
+        specs.append(KernelSpec(problem=problem, tiling=tiling))
     of_v = [
         Problem(head_dim=d, head_dim_v=v, direction=way, varlen=d == 72)
         for d, v in ((192, 128), (72, 8), (64, 256))

@@ -15,6 +15,12 @@ struct SmallCopy {
     int line;
 };
 
+// Copies of a thread that land together, with an arrival at a barrier behind them.
+struct CopiesAndArrival {
+    std::vector<SmallCopy> copies;
+    std::uint32_t barrier;
+};
+
 // A thread's copies: those not yet committed, and the committed groups from the oldest on.
 struct SmallCopies {
     std::vector<SmallCopy> open;

@@ -50,6 +50,8 @@ void griddepcontrol_wait();
 void cp_async(std::uint32_t destination, void const* source, int bytes, int source_bytes, int line);
 void cp_async_commit(int line);
 void cp_async_wait(int pending, int line);
+// Arrives at a barrier when all of this thread's copies so far have landed.
+void cp_async_mbarrier_arrive(std::uint32_t barrier, int line);
 
 // What cuTensorMapEncodeTiled is told, in the 128 bytes of the driver's opaque map (fa2gen/cpu/run.py packs it).
 struct alignas(64) TensorMap {

@@ -99,6 +99,7 @@ void Block::start(Index3 block_index) {
         barrier = {};
     }
     loads.clear();
+    arrivals.clear();
     global_waiters.clear();
     free_registers = 0;
     register_waiters.clear();
@@ -149,6 +150,7 @@ Block::Step Block::step() {
     wake_global_waiters();
     int const num_warps = static_cast<int>(warps.size());
     Warp* next = nullptr;
+    bool const has_copies = !loads.empty() || !arrivals.empty();
     if (!random()) {
         for (int i = 1; i <= num_warps && next == nullptr; ++i) {
             Warp& warp = warps[static_cast<std::size_t>((last_warp_ + i) % num_warps)];
@@ -160,7 +162,7 @@ Block::Step Block::step() {
                 next = &warp;
             }
         }
-        if (!loads.empty() && next != nullptr && engine_priority_ > next->priority) {
+        if (has_copies && next != nullptr && engine_priority_ > next->priority) {
             next = nullptr;
         }
     }
@@ -173,7 +175,7 @@ Block::Step Block::step() {
         run(*next);
         return Step::moved;
     }
-    if (!loads.empty()) {
+    if (has_copies) {
         land_one_copy();
         return Step::moved;
     }
@@ -214,9 +216,16 @@ void Block::run(Warp& warp) {
 }
 
 void Block::land_one_copy() {
-    std::size_t const i = random() ? draw(static_cast<unsigned>(loads.size())) : 0;
+    std::size_t i = random() ? draw(static_cast<unsigned>(loads.size() + arrivals.size())) : 0;
     if (chance(8)) {
         engine_priority_ = draw_priority();
+    }
+    if (i >= loads.size()) {
+        i -= loads.size();
+        CopiesAndArrival const copies = std::move(arrivals[i]);
+        arrivals.erase(arrivals.begin() + static_cast<std::ptrdiff_t>(i));
+        land(*this, copies);
+        return;
     }
     BoxCopy const load = loads[i];
     loads.erase(loads.begin() + static_cast<std::ptrdiff_t>(i));

@@ -52,6 +52,7 @@ struct Thread : ThreadView {
     Waiting waiting;
 
     std::vector<std::uint32_t> unpublished;  // granules of shared memory
+    std::uint32_t seen_landings = 0;         // of cp.async with an arrival, as many as its last fence.proxy.async saw
     SmallCopies small_copies;
     BulkStores stores;
     bool waited_for_grid = false;
@@ -142,7 +143,8 @@ struct Block {
     SharedMemory shared;
     Mbarriers mbarriers;
     NamedBarrier named_barriers[kNumNamedBarriers];
-    std::vector<BoxCopy> loads;  // in flight
+    std::vector<BoxCopy> loads;               // in flight
+    std::vector<CopiesAndArrival> arrivals;  // likewise
     std::vector<GlobalWaiter> global_waiters;
     int free_registers = 0;
     std::vector<Thread*> register_waiters;
@@ -197,6 +199,7 @@ void count_leftovers(Block& block);
 
 // The parts that the schedule calls.
 void land(Block& block, BoxCopy const& load);
+void land(Block& block, CopiesAndArrival const& copies);
 void finish_stores(Thread& thread);
 void check_wgmma_end(Thread& thread);
 

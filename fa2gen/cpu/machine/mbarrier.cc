@@ -51,6 +51,7 @@ void fence_mbarrier_init(int) {
 
 void fence_proxy_async(int line) {
     Thread& thread = current();
+    thread.seen_landings = thread.block->shared.landings();
     thread.block->shared.publish(thread.unpublished);
     fence_mbarrier_init(line);
     maybe_yield();
@@ -82,6 +83,17 @@ void mbarrier_wait(std::uint32_t address, std::uint32_t parity, int line) {
         barrier.waiters.push_back(&current());
         block_on({Waiting::mbarrier, "mbarrier", address, parity, line});
     }
+}
+
+// An arrival that the copies of a thread made. Called by the schedule, not by a thread.
+void complete_arrival(Block& block, std::uint32_t address) {
+    Mbarrier& barrier = block.mbarriers[address];
+    if (barrier.pending == 0) {
+        throw Failure(text("cp.async arrives at the mbarrier at 0x%x, where all %u arrivals of phase %u have been made", address,
+                           barrier.count, barrier.phase));
+    }
+    barrier.pending -= 1;
+    complete_phase_if_done(barrier);
 }
 
 // Bytes of a copy have landed. Called by the schedule, not by a thread.

@@ -7,6 +7,8 @@
 
 namespace machine {
 
+void complete_arrival(Block& block, std::uint32_t barrier);
+
 std::uint32_t shared_memory_base() {
     return current().block->shared.base();
 }
@@ -106,6 +108,33 @@ void cp_async_wait(int pending, int) {
         groups.erase(groups.begin(), groups.begin() + done);
     }
     maybe_yield();
+}
+
+void cp_async_mbarrier_arrive(std::uint32_t barrier, int line) {
+    Thread& thread = current();
+    if (thread.block->mbarriers.count(barrier) == 0) {
+        fail("kernel.cc:%d: cp.async arrives at the mbarrier at 0x%x, which is not initialised", line, barrier);
+    }
+    SmallCopies& mine = thread.small_copies;
+    CopiesAndArrival all{{}, barrier};
+    mine.groups.push_back(std::move(mine.open));
+    mine.open.clear();
+    for (auto const& group : mine.groups) {
+        all.copies.insert(all.copies.end(), group.begin(), group.end());
+    }
+    mine.groups.clear();
+    thread.block->arrivals.push_back(std::move(all));
+    maybe_yield();
+}
+
+// Called by the schedule. What lands is a thread's store to wgmma and TMA: who waits at the barrier must pass a fence.
+void land(Block& block, CopiesAndArrival const& landing) {
+    for (SmallCopy const& copy : landing.copies) {
+        unsigned char data[16] = {};
+        std::memcpy(data, copy.source, static_cast<std::size_t>(copy.source_bytes));
+        block.shared.land_small_copy(copy.destination, data, static_cast<std::uint32_t>(copy.bytes));
+    }
+    complete_arrival(block, landing.barrier);
 }
 
 // Counters ----------------------------------------------------------------------------------------------------------------

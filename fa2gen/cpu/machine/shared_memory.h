@@ -4,6 +4,7 @@
 // TMA and wgmma (PTX ISA, "Async proxy"). The shadow finds, at the access and not by a wrong result later:
 //   - a read or write of bytes that a copy in flight will still write;
 //   - an async read (or overwrite) of bytes that a thread stored and has not published with fence.proxy.async;
+//   - an async read of bytes of a cp.async that arrived at a barrier, with no such fence of the reading thread since;
 //   - through `version`, bytes that change while a TMA store or a wgmma that was issued still reads them.
 // Everything starts as NaN (in all three floating-point types), and so do the bytes that a copy in flight will write.
 
@@ -24,6 +25,7 @@ struct Granule {
     std::uint32_t version = 0;      // counts writes of any kind
     std::uint16_t unpublished = 0;  // generic stores that their threads have not fenced
     std::uint16_t in_flight = 0;    // copies that will still write here
+    std::uint32_t landing = 0;      // which cp.async with an arrival at a barrier wrote here last; 0: none
     int line = 0;                   // who wrote, or will write, last
     int thread = 0;
 };
@@ -32,6 +34,7 @@ class SharedMemory {
   public:
     void reset(std::uint32_t base, std::uint32_t bytes, bool has_async_proxy) {
         base_ = base;
+        landings_ = reader_landings_ = 0;
         has_async_proxy_ = has_async_proxy;
         bytes_.assign(bytes, kPoison);
         granules_.assign((bytes + kGranule - 1) / kGranule, Granule{});
@@ -92,6 +95,10 @@ class SharedMemory {
             fail("kernel.cc:%d reads shared memory 0x%x, which the copy of %s has not been waited for", line, address,
                  author(granule).c_str());
         }
+        if (granule.landing > reader_landings_) {
+            fail("kernel.cc:%d reads shared memory 0x%x through the async proxy; no fence.proxy.async of the reader followed the "
+                 "cp.async of %s", line, address, author(granule).c_str());
+        }
         if (granule.unpublished != 0) {
             fail("kernel.cc:%d reads shared memory 0x%x through the async proxy; the store of %s has no fence.proxy.async behind it",
                  line, address, author(granule).c_str());
@@ -130,6 +137,18 @@ class SharedMemory {
             granule.version += 1;
         });
     }
+
+    // The end of a cp.async that arrives at a barrier.
+    void land_small_copy(std::uint32_t address, void const* data, std::uint32_t bytes) {
+        end_copy(address, bytes);
+        std::memcpy(at(address), data, bytes);
+        landings_ += 1;
+        granules_[(address - base_) / kGranule].landing = landings_;
+    }
+
+    // How many of those there were, and up to which of them the next async reads have fences.
+    std::uint32_t landings() const { return landings_; }
+    void read_behind(std::uint32_t landings) { reader_landings_ = landings; }
 
     // The end of a cp.async, which belongs to the generic proxy: wgmma and TMA need a fence behind it.
     void end_small_copy(std::uint32_t address, void const* data, std::uint32_t bytes, std::vector<std::uint32_t>& unpublished) {
@@ -182,6 +201,8 @@ class SharedMemory {
     }
 
     std::uint32_t base_ = 0;
+    std::uint32_t landings_ = 0;
+    std::uint32_t reader_landings_ = 0;
     bool has_async_proxy_ = false;
     std::vector<unsigned char> bytes_;
     std::vector<Granule> granules_;

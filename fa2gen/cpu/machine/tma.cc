@@ -114,6 +114,7 @@ void tma_store(TensorMap const& map, std::uint32_t source, int const* coordinate
     BoxCopy copy = make_copy(map, source, 0, coordinates, line);
     check_tensor_map(map, line);
     check_box(copy, rank, line);
+    thread.block->shared.read_behind(thread.seen_landings);
     // Nothing is read yet, but what is not ready now is a mistake even if it will be by then.
     for_each_chunk(copy, [&](std::uint32_t shared, unsigned char*) { thread.block->shared.async_read(shared, copy.versions, line); });
     thread.stores.open.push_back(std::move(copy));
@@ -135,6 +136,7 @@ void read_source(BoxCopy& store) {
         return;
     }
     std::uint64_t versions = 0;
+    current().block->shared.read_behind(current().seen_landings);
     for_each_chunk(store, [&](std::uint32_t shared, unsigned char*) {
         unsigned char const* const chunk = current().block->shared.async_read(shared, versions, store.line);
         store.image.insert(store.image.end(), chunk, chunk + kChunk);
@@ -224,6 +226,7 @@ void bulk_reduce_add(float* destination, std::uint32_t source, std::uint32_t byt
     }
     BoxCopy copy = make_bulk_copy(destination, source, bytes, 0, line);
     copy.adds = true;
+    current().block->shared.read_behind(current().seen_landings);
     for_each_chunk(copy, [&](std::uint32_t shared, unsigned char*) { current().block->shared.async_read(shared, copy.versions, line); });
     current().stores.open.push_back(std::move(copy));
     count(kTmaStore, bytes);

@@ -246,8 +246,10 @@ void issue(Wgmma described, float* d, ARegister const* a_registers) {
     }
     mine.issued += 1;
     op.issued += 1;
+    op.seen_landings = std::min(op.seen_landings, thread.seen_landings);
     if (op.issued == kWarpgroup) {
         SharedMemory& shared = thread.block->shared;
+        shared.read_behind(op.seen_landings);
         if (op.shape.type == Type::bf16) {
             compute<float_from_bf16>(shared, op);
         } else {

@@ -34,6 +34,7 @@ struct Wgmma {
     std::shared_ptr<Accumulator> accumulator;
     std::vector<std::uint32_t> a_registers;   // [thread][4]
     std::uint64_t versions = 0;               // of the shared operands, when computed
+    std::uint32_t seen_landings = UINT32_MAX;  // of cp.async, the least that a fence of a thread that issued it saw
 };
 
 // Registers that a thread gave to a wgmma: wgmma.fence looks at all of them, so that a later change shows.
