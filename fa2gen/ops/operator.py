@@ -42,7 +42,7 @@ from fa2gen.ops.validate import (
     validate_general,
     validate_ragged,
 )
-from fa2gen.options import Options
+from fa2gen.options import Expression, Options
 from fa2gen.spec import Tiling
 
 __all__ = ["attention", "forward_into", "run", "run_any", "run_general", "run_ragged"]
@@ -116,10 +116,12 @@ def attention(
         raise InvalidInput(f"arch and tiling choose a CUDA kernel, but q is on {q.device}: leave them out")
     ragged = any(x is not None for x in lengths)
     if ragged or s_aux is not None or tensors or dropout_p:
-        said_by_tensors = options._replace(varlen=ragged, sink=s_aux is not None, dropout_p=dropout_p)
+        expression = _with_shapes(expression, tensors)
+        sink = s_aux is not None
+        said_by_tensors = options._replace(varlen=ragged, sink=sink, expression=expression, dropout_p=dropout_p)
         rng_state = new_rng_state(q) if dropout_p else None
         further = (*autocasted(q, k, v), *lengths, sinks(s_aux), rng_state, tensors)
-        return forward_general(*further, _with_shapes(said_by_tensors, tensors), None, arch, tiling)
+        return forward_general(*further, said_by_tensors, None, arch, tiling)
     return forward_cuda(*autocasted(q, k, v), options, arch, tiling)
 
 
@@ -220,15 +222,19 @@ def run_general(
 ) -> tuple[Tensor, Tensor]:
     """`run` of a call with further tensors, ragged where there are lengths; rng_state is drawn where none is given, and
     `tensors` are those of an expression."""
-    said = Options(*options)._replace(varlen=any(x is not None for x in lengths), sink=s_aux is not None)
-    said = _with_shapes(said, tensors)
+    given = options if isinstance(options, Options) else Options(*options)
     if dropout_p:
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             refuse_dropout()  # here, and not in the backward pass
-        said = said._replace(dropout_p=probability(dropout_p))
+        dropout_p = probability(dropout_p)
         rng_state = new_rng_state(q) if rng_state is None else rng_state
-    if said.softmax_scale is None:
-        said = said._replace(softmax_scale=default_scale(q))
+    said = given._replace(  # once, as it takes 1 us
+        softmax_scale=default_scale(q) if given.softmax_scale is None else given.softmax_scale,
+        varlen=lengths is not NO_LENGTHS and any(x is not None for x in lengths),
+        sink=s_aux is not None,
+        expression=_with_shapes(given.expression, tensors),
+        dropout_p=dropout_p,
+    )
     others = (*lengths, sinks(s_aux), rng_state)
     if is_plain(q, k, v) and all(x is None or type(x) is Tensor for x in (*others, *tensors)):
         if torch.is_grad_enabled() and wants_gradient(q, k, v, *others, *tensors):
@@ -244,12 +250,11 @@ def run_general(
         raise
 
 
-def _with_shapes(options: Options, tensors: Sequence[Tensor]) -> Options:
-    """The options, whose expression knows how large its tensors are."""
-    if options.expression is None:
-        return options
-    shapes = tuple(tuple(x.shape) for x in tensors)
-    return options._replace(expression=options.expression._replace(shapes=shapes))
+def _with_shapes(expression: Expression | None, tensors: Sequence[Tensor]) -> Expression | None:
+    """The expression, which knows how large its tensors are."""
+    if expression is None or not tensors:
+        return expression
+    return expression._replace(shapes=tuple([tuple(x.shape) for x in tensors]))
 
 
 def _forward_flat(*arguments: Any) -> tuple[Tensor, Tensor]:
