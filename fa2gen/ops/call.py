@@ -74,6 +74,7 @@ __all__ = [
     "prepared",
     "remember_kind",
     "room_for",
+    "room_of_stream",
     "scaled",
     "strides_of",
     "types_of",
@@ -151,6 +152,9 @@ _REMEMBERED_KINDS = 1024
 SCRATCH_ROWS = 1 << 14
 # What each stream keeps for kernels that count: one for each multiprocessor of any GPU.
 _COUNTER_BYTES = 1 << 14
+# What each stream keeps beside such counters for decoding: parts of 32 rows at head dim 128, of 16 at 256. To allocate
+# them at each call is 2 of its 24 microseconds.
+_ROOM_BYTES = 5 << 20
 # torch.cuda's functions of these names without their Python, which costs as much again; a CPU build lacks them.
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
@@ -167,6 +171,7 @@ _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 _retired: list[Kernel] = []  # what `forget` dropped
 _scratches: dict[tuple[int, int], StreamScratch] = {}  # (device, stream) -> what its launches use
 _counters: dict[tuple[int, int], int] = {}  # (device, stream) -> memory that is zero between its launches
+_rooms: dict[tuple[int, int], int] = {}  # likewise -> counters, and behind them memory of any content
 _lock = threading.Lock()
 
 
@@ -294,6 +299,21 @@ def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...], memory
         call.launch(operands, scratch.data_ptr(), stream, counters)
 
 
+def room_of_stream(call: Call, size: int) -> tuple[int, int, int]:
+    """(stream, scratch, counters) on the call's device: the current stream's handle, the address of `size` bytes, and
+    that of zeros, for a kernel that alone uses them. All 0 where they do not suffice, the stream is captured or another
+    device is current."""
+    assert call.launch is not None
+    device = call.device
+    if size > _ROOM_BYTES or call.launch.cleared_bytes > _COUNTER_BYTES:
+        return 0, 0, 0
+    if _current_device() != device or _is_capturing():
+        return 0, 0, 0
+    stream: int = torch._C._cuda_getCurrentRawStream(device)
+    counters = _rooms.get((device, stream)) or _first_room(device, stream)
+    return stream, counters + _COUNTER_BYTES, counters
+
+
 def launch_cleared(call: Call, q: Tensor, operands: tuple[int, ...]) -> None:
     """Launch on the current stream of q's device, with scratch memory of zeros that is left so: the stream's, or a
     graph's own."""
@@ -390,6 +410,13 @@ def _first_counters(device: int, stream: int) -> int:
         if (device, stream) not in _counters:
             _counters[device, stream] = zeros_of_stream(device, stream, _COUNTER_BYTES)
         return _counters[device, stream]
+
+
+def _first_room(device: int, stream: int) -> int:
+    with _lock:
+        if (device, stream) not in _rooms:
+            _rooms[device, stream] = zeros_of_stream(device, stream, _COUNTER_BYTES + _ROOM_BYTES)
+        return _rooms[device, stream]
 
 
 def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any) -> Call:

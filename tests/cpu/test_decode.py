@@ -207,7 +207,7 @@ def door(monkeypatch):
     monkeypatch.setattr(calls, "device_at", lambda index: h100)
     monkeypatch.setattr(calls, "_kernel", lambda plan, target, device: OnMachine(plan))
     monkeypatch.setattr(calls, "_calls", {})
-    monkeypatch.setattr(calls, "_counters", {(-1, 5): 16})
+    monkeypatch.setattr(calls, "_rooms", {(-1, 5): 16})
     monkeypatch.setattr(calls, "_current_device", lambda: -1)
     monkeypatch.setattr(calls, "_is_capturing", lambda: False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
