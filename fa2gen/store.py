@@ -89,7 +89,8 @@ CPU_FOLDER = "cpu"
 """Where in the cache the libraries of `fa2gen.cpu` are, which `size` and `clear` count too."""
 
 _SOURCE, _CUBIN, _MANIFEST = "kernel.cu", "kernel.cubin", "manifest.json"
-_CACHE_FOLDER = re.compile(r".+-[0-9a-f]{16}")
+_KEY_DIGITS = 16  # of the digest, in the name of an entry's folder
+_CACHE_FOLDER = re.compile(rf".+-[0-9a-f]{{{_KEY_DIGITS}}}")
 _LOCKS = ".locks"
 _LOCK_SECONDS = 60.0
 
@@ -102,7 +103,7 @@ class Key(NamedTuple):
 
     @property
     def folder(self) -> str:
-        return f"{self.name}-{self.digest[:16]}"
+        return f"{self.name}-{self.digest[:_KEY_DIGITS]}"
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,10 @@ class Store:
     def list(self) -> tuple[Entry, ...]:
         """All whole entries, by name."""
         return tuple(entry for folder in sorted(self._folders()) if (entry := read_entry(folder, own())))
+
+    def names(self) -> set[str]:
+        """Of the kernels that there are entries of, be they damaged, or made by another version."""
+        return {folder.name[: -len("-") - _KEY_DIGITS] for folder in self._folders()}
 
     def complaint(self) -> str:
         """Why the cache is not used; "" where it is, also before it exists."""

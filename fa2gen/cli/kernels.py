@@ -155,10 +155,11 @@ def list_kernels(asked: Asked, as_json: AsJson = False) -> None:
     from fa2gen.store import Store, key_of
 
     store = Store()
+    there = store.names()  # a key needs the rendered source, 50 ms a kernel
     rows = []
     for spec in asked.kernels():
-        entry = store.try_load(key_of(plan_unit(make_plan(spec))))
-        rows.append({**spec.row(), "cached": entry is not None})
+        cached = spec.name in there and store.try_load(key_of(plan_unit(make_plan(spec)))) is not None
+        rows.append({**spec.row(), "cached": cached})
     if as_json:
         print_json(rows)
         return

@@ -139,6 +139,7 @@ def test_completion_completes(tmp_path):
 
 
 def test_version():
+    assert fa2("-h").stdout == fa2("--help").stdout
     assert fa2("--version").stdout == fa2("-V").stdout == f"fa2gen {fa2gen.__version__}\n"
 
 
@@ -449,6 +450,12 @@ def test_list_is_the_catalogue():
             if is_usual(spec.problem)
         }
         assert {*specs[len(written) :]} == tuned - {*written}
+
+
+def test_what_is_not_in_the_cache_is_not_rendered(cache, monkeypatch):
+    """A list of hundreds of kernels would take 50 ms for each."""
+    monkeypatch.setattr("fa2gen.compile.plan_unit", lambda plan: pytest.fail(f"renders {plan.name}"))
+    assert not any(row["cached"] for row in fa2("list", "--arch", "sm80", "--json").json)
 
 
 def test_deterministic_kernels_are_listed_where_they_are_asked_for():

@@ -603,6 +603,7 @@ def test_dry_run_needs_no_gpu():
     assert rows[0]["default"] and [row["kernel"] for row in rows] == [
         s.name for s in candidates(PROBLEM, "sm90", SEQLENS, 6)
     ]
+    assert len(rows) == 1 + 6  # the default, and as many beside it
     text = CliRunner().invoke(
         app, ["tune", "--head-dim", "40", "--head-dim", "72", "--mask", "full", "--mask", "causal", "--dry-run"]
     )
