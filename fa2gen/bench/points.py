@@ -203,7 +203,7 @@ def _odd(dtype: DType) -> list[Point]:
     return [
         _point("odd", head_dim, dtype, causal, 4096, batch=4)
         for causal in (False, True)
-        for head_dim in (32, 40, 48, 72, 80, 96, 112, 144, 160, 192)
+        for head_dim in (32, 40, 48, 72, 80, 96, 112, 144, 160, 176, 192)
     ]
 
 
@@ -215,6 +215,9 @@ def _gqa(dtype: DType) -> list[Point]:
             (32, 8, 128, 2048),
             (32, 8, 128, 8192),
             (64, 8, 128, 8192),
+            (32, 4, 128, 2048),
+            (64, 8, 64, 8192),
+            (16, 2, 256, 4096),
             (32, 1, 64, 2048),
             (32, 1, 64, 8192),
         )

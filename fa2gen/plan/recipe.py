@@ -15,7 +15,15 @@ from fa2gen.features.attention import Operand
 from fa2gen.features.varlen import ENTRY_NUMBERS
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.options import SPLIT_KEYS
-from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTIONS_OF_GROUPS, EntryPoint, KernelPlan, TensorMapPlan
+from fa2gen.plan.base import (
+    SECTION_BYTES,
+    SECTION_HEADS,
+    SECTION_HEADS_OF_GRADIENTS,
+    SECTIONS_OF_GROUPS,
+    EntryPoint,
+    KernelPlan,
+    TensorMapPlan,
+)
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.plan.decode import LAYOUT_ENTRIES
 
@@ -101,7 +109,10 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
     tiling, of_batch, of_parts = plan.tiling, "" if plan.varlen else "batch * ", _of_parts(plan)
     if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
         read = f"num_heads_per_kv * seqlen_q * {plan.section_row_bytes}"
-        section = f"min(max(1, section_bytes / ({read})), {of_batch}num_heads_kv){of_parts}"
+        heads = f"{of_batch}num_heads_kv"
+        if not plan.problem.deterministic:
+            heads = f"min({heads}, {SECTION_HEADS_OF_GRADIENTS})"
+        section = f"min(max(1, section_bytes / ({read})), {heads}){of_parts}"
     else:  # whole groups of query heads that share K and V
         read = f"seqlen_k * {plan.section_row_bytes}"
         section = f"min(section_heads_kv * num_heads_per_kv, {of_batch}num_heads)"

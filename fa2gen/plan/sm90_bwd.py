@@ -46,6 +46,9 @@ REGISTERS_OF_ALLOW = 2  # of the walk's place, for what an expression hides (d =
 # (C7512); 136 and 184 with 48 would spill 3 under a window.
 ALIGNMENT_OF_SUMS = 8
 EASY_SUMS, REGISTERS_OF_SUMS = 128, 4
+REGISTERS_BESIDE_V = 12  # that V in registers leaves free (8 at d = 96, 80 queries: 64 bytes spill)
+# Beside 80 queries (120, d = 120 or 112/128: 64 bytes spill, and products wait, C7512; 112 with dropout: they wait).
+SUMS_THAT_LAG = 112
 REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the other columns
 
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
@@ -111,18 +114,31 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if not self.lags_dq:
             return
         why = "one mma warpgroup" if self.num_mma_warpgroups == 1 else None
+        sums = sum(map(self.num_acc_dkv, (self.qk, self.vo)))
         if not self.splits_keys:
             why = f"{self.tile_n} keys, which two warpgroups do not split"
-        elif self.num_dq_slices != self.num_mma_warps:
+        elif not self.num_mma_warps // 2 < self.num_dq_slices <= self.num_mma_warps:
             why = f"{self.num_dq_slices} slices of dQ for {self.num_mma_warps} warps"
-        elif self.swaps_dq and self.tile_m > ROWS_PER_WARPGROUP:  # 80: 64 bytes spill, and products wait (C7512)
-            why = f"{self.tile_m} queries above head dim 64, which leave too few registers"
+        elif self.swaps_dq and self.tile_m > ROWS_PER_WARPGROUP and sums > SUMS_THAT_LAG - 8 * self.dropout:
+            why = f"{self.tile_m} queries and {sums} registers of dK and dV, which leave too few"
         elif self.swaps_dq and self.dropout and self.left_edge:  # 16 bytes spill
             why = "dropout in a window above head dim 64, which leaves too few registers"
         elif self.deterministic or self.has_score or self.has_allow:
             why = "deterministic sums" if self.deterministic else "an expression"
         if why:
             yield BrokenRule("lag", f"1 given, with {why}: 0")
+
+    @property
+    def holds_v(self) -> bool:
+        """Whether each warp holds its 16 keys of V in registers, all queries long: dP^T = V dO^T then reads only dO from
+        shared memory, whose bandwidth limits these head dims."""
+        registers = self.register_estimate + self.num_v + REGISTERS_BESIDE_V
+        return self.lags_dq and self.swaps_dq and not self.dropout and registers <= self.consumer_registers
+
+    @property
+    def num_v(self) -> int:
+        """32-bit registers of 16 keys of V in one thread."""
+        return 4 * self.vo.num_k_steps
 
     @property
     def splits_dq_rest(self) -> bool:
@@ -230,6 +246,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         """S^T = K Q^T and dP^T = V dO^T: 64 keys x tile_m queries. Passing P, S and dP: 64 queries x tile_n keys."""
         return Wgmma(self.dtype, self.tile_n if self.passes_p else self.tile_m, "shared", b_transposed=False)
 
+    @property
+    def wgmma_dp(self) -> Wgmma:
+        """dP^T = V dO^T where V is in registers."""
+        return Wgmma(self.dtype, self.tile_m, "registers", b_transposed=False)
+
     def wgmma_dkv(self, width: Width) -> Wgmma:
         """dV += P^T dO, or dK += dS^T Q: 64 keys x its head dim."""
         return Wgmma(self.dtype, width.head_dim, "registers", b_transposed=True)
@@ -320,7 +341,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def wgmmas(self) -> tuple[Wgmma, ...]:
         """The instructions, each once."""
         dkv = (self.wgmma_panel,) if self.passes_p else (self.wgmma_dkv(width) for width in self.widths)
-        return tuple(dict.fromkeys((self.wgmma_s, *dkv, *self.dq_wgmmas)))
+        of_dp = (self.wgmma_dp,) if self.holds_v else ()
+        return tuple(dict.fromkeys((self.wgmma_s, *of_dp, *dkv, *self.dq_wgmmas)))
 
     @property
     def num_k_steps_m(self) -> int:
@@ -416,7 +438,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         warps, half = "kNumMmaWarps", "kNumMmaWarps / 2"
         if self.lags_dq:
             of_ds = ring("ds", NUM_DS_STAGES, full=warps, empty=warps)
-            return *ring("dq", 2, full=half, empty="1"), *of_ds, Barrier("first_has_dp", half, 2)
+            of_dq = half if self.num_dq_slices == self.num_mma_warps else "stage == 0 ? 4 : kNumDqSlices - 4"
+            return *ring("dq", 2, full=of_dq, empty="1"), *of_ds, Barrier("first_has_dp", half, 2)
         if stages_dq:
             return Barrier("dq_full", str(self.num_dq_warps)), Barrier("dq_empty", "1")
         if self.deterministic:

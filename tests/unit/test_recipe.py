@@ -15,7 +15,7 @@ from fa2gen.groups import with_parts
 from fa2gen.launch import launch_of
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
-from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTIONS_OF_GROUPS
+from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTION_HEADS_OF_GRADIENTS, SECTIONS_OF_GROUPS
 from fa2gen.render import render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
@@ -105,7 +105,10 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     bounds = sum(3 * (699 // table.tile + 1) for table in plan.tile_tables)
     if plan.problem.direction == "bwd":
         room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS) // (group * shape.seqlen_q * plan.section_row_bytes)
-        section = min(max(room, 1), batch * shape.num_heads_kv) * parts
+        heads = batch * shape.num_heads_kv
+        if not plan.problem.deterministic:
+            heads = min(heads, SECTION_HEADS_OF_GRADIENTS)
+        section = min(max(room, 1), heads) * parts
         most = max(m * plan.tile_m * group, n * plan.tile_n + shape.seqlen_q, of_keys * parts, 2 * bounds)
     else:
         room = max(min(SECTION_BYTES // (shape.seqlen_k * plan.section_row_bytes), SECTION_HEADS // group), 1)
