@@ -10,7 +10,7 @@
 //             279 Global memory,  313 mbarriers,  357 TMA,  399 Bulk copies,  415 Fences,  422 Fragments,
 //             443 Registers,  458 Registers of a warpgroup,  470 wgmma,  653 What is visible,
 //             702 Softmax and its gradient,  761 Dropout,  935 Pipelines,  984 Loads, 1033 Matrix products,
-//            1070 Staging, 1133 Producer, 1189 Consumer, 1352 Kernels, 1493 Launch
+//            1070 Staging, 1133 Producer, 1190 Consumer, 1353 Kernels, 1494 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1166,7 +1166,7 @@ __device__ __forceinline__ void produce(
 
 // Adds dQ of one block of queries after the other to the sums in global memory. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
-// Of the half that one mma warpgroup makes: they are not in step.
+// Of what one mma warpgroup makes: they are not in step.
 __device__ __forceinline__ void write_dq(
     Params const& p, uint32_t smem, Barriers const& barriers, int warpgroup) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
@@ -1175,9 +1175,10 @@ __device__ __forceinline__ void write_dq(
     uint32_t phase = 0;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
         mbarrier_wait(barriers.dq_full(warpgroup), phase);
-        constexpr int kHalfFloats = kDqBlockFloats / 2;
-        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warpgroup * kHalfFloats,
-                        smem + kSmemDq + warpgroup * kHalfFloats * 4, kHalfFloats * 4);
+        constexpr int kShareFloats = 4 * kDqSliceFloats;
+        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warpgroup * kShareFloats,
+                        smem + kSmemDq + warpgroup * kShareFloats * 4,
+                        kShareFloats * 4);
         tma_store_commit();
         tma_store_wait_read();
         mbarrier_arrive(barriers.dq_empty(warpgroup));
@@ -1514,7 +1515,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d64_causal_d
 //   num_n_blocks = (seqlen_k + 127) / 128
 //   num_batch_heads_kv = batch * num_heads_kv
 //   section_bytes = 33554432 * min(num_heads_per_kv, 2)
-//   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 512)), batch * num_heads_kv)
+//   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 512)), min(batch * num_heads_kv, 16))
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 128
