@@ -50,8 +50,8 @@ SECTION_BYTES = 32 << 20
 # gone when the next one comes: 1.15 times with 32 heads at 512 keys, d = 128, 1.02 at 1024 (H100).
 SECTION_HEADS = 32
 
-# Gradients likewise, of heads of K and V: 1.06 times with 16 at 512 keys, d = 64 causal, 1.08 with d = 128, 1.04 and 1.01
-# at 1024 (H200). Not deterministic ones, whose blocks wait for those of the same head.
+# Gradients likewise, of heads of K and V: 1.06 times with 16 at 512 keys, d = 64 causal, 1.08 with d = 128, 1.04 and
+# 1.01 at 1024 (H200). Not deterministic ones, whose blocks wait for those of the same head.
 SECTION_HEADS_OF_GRADIENTS = 16
 
 # Of grouped gradients a single head of K and V, with all that its group reads, may fill those 32 MiB: then sections are
