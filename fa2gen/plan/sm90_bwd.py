@@ -130,7 +130,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def holds_v(self) -> bool:
-        """Whether each warp holds its 16 keys of V in registers, all queries long: dP^T = V dO^T then reads only dO from
+        """Whether each warp holds its 16 keys of V in registers for all queries: dP^T = V dO^T then reads only dO from
         shared memory, whose bandwidth limits these head dims."""
         registers = self.register_estimate + self.num_v + REGISTERS_BESIDE_V
         return self.lags_dq and self.swaps_dq and not self.dropout and registers <= self.consumer_registers
