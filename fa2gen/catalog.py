@@ -59,6 +59,7 @@ def catalogue(arch: ArchName | None = None) -> list[KernelSpec]:
     """Every kernel that FA2GEN_SPECS and specs/ name, of one architecture or of all; sorted by file, then as written.
 
     A problem without a tiling has, on each architecture, the one that another spec writes for it, else the default.
+    Raises InvalidInput for a file that is no spec, with its name and place.
     """
     return [spec for spec in _catalogue() if arch is None or spec.tiling.arch == arch]
 

@@ -274,9 +274,10 @@ def _parameters(base: Base, tilings: bool) -> Iterator[inspect.Parameter]:
         yield _option(about, base)
     families = declared(Tiling)["arch"]
     text = f"{families.help} May be repeated."
+    kind: Any = list[_choices(families)] | None  # type: ignore[misc]
     yield _parameter(
         "arch",
-        Annotated[list[_choices(families)] | None, typer.Option("--arch", help=text, show_default=False)],  # type: ignore[misc]
+        Annotated[kind, typer.Option("--arch", help=text, show_default=False)],
         None,
     )
     if tilings:

@@ -95,6 +95,8 @@ def context_parallel_varlen_attention(
     cu_seqlens  (documents + 1,) int32: 0, and where each document ends in the rows of all processes together, the same
                 in each. Rows behind the last are padding: out and gradients 0, lse -inf. It is read on the host, once a
                 tensor: give every layer the same one.
+
+    Raises as that does.
     """
     refuse_non_tensors(q=q, k=k, v=v)
     refuse_tensor_kinds("qkv", (q, k, v))

@@ -89,7 +89,9 @@ def _bounds(node: Node, found: dict[Node, Bounds]) -> Bounds:
             ends = [[end or default[side] for end in ends] for side, ends in enumerate(zip(*of, strict=True))]
             return tuple(simplify(make(node.op, *end, type="bool")) for end in ends)  # type: ignore[return-value]
         case "not":
-            return tuple(None if end is None else simplify(make("not", end, type="bool")) for end in of[0][::-1])  # type: ignore[return-value]
+            return tuple(  # type: ignore[return-value]
+                None if end is None else simplify(make("not", end, type="bool")) for end in of[0][::-1]
+            )
         case "<" | "<=" | "==" | "!=":
             return _compare(node, found)
     return None, None
@@ -154,7 +156,9 @@ def _has_tensor(node: Node) -> bool:
 def _sum(of: list[Bounds]) -> Bounds:
     if any(end is None or _is_of_tensor(end) for ends in of for end in ends):
         return None, None
-    return tuple(add(end for end in ends if end is not None) for ends in zip(*of, strict=True))  # type: ignore[return-value]
+    return tuple(  # type: ignore[return-value]
+        add(end for end in ends if end is not None) for ends in zip(*of, strict=True)
+    )
 
 
 def _is_of_tensor(node: Node) -> bool:
@@ -259,4 +263,6 @@ def _compare(node: Node, found: dict[Node, Bounds]) -> Bounds:
     equal = both(holds("<=", a1, b0), holds("<=", b1, a0)), both(holds("<=", a0, b1), holds("<=", b0, a1))
     if node.op == "==":
         return equal
-    return tuple(None if end is None else simplify(make("not", end, type="bool")) for end in equal[::-1])  # type: ignore[return-value]
+    return tuple(  # type: ignore[return-value]
+        None if end is None else simplify(make("not", end, type="bool")) for end in equal[::-1]
+    )

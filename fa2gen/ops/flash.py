@@ -183,10 +183,15 @@ def flash_attn_qkvpacked_func(  # type: ignore[misc]  # the later overloads leav
     attention_chunk: int = 0,
     s_aux: Tensor | None = None,
 ) -> Result:
-    """`flash_attn_func` of the three slices of qkv (batch, seqlen, 3, heads, head_dim), which are not copied."""
+    """`flash_attn_func` of the three slices of qkv (batch, seqlen, 3, heads, head_dim), which are not copied.
+
+    Raises as that does, and InvalidInput for another shape.
+    """
     q, k, v = unpacked("qkv", qkv, 3)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, attention_chunk=attention_chunk, s_aux=s_aux)  # type: ignore[call-overload]
+    return flash_attn_func(  # type: ignore[call-overload]
+        q, k, v, *options, attention_chunk=attention_chunk, s_aux=s_aux
+    )
 
 
 @overload
@@ -232,10 +237,15 @@ def flash_attn_kvpacked_func(  # type: ignore[misc]  # the later overloads leave
     attention_chunk: int = 0,
     s_aux: Tensor | None = None,
 ) -> Result:
-    """`flash_attn_func` of q and the slices of kv (batch, seqlen_k, 2, heads_kv, head_dim), which are not copied."""
+    """`flash_attn_func` of q and the slices of kv (batch, seqlen_k, 2, heads_kv, head_dim), which are not copied.
+
+    Raises as that does, and InvalidInput for another shape.
+    """
     k, v = unpacked("kv", kv, 2)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_func(q, k, v, *options, attention_chunk=attention_chunk, s_aux=s_aux)  # type: ignore[call-overload]
+    return flash_attn_func(  # type: ignore[call-overload]
+        q, k, v, *options, attention_chunk=attention_chunk, s_aux=s_aux
+    )
 
 
 def unpacked(name: str, packed: Tensor, count: int, before: str = "batch, seqlen") -> tuple[Tensor, ...]:

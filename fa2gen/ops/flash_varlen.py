@@ -203,7 +203,8 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         rng_state = new_rng_state(q)
         out, lse = run_general(q, k, v, lengths, options, max_keys, s_aux, dropout_p, rng_state, tensors)
         batch = validate_ragged(q, k, v, lengths)
-        return out, lse, dropout_mask(rng_state, dropout_p, batch, q.shape[-2], *longest, q.dtype)  # type: ignore[arg-type]
+        mask = dropout_mask(rng_state, dropout_p, batch, q.shape[-2], *longest, q.dtype)  # type: ignore[arg-type]
+        return out, lse, mask
     out, lse = run_ragged(q, k, v, lengths, options, max_keys, s_aux, tensors, dropout_p)
     return (out, lse, None) if return_attn_probs else out
 
@@ -253,7 +254,10 @@ def flash_attn_varlen_qkvpacked_func(  # type: ignore[misc]  # the second overlo
     attention_chunk: int = 0,
     s_aux: Tensor | None = None,
 ) -> Result:
-    """`flash_attn_varlen_func` of the slices of qkv (total, 3, heads, head_dim), which are not copied."""
+    """`flash_attn_varlen_func` of the slices of qkv (total, 3, heads, head_dim), which are not copied.
+
+    Raises as that does, and InvalidInput for another shape.
+    """
     q, k, v = unpacked("qkv", qkv, 3, "batch, seqlen" if cu_seqlens is None else "total")
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
@@ -317,7 +321,10 @@ def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # the second overloa
     attention_chunk: int = 0,
     s_aux: Tensor | None = None,
 ) -> Result:
-    """`flash_attn_varlen_func` of q and the slices of kv (total_k, 2, heads_kv, head_dim), which are not copied."""
+    """`flash_attn_varlen_func` of q and the slices of kv (total_k, 2, heads_kv, head_dim), which are not copied.
+
+    Raises as that does, and InvalidInput for another shape.
+    """
     k, v = unpacked("kv", kv, 2, "batch, seqlen" if cu_seqlens_k is None else "total")
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)

@@ -115,9 +115,13 @@ def kernels():
 
 @pytest.mark.parametrize("name", kernels())
 def test_every_kernel(name):
-    """Of one key, whose weight is 1 and has no slope, dQ and dK are 0 but for roundings of fp32."""
-    for sizes, seed in ((RAGGED, 0), (NO_KEYS, 1), (ONE, 0)):
-        verdict, (dq, dk, _) = run(name, sizes, seed=seed, with_dlse=sizes == RAGGED)
+    """With one batch entry where other tests of SM80 have two, and with rows without keys where a mask can hide all.
+
+    Of one key, whose weight is 1 and has no slope, dQ and dK are 0 but for roundings of fp32.
+    """
+    ragged = (1, *RAGGED[1:]) if "sm80" in name and name not in SM80_TILINGS else RAGGED
+    for sizes, seed in ((ragged, 0), *(((NO_KEYS, 1),) if "causal" in name else ()), (ONE, 0)):
+        verdict, (dq, dk, _) = run(name, sizes, seed=seed, with_dlse=sizes == ragged)
         assert verdict.ok, f"{sizes}, seed {seed}: {verdict}"
     assert max(dq.abs().max(), dk.abs().max()) < 1e-4
 

@@ -18,6 +18,7 @@ import fa2gen.distributed
 from fa2gen.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("docs", "examples", "fa2gen", "generated", "specs", "templates", "tests")
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,17 @@ def test_nothing_is_loaded_from_elsewhere(site):
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|link|img)\b[^>]*?(?:src|href)="(https?:[^"]+)"', page.read_text())
         assert not loaded, (page, loaded)
+
+
+def test_lines_of_pages_are_within_120_columns():
+    """Of the notebook's tables not; ruff holds Python to it."""
+    pages = [
+        path for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
+    ]
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in pages
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if len(line) > 120 and not path.match("notes-*.md")
+    ]
+    assert len(pages) > 20 and not long, long

@@ -176,7 +176,7 @@ def _next_token(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], plan: 
     """`_attend` of one query each, which sees all keys that count, by kernels for that: k and v stay where they are."""
     others = {name: x for name, x in options.items() if x is not None and name not in ("dropout_p", "deterministic")}
     if options["dropout_p"] or not others.keys() <= _OF_KVCACHE or v.shape != k.shape or q.shape[-1] % HEAD_DIM_STEP:
-        raise UnsupportedProblem("dropout, sinks, a narrower v and odd head dims are not built for the next token")
+        raise UnsupportedProblem("dropout, a narrower v and odd head dims are not built for the next token")
     if plan is None:
         out: Tensor = flash_attn_with_kvcache(q, k, v, **others)
         return out
