@@ -219,6 +219,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         looks_up = self.has_score and self.score.looks_up and not self.splits_products
         of_tensors = REGISTERS_OF_LOOKING_UP if looks_up else 0
         of_dropout = 8 if self.has_allow else 16 if self.has_score and self.left_edge else 0  # 152 spills 6, 48 16
+        if self.splits_dq_rest:  # 144 spills 40 with 64 queries, 160 16 with 48
+            of_dropout = max(of_dropout, 9 if self.tile_m >= ROWS_PER_WARPGROUP else 1)
         of_dropout *= self.dropout
         return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0) + of_allow + of_tensors + of_dropout
 
