@@ -585,6 +585,14 @@ class Tiling(_Fields):
             "mma warpgroups need not be in step."
         ),
     ] = 0
+    heads_abreast: Annotated[
+        Literal[0, 1],
+        Shown("h", optional=True, phrase="heads abreast"),
+        Field(
+            description="1: of a gradient, a block of keys takes all query heads of its group at a block of queries, "
+            "the last one first, before it goes on to the next."
+        ),
+    ] = 0
     group_parts: Annotated[
         int,
         Range(1, 1, 32),

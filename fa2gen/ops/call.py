@@ -35,7 +35,7 @@ from fa2gen import env
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
-from fa2gen.groups import parts_of, with_parts
+from fa2gen.groups import abreast_of, parts_of, with_groups
 from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly, row_by_row
 from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
 from fa2gen.ops.validate import DTYPES, validate, validate_backward, validate_options
@@ -118,27 +118,27 @@ class Call:
 class _Chosen:
     """A kernel that was chosen, loaded when it is first needed."""
 
-    __slots__ = ("_in_parts", "_kernel", "device", "num_sms", "plan", "target")
+    __slots__ = ("_kernel", "_of_groups", "device", "num_sms", "plan", "target")
 
     def __init__(self, plan: KernelPlan, target: str, device: int) -> None:
         self.plan, self.target, self.device = plan, target, device
         self.num_sms = device_at(device).num_sms
         self._kernel: Kernel | None = None
-        self._in_parts: dict[int, _Chosen] = {}
+        self._of_groups: dict[tuple[int, bool], _Chosen] = {}
 
-    def in_parts(self, shape: Shape, options: Options) -> _Chosen:
-        """The same with groups of heads in as many parts as these sizes want; itself where that can not be had here."""
-        parts = parts_of(self.plan, shape, options, self.num_sms)
-        if parts == 1:
+    def of_groups(self, shape: Shape, options: Options) -> _Chosen:
+        """The same with groups of heads as these sizes want them; itself where that can not be had here."""
+        groups = parts_of(self.plan, shape, options, self.num_sms), abreast_of(self.plan, shape)
+        if groups == (1, False):
             return self
-        if parts not in self._in_parts:
-            chosen = _Chosen(with_parts(self.plan, parts), self.target, self.device)
+        if groups not in self._of_groups:
+            chosen = _Chosen(with_groups(self.plan, *groups), self.target, self.device)
             try:
                 chosen.kernel()
             except StoreError:  # not built ahead of time, where nothing can be generated
                 chosen = self
-            self._in_parts[parts] = chosen
-        return self._in_parts[parts]
+            self._of_groups[groups] = chosen
+        return self._of_groups[groups]
 
     def kernel(self) -> Kernel:
         if self._kernel is None:
@@ -586,7 +586,7 @@ def packed(
     if strides is None or 0 in shape:
         return None
     if tiling is None and direction == "bwd":
-        chosen = chosen.in_parts(shape, options)
+        chosen = chosen.of_groups(shape, options)
     return chosen.kernel().prepare(shape, strides, options)
 
 

@@ -418,9 +418,14 @@ class KernelPlan:
         return read + (self.head_dim * NUMBER_BYTES if self.problem.direction == "bwd" else 0)
 
     @property
+    def section_bytes(self) -> int:
+        """Of what the heads that are walked together read, where there are no groups."""
+        return SECTION_BYTES
+
+    @property
     def rows_in_l2(self) -> int:
         """Of all heads that are walked together."""
-        return SECTION_BYTES // self.section_row_bytes
+        return self.section_bytes // self.section_row_bytes
 
     @property
     def sections_of_groups(self) -> int:
@@ -640,6 +645,7 @@ class KernelPlan:
         yield from self.groups_rule()
         yield from self.lag_rule()
         yield from self.pages_rule()
+        yield from self.abreast_rule()
         if self.register_estimate > self.registers_available:
             yield BrokenRule(
                 "registers",
@@ -667,6 +673,11 @@ class KernelPlan:
         """The rule that pages copied row by row break, here where there are none or all are copied so."""
         if self.tiling.page_rows:
             yield BrokenRule("page_rows", "1 given; only sm90's forward kernels over pages have it: 0")
+
+    def abreast_rule(self) -> Iterator[BrokenRule]:
+        """The rule that heads abreast break, here where nothing is summed over a group."""
+        if self.tiling.heads_abreast:
+            yield BrokenRule("heads abreast", "1 given; only gradients are sums over a group: 0")
 
     def dropout_rule(self) -> Iterator[BrokenRule]:
         """The rule that a forward kernel's blocks of keys break, if units of dropout do not fill them."""

@@ -128,7 +128,7 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "box_rows": f"gcd(page_size, {tiling.tile_n})",
         "tile_pages": f"{tiling.tile_n} / page_size",
         "tile_rows": f"{tiling.tile_n} - tile_pages * page_size",
-        "section_bytes": f"{SECTION_BYTES} * min(num_heads_per_kv, {SECTIONS_OF_GROUPS})",
+        "section_bytes": f"{plan.section_bytes} * min(num_heads_per_kv, {SECTIONS_OF_GROUPS})",
         "section_heads_kv": f"max(1, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",

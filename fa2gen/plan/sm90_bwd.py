@@ -148,7 +148,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def walks_queries_down(self) -> bool:
         """Where additions have an order: under a causal mask all blocks of keys then begin at the same block of
         queries, and none waits for the one before to come to its diagonal (templates/sm90/bwd/README.md)."""
-        return self.deterministic
+        return self.deterministic or super().walks_queries_down
 
     @property
     def split(self) -> str:
@@ -223,6 +223,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             of_dropout = max(of_dropout, 9 if self.tile_m >= ROWS_PER_WARPGROUP else 1)
         of_dropout *= self.dropout
         return REGISTERS_BESIDE_TILES + (of_score if self.has_score else 0) + of_allow + of_tensors + of_dropout
+
+    @property
+    def can_go_abreast(self) -> bool:
+        return self.varlen and not self.has_score and not self.has_allow
 
     @property
     def can_split_groups(self) -> bool:

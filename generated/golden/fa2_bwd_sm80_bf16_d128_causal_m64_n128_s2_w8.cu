@@ -9,7 +9,7 @@
 //   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
 //             238 cp.async,  257 Fragments,  272 Registers,  281 mma,  338 What is visible,
 //             544 Softmax and its gradient,  591 Matrix products,  724 Registers to shared memory,  854 Kernels,
-//            1049 Launch
+//            1055 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -853,13 +853,19 @@ __device__ __forceinline__ void finish(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
+// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins with
+// the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+__device__ __forceinline__ int query_block_number() {
+    return static_cast<int>(gridDim.x - 1 - blockIdx.x);
+}
+
 // Row statistics of one block of queries, and zeros for its dQ. 16 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
     constexpr float kLog2E = 1.44269504088896341f;
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;
     int const bidb = block.bidb;
@@ -1017,7 +1023,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
 extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8_postprocess(
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     Seqlen const s = seqlen_of(p, block.bidb);
     int const lane = lane_id();
     int const warp = warp_id();

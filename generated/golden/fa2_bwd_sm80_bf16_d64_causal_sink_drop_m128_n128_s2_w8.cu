@@ -9,7 +9,7 @@
 //   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  230 Shared memory,  255 Global memory,
 //             300 cp.async,  319 Fragments,  341 Registers,  350 mma,  407 What is visible,
 //             613 Softmax and its gradient,  674 Dropout,  799 Matrix products,  932 Registers to shared memory,
-//            1062 Kernels, 1306 Launch
+//            1062 Kernels, 1312 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -1061,13 +1061,19 @@ __device__ __forceinline__ void finish(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
+// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins with
+// the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+__device__ __forceinline__ int query_block_number() {
+    return static_cast<int>(gridDim.x - 1 - blockIdx.x);
+}
+
 // Row statistics of one block of queries, and zeros for its dQ. 8 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
     constexpr float kLog2E = 1.44269504088896341f;
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;
     int const bidb = block.bidb;
@@ -1274,7 +1280,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads) fa2_bwd_sm80_bf16_d64_
     if (warp_id() == 0 && static_cast<int>(blockIdx.x) < p.num_heads_kv * p.num_heads_per_kv) {
         sum_sink_gradient(p);
     }
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     Seqlen const s = seqlen_of(p, block.bidb);
     int const lane = lane_id();
     int const warp = warp_id();

@@ -8,9 +8,9 @@
 //   launch   384 threads, 197728 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  176 Arithmetic,  204 Shared memory,
 //             242 Global memory,  293 mbarriers,  337 TMA,  385 Bulk copies,  401 Fences,  408 Fragments,
-//             422 Registers,  430 Registers of a warpgroup,  442 wgmma,  634 What is visible,
-//             683 Softmax and its gradient,  791 Pipelines,  834 Loads,  883 Matrix products,  921 Staging,
-//             984 Producer, 1038 Consumer, 1162 Kernels, 1164 Prepare, 1524 Launch
+//             422 Registers,  430 Registers of a warpgroup,  442 wgmma,  636 What is visible,
+//             685 Softmax and its gradient,  793 Pipelines,  836 Loads,  885 Matrix products,  923 Staging,
+//             986 Producer, 1040 Consumer, 1164 Kernels, 1166 Prepare, 1532 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -620,15 +620,17 @@ __device__ __forceinline__ int query_block_index(Params const& p, Seqlen const& 
     return bidh * p.num_m_blocks + s.first_m_block + m_block;
 }
 
-// No block: m_block < 0.
+// Numbers go round all heads of a block of queries, as the main kernel does within the longest sequences, its first. No block:
+// m_block < 0.
 __device__ __forceinline__ QueryBlock query_block_at(Params const& p, int block_index) {
-    int const place = block_index % p.num_m_blocks;
-    int const bidh = block_index / p.num_m_blocks;
+    int const num_heads = p.num_heads_kv * p.num_heads_per_kv;
+    int const place = block_index / num_heads;
+    int const bidh = block_index % num_heads;
     if (place >= load_global_int(p.num_blocks)) {
         return {-1, bidh, 0, 0};
     }
     int const bidb = load_global_int(p.m_list + place);
-    return {place - seqlen_of(p, bidb).first_m_block, bidh, bidb, block_index};
+    return {place - seqlen_of(p, bidb).first_m_block, bidh, bidb, bidh * p.num_m_blocks + place};
 }
 
 // What is visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q -------------------
@@ -1367,6 +1369,12 @@ fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constan
     }
 }
 
+// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins with
+// the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+__device__ __forceinline__ int query_block_number() {
+    return static_cast<int>(gridDim.x - 1 - blockIdx.x);
+}
+
 // Row statistics of one block of queries, and zeros for its dQ. 16 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
@@ -1375,7 +1383,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     constexpr int kLanesPerRow = 16;
     constexpr float kLog2E = 1.44269504088896341f;
     griddepcontrol_wait();
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     if (block.m_block < 0) {
         return;
     }
@@ -1486,7 +1494,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     griddepcontrol_wait();
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     if (block.m_block < 0) {
         return;
     }

@@ -10,7 +10,7 @@
 //             224 Global memory,  252 mbarriers,  296 TMA,  338 Bulk copies,  354 Fences,  361 Fragments,
 //             375 Registers,  383 Registers of a warpgroup,  395 wgmma,  572 What is visible,  624 Expressions,
 //             639 Softmax and its gradient,  686 Scores of an expression,  805 Pipelines,  848 Loads,
-//             897 Matrix products,  935 Staging,  998 Producer, 1052 Consumer, 1176 Kernels, 1321 Launch
+//             897 Matrix products,  935 Staging,  998 Producer, 1052 Consumer, 1176 Kernels, 1327 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1175,6 +1175,12 @@ __device__ __forceinline__ void consume(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
+// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins with
+// the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+__device__ __forceinline__ int query_block_number() {
+    return static_cast<int>(gridDim.x - 1 - blockIdx.x);
+}
+
 // Row statistics of one block of queries, and zeros for its dQ. 16 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_x403d434e_m64_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
@@ -1182,7 +1188,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
     constexpr float kLog2E = 1.44269504088896341f;
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;
     int const bidb = block.bidb;
@@ -1285,7 +1291,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_x403d434e_m64_n128_s2_w8_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const warp = warp_id();
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;

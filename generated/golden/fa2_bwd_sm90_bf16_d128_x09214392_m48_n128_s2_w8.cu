@@ -11,7 +11,7 @@
 //             384 Registers,  399 Registers of a warpgroup,  411 wgmma,  586 What is visible,  635 Expressions,
 //             662 Softmax and its gradient,  692 Scores of an expression,  755 Gradients of an expression's tensors,
 //             846 Pipelines,  889 Loads,  938 Matrix products,  976 Staging, 1039 Producer, 1093 Consumer,
-//            1219 Kernels, 1376 Launch
+//            1219 Kernels, 1382 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1218,6 +1218,12 @@ __device__ __forceinline__ void consume(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
+// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins with
+// the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+__device__ __forceinline__ int query_block_number() {
+    return static_cast<int>(gridDim.x - 1 - blockIdx.x);
+}
+
 // This block's share of zeros for a gradient.
 __device__ __forceinline__ void clear(float* gradient, int num_threads, int64_t size) {
     int64_t const step = static_cast<int64_t>(gridDim.x) * num_threads;
@@ -1237,7 +1243,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_x092143
     constexpr float kLog2E = 1.44269504088896341f;
     clear(p.dinput_0, kThreads,
           place_in_input_0(p, p.input_0_last_0, p.input_0_last_1, p.input_0_last_2, p.input_0_last_3) + 1);
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;
     int const bidb = block.bidb;
@@ -1340,7 +1346,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_x09214392_m48_n128_s2_w8_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const warp = warp_id();
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;

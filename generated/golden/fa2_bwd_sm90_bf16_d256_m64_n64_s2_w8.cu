@@ -10,7 +10,7 @@
 //             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
 //             346 Registers of a warpgroup,  358 wgmma,  561 What is visible,  607 Softmax and its gradient,
 //             702 Pipelines,  745 Loads,  794 Matrix products,  831 Staging,  893 Producer,  927 Consumers,
-//            1112 Kernels, 1249 Launch
+//            1112 Kernels, 1255 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1111,6 +1111,12 @@ __device__ __forceinline__ void consume(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
+// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins with
+// the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+__device__ __forceinline__ int query_block_number() {
+    return static_cast<int>(gridDim.x - 1 - blockIdx.x);
+}
+
 // Row statistics of one block of queries, and zeros for its dQ. 32 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8_preprocess(
     const __grid_constant__ Params p) {
@@ -1118,7 +1124,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 32;
     constexpr float kLog2E = 1.44269504088896341f;
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;
     int const bidb = block.bidb;
@@ -1217,7 +1223,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const warp = warp_id();
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;

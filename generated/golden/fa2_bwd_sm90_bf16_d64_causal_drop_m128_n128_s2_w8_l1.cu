@@ -10,7 +10,7 @@
 //             279 Global memory,  313 mbarriers,  357 TMA,  399 Bulk copies,  415 Fences,  422 Fragments,
 //             443 Registers,  458 Registers of a warpgroup,  470 wgmma,  653 What is visible,
 //             702 Softmax and its gradient,  761 Dropout,  935 Pipelines,  984 Loads, 1033 Matrix products,
-//            1070 Staging, 1133 Producer, 1190 Consumer, 1353 Kernels, 1494 Launch
+//            1070 Staging, 1133 Producer, 1190 Consumer, 1353 Kernels, 1500 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1352,6 +1352,12 @@ __device__ __forceinline__ void consume(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
+// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins with
+// the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+__device__ __forceinline__ int query_block_number() {
+    return static_cast<int>(gridDim.x - 1 - blockIdx.x);
+}
+
 // Row statistics of one block of queries, and zeros for its dQ. 8 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d64_causal_drop_m128_n128_s2_w8_l1_preprocess(
     const __grid_constant__ Params p) {
@@ -1359,7 +1365,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d64_causal_d
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
     constexpr float kLog2E = 1.44269504088896341f;
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;
     int const bidb = block.bidb;
@@ -1462,7 +1468,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d64_causal_drop_m128_n128_s2_w8_l1_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const warp = warp_id();
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;

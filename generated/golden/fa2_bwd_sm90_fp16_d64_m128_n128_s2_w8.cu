@@ -10,7 +10,7 @@
 //             210 Global memory,  238 mbarriers,  282 TMA,  324 Bulk copies,  340 Fences,  347 Fragments,
 //             361 Registers,  369 Registers of a warpgroup,  381 wgmma,  558 What is visible,
 //             604 Softmax and its gradient,  699 Pipelines,  742 Loads,  791 Matrix products,  828 Staging,
-//             891 Producer,  945 Consumer, 1069 Kernels, 1210 Launch
+//             891 Producer,  945 Consumer, 1069 Kernels, 1216 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1068,6 +1068,12 @@ __device__ __forceinline__ void consume(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
+// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins with
+// the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+__device__ __forceinline__ int query_block_number() {
+    return static_cast<int>(gridDim.x - 1 - blockIdx.x);
+}
+
 // Row statistics of one block of queries, and zeros for its dQ. 8 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
@@ -1075,7 +1081,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_fp16_d64_m128_n12
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
     constexpr float kLog2E = 1.44269504088896341f;
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;
     int const bidb = block.bidb;
@@ -1178,7 +1184,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_fp16_d
 extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    QueryBlock const block = query_block_at(p, static_cast<int>(blockIdx.x));
+    QueryBlock const block = query_block_at(p, query_block_number());
     int const warp = warp_id();
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;

@@ -12,14 +12,15 @@ from fa2gen.spec import KernelSpec
 from tests.cpu.faults import Fault, symptom
 
 BY_KEYS = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_g4"
+ABREAST = "fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_l1_h1_g2"
 AMPERE = "fa2_bwd_sm80_fp16_d64_m128_n64_s2_w8_g2"
 KERNELS = (
     BY_KEYS,
     "fa2_bwd_sm90_bf16_d128_v64_sink_m80_n128_s2_w8_g2",
     "fa2_bwd_sm90_bf16_d168_causal_det_m64_n96_s2_w8_g4",  # P passes
-    "fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_g2",
+    ABREAST,
     AMPERE,
-    "fa2_bwd_sm80_bf16_d72_v40_causal_varlen_det_m64_n64_s2_w8_g4",
+    "fa2_bwd_sm80_bf16_d72_v40_causal_varlen_det_m64_n64_s2_w8_h1_g2",
 )
 SHAPES = (Shape(1, 140, 203, 8, 2), Shape(1, 133, 60, 4, 1))
 
@@ -56,6 +57,9 @@ FAULTS = (
         "static_cast<int64_t>(index) * kPartFloats",
         "static_cast<int64_t>(index / 2) * kPartFloats",
     ),
+    Fault("abreast-at-one-block-of-queries", ABREAST, "m_block -= 1;\n            step", "step"),
+    Fault("abreast-but-for-the-last-head", ABREAST, "bidh == last_head", "bidh == last_head - 1"),
+    Fault("a-block-of-queries-left-out", AMPERE, "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x"),
     Fault("dv-over-dk", AMPERE, "leave_part(part + kDkFloats", "leave_part(part"),
 )
 

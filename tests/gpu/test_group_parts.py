@@ -7,7 +7,7 @@ import pytest
 from fa2gen import cases
 from fa2gen.features import examples_of
 from fa2gen.gpus import current_device
-from fa2gen.groups import parts_of, with_parts
+from fa2gen.groups import parts_of, with_groups
 from fa2gen.options import Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import best_spec
@@ -31,7 +31,7 @@ def test_gradients(problem, arch):
         for parts in {2, 4, parts_of(plan, shape, examples_of(problem)[0], current_device().num_sms)} - {1}:
             if shape.num_heads // shape.num_heads_kv % parts:
                 continue
-            case = cases.make(with_parts(plan, parts).spec, shape, device="cuda", with_dlse=True)
+            case = cases.make(with_groups(plan, parts).spec, shape, device="cuda", with_dlse=True)
             cases.run(case, "gpu")
             verdict = cases.verdict(case)
             assert verdict.ok, f"{parts} parts, {shape}: {verdict}"

@@ -14,11 +14,12 @@ from fa2gen import InvalidInput, env, flash_attn_func, flash_attn_varlen_func
 from fa2gen.errors import Fa2GenError
 from fa2gen.features import MASKS
 from fa2gen.gpus import current_device
+from fa2gen.groups import abreast_of, parts_of, with_groups
 from fa2gen.ops import attention
 from fa2gen.ops.call import backward_cuda, forget, forward_cuda
 from fa2gen.ops.ragged import backward_ragged, forward_ragged
 from fa2gen.ops.validate import LENGTHS
-from fa2gen.options import Options
+from fa2gen.options import Options, Shape
 from fa2gen.reference import check, check_gradients
 from fa2gen.select import select
 from fa2gen.spec import Problem
@@ -160,9 +161,16 @@ def test_equal_lengths_are_a_dense_batch_bit_for_bit(which):
     """By the same tiling: forward, dK and dV; dQ, whose order of summation varies, up to roundings."""
     arch, dtype, head_dim, _ = which
     batch = Batch(which, [200] * 5, [264] * 5)
-    tilings = {
-        direction: select(batch.options.problem(direction, head_dim, dtype), current_device(), arch, 264).plan.tiling
+    device = current_device()
+    forward, backward = (
+        select(batch.options.problem(direction, head_dim, dtype), device, arch, 264).plan
         for direction in ("fwd", "bwd")
+    )
+    shape = Shape(5, 5 * 200, 5 * 264, HEADS, HEADS_KV)
+    parts = parts_of(backward, shape, batch.options, device.num_sms)
+    tilings = {
+        "fwd": forward.tiling,
+        "bwd": with_groups(backward, parts, abreast_of(backward, shape)).tiling,
     }
     q, k, v, dout = (x.unflatten(0, (5, -1)) for x in (batch.q, batch.k, batch.v, batch.dout))
     options = batch.options._replace(varlen=False)

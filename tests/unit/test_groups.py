@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fa2gen.errors import InfeasibleSpec, InvalidInput
-from fa2gen.groups import parts_of, with_parts
+from fa2gen.groups import abreast_of, parts_of, with_groups
 from fa2gen.launch import launch_of
 from fa2gen.options import Options, Shape
 from fa2gen.plan import default_tiling, make_plan
@@ -53,12 +53,12 @@ def test_a_group_has_parts_that_divide_it():
         parts = parts_of(plan, Shape(1, 8192, 8192, group, 1), Options(causal=True), SMS)
         assert group % parts == 0
         assert parts > 1 or group == 71, "one head of K and V does not fill a device; 71 has no divisor up to 32"
-        launch_of(with_parts(plan, parts), Shape(1, 8192, 8192, group, 1), Options(causal=True), SMS)
+        launch_of(with_groups(plan, parts), Shape(1, 8192, 8192, group, 1), Options(causal=True), SMS)
 
 
 def test_parts_that_do_not_divide_a_group_are_refused():
     with pytest.raises(InvalidInput, match="2 parts, which do not divide groups of 3 heads"):
-        launch_of(with_parts(plan_for(64), 2), Shape(1, 64, 64, 3, 1), Options(causal=True), SMS)
+        launch_of(with_groups(plan_for(64), 2), Shape(1, 64, 64, 3, 1), Options(causal=True), SMS)
 
 
 def test_what_has_no_parts():
@@ -73,6 +73,26 @@ def test_what_has_no_parts():
         (Problem(direction="bwd", head_dim=192, dropout=True), "with 64 keys: 1"),
     ):
         tiling = default_tiling(problem, "sm90").model_copy(update={"group_parts": 2})
+        with pytest.raises(InfeasibleSpec, match=why):
+            make_plan(KernelSpec(problem=problem, tiling=tiling))
+
+
+def test_heads_go_abreast_where_lengths_differ():
+    """In ragged batches of documents; not where a group has one head, nor where it is not built."""
+    documents = Shape(12, 8192, 8192, 64, 8)
+    ragged = plan_for(128, varlen=True)
+    assert abreast_of(ragged, documents)
+    assert not abreast_of(ragged, documents._replace(num_heads_kv=64))
+    assert not abreast_of(ragged, documents._replace(batch=1)), "one long sequence is as a dense batch"
+    assert not abreast_of(plan_for(128), documents) and not abreast_of(plan_for(128, "sm80", varlen=True), documents)
+    assert not abreast_of(plan_for(128, varlen=True, allow="i == j"), documents)
+    abreast = with_groups(ragged, 1, abreast=True)
+    assert abreast.name == f"{ragged.name}_h1" and abreast.section_bytes < ragged.section_bytes
+    for problem, why in (
+        (Problem(head_dim=64), "only gradients are sums over a group: 0"),
+        (Problem(direction="bwd", head_dim=64, allow="i == j"), "a mask of an expression"),
+    ):
+        tiling = default_tiling(problem, "sm90").model_copy(update={"heads_abreast": 1})
         with pytest.raises(InfeasibleSpec, match=why):
             make_plan(KernelSpec(problem=problem, tiling=tiling))
 

@@ -56,6 +56,7 @@ int walk(void const* params, int index, int* out) {
 TILINGS = (
     Tiling(arch="sm90", tile_m=80, tile_n=128, num_mma_warps=8),  # walks down
     Tiling(arch="sm80", tile_m=64, tile_n=64, num_mma_warps=8),
+    Tiling(arch="sm80", tile_m=64, tile_n=64, num_mma_warps=8, heads_abreast=1),
 )
 KERNELS = [(tiling, mask) for tiling in TILINGS for mask in MASKS]
 
@@ -112,8 +113,9 @@ def test_which_queries_see_a_key_against_the_definition(tiling, mask):
 @needs_compiler
 @pytest.mark.parametrize(("tiling", "mask"), KERNELS)
 def test_walks_against_the_definition(tiling, mask):
-    """Each block of keys is walked once, over all blocks of queries that see it and no other, head by head, masked
-    where needed; and the blocks of keys that walk over a block of queries are consecutive from its first turn on."""
+    """Each block of keys is walked once, over all blocks of queries that see it and no other, head by head or all heads
+    abreast, masked where needed; and the blocks of keys that walk over a block of queries are consecutive from its
+    first turn on."""
     plan, facts = plan_of(tiling, mask), library(tiling, mask)
     out = (ctypes.c_int * 4096)()
     for shape, options in calls(plan, 150):
@@ -123,7 +125,7 @@ def test_walks_against_the_definition(tiling, mask):
         ranges = [range(*key_range(options, shape.seqlen_q, shape.seqlen_k, row)) for row in range(shape.seqlen_q)]
         walked, visitors = set(), [[] for _ in range(num_m_blocks)]
         for index in range(launch_of(plan, shape, options, 1).grids[1][0]):
-            steps = facts.walk(packed, index, out)
+            count = facts.walk(packed, index, out)
             n_block, head_kv, batch = out[:3]
             walked.add((n_block, head_kv, batch))
             keys = range(n_block * plan.tile_n, min((n_block + 1) * plan.tile_n, shape.seqlen_k))
@@ -136,15 +138,16 @@ def test_walks_against_the_definition(tiling, mask):
                     expected.append((m_block, not whole))
             if plan.walks_queries_down:
                 expected.reverse()
-            found = [tuple(out[3 + 4 * i : 7 + 4 * i]) for i in range(steps)]
+            found = [tuple(out[3 + 4 * i : 7 + 4 * i]) for i in range(count)]
             where = f"{shape}, {options}, block of keys {n_block}"
             heads = range(head_kv * group, (head_kv + 1) * group)
-            assert [step[:3] for step in found] == [
-                (m_block, head, (batch * shape.num_heads + head) * num_m_blocks + m_block)
-                for head in heads
-                for m_block, _ in expected
+            steps = [(block, head) for head in heads for block in expected]
+            if tiling.heads_abreast:
+                steps = [(block, head) for block in expected for head in heads]
+            assert found == [
+                (m_block, head, (batch * shape.num_heads + head) * num_m_blocks + m_block, masked)
+                for (m_block, masked), head in steps
             ], where
-            assert [bool(step[3]) for step in found] == [masked for _ in heads for _, masked in expected], where
             if (head_kv, batch) == (0, 0):
                 for m_block, _ in expected:
                     visitors[m_block].append(n_block)

@@ -11,7 +11,7 @@ import pytest
 
 from fa2gen.features import examples_of
 from fa2gen.features.dropout import keep_steps
-from fa2gen.groups import with_parts
+from fa2gen.groups import with_groups
 from fa2gen.launch import launch_of
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
@@ -46,7 +46,7 @@ PLANS = [
     for problem in PROBLEMS
     for arch in ("sm80", "sm90")
 ]
-PLANS += [with_parts(plan, 2) for plan in PLANS if plan.problem.direction == "bwd" and plan.can_split_groups]
+PLANS += [with_groups(plan, 2) for plan in PLANS if plan.problem.direction == "bwd" and plan.can_split_groups]
 each_plan = pytest.mark.parametrize("plan", PLANS, ids=[plan.name for plan in PLANS])
 NUM_SMS = 132
 

@@ -137,7 +137,7 @@ def plans() -> list[KernelPlan]:
     in_parts = [*itertools.product((64, 72, 256), (False, True)), (168, False)]
     for (d, varlen), arch in itertools.product(in_parts, ("sm80", "sm90")):
         problem = Problem(direction="bwd", head_dim=d, head_dim_v=d - 8, varlen=varlen)
-        tiling = default_tiling(problem, arch).model_copy(update={"group_parts": 2})
+        tiling = default_tiling(problem, arch).model_copy(update={"group_parts": 2, "heads_abreast": int(varlen)})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
     cached = problems_of(direction="decode", head_dim=[8, 72, 128, 256], sink=False, cache_dtype="same")
     cached += [
