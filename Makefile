@@ -17,11 +17,9 @@ BIN  := $(VENV)/bin
 # The outer pip fills .venv: a Debian python3 without python3-venv cannot put a pip inside.
 PIP  := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check --quiet
 
-# Installs $(1), with a line every five seconds: pip says nothing while it downloads, and a log would look dead.
-define install
-@echo "installing $(strip $(1))"; \
-(while sleep 5 >/dev/null 2>&1; do echo "still installing"; done) & teller=$$!; trap "kill $$teller" EXIT; \
-$(PIP) install $(1)
+# Runs $(2) with a line every five seconds that it goes on with $(1): pip says nothing while it downloads.
+define told
+@echo "$(1)"; (while sleep 5 >/dev/null 2>&1; do echo "still $(1)"; done) & teller=$$!; trap "kill $$teller" EXIT; $(2)
 endef
 
 .PHONY: demo test docs clean
@@ -45,15 +43,16 @@ docs: $(VENV)/.stamp-test
 	@echo "site/index.html"
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV_ARGS) $(VENV) || $(PYTHON) -m venv $(VENV_ARGS) --without-pip $(VENV)
+	$(call told,making $(VENV),\
+	$(PYTHON) -m venv $(VENV_ARGS) $(VENV) || $(PYTHON) -m venv $(VENV_ARGS) --without-pip $(VENV))
 
 # Building kernels needs no torch; running them does. So the demo installs one only where a GPU is.
 $(VENV)/.stamp-demo: pyproject.toml | $(BIN)/python
-	$(call install,$(if $(shell command -v nvidia-smi),$(TORCH)) --editable .)
+	$(call told,installing,$(PIP) install $(if $(shell command -v nvidia-smi),$(TORCH)) --editable .)
 	@touch $@
 
 $(VENV)/.stamp-test: pyproject.toml | $(BIN)/python
-	$(call install,$(TORCH) --editable '.[test]')
+	$(call told,installing,$(PIP) install $(TORCH) --editable '.[test]')
 	@touch $@
 
 clean:
