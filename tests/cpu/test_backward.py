@@ -34,6 +34,7 @@ TILINGS = (
     "fa2_bwd_sm90_fp16_d128_m64_n128_s2_w8_l1",
     "fa2_bwd_sm90_fp16_d64_causal_m64_n64_s4_w4",
     "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w8",
+    "fa2_bwd_sm90_bf16_d40_causal_m80_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d72_causal_m64_n64_s3_w8",
     "fa2_bwd_sm90_fp16_d104_m80_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d144_causal_m64_n64_s2_w8",

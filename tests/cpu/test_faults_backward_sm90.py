@@ -15,6 +15,7 @@ from tests.cpu.test_backward import NO_KEYS, run
 SMALL = "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w4"  # dQ in its rows, one mma warpgroup
 STAGED = "fa2_bwd_sm90_bf16_d128_causal_m80_n128_s2_w8"  # split by keys, dQ through shared memory
 LAGGING = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1"  # dQ a step later
+SHARED = "fa2_bwd_sm90_bf16_d40_causal_m80_n128_s2_w8"  # one panel of dQ, half of the queries a warpgroup
 PANEL = "fa2_bwd_sm90_fp16_d136_causal_m64_n128_s2_w8"  # split by keys, a third panel of dQ, from registers
 PRODUCTS = "fa2_bwd_sm90_fp16_d168_causal_m64_n64_s2_w8"  # split by products, dS from one warpgroup to the other
 PASSING = "fa2_bwd_sm90_fp16_d168_causal_m64_n96_s2_w8"  # P and dS from one warpgroup to both
@@ -45,6 +46,9 @@ PUBLISH_ROWS = PUBLISH + "    if (elect_one()) {"
 TAKE_DQ = "tma_store_wait_read();\n        mbarrier_arrive(barriers.dq_empty());"
 
 FAULTS = (
+    # dQ of half the queries
+    Fault("queries-of-the-first-warpgroup", SHARED, "warpgroup * kQueriesOfDq", "0 * warpgroup * kQueriesOfDq"),
+    Fault("half-of-dq-over-the-other", SHARED, "warpgroup * kNumAccDq * 32", "0 * warpgroup"),
     # dQ a step later
     Fault(
         "dq-before-all-ds",
