@@ -235,21 +235,36 @@ class Options(NamedTuple):
         cache_dtype: CacheDType = SAME,
     ) -> Problem:
         """What a kernel for these options computes; `paged` is whether its cache is, cache_dtype what it holds."""
-        score, allow, inputs, learned = (self.expression or Expression()).kind
-        return Problem(
-            direction=direction,
-            head_dim=head_dim,
-            head_dim_v=head_dim_v,
-            dtype=dtype,
-            mask=self.mask,
-            varlen=self.varlen,
-            sink=self.sink,
-            dropout=self.dropout_p > 0,
-            deterministic=self.deterministic and direction == "bwd",
-            paged=paged,
-            cache_dtype=cache_dtype,
-            score=score,
-            allow=allow,
-            inputs=inputs,
-            learned=learned if direction == "bwd" else "",
-        )
+        return _problem(self.kind, direction, head_dim, dtype, head_dim_v, paged, cache_dtype)
+
+
+@functools.lru_cache(maxsize=1024)  # to check a Problem takes 30 us
+def _problem(
+    kind: tuple[Any, ...],
+    direction: Direction,
+    head_dim: int,
+    dtype: DType,
+    head_dim_v: int | None,
+    paged: bool,
+    cache_dtype: CacheDType,
+) -> Problem:
+    """Of an Options' kind."""
+    mask, varlen, sink, deterministic, expression, dropout = kind
+    score, allow, inputs, learned = expression or Expression().kind
+    return Problem(
+        direction=direction,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=dtype,
+        mask=mask,
+        varlen=varlen,
+        sink=sink,
+        dropout=dropout,
+        deterministic=deterministic and direction == "bwd",
+        paged=paged,
+        cache_dtype=cache_dtype,
+        score=score,
+        allow=allow,
+        inputs=inputs,
+        learned=learned if direction == "bwd" else "",
+    )

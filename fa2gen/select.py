@@ -103,6 +103,7 @@ def select(problem: Problem, device: Device, arch: ArchName | None = None, seqle
     return _selected(problem, device, arch, max((bound for bound in bounds if bound <= seqlen), default=0))
 
 
+@functools.lru_cache(maxsize=4096)
 def seqlen_bounds(problem: Problem, arch: ArchName) -> tuple[int, ...]:
     """The numbers of keys, rising, from which another kernel may be selected than for one key less."""
     rows = _rows(problem, arch)
@@ -113,6 +114,7 @@ def seqlen_bounds(problem: Problem, arch: ArchName) -> tuple[int, ...]:
 def forget() -> None:
     """Look at the specs and the tuned rows that are known now at the next selection."""
     _selected.cache_clear()
+    seqlen_bounds.cache_clear()
 
 
 @functools.lru_cache(maxsize=4096)
