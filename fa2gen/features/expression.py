@@ -75,6 +75,7 @@ def expression_of(problem: Problem) -> Feature:
         given=given,
         # Queries over caches visit every tile.
         scratch=(Scratch("tile_bounds", "int*"),) if program.tile_bounds and problem.direction != "decode" else (),
+        uneven=bool(problem.allow) and problem.direction == "fwd",
         examples=({"expression": example},),
     )
 

@@ -361,12 +361,17 @@ class KernelPlan:
         """What it says, in C++."""
         return allow_code(self.problem.program)
 
+    @property
+    def seen_rows(self) -> int:
+        """Queries of a tile of which it is asked together what they see of a block of keys."""
+        return self.tile_m
+
     @cached_property
     def tile_tables(self) -> tuple[TileTable, ...]:
         """Least and greatest numbers of tensors, by which tiles are passed by."""
         if not any(scratch.name == "tile_bounds" for feature in self.features for scratch in feature.scratch):
             return ()
-        return tile_tables(self.problem.program, self.tile_m, self.tile_n)
+        return tile_tables(self.problem.program, self.seen_rows, self.tile_n)
 
     @property
     def bound_threads(self) -> int:

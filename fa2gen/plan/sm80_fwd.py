@@ -100,11 +100,6 @@ class Sm80FwdPlan(Sm80RowsPlan):
         """What says where a thread reads K and V."""
         return "Pages" if self.paged else "Source"
 
-    @property
-    def seen_parts(self) -> int:
-        """Parts of a tile whose rows may need no mask where others do."""
-        return 1
-
     # Launch
 
     @property

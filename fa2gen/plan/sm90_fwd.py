@@ -17,13 +17,15 @@ from fa2gen.ptx import Wgmma
 
 __all__ = ["Sm90FwdPlan"]
 
-VISIT_SLOT_BYTES = 4
 TILE_SLOT_BYTES = 16  # block of queries, head, batch entry: one vector load; a ragged batch's sequence: another
 FETCHED_BYTES = 4  # a tile's number, from the warp that fetched it to others that load
 
 # (producer, consumer) registers as in REGISTER_SPLIT, where threads of the producer copy rows beside two warpgroups:
 # the first that is enough for a consumer. With 24 head dim 192 spills 16 bytes, 256 4.
 COPYING_SPLITS = ((56, 224), (40, 232))
+VISIT_SLOT_BYTES = 16  # a block of keys, what is seen of it, and the same of the next: one vector load
+MESSAGE_BYTES = 16
+NUM_MESSAGES = 8
 
 # Registers that a thread needs beside S, O and P: addresses, row statistics, loop state. With 160 registers 28 separate
 # the tilings that compile clean (head dim 144 with 80 keys, 72 with 128) from those that spill (128 with 96, 80 with
@@ -46,6 +48,8 @@ class Sm90FwdPlan(Sm90Plan):
 
     @property
     def register_split(self) -> tuple[int, int]:
+        if self.has_allow and self.num_mma_warpgroups == 2:  # who looks up visits has too few: 8 to 140 bytes spill
+            return (40, 232)
         if not self.copies_rows or self.num_mma_warpgroups != 2:
             return super().register_split
         return next((split for split in COPYING_SPLITS if self.register_estimate <= split[1]), COPYING_SPLITS[-1])
@@ -68,7 +72,12 @@ class Sm90FwdPlan(Sm90Plan):
     @property
     def producer(self) -> str:
         """The template of the warps that load."""
-        return "producer_pages" if self.paged else "producer"
+        return "producer_pages" if self.paged else "producer_visits" if self.has_allow else "producer"
+
+    @property
+    def has_scout(self) -> bool:
+        """Whether a warp looks up what tiles visit for the one that loads."""
+        return self.has_allow and not self.paged
 
     @property
     def full_arrivals(self) -> int:
@@ -111,12 +120,26 @@ class Sm90FwdPlan(Sm90Plan):
         168 spills with 64 keys, and in ragged batches and windows 144."""
         of_dropout = self.dropout * (13 if self.head_dim > 136 and (self.left_edge or self.varlen) else 1)
         of_score = 4 if self.has_score else 0
-        # Where two warpgroups have few to spare: slopes at 256, 80 keys, spill 3, a bias with 64 keys 27.
-        of_tensors = self.num_acc_s + 8 if self.has_score and self.score.looks_up else 22 if self.loads else 0
-        of_tensors *= self.num_mma_warpgroups == 2
-        # Of masks of tensors those of a block's keys: 128 with 128 keys spills 56, 64 with 160 112, 256 with 64 40.
-        of_tensors = max(of_tensors, self.num_acc_s + 5) if self.tile_tables else of_tensors
-        return REGISTERS_BESIDE_TILES + (2 if self.left_edge else 0) + of_score + of_tensors + of_dropout
+        return (
+            REGISTERS_BESIDE_TILES + (2 if self.left_edge else 0) + of_score + self._registers_of_tensors + of_dropout
+        )
+
+    @property
+    def _registers_of_tensors(self) -> int:
+        """Of an expression's tensors, and of what hides: each number said is what a tiling spills without."""
+        looks_up = self.has_score and self.score.looks_up
+        if self.num_mma_warpgroups > 2:
+            # A cap with documents: 128 with 80 keys 26. A bias with a mask: 64 with 112 keys 19. A mask: 160 with 64 2.
+            of_both = 13 if self.has_score and (self.tile_tables or (looks_up and self.has_allow)) else 0
+            return max(of_both, 5 if self.has_allow and self.head_dim > 152 else 0)
+        if self.num_mma_warpgroups < 2:
+            return 0
+        # Slopes at 256, 80 keys, 3, a bias with 64 keys 27, with a mask in a window with 48 32.
+        found = self.num_acc_s + 8 + 12 * (self.has_allow and self.left_edge) if looks_up else 22 if self.loads else 0
+        if not self.tile_tables:
+            return found
+        # Of a block's keys: with a cap 256 with 64 keys 60, with 48 13; of a tree with 64 32, 128 with 128 6.
+        return max(found, 37 + 8 * (len(self.tile_tables) > 2) + 12 * self.left_edge)
 
     # Matrix instructions
 
@@ -138,9 +161,9 @@ class Sm90FwdPlan(Sm90Plan):
         return self.tile_n // 16
 
     @property
-    def seen_parts(self) -> int:
-        """Parts of a tile whose rows may need no mask where others do."""
-        return self.num_mma_warpgroups
+    def seen_rows(self) -> int:
+        """Each warpgroup skips the blocks that it sees nothing of."""
+        return ROWS_PER_WARPGROUP
 
     # Shared memory
 
@@ -151,6 +174,19 @@ class Sm90FwdPlan(Sm90Plan):
     def stage_bytes(self, width: Width) -> int:
         """From one stage of K, or of V, to the next: whole tiles, on the 1024-byte grid of the widest swizzle."""
         return align_up(width.tile(self.tile_n).bytes, 1024)
+
+    @property
+    def visit_slot_bytes(self) -> int:
+        return VISIT_SLOT_BYTES
+
+    @property
+    def message_bytes(self) -> int:
+        return MESSAGE_BYTES
+
+    @property
+    def num_messages(self) -> int:
+        """Of the scout to the producer, on their way."""
+        return NUM_MESSAGES
 
     @property
     def tile_slot_bytes(self) -> int:
@@ -167,12 +203,13 @@ class Sm90FwdPlan(Sm90Plan):
             ("v", self.num_stages, self.full_arrivals),
         )
         declared = (ring(name, stages, full=f"{full}", empty="kNumMmaWarps") for name, stages, full in rings)
-        return Barriers(sum(declared, ()))
+        return Barriers(sum(declared, ring("message", NUM_MESSAGES, empty="1") if self.has_scout else ()))
 
     def _memory(self, num_q_stages: int, o_aliases_q: bool) -> SharedMemory:
         o_bytes = align_up(self.o_tile.bytes, 1024)
         # For the block that each stage of K is, where a tile does not visit all.
         visits = (Region("visit_slots", VISIT_SLOT_BYTES, self.num_stages, label="visits"),) if self.has_allow else ()
+        messages = (Region("messages", MESSAGE_BYTES, NUM_MESSAGES, label="messages"),) if self.has_scout else ()
         fetched = (Region("fetched", FETCHED_BYTES, 2, label="fetched"),) if self.paged else ()  # in turn
         return SharedMemory(
             (
@@ -185,6 +222,7 @@ class Sm90FwdPlan(Sm90Plan):
                     "tile_slots", self.tile_slot_bytes * num_q_stages, label="slots"
                 ),  # for the tile of each stage of Q
                 *visits,
+                *messages,
                 *fetched,
             )
         )

@@ -9,6 +9,7 @@ from fa2gen import cases
 from fa2gen.cpu import RunOptions, run_kernel
 from fa2gen.options import Shape
 from fa2gen.plan import make_plan
+from fa2gen.spec import KernelSpec, Problem, Tiling
 from tests.cpu.faults import Fault, symptom
 from tests.cpu.test_expression import ARCHES, SHAPE, SOFTCAP, kernel, run
 
@@ -16,6 +17,7 @@ WINDOW = "i - j < width"  # of 3 keys, the number that examples have: most tiles
 STRIPES = "j % 7 != 2 or i // 16 == j // 16"
 SQUARES = "(i // 40 + j // 40) % 3 != 1"
 AHEAD = "j - i > 100"
+CHECKERS = "(i // 64 + j // 80) % 2 == 0"  # each warpgroup sees every other block, where another sees the others
 HEADS = "h % 2 == 0 and j <= i or j < 9"
 
 
@@ -40,12 +42,28 @@ def test_what_an_expression_hides(arch, direction, head_dim, mask, varlen, score
     assert verdict.ok, verdict
 
 
+def test_warpgroups_skip_blocks_that_they_do_not_see():
+    """In runs: half of a tile's products are left, as each block is half of the warpgroups', and the sums go on."""
+    spec = kernel("sm90", "fwd", 128, "full", "", allow=CHECKERS)
+    plain = KernelSpec(problem=Problem(head_dim=128), tiling=spec.tiling)
+    made = {}
+    for one in (spec, plain):
+        case = cases.make(one, Shape(1, 384, 480, 1, 1), gain=4.0)
+        counts = run_kernel(make_plan(one), case.tensors, case.options, run_options=RunOptions(stats=True)).counts
+        assert cases.verdict(case).ok, one
+        made[one] = counts["wgmma"].instructions
+    assert 2 * made[spec] == made[plain]
+
+
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 @pytest.mark.parametrize("arch", ARCHES)
 def test_tiles_of_other_documents_are_passed_by(arch, direction):
     """Of two documents as long as a tile half of the products of one document are made; of images between text, whose
     number is 0, those of the text before and of their own."""
     spec = kernel(arch, direction, 64, "full", "", allow="image[b, i] == image[b, j] and image[b, i] > 0 or j <= i")
+    if arch == "sm90":
+        tiling = Tiling(arch=arch, tile_m=128, tile_n=128, num_stages=2, num_mma_warps=8)
+        spec = KernelSpec(problem=spec.problem, tiling=tiling)
     case = cases.make(spec, Shape(1, 512, 512, 1, 1))
     products = []
     for numbers in ([1, 1, 1, 1], [1, 1, 2, 2], [0, 1, 1, 0]):
@@ -83,13 +101,29 @@ NAMES = {
 DOCUMENTS = {
     arch: kernel(arch, "fwd", 64, "full", "", allow="document[b, i] == document[b, j]").name for arch in ARCHES
 }
+SKIPPING = kernel("sm90", "fwd", 128, "full", "", allow=CHECKERS).name
 FAULTS = [
-    *(Fault("nothing-hidden", name, "allowed ? acc_s[n] : -kInfinity", "acc_s[n]") for name in NAMES.values()),
+    *(
+        Fault("nothing-hidden", name, "allowed ? acc_s[n] : -kInfinity", "acc_s[n]")
+        for case, name in NAMES.items()
+        if case != ("sm90", "fwd")
+    ),
+    Fault(
+        "nothing-hidden", NAMES["sm90", "fwd"], "n % 32 & 1 ? acc_s[i] : -kInfinity", "n % 32 & 1 ? acc_s[i] : acc_s[i]"
+    ),
+    Fault("another-row-looked-up", NAMES["sm90", "fwd"], "row + 8 * half, column", "row, column"),
+    Fault("what-another-warpgroup-sees", SKIPPING, "following >> 3 * warpgroup", "following >> 3", count=2),
+    Fault(
+        "runs-begin-anew",
+        SKIPPING,
+        "correction, p.softmax_scale_log2)) {",
+        "correction, p.softmax_scale_log2) && false) {",
+    ),
     *(
         Fault("keys-cut-short", name, "first_key + kTileN, at.seqlen_k) - 1", "first_key + 8, at.seqlen_k) - 1")
         for name in NAMES.values()
     ),
-    *(Fault("another-block", NAMES[arch, "fwd"], "ahead + 32 - bit", "ahead + 31 - bit") for arch in ARCHES),
+    *(Fault("another-block", NAMES[arch, "fwd"], "ahead + 32 - lane", "ahead + 31 - lane") for arch in ARCHES),
     *(Fault("walk-too-far", NAMES[arch, "bwd"], "lowest_bit(any) : known", "known : known") for arch in ARCHES),
     Fault("greatest-unknown", DOCUMENTS["sm90"], "highest = max(highest, x);", "", count=2),
     Fault("least-unknown", DOCUMENTS["sm80"], "lowest = min(lowest, x);", "", count=2),
