@@ -69,6 +69,7 @@ Forward = Callable[[Point, Any, Any, Any], Call]
 """As Prepare, of the forward pass alone, and its call returns out itself."""
 
 
+_OF_A_USERS_CALL = "host time is that of what a user calls, which runs the device's own family here"
 MATH_MATRICES = {"fwd": 2, "bwd": 4}
 
 
@@ -249,7 +250,7 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
         if point.direction == "fwd" and arch == native and not point.expression:
             return _by_autograd(_called)(point, q, k, v, dout)
         if point.preset == "host":
-            raise Missing("host time is that of what a user calls, which runs the device's own family here")
+            raise Missing(_OF_A_USERS_CALL)
         point = replace(point, deterministic=deterministic)
         return _launched(point, _selected(point, arch), q, k, v, dout)
 
@@ -385,6 +386,8 @@ def _dense(*_: Any) -> Contestant:
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
         if not point.lengths:
             raise Missing("it stands for ragged batches alone")
+        if point.preset == "host":
+            raise Missing(_OF_A_USERS_CALL)
         _refuse_expression(point, "a call for each sequence")
         results = (_like_o(q, v),) if point.direction == "fwd" else tuple(torch.empty_like(x) for x in (q, k, v))
         calls = [

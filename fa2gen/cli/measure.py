@@ -76,6 +76,7 @@ def _need_gpu(what: str) -> None:
         "fa2gen bench --head-dim 128 --seqlen 4096 --json | jq .rows",
         "fa2gen bench my.toml --peer fa3         what a spec of your own says",
         "fa2gen bench --preset varlen            ragged batches",
+        "fa2gen bench --preset decode            queries over caches",
         "fa2gen bench --preset flex              scores and masks of expressions",
         "fa2gen bench --preset host              host time of a call, in microseconds",
         "fa2gen bench --plot odd.json --out .    figures from a result; needs no GPU",
@@ -85,7 +86,8 @@ def _need_gpu(what: str) -> None:
 def bench(
     asked: Asked,
     preset: Annotated[
-        Literal["paper", "odd", "gqa", "window", "varlen", "mla", "flex", "host"], typer.Option(help="Which points.")
+        Literal["paper", "odd", "gqa", "window", "varlen", "mla", "decode", "flex", "host"],
+        typer.Option(help="Which points."),
     ] = "paper",
     seqlen: Seqlens = None,
     peer: Annotated[
@@ -203,7 +205,7 @@ def _points(asked: Asked, preset: str, seqlens: Sequence[int]) -> tuple[list[Poi
                 given.get("head_dim_v", ()),
             )
         ]
-    if len({point.direction for point in points}) > 1:
+    if preset != "host" and len({point.direction for point in points}) > 1:  # host has a forward point over a cache
         raise typer.BadParameter("bench measures one direction at a time")
     return points, specs
 

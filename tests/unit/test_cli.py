@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import fa2gen
 from fa2gen import env, verify
 from fa2gen.arch import ARCHES
+from fa2gen.bench.points import PRESETS
 from fa2gen.cli import ExitStatus, app
 from fa2gen.cli.console import progress
 from fa2gen.errors import CompileError
@@ -978,6 +979,18 @@ def test_readme_commands_are_taken(quick, cache, tmp_path, monkeypatch, command)
     words = re.split(" > | && ", command)[0].split()[1:]
     done = fa2(*words)
     assert done.status in (ExitStatus.DONE, ExitStatus.NOTHING_TO_RUN_ON), done.stderr
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_can_be_asked_for(monkeypatch, preset):
+    """Up to where a GPU is needed."""
+
+    def no_gpu(what: str) -> None:
+        raise typer.Exit(ExitStatus.NOTHING_TO_RUN_ON)
+
+    monkeypatch.setattr("fa2gen.cli.measure._need_gpu", no_gpu)
+    done = fa2("bench", "--preset", preset)
+    assert done.status == ExitStatus.NOTHING_TO_RUN_ON, done.stderr
 
 
 def test_readme_python_is_python():
