@@ -38,7 +38,8 @@ MOST_KEYS_ABREAST = 2048
 
 
 def with_groups(plan: KernelPlan, parts: int, abreast: bool = False) -> KernelPlan:
-    """The plan of the same kernel with groups in so many parts, and their heads abreast or not."""
+    """The plan of the same kernel with groups in so many parts, and their heads abreast, if they are not so anyway."""
+    abreast = abreast or bool(plan.tiling.heads_abreast)
     tiling = plan.tiling.model_copy(update={"group_parts": parts, "heads_abreast": int(abreast)})
     return make_plan(KernelSpec(problem=plan.problem, tiling=tiling))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InfeasibleSpec
@@ -34,6 +34,7 @@ class _Row:
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
     expression  whether they are for scores or masks of an expression; None: for all.
     lagging     tilings with dQ a step later, which come first.
+    abreast     tilings with heads abreast, which come first in ragged batches.
     tensors     whether they are for expressions of tensors; None: for all.
     tables      whether they are for masks of tensors that tiles are passed by for; None: for all.
     head_dims   the only pair of Q's and V's that they are for; None: for all.
@@ -50,6 +51,7 @@ class _Row:
     tables: bool | None = None
     head_dims: tuple[int, int] | None = None
     lagging: tuple[Shape, ...] = ()
+    abreast: tuple[Shape, ...] = ()
     eight_bits: bool = False
 
 
@@ -122,6 +124,7 @@ _LAGGING: tuple[Shape, ...] = ((128, 128, 2, 8), (64, 128, 2, 8))
 _WIDE_LAGGING: tuple[Shape, ...] = ((128, 128, 2, 8), (80, 128, 2, 8), (64, 128, 2, 8))
 _PASSING = ((64, 96, 2, 8), (64, 80, 2, 8))  # of gradients: as many keys as the registers hold
 
+_BY_128_KEYS = ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4))
 _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     ("sm80", "decode"): _DECODING,
     ("sm90", "decode"): _DECODING,
@@ -158,7 +161,8 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             _Row(
                 80, ((64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4)), expression=True
             ),  # 2: spills, sm_90
-            _Row(128, ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4))),
+            _Row(112, _BY_128_KEYS),
+            _Row(128, _BY_128_KEYS, abreast=_BY_128_KEYS[:1]),  # else 8 bytes spill, of where a head's walk ends
             _Row(256, ((64, 64, 2, 8), (64, 64, 1, 8), (32, 64, 1, 8), (32, 32, 1, 4))),
         ),
         _least_padding,
@@ -242,9 +246,12 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
     limit = shared_memory_limit or ARCHES[arch].shared_memory_per_block
     family = _FAMILIES[arch, problem.direction]
     row = family.row(problem, limit)
-    lags: tuple[Literal[1, 0], ...] = (1, 0)
-    tried = [(shape, lag) for shapes, lag in zip((row.lagging, row.shapes), lags, strict=True) for shape in shapes]
-    for (tile_m, tile_n, stages, warps), lag in tried:
+    ways: tuple[tuple[tuple[Shape, ...], dict[str, Any]], ...] = (
+        (row.abreast if problem.varlen else (), {"heads_abreast": 1}),
+        (row.lagging, {"lag": 1}),
+        (row.shapes, {}),
+    )
+    for (tile_m, tile_n, stages, warps), way in ((shape, way) for shapes, way in ways for shape in shapes):
         for span in family.spans(problem.head_dims):
             tiling = Tiling(
                 arch=arch,
@@ -254,7 +261,7 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
                 num_mma_warps=warps,
                 swizzle_bytes=span,
                 lazy_rescale=family.lazy_rescale,
-                lag=lag,
+                **way,
             )
             found = plan_of(KernelSpec(problem=problem, tiling=tiling))
             if found.shared_memory_bytes <= limit and not found.broken_rules():

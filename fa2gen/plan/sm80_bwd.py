@@ -142,7 +142,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
             of_expression = 32 if self.has_score or self.has_allow else 96  # from which head dim on
             lengths = 4 if of_expression < head_dim <= 64 else head_dim > of_expression
             return REGISTERS_BESIDE_TILES + REGISTERS_OF_LENGTHS * lengths
-        more = wide and (self.varlen or self.has_score)
+        more = wide and (self.has_score or (self.varlen and not self.tiling.heads_abreast))
         return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if more else 0)
 
     @property

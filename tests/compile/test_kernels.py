@@ -24,6 +24,7 @@ import pytest
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.catalog import catalogue, tuned_rows
 from fa2gen.compile import Compiled, compile_kernel
+from fa2gen.groups import with_groups
 from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.report.sass import disassembler
 from fa2gen.select import default_tiling, served_by
@@ -81,6 +82,10 @@ def kernels() -> dict[str, bool]:
             ("dropout", (8, 40, 72, 128, 144, 168, 200, 256)),  # random bits are drawn beside all accumulators
         )
         for head_dim, mask in turns(head_dims, ("causal", "window", "full"))
+    ]
+    features += [  # as ragged batches of grouped heads run
+        with_groups(make_plan(default("sm90", head_dim, mask, "bwd", varlen=True)), 1, abreast=True).spec
+        for head_dim, mask in ((128, "causal"), (256, "full"))
     ]
     features += [
         default(arch, head_dim, mask, "bwd", dropout=True, **more)

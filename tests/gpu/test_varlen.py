@@ -201,15 +201,61 @@ def test_a_dense_side(which):
 
 @kernels((64, 128))
 def test_many_sequences(which):
-    """5000 of up to 3 rows, and long ones among them."""
+    """100,000 of up to 3 rows, and long ones among them."""
     generator = torch.Generator().manual_seed(0)
-    lengths_q, lengths_k = (torch.randint(0, 4, (5000,), generator=generator).tolist() for _ in range(2))
-    lengths_q[77], lengths_k[77], lengths_q[4000], lengths_k[4000] = 2000, 2000, 700, 900
+    lengths_q, lengths_k = (torch.randint(0, 4, (100_000,), generator=generator).tolist() for _ in range(2))
+    lengths_q[77], lengths_k[77], lengths_q[70_000], lengths_k[70_000] = 2000, 2000, 700, 900
     batch = Batch(which, lengths_q, lengths_k)
     out, lse = batch.forward()
     gradients = batch.backward(out, lse)
-    batch.rows = [batch.rows[i] for i in (0, 1, 2, 77, 78, 3999, 4000, 4001, 4999)]
+    batch.rows = [batch.rows[i] for i in (0, 1, 2, 77, 78, 69_999, 70_000, 70_001, 99_999)]
     batch.assert_right(out, lse, gradients)
+
+
+@kernels((64,))
+def test_a_sequence_of_a_million_tokens(which):
+    """Its last rows, behind short sequences; of the others dO is 0, so that all gradients are those of the last."""
+    length, last = 2**20 + 3, 70
+    total = 100 + length
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(heads):
+        return torch.randn(total, heads, 64, generator=generator, device="cuda").bfloat16()
+
+    q, k, v, dout = random(2), random(1), random(1), random(2)
+    dout[:-last] = 0
+    lengths = (ints([0, 1, 100, total]), ints([0, 1, 100, total]), None, None)
+    options = Options(None, True, varlen=True)
+    out, lse = forward_ragged(q, k, v, *lengths, options)
+    dq, dk, dv = backward_ragged(dout, q, k, v, out, lse, None, *lengths, options)
+    part = [x[None] for x in (q[-last:], k[100:], v[100:])]
+    assert check(out[None, -last:], lse[None, :, -last:], *part, causal=True).ok
+    gradients = dq[None, -last:], dk[None, 100:], dv[None, 100:]
+    assert check_gradients(gradients, dout[None, -last:], *part, causal=True).ok
+    assert not dq[:-last].any() and not dk[:100].any() and not dv[:100].any()
+
+
+@kernels((128,))
+def test_totals_of_more_than_2_to_the_31_elements(which):
+    """The first sequence and the last, whose rows lie beyond them."""
+    if torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("needs 48 GiB of free GPU memory")
+    heads, lengths = 16, [200, *[2048] * 512, 333]
+    bounds = [0, *itertools.accumulate(lengths)]
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k = (
+        torch.randn(bounds[-1], heads, 128, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+    )
+    assert q.numel() > 2**31
+    options, given = Options(None, True, varlen=True), (ints(bounds), ints(bounds), None, None)
+    out, lse = forward_ragged(q, k, k, *given, options)
+    gradients = backward_ragged(q, q, k, k, out, lse, None, *given, options)
+    for rows in (slice(0, 200), slice(-333, None)):
+        part = [x[None, rows] for x in (q, k, k)]
+        assert check(out[None, rows], lse[None, :, rows], *part, causal=True).ok
+        assert check_gradients(tuple(x[None, rows] for x in gradients), part[0], *part, causal=True).ok
+    del q, k, out, lse, gradients, part
+    torch.cuda.empty_cache()
 
 
 @kernels((64, 128))

@@ -88,6 +88,8 @@ def test_heads_go_abreast_where_lengths_differ():
     assert not abreast_of(plan_for(128, varlen=True, allow="i == j"), documents)
     abreast = with_groups(ragged, 1, abreast=True)
     assert abreast.name == f"{ragged.name}_h1" and abreast.section_bytes < ragged.section_bytes
+    ampere = plan_for(128, "sm80", varlen=True)
+    assert ampere.tiling.heads_abreast and ampere.tile_n == 128 and with_groups(ampere, 2).tiling.heads_abreast
     for problem, why in (
         (Problem(head_dim=64), "only gradients are sums over a group: 0"),
         (Problem(direction="bwd", head_dim=64, allow="i == j"), "a mask of an expression"),
