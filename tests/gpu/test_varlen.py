@@ -238,13 +238,14 @@ def test_a_sequence_of_a_million_tokens(which):
 @kernels((128,))
 def test_totals_of_more_than_2_to_the_31_elements(which):
     """The first sequence and the last, whose rows lie beyond them."""
-    if torch.cuda.mem_get_info()[0] < 48 << 30:
-        pytest.skip("needs 48 GiB of free GPU memory")
-    heads, lengths = 16, [200, *[2048] * 512, 333]
+    if torch.cuda.mem_get_info()[0] < 32 << 30:
+        pytest.skip("needs 32 GiB of free GPU memory")
+    lengths = [200, *[2048] * 512, 333]
     bounds = [0, *itertools.accumulate(lengths)]
     generator = torch.Generator("cuda").manual_seed(0)
     q, k = (
-        torch.randn(bounds[-1], heads, 128, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+        torch.randn(bounds[-1], heads, 128, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for heads in (16, 2)
     )
     assert q.numel() > 2**31
     options, given = Options(None, True, varlen=True), (ints(bounds), ints(bounds), None, None)
