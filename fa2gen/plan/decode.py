@@ -211,10 +211,11 @@ class DecodePlan(Sm80RowsPlan):
     @property
     def sizes(self) -> tuple[str, ...]:
         lengths = ("seqlen_q", "seqlen_k", "seqlen_new", "num_sequences", "cache_entries")
-        heads = ("num_heads", "num_heads_kv", "num_heads_per_kv", "num_m_blocks")
+        heads = ("num_heads", "num_heads_kv", "num_heads_per_kv")
         rotary = ("rotary_dim", "rotary_rows", "rotary_interleaved", "rotary_steps")
         work = ("unit_shift", "least_units", "fixed_parts", "entry_sequences", "num_entries")
-        return (*lengths, *heads, *work, "block_reciprocal", "m_block_reciprocal", *rotary)
+        runs = ("num_runs", "run_reciprocal", "rows_at_once", "row_rounds", "round_reciprocal")
+        return (*lengths, *heads, *work, *runs, *rotary)
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.num_stages < 2:

@@ -74,6 +74,8 @@ _OF_A_CACHE = {
 }
 LEAST_UNITS = 2
 """So many pieces a block at least: fewer are not worth the part's way through memory."""
+ROWS_AT_ONCE = 8
+"""Over a cache, so many blocks at most read the same keys at once, for rows of their own."""
 
 
 def sizes(plan: KernelPlan) -> dict[str, str]:
@@ -162,8 +164,11 @@ def _decoding_sizes(plan: KernelPlan) -> dict[str, str]:
         "num_blocks": "min((num_units + least_units - 1) / least_units, num_sms)",
         "entry_sequences": f"max((batch + {LAYOUT_ENTRIES - 1}) / {LAYOUT_ENTRIES}, 1)",
         "num_entries": "(batch + entry_sequences - 1) / entry_sequences",
-        "block_reciprocal": f"{2**31 - 1} / max(num_blocks, 1)",
-        "m_block_reciprocal": f"{2**31 - 1} / max(num_m_blocks, 1)",
+        "rows_at_once": f"1 + (num_m_blocks - 1) * min(min({ROWS_AT_ONCE}, num_blocks) / max(num_m_blocks, 1), 1)",
+        "row_rounds": "num_m_blocks / rows_at_once",
+        "round_reciprocal": f"{2**31 - 1} / max(row_rounds, 1)",
+        "num_runs": "num_blocks / rows_at_once",
+        "run_reciprocal": f"{2**31 - 1} / max(num_runs, 1)",
         "num_new_chunks": f"{plan.problem.head_dim // 8} * batch"
         " * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)",
         "num_slots": "fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks",

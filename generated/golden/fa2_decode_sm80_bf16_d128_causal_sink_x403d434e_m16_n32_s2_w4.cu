@@ -6,10 +6,10 @@
 //   problem  decode, head dim 128, bf16, causal mask, attention sinks, scores of an expression
 //   tiling   16 query rows x 32 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 139808 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,  141 Threads,  172 Arithmetic,  219 Shared memory,  261 Global memory,
-//             326 cp.async,  345 Fragments,  360 Registers,  375 mma,  404 What is visible,  460 Online softmax,
-//             598 Expressions,  613 Scores of an expression,  835 Loads, 1005 Matrix products, 1088 Putting together,
-//            1429 Append, 1547 Kernel, 1589 Launch
+//   contents   27 Problem and tiling,  143 Threads,  174 Arithmetic,  221 Shared memory,  263 Global memory,
+//             328 cp.async,  347 Fragments,  362 Registers,  377 mma,  406 What is visible,  462 Online softmax,
+//             600 Expressions,  615 Scores of an expression,  858 Loads, 1028 Matrix products, 1111 Putting together,
+//            1452 Append, 1570 Kernel, 1612 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -121,14 +121,16 @@ struct Params {
     int num_heads;
     int num_heads_kv;
     int num_heads_per_kv;
-    int num_m_blocks;
     int unit_shift;
     int least_units;
     int fixed_parts;
     int entry_sequences;
     int num_entries;
-    int block_reciprocal;
-    int m_block_reciprocal;
+    int num_runs;
+    int run_reciprocal;
+    int rows_at_once;
+    int row_rounds;
+    int round_reciprocal;
     int rotary_dim;
     int rotary_rows;
     int rotary_interleaved;
@@ -652,13 +654,26 @@ __device__ __forceinline__ int num_units(Params const& p, int bidb) {
 constexpr int kWorkAt = kLayoutEntries + 1;
 
 __device__ __forceinline__ int heads_and_tiles(Params const& p) {
-    return p.num_heads_kv * p.num_m_blocks;
+    return p.num_heads_kv * p.row_rounds;
 }
 
 // a / b, for which the host gives (2^31 - 1) / b: a fifth of the instructions of a division, which a short call waits for.
 __device__ __forceinline__ int quotient(int a, int b, int reciprocal) {
     int const near = static_cast<int>(static_cast<int64_t>(a) * reciprocal >> 31);  // or 1 less
     return near + (a - near * b >= b);
+}
+
+// Where a sequence has more than kTileM rows, p.rows_at_once blocks take the same run of units, for a tile of rows each: who
+// comes first reads memory, the others L2 (16 queries of 4 heads, 16 x 8k: 379 us where all read memory, H100).
+struct Run {
+    int number;
+    int row_tile;
+};
+
+__device__ __forceinline__ Run run_of_block(Params const& p) {
+    int const block = static_cast<int>(blockIdx.x);
+    int const row_tile = quotient(block, p.num_runs, p.run_reciprocal);
+    return {block - row_tile * p.num_runs, row_tile};
 }
 
 // By one warp.
@@ -681,8 +696,7 @@ __device__ __forceinline__ void lay_out(Params const& p, uint32_t layout, int la
         store_shared_int(layout + 4 * (entry + 1), before + units);
         if (entry + 1 == p.num_entries) {
             int const total = (before + units) * heads_and_tiles(p);
-            int const blocks = static_cast<int>(gridDim.x);
-            int const per_block = quotient(total + blocks - 1, blocks, p.block_reciprocal);
+            int const per_block = quotient(total + p.num_runs - 1, p.num_runs, p.run_reciprocal);
             store_shared_int(layout + 4 * kWorkAt, total);
             store_shared_int(layout + 4 * kWorkAt + 4, max(per_block, p.least_units));
         }
@@ -703,9 +717,14 @@ __device__ __forceinline__ Work work_of(uint32_t layout) {
     return {load_shared_int(layout + 4 * kWorkAt), load_shared_int(layout + 4 * kWorkAt + 4)};
 }
 
-// The end of this block's units.
-__device__ __forceinline__ int end_of_block(Work const& work) {
-    return min((static_cast<int>(blockIdx.x) + 1) * work.per_block, work.total);
+// This block's first unit, and the end of them. Blocks that are left over have none.
+__device__ __forceinline__ int begin_of_block(Params const& p, Work const& work) {
+    Run const run = run_of_block(p);
+    return run.row_tile < p.rows_at_once ? run.number * work.per_block : work.total;
+}
+
+__device__ __forceinline__ int end_of_block(Params const& p, Work const& work) {
+    return min((run_of_block(p).number + 1) * work.per_block, work.total);
 }
 
 struct Item {
@@ -738,8 +757,9 @@ __device__ __forceinline__ Item item_at(Params const& p, uint32_t layout, int un
         }
     }
     int const index = (unit - first * width) / units;
-    int const head_kv = quotient(index, p.num_m_blocks, p.m_block_reciprocal);
-    return {bidb, head_kv, index - head_kv * p.num_m_blocks, first * width + index * units, units};
+    int const head_kv = quotient(index, p.row_rounds, p.round_reciprocal);
+    int const m_block = (index - head_kv * p.row_rounds) * p.rows_at_once + run_of_block(p).row_tile;
+    return {bidb, head_kv, m_block, first * width + index * units, units};
 }
 
 // A part of an item: units [begin, end).
@@ -749,7 +769,7 @@ struct Part {
 };
 
 __device__ __forceinline__ Part part_at(Params const& p, Item const& item, Work const& work, int unit) {
-    int const of_block = (static_cast<int>(blockIdx.x) + 1) * work.per_block;
+    int const of_block = (run_of_block(p).number + 1) * work.per_block;
     return {unit, p.fixed_parts ? unit + 1 : min(item.start + item.units, of_block)};
 }
 
@@ -764,13 +784,16 @@ struct Share {
 };
 
 __device__ __forceinline__ Share share_of(Params const& p, Item const& item, Part const& part, Work const& work) {
+    Run const run = run_of_block(p);
     if (p.fixed_parts) {
-        return {part.begin - item.start, item.units, item.start, item.start};
+        int const slots = run.row_tile * work.total + item.start;
+        return {part.begin - item.start, item.units, slots, slots};
     }
-    int const first_block = item.start / work.per_block;
-    int const last_block = (item.start + item.units - 1) / work.per_block;
-    int const behind = item.start > first_block * work.per_block ? static_cast<int>(gridDim.x) : 0;
-    return {static_cast<int>(blockIdx.x) - first_block, last_block - first_block + 1, first_block + behind, first_block};
+    int const first_run = item.start / work.per_block;
+    int const last_run = (item.start + item.units - 1) / work.per_block;
+    int const slots = static_cast<int>(blockIdx.x) - (run.number - first_run);
+    int const behind = item.start > first_run * work.per_block ? static_cast<int>(gridDim.x) : 0;
+    return {run.number - first_run, last_run - first_run + 1, slots + behind, slots};
 }
 
 __device__ __forceinline__ int slot_of(Share const& share, int index) {
@@ -936,7 +959,7 @@ struct WarpTiles {
     // one are is asked for ahead of its turn. What is asked of all lanes is the same in each: where ptxas does not see that, it
     // calls a function for shuffles (sm_80).
     __device__ __forceinline__ void load(Params const& p, uint32_t layout, int warp, int lane) {
-        while (any_lane(next >= end && unit < end_of_block(work_of(layout)))) {
+        while (any_lane(next >= end && unit < end_of_block(p, work_of(layout)))) {
             Work const work = work_of(layout);
             Item const item = item_at(p, layout, unit);
             Part const part = part_at(p, item, work, unit);
@@ -1554,7 +1577,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
         lay_out(p, smem + kSmemLayout, thread);
     }
     sync_block();
-    int unit = static_cast<int>(blockIdx.x) * work_of(smem + kSmemLayout).per_block;
+    int unit = begin_of_block(p, work_of(smem + kSmemLayout));
     WarpTiles ring;
     ring.stages = smem + kSmemStages + warp_id() * kNumStages * kStageBytes;
     ring.stage = 0;
@@ -1565,7 +1588,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
     // while the one before ends, as memory answers late.
     for (bool is_first = true;; is_first = false) {
         Work const work = work_of(smem + kSmemLayout);
-        bool const is_more = unit < end_of_block(work);
+        bool const is_more = unit < end_of_block(p, work);
         Item next;
         Part next_part;
         QueryChunks queries;
@@ -1619,8 +1642,11 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
 //   num_blocks = min((num_units + least_units - 1) / least_units, num_sms)
 //   entry_sequences = max((batch + 1023) / 1024, 1)
 //   num_entries = (batch + entry_sequences - 1) / entry_sequences
-//   block_reciprocal = 2147483647 / max(num_blocks, 1)
-//   m_block_reciprocal = 2147483647 / max(num_m_blocks, 1)
+//   rows_at_once = 1 + (num_m_blocks - 1) * min(min(8, num_blocks) / max(num_m_blocks, 1), 1)
+//   row_rounds = num_m_blocks / rows_at_once
+//   round_reciprocal = 2147483647 / max(row_rounds, 1)
+//   num_runs = num_blocks / rows_at_once
+//   run_reciprocal = 2147483647 / max(num_runs, 1)
 //   num_new_chunks = 16 * batch * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)
 //   num_slots = fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634

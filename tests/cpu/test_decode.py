@@ -341,9 +341,15 @@ FAULTS = [
     Fault(
         "a block's second cut shares the first one's place",
         DENSE,
-        "first_block + behind, first_block};",
-        "first_block, first_block};",
+        "slots + behind, slots};",
+        "slots, slots};",
         schedules=40,
+    ),
+    Fault(
+        "all blocks have the first rows",
+        DENSE,
+        "p.rows_at_once + run_of_block(p).row_tile;",
+        "p.rows_at_once;",
     ),
     Fault(
         "a quotient that is one less",
@@ -471,5 +477,5 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)
 def test_seeded_faults_are_seen(fault):
-    shapes = (Shape(1, 1, 900, 2, 2), Shape(3, 4, 202, 6, 2), Shape(2, 1, 300, 4, 1))
+    shapes = (Shape(1, 1, 900, 2, 2), Shape(3, 6, 202, 6, 2), Shape(2, 1, 300, 4, 1))
     assert any(symptom(run, fault, shapes, seed, num_sms=5) for seed in range(fault.schedules)), "not seen"

@@ -159,6 +159,7 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
     least = 1 if fixed else 2
     grid = min(-(-units // least), NUM_SMS)
     slots = units if fixed else 2 * grid
+    at_once = m if m <= min(8, grid) else 1
     values = {
         **shape._asdict(),
         "num_sequences": shape.batch,
@@ -172,8 +173,11 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
         "rotary_interleaved": shape.interleaved,
         "entry_sequences": max(-(-shape.batch // 1024), 1),
         "num_entries": -(-shape.batch // max(-(-shape.batch // 1024), 1)),
-        "block_reciprocal": (2**31 - 1) // max(grid, 1),
-        "m_block_reciprocal": (2**31 - 1) // max(m, 1),
+        "rows_at_once": at_once,
+        "row_rounds": m // at_once,
+        "round_reciprocal": (2**31 - 1) // (m // at_once),
+        "num_runs": grid // at_once,
+        "run_reciprocal": (2**31 - 1) // (grid // at_once),
     }
     scratch = {"parts": slots * plan.tile_m * plan.head_dim, "part_sums": 2 * slots * plan.tile_m}
     scratch["counters"] = units if fixed else grid
