@@ -10,7 +10,7 @@
 //             279 Global memory,  313 mbarriers,  357 TMA,  399 Bulk copies,  415 Fences,  422 Fragments,
 //             443 Registers,  458 Registers of a warpgroup,  470 wgmma,  653 What is visible,
 //             702 Softmax and its gradient,  761 Dropout,  935 Pipelines,  984 Loads, 1033 Matrix products,
-//            1070 Staging, 1133 Producer, 1190 Consumer, 1353 Kernels, 1500 Launch
+//            1070 Staging, 1133 Producer, 1190 Consumer, 1354 Kernels, 1501 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1233,12 +1233,13 @@ __device__ __forceinline__ void consume(
     uint32_t dq_phase = 0;
     // What the next block of queries drops is drawn under dV and dK of this one: so long no S nor dP is in registers. By way of
     // shared memory, for the other warp of 32 keys too, and as ptxas moves what has no such effect behind the products.
+    int const mma_warp = 4 * warpgroup + warp;
     auto drawn = [&](int by, int stage) {
         return smem + kSmemKept + stage * kKeptBytes + by * kKeptWarpBytes + 4 * recompute(lane_id());
     };
     auto draw = [&](int stage) {
         draw_half(p, random_state(p, walk.bidh, block.bidb), block.n_block * kTileN + warp_key, walk.m_block * kTileM,
-                  recompute(lane_id()), drawn(slice, stage));
+                  recompute(lane_id()), drawn(mma_warp, stage));
     };
     draw(0);
     if (walk.remaining > 0) {
@@ -1266,9 +1267,9 @@ __device__ __forceinline__ void consume(
         wgmma_commit();
 
         uint32_t kept[kNumKeepWords];
-        named_barrier_sync(kFirstWarpPair + slice / 2, 64);
+        named_barrier_sync(kFirstWarpPair + mma_warp / 2, 64);
         int const kept_stage = step % 2;
-        join_halves(kept, drawn(slice, kept_stage), drawn(slice ^ 1, kept_stage), warp % 2);
+        join_halves(kept, drawn(mma_warp, kept_stage), drawn(mma_warp ^ 1, kept_stage), warp % 2);
         // P under dP.
         wgmma_wait_1();
         wgmma_touch(acc_s);
