@@ -187,7 +187,8 @@ class _Block:
         rank = 5 if plan.varlen else 4
         counts = [2 * rank - 1 + tensor_map.of_pages for tensor_map in maps]
         self._numbers = (ctypes.c_uint64 * sum(counts))()
-        self._pack_numbers = struct.Struct(f"<{sum(counts)}Q").pack_into
+        self.pack_numbers = struct.Struct(f"<{sum(counts)}Q").pack
+        self._write_numbers = struct.Struct(f"{8 * sum(counts)}s").pack_into
         self.maps = [
             _TensorMap(plan, tensor_map, names.index(tensor_map.name), base + _MAP_BYTES * i, self._numbers, first)
             for i, (tensor_map, first) in enumerate(zip(maps, accumulate(counts, initial=0), strict=False))
@@ -233,16 +234,16 @@ class _Block:
         self._arguments.pack_into(self._memory, self._start, arguments.written)
         self.standing = arguments
 
-    def encoded(self, addresses: tuple[int, ...], params: bytes, numbers: tuple[int, ...]) -> _Arguments:
+    def encoded(self, addresses: tuple[int, ...], params: bytes, numbers: bytes) -> _Arguments:
         """Write, and give, the arguments of a launch. Of the same launch's, maps that need not move stay.
 
         addresses  of its operands and scratch.
         params     all of Params but those.
-        numbers    of all tensor maps, each as `_Mapped.numbers` gives them.
+        numbers    of all tensor maps, each as `_Mapped.numbers` gives them, packed.
         """
         before, self.standing = self.standing, None
         stay = before.addresses if before is not None and before.numbers is numbers else _NO_ADDRESSES
-        self._pack_numbers(self._numbers, 0, *numbers)
+        self._write_numbers(self._numbers, 0, numbers)
         for tensor_map in self.maps:
             address = addresses[tensor_map.operand]
             if not stay or stay[tensor_map.operand] != address:
@@ -259,7 +260,7 @@ class _Arguments(NamedTuple):
 
     written: bytes
     addresses: tuple[int, ...]
-    numbers: tuple[int, ...]
+    numbers: bytes
 
 
 class PreparedLaunch:
@@ -302,7 +303,8 @@ class PreparedLaunch:
             if (of_operand := found.get(alike)) is None:
                 found[alike] = of_operand = operand.numbers(shape, steps_of, launch.values)
             numbers[operand.name] = of_operand
-        self._numbers = tuple(chain.from_iterable([numbers[tensor_map.name] for tensor_map in block.maps]))
+        of_maps = chain.from_iterable([numbers[tensor_map.name] for tensor_map in block.maps])
+        self._numbers: bytes = block.pack_numbers(*of_maps)  # one object to keep, not one a number
         # What was written before for these operands, scratch and cleared memory: an allocator gives the same in turn.
         self._encoded: dict[tuple[tuple[int, ...], int, int], _Arguments] = {}
         self._grids = [(entry, grid) for entry, grid in zip(block.entries, launch.grids, strict=True) if 0 not in grid]
