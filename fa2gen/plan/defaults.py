@@ -177,7 +177,7 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             # Documents: the blocks at their edges need a mask, so that short ones waste less (d = 128, 8k: 0.76 of a
             # ragged batch's speed with 64 keys, 0.70 with 80; images the same; H100).
             _Row(64, ((192, 96, 4, 12), (192, 80, 4, 12), (192, 64, 4, 12)), tables=True),
-            _Row(128, ((192, 64, 3, 12), (192, 64, 2, 12)), tables=True),
+            _Row(128, (*((192, 64, stages, 12) for stages in (3, 2)), (128, 112, 2, 8), (128, 64, 2, 8)), tables=True),
             _Row(160, tuple((128, keys, 2, 8) for keys in (112, 96, 80, 64)), tables=True),
             _Row(256, ((128, 64, 2, 8), (128, 48, 2, 8), (128, 32, 2, 8)), tables=True),
             # 112: a window of scores of an expression; 96: with random bits too

@@ -130,7 +130,9 @@ class Sm90FwdPlan(Sm90Plan):
         looks_up = self.has_score and self.score.looks_up
         if self.num_mma_warpgroups > 2:
             # A cap with documents: 128 with 80 keys 26. A bias with a mask: 64 with 112 keys 19. A mask: 160 with 64 2.
+            # Documents with random bits: 128 with 64 8.
             of_both = 13 if self.has_score and (self.tile_tables or (looks_up and self.has_allow)) else 0
+            of_both = max(of_both, 20 if self.dropout and self.tile_tables else 0)
             return max(of_both, 5 if self.has_allow and self.head_dim > 152 else 0)
         if self.num_mma_warpgroups < 2:
             return 0
