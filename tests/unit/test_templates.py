@@ -55,7 +55,8 @@ def plans() -> list[KernelPlan]:
         for m in get_args(Mask)
     ]
     modified += [  # split by products, which none but expressions need at such head dims
-        Problem(direction="bwd", head_dim=192, mask="causal", deterministic=True, score="cap * tanh(s / cap)")
+        Problem(direction="bwd", head_dim=192, mask="causal", deterministic=True, score="cap * tanh(s / cap)"),
+        Problem(direction="bwd", head_dim=192, mask="window", score="cap * tanh(s / cap)", allow="(i - j) % 3 < width"),
     ]
     modified += [
         Problem(direction=direction, head_dim=64, score="s + slope[b, h] * (j - i)") for direction in ("fwd", "bwd")
