@@ -67,7 +67,7 @@ FAULTS = (
     Fault("dq-of-this-step", LAGGING, "(ds_stage ^ 1) * (kDsBytes", "ds_stage * (kDsBytes", schedules=4),
     Fault("no-wait-for-lagging-dq", LAGGING, "wgmma_wait_2();\n        wgmma_touch(acc_dq);", ""),
     Fault("no-dq-of-the-last-step", LAGGING, "int const last = step - 1;", "int const last = step;"),
-    Fault("one-half-of-dq", LAGGING, "kDqBlockFloats + warpgroup * kHalfFloats", "kDqBlockFloats + kHalfFloats"),
+    Fault("one-half-of-dq", LAGGING, "kDqBlockFloats + warpgroup * kShareFloats", "kDqBlockFloats + kShareFloats"),
     Fault("no-wait-for-lagging-dk", LAGGING, DK_DONE, "wgmma_touch(acc_dk);"),
     # Waiting for wgmma
     Fault("no-wait-for-s", STAGED, "wgmma_wait_1();\n        wgmma_touch(acc_s);", "wgmma_touch(acc_s);"),
@@ -363,4 +363,4 @@ def test_harmless_change_passes(change):
 def test_there_are_enough():
     ids = [str(fault) for fault in FAULTS]
     assert len(ids) == len(set(ids)) >= 80
-    assert {fault.kernel for fault in FAULTS} == {SMALL, STAGED, LAGGING, PANEL, PRODUCTS, PASSING}
+    assert {fault.kernel for fault in FAULTS} == {SMALL, STAGED, LAGGING, SHARED, PANEL, PRODUCTS, PASSING}
