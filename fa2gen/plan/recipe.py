@@ -413,7 +413,7 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         yield "Of a call over pages, beside batch, seqlen_q (of all sequences) and heads:"
         yield "  seqlen_k: the most keys that a sequence can have, those of all pages of a table's row"
         yield "  page_size, entries: rows of a page, and pages; table_stride: numbers from one row to the next"
-        if maps(plan):
+        if any(tensor_map.of_pages for tensor_map in maps(plan)):
             yield "  Params has k_page_stride, the rows from one page of k to the next; and v_page_stride"
     if plan.problem.direction == "decode":
         yield "Of a call over caches, beside batch, seqlen_q and heads:"

@@ -1514,7 +1514,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 // Of a call over pages, beside batch, seqlen_q (of all sequences) and heads:
 //   seqlen_k: the most keys that a sequence can have, those of all pages of a table's row
 //   page_size, entries: rows of a page, and pages; table_stride: numbers from one row to the next
-//   Params has k_page_stride, the rows from one page of k to the next; and v_page_stride
 // Sizes, in whole numbers:
 //   num_heads_per_kv = num_heads / num_heads_kv
 //   num_m_blocks = seqlen_q / 192 + 2 * batch + 1
