@@ -187,7 +187,7 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             # 1.05 times 80 keys; H100). At 64 exponentials bind as ever: 1.03 times (256, 64, 4, 16), window 127.
             _Row(
                 256,
-                (*((192, 64, stages, 12) for stages in (4, 3, 2)), (128, 64, 2, 8), (128, 48, 2, 8)),
+                (*((192, 64, stages, 12) for stages in (4, 3, 2)), *((128, keys, 2, 8) for keys in (64, 48, 32))),
                 left_edge=True,
             ),
             _Row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): out (total_q, heads, head_dim), the caller's if it is given; lse (heads, total_q) fp32.
 
-    most_queries  of a sequence. Where the rows of q are just so many for each, they are taken to be each sequence's, as
-                  engines lay them out: sequences that have fewer, which pad a batch, stand behind the others.
+    most_queries  of a sequence. Where the rows of q are just so many for each, kernels of decoding may run: of one query
+                  each, row b is then taken to be sequence b's, as engines lay them out, with sequences that have none,
+                  which pad a batch, behind the others. Of more, cu_seqlens_q says whose each row is.
     scales        of k and v, where they are of 8 bits: (batch, heads_kv) fp32, of any strides.
     """
     most = _number("max_seqlen_q", most_queries)
@@ -81,6 +83,11 @@ def _decoded(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     q, (found, tensors) = given.q.unflatten(0, (-1, most)), expression
+    whose = None
+    if most > 1:
+        assert given.cu_seqlens_q is not None
+        whose = _Rows(given.cu_seqlens_q, most, q.shape[0] * most)
+        q = given.q[whose.of_slots]
     cached = Cached(
         *(q, given.k, given.v),
         cache_seqlens=given.seqused_k,
@@ -90,9 +97,33 @@ def _decoded(
         v_descale=scales[1],
         tensors=tensors,
     )
-    into = None if out is None else out.view(q.shape)
+    into = None if out is None or whose else out.view(q.shape)
     o, lse = run_cached(cached, options._replace(varlen=False, expression=found), True, num_splits, into)
-    return (o.flatten(0, 1) if out is None else out), lse.transpose(0, 1).flatten(1)
+    o, lse = o.flatten(0, 1), lse.transpose(0, 1).flatten(1)
+    if whose:
+        o = o[whose.slots].masked_fill_(whose.unused[:, None, None], 0)
+        lse = lse[:, whose.slots].masked_fill_(whose.unused, -math.inf)
+        return (o if out is None else out.copy_(o)), lse
+    return (o if out is None else out), lse
+
+
+class _Rows:
+    """Where the rows of a ragged batch are among `most` slots for each sequence, whose queries end at its last slot.
+
+    of_slots  (batch, most): the row in each slot; of a slot that no query has, any row.
+    slots     (rows,): the slot of each row.
+    unused    (rows,): whether no sequence has it.
+    """
+
+    def __init__(self, cu_seqlens_q: Tensor, most: int, rows: int) -> None:
+        ends = cu_seqlens_q[1:].long()
+        firsts = ends - most  # of the rows that a sequence's slots would be, if it filled them
+        slots = torch.arange(most, device=ends.device)
+        self.of_slots = (firsts[:, None] + slots).clamp_(0, rows - 1)
+        row = torch.arange(rows, device=ends.device)
+        sequence = torch.searchsorted(ends, row, right=True).clamp_(max=len(ends) - 1)
+        self.slots = (sequence * most + row - firsts[sequence]).clamp_(0, rows - 1)
+        self.unused = row >= ends[-1]
 
 
 def _validate_out(out: Tensor, given: Paged) -> None:

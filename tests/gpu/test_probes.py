@@ -55,9 +55,10 @@ def run_on_gpu(probe: Probe, target: str) -> list[Any]:
     for number, tensor_map in enumerate(entry.tensor_maps):
         tensor = tensors[int(tensor_map.name)]
         of_tensor = SimpleNamespace(name="probe", dtype=probe.k.dtype, varlen=False, paged=False)
-        numbers = launcher._map_numbers(of_tensor, tensor_map.name, tuple(tensor.shape), tensor.stride()[:3])
-        encoded = launcher._TensorMap(of_tensor, tensor_map, number, memory, start + 128 * number)
-        encoded.point_to(tensor.data_ptr(), numbers, {})
+        batch, rows, heads, columns = tensor.shape
+        steps = (tensor.element_size() * tensor.stride(dim) for dim in (1, 2, 0))
+        numbers = (ctypes.c_uint64 * 7)(columns, rows, heads, batch, *steps)
+        launcher._TensorMap(of_tensor, tensor_map, number, base + 128 * number, numbers, 0).encode(tensor.data_ptr())
     ctypes.memmove(base + 128 * maps, params, len(params))
     pointers = (ctypes.c_void_p * (maps + 1))(*(base + 128 * number for number in range(maps + 1)))
     stream = launcher._stream(torch.cuda.current_stream().cuda_stream)

@@ -202,6 +202,8 @@ def test_a_dense_side(which):
 @kernels((64, 128))
 def test_many_sequences(which):
     """100,000 of up to 3 rows, and long ones among them."""
+    if torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("needs 48 GiB of free GPU memory: sums of dQ have a block for each sequence")
     generator = torch.Generator().manual_seed(0)
     lengths_q, lengths_k = (torch.randint(0, 4, (100_000,), generator=generator).tolist() for _ in range(2))
     lengths_q[77], lengths_k[77], lengths_q[70_000], lengths_k[70_000] = 2000, 2000, 700, 900

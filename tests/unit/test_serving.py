@@ -66,6 +66,20 @@ def close(found, wanted):
     assert found[1].shape == wanted[1].shape
 
 
+def test_rows_are_whose_cu_seqlens_say(kinds):
+    """Sequences of 4, 0, 1 and 3 queries, and padding, that look like two queries each; also into the caller's out."""
+    batch = Batch((4, 0, 1, 3), (100, 9, 4, 57))
+    batch.q = random(16, HEADS, HEAD_DIM)
+    given = {"seqused_k": batch.keys, "block_table": batch.table, "cu_seqlens_q": batch.bounds, "max_seqlen_q": 4}
+    given |= {"max_seqlen_k": 128, "causal": True, "return_softmax_lse": True}
+    expected = batch.expected(causal=True)
+    for out in (None, torch.empty(16, HEADS, HEAD_DIM).bfloat16()):
+        found = vllm.flash_attn_varlen_func(batch.q, batch.k, batch.v, out=out, **given)
+        close(found, expected)
+        assert not found[0][8:].any() and found[1][:, 8:].isneginf().all()
+    assert kinds == ["run_cached"] * 2
+
+
 @cases
 @pytest.mark.parametrize(
     "options",

@@ -498,7 +498,7 @@ def test_backward_rows_have_a_file_of_their_own(tmp_path):
     rows = record.rows_of(found, ORIGIN)
     path = record.write(rows, tmp_path)
     assert path.name == "nvidia-h200-sm90-bwd-d80.toml" and read_tuned(path) == rows
-    assert found.winners[0].spec.tiling.tile_m == 112  # with one stage, beside what the default has with two
+    assert found.winners[0].spec.tiling.tile_m == 80  # beside what the default has
     record.write(record.rows_of(search(FakeRunner(favourite)).run(PROBLEM, "sm90"), ORIGIN), tmp_path)
     assert read_tuned(path) == rows
 
