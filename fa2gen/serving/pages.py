@@ -35,9 +35,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): out (total_q, heads, head_dim), the caller's if it is given; lse (heads, total_q) fp32.
 
-    most_queries  of a sequence. Where the rows of q are just so many for each, kernels of decoding may run: of one query
-                  each, row b is then taken to be sequence b's, as engines lay them out, with sequences that have none,
-                  which pad a batch, behind the others. Of more, cu_seqlens_q says whose each row is.
+    most_queries  of a sequence. Where the rows of q are just so many for each, kernels of decoding may run. Of one
+                  query each, row b is then taken to be sequence b's, as engines lay them out, with sequences that have
+                  none, which pad a batch, behind the others; of more, cu_seqlens_q says whose each row is.
     scales        of k and v, where they are of 8 bits: (batch, heads_kv) fp32, of any strides.
     """
     most = _number("max_seqlen_q", most_queries)
