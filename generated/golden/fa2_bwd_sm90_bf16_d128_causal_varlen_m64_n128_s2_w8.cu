@@ -1369,8 +1369,8 @@ fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constan
     }
 }
 
-// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins with
-// the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
+// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

@@ -124,7 +124,7 @@ def kernels() -> dict[str, bool]:
         for arch in ARCHES
         for head_dim in ENDS
         for fields in (
-            {"sink": True, "score": "cap * tanh(s / cap)"},
+            {"sink": True, "score": "cap * tanh(s / cap)", "dtype": "fp16"},
             {"allow": "j <= i and (i - j < window or j < sinks)", "paged": True},
             {"cache_dtype": "int8"},
             {"cache_dtype": "e4m3", "dtype": "fp16", "paged": True},

@@ -254,6 +254,9 @@ def _wgmma_probes() -> Iterator[Probe]:
     for n in (8, 256):
         yield _wgmma(Wgmma("fp16", n, "shared", b_transposed=False), 128, 64)
     yield _wgmma(Wgmma("bf16", 256, "registers", b_transposed=True), 128, 80)
+    # dP^T = V dO^T where V is in registers: B K-major.
+    for depth in (72, 80):
+        yield _wgmma(Wgmma("bf16", 80, "registers", b_transposed=False), 128, depth)
     # dQ = dS K: A K-major, B MN-major, all of the head dim or a slice from some panel on.
     for n in (8, 64, 72, 128):
         yield _wgmma(Wgmma("bf16", n, "shared", b_transposed=True), 128, 64)
