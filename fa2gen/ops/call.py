@@ -25,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -173,6 +173,7 @@ _scratches: dict[tuple[int, int], StreamScratch] = {}  # (device, stream) -> wha
 _counters: dict[tuple[int, int], int] = {}  # (device, stream) -> memory that is zero between its launches
 _rooms: dict[tuple[int, int], int] = {}  # likewise -> counters, and behind them memory of any content
 _lock = threading.Lock()
+_Kept = TypeVar("_Kept")
 
 
 def forward_cuda(
@@ -295,7 +296,9 @@ def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...], memory
         zeros = q.new_zeros(size, dtype=torch.uint8)
         call.launch(operands, scratch.data_ptr(), stream, zeros.data_ptr())
     else:
-        counters = _counters.get((call.device, stream)) or _first_counters(call.device, stream)
+        counters = _counters.get((call.device, stream)) or _first(
+            _counters, zeros_of_stream, call.device, stream, _COUNTER_BYTES
+        )
         call.launch(operands, scratch.data_ptr(), stream, counters)
 
 
@@ -310,7 +313,9 @@ def room_of_stream(call: Call, size: int) -> tuple[int, int, int]:
     if _current_device() != device or _is_capturing():
         return 0, 0, 0
     stream: int = torch._C._cuda_getCurrentRawStream(device)
-    counters = _rooms.get((device, stream)) or _first_room(device, stream)
+    counters = _rooms.get((device, stream)) or _first(
+        _rooms, zeros_of_stream, device, stream, _COUNTER_BYTES + _ROOM_BYTES
+    )
     return stream, counters + _COUNTER_BYTES, counters
 
 
@@ -399,24 +404,17 @@ def launch_ragged(
 
 
 def _first_scratch(device: int, stream: int) -> StreamScratch:
-    with _lock:  # it is never freed: two threads must not both make one
-        if (device, stream) not in _scratches:
-            _scratches[device, stream] = scratch_of_stream(device, stream, SCRATCH_ROWS)
-        return _scratches[device, stream]
+    return _first(_scratches, scratch_of_stream, device, stream, SCRATCH_ROWS)
 
 
-def _first_counters(device: int, stream: int) -> int:
+def _first(
+    known: dict[tuple[int, int], _Kept], make: Callable[[int, int, int], _Kept], device: int, stream: int, size: int
+) -> _Kept:
+    """What a stream keeps, made now if it has none yet. It is never freed: two threads must not both make one."""
     with _lock:
-        if (device, stream) not in _counters:
-            _counters[device, stream] = zeros_of_stream(device, stream, _COUNTER_BYTES)
-        return _counters[device, stream]
-
-
-def _first_room(device: int, stream: int) -> int:
-    with _lock:
-        if (device, stream) not in _rooms:
-            _rooms[device, stream] = zeros_of_stream(device, stream, _COUNTER_BYTES + _ROOM_BYTES)
-        return _rooms[device, stream]
+        if (device, stream) not in known:
+            known[device, stream] = make(device, stream, size)
+        return known[device, stream]
 
 
 def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any) -> Call:

@@ -82,12 +82,12 @@ def _decoded(
     scales: tuple[Tensor | None, Tensor | None],
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    q, (found, tensors) = given.q.unflatten(0, (-1, most)), expression
+    found, tensors = expression
     whose = None
     if most > 1:
         assert given.cu_seqlens_q is not None
-        whose = _Rows(given.cu_seqlens_q, most, q.shape[0] * most)
-        q = given.q[whose.of_slots]
+        whose = _Rows(given.cu_seqlens_q, most, given.q.shape[0])
+    q = given.q[whose.of_slots] if whose else given.q.unflatten(0, (-1, most))
     cached = Cached(
         *(q, given.k, given.v),
         cache_seqlens=given.seqused_k,
