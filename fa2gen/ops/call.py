@@ -73,6 +73,7 @@ __all__ = [
     "packed",
     "prepared",
     "remember_kind",
+    "remembered",
     "room_for",
     "room_of_stream",
     "scaled",
@@ -415,6 +416,10 @@ def _first(
         if (device, stream) not in known:
             known[device, stream] = make(device, stream, size)
         return known[device, stream]
+
+
+remembered: Callable[[tuple[Any, ...]], Call | None] = _calls.get
+"""What calls with this signature share, if there was one."""
 
 
 def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any) -> Call:

@@ -12,7 +12,7 @@ from fa2gen.errors import InvalidInput
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
 from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, sinks, whole, window_sides
 from fa2gen.ops.autograd import is_plain, wants_gradient
-from fa2gen.ops.kvcache import cached_cuda, cached_out
+from fa2gen.ops.kvcache import cached_cuda, read_out
 from fa2gen.ops.kvcache_operator import refuse_gradients
 from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
@@ -137,20 +137,18 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
         and (block_table is None or block_table.__class__ is Tensor)
         and (cache_batch_idx is None or cache_batch_idx.__class__ is Tensor)
         and (cache_leftpad is None or cache_leftpad.__class__ is Tensor)
-        and q.dim()
-        and q.stride(-1) == 1
+        and q.stride()[-1:] == (1,)
         and not (torch.is_grad_enabled() and wants_gradient(q, k_cache, v_cache))
     ):
         lengths = cache_seqlens
         if lengths.__class__ is int:  # kernels keep it within the cache
             lengths = q.new_full(q.shape[:1], min(max(lengths, 0), _INT32_MAX), dtype=torch.int32)
         of_call = (softmax_scale, causal, *window_sides(window_size), 0, False, False, False, None, 0.0)
-        tensors_of = Cached(
-            q, k_cache, v_cache, None, None, None, None, lengths, cache_batch_idx, cache_leftpad, block_table
-        )
+        places = (lengths, cache_batch_idx, cache_leftpad, block_table)
         if return_softmax_lse:
-            return cached_cuda(tensors_of, of_call, rotary_interleaved, num_splits)
-        return cached_out(tensors_of, of_call, rotary_interleaved, num_splits)
+            given = Cached(q, k_cache, v_cache, None, None, None, None, *places)
+            return cached_cuda(given, of_call, rotary_interleaved, num_splits)
+        return read_out(q, k_cache, v_cache, *places, of_call, rotary_interleaved, num_splits)
     optional = {
         "k": k,
         "v": v,

@@ -10,10 +10,10 @@ New keys and values are written by a small kernel of the same source that runs b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from fa2gen.ops.call import (
     kernel_for_rows,
     launch_with_scratch,
     prepared,
+    remembered,
     room_of_stream,
 )
 from fa2gen.ops.validate import DTYPES, validate_options
@@ -35,7 +36,7 @@ from fa2gen.ops.validate_cache import Cached, cache_dtype_of, capacity_of, valid
 from fa2gen.options import CacheShape, Options, split_shift
 from fa2gen.spec import SAME
 
-__all__ = ["cached_cuda", "cached_out"]
+__all__ = ["cached_cuda", "read_out"]
 
 _INPUTS = ("q", "k", "v", "rotary_cos", "rotary_sin")  # what is copied where a kernel cannot read it as it lies
 
@@ -50,24 +51,10 @@ def cached_cuda(
 
     Raises as `fa2gen.ops.call.forward_cuda` does.
     """
-    out, lse = _run(given, options, interleaved, num_splits, into, True)
-    assert lse is not None
-    return out, lse
-
-
-def cached_out(given: Cached, options: AnyOptions, interleaved: bool, num_splits: int) -> Tensor:
-    """`out` of `cached_cuda`, for who does not ask for lse: no memory of its own is allocated for that."""
-    return _run(given, options, interleaved, num_splits, None, False)[0]
-
-
-def _run(
-    given: Cached, options: AnyOptions, interleaved: bool, num_splits: int, into: Tensor | None, wants_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(out, lse), lse None where it is not wanted."""
     q, tensors = given.q, given.tensors
-    kinds = [None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in (*given[:-1], *tensors)]
+    kinds = [None if x is None else _kind(x) for x in (*given[:-1], *tensors)]
     key = (*kinds, options, interleaved, num_splits)
-    call = cast(_CachedCall, prepared(key, _prepare, given, options, interleaved, num_splits))
+    call = cast(_CachedCall, prepared(key, _prepare, _PLACES, given, options, interleaved, num_splits))
     out = call.new_out(q) if into is None else into
     launch = call.launch
     if launch is None and not call.misaligned:  # no query, or no place for a key
@@ -79,48 +66,94 @@ def _run(
     at = [0 if x is None else x.data_ptr() for x in given[:-1]]
     if launch is None or (at[0] | at[3] | at[4] | at[5] | at[6]) & 15:  # _INPUTS
         copies = {name: aligned(x) for name in _INPUTS if (x := getattr(given, name)) is not None}
-        return _run(given._replace(**copies), options, interleaved, num_splits, out, wants_lse)
+        return cached_cuda(given._replace(**copies), options, interleaved, num_splits, out)
     if (at[1] | at[2]) & 15:
         raise InvalidInput(
             "a cache lies on an address that is no multiple of 16 bytes, and is never copied: begin a slice of one on "
             "a multiple of 8 elements"
         )
     turned = None if given.rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(call.lse_shape, dtype=torch.float32) if wants_lse else None
-    size = launch.scratch_bytes + 4 * call.num_rows  # an lse that nobody wants lies behind the scratch
-    stream, scratch, counters = room_of_stream(call, size)
-    memory = None if scratch else q.new_empty(size, dtype=torch.uint8)
-    if memory is not None:
-        scratch = memory.data_ptr()
-    lse_at = scratch + launch.scratch_bytes if lse is None else lse.data_ptr()
-    at += (out.data_ptr(), lse_at, 0 if turned is None else turned.data_ptr(), 0)
+    lse = q.new_empty(call.lse_shape, dtype=torch.float32)
+    at += (0, out.data_ptr(), lse.data_ptr(), 0 if turned is None else turned.data_ptr())
     operands = call.pick(at + [x.data_ptr() for x in tensors])
-    if memory is None:
+    stream, scratch, counters = room_of_stream(call, launch.scratch_bytes)
+    if scratch:
         launch(operands, scratch, stream, counters)
     else:
-        launch_with_scratch(call, q, operands, memory)
+        launch_with_scratch(call, q, operands, q.new_empty(launch.scratch_bytes, dtype=torch.uint8))
     return out, lse
+
+
+def read_out(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens: Tensor | None,
+    batch_idx: Tensor | None,
+    leftpad: Tensor | None,
+    table: Tensor | None,
+    options: AnyOptions,
+    interleaved: bool,
+    num_splits: int,
+) -> Tensor:
+    """`out` of `cached_cuda` where nothing else is given, for who does not ask for lse: that lies behind the scratch
+    of the stream then."""
+    key = (
+        q.shape, k_cache.shape, v_cache.shape, q.stride(), k_cache.stride(), v_cache.stride(),
+        q.dtype, k_cache.dtype, v_cache.dtype, q.get_device(), k_cache.get_device(), v_cache.get_device(),
+        None if seqlens is None else _kind(seqlens), None if table is None else _kind(table),
+        None if batch_idx is None else _kind(batch_idx), None if leftpad is None else _kind(leftpad),
+        options, interleaved, num_splits,
+    )  # fmt: skip
+    if (call := remembered(key)) is None:
+        given = Cached(q, k_cache, v_cache, None, None, None, None, seqlens, batch_idx, leftpad, table)
+        call = prepared(key, _prepare, _READ, given, options, interleaved, num_splits)
+    q_at, k_at, v_at = q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr()
+    if (launch := call.launch) is not None and not (q_at | k_at | v_at) & 15:
+        needed = launch.scratch_bytes
+        stream, scratch, counters = room_of_stream(call, needed + 4 * call.num_rows)
+        if scratch:
+            out = call.new_out(q)
+            at = (
+                q_at, k_at, v_at,
+                0 if seqlens is None else seqlens.data_ptr(), 0 if batch_idx is None else batch_idx.data_ptr(),
+                0 if leftpad is None else leftpad.data_ptr(), 0 if table is None else table.data_ptr(),
+                0, out.data_ptr(), scratch + needed,
+            )  # fmt: skip
+            launch(call.pick(at), scratch, stream, counters)  # type: ignore[attr-defined]
+            return out
+    given = Cached(q, k_cache, v_cache, None, None, None, None, seqlens, batch_idx, leftpad, table)
+    return cached_cuda(given, options, interleaved, num_splits)[0]
+
+
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    """What of a tensor is part of a call's signature."""
+    return x.shape, x.stride(), x.dtype, x.get_device()
 
 
 @dataclass(slots=True)
 class _CachedCall(Call):
-    """`pick` takes the addresses of `_PLACES`, and of an expression's tensors behind them, in the order of a launch's
-    operands."""
+    """`pick` takes addresses, of an expression's tensors last, in the order of a launch's operands."""
 
-    pick: Callable[[list[int]], tuple[int, ...]] = tuple
+    pick: Callable[[Sequence[int]], tuple[int, ...]] = tuple
 
 
-# Where `_run` has the addresses of a plan's operands; those of Cached go by its names but for a few.
-_PLACES = (*Cached._fields[:-1], "o", "lse", "turned", "nothing")
+# Where `cached_cuda` and `read_out` have the addresses of a plan's operands; those of Cached go by its names but for a
+# few.
+_PLACES = (*Cached._fields[:-1], "nothing", "o", "lse", "turned")
+_READ = (*Cached._fields[:3], *Cached._fields[7:11], "nothing", "o", "lse")
 _NAMES = {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v"}
 
 
-def _picked(operands: tuple[str, ...], given: Cached) -> Callable[[list[int]], tuple[int, ...]]:
+def _picked(
+    places: tuple[str, ...], operands: tuple[str, ...], given: Cached
+) -> Callable[[Sequence[int]], tuple[int, ...]]:
     """Where there are rotary embeddings, queries are turned from where they are given to a place of their own."""
     names = {**_NAMES, "q_given": "nothing"} if given.rotary_cos is None else {**_NAMES, "q": "turned", "q_given": "q"}
     named = len(operands) - len(given.tensors)  # those of an expression come last, in their order
-    places = [_PLACES.index(names.get(name, name)) for name in operands[:named]]
-    return itemgetter(*places, *range(len(_PLACES), len(_PLACES) + len(given.tensors)))
+    found = [names.get(name, name) for name in operands[:named]]
+    found = [name if name in places else "nothing" for name in found]
+    return itemgetter(*map(places.index, found), *range(len(places), len(places) + len(given.tensors)))
 
 
 def _plain_options(options: Options, seqlen_q: int, capacity: int) -> Options:
@@ -144,8 +177,10 @@ def _scale_steps(given: Cached) -> dict[str, int]:
 # Once for each signature ------------------------------------------------------------------------------------------
 
 
-def _prepare(given: Cached, said: AnyOptions, interleaved: bool, num_splits: int) -> Call:
-    """Validate a signature; choose, load and pack its kernel."""
+def _prepare(
+    places: tuple[str, ...], given: Cached, said: AnyOptions, interleaved: bool, num_splits: int
+) -> _CachedCall:
+    """Validate a signature; choose, load and pack its kernel. Calls have addresses at these places."""
     options = Options(*said)
     validate_options(options)
     validate_cached(given, num_splits, options)
@@ -196,5 +231,5 @@ def _prepare(given: Cached, said: AnyOptions, interleaved: bool, num_splits: int
         results_are_like=q.stride() == (*dense(seqlen_q, num_heads, head_dim), 1),
         launch=launch,
         misaligned=launch is None and not empty,
-        pick=_picked(tuple(operand.name for operand in kernel.plan.operands), given),
+        pick=_picked(places, tuple(operand.name for operand in kernel.plan.operands), given),
     )
