@@ -53,10 +53,12 @@ __all__ = [
     "AnyOptions",
     "Call",
     "Gradients",
+    "Layout",
     "aligned",
     "are_aligned",
     "backward_cuda",
     "choose",
+    "contiguous",
     "cut",
     "dense",
     "fit_each_other",
@@ -64,12 +66,14 @@ __all__ = [
     "forget",
     "forward_cuda",
     "forward_out",
+    "gradients_call",
     "kernel_for_pages",
     "kernel_for_rows",
     "known_options",
     "launch_cleared",
     "launch_ragged",
     "launch_with_scratch",
+    "new_tensor",
     "packed",
     "prepared",
     "remember_kind",
@@ -83,37 +87,47 @@ __all__ = [
 
 AnyOptions: TypeAlias = Options | tuple[Any, ...]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Layout: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""Sizes and strides."""
+
+_NOTHING: Layout = ((), ())
 
 
 @dataclass(slots=True)  # not frozen, which takes 2 us more to make
 class Call:
     """What all calls with one signature share.
 
-    out_shape, lse_shape  of a forward pass's results.
-    num_rows              of lse.
-    results_are_like      whether torch.empty_like of q, or of q, k and v for gradients, which takes half of new_empty's
-                          time, has the strides of results.
-    launch                None where there is nothing to compute, and where a stride is no multiple of 16 bytes
-                          (`misaligned`): such a call goes on with copies, which have a signature of their own.
-    operands              the names of what a launch takes, where callers do not have them in order.
+    out, lse   of a forward pass's results, as `contiguous` gives them.
+    num_rows   of lse.
+    launch     None where there is nothing to compute, and where a stride is no multiple of 16 bytes (`misaligned`):
+               such a call goes on with copies, which have a signature of their own.
+    gradients  of a backward pass: those of dq, dk and dv.
+    operands   the names of what a launch takes, where callers do not have them in order.
     """
 
     device: int
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
+    out: Layout
+    lse: Layout
     num_rows: int
-    results_are_like: bool
     launch: PreparedLaunch | None
     misaligned: bool
+    gradients: tuple[Layout, ...] = ()
     operands: tuple[str, ...] = ()
 
     def new_out(self, q: Tensor) -> Tensor:
-        return torch.empty_like(q) if self.results_are_like else q.new_empty(self.out_shape)
+        return new_tensor(q, self.device, self.out, q.dtype)
 
-    def new_gradients(self, q: Tensor, k: Tensor, v: Tensor) -> Gradients:
-        if self.results_are_like:
-            return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    def new_lse(self, q: Tensor) -> Tensor:
+        return new_tensor(q, self.device, self.lse, torch.float32)
+
+    def new_gradients(self, q: Tensor) -> Gradients:
+        of_q, of_k, of_v = self.gradients
+        device, dtype = self.device, q.dtype
+        return (
+            new_tensor(q, device, of_q, dtype),
+            new_tensor(q, device, of_k, dtype),
+            new_tensor(q, device, of_v, dtype),
+        )
 
 
 class _Chosen:
@@ -159,6 +173,9 @@ _ROOM_BYTES = 5 << 20
 # torch.cuda's functions of these names without their Python, which costs as much again; a CPU build lacks them.
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 _is_capturing = getattr(torch._C, "_cuda_isCurrentStreamCapturing", torch.cuda.is_current_stream_capturing)
+_is_deterministic = torch._C._get_deterministic_algorithms
+# What Inductor's code allocates with: on the current device, in a third of torch.empty_like's time.
+_empty_strided = torch._C._dynamo.guards._empty_strided_cuda
 
 # In the order of their making. Ordered, as to find the first of a dict passes by all that were deleted before it.
 _calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
@@ -194,7 +211,7 @@ def forward_cuda(
     raises.
     """
     call = _find(q, k, v, options, arch, tiling)
-    out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
+    out, lse = into or (call.new_out(q), call.new_lse(q))
     launch = call.launch
     if launch is None and not call.misaligned:  # no query, or no key for any
         out.zero_()
@@ -241,7 +258,7 @@ def backward_cuda(
     Where options.deterministic, or torch.use_deterministic_algorithms(True), the gradients are the same bits in every
     run: dq is summed in one order. dk and dv always are. Raises as `forward_cuda` does.
     """
-    if torch.are_deterministic_algorithms_enabled():
+    if _is_deterministic():
         options = Options(*options)._replace(deterministic=True)
     lse = lse.contiguous()
     if dlse is not None:
@@ -252,7 +269,7 @@ def backward_cuda(
         *(options, tiling),
     )
     call = prepared(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, options, tiling)
-    dq, dk, dv = into or call.new_gradients(q, k, v)
+    dq, dk, dv = into or call.new_gradients(q)
     launch = call.launch
     if launch is None and not call.misaligned:  # no query or no key
         for gradient in (dq, dk, dv):
@@ -394,7 +411,7 @@ def launch_ragged(
     at = (bounds_q_at, bounds_k_at, used_q_at, used_k_at)
     if launch.scratch_bytes > WORK_BYTES or _is_capturing():
         if lse is None:
-            lse = q.new_empty(call.lse_shape, dtype=torch.float32)
+            lse = call.new_lse(q)
         # Freed for the allocator at return, when no later kernel of this stream can have started.
         memory = q.new_empty(launch.scratch_bytes, dtype=torch.uint8)
         launch((*operands, lse.data_ptr(), *at), memory.data_ptr(), stream)
@@ -489,9 +506,8 @@ def _prepare(
         validate_options(said)
         validate(q, k, v)
         remember_kind(kind, said)
-    batch, seqlen_q, num_heads, head_dim = size_q
+    batch, seqlen_q, num_heads, _ = size_q
     _, seqlen_k, num_heads_kv, head_dim_v = size_v
-    of_out = (batch, seqlen_q, num_heads, head_dim_v)
     out_strides = dense(seqlen_q, num_heads, head_dim_v)
     shape = Shape(batch, seqlen_q, seqlen_k, num_heads, num_heads_kv)
     if strides is not None:
@@ -499,10 +515,9 @@ def _prepare(
     launch = packed("fwd", q, head_dim_v, strides, said, shape, seqlen_k, arch, tiling)
     return Call(
         q.get_device(),
-        out_shape=of_out,
-        lse_shape=(batch, num_heads, seqlen_q),
+        out=((batch, seqlen_q, num_heads, head_dim_v), (*out_strides, 1)),
+        lse=((batch, num_heads, seqlen_q), (num_heads * seqlen_q, seqlen_q, 1)),
         num_rows=batch * num_heads * seqlen_q,
-        results_are_like=head_dim == head_dim_v and step_q == (*out_strides, 1),
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
@@ -539,8 +554,13 @@ def _prepare_backward(
     if strides is not None:
         strides |= {"dq": dense(*size_q[1:]), "dk": dense(*size_k[1:]), "dv": dense(*size_v[1:])}
     launch = packed("bwd", q, size_v[3], strides, said, shape, shape.seqlen_k, None, tiling)
-    alike = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
-    return Call(q.get_device(), (), (), 0, alike, launch, launch is None and 0 not in shape)
+    return gradients_call(q, k, v, shape, launch)
+
+
+def gradients_call(q: Tensor, k: Tensor, v: Tensor, shape: Shape, launch: PreparedLaunch | None) -> Call:
+    """What backward calls with these tensors share."""
+    gradients = contiguous(q.shape), contiguous(k.shape), contiguous(v.shape)
+    return Call(q.get_device(), _NOTHING, _NOTHING, 0, launch, launch is None and 0 not in shape, gradients)
 
 
 def fit_each_other(size_q: Sequence[int], size_k: Sequence[int], size_v: Sequence[int]) -> bool:
@@ -687,6 +707,23 @@ def _store() -> Store:
     from fa2gen.store import Store
 
     return Store()
+
+
+def contiguous(shape: Sequence[int]) -> Layout:
+    """Of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return (*shape,), (*reversed(strides),)
+
+
+def new_tensor(like: Tensor, device: int, layout: Layout, dtype: Any) -> Tensor:
+    """A tensor of any content on the device of another, of that index; filled where torch fills those of its own."""
+    if _current_device() != device or _is_deterministic():
+        return like.new_empty(layout[0], dtype=dtype)
+    new: Tensor = _empty_strided(*layout, dtype)
+    return new
 
 
 def dense(seqlen: int, heads: int, head_dim: int) -> Strides:

@@ -17,10 +17,12 @@ from fa2gen.ops.call import (
     AnyOptions,
     Call,
     aligned,
+    contiguous,
     cut,
     dense,
     fit_each_other,
     fit_results,
+    gradients_call,
     known_options,
     launch_cleared,
     launch_with_scratch,
@@ -83,7 +85,7 @@ def forward_general(
     call = prepared(
         key, _prepare, key, q, k, v, lengths, s_aux, rng_state, tensors, Options(*options), keys, arch, tiling
     )
-    out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
+    out, lse = into or (call.new_out(q), call.new_lse(q))
     ragged = any(x is not None for x in lengths)
     if call.launch is None and not call.misaligned:  # no query, or no key for any
         if ragged and s_aux is not None and out.numel():
@@ -150,7 +152,7 @@ def backward_general(
     call = prepared(key, _prepare_backward, key, *first, lengths, s_aux, rng_state, tensors, Options(*options), keys)
     sinks = 0 if s_aux is None else s_aux.shape[0]
     gradients = into or (
-        *(x.new_empty(x.shape) for x in (q, k, v)),
+        *call.new_gradients(q),
         q.new_empty(sinks, dtype=torch.float32),
         [x.new_empty(x.shape) for x in learning(tensors, Options(*options))],
     )
@@ -234,7 +236,6 @@ def _prepare(
         remember_kind(kind, options)
     validate_expression(q, k, sequences, inputs, options)
     places, shape = _as_kernels_see_them(sequences, {"q": q, "k": k, "v": v})
-    of_out = out_shape(q, v)
     strides = strides_of(places)
     if strides is not None:
         strides["o"] = dense(shape.seqlen_q, shape.num_heads, v.shape[-1])
@@ -242,10 +243,9 @@ def _prepare(
     rows = (shape.num_heads, shape.seqlen_q)
     return Call(
         q.get_device(),
-        out_shape=of_out,
-        lse_shape=(shape.batch, *rows) if sequences is None else rows,
+        out=contiguous(out_shape(q, v)),
+        lse=contiguous((shape.batch, *rows) if sequences is None else rows),
         num_rows=0,
-        results_are_like=q.is_contiguous() and of_out == q.shape,
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
@@ -281,7 +281,7 @@ def _prepare_backward(
     if strides is not None:
         strides |= {f"d{name}": dense(*places[name][0][1:]) for name in "qkv"}
     launch = packed("bwd", q, v.shape[-1], strides, options, shape, _keys(shape, sequences, keys))
-    return Call(q.get_device(), (), (), 0, False, launch, launch is None and 0 not in shape)
+    return gradients_call(q, k, v, shape, launch)
 
 
 def _kind_of(

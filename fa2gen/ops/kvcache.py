@@ -24,6 +24,7 @@ from fa2gen.ops.call import (
     Call,
     aligned,
     are_aligned,
+    contiguous,
     dense,
     kernel_for_rows,
     launch_with_scratch,
@@ -59,7 +60,7 @@ def cached_cuda(
     launch = call.launch
     if launch is None and not call.misaligned:  # no query, or no place for a key
         out.zero_()
-        lse = q.new_full(call.lse_shape, -math.inf, dtype=torch.float32)
+        lse = call.new_lse(q).fill_(-math.inf)
         if given.s_aux is not None:
             lse.copy_(given.s_aux[:, None].expand_as(lse))
         return out, lse
@@ -72,8 +73,8 @@ def cached_cuda(
             "a cache lies on an address that is no multiple of 16 bytes, and is never copied: begin a slice of one on "
             "a multiple of 8 elements"
         )
-    turned = None if given.rotary_cos is None else torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(call.lse_shape, dtype=torch.float32)
+    turned = None if given.rotary_cos is None else call.new_out(q)
+    lse = call.new_lse(q)
     at += (0, out.data_ptr(), lse.data_ptr(), 0 if turned is None else turned.data_ptr())
     operands = call.pick(at + [x.data_ptr() for x in tensors])
     stream, scratch, counters = room_of_stream(call, launch.scratch_bytes)
@@ -225,10 +226,9 @@ def _prepare(
         launch = kernel.prepare(shape, strides, reduced)
     return _CachedCall(
         device=q.get_device(),
-        out_shape=tuple(q.shape),
-        lse_shape=(batch, num_heads, seqlen_q),
+        out=contiguous(q.shape),
+        lse=contiguous((batch, num_heads, seqlen_q)),
         num_rows=batch * num_heads * seqlen_q,
-        results_are_like=q.stride() == (*dense(seqlen_q, num_heads, head_dim), 1),
         launch=launch,
         misaligned=launch is None and not empty,
         pick=_picked(places, tuple(operand.name for operand in kernel.plan.operands), given),

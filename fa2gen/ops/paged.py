@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.call import Call, aligned, are_aligned, dense, kernel_for_pages, launch_with_scratch, prepared
+from fa2gen.ops.call import (
+    Call,
+    aligned,
+    are_aligned,
+    contiguous,
+    dense,
+    kernel_for_pages,
+    launch_with_scratch,
+    prepared,
+)
 from fa2gen.ops.validate import DTYPES, out_shape, validate_expression, validate_options
 from fa2gen.ops.validate_cache import Paged, validate_paged
 from fa2gen.options import CacheShape, Options
@@ -43,13 +52,13 @@ def paged_cuda(
     key = ("paged", *map(_kind, (*given, *tensors)), options, keys)
     call = prepared(key, _prepare, given, tensors, options, keys)
     q = given.q
-    out, lse = into or (q.new_empty(call.out_shape), q.new_empty(call.lse_shape, dtype=torch.float32))
+    out, lse = into or (call.new_out(q), call.new_lse(q))
     if call.launch is None and not call.misaligned:  # no query
         out.zero_()
         lse.fill_(-math.inf)
         return out, lse
     if call.launch is None or q.data_ptr() & 15 or out.data_ptr() & 15:
-        room = torch.empty(call.out_shape, dtype=q.dtype, device=q.device)
+        room = call.new_out(q)
         paged_cuda(given._replace(q=aligned(q)), tensors, options, max_keys, (room, lse))
         out.copy_(room)
         return out, lse
@@ -127,10 +136,9 @@ def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: in
         launch = kernel.prepare(shape, {**caches, "q": rows.stride()[:3], "o": of_out}, options)
     return Call(
         device=q.get_device(),
-        out_shape=out_shape(q, v),
-        lse_shape=(num_heads, total_q),
+        out=contiguous(out_shape(q, v)),
+        lse=contiguous((num_heads, total_q)),
         num_rows=0,
-        results_are_like=False,
         launch=launch,
         misaligned=launch is None and not empty,
         operands=tuple(operand.name for operand in kernel.plan.operands if not operand.is_input),

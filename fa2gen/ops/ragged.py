@@ -19,9 +19,11 @@ from fa2gen.ops.call import (
     Call,
     Gradients,
     aligned,
+    contiguous,
     cut,
     dense,
     fit_results,
+    gradients_call,
     known_options,
     launch_ragged,
     launch_with_scratch,
@@ -68,7 +70,7 @@ def forward_ragged(
     """
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     call = _find(q, k, v, lengths, options, max_keys)
-    out, lse = into or (call.new_out(q), q.new_empty(call.lse_shape, dtype=torch.float32))
+    out, lse = into or (call.new_out(q), call.new_lse(q))
     if call.launch is None and not call.misaligned:  # no query, or no key for any
         out.zero_()
         lse.fill_(-math.inf)
@@ -148,7 +150,7 @@ def backward_ragged(
         *map(_kind, lengths), options, bits,
     )  # fmt: skip
     call = prepared(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, lengths, options, bits)
-    dq, dk, dv = into or call.new_gradients(q, k, v)
+    dq, dk, dv = into or call.new_gradients(q)
     if call.launch is None and not call.misaligned:  # no query or no key
         for gradient in (dq, dk, dv):
             gradient.zero_()
@@ -211,17 +213,14 @@ def _prepare(
     places = {"q": placed(q), "k": placed(k), "v": placed(v)}
     strides = strides_of(places)
     shape = shape_of(batch, places)
-    of_out = (*size_q[:-1], size_v[-1])
-    out_strides = dense(shape.seqlen_q, shape.num_heads, size_v[-1])
     if strides is not None:
-        strides["o"] = out_strides
+        strides["o"] = dense(shape.seqlen_q, shape.num_heads, size_v[-1])
     launch = packed("fwd", q, size_v[-1], strides, said, shape, _keys(shape, bits))
     return Call(
         q.get_device(),
-        out_shape=of_out,
-        lse_shape=(shape.num_heads, shape.seqlen_q),
+        out=contiguous((*size_q[:-1], size_v[-1])),
+        lse=contiguous((shape.num_heads, shape.seqlen_q)),
         num_rows=shape.num_heads * shape.seqlen_q,
-        results_are_like=size_q == of_out and q.stride() == (*out_strides[1:], 1),
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
@@ -256,8 +255,7 @@ def _prepare_backward(
     if strides is not None:
         strides |= {f"d{name}": dense(*places[name][0][1:]) for name in "qkv"}
     launch = packed("bwd", q, size_v[-1], strides, said, shape, _keys(shape, bits))
-    alike = q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
-    return Call(q.get_device(), (), (), 0, alike, launch, launch is None and 0 not in shape)
+    return gradients_call(q, k, v, shape, launch)
 
 
 def packed_sequences(tensors: Sequence[Any], lengths: Sequence[Any]) -> int | None:
