@@ -81,6 +81,7 @@ __all__ = [
     "room_for",
     "room_of_stream",
     "scaled",
+    "sizes_of",
     "strides_of",
     "types_of",
 ]
@@ -122,12 +123,10 @@ class Call:
 
     def new_gradients(self, q: Tensor) -> Gradients:
         of_q, of_k, of_v = self.gradients
-        device, dtype = self.device, q.dtype
-        return (
-            new_tensor(q, device, of_q, dtype),
-            new_tensor(q, device, of_k, dtype),
-            new_tensor(q, device, of_v, dtype),
-        )
+        dtype = q.dtype
+        if _current_device() != self.device or _is_deterministic():
+            return q.new_empty(of_q[0]), q.new_empty(of_k[0]), q.new_empty(of_v[0])
+        return _empty_strided(*of_q, dtype), _empty_strided(*of_k, dtype), _empty_strided(*of_v, dtype)
 
 
 class _Chosen:
@@ -264,11 +263,13 @@ def backward_cuda(
     if dlse is not None:
         dlse = dlse.contiguous()
     key = (
-        *[(x.shape, x.stride(), x.dtype, x.get_device()) for x in (dout, q, k, v, out)],
-        *[None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse)],
-        *(options, tiling),
-    )
-    call = prepared(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, options, tiling)
+        dout.shape, q.shape, k.shape, v.shape, out.shape, lse.shape, None if dlse is None else dlse.shape,
+        dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(),
+        dout.dtype, q.dtype, k.dtype, v.dtype, out.dtype, lse.dtype, None if dlse is None else dlse.dtype,
+        dout.get_device(), q.get_device(), k.get_device(), v.get_device(), out.get_device(), lse.get_device(),
+        None if dlse is None else dlse.get_device(), options, tiling,
+    )  # fmt: skip
+    call = _calls.get(key) or prepared(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, options, tiling)
     dq, dk, dv = into or call.new_gradients(q)
     launch = call.launch
     if launch is None and not call.misaligned:  # no query or no key
@@ -523,6 +524,9 @@ def _prepare(
     )
 
 
+_OF_BACKWARD = ("dout", "q", "k", "v", "o")  # in the order of its signature
+
+
 def _prepare_backward(
     key: tuple[Any, ...],
     dout: Tensor,
@@ -536,15 +540,15 @@ def _prepare_backward(
     tiling: Tiling | None,
 ) -> Call:
     """`_prepare` of gradients; the signature is that of `backward_cuda`."""
-    of_dout, of_q, of_k, of_v, of_out = key[:5]
-    size_q, size_k, size_v = of_q[0], of_k[0], of_v[0]
+    sizes, steps = key[:7], key[7:12]
+    _, size_q, size_k, size_v, *_ = sizes
     strides = kind = None
     if (
         fit_each_other(size_q, size_k, size_v)
-        and fit_results((size_q[0], size_q[2], size_q[1]), (*size_q[:3], size_v[3]), key)
-        and (strides := strides_of({"q": of_q, "k": of_k, "v": of_v, "o": of_out, "dout": of_dout}))
+        and fit_results((size_q[0], size_q[2], size_q[1]), (*size_q[:3], size_v[3]), sizes)
+        and (strides := strides_of(dict(zip(_OF_BACKWARD, zip(sizes, steps, strict=False), strict=True))))
     ):
-        kind = ("bwd", size_q[2:], size_k[2:], size_v[2:], *types_of(key[:7]), *key[7:])
+        kind = ("bwd", size_q[2:], size_k[2:], size_v[2:], *key[12:])
     if (said := known_options(kind)) is None:
         said = Options(*options)
         validate_options(said)
@@ -572,12 +576,17 @@ def fit_each_other(size_q: Sequence[int], size_k: Sequence[int], size_v: Sequenc
     )
 
 
-def fit_results(rows: tuple[int, ...], size: tuple[int, ...], signature: Sequence[Any]) -> bool:
-    """Whether lse and dlse have these rows, and dout and out this size, in the signature of gradients, of which a place
-    begins with sizes: (dout, q, k, v, out, lse, dlse or None, ...)."""
-    of_dout, _, _, _, of_out, of_lse, of_dlse, *_ = signature
-    results_fit: bool = of_dout[0] == of_out[0] == size and of_lse[0] == rows
-    return results_fit and (of_dlse is None or of_dlse[0] == rows)
+def fit_results(rows: tuple[int, ...], size: tuple[int, ...], sizes: Sequence[Any]) -> bool:
+    """Whether lse and dlse have these rows, and dout and out this size: sizes are those of dout, q, k, v, out, lse and
+    dlse, the last maybe None."""
+    of_dout, _, _, _, of_out, of_lse, of_dlse = sizes
+    results_fit: bool = of_dout == of_out == size and of_lse == rows
+    return results_fit and (of_dlse is None or of_dlse == rows)
+
+
+def sizes_of(places: Sequence[Any]) -> list[Any]:
+    """Of the places of a signature, which begin with them, or are None."""
+    return [None if place is None else place[0] for place in places]
 
 
 def types_of(places: Sequence[Any]) -> list[Any]:

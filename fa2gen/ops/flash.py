@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput
 from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, new_rng_state, probability, window_sides
-from fa2gen.ops.autograd import attend, is_plain, wants_gradient
+from fa2gen.ops.autograd import attend, attend_for_out, is_plain, wants_gradient
 from fa2gen.ops.call import forward_cuda, forward_out
 from fa2gen.ops.operator import run_any
 from fa2gen.ops.validate import refuse_non_tensors, refuse_tensor_kinds
@@ -125,12 +125,10 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
         and is_plain(q, k, v)
     ):
         options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False, False, expression, 0.0)
-        if torch.is_grad_enabled() and wants_gradient(q, k, v):
-            out, lse = attend(forward_cuda, q, k, v, options, None)
-        elif return_attn_probs:
-            out, lse = forward_cuda(q, k, v, options)
-        else:
-            return forward_out(q, k, v, options)
+        learns = torch.is_grad_enabled() and wants_gradient(q, k, v)
+        if not return_attn_probs:
+            return attend_for_out(q, k, v, options) if learns else forward_out(q, k, v, options)
+        out, lse = attend(forward_cuda, q, k, v, options, None) if learns else forward_cuda(q, k, v, options)
     else:
         return_attn_probs = flag("return_attn_probs", return_attn_probs)
         said = (softmax_scale, causal, (left, right), attention_chunk, deterministic)

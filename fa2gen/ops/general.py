@@ -31,6 +31,7 @@ from fa2gen.ops.call import (
     remember_kind,
     room_for,
     scaled,
+    sizes_of,
     strides_of,
     types_of,
 )
@@ -270,7 +271,7 @@ def _prepare_backward(
     """`_prepare` of gradients; the signature is that of `backward_general`."""
     kind, sequences = _kind_of(key[1:4], key[7:11], (*types_of((key[0], *key[4:7])), *key[11:]))
     rows = (q.shape[0], q.shape[-2], q.shape[1]) if sequences is None else (q.shape[-2], q.shape[0])
-    if kind is not None and not fit_results(rows, out_shape(q, v), key):
+    if kind is not None and not fit_results(rows, out_shape(q, v), sizes_of(key[:7])):
         kind = None
     if known_options(kind) is None:
         sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, lengths, s_aux, rng_state, options)

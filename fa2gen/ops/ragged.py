@@ -32,6 +32,7 @@ from fa2gen.ops.call import (
     remember_kind,
     room_for,
     scaled,
+    sizes_of,
     strides_of,
     types_of,
 )
@@ -242,7 +243,7 @@ def _prepare_backward(
     """`_prepare` of gradients; the signature is that of `backward_ragged`."""
     size_q, size_k, size_v = q.shape, k.shape, v.shape
     kind, batch = None, packed_sequences(key[1:4], key[7:11])
-    if batch is not None and fit_results((size_q[1], size_q[0]), (*size_q[:2], size_v[2]), key):
+    if batch is not None and fit_results((size_q[1], size_q[0]), (*size_q[:2], size_v[2]), sizes_of(key[:7])):
         kind = ("varlen bwd", size_q[1:], size_k[1:], size_v[1:], *types_of(key[:11]), options)
     if batch is None or (said := known_options(kind)) is None:
         said = Options(*options)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from fa2gen import InfeasibleSpec, InvalidInput, UnsupportedProblem, attention, flash_attn_func
 from fa2gen.compile import launch_facts
@@ -15,7 +16,7 @@ from fa2gen.features import examples_of
 from fa2gen.launch import launch_of
 from fa2gen.layout import accumulator_position
 from fa2gen.ops import flash_attn_qkvpacked_func
-from fa2gen.options import Shape
+from fa2gen.options import Options, Shape
 from fa2gen.plan import feasible_tilings, make_plan
 from fa2gen.reference import attention_backward_tiled, attention_reference, attention_tiled, check_gradients
 from fa2gen.render import render
@@ -130,6 +131,42 @@ def test_gradients_of_sums_and_of_outputs_used_twice():
     out = flash_attn_func(q, k, v)
     found = torch.autograd.grad((out, out), (q, k, v), (dout, dout))
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Calls of CUDA tensors that ask for out alone pass the operator by: so do those of CPU tensors here."""
+    monkeypatch.setattr("fa2gen.ops.flash.is_plain", lambda q, k, v: True)
+    monkeypatch.setattr(
+        "fa2gen.ops.autograd.forward_cuda",
+        lambda q, k, v, options: attention_tiled(q, k, v, **Options(*options)._asdict()),
+    )
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (1,)], ids=str)
+def test_gradients_of_a_plain_call(wanted, plain):
+    """As through the operator: once and again, of a sum, with saved tensors that hooks move, and recomputed."""
+    q, k, v, dout, _ = inputs(SHAPES[0])
+    whole = torch.autograd.grad(attention(q, k, v, causal=True)[0], (q, k, v), dout)
+    given = [x.detach().requires_grad_(i in wanted) for i, x in enumerate((q, k, v))]
+    leaves, expected = [given[i] for i in wanted], [whole[i] for i in wanted]
+
+    def call(*tensors):
+        return flash_attn_func(*tensors, causal=True)
+
+    out = call(*given)
+    assert type(out.grad_fn).__name__ == "OutputBackward"
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.clone(), lambda x: x.transpose(1, 2).clone().transpose(1, 2)
+    ):
+        moved = call(*given)
+    again = checkpoint(call, *given, use_reentrant=False)
+    for one in (out, out, moved, again):
+        found = torch.autograd.grad(one, leaves, dout, retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    (second,) = torch.autograd.grad(call(*given), leaves[:1], dout, create_graph=True)
+    with pytest.raises(UnsupportedProblem, match="second derivative"):
+        second.float().square().sum().backward()
 
 
 @pytest.mark.parametrize("changed", ["q", "k", "v", "out"])
