@@ -179,7 +179,8 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             _Row(64, ((192, 96, 4, 12), (192, 80, 4, 12), (192, 64, 4, 12)), tables=True),
             _Row(128, (*((192, 64, stages, 12) for stages in (3, 2)), (128, 112, 2, 8), (128, 64, 2, 8)), tables=True),
             _Row(160, tuple((128, keys, 2, 8) for keys in (112, 96, 80, 64)), tables=True),
-            _Row(256, ((128, 64, 2, 8), (128, 48, 2, 8), (128, 32, 2, 8)), tables=True),
+            # One warpgroup: a bias in a window, whose keys are passed by.
+            _Row(256, (*((128, keys, 2, 8) for keys in (64, 48, 32)), (64, 48, 2, 4)), tables=True),
             # 112: a window of scores of an expression; 96: with random bits too
             _Row(64, ((192, 128, 4, 12), (192, 112, 4, 12), (192, 96, 4, 12))),
             # Windows: each warpgroup visits few blocks of keys, so that short ones waste less at the window's two ends,

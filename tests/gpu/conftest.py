@@ -21,6 +21,7 @@ from fa2gen.spec import Problem
 from fa2gen.store import Store
 
 NAN = float("nan")
+HOARD = 2 << 30  # bytes that a process may keep for its next test
 
 
 class Family(NamedTuple):
@@ -81,10 +82,12 @@ def kernels_are_built(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(autouse=True)
 def quiet_gpu() -> Iterator[None]:
-    """An error that a kernel left behind belongs to its own test."""
+    """An error that a kernel left behind belongs to its own test, and so does its memory: other processes want it."""
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+        if torch.cuda.memory_reserved() > HOARD:
+            torch.cuda.empty_cache()
 
 
 class Harness:
