@@ -434,6 +434,7 @@ class KernelPlan:
 
     @property
     def sections_of_groups(self) -> int:
+        """How many times as much a single head with its group may read, at most."""
         return SECTIONS_OF_GROUPS
 
     @property

@@ -7,10 +7,10 @@
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  176 Arithmetic,  204 Shared memory,
-//             242 Global memory,  293 mbarriers,  337 TMA,  385 Bulk copies,  401 Fences,  408 Fragments,
-//             422 Registers,  430 Registers of a warpgroup,  442 wgmma,  636 What is visible,
-//             685 Softmax and its gradient,  793 Pipelines,  836 Loads,  885 Matrix products,  923 Staging,
-//             986 Producer, 1040 Consumer, 1164 Kernels, 1166 Prepare, 1532 Launch
+//             242 Global memory,  298 mbarriers,  342 TMA,  390 Bulk copies,  406 Fences,  413 Fragments,
+//             427 Registers,  435 Registers of a warpgroup,  447 wgmma,  642 What is visible,
+//             691 Softmax and its gradient,  802 Pipelines,  845 Loads,  894 Matrix products,  932 Staging,
+//             995 Producer, 1049 Consumer, 1173 Kernels, 1175 Prepare, 1543 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -246,6 +246,11 @@ __device__ __forceinline__ int load_global_int(int const* address) {
     int value;
     asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
+}
+
+// Asks for what lies there, which a load is to find in L1 later on.
+__device__ __forceinline__ void prefetch_global(void const* address) {
+    asm volatile("prefetch.global.L1 [%0];" :: "l"(address) : "memory");
 }
 
 // 16 bytes; the address is a multiple of 16.
@@ -626,10 +631,11 @@ __device__ __forceinline__ QueryBlock query_block_at(Params const& p, int block_
     int const num_heads = p.num_heads_kv * p.num_heads_per_kv;
     int const place = block_index / num_heads;
     int const bidh = block_index % num_heads;
-    if (place >= load_global_int(p.num_blocks)) {
+    int const num_blocks = load_global_int(p.num_blocks);
+    int const bidb = load_global_int(p.m_list + place);  // asked for at once
+    if (place >= num_blocks) {
         return {-1, bidh, 0, 0};
     }
-    int const bidb = load_global_int(p.m_list + place);
     return {place - seqlen_of(p, bidb).first_m_block, bidh, bidb, bidh * p.num_m_blocks + place};
 }
 
@@ -737,8 +743,11 @@ struct KeyBlock {
     int bidb;
 };
 
-__device__ __forceinline__ bool has_key_block(Params const& p, int index) {
-    return index < load_global_int(p.num_blocks + 1) * p.num_heads_kv;
+// The sequence of a block of threads, or -1: it has no block of keys. Both numbers are asked for at once.
+__device__ __forceinline__ int sequence_at(Params const& p, int index) {
+    int const num_blocks = load_global_int(p.num_blocks + 1);
+    int const bidb = load_global_int(p.n_list + index / p.num_heads_kv);
+    return index < num_blocks * p.num_heads_kv ? bidb : -1;
 }
 
 __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
@@ -1453,9 +1462,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
     const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv,
     const __grid_constant__ Params p) {
     griddepcontrol_wait();
-    if (!has_key_block(p, static_cast<int>(blockIdx.x))) {
-        return;
-    }
+    int const bidb = sequence_at(p, static_cast<int>(blockIdx.x));
     uint32_t const smem = shared_memory_base();
     Barriers const barriers = {smem + kSmemBarriers};
     int const warp = warp_id();
@@ -1470,6 +1477,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
         barriers.init();
         fence_mbarrier_init();
     }
+    if (bidb < 0) {
+        return;
+    }
+    prefetch_global(p.sequences + kSequenceNumbers * bidb);  // every role reads it
     sync_block();
 
     if (warp < 4) {

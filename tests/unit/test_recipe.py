@@ -15,7 +15,7 @@ from fa2gen.groups import with_groups
 from fa2gen.launch import launch_of
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
-from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTION_HEADS_OF_GRADIENTS, SECTIONS_OF_GROUPS
+from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTION_HEADS_OF_GRADIENTS
 from fa2gen.render import render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
@@ -104,7 +104,8 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     page = getattr(shape, "page_size", 0)
     bounds = sum(3 * (699 // table.tile + 1) for table in plan.tile_tables)
     if plan.problem.direction == "bwd":
-        room = SECTION_BYTES * min(group, SECTIONS_OF_GROUPS) // (group * shape.seqlen_q * plan.section_row_bytes)
+        room = plan.section_bytes * min(group, plan.sections_of_groups)
+        room //= group * shape.seqlen_q * plan.section_row_bytes
         heads = batch * shape.num_heads_kv
         if not plan.problem.deterministic:
             heads = min(heads, SECTION_HEADS_OF_GRADIENTS)
