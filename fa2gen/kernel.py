@@ -183,9 +183,9 @@ class _Block:
         start = -ctypes.addressof(memory) % _ALIGNMENT
         base = ctypes.addressof(memory) + start
 
-        # The numbers of all maps, one behind the other: sizes and steps of each, and of pages the rows of its box.
+        # The numbers of all maps, one behind the other: sizes and steps of each, and what sizes of a box follow from.
         rank = 5 if plan.varlen else 4
-        counts = [2 * rank - 1 + tensor_map.of_pages for tensor_map in maps]
+        counts = [2 * rank - 1 + tensor_map.has_box for tensor_map in maps]
         self._numbers = (ctypes.c_uint64 * sum(counts))()
         self.pack_numbers = struct.Struct(f"<{sum(counts)}Q").pack
         self._write_numbers = struct.Struct(f"{8 * sum(counts)}s").pack_into
@@ -388,7 +388,19 @@ class _TensorMap:
     operand, name  whose it is, by its place among a launch's addresses.
     """
 
-    __slots__ = ("_address", "_arguments", "_box", "_encode", "_numbers", "_plan", "_rank", "_rows", "name", "operand")
+    __slots__ = (
+        "_address",
+        "_arguments",
+        "_box",
+        "_box_of",
+        "_encode",
+        "_numbers",
+        "_plan",
+        "_rank",
+        "_rows",
+        "name",
+        "operand",
+    )
 
     def __init__(
         self,
@@ -406,7 +418,7 @@ class _TensorMap:
         self._address = ctypes.c_void_p()  # of the tensor
         self._numbers, self._rows = numbers, (first, first + 2 * rank - 1)
         box, *constants = _map_constants(tensor_map, rank)
-        self._box = (ctypes.c_uint32 * rank)(*box) if tensor_map.of_pages else None
+        self._box, self._box_of = ((ctypes.c_uint32 * rank)(*box) if tensor_map.has_box else None), tensor_map.box_of
         # What cuTensorMapEncodeTiled takes, made once: with its arguments at hand it takes 0.4 us instead of 0.5.
         sizes, pointer = ctypes.addressof(numbers) + 8 * first, ctypes.c_void_p
         self._arguments = (
@@ -417,7 +429,7 @@ class _TensorMap:
     def encode(self, address: int) -> None:
         """For the tensor at `address`."""
         if self._box is not None:
-            self._box[1] = self._numbers[self._rows[1]]
+            self._box[1], self._box[2] = self._box_of(self._numbers[self._rows[1]])
         self._address.value = address
         if result := self._encode(*self._arguments):
             numbers, rank = self._numbers[slice(*self._rows)], self._rank
@@ -431,16 +443,17 @@ class _TensorMap:
 class _Mapped:
     """An operand that tensor maps describe; those of one `size` have the same sizes in each call."""
 
-    __slots__ = ("_head_dim", "_is_ragged", "_of_key", "_operand", "_problem", "name", "size")
+    __slots__ = ("_head_dim", "_is_ragged", "_of_groups", "_of_key", "_operand", "_problem", "name", "size")
 
     def __init__(self, plan: KernelPlan, operand: Operand) -> None:
         self.name, self._problem = operand.name, plan.problem
         self._head_dim, self._of_key = operand.head_dim(plan.problem), operand.of == "key"
         self._is_ragged, self.size = plan.varlen, (self._head_dim, self._of_key)
         self._operand = operand if plan.paged and self._of_key else None  # whose sizes are those of a cache
+        self._of_groups = plan.packs_heads and not self._of_key
 
     def numbers(self, shape: AnyShape, strides: Strides, values: Mapping[str, int]) -> tuple[int, ...]:
-        """Its sizes, innermost first, steps in bytes of all dimensions but that, and of pages the rows of a box."""
+        """Its sizes, innermost first, steps in bytes of all dimensions but that, and what a box follows from."""
         batch_step, row_step, head_step = strides
         of_pages = self._operand is not None
         batch = 1 if self._is_ragged else shape.batch
@@ -458,8 +471,9 @@ class _Mapped:
                 "2^40 B; use a contiguous copy, or an SM80 kernel (arch='sm80')"
             )
         if self._is_ragged:
-            sizes, steps = ragged_dimensions(heads, row_step, head_step)
-            return (self._head_dim, *sizes, *steps, *((values["box_rows"],) if of_pages else ()))
+            sizes, steps = ragged_dimensions(heads, row_step, head_step, self._of_groups)
+            of_box = (values["box_rows"],) if of_pages else (values["group"],) if self._of_groups else ()
+            return (self._head_dim, *sizes, *steps, *of_box)
         return self._head_dim, seqlen, heads, batch, row_step, head_step, batch_step
 
 

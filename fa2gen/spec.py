@@ -610,6 +610,14 @@ class Tiling(_Fields):
             "page's size; 0: boxes of rows, with TMA, as far as a page holds them."
         ),
     ] = 0
+    pack_heads: Annotated[
+        Literal[0, 1],
+        Shown("q", optional=True, phrase="heads of groups as rows"),
+        Field(
+            description="1: over pages, sm90's query rows are of all heads that share K and V, so that few queries of "
+            "a sequence fill a tile. Groups of 1, 2, 4, 8 or 16 heads."
+        ),
+    ] = 0
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

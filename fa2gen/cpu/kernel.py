@@ -140,7 +140,8 @@ def run_kernel(
     for entry, grid in zip(plan.entry_points, launch.grids, strict=True):
         if 0 in grid:
             continue
-        maps = (tensor_map(m, views[m.name], where[m.name], plan.varlen) for m in entry.tensor_maps)
+        group = shape.num_heads // shape.num_heads_kv
+        maps = (tensor_map(m, views[m.name], where[m.name], plan.varlen, group) for m in entry.tensor_maps)
         job = Job(
             grid=grid,
             num_threads=entry.num_threads,
@@ -252,9 +253,10 @@ def _params_argument(plan: KernelPlan, values: Mapping[str, Any], memories: Sequ
     return Argument(struct.pack(plan.params_format, *plan.pack_params({**null, **values})), tuple(pointers))
 
 
-def tensor_map(plan: TensorMapPlan, view: View, memory: int, ragged: bool = False) -> Argument:
+def tensor_map(plan: TensorMapPlan, view: View, memory: int, ragged: bool = False, group: int = 1) -> Argument:
     """The map of a (batch, seqlen, heads, head_dim) tensor; dimensions innermost first, as TMA counts them.
 
+    group   heads that share a head of K and V.
     ragged  as launch.ragged_dimensions has it: the batch is one, its rows are those of all sequences.
     """
     batch, seqlen, heads, head_dim = view.shape
@@ -265,10 +267,10 @@ def tensor_map(plan: TensorMapPlan, view: View, memory: int, ragged: bool = Fals
     if plan.of_pages:  # the step from one page's row to the next page's: see launch.page_strides
         strides[0] = steps[0] * ELEMENT_BYTES
     if ragged:
-        sizes, strides = ragged_dimensions(heads, *strides[:2])
+        sizes, strides = ragged_dimensions(heads, strides[0], strides[1], plan.of_groups)
     rank = 1 + len(sizes)
     padding = [0] * (5 - rank)
-    box = (plan.box_cols, plan.rows_of(seqlen), *[1] * (rank - 2), *padding)
+    box = (plan.box_cols, *plan.box_of(group if plan.of_groups else seqlen), *[1] * (rank - 3), *padding)
     data = _TENSOR_MAP.pack(
         0, *strides, *padding, head_dim, *sizes, *padding, *box, rank, ELEMENT_BYTES, plan.swizzle_bytes
     )

@@ -157,7 +157,9 @@ def _forward(
     seqused_k: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     block_table: Tensor | None = None,
-    num_splits: int | None = None,  # which of several ways: fa2gen's has the same bits whatever the batch
+    # Which of several ways. fa2gen's has the same bits whatever the batch, but over pages: heads that share K and V may
+    # share tiles there, as the batch's mean length has it.
+    num_splits: int | None = None,
     **later: Any,
 ) -> tuple[Tensor, ...]:
     _refuse(dropout_p, return_debug_mask, later)

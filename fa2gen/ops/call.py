@@ -36,7 +36,7 @@ from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
 from fa2gen.groups import abreast_of, parts_of, with_groups
-from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly, row_by_row
+from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly, row_by_row, with_packed_heads
 from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
 from fa2gen.ops.validate import DTYPES, validate, validate_backward, validate_options
 from fa2gen.options import CacheShape, Options, Shape
@@ -684,7 +684,7 @@ def kernel_for_pages(
             plan, target = choose(problem, on, "sm80", None, seqlen_k)
         else:
             plan = copying
-    return _kernel(plan, target, device)
+    return _kernel(with_packed_heads(plan, shape, on.num_sms), target, device)
 
 
 def _family(arch: str | None, tiling: Tiling | None) -> ArchName | None:

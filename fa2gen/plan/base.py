@@ -76,6 +76,8 @@ class TensorMapPlan:
 
     last_panel  whether it is for the last panel of columns alone, beside a map of the same tensor for the others.
     of_pages    whether the tensor lies in pages: a box has as many rows as divide both box_rows and a page.
+    of_groups   whether box_rows are of all heads of a group, or of as many: a query's heads side by side. The map has
+                heads before rows.
     """
 
     name: str
@@ -84,6 +86,17 @@ class TensorMapPlan:
     swizzle_bytes: int
     last_panel: bool = False
     of_pages: bool = False
+    of_groups: bool = False
+
+    @property
+    def has_box(self) -> bool:
+        """Whether sizes of the box are a launch's."""
+        return self.of_pages or self.of_groups
+
+    def box_of(self, number: int) -> tuple[int, int]:
+        """Its sizes behind the columns, of pages of so many rows or groups of so many heads."""
+        heads = min(number, self.box_rows)
+        return (heads, self.box_rows // heads) if self.of_groups else (self.rows_of(number), 1)
 
     def rows_of(self, page_size: int) -> int:
         """Of a box, where pages have so many."""
@@ -257,6 +270,21 @@ class KernelPlan:
     def paged(self) -> bool:
         """Whether K and V lie in pages."""
         return self.problem.paged
+
+    @property
+    def packs_heads(self) -> bool:
+        """Whether rows of queries are of all heads that share K and V."""
+        return bool(self.tiling.pack_heads)
+
+    @property
+    def diagonal(self) -> str:
+        """The key at which a row of queries stands, in C++."""
+        return "row / p.group + (s.k - s.q / p.group)" if self.packs_heads else "row + (s.k - s.q)"
+
+    @property
+    def total_queries(self) -> str:
+        """How many rows q has, in C++."""
+        return "p.seqlen_q / p.group" if self.packs_heads else "p.seqlen_q"
 
     @property
     def sink(self) -> bool:
@@ -676,9 +704,10 @@ class KernelPlan:
             yield BrokenRule("lag", "1 given; only sm90's gradients that split keys have it: 0")
 
     def pages_rule(self) -> Iterator[BrokenRule]:
-        """The rule that pages copied row by row break, here where there are none or all are copied so."""
-        if self.tiling.page_rows:
-            yield BrokenRule("page_rows", "1 given; only sm90's forward kernels over pages have it: 0")
+        """The rules that what is for pages breaks, here where there are none, or another way to them."""
+        for name in ("page_rows", "pack_heads"):
+            if getattr(self.tiling, name):
+                yield BrokenRule(name, "1 given; only sm90's forward kernels over pages have it: 0")
 
     def abreast_rule(self) -> Iterator[BrokenRule]:
         """The rule that heads abreast break, here where nothing is summed over a group."""

@@ -414,6 +414,9 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         yield "  page_size, entries: rows of a page, and pages; table_stride: numbers from one row to the next"
         if any(tensor_map.of_pages for tensor_map in maps(plan)):
             yield "  Params has k_page_stride, the rows from one page of k to the next; and v_page_stride"
+    if plan.packs_heads:
+        yield "Rows of q and o are of all heads that share K and V, group = num_heads / num_heads_kv of the tensors:"
+        yield "  seqlen_q is group times theirs here, num_heads their num_heads_kv; their maps have heads before rows"
     if plan.problem.direction == "decode":
         yield "Of a call over caches, beside batch, seqlen_q and heads:"
         yield from (f"  {name}: {text}" for name, text in _OF_A_CACHE.items())
@@ -437,6 +440,8 @@ def _boxes(tensor_maps: list[TensorMapPlan]) -> Iterator[str]:
     kinds: dict[tuple[int, int | str, int], list[str]] = {}
     for tensor_map in tensor_maps:
         rows = "box_rows" if tensor_map.of_pages else tensor_map.box_rows
+        if tensor_map.of_groups:
+            rows = f"min(group, {rows}) x {rows} / min(group, {rows})"
         kind = (tensor_map.box_cols, rows, tensor_map.swizzle_bytes)
         kinds.setdefault(kind, []).append(tensor_map.argument.removeprefix("map_"))
     for (columns, rows, span), names in kinds.items():

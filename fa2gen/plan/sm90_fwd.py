@@ -264,9 +264,9 @@ class Sm90FwdPlan(Sm90Plan):
         span, columns = self.tiling.swizzle_bytes, self.k_tile.columns
         streamed = (*self.streamed_maps("k", self.k_tile), *self.streamed_maps("v", self.v_tile))
         return (
-            TensorMapPlan("q", columns, self.tile_m, span),
+            TensorMapPlan("q", columns, self.tile_m, span, of_groups=self.packs_heads),
             *(replace(found, of_pages=self.paged) for found in streamed if not self.copies_rows),
-            TensorMapPlan("o", columns, WARP_ROWS, span),
+            TensorMapPlan("o", columns, WARP_ROWS, span, of_groups=self.packs_heads),
         )
 
     @cached_property
@@ -295,13 +295,18 @@ class Sm90FwdPlan(Sm90Plan):
         tiles = () if self.varlen else ("num_tiles", *(("num_batch_heads",) if self.uneven else ()))
         sections = ("heads_per_section",) if self.uneven and not self.varlen else ()
         boxes = ("box_rows", "tile_pages", "tile_rows") if self.paged and not self.copies_rows else ()
-        return ("seqlen_q", "seqlen_k", "num_heads", "num_heads_per_kv", "num_m_blocks", *tiles, *sections, *boxes)
+        group = ("group",) if self.packs_heads else ()
+        heads = ("num_heads", "num_heads_per_kv", *group)
+        return ("seqlen_q", "seqlen_k", *heads, "num_m_blocks", *tiles, *sections, *boxes)
 
     def pages_rule(self) -> Iterator[BrokenRule]:
         if not self.paged:
             yield from super().pages_rule()
         elif self.copies_rows and self.problem.has_expression:
             yield BrokenRule("page_rows", "1 given; with an expression, threads that copy spill 4 to 28 bytes: 0")
+        if self.paged and self.packs_heads and (self.sink or self.problem.has_expression):
+            by_head = "sinks" if self.sink else "an expression"
+            yield BrokenRule("pack_heads", f"1 given; {by_head} may be each head's own: 0")
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.num_mma_warps not in (4, 8, 12, 16):

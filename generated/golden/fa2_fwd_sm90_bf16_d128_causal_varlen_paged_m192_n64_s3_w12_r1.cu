@@ -10,7 +10,7 @@
 //             236 Global memory,  269 mbarriers,  313 TMA,  361 Fences,  368 Fragments,  376 Registers,
 //             384 Registers of a warpgroup,  396 wgmma,  534 What is visible,  586 Online softmax,  753 Pipelines,
 //             794 Loads,  939 Matrix products,  966 Epilogue, 1013 Producer, 1085 Consumer, 1238 Kernel, 1240 Prepare,
-//            1478 Launch
+//            1479 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1445,7 +1445,8 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_prepare(const __gr
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1)
+fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1(
     const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
     const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_o,
     const __grid_constant__ Params p) {

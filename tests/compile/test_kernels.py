@@ -142,8 +142,8 @@ def kernels() -> dict[str, bool]:
         for head_dim in head_dims
     ]
     row_by_row = [
-        KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"page_rows": 1}))
-        for head_dim, mask in turns((16, 64, 72, 96, 128, 192, 256), ("window", "full", "causal"))
+        KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"page_rows": 1, "pack_heads": heads}))
+        for head_dim, mask, heads in turns((16, 64, 72, 96, 128, 192, 256), ("window", "full", "causal"), (0, 1))
         for spec in (default("sm90", head_dim, mask, varlen=True, paged=True),)
     ]
     wide = [

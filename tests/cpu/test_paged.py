@@ -51,11 +51,16 @@ def run(name: str, shape: Shape, options: Options | None = None, rendered=None, 
     return cases.verdict(case), case
 
 
+def packed(spec: KernelSpec) -> KernelSpec:
+    """With heads of a group as rows."""
+    return KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"pack_heads": 1}))
+
+
 @pytest.mark.parametrize("spec", [kernel("sm80"), kernel("sm90"), by_rows()], ids=lambda spec: spec.name)
 def test_pages_give_the_bits_of_packed_keys(spec):
     """Of every size of pages: those of the kernel without pages, with the same tiling."""
     tiling = spec.tiling.model_copy(update={"page_rows": 0})
-    packed = KernelSpec(problem=spec.problem.model_copy(update={"paged": False}), tiling=tiling)
+    of_rows = KernelSpec(problem=spec.problem.model_copy(update={"paged": False}), tiling=tiling)
     for size in (16, 3):
         shape = SHAPES[size]
         verdict, case = run(spec.name, shape)
@@ -67,7 +72,7 @@ def test_pages_give_the_bits_of_packed_keys(spec):
         tensors["cu_seqlens_k"] = torch.tensor([0, *itertools.accumulate(keys)], dtype=torch.int32)
         for name in ("o", "lse"):
             tensors[name].fill_(torch.nan)
-        run_kernel(make_plan(packed), tensors, case.options)
+        run_kernel(make_plan(of_rows), tensors, case.options)
         assert torch.equal(tensors["o"], case.tensors["o"]) and torch.equal(tensors["lse"], case.tensors["lse"])
 
 
@@ -79,7 +84,8 @@ def test_pages_give_the_bits_of_packed_keys(spec):
         kernel("sm90", "causal", 96, sink=True),
         kernel("sm90", "full", 192),
         by_rows("window", 24, head_dim_v=72),
-        by_rows("causal", 192, sink=True),
+        packed(by_rows("causal", 192)),
+        packed(kernel("sm90", "window", 24, head_dim_v=72)),
     ],
     ids=lambda spec: spec.name,
 )
@@ -141,6 +147,12 @@ FAULTS = [
     Fault(
         "a stage whose copies may begin", by_rows().name, "mbarrier_wait(empty, state.phase ^ 1);\n#pragma", "#pragma"
     ),
+    Fault("a query's row in the mask", packed(kernel("sm90")).name, "min(row / p.group + 1", "min(row + 1"),
+    Fault("a head's LSE", packed(kernel("sm90")).name, "tile.bidh * p.group + r % p.group", "tile.bidh * p.group"),
+    Fault(
+        "a query's box", packed(kernel("sm90")).name, "kRaggedRows - (s.q - row) / group", "kRaggedRows - (s.q - row)"
+    ),
+    Fault("rows of a group", packed(kernel("sm90")).name, "q.end * p.group}", "q.end}"),
     Fault(
         "lengths that are given one by one",
         kernel("sm80").name,

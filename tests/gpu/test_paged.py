@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fa2gen
-from fa2gen import cases
+from fa2gen import cases, launch
 from fa2gen.features import examples_of
 from fa2gen.ops.call import forget
 from fa2gen.options import Shape
@@ -83,6 +83,24 @@ def test_pages_give_what_rows_give(page, named_arch):
         found = fa2gen.flash_attn_varlen_func(q, k, v, bounds, None, seqused_k=used, block_table=table, **said)
         wanted = fa2gen.flash_attn_varlen_func(q, *dense, bounds, starts, **said)
         assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("group", [2, 4, 8, 16])
+@pytest.mark.parametrize("options", [{"causal": True}, {}, {"causal": True, "window_size": (100, 0)}], ids=str)
+def test_heads_of_a_group_are_rows_of_a_tile(group, options, monkeypatch):
+    """With pages of each kind; the rows that no sequence has are 0."""
+    monkeypatch.setattr(launch, "PACKED_ROUNDS", 16)  # whatever it takes
+    forget()
+    for page, head_dim in ((16, 128), (1, 64), (64, 256)):
+        q, k, v, bounds, used, table, *dense, starts = batch(page, head_dim, heads=4 * group, heads_kv=4)
+        q = torch.cat([q, q[:50]])
+        said = {"return_attn_probs": True, "max_seqlen_k": 2048, **options}
+        found = fa2gen.flash_attn_varlen_func(q, k, v, bounds, None, seqused_k=used, block_table=table, **said)
+        wanted = fa2gen.flash_attn_varlen_func(q, *dense, bounds, starts, **said)
+        torch.testing.assert_close(found[0], wanted[0], atol=0.02, rtol=0.02)
+        torch.testing.assert_close(found[1], wanted[1], atol=1e-3, rtol=1e-3)
+        assert not found[0][-50:].any()
+    forget()
 
 
 def test_a_graph_is_replayed_with_other_lengths_and_tables():

@@ -8,6 +8,11 @@ import pytest
 import torch
 
 import fa2gen
+from fa2gen.launch import with_packed_heads
+from fa2gen.options import CacheShape
+from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.select import best_spec
+from fa2gen.spec import Problem
 
 PAGE, HEADS, HEADS_KV, HEAD_DIM = 16, 4, 2, 64
 QUERIES, KEYS = (5, 1, 20), (37, 100, 20)
@@ -67,6 +72,24 @@ def test_lengths_beyond_the_pages_are_theirs_and_below_0_none():
     )
     whole = fa2gen.flash_attn_varlen_func(q, k, v, BOUNDS, None, seqused_k=ints(*[112] * 3), block_table=table)
     assert torch.equal(out[:5], whole[:5]) and not out[5:].any() and (lse[:, 5:] == -math.inf).all()
+
+
+def test_heads_of_a_group_share_tiles_where_queries_are_few():
+    """On average, which shapes say: a tile has 192 rows here."""
+    problem = Problem(head_dim=128, mask="causal", varlen=True, paged=True)
+    sm80, sm90 = (make_plan(best_spec(problem, arch)) for arch in ("sm80", "sm90"))
+    sinks = make_plan(best_spec(problem.model_copy(update={"sink": True}), "sm90"))
+    assert sm90.tile_m == 192
+
+    def shares(batch: int, queries: int, heads: int, heads_kv: int, plan: KernelPlan = sm90) -> bool:
+        shape = CacheShape(batch, batch * queries, 4096, heads, heads_kv, entries=1, page_size=4096)
+        return with_packed_heads(plan, shape, 16).packs_heads
+
+    assert shares(32, 64, 32, 8) and shares(4, 256, 64, 4) and shares(4, 90, 8, 4)
+    assert not shares(1, 8192, 32, 8) and not shares(8, 190, 32, 8)  # full tiles as they are
+    assert not shares(1, 90, 16, 4)  # a tile for each of 16 multiprocessors as they are
+    assert not shares(32, 64, 8, 8) and not shares(32, 64, 24, 8) and not shares(32, 64, 64, 2)  # groups of 1, 3 and 32
+    assert not shares(32, 64, 32, 8, sm80) and not shares(32, 64, 32, 8, sinks)
 
 
 def test_it_is_one_operator_under_compile():

@@ -126,8 +126,9 @@ def plans() -> list[KernelPlan]:
     by_rows = [p for p in modified if p.paged and not p.allow] + [
         Problem(head_dim=192, head_dim_v=128, varlen=True, paged=True)
     ]
-    for problem in by_rows:
-        tiling = default_tiling(problem, "sm90").model_copy(update={"page_rows": 1})
+    by_rows += [Problem(head_dim=d, mask=mask, varlen=True, paged=True) for d, mask in ((64, "causal"), (96, "window"))]
+    for problem, heads in itertools.product(by_rows, (0, 1)):
+        tiling = default_tiling(problem, "sm90").model_copy(update={"page_rows": 1, "pack_heads": heads})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
     of_v = [
         Problem(head_dim=d, head_dim_v=v, direction=way, varlen=d == 72)
@@ -316,7 +317,7 @@ def test_braces_balance():
 
 _DEFINED = re.compile(
     r"^constexpr [\w ]+ (k[A-Z]\w*) =|^struct(?: alignas\(\d+\))? (\w+)|^using (?:std::)?(\w+)"
-    r"|^ *(?:__device__ )?(?:__forceinline__|inline) [\w ]+? (\w+)\(|^ +(k[A-Z]\w*) = \d+,"
+    r"|^ *(?:__device__ )?(?:__forceinline__|inline) [\w ]+? (\w+)\(|^ +(k[A-Z]\w*) = [^,()]+,"
     r"|^extern __shared__ .* (\w+)\[\]"
 )
 _KERNEL = re.compile(r'^extern "C" __global__')

@@ -1,4 +1,4 @@
-// fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1
+// fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the fa2gen authors
 //
@@ -6,18 +6,18 @@
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches, pages
 //   tiling   192 query rows x 64 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 196760 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,  106 Threads,  162 Arithmetic,  200 Shared memory,
-//             238 Global memory,  271 mbarriers,  315 cp.async,  329 TMA,  377 Fences,  384 Fragments,  392 Registers,
-//             400 Registers of a warpgroup,  412 wgmma,  550 What is visible,  602 Online softmax,  769 Pipelines,
-//             810 Loads,  962 Matrix products,  989 Epilogue, 1036 Producer, 1109 Consumer, 1262 Kernel, 1264 Prepare,
-//            1499 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  163 Arithmetic,  201 Shared memory,
+//             239 Global memory,  272 mbarriers,  316 cp.async,  330 TMA,  378 Fences,  385 Fragments,  393 Registers,
+//             401 Registers of a warpgroup,  413 wgmma,  542 What is visible,  594 Online softmax,  761 Pipelines,
+//             802 Loads,  939 Matrix products,  966 Epilogue, 1015 Producer, 1088 Consumer, 1241 Kernel, 1243 Prepare,
+//            1480 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
 // producer loads the next tile's Q and K under this tile's end. Blocks of K and V run from the last to the first through rings
 // in shared memory; S and P never leave registers; the softmax of one block runs under the products of the next.
 
-namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1 {
+namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -94,6 +94,7 @@ struct Params {
     int seqlen_k;
     int num_heads;
     int num_heads_per_kv;
+    int group;
     int num_m_blocks;
     int num_sequences;
     int page_size;
@@ -534,15 +535,6 @@ struct Box {
     int batch;
 };
 
-__device__ __forceinline__ Box query_box(Seqlen const& s, int row, int) {
-    return {kRaggedRows - s.q + row, s.first_q + s.q};
-}
-
-// Where a head's rows of LSE begin.
-__device__ __forceinline__ int64_t lse_of_head(Params const& p, Seqlen const& s, int bidh, int) {
-    return static_cast<int64_t>(bidh) * p.seqlen_q + s.first_q;
-}
-
 __device__ __forceinline__ int64_t first_key(Seqlen const& s, int, int64_t, int64_t row_stride) {
     return s.first_k * row_stride;
 }
@@ -558,8 +550,8 @@ struct BlockRange {
 };
 
 // Keys below this are visible to a query row; <= 0 where none is.
-__device__ __forceinline__ int key_end(Params const&, Seqlen const& s, int row) {
-    return min(row + 1 + (s.k - s.q), s.k);
+__device__ __forceinline__ int key_end(Params const& p, Seqlen const& s, int row) {
+    return min(row / p.group + 1 + (s.k - s.q / p.group), s.k);
 }
 
 __device__ __forceinline__ BlockRange key_blocks(Params const& p, Seqlen const& s, int first_row, int num_rows) {
@@ -809,36 +801,17 @@ struct Barriers {
 
 // Loads ---------------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void load_box(
-    uint32_t destination, CUtensorMap const& map, uint32_t barrier, int column, Box const& box, int head) {
-    tma_load_ragged(destination, map, barrier, column, box.row, head, box.batch);
-}
-
-__device__ __forceinline__ void store_box(
-    CUtensorMap const& map, uint32_t source, int column, Box const& box, int head) {
-    tma_store_ragged(map, source, column, box.row, head, box.batch);
-}
-
-// How TMA sees the panels of a tensor. The last may be narrower: columns beyond the head dim would cost as much as others.
-struct TileMaps {
-    CUtensorMap const& panel;
-    CUtensorMap const& last_panel;
-};
-
-__device__ __forceinline__ void load_tile(
-    TileMaps const& maps, uint32_t destination, uint32_t panel_bytes, uint32_t barrier, Box const& box, int head) {
-#pragma unroll
-    for (int panel = 0; panel < kNumPanels; ++panel) {
-        load_box(destination + panel * panel_bytes, panel + 1 < kNumPanels ? maps.panel : maps.last_panel, barrier,
-                 panel * kPanelColumns, box, head);
-    }
-}
-
 // The tile travels with its Q, decoded, in a slot of 32 bytes, with its sequence. No tile: m_block < 0 and no copy.
 __device__ __forceinline__ Tile load_tile_slot(uint32_t smem, int stage) {
     int slot[4];
     load_shared_int4(slot, smem + kSmemTileSlots + 32 * stage);
     return {slot[0], slot[1], slot[2]};
+}
+
+// Rows of q and o are of all heads that share K and V, a query's side by side: `row` is a multiple of their number, which TMA
+// has in place of a tensor's rows, and queries in the place of heads.
+__device__ __forceinline__ Box packed_box(Seqlen const& s, int row, int group) {
+    return {kRaggedRows - (s.q - row) / group, (s.first_q + s.q) / group};
 }
 
 // All but where its row statistics are, which gradients alone have.
@@ -850,7 +823,7 @@ __device__ __forceinline__ Seqlen load_sequence_slot(uint32_t smem, int stage) {
 
 __device__ __forceinline__ void load_q(
     CUtensorMap const& map_q, uint32_t smem, Barriers const& barriers, PipelineState& state, Seqlen const& s,
-    Tile const& tile) {
+    Tile const& tile, int group) {
     uint32_t const full = barriers.q_full(state.stage);
     mbarrier_wait(barriers.q_empty(state.stage), state.phase ^ 1);
     if (elect_one()) {
@@ -858,8 +831,12 @@ __device__ __forceinline__ void load_q(
         store_shared_int4(smem + kSmemTileSlots + 32 * state.stage + 16, s.q, s.k, s.first_q, s.first_k);
         if (tile.m_block >= 0) {
             mbarrier_arrive_expect_tx(full, kQBytes);
-            load_tile({map_q, map_q}, smem + kSmemQ + state.stage * kQStageBytes, kQPanelBytes, full,
-                      query_box(s, tile.m_block * kTileM, tile.bidb), tile.bidh);
+            Box const box = packed_box(s, tile.m_block * kTileM, group);
+#pragma unroll
+            for (int panel = 0; panel < kNumPanels; ++panel) {
+                tma_load_ragged(smem + kSmemQ + state.stage * kQStageBytes + panel * kQPanelBytes, map_q, full,
+                                panel * kPanelColumns, tile.bidh * group, box.row, box.batch);
+            }
         } else {
             mbarrier_arrive(full);
         }
@@ -1006,14 +983,15 @@ __device__ __forceinline__ void stage_o(float const (&acc_o)[kNumAccO], uint32_t
 
 // The stores clip at seqlen_q and at the head dim.
 __device__ __forceinline__ void store_o(
-    CUtensorMap const& map_o, Seqlen const& s, uint32_t o_rows, int row, Tile const& tile) {
-    Box const box = query_box(s, row, tile.bidb);
+    CUtensorMap const& map_o, Seqlen const& s, uint32_t o_rows, int row, Tile const& tile, int group) {
+    Box const box = packed_box(s, row, group);
     fence_proxy_async();
     sync_warp();
     if (elect_one()) {
 #pragma unroll
         for (int panel = 0; panel < kNumPanels; ++panel) {
-            store_box(map_o, o_rows + panel * kOPanelBytes, panel * kPanelColumns, box, tile.bidh);
+            tma_store_ragged(map_o, o_rows + panel * kOPanelBytes, panel * kPanelColumns, tile.bidh * group, box.row,
+                             box.batch);
         }
         tma_store_commit();
     }
@@ -1022,13 +1000,14 @@ __device__ __forceinline__ void store_o(
 __device__ __forceinline__ void store_lse(
     Params const& p, Seqlen const& s, float const (&lse)[2], int row, Tile const& tile) {
     if (lane_id() % 4 == 0) {
-        float* const of_head = p.lse + lse_of_head(p, s, tile.bidh, tile.bidb);
-        int const first = row + lane_id() / 4;
-        if (first < s.q) {
-            store_global_float(of_head + first, lse[0]);
-        }
-        if (first + 8 < s.q) {
-            store_global_float(of_head + first + 8, lse[1]);
+        int const total = p.seqlen_q / p.group;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            int const r = row + lane_id() / 4 + 8 * i;
+            int64_t const of_head = static_cast<int64_t>(tile.bidh * p.group + r % p.group) * total;
+            if (r < s.q) {
+                store_global_float(p.lse + of_head + (s.first_q + r) / p.group, lse[i]);
+            }
         }
     }
 }
@@ -1082,7 +1061,7 @@ __device__ __forceinline__ void produce(
             load(blocks.end - 1);
         }
         if (warp == 0) {
-            load_q(map_q, smem, barriers, q_state, s, tile);
+            load_q(map_q, smem, barriers, q_state, s, tile, p.group);
         }
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
             load(n_block);
@@ -1102,7 +1081,7 @@ __device__ __forceinline__ void produce(
         slot ^= 4;
     }
     if (warp == 0) {
-        load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});
+        load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0}, p.group);
     }
 }
 
@@ -1254,7 +1233,7 @@ __device__ __forceinline__ void consume(
         tma_store_wait_read();
         sync_warp();
         stage_o(acc_o, o_rows);
-        store_o(map_o, s, o_rows, row, tile);
+        store_o(map_o, s, o_rows, row, tile, p.group);
     }
     tma_store_wait();
 }
@@ -1407,7 +1386,7 @@ __device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int head
 }
 
 extern "C" __global__ void __launch_bounds__(kPrepareThreads)
-fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_prepare(const __grid_constant__ Params p) {
+fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
     uint32_t const taken = smem;  // places of both lists
@@ -1431,13 +1410,14 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_prepare(const _
         Rows q = {0, 0};
         Rows keys = {0, 0};
         if (entry < p.num_sequences) {
-            q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry);
+            q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q / p.group, p.num_sequences, entry);
             keys = rows_in_pages(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, entry);
         } else if (entry <= 2 * p.num_sequences) {
-            q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry - p.num_sequences);
+            q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q / p.group, p.num_sequences, entry - p.num_sequences);
         } else if (entry < num_entries) {
             keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
         }
+        q = {q.begin * p.group, q.end * p.group};  // rows of all heads that share K and V
         count_blocks(q, kTileM, p.num_m_blocks, taken, m_kinds);
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
@@ -1469,7 +1449,8 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_prepare(const _
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1)
+fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1(
     const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_o,
     const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
@@ -1500,20 +1481,22 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 // Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
-//   fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_prepare
+//   fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1_prepare
 //     grid (1, 1, 1), 1024 threads, 4112 bytes of dynamic shared memory
-//   fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1
+//   fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1
 //     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 196760 bytes of dynamic shared memory
 //     maps of q, o
 //     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 196760
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
 // Tensor maps: tiled, (head_dim, 2^30, heads, 2^31, 2^31), 16-bit elements, zeros outside, on 64 bytes
 //   steps in bytes: of a row, of a head, 2^34 - that of a row, of a row
-//   q: box 64 x 192 x 1 x 1, swizzle 128 bytes
-//   o: box 64 x 16 x 1 x 1, swizzle 128 bytes
+//   q: box 64 x min(group, 192) x 192 / min(group, 192) x 1 x 1, swizzle 128 bytes
+//   o: box 64 x min(group, 16) x 16 / min(group, 16) x 1 x 1, swizzle 128 bytes
 // Of a call over pages, beside batch, seqlen_q (of all sequences) and heads:
 //   seqlen_k: the most keys that a sequence can have, those of all pages of a table's row
 //   page_size, entries: rows of a page, and pages; table_stride: numbers from one row to the next
+// Rows of q and o are of all heads that share K and V, group = num_heads / num_heads_kv of the tensors:
+//   seqlen_q is group times theirs here, num_heads their num_heads_kv; their maps have heads before rows
 // Sizes, in whole numbers:
 //   num_heads_per_kv = num_heads / num_heads_kv
 //   num_m_blocks = seqlen_q / 192 + 2 * batch + 1
@@ -1526,4 +1509,4 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //   num_blocks: 2
 //   m_list: num_m_blocks
 
-}  // namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1
+}  // namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1
