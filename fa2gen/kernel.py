@@ -12,19 +12,28 @@ import struct
 import threading
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property, partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 from cuda.bindings import driver
 
 from fa2gen.compile import CUDA_CORE_IMPORT
 from fa2gen.errors import Fa2GenError, UnsupportedProblem
-from fa2gen.features.attention import Operand
-from fa2gen.launch import Launch, LaunchOf, launches_of, page_strides, pages_apart, pages_refusal, ragged_dimensions
+from fa2gen.launch import (
+    MAX_GRID_YZ,
+    MAX_SEQLEN,
+    LaunchOf,
+    launches_of,
+    map_numbers_of,
+    page_strides,
+    pages_apart,
+    pages_refusal,
+    value_names,
+)
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, align_up
 from fa2gen.options import AnyShape, CacheShape, Options
-from fa2gen.plan import KernelPlan, TensorMapPlan
+from fa2gen.plan import KernelPlan, TensorMapPlan, recipe
 from fa2gen.plan.base import EntryPoint
 
 with CUDA_CORE_IMPORT:
@@ -38,11 +47,10 @@ Strides = tuple[int, int, int]
 _MAP_BYTES = 128  # sizeof(CUtensorMap); it must lie on a 64-byte boundary
 _ALIGNMENT = 64
 SCRATCH_ALIGNMENT = 128
-_MAX_GRID_YZ = 65_535
-_MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bits
-_MAX_STRIDE_BYTES = 2**40 - 1
 _NO_STRIDES = (0, 0, 0)
-_NO_ADDRESSES: tuple[int, ...] = ()
+_NO_VALUES: dict[str, Any] = {}
+_Arguments = tuple[bytes, tuple[int, ...], bytes]
+"""All arguments of a launch; the addresses in them, and the numbers of their tensor maps. A NamedTuple takes 0.3 us."""
 _REMEMBERED_ARGUMENTS = 64  # of a launch, for so many sets of addresses; 0.6 to 1.6 KB each
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
@@ -137,25 +145,49 @@ class Kernel:
             if why := pages_refusal(self.plan, shape, strides):
                 raise UnsupportedProblem(f"{self.plan.name} can not read these pages: {why}; nearest: arch='sm80'")
         try:
-            launch = self._launch_of(shape, options, self.num_sms)
+            grids, values, scratch, fits = self._launch_of(shape, options, self.num_sms)
         except OverflowError as error:
             raise UnsupportedProblem(
                 f"too large for one launch: {error}; split the batch over several calls"
             ) from error
+        if not fits:
+            _refuse_grids(shape, grids)
+        block, named = self.block, _NO_VALUES
         if is_paged:
-            launch = launch._replace(values={**launch.values, **pages_apart(self.plan, strides)})
-        _, ys, zs = zip(*launch.grids, strict=True)
-        for what, size, limit in (
-            ("seqlen_q", shape.seqlen_q, _MAX_SEQLEN),
-            ("seqlen_k", shape.seqlen_k, _MAX_SEQLEN),
-            ("heads", max(ys), _MAX_GRID_YZ),
-            ("batch", max(zs), _MAX_GRID_YZ),
-        ):
-            if size > limit:
-                raise UnsupportedProblem(
-                    f"{what} is {size:,}; one launch takes at most {limit:,}: split it over more calls"
-                )
-        return PreparedLaunch(self, shape, launch, strides)
+            named = {**dict(zip(value_names(self.plan), values, strict=True)), **pages_apart(self.plan, strides)}
+            values = [named[name] for name in block.numbers]
+        steps = [step for name in block.strided for step in strides.get(name, _NO_STRIDES)]
+        numbers, fits = block.map_numbers(shape, strides, named)
+        if not fits:
+            _refuse_strides(self.plan, strides)
+        return PreparedLaunch(self, grids, block.pack_params(*steps, *values), block.pack_numbers(*numbers), scratch)
+
+
+def _refuse_grids(shape: AnyShape, grids: Sequence[tuple[int, int, int]]) -> None:
+    """Raises UnsupportedProblem where one launch is too large."""
+    _, ys, zs = zip(*grids, strict=True)
+    for what, size, limit in (
+        ("seqlen_q", shape.seqlen_q, MAX_SEQLEN),
+        ("seqlen_k", shape.seqlen_k, MAX_SEQLEN),
+        ("heads", max(ys), MAX_GRID_YZ),
+        ("batch", max(zs), MAX_GRID_YZ),
+    ):
+        if size > limit:
+            raise UnsupportedProblem(
+                f"{what} is {size:,}; one launch takes at most {limit:,}: split it over more calls"
+            )
+
+
+def _refuse_strides(plan: KernelPlan, strides: Mapping[str, Strides]) -> NoReturn:
+    """Raises UnsupportedProblem: one of them is too large."""
+    widest = {
+        name: max(strides[name]) * ELEMENT_BYTES for name in dict.fromkeys(found.name for found in recipe.maps(plan))
+    }
+    name = max(widest, key=lambda name: widest[name])
+    raise UnsupportedProblem(
+        f"{name} has a stride of {widest[name]:,} B; a tensor map holds less than 2^40 B; use a contiguous copy, or an "
+        "SM80 kernel (arch='sm80')"
+    )
 
 
 class _Block:
@@ -174,7 +206,7 @@ class _Block:
         self.lock = threading.Lock()
         self.standing: _Arguments | None = None
         names = (*(operand.name for operand in plan.operands), *(scratch.name for scratch in plan.scratch))
-        maps = [tensor_map for entry in plan.entry_points for tensor_map in entry.tensor_maps]
+        maps = recipe.maps(plan)
         params = struct.Struct(plan.params_format)
         pointers = struct.Struct(f"<{len(maps) + len(plan.entry_points)}Q")
         params_at = _MAP_BYTES * len(maps)
@@ -193,18 +225,16 @@ class _Block:
             _TensorMap(plan, tensor_map, names.index(tensor_map.name), base + _MAP_BYTES * i, self._numbers, first)
             for i, (tensor_map, first) in enumerate(zip(maps, accumulate(counts, initial=0), strict=False))
         ]
-        named = {tensor_map.name for tensor_map in maps}
-        self.mapped = [_Mapped(plan, operand) for operand in plan.operands if operand.name in named]
+        self.map_numbers = map_numbers_of(plan)
         # What becomes Params: addresses, which each call writes, strides of operands, 0 of those that are missing, and
         # numbers.
         fields = {param.name: param for param in plan.params}
         held = [name for name, param in fields.items() if param.is_address]
         self.strided = [x.name for x in plan.operands if f"{x.name}_row_stride" in fields]
         steps = [f"{name}_{step}_stride" for name in self.strided for step in ("batch", "row", "head")]
-        others = list(fields)[len(held) + len(steps) :]
-        assert list(fields) == [*held, *steps, *others], "addresses, then strides, must lead Params"
+        self.numbers = list(fields)[len(held) + len(steps) :]
+        assert list(fields) == [*held, *steps, *self.numbers], "addresses, then strides, must lead Params"
         self.pack_params = struct.Struct(f"<{8 * len(held)}x" + plan.params_format[1 + len(held) :]).pack
-        self.numbers_of = itemgetter(*others)
         # Addresses come first in Params (8-byte fields do), so that one short pack replaces them all.
         self._start, self._params_at = start, start + params_at
         self._arguments = struct.Struct(f"{params_at + params.size}s")
@@ -231,7 +261,7 @@ class _Block:
 
     def write(self, arguments: _Arguments) -> None:
         """What `encoded` gave."""
-        self._arguments.pack_into(self._memory, self._start, arguments.written)
+        self._arguments.pack_into(self._memory, self._start, arguments[0])
         self.standing = arguments
 
     def encoded(self, addresses: tuple[int, ...], params: bytes, numbers: bytes) -> _Arguments:
@@ -239,28 +269,20 @@ class _Block:
 
         addresses  of its operands and scratch.
         params     all of Params but those.
-        numbers    of all tensor maps, each as `_Mapped.numbers` gives them, packed.
+        numbers    of all tensor maps, as `map_numbers_of` gives them, packed.
         """
         before, self.standing = self.standing, None
-        stay = before.addresses if before is not None and before.numbers is numbers else _NO_ADDRESSES
+        stay = before[1] if before is not None and before[2] is numbers else None
         self._write_numbers(self._numbers, 0, numbers)
         for tensor_map in self.maps:
             address = addresses[tensor_map.operand]
-            if not stay or stay[tensor_map.operand] != address:
+            if stay is None or stay[tensor_map.operand] != address:
                 tensor_map.encode(address)
         self._pack_params(self._memory, self._params_at, params)
         self._pack_addresses(self._memory, self._params_at, *self._pick(addresses))
         written = self._arguments.unpack_from(self._memory, self._start)[0]
-        self.standing = arguments = _Arguments(written, addresses, numbers)
+        self.standing = arguments = (written, addresses, numbers)
         return arguments
-
-
-class _Arguments(NamedTuple):
-    """All arguments of a launch, as bytes; the addresses in them, and the numbers of their tensor maps."""
-
-    written: bytes
-    addresses: tuple[int, ...]
-    numbers: bytes
 
 
 class PreparedLaunch:
@@ -284,30 +306,28 @@ class PreparedLaunch:
         "scratch_cleared",
     )
 
-    def __init__(self, kernel: Kernel, shape: AnyShape, launch: Launch, strides: Mapping[str, Strides]) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        grids: Sequence[tuple[int, int, int]],
+        params: bytes,
+        numbers: bytes,
+        scratch: Sequence[int],
+    ) -> None:
+        """params, numbers as `_Block.encoded` takes them; scratch: 4-byte numbers of each of the plan's memories."""
         self.kernel = kernel  # keeps the module loaded
         self._block = block = kernel.block
         self.scratch_cleared = block.is_cleared
         self._scratch_at: list[tuple[bool, int]] = []  # (whether it lies apart, from where on)
         ends = [0, 0]
-        for is_apart, count in zip(block.apart, launch.scratch.values(), strict=True):
+        for is_apart, count in zip(block.apart, scratch, strict=True):
             self._scratch_at.append((is_apart, ends[is_apart]))
             ends[is_apart] += align_up(NUMBER_BYTES * count, SCRATCH_ALIGNMENT)  # each begins on a cache line
         self.scratch_bytes, self.cleared_bytes = ends
-        steps = [step for name in block.strided for step in strides.get(name, _NO_STRIDES)]
-        self._params: bytes = block.pack_params(*steps, *block.numbers_of(launch.values))
-        numbers: dict[str, tuple[int, ...]] = {}
-        found: dict[tuple[Any, ...], tuple[int, ...]] = {}  # operands have few strides between them
-        for operand in block.mapped:
-            alike = (operand.size, steps_of := strides[operand.name])
-            if (of_operand := found.get(alike)) is None:
-                found[alike] = of_operand = operand.numbers(shape, steps_of, launch.values)
-            numbers[operand.name] = of_operand
-        of_maps = chain.from_iterable([numbers[tensor_map.name] for tensor_map in block.maps])
-        self._numbers: bytes = block.pack_numbers(*of_maps)  # one object to keep, not one a number
+        self._params, self._numbers = params, numbers
         # What was written before for these operands, scratch and cleared memory: an allocator gives the same in turn.
         self._encoded: dict[tuple[tuple[int, ...], int, int], _Arguments] = {}
-        self._grids = [(entry, grid) for entry, grid in zip(block.entries, launch.grids, strict=True) if 0 not in grid]
+        self._grids = [(entry, grid) for entry, grid in zip(block.entries, grids, strict=True) if 0 not in grid]
 
     def __call__(self, operands: tuple[int, ...], scratch: int, stream: int, cleared: int = 0) -> None:
         """Launch on the CUstream with handle `stream`, in the current context.
@@ -438,43 +458,6 @@ class _TensorMap:
                 f"{numbers[rank:]} B apart, address {address:#x}",
                 (driver.CUresult(result),),
             )
-
-
-class _Mapped:
-    """An operand that tensor maps describe; those of one `size` have the same sizes in each call."""
-
-    __slots__ = ("_head_dim", "_is_ragged", "_of_groups", "_of_key", "_operand", "_problem", "name", "size")
-
-    def __init__(self, plan: KernelPlan, operand: Operand) -> None:
-        self.name, self._problem = operand.name, plan.problem
-        self._head_dim, self._of_key = operand.head_dim(plan.problem), operand.of == "key"
-        self._is_ragged, self.size = plan.varlen, (self._head_dim, self._of_key)
-        self._operand = operand if plan.paged and self._of_key else None  # whose sizes are those of a cache
-        self._of_groups = plan.packs_heads and not self._of_key
-
-    def numbers(self, shape: AnyShape, strides: Strides, values: Mapping[str, int]) -> tuple[int, ...]:
-        """Its sizes, innermost first, steps in bytes of all dimensions but that, and what a box follows from."""
-        batch_step, row_step, head_step = strides
-        of_pages = self._operand is not None
-        batch = 1 if self._is_ragged else shape.batch
-        seqlen, heads = (shape.seqlen_k, shape.num_heads_kv) if self._of_key else (shape.seqlen_q, shape.num_heads)
-        if self._operand is not None:
-            batch, seqlen, heads, _ = self._operand.shape(shape, self._problem)
-        # Innermost first: (D, S, H, B). A dimension of one element may have any stride in torch, not in a tensor map.
-        row_bytes = self._head_dim * ELEMENT_BYTES
-        row_step = row_step * ELEMENT_BYTES if seqlen > 1 or of_pages else row_bytes
-        head_step = head_step * ELEMENT_BYTES if heads > 1 else row_bytes
-        batch_step = batch_step * ELEMENT_BYTES if batch > 1 else row_bytes
-        if row_step > _MAX_STRIDE_BYTES or head_step > _MAX_STRIDE_BYTES or batch_step > _MAX_STRIDE_BYTES:
-            raise UnsupportedProblem(
-                f"{self.name} has a stride of {max(row_step, head_step, batch_step):,} B; a tensor map holds less than "
-                "2^40 B; use a contiguous copy, or an SM80 kernel (arch='sm80')"
-            )
-        if self._is_ragged:
-            sizes, steps = ragged_dimensions(heads, row_step, head_step, self._of_groups)
-            of_box = (values["box_rows"],) if of_pages else (values["group"],) if self._of_groups else ()
-            return (self._head_dim, *sizes, *steps, *of_box)
-        return self._head_dim, seqlen, heads, batch, row_step, head_step, batch_step
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -15,22 +16,27 @@ from typing import Any, NamedTuple, TypeAlias
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
 from fa2gen.layout import CHUNK_BYTES, ELEMENT_BYTES, ceil_div
-from fa2gen.options import AnyShape, CacheShape, Options
+from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, fits, make_plan, recipe
 from fa2gen.spec import KernelSpec
 
 __all__ = [
+    "MAX_GRID_YZ",
+    "MAX_SEQLEN",
+    "MAX_STRIDE_BYTES",
     "RAGGED_ROWS",
     "Launch",
     "heads_per_section",
     "launch_of",
     "launches_of",
+    "map_numbers_of",
     "page_strides",
     "pages_apart",
     "pages_refusal",
     "ragged_dimensions",
     "reads_pages_quickly",
     "row_by_row",
+    "value_names",
     "with_packed_heads",
 ]
 
@@ -44,6 +50,9 @@ PACKED_GROUPS = (1, 2, 4, 8, 16)  # 16 rows of a warp are whole queries of so ma
 # How many of the rounds of tiles packed heads may leave: 11 of 12 took 0.955 of the time, 3 of 4 0.98, 5 of 8 0.78, as
 # many 1.00 to 1.03 (pages of 16, H100).
 PACKED_ROUNDS = 0.95
+MAX_GRID_YZ = 65_535
+MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bits
+MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
 
 
 class Launch(NamedTuple):
@@ -59,8 +68,14 @@ class Launch(NamedTuple):
     scratch: Mapping[str, int]
 
 
-LaunchOf: TypeAlias = Callable[[AnyShape, Options, int], Launch]
-"""(shape, options, num_sms) -> what to launch, as `launch_of` says."""
+LaunchOf: TypeAlias = Callable[[AnyShape, Options, int], tuple[Any, ...]]
+"""(shape, options, num_sms) -> grids, values, scratch, as `launch_of` says, in tuples, and whether a device takes such
+grids."""
+MapNumbersOf: TypeAlias = Callable[
+    [AnyShape, Mapping[str, Sequence[int]], Mapping[str, Any]], tuple[tuple[int, ...], bool]
+]
+"""(shape, strides, values) -> the numbers of all tensor maps, one behind the other, and whether maps can hold them; the
+values are looked at for what a box follows from."""
 
 
 def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int) -> Launch:
@@ -70,20 +85,29 @@ def launch_of(plan: KernelPlan, shape: AnyShape, options: Options, num_sms: int)
     for options with another mask than the plan's and for groups that its parts do not divide, OverflowError where a
     count does not fit 32-bit integers.
     """
-    return launches_of(plan)(shape, options, num_sms)
+    grids, values, scratch, _ = launches_of(plan)(shape, options, num_sms)
+    names = [memory.name for memory in plan.scratch]
+    return Launch(grids, dict(zip(value_names(plan), values, strict=True)), dict(zip(names, scratch, strict=True)))
+
+
+def value_names(plan: KernelPlan) -> list[str]:
+    """The fields of Params that sizes and options decide, in their order."""
+    return [param.name for param in plan.params if not param.is_address and not param.name.endswith("_stride")]
 
 
 @functools.lru_cache(maxsize=1024)
 def launches_of(plan: KernelPlan) -> LaunchOf:
-    """`launch_of` of a plan, for whoever asks often: to look a plan up takes a quarter of what a launch does."""
+    """`launch_of` of a plan, for whoever asks often: to look a plan up takes a quarter of what a launch does, and to
+    name its values as much."""
     mask, is_general, head_dim = plan.mask, MASKS[plan.mask].general, plan.head_dim
     parts = plan.tiling.group_parts
     packs_heads = plan.packs_heads
     found, is_given_more = _launch_function(plan)
     more = [feature.given for feature in plan.features]
-    limited = tuple(recipe.limits(plan))
+    limited = recipe.limits(plan)
+    counts_of, _ = _function(recipe.sizes(plan), _tuple(map(_in_python, limited.values())), _ARGUMENTS)
 
-    def launch_of_plan(shape: AnyShape, options: Options, num_sms: int) -> Launch:
+    def launch_of_plan(shape: AnyShape, options: Options, num_sms: int) -> tuple[Any, ...]:
         if not is_general and options.mask != mask:
             raise InvalidInput(f"{plan.name} has a {mask} mask, and {options} ask for a {options.mask} one")
         if parts > 1 and (group := shape.num_heads // shape.num_heads_kv) % parts:
@@ -98,13 +122,47 @@ def launches_of(plan: KernelPlan) -> LaunchOf:
             if group not in PACKED_GROUPS:
                 raise InvalidInput(f"{plan.name} has rows of groups of 1, 2, 4, 8 or 16 heads, not of {group}")
             shape = shape._replace(seqlen_q=shape.seqlen_q * group, num_heads=shape.num_heads_kv)
-        grids, values, scratch, counts = found(shape, options.scale(head_dim), num_sms, given)
-        if max(counts) >= 2**31:
-            what, count = next(x for x in zip(limited, counts, strict=True) if x[1] >= 2**31)
-            raise OverflowError(f"{count:,} {what} exceed 2^31")
-        return Launch(grids, values, scratch)
+        asked = (shape, options.scale(head_dim), num_sms, given)
+        launch: tuple[Any, ...] = found(*asked)
+        if not launch[3]:
+            for what, count in zip(limited, counts_of(*asked), strict=True):
+                if count >= 2**31:
+                    raise OverflowError(f"{count:,} {what} exceed 2^31")
+        return launch
 
     return launch_of_plan
+
+
+def map_numbers_of(plan: KernelPlan) -> MapNumbersOf:
+    """What of a plan's tensor maps, in the order of its entry points', sizes and strides decide.
+
+    Of each: its sizes, innermost first, the steps in bytes of all dimensions but that, and what a box follows from.
+    """
+    maps = recipe.maps(plan)
+    body, steps, of_map = [f"{', '.join(Shape._fields)} = shape[:{len(Shape._fields)}]"], [], {}
+    for operand in (x for x in plan.operands if x.name in {tensor_map.name for tensor_map in maps}):
+        name, row_bytes = operand.name, operand.head_dim(plan.problem) * ELEMENT_BYTES
+        body.append(f"{name}_batch, {name}_row, {name}_head = strides[{name!r}]")
+        # A dimension of one element may have any stride in torch, not in a tensor map; that from one row to the next
+        # leads from page to page too.
+        rows, heads = ("seqlen_k", "num_heads_kv") if operand.of == "key" else ("seqlen_q", "num_heads")
+        dimensions = {"row": rows, "head": heads, "batch": "1" if plan.varlen else "batch"}
+        for step, size in dimensions.items():
+            bytes_of = f"{name}_{step} * {ELEMENT_BYTES}"
+            of_pages = plan.paged and operand.of == "key" and step == "row"
+            body.append(f"{name}_{step} = {bytes_of if of_pages else f'{bytes_of} if {size} > 1 else {row_bytes}'}")
+            steps.append(f"{name}_{step}")
+        found = f"{rows}, {heads}, batch, {name}_row, {name}_head, {name}_batch"
+        if plan.varlen:
+            found = f"*ragged({heads}, {name}_row, {name}_head, {plan.packs_heads and operand.of != 'key'})"
+        of_map[name] = f"{operand.head_dim(plan.problem)}, {found}"
+    of_box = {(True, False): "values['box_rows'], ", (False, True): "values['group'], ", (False, False): ""}
+    numbers = (f"{of_map[found.name]}, {of_box[found.of_pages, found.of_groups]}" for found in maps)
+    space: dict[str, Any] = {"ragged": lambda *sizes: itertools.chain(*ragged_dimensions(*sizes))}
+    body.append(f"return ({''.join(numbers)}), ({' | '.join(steps) or 0}) <= {MAX_STRIDE_BYTES}")  # 2^40 - 1
+    exec("\n    ".join(["def function(shape, strides, values):", *body]), space)
+    function: MapNumbersOf = space["function"]
+    return function
 
 
 def heads_per_section(plan: KernelPlan, shape: AnyShape) -> int:
@@ -124,20 +182,22 @@ def _limited(value: int, limit: int) -> int:
 _CALLED = {"min": min, "max": max, "gcd": math.gcd, "limited": _limited, "lround": lambda x: math.floor(x + 0.5)}
 
 
+_ARGUMENTS = ("shape", "softmax_scale", "num_sms", "given")
+
+
 def _launch_function(plan: KernelPlan) -> tuple[Callable[..., tuple[Any, ...]], bool]:
-    """(shape, softmax_scale, num_sms, given) -> grids, values, scratch, and the counts that must be less than 2^31; and
-    whether anything is looked up in `given`, the numbers of options."""
+    """(shape, softmax_scale, num_sms, given) -> what a `LaunchOf` gives, whose last is whether kernels can count in 32
+    bits, too; and whether anything is looked up in `given`, the numbers of options."""
     formulas = recipe.of_features(plan) | recipe.reals(plan)
-    values = {
-        param.name: _in_python(formulas.get(param.name, param.name), real=param.ctype == "float")
-        for param in plan.params
-        if not param.is_address and not param.name.endswith("_stride")
-    }
-    grids = (_tuple(map(_in_python, recipe.grid(plan, entry))) for entry in plan.entry_points)
-    scratch = _dict({name: _in_python(text) for name, text in recipe.memory(plan).items()})
-    limits = _tuple(map(_in_python, recipe.limits(plan).values()))
-    result = _tuple((_tuple(grids), _dict(values), scratch, limits))
-    return _function(recipe.sizes(plan), result, ("shape", "softmax_scale", "num_sms", "given"))
+    reals = {param.name for param in plan.params if param.ctype == "float"}
+    values = _tuple(_in_python(formulas.get(name, name), real=name in reals) for name in value_names(plan))
+    grids = [[_in_python(size) for size in recipe.grid(plan, entry)] for entry in plan.entry_points]
+    scratch = _tuple(map(_in_python, recipe.memory(plan).values()))
+    conditions = [f"{_in_python(text)} < {2**31}" for text in recipe.limits(plan).values()]
+    conditions += [f"{name} <= {MAX_SEQLEN}" for name in ("seqlen_q", "seqlen_k")]
+    conditions += [f"{size} <= {MAX_GRID_YZ}" for _, *yz in grids for size in yz if size != "1"]
+    result = _tuple((_tuple(map(_tuple, grids)), values, scratch, " and ".join(dict.fromkeys(conditions))))
+    return _function(recipe.sizes(plan), result, _ARGUMENTS)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -162,6 +162,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(calls, "_scratches", {})
     monkeypatch.setattr(calls, "scratch_of_stream", lambda device, stream, rows: scratch_of_capture(device, rows))
     monkeypatch.setattr(calls, "_current_device", lambda: -1)
+    monkeypatch.setattr(calls, "_empty_strided", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(calls, "_is_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: state.stream, raising=False)
     monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **options: zeros(*shape, **options))
