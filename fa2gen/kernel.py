@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import accumulate
 from operator import itemgetter
@@ -52,6 +52,14 @@ _NO_VALUES: dict[str, Any] = {}
 _Arguments = tuple[bytes, tuple[int, ...], bytes]
 """All arguments of a launch; the addresses in them, and the numbers of their tensor maps. A NamedTuple takes 0.3 us."""
 _REMEMBERED_ARGUMENTS = 64  # of a launch, for so many sets of addresses; 0.6 to 1.6 KB each
+
+# CUlaunchConfig: grid, block, bytes of shared memory, stream, address and number of CUlaunchAttributes.
+_CONFIG = struct.Struct("<7I4xQQI4x")
+_pack_grid, _pack_stream, _STREAM_AT = struct.Struct("<3I").pack_into, struct.Struct("<Q").pack_into, 32
+# CUlaunchAttribute with a number: a kernel may start before the one before has ended. Captured, it becomes a
+# programmatic edge.
+_ATTRIBUTE = struct.Struct("<I4xI60x")
+_STARTS_EARLY = int(driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
 
 _SUCCESS = driver.CUresult.CUDA_SUCCESS
 _SWIZZLE = {span: int(getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_SWIZZLE_{span}B")) for span in (32, 64, 128)}
@@ -126,7 +134,11 @@ class Kernel:
     @cached_property
     def block(self) -> _Block:
         """Where launches have their arguments."""
-        return _Block(self.plan, self.functions, self._device)
+        return _Block(self.plan, self.functions)
+
+    def set_current(self) -> None:
+        """Make the device's context this thread's current one."""
+        self._device.set_current()
 
     @cached_property
     def _launch_of(self) -> LaunchOf:
@@ -194,15 +206,17 @@ class _Block:
     """One block of memory in which all launches of a kernel have their arguments, one launch at a time.
 
     The driver copies them at the call: so a lock around "write the arguments, launch" is all that threads need, and
-    what a launch keeps for itself are the bytes that it wrote, for each set of addresses.
+    what a launch keeps for itself are the bytes that it wrote, for each stream and set of addresses.
 
     The tensor maps of all entry points come first, on the 64-byte grid that they need, then the Params that all share,
-    then what cuLaunchKernel takes as kernelParams of each entry point: the places of its maps, and of Params.
+    then of each entry point its CUlaunchConfig. Behind what launches write is what cuLaunchKernelEx takes as
+    kernelParams of each entry point, the places of its maps and of Params, and the attribute of those that start early.
 
     standing   the arguments that stand there; None: they are being written.
+    launches   of each entry point, with what stands there; each gives the driver's code.
     """
 
-    def __init__(self, plan: KernelPlan, functions: Sequence[Any], device: Any) -> None:
+    def __init__(self, plan: KernelPlan, functions: Sequence[Any]) -> None:
         self.lock = threading.Lock()
         self.standing: _Arguments | None = None
         names = (*(operand.name for operand in plan.operands), *(scratch.name for scratch in plan.scratch))
@@ -210,8 +224,10 @@ class _Block:
         params = struct.Struct(plan.params_format)
         pointers = struct.Struct(f"<{len(maps) + len(plan.entry_points)}Q")
         params_at = _MAP_BYTES * len(maps)
-        pointers_at = align_up(params_at + params.size, 8)
-        self._memory = memory = (ctypes.c_char * (_ALIGNMENT + pointers_at + pointers.size))()
+        configs_at = align_up(params_at + params.size, 8)
+        pointers_at = configs_at + _CONFIG.size * len(plan.entry_points)
+        attribute_at = pointers_at + pointers.size
+        self._memory = memory = (ctypes.c_char * (_ALIGNMENT + attribute_at + _ATTRIBUTE.size))()
         start = -ctypes.addressof(memory) % _ALIGNMENT
         base = ctypes.addressof(memory) + start
 
@@ -237,7 +253,7 @@ class _Block:
         self.pack_params = struct.Struct(f"<{8 * len(held)}x" + plan.params_format[1 + len(held) :]).pack
         # Addresses come first in Params (8-byte fields do), so that one short pack replaces them all.
         self._start, self._params_at = start, start + params_at
-        self._arguments = struct.Struct(f"{params_at + params.size}s")
+        self._arguments = struct.Struct(f"{pointers_at}s")
         self._pack_params = struct.Struct(f"{params.size}s").pack_into
         self._pack_addresses = struct.Struct(f"<{len(held)}Q").pack_into
         self._pick = itemgetter(*(names.index(name) for name in held))
@@ -245,18 +261,26 @@ class _Block:
         self.is_cleared = bool(plan.scratch) and all(scratch.cleared for scratch in plan.scratch)
         self.apart = [scratch.cleared and not self.is_cleared for scratch in plan.scratch]
 
-        self.entries: list[partial[None]] = []  # each takes its grid's three sizes and the stream
+        _ATTRIBUTE.pack_into(memory, start + attribute_at, _STARTS_EARLY, 1)
+        # By ctypes, with all arguments made once: half of what cuda.bindings takes.
+        launch, pointer = _driver_function("cuLaunchKernelEx"), ctypes.c_void_p
+        self.launches: list[Callable[[], int]] = []
+        self._configs: list[int] = []  # where they are in `_memory`
         places: list[int] = []  # of the arguments of each entry point in turn
         first = 0
         for entry, function in zip(plan.entry_points, functions, strict=True):
+            at = configs_at + _CONFIG.size * len(self._configs)
+            self._configs.append(start + at)
+            block, attribute = (entry.num_threads, 1, 1), base + attribute_at
+            of_launch = (*(0, 0, 0), *block, entry.shared_memory_bytes, 0, attribute, entry.starts_early)
+            _CONFIG.pack_into(memory, start + at, *of_launch)
             arguments = base + pointers_at + 8 * len(places)
+            self.launches.append(
+                partial(launch, pointer(base + at), pointer(int(function)), pointer(arguments), pointer(None))
+            )
             places += (base + _MAP_BYTES * i for i in range(first, first + len(entry.tensor_maps)))
             places.append(base + params_at)
             first += len(entry.tensor_maps)
-            if entry.starts_early:
-                self.entries.append(partial(_launch_early, entry, _early_config(entry), function, arguments))
-            else:
-                self.entries.append(partial(_launch, entry, device, function, arguments))
         pointers.pack_into(memory, start + pointers_at, *places)
 
     def write(self, arguments: _Arguments) -> None:
@@ -264,12 +288,20 @@ class _Block:
         self._arguments.pack_into(self._memory, self._start, arguments[0])
         self.standing = arguments
 
-    def encoded(self, addresses: tuple[int, ...], params: bytes, numbers: bytes) -> _Arguments:
+    def encoded(
+        self,
+        addresses: tuple[int, ...],
+        params: bytes,
+        numbers: bytes,
+        grids: Sequence[tuple[int, int, int]],
+        stream: int,
+    ) -> _Arguments:
         """Write, and give, the arguments of a launch. Of the same launch's, maps that need not move stay.
 
         addresses  of its operands and scratch.
         params     all of Params but those.
         numbers    of all tensor maps, as `map_numbers_of` gives them, packed.
+        grids      of all entry points.
         """
         before, self.standing = self.standing, None
         stay = before[1] if before is not None and before[2] is numbers else None
@@ -280,6 +312,9 @@ class _Block:
                 tensor_map.encode(address)
         self._pack_params(self._memory, self._params_at, params)
         self._pack_addresses(self._memory, self._params_at, *self._pick(addresses))
+        for at, grid in zip(self._configs, grids, strict=True):
+            _pack_grid(self._memory, at, *grid)
+            _pack_stream(self._memory, at + _STREAM_AT, stream)
         written = self._arguments.unpack_from(self._memory, self._start)[0]
         self.standing = arguments = (written, addresses, numbers)
         return arguments
@@ -297,6 +332,7 @@ class PreparedLaunch:
         "_block",
         "_encoded",
         "_grids",
+        "_launches",
         "_numbers",
         "_params",
         "_scratch_at",
@@ -325,9 +361,11 @@ class PreparedLaunch:
             ends[is_apart] += align_up(NUMBER_BYTES * count, SCRATCH_ALIGNMENT)  # each begins on a cache line
         self.scratch_bytes, self.cleared_bytes = ends
         self._params, self._numbers = params, numbers
-        # What was written before for these operands, scratch and cleared memory: an allocator gives the same in turn.
-        self._encoded: dict[tuple[tuple[int, ...], int, int], _Arguments] = {}
-        self._grids = [(entry, grid) for entry, grid in zip(block.entries, grids, strict=True) if 0 not in grid]
+        # What was written before for these operands, scratch, cleared memory and stream: an allocator gives the same in
+        # turn.
+        self._encoded: dict[tuple[tuple[int, ...], int, int, int], _Arguments] = {}
+        self._grids = grids
+        self._launches = [(entry, launch) for entry, launch in enumerate(block.launches) if 0 not in grids[entry]]
 
     def __call__(self, operands: tuple[int, ...], scratch: int, stream: int, cleared: int = 0) -> None:
         """Launch on the CUstream with handle `stream`, in the current context.
@@ -338,68 +376,31 @@ class PreparedLaunch:
 
         Raises Fa2GenError with the driver's reason.
         """
-        handle = _stream(stream)
         block = self._block
-        given = (operands, scratch, cleared)
+        given = (operands, scratch, cleared, stream)
         with block.lock:
             if (arguments := self._encoded.get(given)) is None:
                 bases = (scratch, cleared)
                 addresses = (*operands, *[bases[is_apart] + at for is_apart, at in self._scratch_at])
-                arguments = block.encoded(addresses, self._params, self._numbers)
+                arguments = block.encoded(addresses, self._params, self._numbers, self._grids, stream)
                 if len(self._encoded) >= _REMEMBERED_ARGUMENTS:
                     self._encoded.clear()
                 self._encoded[given] = arguments
             elif block.standing is not arguments:
                 block.write(arguments)
-            for launch, (x, y, z) in self._grids:
-                launch(x, y, z, handle)
+            for entry, launch in self._launches:
+                if code := launch():
+                    self._launch_again(entry, code)
 
-
-def _launch(entry: EntryPoint, device: Any, function: Any, arguments: int, x: int, y: int, z: int, stream: Any) -> None:
-    """cuLaunchKernel, also in a thread that has not touched CUDA yet. Raises Fa2GenError with the driver's reason."""
-    threads, shared = entry.num_threads, entry.shared_memory_bytes
-    (result,) = driver.cuLaunchKernel(function, x, y, z, threads, 1, 1, shared, stream, arguments, 0)
-    if result == _SUCCESS:
-        return
-    if result == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-        device.set_current()
-        (result,) = driver.cuLaunchKernel(function, x, y, z, threads, 1, 1, shared, stream, arguments, 0)
-    _checked(_launch_text(entry, (x, y, z)), (result,))
-
-
-def _early_config(entry: EntryPoint) -> Any:
-    """What cuLaunchKernelEx takes for a kernel that may start before the one before has ended, but for grid and stream.
-
-    Made once a kernel: it takes 20 microseconds.
-    """
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    attribute.value.programmaticStreamSerializationAllowed = 1
-    config = driver.CUlaunchConfig()
-    config.blockDimX, config.blockDimY, config.blockDimZ = entry.num_threads, 1, 1
-    config.sharedMemBytes = entry.shared_memory_bytes
-    config.attrs = [attribute]
-    config.numAttrs = 1
-    return config
-
-
-def _launch_early(
-    entry: EntryPoint, config: Any, function: Any, arguments: int, x: int, y: int, z: int, stream: Any
-) -> None:
-    """cuLaunchKernelEx behind another launch, which has seen to the context. Captured, it becomes a programmatic edge.
-
-    Raises Fa2GenError with the driver's reason.
-    """
-    config.gridDimX, config.gridDimY, config.gridDimZ = x, y, z
-    config.hStream = stream
-    result = driver.cuLaunchKernelEx(config, function, arguments, 0)
-    if result[0] != _SUCCESS:
-        _checked(_launch_text(entry, (x, y, z)), result)
-
-
-def _launch_text(entry: EntryPoint, grid: tuple[int, int, int]) -> str:
-    shared = f"{entry.shared_memory_bytes:,} B of shared memory"
-    return f"{entry.symbol}: launch of {grid} x {entry.num_threads} threads with {shared}"
+    def _launch_again(self, number: int, code: int) -> None:
+        """What the driver refused, in a thread that has not touched CUDA yet. Raises Fa2GenError with its reason."""
+        if code == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            self.kernel.set_current()
+            code = self._block.launches[number]()
+        entry, grid = self.kernel.plan.entry_points[number], self._grids[number]
+        shared = f"{entry.shared_memory_bytes:,} B of shared memory"
+        what = f"{entry.symbol}: launch of {grid} x {entry.num_threads} threads with {shared}"
+        _checked(what, (driver.CUresult(code),))
 
 
 class _TensorMap:
@@ -434,7 +435,7 @@ class _TensorMap:
         """at: its address; numbers: of a block's maps, those of this one from `first` on."""
         self.operand, self.name = operand, tensor_map.name
         self._plan, self._rank = plan, (rank := 5 if plan.varlen else 4)
-        self._encode = _encode_tiled()
+        self._encode = _driver_function("cuTensorMapEncodeTiled")
         self._address = ctypes.c_void_p()  # of the tensor
         self._numbers, self._rows = numbers, (first, first + 2 * rank - 1)
         box, *constants = _map_constants(tensor_map, rank)
@@ -474,16 +475,16 @@ def _map_constants(tensor_map: TensorMapPlan, rank: int) -> tuple[Any, ...]:
 
 
 @cache
-def _encode_tiled() -> Any:
-    """The driver's cuTensorMapEncodeTiled, through ctypes.
+def _driver_function(name: str) -> Any:
+    """A function of the driver, through ctypes: cuTensorMapEncodeTiled, which cuda.bindings lets encode into an object
+    of its own, that does not lie on the 64-byte grid that the driver asks for, and cuLaunchKernelEx.
 
-    cuda.bindings encodes into an object of its own, which does not lie on the 64-byte grid that the driver asks for.
     Its arguments are C ints, arrays, and c_void_p: types that are said take twice as long (0.9 us) to be looked at.
     """
     try:
-        return ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+        return getattr(ctypes.CDLL("libcuda.so.1"), name)
     except (OSError, AttributeError) as error:
-        raise Fa2GenError(f"the driver has no tensor maps (SM90 kernels need 12.0 or later): {error}") from error
+        raise Fa2GenError(f"the driver has no {name} (12.0 and later have it): {error}") from error
 
 
 @cache

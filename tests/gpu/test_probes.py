@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda.bindings import driver
 from machine_probes import Probe, differences, probes, run_on_cpu
 
 from fa2gen import kernel as launcher
@@ -62,8 +63,9 @@ def run_on_gpu(probe: Probe, target: str) -> list[Any]:
     ctypes.memmove(base + 128 * maps, params, len(params))
     pointers = (ctypes.c_void_p * (maps + 1))(*(base + 128 * number for number in range(maps + 1)))
     stream = launcher._stream(torch.cuda.current_stream().cuda_stream)
-    at = ctypes.addressof(pointers)
-    launcher._launch(entry, kernel._device, kernel.functions[0], at, 1, 1, 1, stream)
+    sizes = (1, 1, 1, entry.num_threads, 1, 1, entry.shared_memory_bytes)
+    (result,) = driver.cuLaunchKernel(kernel.functions[0], *sizes, stream, ctypes.addressof(pointers), 0)
+    assert result == driver.CUresult.CUDA_SUCCESS
     torch.cuda.synchronize()
     return [x.cpu() for x in tensors]
 

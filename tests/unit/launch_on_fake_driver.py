@@ -249,6 +249,19 @@ def test_many_addresses():
 
 
 @pytest.mark.parametrize("arch", list(ARCHES))
+def test_each_launch_has_its_own_grid_and_stream(arch):
+    """They stand where the arguments do, which another launch, or the same on another stream, wrote last."""
+    kernel = make(arch)
+    launches = [prepare(kernel), prepare(kernel, SHAPE._replace(batch=1, seqlen_q=20))]
+    grids = {}
+    for number, stream in ((0, 0x77), (0, 0x88), (0, 0x77), (1, 0x77), (0, 0x77), (1, 0x88), (1, 0)) * 2:
+        call(launches[number], ADDRESSES, stream)
+        assert launched.stream == stream
+        assert grids.setdefault(number, tuple(launched.grid)) == tuple(launched.grid)
+    assert grids[0] != grids[1]
+
+
+@pytest.mark.parametrize("arch", list(ARCHES))
 def test_threads_do_not_mix_their_arguments(arch):
     """Between one thread's addresses and its launch no other thread may write its own."""
     kernel = make(arch)
