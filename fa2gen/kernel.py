@@ -32,7 +32,7 @@ from fa2gen.launch import (
     value_names,
 )
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES, align_up
-from fa2gen.options import AnyShape, CacheShape, Options
+from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan, recipe
 from fa2gen.plan.base import EntryPoint
 
@@ -47,6 +47,7 @@ Strides = tuple[int, int, int]
 _MAP_BYTES = 128  # sizeof(CUtensorMap); it must lie on a 64-byte boundary
 _ALIGNMENT = 64
 SCRATCH_ALIGNMENT = 128
+_LINE = SCRATCH_ALIGNMENT // NUMBER_BYTES
 _NO_STRIDES = (0, 0, 0)
 _NO_VALUES: dict[str, Any] = {}
 _Arguments = tuple[bytes, tuple[int, ...], bytes]
@@ -156,14 +157,7 @@ class Kernel:
             strides = {**strides, **{name: page_strides(shape, strides[name]) for name in ("k", "v")}}
             if why := pages_refusal(self.plan, shape, strides):
                 raise UnsupportedProblem(f"{self.plan.name} can not read these pages: {why}; nearest: arch='sm80'")
-        try:
-            grids, values, scratch, fits = self._launch_of(shape, options, self.num_sms)
-        except OverflowError as error:
-            raise UnsupportedProblem(
-                f"too large for one launch: {error}; split the batch over several calls"
-            ) from error
-        if not fits:
-            _refuse_grids(shape, grids)
+        grids, values, scratch = self.sized(shape, options)
         block, named = self.block, _NO_VALUES
         if is_paged:
             named = {**dict(zip(value_names(self.plan), values, strict=True)), **pages_apart(self.plan, strides)}
@@ -172,7 +166,19 @@ class Kernel:
         numbers, fits = block.map_numbers(shape, strides, named)
         if not fits:
             _refuse_strides(self.plan, strides)
-        return PreparedLaunch(self, grids, block.pack_params(*steps, *values), block.pack_numbers(*numbers), scratch)
+        return PreparedLaunch(self, (grids, values, scratch), steps, block.pack_numbers(*numbers))
+
+    def sized(self, shape: AnyShape, options: Options) -> tuple[Any, Any, Any]:
+        """(grids, values, scratch) of a `LaunchOf`. Raises UnsupportedProblem as `prepare` does."""
+        try:
+            grids, values, scratch, fits = self._launch_of(shape, options, self.num_sms)
+        except OverflowError as error:
+            raise UnsupportedProblem(
+                f"too large for one launch: {error}; split the batch over several calls"
+            ) from error
+        if not fits:
+            _refuse_grids(shape, grids)
+        return grids, values, scratch
 
 
 def _refuse_grids(shape: AnyShape, grids: Sequence[tuple[int, int, int]]) -> None:
@@ -213,7 +219,7 @@ class _Block:
     kernelParams of each entry point, the places of its maps and of Params, and the attribute of those that start early.
 
     standing   the arguments that stand there; None: they are being written.
-    launches   of each entry point, with what stands there; each gives the driver's code.
+    launches   of each entry point its number, and what launches it with what stands there, and gives the driver's code.
     """
 
     def __init__(self, plan: KernelPlan, functions: Sequence[Any]) -> None:
@@ -264,20 +270,18 @@ class _Block:
         _ATTRIBUTE.pack_into(memory, start + attribute_at, _STARTS_EARLY, 1)
         # By ctypes, with all arguments made once: half of what cuda.bindings takes.
         launch, pointer = _driver_function("cuLaunchKernelEx"), ctypes.c_void_p
-        self.launches: list[Callable[[], int]] = []
+        self.launches: list[tuple[int, Callable[[], int]]] = []
         self._configs: list[int] = []  # where they are in `_memory`
         places: list[int] = []  # of the arguments of each entry point in turn
         first = 0
         for entry, function in zip(plan.entry_points, functions, strict=True):
             at = configs_at + _CONFIG.size * len(self._configs)
             self._configs.append(start + at)
-            block, attribute = (entry.num_threads, 1, 1), base + attribute_at
-            of_launch = (*(0, 0, 0), *block, entry.shared_memory_bytes, 0, attribute, entry.starts_early)
-            _CONFIG.pack_into(memory, start + at, *of_launch)
+            sizes = (0, 0, 0, entry.num_threads, 1, 1, entry.shared_memory_bytes)
+            _CONFIG.pack_into(memory, start + at, *sizes, 0, base + attribute_at, entry.starts_early)
             arguments = base + pointers_at + 8 * len(places)
-            self.launches.append(
-                partial(launch, pointer(base + at), pointer(int(function)), pointer(arguments), pointer(None))
-            )
+            of_launch = pointer(base + at), pointer(int(function)), pointer(arguments), pointer(None)
+            self.launches.append((len(self.launches), partial(launch, *of_launch)))
             places += (base + _MAP_BYTES * i for i in range(first, first + len(entry.tensor_maps)))
             places.append(base + params_at)
             first += len(entry.tensor_maps)
@@ -336,21 +340,19 @@ class PreparedLaunch:
         "_numbers",
         "_params",
         "_scratch_at",
+        "_steps",
         "cleared_bytes",
         "kernel",
         "scratch_bytes",
         "scratch_cleared",
     )
 
-    def __init__(
-        self,
-        kernel: Kernel,
-        grids: Sequence[tuple[int, int, int]],
-        params: bytes,
-        numbers: bytes,
-        scratch: Sequence[int],
-    ) -> None:
-        """params, numbers as `_Block.encoded` takes them; scratch: 4-byte numbers of each of the plan's memories."""
+    def __init__(self, kernel: Kernel, sized: tuple[Any, Any, Any], steps: Sequence[int], numbers: bytes) -> None:
+        """sized    as `Kernel.sized` gives it.
+        steps    strides of the operands that have them in Params.
+        numbers  as `_Block.encoded` takes them.
+        """
+        grids, values, scratch = sized
         self.kernel = kernel  # keeps the module loaded
         self._block = block = kernel.block
         self.scratch_cleared = block.is_cleared
@@ -358,14 +360,24 @@ class PreparedLaunch:
         ends = [0, 0]
         for is_apart, count in zip(block.apart, scratch, strict=True):
             self._scratch_at.append((is_apart, ends[is_apart]))
-            ends[is_apart] += align_up(NUMBER_BYTES * count, SCRATCH_ALIGNMENT)  # each begins on a cache line
+            ends[is_apart] += -(-count // _LINE) * SCRATCH_ALIGNMENT  # each begins on a cache line
         self.scratch_bytes, self.cleared_bytes = ends
-        self._params, self._numbers = params, numbers
+        self._steps, self._numbers = steps, numbers
+        self._params: bytes = block.pack_params(*steps, *values)
         # What was written before for these operands, scratch, cleared memory and stream: an allocator gives the same in
         # turn.
         self._encoded: dict[tuple[tuple[int, ...], int, int, int], _Arguments] = {}
         self._grids = grids
-        self._launches = [(entry, launch) for entry, launch in enumerate(block.launches) if 0 not in grids[entry]]
+        self._launches = block.launches
+        for grid in grids:
+            if 0 in grid:
+                self._launches = [one for one in block.launches if 0 not in grids[one[0]]]
+                break
+
+    def resized(self, shape: Shape, options: Options) -> PreparedLaunch:
+        """The same of a ragged batch with other totals, above 1, and another number of sequences: neither strides nor
+        tensor maps change with them. Raises UnsupportedProblem as `Kernel.prepare` does."""
+        return PreparedLaunch(self.kernel, self.kernel.sized(shape, options), self._steps, self._numbers)
 
     def __call__(self, operands: tuple[int, ...], scratch: int, stream: int, cleared: int = 0) -> None:
         """Launch on the CUstream with handle `stream`, in the current context.
@@ -396,7 +408,7 @@ class PreparedLaunch:
         """What the driver refused, in a thread that has not touched CUDA yet. Raises Fa2GenError with its reason."""
         if code == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
             self.kernel.set_current()
-            code = self._block.launches[number]()
+            code = self._block.launches[number][1]()
         entry, grid = self.kernel.plan.entry_points[number], self._grids[number]
         shared = f"{entry.shared_memory_bytes:,} B of shared memory"
         what = f"{entry.symbol}: launch of {grid} x {entry.num_threads} threads with {shared}"

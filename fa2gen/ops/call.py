@@ -58,6 +58,7 @@ __all__ = [
     "are_aligned",
     "backward_cuda",
     "choose",
+    "chosen_for",
     "contiguous",
     "cut",
     "dense",
@@ -69,7 +70,7 @@ __all__ = [
     "gradients_call",
     "kernel_for_pages",
     "kernel_for_rows",
-    "known_options",
+    "known_kind",
     "launch_cleared",
     "launch_ragged",
     "launch_with_scratch",
@@ -178,9 +179,9 @@ _empty_strided = torch._C._dynamo.guards._empty_strided_cuda
 
 # In the order of their making. Ordered, as to find the first of a dict passes by all that were deleted before it.
 _calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
-# Kinds of calls, all of their signatures but batch and lengths, that were found right -> what their options are. Head
-# dims are multiples of 8.
-_kinds: OrderedDict[tuple[Any, ...], Options] = OrderedDict()
+# Kinds of calls, all of their signatures but batch and lengths, that were found right -> what their options are, or
+# what else they share. Head dims are multiples of 8.
+_kinds: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 # A kind of problem on a device -> the key lengths from which another kernel may be chosen, and what was chosen below
 # the first of them, from each of them on.
 _problems: dict[tuple[Any, ...], tuple[tuple[int, ...], list[_Chosen | None]]] = {}
@@ -449,16 +450,16 @@ def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any
     return call
 
 
-def known_options(kind: tuple[Any, ...] | None) -> Options | None:
-    """The options of calls of a kind that was found right, of which lengths and strides fit; kind is None where those
-    of this call may not."""
+def known_kind(kind: tuple[Any, ...] | None) -> Any:
+    """What was remembered of calls of a kind that was found right, of which lengths and strides fit; kind is None where
+    those of this call may not."""
     return None if kind is None else _kinds.get(kind)
 
 
-def remember_kind(kind: tuple[Any, ...] | None, options: Options) -> None:
-    """Of a call that was found right."""
+def remember_kind(kind: tuple[Any, ...] | None, what: Any) -> None:
+    """Of a call that was found right: its options, or what else such calls share."""
     if kind is not None:
-        _remember(_kinds, _REMEMBERED_KINDS, kind, options)
+        _remember(_kinds, _REMEMBERED_KINDS, kind, what)
 
 
 def _remember(known: OrderedDict[Any, Any], most: int, key: tuple[Any, ...], value: Any) -> None:
@@ -502,7 +503,7 @@ def _prepare(
         strides := strides_of({"q": (size_q, step_q), "k": (size_k, step_k), "v": (size_v, step_v)})
     ):
         kind = ("fwd", *size_q[2:], *size_k[2:], *size_v[2:], *others)
-    if (said := known_options(kind)) is None:
+    if (said := known_kind(kind)) is None:
         said = Options(*options)
         validate_options(said)
         validate(q, k, v)
@@ -549,7 +550,7 @@ def _prepare_backward(
         and (strides := strides_of(dict(zip(_OF_BACKWARD, zip(sizes, steps, strict=False), strict=True))))
     ):
         kind = ("bwd", size_q[2:], size_k[2:], size_v[2:], *key[12:])
-    if (said := known_options(kind)) is None:
+    if (said := known_kind(kind)) is None:
         said = Options(*options)
         validate_options(said)
         validate_backward(dout, q, k, v, out, lse, dlse)
@@ -614,7 +615,7 @@ def packed(
     """
     head_dims = _whole(q.shape[-1]), _whole(head_dim_v)
     options = options.reduced(shape.seqlen_q, shape.seqlen_k)
-    chosen = _chosen(direction, head_dims, q.dtype, options, q.get_device(), arch, tiling, keys)
+    chosen = chosen_for(direction, head_dims, q.dtype, options, q.get_device(), keys, arch, tiling)
     if strides is None or 0 in shape:
         return None
     if tiling is None and direction == "bwd":
@@ -622,15 +623,15 @@ def packed(
     return chosen.kernel().prepare(shape, strides, options)
 
 
-def _chosen(
+def chosen_for(
     direction: Direction,
     head_dims: tuple[int, int],
     dtype: Any,
     options: Options,
     device: int,
-    arch: str | None,
-    tiling: Tiling | None,
     seqlen_k: int,
+    arch: str | None = None,
+    tiling: Tiling | None = None,
 ) -> _Chosen:
     """The kernel of reduced options. Plans are made for a range of lengths, not for each."""
     key = (direction, head_dims, dtype, options.kind, device, arch, tiling)

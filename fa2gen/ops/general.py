@@ -23,7 +23,7 @@ from fa2gen.ops.call import (
     fit_each_other,
     fit_results,
     gradients_call,
-    known_options,
+    known_kind,
     launch_cleared,
     launch_with_scratch,
     packed,
@@ -232,7 +232,7 @@ def _prepare(
 ) -> Call:
     """Validate a signature, that of `forward_general`; choose, load and pack its kernel."""
     kind, sequences = _kind_of(key[:3], key[3:7], key[7:])
-    if known_options(kind) is None:
+    if known_kind(kind) is None:
         sequences = validate_general(q, k, v, lengths, s_aux, rng_state, options)
         remember_kind(kind, options)
     validate_expression(q, k, sequences, inputs, options)
@@ -273,7 +273,7 @@ def _prepare_backward(
     rows = (q.shape[0], q.shape[-2], q.shape[1]) if sequences is None else (q.shape[-2], q.shape[0])
     if kind is not None and not fit_results(rows, out_shape(q, v), sizes_of(key[:7])):
         kind = None
-    if known_options(kind) is None:
+    if known_kind(kind) is None:
         sequences = validate_general_backward(dout, q, k, v, out, lse, dlse, lengths, s_aux, rng_state, options)
         remember_kind(kind, options)
     validate_expression(q, k, sequences, inputs, options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,17 +19,19 @@ from fa2gen.ops.call import (
     Call,
     Gradients,
     aligned,
+    chosen_for,
     contiguous,
     cut,
     dense,
     fit_results,
     gradients_call,
-    known_options,
+    known_kind,
     launch_ragged,
     launch_with_scratch,
     packed,
     prepared,
     remember_kind,
+    remembered,
     room_for,
     scaled,
     sizes_of,
@@ -38,6 +40,9 @@ from fa2gen.ops.call import (
 )
 from fa2gen.ops.validate import Lengths, validate_options, validate_ragged, validate_ragged_backward
 from fa2gen.options import Options, Shape
+
+if TYPE_CHECKING:
+    from fa2gen.kernel import PreparedLaunch
 
 __all__ = [
     "are_plain",
@@ -104,14 +109,17 @@ def _find(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions
     bounds_q, bounds_k, used_q, used_k = lengths
     # A batch with another longest sequence is no other signature for that, but for one in another range.
     bits = None if max_keys is None else (max_keys - 1).bit_length()
-    kind_q = _kind(bounds_q)
+    kind_q = kind_k = None
+    if bounds_q is not None:
+        kind_q = kind_k = (bounds_q.shape, bounds_q.stride(), bounds_q.dtype, bounds_q.get_device())
+    if bounds_k is not bounds_q:
+        kind_k = _kind(bounds_k)
     key = (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
-        q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
-        kind_q, kind_q if bounds_k is bounds_q else _kind(bounds_k),
+        q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), kind_q, kind_k,
         None if used_q is None else _kind(used_q), None if used_k is None else _kind(used_k), options, bits,
     )  # fmt: skip
-    return prepared(key, _prepare, key, q, k, v, lengths, options, bits)
+    return remembered(key) or prepared(key, _prepare, key, q, k, v, lengths, options, bits)
 
 
 def backward_ragged(
@@ -203,20 +211,25 @@ def _prepare(
     """Validate a signature, that of `_find`; choose, load and pack its kernel."""
     size_q, size_k, size_v = key[:3]
     of_lengths = key[12:16]
-    kind = None
-    if (batch := packed_sequences(list(zip(key[:3], key[3:6], strict=True)), of_lengths)) is not None:
-        kind = ("varlen", size_q[1:], size_k[1:], size_v[1:], *key[6:12], *types_of(of_lengths), options)
-    if batch is None or (said := known_options(kind)) is None:
-        said = Options(*options)
-        batch = validate_ragged(q, k, v, lengths)
-        validate_options(said)
-        remember_kind(kind, said)
+    of_kind = [None if x is None else x[1:] for x in of_lengths]
+    kind = ("varlen", size_q[1:], size_k[1:], size_v[1:], *key[3:12], *of_kind, options, bits)
+    known: _Known | None = known_kind(kind)
+    if known is not None and (call := known.call(size_q, size_k, size_v, of_lengths, bits)) is not None:
+        return call
+    said = Options(*options)
+    batch = validate_ragged(q, k, v, lengths)
+    validate_options(said)
     places = {"q": placed(q), "k": placed(k), "v": placed(v)}
     strides = strides_of(places)
     shape = shape_of(batch, places)
     if strides is not None:
         strides["o"] = dense(shape.seqlen_q, shape.num_heads, size_v[-1])
     launch = packed("fwd", q, size_v[-1], strides, said, shape, _keys(shape, bits))
+    are_packed = packed_sequences(list(zip(key[:3], key[3:6], strict=True)), of_lengths) is not None
+    if launch is not None and are_packed and shape.seqlen_q > 1 and shape.seqlen_k > 1:
+        known = known or _Known(said, q.get_device(), q.dtype, (size_q[-1], size_v[-1]), (size_q[1], size_k[1]))
+        known.add(shape, bits, launch)
+        remember_kind(kind, known)
     return Call(
         q.get_device(),
         out=contiguous((*size_q[:-1], size_v[-1])),
@@ -225,6 +238,63 @@ def _prepare(
         launch=launch,
         misaligned=launch is None and 0 not in shape,
     )
+
+
+class _Known:
+    """What forward calls of a kind share, packed ones, that differ in totals and in the number of sequences alone; of
+    each kernel that they may have, a launch of some such call."""
+
+    __slots__ = ("_dtype", "_head_dims", "_heads", "_launches", "_options", "device")
+
+    def __init__(
+        self, options: Options, device: int, dtype: Any, head_dims: tuple[int, int], heads: tuple[int, int]
+    ) -> None:
+        self._options, self.device, self._dtype, self._head_dims, self._heads = options, device, dtype, head_dims, heads
+        self._launches: dict[Any, tuple[Options, PreparedLaunch]] = {}
+
+    def _choice(self, shape: Shape, bits: int | None) -> tuple[Any, Options]:
+        """(the kernel, the options that it is launched with)"""
+        options = self._options.reduced(shape.seqlen_q, shape.seqlen_k)
+        return chosen_for("fwd", self._head_dims, self._dtype, options, self.device, _keys(shape, bits)), options
+
+    def add(self, shape: Shape, bits: int | None, launch: PreparedLaunch) -> None:
+        """Of a call with several rows of each side: their stride counts."""
+        chosen, options = self._choice(shape, bits)
+        self._launches[chosen] = options, launch
+
+    def call(
+        self,
+        size_q: tuple[int, ...],
+        size_k: tuple[int, ...],
+        size_v: tuple[int, ...],
+        lengths: tuple[Any, ...],
+        bits: int | None,
+    ) -> Call | None:
+        """Of these sizes, and lengths (sizes, strides, ...); None where they may not fit each other, or are those of
+        no kernel that is known."""
+        of_query, of_key, used_q, used_k = lengths
+        total_q, total_k, bounds = size_q[0], size_k[0], of_query[0]
+        batch = bounds[0] - 1
+        if size_v[0] != total_k or of_key[0] != bounds or total_q < 2 or total_k < 2 or batch < 1:
+            return None
+        for used in (used_q, used_k):
+            if used is not None and used[:2] != ((batch,), (1,)):
+                return None
+        heads, heads_kv = self._heads
+        shape = Shape(batch, total_q, total_k, heads, heads_kv)
+        chosen, options = self._choice(shape, bits)
+        before = self._launches.get(chosen)
+        if before is None or before[0] != options:
+            return None
+        head_dim = self._head_dims[1]
+        return Call(
+            self.device,
+            out=((total_q, heads, head_dim), (heads * head_dim, head_dim, 1)),
+            lse=((heads, total_q), (total_q, 1)),
+            num_rows=heads * total_q,
+            launch=before[1].resized(shape, options),
+            misaligned=False,
+        )
 
 
 def _prepare_backward(
@@ -245,7 +315,7 @@ def _prepare_backward(
     kind, batch = None, packed_sequences(key[1:4], key[7:11])
     if batch is not None and fit_results((size_q[1], size_q[0]), (*size_q[:2], size_v[2]), sizes_of(key[:7])):
         kind = ("varlen bwd", size_q[1:], size_k[1:], size_v[1:], *types_of(key[:11]), options)
-    if batch is None or (said := known_options(kind)) is None:
+    if batch is None or (said := known_kind(kind)) is None:
         said = Options(*options)
         batch = validate_ragged_backward(dout, q, k, v, out, lse, dlse, lengths)
         validate_options(said)
