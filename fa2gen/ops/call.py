@@ -407,20 +407,21 @@ def launch_ragged(
         return
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     bounds_q, bounds_k, used_q, used_k = lengths
-    bounds_q_at = 0 if bounds_q is None else bounds_q.data_ptr()
-    bounds_k_at = bounds_q_at if bounds_k is bounds_q else 0 if bounds_k is None else bounds_k.data_ptr()
+    bounds_q_at = bounds_k_at = 0 if bounds_q is None else bounds_q.data_ptr()
+    if bounds_k is not bounds_q:
+        bounds_k_at = 0 if bounds_k is None else bounds_k.data_ptr()
     used_q_at, used_k_at = 0 if used_q is None else used_q.data_ptr(), 0 if used_k is None else used_k.data_ptr()
-    at = (bounds_q_at, bounds_k_at, used_q_at, used_k_at)
     if launch.scratch_bytes > WORK_BYTES or _is_capturing():
-        if lse is None:
-            lse = call.new_lse(q)
+        lse = call.new_lse(q) if lse is None else lse
         # Freed for the allocator at return, when no later kernel of this stream can have started.
         memory = q.new_empty(launch.scratch_bytes, dtype=torch.uint8)
-        launch((*operands, lse.data_ptr(), *at), memory.data_ptr(), stream)
+        given = (*operands, lse.data_ptr(), bounds_q_at, bounds_k_at, used_q_at, used_k_at)
+        launch(given, memory.data_ptr(), stream)
         return
     scratch = _scratches.get((device, stream)) or _first_scratch(device, stream)
+    lse_at = scratch.lse if lse is None else lse.data_ptr()
     with scratch.lock:
-        launch((*operands, scratch.lse if lse is None else lse.data_ptr(), *at), scratch.work, stream)
+        launch((*operands, lse_at, bounds_q_at, bounds_k_at, used_q_at, used_k_at), scratch.work, stream)
 
 
 def _first_scratch(device: int, stream: int) -> StreamScratch:
@@ -437,8 +438,9 @@ def _first(
         return known[device, stream]
 
 
-remembered: Callable[[tuple[Any, ...]], Call | None] = _calls.get
-"""What calls with this signature share, if there was one."""
+def remembered(key: tuple[Any, ...]) -> Call | None:
+    """What calls with this signature share, if there was one."""
+    return _calls.get(key)
 
 
 def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any) -> Call:

@@ -142,7 +142,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     if softcap.__class__ is not float or softcap or alibi_slopes is not None:
         expression, tensors = modified(softcap, alibi_slopes)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    sides = window_sides(window_size)
+    left, right = window_sides(window_size)
     plain_numbers = (
         (softmax_scale is None or softmax_scale.__class__ is float)
         and (causal is True or causal is False)
@@ -159,12 +159,16 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         and (max_seqlen_k is None or (max_seqlen_k.__class__ is int and max_seqlen_k >= 0))
         and (max_seqlen_q is None or (max_seqlen_q.__class__ is int and max_seqlen_q >= 0))
         and is_plain(q, k, v)
-        and are_plain(lengths)
+        and (
+            (cu_seqlens_q.__class__ is cu_seqlens_k.__class__ is Tensor and seqused_q is seqused_k is None)
+            or are_plain(lengths)
+        )
     ):
         options: AnyOptions = (
             softmax_scale,
             causal,
-            *sides,
+            left,
+            right,
             attention_chunk,
             deterministic,
             True,
@@ -189,9 +193,9 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         _longest("max_seqlen_q", max_seqlen_q)
         max_keys = _longest("max_seqlen_k", max_seqlen_k)
     if plain_numbers:
-        options = (softmax_scale, causal, *sides, attention_chunk, deterministic, True, False, expression, 0.0)
+        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, True, False, expression, 0.0)
     else:
-        options = options_of(q, softmax_scale, causal, sides, attention_chunk, deterministic, True, expression)
+        options = options_of(q, softmax_scale, causal, (left, right), attention_chunk, deterministic, True, expression)
     return_attn_probs = flag("return_attn_probs", return_attn_probs)
     if dropout_p and return_attn_probs:
         longest = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)

@@ -136,8 +136,14 @@ class FakeKernel:
         self.launched = []
 
     def prepare(self, shape, strides, options):
+        self.strides = strides
         self.prepared.append((shape, strides, options))
         return self
+
+    def resized(self, shape, options):
+        rows = {"k": shape.seqlen_k, "v": shape.seqlen_k}
+        strides = {name: (rows.get(name, shape.seqlen_q) * x[1], *x[1:]) for name, x in self.strides.items()}
+        return self.prepare(shape, strides, options)
 
     def __call__(self, operands, scratch, stream):
         self.launched.append((*operands, scratch, stream))
@@ -677,6 +683,29 @@ def test_other_lengths_of_a_known_kind_of_other_calls(gpu, kind):
         assert prepared(*one) == found and len(found) == 2
 
 
+@pytest.mark.parametrize("said", [{}, {"window_left": 100, "window_right": 30}, {"chunk": 700}], ids=str)
+def test_new_totals_of_a_ragged_call(gpu, said):
+    """In whatever order they come, each call is launched as if it were the first: by the same kernel, with the same
+    options, sizes and strides, and results of its own sizes."""
+    options = Options(0.1, **said, varlen=True)
+
+    def prepared(batch, totals, longest):
+        for kernel in gpu.kernels.values():
+            kernel.prepared.clear()
+        q, k, v, *_ = ragged_tensors(*totals)
+        bounds = torch.zeros(batch + 1, dtype=torch.int32)
+        out, lse = forward_ragged(q, k, v, bounds, bounds.clone(), None, None, options, longest)
+        assert out.shape == q.shape and lse.shape == (6, totals[0]) and out.is_contiguous() and lse.is_contiguous()
+        return {name: [*kernel.prepared] for name, kernel in gpu.kernels.items() if kernel.prepared}
+
+    totals = [(300, 300), (90, 90), (1, 9000), (64, 64), (20, 20), (2000, 5000), (33, 700), (9000, 1), (90, 20)]
+    asked = [(1 + i % 3, each, 100 * (i % 2) or None) for i, each in enumerate(totals * 2)]
+    in_turn = [prepared(*one) for one in asked]
+    for one, found in reversed([*zip(asked, in_turn, strict=True)]):
+        forget_calls()
+        assert prepared(*one) == found and len(found) == 1
+
+
 @pytest.mark.parametrize("kind", ["ragged", "ragged, with sinks"])
 def test_what_is_wrong_with_another_ragged_call_of_a_known_kind(gpu, kind):
     q, k, v, *lengths = ragged_tensors()
@@ -693,6 +722,7 @@ def test_what_is_wrong_with_another_ragged_call_of_a_known_kind(gpu, kind):
         (q, k, v, (of_query, of_key, used_q, of_key)),
         (q, k, v, (twice, of_key, used_q, used_k)),
         (q, k, v, (of_query, of_key, used_q, twice[:2])),
+        (q, k, v, (of_query, of_key[:2], used_q, used_k)),
         (q, k, v, (of_query[None], of_key[None], used_q, used_k)),
         (q, k, v, (of_query, of_key.long(), used_q, used_k)),
     ):
