@@ -11,7 +11,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate
 from operator import itemgetter
 from typing import Any, NoReturn
@@ -265,7 +265,8 @@ class _Block:
         self._pick = itemgetter(*(names.index(name) for name in held))
         # Scratch that must be zeros lies apart from what needs not be.
         self.is_cleared = bool(plan.scratch) and all(scratch.cleared for scratch in plan.scratch)
-        self.apart = [scratch.cleared and not self.is_cleared for scratch in plan.scratch]
+        self._apart = [scratch.cleared and not self.is_cleared for scratch in plan.scratch]
+        self.places = lru_cache(maxsize=64)(self._places)  # forward kernels have the same at every call
 
         _ATTRIBUTE.pack_into(memory, start + attribute_at, _STARTS_EARLY, 1)
         # By ctypes, with all arguments made once: half of what cuda.bindings takes.
@@ -286,6 +287,15 @@ class _Block:
             places.append(base + params_at)
             first += len(entry.tensor_maps)
         pointers.pack_into(memory, start + pointers_at, *places)
+
+    def _places(self, scratch: tuple[int, ...]) -> tuple[list[tuple[bool, int]], int, int]:
+        """Of scratch memories of so many 4-byte numbers: whether each lies apart, and from where on; and the bytes of
+        all that do not, and of those that do."""
+        found, ends = [], [0, 0]
+        for is_apart, count in zip(self._apart, scratch, strict=True):
+            found.append((is_apart, ends[is_apart]))
+            ends[is_apart] += -(-count // _LINE) * SCRATCH_ALIGNMENT  # each begins on a cache line
+        return found, ends[False], ends[True]
 
     def write(self, arguments: _Arguments) -> None:
         """What `encoded` gave."""
@@ -356,12 +366,7 @@ class PreparedLaunch:
         self.kernel = kernel  # keeps the module loaded
         self._block = block = kernel.block
         self.scratch_cleared = block.is_cleared
-        self._scratch_at: list[tuple[bool, int]] = []  # (whether it lies apart, from where on)
-        ends = [0, 0]
-        for is_apart, count in zip(block.apart, scratch, strict=True):
-            self._scratch_at.append((is_apart, ends[is_apart]))
-            ends[is_apart] += -(-count // _LINE) * SCRATCH_ALIGNMENT  # each begins on a cache line
-        self.scratch_bytes, self.cleared_bytes = ends
+        self._scratch_at, self.scratch_bytes, self.cleared_bytes = block.places(scratch)
         self._steps, self._numbers = steps, numbers
         self._params: bytes = block.pack_params(*steps, *values)
         # What was written before for these operands, scratch, cleared memory and stream: an allocator gives the same in

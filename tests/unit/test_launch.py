@@ -149,6 +149,13 @@ class FakeKernel:
         self.launched.append((*operands, scratch, stream))
 
 
+class Everything(set):
+    """As if each signature had come before, so that the first call is remembered."""
+
+    def __contains__(self, signature):
+        return True
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """CPU tensors pretend to be on an H200 with index -1, which is what their get_device() says."""
@@ -163,6 +170,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(calls, "device_at", lambda index: h200)
     monkeypatch.setattr(calls, "_kernel", kernel)
     monkeypatch.setattr(calls, "_calls", OrderedDict())
+    monkeypatch.setattr(calls, "_seen", Everything())
     monkeypatch.setattr(calls, "_kinds", OrderedDict())
     monkeypatch.setattr(calls, "_problems", {})
     monkeypatch.setattr(calls, "_scratches", {})
@@ -194,13 +202,16 @@ def only(state):
     return kernel
 
 
-def test_a_signature_is_prepared_once(gpu):
-    for _ in range(3):
+def test_a_signature_is_prepared_twice(gpu, monkeypatch):
+    """At the first call, and at the second, from which on it is remembered."""
+    monkeypatch.setattr(calls, "_seen", set())
+    for _ in range(4):
         q, k, v = tensors()
         out, lse = calls.forward_cuda(q, k, v, Options(0.1, True))
         assert only(gpu).launched[-1][:5] == tuple(x.data_ptr() for x in (q, k, v, out, lse))
-    assert len(only(gpu).prepared) == 1 and len(only(gpu).launched) == 3
+    assert len(only(gpu).prepared) == 2 and len(only(gpu).launched) == 4
     shape, strides, options = only(gpu).prepared[0]
+    assert only(gpu).prepared[1] == (shape, strides, options)
     assert shape == (2, 37, 53, 6, 2) and options == Options(0.1, True)
     assert strides["q"] == strides["o"] == (37 * 6 * 64, 6 * 64, 64)
 
@@ -226,12 +237,22 @@ def test_whatever_changes_the_launch_is_part_of_the_signature(gpu):
 
 def test_prepared_calls_are_bounded(gpu, monkeypatch):
     monkeypatch.setattr(calls, "_REMEMBERED_CALLS", 8)
+    monkeypatch.setattr(calls, "_seen", set())
+
+    def call(seqlen):
+        calls.forward_cuda(*tensors(seqlen_q=seqlen), Options(0.1, True))
+        assert len(calls._calls) <= 8 and len(calls._seen) <= 8
+
     for seqlen in range(1, 40):
-        calls.forward_cuda(*tensors(seqlen_q=seqlen), Options(0.1, True))
-    assert len(calls._calls) == 8
+        call(seqlen)
+    assert not calls._calls  # none came again
+    for seqlen in range(1, 40):
+        call(seqlen)
+        call(seqlen)
+    assert len(calls._calls) == 8 and len(only(gpu).prepared) == 3 * 39
     for seqlen in range(39, 31, -1):  # the newest are there still
-        calls.forward_cuda(*tensors(seqlen_q=seqlen), Options(0.1, True))
-    assert len(only(gpu).prepared) == 39
+        call(seqlen)
+    assert len(only(gpu).prepared) == 3 * 39
 
 
 def gradients_of(q, k, v, options, **changes):
