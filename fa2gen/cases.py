@@ -20,6 +20,7 @@ from fa2gen.errors import InvalidInput
 from fa2gen.features import examples_of
 from fa2gen.features.expression import shapes_of
 from fa2gen.gpus import current_device
+from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.options import AnyShape, Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.spec import KernelSpec, Problem, names_of
@@ -143,7 +144,7 @@ def make(
     generator = torch.Generator(place).manual_seed(seed)
     for operand in (x for x in make_plan(spec).operands if x.of not in ("bounds", "lengths") and x.name not in tensors):
         size = tuple(tensors[operand.name[1:]].shape) if operand.is_input else operand.shape(sizes, problem)
-        of_dtype = dtype if operand.is_tensor else torch.float32
+        of_dtype = dtype if operand.element_bytes(problem) == ELEMENT_BYTES else torch.float32
         if operand.out and operand.name != "q":  # which a kernel turns, where a call appends
             buffers[operand.name], tensors[operand.name] = _guarded(torch, size, of_dtype, device)
         elif operand.of == "state":

@@ -154,6 +154,7 @@ class Options(NamedTuple):
     varlen         the batch is ragged: sequences of their own lengths, packed.
     sink           each softmax has a sink: the logits s_aux, one a query head, are a tensor of the call.
     expression     what becomes of scores, and which keys are seen beside the mask; None: the scores as they are.
+    partial        out is fp32, not rounded: to be merged with results of other keys.
     dropout_p      an element of P is dropped with this probability, 0 <= dropout_p < 1, in steps of 2^-12; the others
                    count 1 / (1 - dropout_p) times. The random bits, rng_state, are a tensor of the call.
     """
@@ -168,6 +169,7 @@ class Options(NamedTuple):
     sink: bool = False
     expression: Expression | None = None
     dropout_p: float = 0.0
+    partial: bool = False
 
     def scale(self, head_dim: int) -> float:
         """What scores are multiplied with."""
@@ -223,7 +225,7 @@ class Options(NamedTuple):
     def kind(self) -> tuple[Any, ...]:
         """What of these options decides which problem they make; the others are numbers of a call."""
         expression = self.expression and self.expression.kind
-        return (self.mask, self.varlen, self.sink, self.deterministic, expression, self.dropout_p > 0)
+        return (self.mask, self.varlen, self.sink, self.deterministic, expression, self.dropout_p > 0, self.partial)
 
     def problem(
         self,
@@ -249,7 +251,7 @@ def _problem(
     cache_dtype: CacheDType,
 ) -> Problem:
     """Of an Options' kind."""
-    mask, varlen, sink, deterministic, expression, dropout = kind
+    mask, varlen, sink, deterministic, expression, dropout, partial = kind
     score, allow, inputs, learned = expression or Expression().kind
     return Problem(
         direction=direction,
@@ -260,6 +262,7 @@ def _problem(
         varlen=varlen,
         sink=sink,
         dropout=dropout,
+        partial=partial,
         deterministic=deterministic and direction == "bwd",
         paged=paged,
         cache_dtype=cache_dtype,

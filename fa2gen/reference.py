@@ -106,7 +106,7 @@ def attention_reference(
         probs = torch.softmax(scores, dim=-1).masked_fill(no_key.unsqueeze(-1), 0.0)
     probs = _dropped(probs, said, place, (0, q.shape[1]), (0, k.shape[1]))
     out = torch.einsum("bngqk,bknd->bqngd", probs.to(v.dtype), v)
-    return out.flatten(2, 3).to(dtype), lse.flatten(1, 2)
+    return out.flatten(2, 3).to(_out_dtype(dtype, said.partial)), lse.flatten(1, 2)
 
 
 def _softmax_with_sink(
@@ -262,7 +262,7 @@ def attention_tiled(
         # One rescale at the end; a row without keys has the sum 0 and stays 0.
         out[:, m0:m1] = (acc_o / row_sum.masked_fill(row_sum == 0, 1.0).unsqueeze(-1)).movedim(-2, 1)
         lse[..., m0:m1] = row_max + torch.log(row_sum)
-    return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
+    return out.flatten(2, 3).to(_out_dtype(q.dtype, said.partial)), lse.flatten(1, 2)
 
 
 def attention_backward_tiled(
@@ -363,7 +363,8 @@ def attention_ragged(
     waits for them.
     """
     packed_q, packed_k, packed_v = (_packed(x) for x in (q, k, v))
-    out = packed_q.new_zeros((*packed_q.shape[:-1], v.shape[-1]))
+    out_dtype = _out_dtype(q.dtype, options.get("partial", False))
+    out = packed_q.new_zeros((*packed_q.shape[:-1], v.shape[-1]), dtype=out_dtype)
     lse = packed_q.new_full((q.shape[-2], packed_q.shape[0]), float("-inf"), dtype=_at_least_fp32(q[:0]).dtype)
     for b, (q0, q1, k0, k1) in enumerate(ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)):
         one = (x.unsqueeze(0) for x in (packed_q[q0:q1], packed_k[k0:k1], packed_v[k0:k1]))
@@ -746,6 +747,11 @@ def _full_fp32() -> Iterator[None]:
 
 def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _out_dtype(dtype: torch.dtype, partial: bool) -> torch.dtype:
+    """Of out, where q has this dtype."""
+    return torch.promote_types(dtype, torch.float32) if partial else dtype
 
 
 def _group_heads(q: Tensor, k: Tensor) -> Tensor:

@@ -162,8 +162,9 @@ def _rows(problem: Problem, arch: ArchName) -> list[TunedRow]:
 
 def _as_tuned(problem: Problem) -> Problem:
     """The problem whose measured tilings serve this one: what keeps an order of additions, looks up lengths, adds to a
-    row's sum at its end, is done to every score, or finds a block of keys elsewhere costs every tiling alike."""
-    plain = {"deterministic": False, "varlen": False, "sink": False, **NO_EXPRESSION}
+    row's sum at its end, stores it unrounded, is done to every score, or finds a block of keys elsewhere costs every
+    tiling alike."""
+    plain = {"deterministic": False, "varlen": False, "sink": False, "partial": False, **NO_EXPRESSION}
     if problem.direction != "decode":
         plain["paged"] = False
     return problem.model_copy(update=plain)

@@ -350,6 +350,17 @@ class Problem(_Fields):
         OnlyFor(("fwd", "bwd"), "who decodes drops nothing"),
         Field(description="Elements of P are dropped with the call's probability, by random bits in device memory."),
     ] = False
+    partial: Annotated[
+        bool,
+        Shown("partial", optional=True, phrase="O in fp32"),
+        OnlyFor(("fwd",), "gradients are rounded, and over a cache the kernel itself merges parts"),
+        OnlyWith(
+            "fwd",
+            (("sink", False), ("dropout", False), ("paged", False), ("score", ""), ("allow", "")),
+            "parts are merged of plain softmaxes, and sinks come in at the end",
+        ),
+        Field(description="O is not rounded: it is fp32, to be merged with that of other keys by LSE."),
+    ] = False
     deterministic: Annotated[
         bool,
         Shown("det", optional=True, phrase="deterministic"),

@@ -48,23 +48,25 @@ def run_on_cpu(
     """Runs a forward kernel on the CPU: (out, lse, report).
 
     q (batch, seqlen_q, heads, head_dim), k, v (batch, seqlen_k, heads_kv, head_dim): torch CPU tensors in the kernel's
-    dtype, or numpy arrays of two-byte elements that hold its bits. out has q's kind, dtype and shape, with v's head
-    dim; lse (batch, heads, seqlen_q) is fp32. Both are NaN before the kernel runs. Options and errors are those of
-    run_kernel.
+    dtype, or numpy arrays of two-byte elements that hold its bits. out has q's kind and shape, with v's head dim, and
+    q's dtype, of a partial problem fp32; lse (batch, heads, seqlen_q) is fp32. Both are NaN before the kernel runs.
+    Options and errors are those of run_kernel.
     """
     plan = kernel if isinstance(kernel, KernelPlan) else make_plan(kernel)
     batch, seqlen_q, heads, _ = q.shape
     if hasattr(q, "data_ptr"):
         import torch
 
-        out = torch.full((batch, seqlen_q, heads, v.shape[3]), float("nan"), dtype=q.dtype)
+        out = torch.full(
+            (batch, seqlen_q, heads, v.shape[3]), float("nan"), dtype=torch.float32 if plan.partial else q.dtype
+        )
         lse = torch.full((batch, heads, seqlen_q), float("nan"), dtype=torch.float32)
     else:
         import numpy
 
-        out = numpy.full((batch, seqlen_q, heads, v.shape[3]), 0xFFFF, dtype=numpy.uint16).view(
-            q.dtype
-        )  # a NaN in either type
+        bits, dtype = (numpy.uint32, numpy.float32) if plan.partial else (numpy.uint16, q.dtype)
+        # All ones are a NaN in any type.
+        out = numpy.full((batch, seqlen_q, heads, v.shape[3]), numpy.iinfo(bits).max, dtype=bits).view(dtype)
         lse = numpy.full((batch, heads, seqlen_q), numpy.nan, dtype=numpy.float32)
     tensors = {"q": q, "k": k, "v": v, "o": out, "lse": lse}
     report = run_kernel(plan, tensors, options, run_options=run_options)

@@ -389,7 +389,7 @@ def spec_points(problems: Sequence[Problem], seqlens: Sequence[int] = ()) -> lis
 
     Without seqlens at those of the paper; of ragged batches, they are the longest of packed documents.
     """
-    for name, what in (("sink", "attention sinks"), ("dropout", "dropout")):
+    for name, what in (("sink", "attention sinks"), ("dropout", "dropout"), ("partial", "results in fp32")):
         if refused := next((problem for problem in problems if getattr(problem, name)), None):
             raise UnsupportedProblem(f"bench measures no {what}: {refused.text}\n  nearest        without {name}")
     over_caches = (problem for problem in problems if problem.has_expression and problem.direction == "decode")

@@ -16,8 +16,9 @@ all have the same work. Results lie as the inputs do. Three schemes, of which ea
 
 What the next call needs travels while a call computes: collectives are asynchronous, on the backend's own stream.
 Sums of what several processes have for one row are made in fp32, in the order of ranks, so that results are the same
-bits in every run (of dq, where deterministic). A kernel rounds what it returns to the dtype of q: merged outputs, which
-only the ring has, and sums of dk and dv, which ulysses has not, are rounded once more for that.
+bits in every run (of dq, where deterministic). Outputs that are merged, which only the ring has, are in fp32 until they
+are whole. Gradients a kernel rounds to the dtype of q: sums of dq, dk and dv, which ulysses has not, are rounded once
+more for that.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Sums:
         self._found: tuple[Tensor, Tensor] | None = None
 
     def add(self, rows: tuple[int, int], out: Tensor, lse: Tensor) -> None:
-        """The results of a call of queries `rows`."""
+        """The results of a call of queries `rows`; out is fp32, but of the only call, where that has all rows."""
         first, end = rows
         if self._found is None and (first, end) == (0, self._like.shape[1]):
             self._found = out, lse
@@ -77,7 +77,7 @@ class Sums:
         of_rows, lse_of_rows = all_out[:, first:end], all_lse[..., first:end]
         # How much of the sum is new; two rows that saw no key give -inf - -inf.
         share = torch.sigmoid(lse - lse_of_rows).nan_to_num_(nan=0.0)
-        of_rows.lerp_(out.float(), share.transpose(1, 2).unsqueeze(-1))
+        of_rows.lerp_(out, share.transpose(1, 2).unsqueeze(-1))
         lse_of_rows.copy_(torch.logaddexp(lse_of_rows, lse))
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -86,14 +86,12 @@ class Sums:
         return out.to(self._like.dtype), lse
 
     def _started(self) -> tuple[Tensor, Tensor]:
-        """The sums, in fp32: what was found first, else nothing."""
+        """The sums: what was found first, else nothing."""
         if self._found is None:
             batch, rows, heads, _ = self._like.shape
             shape = (batch, rows, heads, self._head_dim)
             lse = self._like.new_full((batch, heads, rows), float("-inf"), dtype=torch.float32)
             self._found = self._like.new_zeros(shape, dtype=torch.float32), lse
-        elif self._found[0].dtype != torch.float32:
-            self._found = self._found[0].float(), self._found[1]
         return self._found
 
 

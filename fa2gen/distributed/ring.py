@@ -29,10 +29,13 @@ class Ring(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         sums = Sums(q, v)
         keys = [k, v]
+        # What is not merged need not be in fp32: the kernel rounds it as it is rounded here.
+        parts = [call.queries for rank in range(split.world) for call in split.of_keys_from(rank)]
+        of_part = options._replace(partial=parts != [(0, q.shape[1])])
         for step, distance in _steps(split):
             coming = hop(keys, distance, group) if distance else None
             for call in split.of_keys_from((split.rank - step) % split.world):
-                sums.add(call.queries, *forward_of(call, q, keys[0], keys[1], options))
+                sums.add(call.queries, *forward_of(call, q, keys[0], keys[1], of_part))
             keys = coming.wait() if coming else keys
         out, lse = sums.result()
         ctx.save_for_backward(q, k, v, out, lse)

@@ -15,6 +15,7 @@ from fa2gen.features.dropout import DROPOUT
 from fa2gen.features.expression import expression_of
 from fa2gen.features.mask import CAUSAL, FULL, key_range
 from fa2gen.features.paged import PAGED
+from fa2gen.features.partial import PARTIAL
 from fa2gen.features.scaled import SCALED
 from fa2gen.features.sink import SINK
 from fa2gen.features.varlen import VARLEN
@@ -35,6 +36,7 @@ def features_of(problem: Problem) -> tuple[Feature, ...]:
         *([SINK[problem.direction]] if problem.sink else []),
         *([DROPOUT] if problem.dropout else []),
         *([PAGED[problem.direction]] if problem.paged else []),
+        *([PARTIAL] if problem.partial else []),
         *([SCALED] if problem.cache_dtype != SAME else []),
         *([DETERMINISTIC] if problem.deterministic else []),
         *([expression_of(problem)] if problem.has_expression else []),

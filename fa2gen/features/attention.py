@@ -17,9 +17,9 @@ class Operand:
     """One tensor of a kernel.
 
     of        whose rows and heads it has: "query" and "key" tensors are (batch, seqlen, heads, head_dim) in the
-              kernel's dtype, the head dim contiguous; "row" tensors are (batch, num_heads, seqlen_q), fp32, dense;
-              "bounds" (batch + 1,) and "lengths" (batch,), int32, dense; "head" (num_heads,), fp32, dense;
-              "state" (4,), int32, 128 random bits.
+              kernel's dtype, results of a partial problem in fp32, the head dim contiguous; "row" tensors are (batch,
+              num_heads, seqlen_q), fp32, dense; "bounds" (batch + 1,) and "lengths" (batch,), int32, dense; "head"
+              (num_heads,), fp32, dense; "state" (4,), int32, 128 random bits.
               "cache" is a tensor with rows of its own, (entries, rows, heads_kv, head_dim), and so are "key" tensors
               that lie in pages; "table" (batch, pages), int32, the numbers of a sequence's pages; "new" keys are
               (batch, seqlen_new, heads_kv, head_dim), "angles" (positions, rotary_dim / 2), in the kernel's dtype,
@@ -91,6 +91,8 @@ class Operand:
         """Of one of its numbers."""
         if self.of == "cache" and problem.cache_dtype != SAME:
             return 1
+        if self.out and problem.partial:
+            return NUMBER_BYTES
         return ELEMENT_BYTES if self.is_tensor or self.of == "angles" else NUMBER_BYTES
 
     @property

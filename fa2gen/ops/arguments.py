@@ -21,7 +21,7 @@ from fa2gen.spec import anonymous, text_of
 
 __all__ = [
     "NO_WINDOW",
-    "OF_GENERAL_OPERATORS",
+    "OF_SOME_OPERATORS",
     "Modified",
     "Window",
     "default_scale",
@@ -170,13 +170,14 @@ def _tensor(name: str, value: Any, rank: int, kind: str) -> Tensor:
     return value.to(torch.float32 if kind == "float" else torch.int32).contiguous()
 
 
-OF_GENERAL_OPERATORS = (*SAID_BY_TENSORS, "expression", "dropout_p")
+OF_SOME_OPERATORS = (*SAID_BY_TENSORS, "expression", "dropout_p", "partial")
 """Options that `fwd` and `fwd_varlen` have no argument for."""
 
 
 def named(options: Options) -> dict[str, Any]:
-    """Options as an operator takes them, by name; only a general one takes an expression, and dropout."""
-    said = {name: value for name, value in options._asdict().items() if name not in OF_GENERAL_OPERATORS}
+    """Options as an operator takes them, by name; only a general one takes an expression, and dropout, and only a
+    plain forward one is partial."""
+    said = {name: value for name, value in options._asdict().items() if name not in OF_SOME_OPERATORS}
     if options.expression:
         said |= options.expression._asdict()
         said["numbers"] = list(options.expression.numbers)
@@ -185,6 +186,8 @@ def named(options: Options) -> dict[str, Any]:
             del said["learned"]
     if options.dropout_p:
         said["dropout_p"] = options.dropout_p
+    if options.partial:
+        said["partial"] = True
     return said
 
 

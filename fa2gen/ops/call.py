@@ -38,7 +38,7 @@ from fa2gen.gpus import device_at
 from fa2gen.groups import abreast_of, parts_of, with_groups
 from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly, row_by_row, with_packed_heads
 from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
-from fa2gen.ops.validate import DTYPES, validate, validate_backward, validate_options
+from fa2gen.ops.validate import DTYPES, out_dtype, validate, validate_backward, validate_options
 from fa2gen.options import CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.select import Device, kernel_arch, select, seqlen_bounds
@@ -105,6 +105,7 @@ class Call:
                such a call goes on with copies, which have a signature of their own.
     gradients  of a backward pass: those of dq, dk and dv.
     operands   the names of what a launch takes, where callers do not have them in order.
+    out_dtype  of a forward pass's output.
     """
 
     device: int
@@ -115,9 +116,10 @@ class Call:
     misaligned: bool
     gradients: tuple[Layout, ...] = ()
     operands: tuple[str, ...] = ()
+    out_dtype: torch.dtype | None = None
 
     def new_out(self, q: Tensor) -> Tensor:
-        return new_tensor(q, self.device, self.out, q.dtype)
+        return new_tensor(q, self.device, self.out, self.out_dtype or q.dtype)
 
     def new_lse(self, q: Tensor) -> Tensor:
         return new_tensor(q, self.device, self.lse, torch.float32)
@@ -207,7 +209,7 @@ def forward_cuda(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
 
-    out as `out_shape` says, in q's dtype; lse (batch, heads, seqlen_q) fp32; both contiguous.
+    out as `out_shape` and `out_dtype` say; lse (batch, heads, seqlen_q) fp32; both contiguous.
 
     Raises InvalidInput, UnsupportedProblem, InfeasibleSpec (for a tiling of the caller's), or what building a kernel
     raises.
@@ -533,6 +535,7 @@ def _prepare(
         batch * num_heads * seqlen_q,
         launch,
         launch is None and 0 not in shape,
+        out_dtype=out_dtype(q, said),
     )
 
 

@@ -12,6 +12,8 @@ take expressions: `score`, `allow` and `inputs` as `fa2gen.spec.Problem` has the
 values of their `numbers`. Those of calls over a cache are `fa2gen.ops.kvcache_operator`'s, that of a ragged batch over
 pages is `fa2gen.ops.paged_operator`'s.
 
+`fwd` and `fwd_varlen` take `partial` last: out is fp32 then, to be merged with results of other keys.
+
 ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
 field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
 CUDA tensors run generated kernels, CPU tensors the reference, fake tensors its shapes.
@@ -36,7 +38,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fa2gen._when_imported import when_imported
 from fa2gen.errors import UnsupportedProblem
-from fa2gen.ops.arguments import OF_GENERAL_OPERATORS
+from fa2gen.ops.arguments import OF_SOME_OPERATORS
 from fa2gen.ops.autograd import (
     Attention,
     GeneralAttention,
@@ -52,6 +54,7 @@ from fa2gen.ops.paged_operator import PAGED_SCHEMAS, paged_kernels
 from fa2gen.ops.ragged import backward_ragged, forward_ragged
 from fa2gen.ops.validate import (
     LENGTHS,
+    out_dtype,
     out_shape,
     refuse_tensor_kinds,
     validate,
@@ -79,7 +82,7 @@ __all__ = ["OPTION_SCHEMA"]
 
 _TYPES = {bool: "bool", int: "SymInt", float | None: "float"}  # a scale has a value here
 _POSITIONAL = ("softmax_scale", "causal")  # these came first, without a default
-_OPTIONS = (*_POSITIONAL, *(name for name in Options._fields if name not in (*_POSITIONAL, *OF_GENERAL_OPERATORS)))
+_OPTIONS = (*_POSITIONAL, *(name for name in Options._fields if name not in (*_POSITIONAL, *OF_SOME_OPERATORS)))
 
 
 def _option_schema() -> str:
@@ -93,11 +96,12 @@ _FORWARD = "Tensor q, Tensor k, Tensor v"
 _BACKWARD = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
 _RAGGED = ", ".join(f"Tensor? {name}" for name in LENGTHS)
 _GENERAL = f"{_RAGGED}, Tensor? s_aux, Tensor? rng_state, Tensor[] tensors"
+_FORWARD_SCHEMA = f"{OPTION_SCHEMA}, bool partial=False"
 _GENERAL_SCHEMA = f'{OPTION_SCHEMA}, str score="", str allow="", str inputs="", float[] numbers=[], float dropout_p=0.0'
 _SCHEMAS = {
-    "fwd": f"({_FORWARD}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
+    "fwd": f"({_FORWARD}, {_FORWARD_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd": f"({_BACKWARD}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
-    "fwd_varlen": f"({_FORWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor out, Tensor lse)",
+    "fwd_varlen": f"({_FORWARD}, {_RAGGED}, {_FORWARD_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd_varlen": f"({_BACKWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "fwd_general": f"({_FORWARD}, {_GENERAL}, {_GENERAL_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd_general": f'({_BACKWARD}, {_GENERAL}, {_GENERAL_SCHEMA}, str learned="") -> (Tensor dq, Tensor dk, Tensor dv, '
@@ -108,12 +112,14 @@ _SCHEMAS = {
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
 _RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
 _GENERAL_NAMES = ("fwd_general", "bwd_general")
+_PARTIAL_NAMES = ("fwd", "fwd_varlen")
 _OF_GENERAL = ("score", "allow", "inputs", "numbers", "dropout_p", "learned")  # options behind those that all take
 
 
 def _options(name: str, tensors: tuple[Any, ...], others: tuple[Any, ...], named: dict[str, Any]) -> Options:
     """What an operator was called with, where others are its arguments behind the tensors."""
-    given = {**named, **dict(zip((*_OPTIONS, *_OF_GENERAL), others, strict=False))}
+    further = ("partial",) if name in _PARTIAL_NAMES else _OF_GENERAL
+    given = {**named, **dict(zip((*_OPTIONS, *further), others, strict=False))}
     if name not in _GENERAL_NAMES:
         return Options(**{**given, "varlen": name in _RAGGED_NAMES})
     *_, of_query, of_key, used_q, used_k, s_aux, _, inputs = tensors
@@ -135,7 +141,8 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Te
     validate(q, k, v)
     validate_options(options)
     batch, seqlen_q, num_heads, _ = q.shape
-    return q.new_empty(out_shape(q, v)), q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
+    out = q.new_empty(out_shape(q, v), dtype=out_dtype(q, options))
+    return out, q.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
 
 
 def _backward_cpu(
@@ -168,7 +175,8 @@ def _forward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     validate_ragged(q, k, v, tuple(lengths))
     validate_options(options)
     rows = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
-    return q.new_empty(out_shape(q, v)), q.new_empty((q.shape[-2], rows), dtype=torch.float32)
+    out = q.new_empty(out_shape(q, v), dtype=out_dtype(q, options))
+    return out, q.new_empty((q.shape[-2], rows), dtype=torch.float32)
 
 
 def _backward_ragged_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,6 +302,11 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
 
         if torch.is_grad_enabled() and wants_gradient(*tensors):
             options = _options(name, given, others, named)
+            if options.partial:
+                raise UnsupportedProblem(
+                    "partial results, which are not rounded, have no gradient by themselves, and an input requires "
+                    "one: detach it, and give out and lse of all keys, out in q's dtype, to torch.ops.fa2gen.bwd"
+                )
             return apply(function, run, *tensors, options, None)  # it is not known how many keys there are at most
         return run(*tensors)
 

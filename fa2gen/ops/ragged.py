@@ -38,7 +38,7 @@ from fa2gen.ops.call import (
     strides_of,
     types_of,
 )
-from fa2gen.ops.validate import Lengths, validate_options, validate_ragged, validate_ragged_backward
+from fa2gen.ops.validate import Lengths, out_dtype, validate_options, validate_ragged, validate_ragged_backward
 from fa2gen.options import Options, Shape
 
 if TYPE_CHECKING:
@@ -237,6 +237,7 @@ def _prepare(
         num_rows=shape.num_heads * shape.seqlen_q,
         launch=launch,
         misaligned=launch is None and 0 not in shape,
+        out_dtype=out_dtype(q, said),
     )
 
 
@@ -294,6 +295,7 @@ class _Known:
             num_rows=heads * total_q,
             launch=before[1].resized(shape, options),
             misaligned=False,
+            out_dtype=torch.float32 if options.partial else self._dtype,
         )
 
 

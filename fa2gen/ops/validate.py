@@ -21,6 +21,7 @@ __all__ = [
     "NO_LENGTHS",
     "Lengths",
     "describe",
+    "out_dtype",
     "out_shape",
     "refuse_non_lengths",
     "refuse_non_tensors",
@@ -262,6 +263,11 @@ def validate_general_backward(
 def out_shape(q: Tensor, v: Tensor) -> tuple[int, ...]:
     """Of the output, and of its gradient: rows and heads of q, the head dim of v."""
     return (*q.shape[:-1], v.shape[-1])
+
+
+def out_dtype(q: Tensor, options: Options) -> torch.dtype:
+    """Of the output: q's, but of a partial result fp32."""
+    return torch.float32 if options.partial else q.dtype
 
 
 def _validate_numbers(expression: Expression) -> None:

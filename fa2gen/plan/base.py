@@ -295,6 +295,11 @@ class KernelPlan:
         return self.problem.dropout
 
     @property
+    def partial(self) -> bool:
+        """Whether O is stored in fp32, from registers."""
+        return self.problem.partial
+
+    @property
     def neighbour_digits(self) -> range:
         """The last binary digits of the numbers that decide what is dropped: digits of another's."""
         return range(DROP_DIGITS - OWN_DIGITS)

@@ -73,11 +73,11 @@ class Sm80FwdPlan(Sm80RowsPlan):
 
     @cached_property
     def memory(self) -> SharedMemory:
-        """O takes Q's place; a stage is one block of keys."""
+        """O takes Q's place, if it is staged; a stage is one block of keys."""
         k, v = Region("k", self.k_tile.bytes, label="K"), Region("v", self.v_tile.bytes, label="V")
-        o = Region("o", self.o_tile.bytes, label="O", in_place_of="q")
-        q = Region("q", max(self.q_tile.bytes, o.bytes), label="Q")
-        return SharedMemory((q, o, Stages(self.num_stages, (k, v))))
+        o = [] if self.partial else [Region("o", self.o_tile.bytes, label="O", in_place_of="q")]
+        q = Region("q", max(self.q_tile.bytes, *(region.bytes for region in o), 0), label="Q")
+        return SharedMemory((q, *o, Stages(self.num_stages, (k, v))))
 
     @property
     def stage_bytes(self) -> int:

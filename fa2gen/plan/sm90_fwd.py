@@ -208,7 +208,7 @@ class Sm90FwdPlan(Sm90Plan):
         return Barriers(sum(declared, ring("message", NUM_MESSAGES, empty="1") if self.has_scout else ()))
 
     def _memory(self, num_q_stages: int, o_aliases_q: bool) -> SharedMemory:
-        o_bytes = align_up(self.o_tile.bytes, 1024)
+        o_bytes = align_up(self.o_tile.bytes, 1024) * (not self.partial)
         # For the block that each stage of K is, where a tile does not visit all.
         visits = (Region("visit_slots", VISIT_SLOT_BYTES, self.num_stages, label="visits"),) if self.has_allow else ()
         messages = (Region("messages", MESSAGE_BYTES, NUM_MESSAGES, label="messages"),) if self.has_scout else ()
@@ -218,7 +218,7 @@ class Sm90FwdPlan(Sm90Plan):
                 Region("q", max(self.q_stage_bytes, o_bytes * o_aliases_q), num_q_stages, label="Q"),
                 Region("k", self.stage_bytes(self.qk), self.num_stages, label="K"),
                 Region("v", self.stage_bytes(self.vo), self.num_stages, label="V"),
-                Region("o", o_bytes, label="O", in_place_of="q" if o_aliases_q else None),
+                *([Region("o", o_bytes, label="O", in_place_of="q" if o_aliases_q else None)] if o_bytes else []),
                 self._barriers(num_q_stages).region,
                 Region(
                     "tile_slots", self.tile_slot_bytes * num_q_stages, label="slots"
@@ -266,7 +266,7 @@ class Sm90FwdPlan(Sm90Plan):
         return (
             TensorMapPlan("q", columns, self.tile_m, span, of_groups=self.packs_heads),
             *(replace(found, of_pages=self.paged) for found in streamed if not self.copies_rows),
-            TensorMapPlan("o", columns, WARP_ROWS, span, of_groups=self.packs_heads),
+            *([] if self.partial else [TensorMapPlan("o", columns, WARP_ROWS, span, of_groups=self.packs_heads)]),
         )
 
     @cached_property
@@ -282,7 +282,7 @@ class Sm90FwdPlan(Sm90Plan):
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
-        return ("k", "v") if self.copies_rows else ()
+        return (*(("k", "v") if self.copies_rows else ()), *(("o",) if self.partial else ()))
 
     @cached_property
     def params(self) -> tuple[Param, ...]:

@@ -83,6 +83,11 @@ def kernels() -> dict[str, bool]:
         )
         for head_dim, mask in turns(head_dims, ("causal", "window", "full"))
     ]
+    features += [
+        default(arch, head_dim, mask, partial=True, varlen=mask == "window")
+        for arch in ARCHES
+        for head_dim, mask in ((64, "causal"), (128, "window"), (256, "full"))
+    ]
     features += [  # as ragged batches of grouped heads run
         with_groups(make_plan(default("sm90", head_dim, mask, "bwd", varlen=True)), 1, abreast=True).spec
         for head_dim, mask in ((128, "causal"), (256, "full"))

@@ -164,6 +164,7 @@ CASES: dict[str, Case] = {
     "s_aux with a batch": Case(InvalidInput, "s_aux is|(6,)", lambda: run(s_aux=torch.zeros(1, 6))),
     "s_aux elsewhere": Case(InvalidInput, "s_aux is|meta|on cpu", lambda: run(s_aux=torch.zeros(6, device="meta"))),
     "s_aux with a stride": Case(InvalidInput, "s_aux has a stride of 2|contiguous()", lambda: run(s_aux=torch.zeros(12)[::2])),
+    "the operator and a gradient of a part": Case(UnsupportedProblem, "partial results|detach", lambda: torch.ops.fa2gen.fwd(t(*Q).requires_grad_(), t(*K), t(*K), 0.1, True, partial=True)),
     "the operator and 16-bit sinks": Case(InvalidInput, "s_aux is|torch.float32", lambda: torch.ops.fa2gen.fwd_general(t(*Q), t(*K), t(*K), None, None, None, None, t(6), None, [], 0.1, True)),
     "ragged: s_aux for the key heads": Case(InvalidInput, "s_aux is|(6,)", lambda: ragged(s_aux=torch.zeros(2))),
     "q is sparse": Case(UnsupportedProblem, "sparse|to_dense", lambda: run(t(*Q).to_sparse())),

@@ -494,7 +494,7 @@ def test_a_field_narrows_a_preset(field, value):
 
 @pytest.mark.parametrize(
     "problem",
-    problems(head_dim=72, varlen=False, sink=False, dropout=False, cache_dtype="same"),
+    problems(head_dim=72, varlen=False, sink=False, dropout=False, partial=False, cache_dtype="same"),
     ids=lambda problem: problem.text,
 )
 def test_a_kernel_that_is_named_is_measured(problem):
@@ -511,7 +511,7 @@ def test_a_kernel_that_is_named_is_measured(problem):
 
 @pytest.mark.parametrize(
     "problem",
-    problems(head_dim=72, dtype="bf16", varlen=True, sink=False, dropout=False, paged=False),
+    problems(head_dim=72, dtype="bf16", varlen=True, sink=False, dropout=False, partial=False, paged=False),
     ids=lambda problem: problem.text,
 )
 def test_a_ragged_kernel_is_measured_on_documents(problem):

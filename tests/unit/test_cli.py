@@ -521,6 +521,7 @@ VALUES = {
     "varlen": True,
     "sink": True,
     "dropout": True,
+    "partial": True,
     "deterministic": True,
     "cache_dtype": "int8",
     "paged": True,

@@ -78,6 +78,7 @@ def plans() -> list[KernelPlan]:
         for direction in ("fwd", "bwd")
         for varlen in (False, True)
     ]
+    modified += [Problem(head_dim=64, mask=m, varlen=m == "window", partial=True) for m in ("full", "window")]
     modified += [Problem(direction="bwd", head_dim=256, varlen=True)]  # P passes, and places are read again
     modified += [
         Problem(head_dim=d, varlen=True, paged=True, allow=a) for d in (64, 128) for a in ("", "j % 3 != i % 2")

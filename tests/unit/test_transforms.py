@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from fa2gen import UnsupportedProblem
 from fa2gen.ops import attention, flash_attn_func
-from fa2gen.ops.arguments import OF_GENERAL_OPERATORS
+from fa2gen.ops.arguments import OF_SOME_OPERATORS
 from fa2gen.options import Options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,7 +191,7 @@ def test_opcheck(window):
 def test_operators_have_the_options_of_a_call():
     """Each by its name, optional but for the first two: what was exported before a field was added goes on to load.
     None is keyword-only: AOTInductor of torch 2.11 leaves the defaults of those out, and calls nothing."""
-    fields = [name for name in Options._fields if name not in OF_GENERAL_OPERATORS]
+    fields = [name for name in Options._fields if name not in OF_SOME_OPERATORS]
     names = [f"{way}_{kind}" for way in ("fwd", "bwd") for kind in ("varlen", "general")]
     others = [getattr(torch.ops.fa2gen, name).default for name in names]
     for operator in (FWD, BWD, *others):

@@ -548,6 +548,7 @@ def test_a_batch_shares_its_budget_and_writes_as_it_goes(tmp_path):
         varlen=False,
         sink=False,
         dropout=False,
+        partial=False,
     )
     runner = SlowRunner(favourite)
     outcomes = []
@@ -568,7 +569,9 @@ def test_a_batch_without_budget_measures_nothing(tmp_path):
 
 
 def test_one_problems_failure_is_its_own(tmp_path):
-    todo = problems(direction="fwd", head_dim=[72, 80], dtype="bf16", mask="causal", sink=False, dropout=False)
+    todo = problems(
+        direction="fwd", head_dim=[72, 80], dtype="bf16", mask="causal", sink=False, dropout=False, partial=False
+    )
     wrong = {candidates(todo[0], "sm90", SEQLENS, 8)[0].name}
     outcomes = list(batch.tune(search(FakeRunner(favourite, wrong=wrong), keep=8), todo, "sm90", 1e9, ORIGIN, tmp_path))
     assert outcomes[0].error and not outcomes[0].rows
