@@ -270,7 +270,7 @@ class _Block:
 
         _ATTRIBUTE.pack_into(memory, start + attribute_at, _STARTS_EARLY, 1)
         # By ctypes, with all arguments made once: half of what cuda.bindings takes.
-        launch, pointer = _driver_function("cuLaunchKernelEx"), ctypes.c_void_p
+        launch, pointer = _driver_function("cuLaunchKernelEx"), ctypes.c_void_p.from_param
         self.launches: list[tuple[int, Callable[[], int]]] = []
         self._configs: list[int] = []  # where they are in `_memory`
         places: list[int] = []  # of the arguments of each entry point in turn
@@ -281,7 +281,7 @@ class _Block:
             sizes = (0, 0, 0, entry.num_threads, 1, 1, entry.shared_memory_bytes)
             _CONFIG.pack_into(memory, start + at, *sizes, 0, base + attribute_at, entry.starts_early)
             arguments = base + pointers_at + 8 * len(places)
-            of_launch = pointer(base + at), pointer(int(function)), pointer(arguments), pointer(None)
+            of_launch = pointer(base + at), pointer(int(function)), pointer(arguments), None
             self.launches.append((len(self.launches), partial(launch, *of_launch)))
             places += (base + _MAP_BYTES * i for i in range(first, first + len(entry.tensor_maps)))
             places.append(base + params_at)
@@ -321,9 +321,11 @@ class _Block:
         stay = before[1] if before is not None and before[2] is numbers else None
         self._write_numbers(self._numbers, 0, numbers)
         for tensor_map in self.maps:
-            address = addresses[tensor_map.operand]
-            if stay is None or stay[tensor_map.operand] != address:
-                tensor_map.encode(address)
+            operand = tensor_map.operand
+            if stay is None or stay[operand] != addresses[operand]:
+                tensor_map.address.value = addresses[operand]
+                if code := tensor_map.encode():
+                    tensor_map.refuse(code)
         self._pack_params(self._memory, self._params_at, params)
         self._pack_addresses(self._memory, self._params_at, *self._pick(addresses))
         for at, grid in zip(self._configs, grids, strict=True):
@@ -424,18 +426,20 @@ class _TensorMap:
     """One tensor map of a block, encoded in place.
 
     operand, name  whose it is, by its place among a launch's addresses.
+    address        of that tensor, which is to be set.
+    encode         what then encodes the map, and gives the driver's code.
     """
 
     __slots__ = (
-        "_address",
-        "_arguments",
         "_box",
         "_box_of",
-        "_encode",
+        "_map",
         "_numbers",
         "_plan",
         "_rank",
         "_rows",
+        "address",
+        "encode",
         "name",
         "operand",
     )
@@ -449,33 +453,36 @@ class _TensorMap:
         numbers: ctypes.Array[ctypes.c_uint64],
         first: int,
     ) -> None:
-        """at: its address; numbers: of a block's maps, those of this one from `first` on."""
+        """at: where it lies; numbers: of a block's maps, those of this one from `first` on."""
         self.operand, self.name = operand, tensor_map.name
         self._plan, self._rank = plan, (rank := 5 if plan.varlen else 4)
-        self._encode = _driver_function("cuTensorMapEncodeTiled")
-        self._address = ctypes.c_void_p()  # of the tensor
+        self.address = ctypes.c_void_p()
         self._numbers, self._rows = numbers, (first, first + 2 * rank - 1)
         box, *constants = _map_constants(tensor_map, rank)
-        self._box, self._box_of = ((ctypes.c_uint32 * rank)(*box) if tensor_map.has_box else None), tensor_map.box_of
-        # What cuTensorMapEncodeTiled takes, made once: with its arguments at hand it takes 0.4 us instead of 0.5.
-        sizes, pointer = ctypes.addressof(numbers) + 8 * first, ctypes.c_void_p
-        self._arguments = (
-            *(pointer(at), _DATA_TYPE[plan.dtype], rank, self._address),
-            *(pointer(sizes), pointer(sizes + 8 * rank), self._box or box, *constants),
+        self._box, self._box_of = (ctypes.c_uint32 * rank)(*box), tensor_map.box_of
+        at_sizes, pointer = 8 * first, ctypes.c_void_p.from_param
+        self._map = partial(
+            _driver_function("cuTensorMapEncodeTiled"),
+            *(pointer(at), _DATA_TYPE[plan.dtype], rank, self.address),
+            *(ctypes.byref(numbers, at_sizes), ctypes.byref(numbers, at_sizes + 8 * rank)),
+            *(ctypes.byref(self._box), *constants),
         )
+        self.encode: Callable[[], int] = self._encode_boxed if tensor_map.has_box else self._map
 
-    def encode(self, address: int) -> None:
-        """For the tensor at `address`."""
-        if self._box is not None:
-            self._box[1], self._box[2] = self._box_of(self._numbers[self._rows[1]])
-        self._address.value = address
-        if result := self._encode(*self._arguments):
-            numbers, rank = self._numbers[slice(*self._rows)], self._rank
-            _checked(
-                f"{self._plan.name}: tensor map of {self.name}, innermost first {(*numbers[:rank],)}, "
-                f"{numbers[rank:]} B apart, address {address:#x}",
-                (driver.CUresult(result),),
-            )
+    def _encode_boxed(self) -> int:
+        self._box[1], self._box[2] = self._box_of(self._numbers[self._rows[1]])
+        code: int = self._map()
+        return code
+
+    def refuse(self, code: int) -> NoReturn:
+        """Raises Fa2GenError with the driver's reason not to encode it."""
+        numbers, rank = self._numbers[slice(*self._rows)], self._rank
+        _checked(
+            f"{self._plan.name}: tensor map of {self.name}, innermost first {(*numbers[:rank],)}, "
+            f"{numbers[rank:]} B apart, address {self.address.value:#x}",
+            (driver.CUresult(code),),
+        )
+        raise AssertionError("a code that is no error")
 
 
 @cache
@@ -496,7 +503,8 @@ def _driver_function(name: str) -> Any:
     """A function of the driver, through ctypes: cuTensorMapEncodeTiled, which cuda.bindings lets encode into an object
     of its own, that does not lie on the 64-byte grid that the driver asks for, and cuLaunchKernelEx.
 
-    Its arguments are C ints, arrays, and c_void_p: types that are said take twice as long (0.9 us) to be looked at.
+    Its arguments are C ints, and what c_void_p.from_param and byref gave once: types that are said take thrice as long
+    (0.9 us) to be looked at, and c_void_p themselves a quarter longer.
     """
     try:
         return getattr(ctypes.CDLL("libcuda.so.1"), name)

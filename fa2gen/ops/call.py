@@ -184,11 +184,14 @@ _calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
 # Hashes of the signatures that came.
 _seen: set[int] = set()
 # Kinds of calls, all of their signatures but batch and lengths, that were found right -> what their options are, or
-# what else they share. Head dims are multiples of 8.
+# what else they share; of dense forward calls (options, ranges, none where options change with lengths). Head dims are
+# multiples of 8.
 _kinds: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
-# A kind of problem on a device -> the key lengths from which another kernel may be chosen, and what was chosen below
-# the first of them, from each of them on.
-_problems: dict[tuple[Any, ...], tuple[tuple[int, ...], list[_Chosen | None]]] = {}
+_Ranges: TypeAlias = tuple[tuple[int, ...], list[_Chosen | None]]
+"""The key lengths from which another kernel may be chosen, and what was chosen below the first of them, from each of
+them on."""
+_NO_RANGES: _Ranges = ((), [])
+_problems: dict[tuple[Any, ...], _Ranges] = {}  # of a kind of problem on a device
 _kernels: dict[tuple[KernelSpec, int], Kernel] = {}
 _retired: list[Kernel] = []  # what `forget` dropped
 _scratches: dict[tuple[int, int], StreamScratch] = {}  # (device, stream) -> what its launches use
@@ -369,7 +372,10 @@ def _find(q: Tensor, k: Tensor, v: Tensor, options: AnyOptions, arch: str | None
         q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(),
         options, arch, tiling,
     )  # fmt: skip
-    return _calls.get(key) or prepared(key, _prepare, key, q, k, v, options, arch, tiling)
+    if (call := _calls.get(key)) is None:
+        call = _prepare(key, q, k, v, options, arch, tiling)
+        _remember_if_seen(key, call)
+    return call
 
 
 def _launch_forward(call: Call, q: int, k: int, v: int, out: Tensor, lse: Tensor | None) -> None:
@@ -448,18 +454,23 @@ def remembered(key: tuple[Any, ...]) -> Call | None:
 
 
 def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any) -> Call:
-    """What calls with this signature share: remembered, or prepared now, and for the next ones too if it came before:
-    of lengths that never come again none need be kept, which takes 3 of their 17 us."""
+    """What calls with this signature share: remembered, or prepared now."""
     if (known := _calls.get(key)) is not None:
         return known
     call = prepare(*arguments)
+    _remember_if_seen(key, call)
+    return call
+
+
+def _remember_if_seen(key: tuple[Any, ...], call: Call) -> None:
+    """For the next calls with this signature, if it came before: to keep what never comes again takes 3 of the 17 us
+    of new lengths."""
     if (signature := hash(key)) in _seen:
         _remember(_calls, _REMEMBERED_CALLS, key, call)
-        return call
+        return
     if len(_seen) >= _REMEMBERED_CALLS:
         _seen.clear()
     _seen.add(signature)
-    return call
 
 
 def known_kind(kind: tuple[Any, ...] | None) -> Any:
@@ -516,18 +527,24 @@ def _prepare(
         strides := strides_of({"q": (size_q, step_q), "k": (size_k, step_k), "v": (size_v, step_v)})
     ):
         kind = ("fwd", *size_q[2:], *size_k[2:], *size_v[2:], key[6:])
-    if (said := known_kind(kind)) is None:
+    if (known := known_kind(kind)) is None:
         said = Options(*options)
         validate_options(said)
         validate(q, k, v)
-        remember_kind(kind, said)
+        head_dims, is_same = (_whole(size_q[3]), _whole(size_v[3])), said.reduced(1, 1) is said
+        known = said, _ranges("fwd", head_dims, q.dtype, said, q.get_device(), arch, tiling) if is_same else _NO_RANGES
+        remember_kind(kind, known)
+    said, (bounds, by_range) = known
     batch, seqlen_q, num_heads, _ = size_q
     _, seqlen_k, num_heads_kv, head_dim_v = size_v
     shape = Shape(batch, seqlen_q, seqlen_k, num_heads, num_heads_kv)
     row = num_heads * head_dim_v
     if strides is not None:
         strides["o"] = (seqlen_q * row, row, head_dim_v)
-    launch = packed("fwd", q, head_dim_v, strides, said, shape, seqlen_k, arch, tiling)
+    if by_range and strides is not None and 0 not in shape and (chosen := by_range[bisect_right(bounds, seqlen_k)]):
+        launch: PreparedLaunch | None = chosen.kernel().prepare(shape, strides, said)
+    else:
+        launch = packed("fwd", q, head_dim_v, strides, said, shape, seqlen_k, arch, tiling)
     return Call(
         q.get_device(),
         ((batch, seqlen_q, num_heads, head_dim_v), (seqlen_q * row, row, head_dim_v, 1)),
@@ -648,17 +665,30 @@ def chosen_for(
     tiling: Tiling | None = None,
 ) -> _Chosen:
     """The kernel of reduced options. Plans are made for a range of lengths, not for each."""
-    key = (direction, head_dims, dtype, options.kind, device, arch, tiling)
-    if (known := _problems.get(key)) is None:
-        family = kernel_arch(device_at(device), _family(arch, tiling))[0]
-        bounds = () if tiling else seqlen_bounds(_problem(direction, head_dims, dtype, options), family)
-        known = _problems.setdefault(key, (bounds, [None] * (len(bounds) + 1)))
-    bounds, by_range = known
+    bounds, by_range = _ranges(direction, head_dims, dtype, options, device, arch, tiling)
     index = bisect_right(bounds, seqlen_k)
     if (chosen := by_range[index]) is None:
         problem = _problem(direction, head_dims, dtype, options)
         chosen = by_range[index] = _Chosen(*choose(problem, device_at(device), arch, tiling, seqlen_k), device)
     return chosen
+
+
+def _ranges(
+    direction: Direction,
+    head_dims: tuple[int, int],
+    dtype: Any,
+    options: Options,
+    device: int,
+    arch: str | None,
+    tiling: Tiling | None,
+) -> _Ranges:
+    """Of reduced options."""
+    key = (direction, head_dims, dtype, options.kind, device, arch, tiling)
+    if (known := _problems.get(key)) is None:
+        family = kernel_arch(device_at(device), _family(arch, tiling))[0]
+        bounds = () if tiling else seqlen_bounds(_problem(direction, head_dims, dtype, options), family)
+        known = _problems.setdefault(key, (bounds, [None] * (len(bounds) + 1)))
+    return known
 
 
 def _problem(direction: Direction, head_dims: tuple[int, int], dtype: Any, options: Options) -> Problem:

@@ -270,7 +270,7 @@ def test_threads_do_not_mix_their_arguments(arch):
     block, pick = kernel.block, kernel.block._pick
 
     def checking_pick(addresses):  # runs inside the lock, after the maps are set
-        mixed.extend(addresses for found in block.maps if found._address.value != addresses[found.operand])
+        mixed.extend(addresses for found in block.maps if found.address.value != addresses[found.operand])
         return pick(addresses)
 
     block._pick = checking_pick
