@@ -124,7 +124,8 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
         and not dropout_p
         and is_plain(q, k, v)
     ):
-        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, False, False, expression, 0.0)
+        first = (softmax_scale, causal, left, right, attention_chunk, deterministic)
+        options = (*first, False, False, expression, 0.0, False)
         learns = torch.is_grad_enabled() and wants_gradient(q, k, v)
         if not return_attn_probs:
             return attend_for_out(q, k, v, options) if learns else forward_out(q, k, v, options)

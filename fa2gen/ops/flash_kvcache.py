@@ -143,7 +143,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
         lengths = cache_seqlens
         if lengths.__class__ is int:  # kernels keep it within the cache
             lengths = q.new_full(q.shape[:1], min(max(lengths, 0), _INT32_MAX), dtype=torch.int32)
-        of_call = (softmax_scale, causal, *window_sides(window_size), 0, False, False, False, None, 0.0)
+        of_call = (softmax_scale, causal, *window_sides(window_size), 0, False, False, False, None, 0.0, False)
         places = (lengths, cache_batch_idx, cache_leftpad, block_table)
         if return_softmax_lse:
             given = Cached(q, k_cache, v_cache, None, None, None, None, *places)

@@ -193,7 +193,8 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         _longest("max_seqlen_q", max_seqlen_q)
         max_keys = _longest("max_seqlen_k", max_seqlen_k)
     if plain_numbers:
-        options = (softmax_scale, causal, left, right, attention_chunk, deterministic, True, False, expression, 0.0)
+        first = (softmax_scale, causal, left, right, attention_chunk, deterministic)
+        options = (*first, True, False, expression, 0.0, False)
     else:
         options = options_of(q, softmax_scale, causal, (left, right), attention_chunk, deterministic, True, expression)
     return_attn_probs = flag("return_attn_probs", return_attn_probs)
