@@ -34,12 +34,11 @@ from fa2gen.ops.call import (
     remembered,
     room_for,
     scaled,
-    sizes_of,
     strides_of,
-    types_of,
 )
 from fa2gen.ops.validate import Lengths, out_dtype, validate_options, validate_ragged, validate_ragged_backward
 from fa2gen.options import Options, Shape
+from fa2gen.spec import Direction
 
 if TYPE_CHECKING:
     from fa2gen.kernel import PreparedLaunch
@@ -153,20 +152,28 @@ def backward_ragged(
     if dlse is not None:
         dlse = dlse.contiguous()
     bits = None if max_keys is None else (max_keys - 1).bit_length()
+    kind_q, kind_k, kind_used_q, kind_used_k = map(_kind, lengths)
     key = (
-        *[(x.shape, x.stride(), x.dtype, x.get_device()) for x in (dout, q, k, v, out)],
-        *[None if x is None else (x.shape, x.dtype, x.get_device()) for x in (lse, dlse)],
-        *map(_kind, lengths), options, bits,
+        dout.shape, q.shape, k.shape, v.shape, out.shape, lse.shape, None if dlse is None else dlse.shape,
+        kind_q, kind_k, kind_used_q, kind_used_k,
+        dout.stride(), q.stride(), k.stride(), v.stride(), out.stride(),
+        dout.dtype, q.dtype, k.dtype, v.dtype, out.dtype, lse.dtype, None if dlse is None else dlse.dtype,
+        dout.get_device(), q.get_device(), k.get_device(), v.get_device(), out.get_device(), lse.get_device(),
+        None if dlse is None else dlse.get_device(), options, bits,
     )  # fmt: skip
-    call = prepared(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, lengths, options, bits)
+    call = remembered(key) or prepared(
+        key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, lengths, options, bits
+    )
     dq, dk, dv = into or call.new_gradients(q)
     if call.launch is None and not call.misaligned:  # no query or no key
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return dq, dk, dv
-    at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
-    at.append(_address(dlse))
-    if call.launch is None or any(address & 15 for address in at):
+    q_at, k_at, v_at, out_at, dout_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), dout.data_ptr()
+    dq_at, dk_at, dv_at, lse_at, dlse_at = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr(), _address(dlse)
+    at = (q_at, k_at, v_at, out_at, dout_at, dq_at, dk_at, dv_at, lse_at, dlse_at)
+    all_bits = q_at | k_at | v_at | out_at | dout_at | dq_at | dk_at | dv_at | lse_at | dlse_at
+    if call.launch is None or all_bits & 15:
         options, rooms = scaled(options, q), (room_for(dq), room_for(dk), room_for(dv))
         q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
         lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
@@ -214,8 +221,13 @@ def _prepare(
     of_kind = [None if x is None else x[1:] for x in of_lengths]
     kind = ("varlen", size_q[1:], size_k[1:], size_v[1:], *key[3:12], *of_kind, options, bits)
     known: _Known | None = known_kind(kind)
-    if known is not None and (call := known.call(size_q, size_k, size_v, of_lengths, bits)) is not None:
-        return call
+    if known is not None and (found := known.resized(key[:3], of_lengths, bits)) is not None:
+        (_, total_q, _, heads, _), resized = found
+        out = (total_q, heads, size_v[2]), (heads * size_v[2], size_v[2], 1)
+        lse = (heads, total_q), (total_q, 1)
+        return Call(
+            q.get_device(), out, lse, heads * total_q, resized, misaligned=False, out_dtype=out_dtype(q, known.options)
+        )
     said = Options(*options)
     batch = validate_ragged(q, k, v, lengths)
     validate_options(said)
@@ -225,11 +237,8 @@ def _prepare(
     if strides is not None:
         strides["o"] = dense(shape.seqlen_q, shape.num_heads, size_v[-1])
     launch = packed("fwd", q, size_v[-1], strides, said, shape, _keys(shape, bits))
-    are_packed = packed_sequences(list(zip(key[:3], key[3:6], strict=True)), of_lengths) is not None
-    if launch is not None and are_packed and shape.seqlen_q > 1 and shape.seqlen_k > 1:
-        known = known or _Known(said, q.get_device(), q.dtype, (size_q[-1], size_v[-1]), (size_q[1], size_k[1]))
-        known.add(shape, bits, launch)
-        remember_kind(kind, known)
+    if packed_sequences(list(zip(key[:3], key[3:6], strict=True)), of_lengths) is not None:
+        _learned(known, kind, ("fwd", said, q, v), shape, bits, launch)
     return Call(
         q.get_device(),
         out=contiguous((*size_q[:-1], size_v[-1])),
@@ -242,61 +251,54 @@ def _prepare(
 
 
 class _Known:
-    """What forward calls of a kind share, packed ones, that differ in totals and in the number of sequences alone; of
-    each kernel that they may have, a launch of some such call."""
+    """What calls of a kind share, packed ones, that differ in totals and in the number of sequences alone; of each
+    kernel that they may have, a launch of some such call."""
 
-    __slots__ = ("_dtype", "_head_dims", "_heads", "_launches", "_options", "device")
+    __slots__ = ("_device", "_direction", "_dtype", "_head_dims", "_heads", "_launches", "options")
 
-    def __init__(
-        self, options: Options, device: int, dtype: Any, head_dims: tuple[int, int], heads: tuple[int, int]
-    ) -> None:
-        self._options, self.device, self._dtype, self._head_dims, self._heads = options, device, dtype, head_dims, heads
-        self._launches: dict[Any, tuple[Options, PreparedLaunch]] = {}
+    def __init__(self, direction: Direction, options: Options, q: Tensor, v: Tensor) -> None:
+        self._direction, self.options, self._device, self._dtype = direction, options, q.get_device(), q.dtype
+        self._head_dims, self._heads = (q.shape[-1], v.shape[-1]), (q.shape[-2], v.shape[-2])
+        self._launches: dict[Any, PreparedLaunch] = {}
 
     def _choice(self, shape: Shape, bits: int | None) -> tuple[Any, Options]:
         """(the kernel, the options that it is launched with)"""
-        options = self._options.reduced(shape.seqlen_q, shape.seqlen_k)
-        return chosen_for("fwd", self._head_dims, self._dtype, options, self.device, _keys(shape, bits)), options
+        options = self.options.reduced(shape.seqlen_q, shape.seqlen_k)
+        keys = _keys(shape, bits)
+        chosen = chosen_for(self._direction, self._head_dims, self._dtype, options, self._device, keys)
+        return (chosen.of_groups(shape, options) if self._direction == "bwd" else chosen), options
 
     def add(self, shape: Shape, bits: int | None, launch: PreparedLaunch) -> None:
         """Of a call with several rows of each side: their stride counts."""
-        chosen, options = self._choice(shape, bits)
-        self._launches[chosen] = options, launch
+        self._launches[self._choice(shape, bits)[0]] = launch
 
-    def call(
-        self,
-        size_q: tuple[int, ...],
-        size_k: tuple[int, ...],
-        size_v: tuple[int, ...],
-        lengths: tuple[Any, ...],
-        bits: int | None,
-    ) -> Call | None:
-        """Of these sizes, and lengths (sizes, strides, ...); None where they may not fit each other, or are those of
-        no kernel that is known."""
+    def resized(
+        self, sizes: Sequence[tuple[int, ...]], lengths: Sequence[Any], bits: int | None
+    ) -> tuple[Shape, PreparedLaunch] | None:
+        """The launch for q, k and v of these sizes, and lengths (sizes, strides, ...); None where they may not fit each
+        other, or are those of no kernel that is known."""
+        (total_q, *_), (total_k, *_), (rows_of_v, *_) = sizes
         of_query, of_key, used_q, used_k = lengths
-        total_q, total_k, bounds = size_q[0], size_k[0], of_query[0]
-        batch = bounds[0] - 1
-        if size_v[0] != total_k or of_key[0] != bounds or total_q < 2 or total_k < 2 or batch < 1:
+        batch = of_query[0][0] - 1
+        if rows_of_v != total_k or of_key[0] != of_query[0] or total_q < 2 or total_k < 2 or batch < 1:
             return None
         for used in (used_q, used_k):
             if used is not None and used[:2] != ((batch,), (1,)):
                 return None
-        heads, heads_kv = self._heads
-        shape = Shape(batch, total_q, total_k, heads, heads_kv)
+        shape = Shape(batch, total_q, total_k, *self._heads)
         chosen, options = self._choice(shape, bits)
-        before = self._launches.get(chosen)
-        if before is None or before[0] != options:
-            return None
-        head_dim = self._head_dims[1]
-        return Call(
-            self.device,
-            out=((total_q, heads, head_dim), (heads * head_dim, head_dim, 1)),
-            lse=((heads, total_q), (total_q, 1)),
-            num_rows=heads * total_q,
-            launch=before[1].resized(shape, options),
-            misaligned=False,
-            out_dtype=torch.float32 if options.partial else self._dtype,
-        )
+        launch = self._launches.get(chosen)
+        return None if launch is None else (shape, launch.resized(shape, options))
+
+
+def _learned(
+    known: _Known | None, kind: tuple[Any, ...], made: tuple[Any, ...], shape: Shape, bits: int | None, launch: Any
+) -> None:
+    """Remember a launch for calls of its kind, with what `_Known` takes if there was none of it."""
+    if launch is not None and shape.seqlen_q > 1 and shape.seqlen_k > 1:
+        known = known or _Known(*made)
+        known.add(shape, bits, launch)
+        remember_kind(kind, known)
 
 
 def _prepare_backward(
@@ -313,21 +315,28 @@ def _prepare_backward(
     bits: int | None,
 ) -> Call:
     """`_prepare` of gradients; the signature is that of `backward_ragged`."""
-    size_q, size_k, size_v = q.shape, k.shape, v.shape
-    kind, batch = None, packed_sequences(key[1:4], key[7:11])
-    if batch is not None and fit_results((size_q[1], size_q[0]), (*size_q[:2], size_v[2]), sizes_of(key[:7])):
-        kind = ("varlen bwd", size_q[1:], size_k[1:], size_v[1:], *types_of(key[:11]), options)
-    if batch is None or (said := known_kind(kind)) is None:
-        said = Options(*options)
-        batch = validate_ragged_backward(dout, q, k, v, out, lse, dlse, lengths)
-        validate_options(said)
-        remember_kind(kind, said)
+    _, size_q, size_k, size_v, *_ = key
+    of_lengths = key[7:11]
+    of_kind = [None if x is None else x[1:] for x in of_lengths]
+    kind = ("varlen bwd", size_q[1:], size_k[1:], size_v[1:], *of_kind, *key[11:])
+    known: _Known | None = known_kind(kind)
+    if (
+        known is not None
+        and fit_results((size_q[1], size_q[0]), (*size_q[:2], size_v[2]), key[:7])
+        and (found := known.resized(key[1:4], of_lengths, bits)) is not None
+    ):
+        return gradients_call(q, k, v, *found)
+    said = Options(*options)
+    batch = validate_ragged_backward(dout, q, k, v, out, lse, dlse, lengths)
+    validate_options(said)
     places = {name: placed(x) for name, x in (("q", q), ("k", k), ("v", v), ("o", out), ("dout", dout))}
     strides = strides_of(places)
     shape = shape_of(batch, places)
     if strides is not None:
         strides |= {f"d{name}": dense(*places[name][0][1:]) for name in "qkv"}
     launch = packed("bwd", q, size_v[-1], strides, said, shape, _keys(shape, bits))
+    if packed_sequences(list(zip(key[1:4], key[12:15], strict=True)), of_lengths) is not None:
+        _learned(known, kind, ("bwd", said, q, v), shape, bits, launch)
     return gradients_call(q, k, v, shape, launch)
 
 

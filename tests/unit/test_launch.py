@@ -141,7 +141,7 @@ class FakeKernel:
         return self
 
     def resized(self, shape, options):
-        rows = {"k": shape.seqlen_k, "v": shape.seqlen_k}
+        rows = dict.fromkeys(("k", "v", "dk", "dv"), shape.seqlen_k)
         strides = {name: (rows.get(name, shape.seqlen_q) * x[1], *x[1:]) for name, x in self.strides.items()}
         return self.prepare(shape, strides, options)
 
@@ -716,15 +716,51 @@ def test_new_totals_of_a_ragged_call(gpu, said):
         q, k, v, *_ = ragged_tensors(*totals)
         bounds = torch.zeros(batch + 1, dtype=torch.int32)
         out, lse = forward_ragged(q, k, v, bounds, bounds.clone(), None, None, options, longest)
-        assert out.shape == q.shape and lse.shape == (6, totals[0]) and out.is_contiguous() and lse.is_contiguous()
+        if 0 in (batch, *totals):
+            return not out.any() and torch.isneginf(lse).all()
+        given = torch.zeros_like(out), q, k, v, out, lse, None
+        gradients = backward_ragged(*given, bounds, bounds.clone(), None, None, options, longest)
+        assert out.shape == q.shape and lse.shape == (6, totals[0])
+        assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+        assert all(x.is_contiguous() for x in (out, lse, *gradients))
         return {name: [*kernel.prepared] for name, kernel in gpu.kernels.items() if kernel.prepared}
 
     totals = [(300, 300), (90, 90), (1, 9000), (64, 64), (20, 20), (2000, 5000), (33, 700), (9000, 1), (90, 20)]
     asked = [(1 + i % 3, each, 100 * (i % 2) or None) for i, each in enumerate(totals * 2)]
     in_turn = [prepared(*one) for one in asked]
+    for nothing in ((2, (0, 300), None), (2, (300, 0), None), (0, (300, 300), None)):
+        assert prepared(*nothing)
     for one, found in reversed([*zip(asked, in_turn, strict=True)]):
         forget_calls()
-        assert prepared(*one) == found and len(found) == 1
+        assert prepared(*one) == found and len(found) == 2
+
+
+def test_what_is_wrong_with_another_plain_ragged_call_of_a_known_kind(gpu):
+    """Rows, lengths and results are looked at in each, in both passes."""
+    q, k, v, *lengths = ragged_tensors()
+    out, lse = forward_ragged(q, k, v, *lengths, RAGGED)
+    results = {"dout": out, "out": out, "lse": lse, "dlse": lse}
+    both = lambda dout, out, lse, dlse, *given: backward_ragged(dout, *given[:3], out, lse, dlse, *given[3:])  # noqa: E731
+    both(*results.values(), q, k, v, *lengths, RAGGED)
+    of_query, of_key, used_q, used_k = lengths
+    apart = torch.zeros(6, dtype=torch.int32)[::2]
+    for wrong in (
+        (q, k[:9], v, *lengths),
+        (q, k, v[:9], *lengths),
+        (q, k, v, of_query[:2], of_key, used_q, used_k),
+        (q, k, v, of_query, of_key[:2], used_q, used_k),
+        (q, k, v, of_query, of_key, used_q[:1], used_k),
+        (q, k, v, of_query, of_key, used_q, of_key),
+        (q, k, v, of_query, of_key, used_q, apart[:2]),
+        (q, k, v, apart, of_key, used_q, used_k),
+    ):
+        with pytest.raises(InvalidInput):
+            forward_ragged(*wrong, RAGGED)
+        with pytest.raises(InvalidInput):
+            both(*results.values(), *wrong, RAGGED)
+    for name, x in {"dout": out[:9], "out": out[:9], "lse": lse[:, :36], "dlse": lse.mT.contiguous()}.items():
+        with pytest.raises(InvalidInput, match=f"^{name} is"):
+            both(*{**results, name: x}.values(), q, k, v, *lengths, RAGGED)
 
 
 @pytest.mark.parametrize("kind", ["ragged", "ragged, with sinks"])
