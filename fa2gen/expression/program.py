@@ -24,6 +24,7 @@ from fa2gen.expression.write import write
 __all__ = ["Access", "Code", "Input", "InputGradient", "Program", "TileBound", "emit", "evaluate", "parse"]
 
 _S = name("s", "float")
+_PLACES = frozenset({"b", "h", "hk", "i", "j"})
 _FLOAT_EXACT = 2**24  # whole numbers up to here are floats
 
 
@@ -54,6 +55,14 @@ class Input:
     def axes(self) -> tuple[str, ...]:
         return tuple(
             str(places[0].value) if len(set(places)) == 1 and places[0].op == "name" else ""
+            for places in zip(*self.indices, strict=True)
+        )
+
+    @property
+    def never_negative(self) -> tuple[bool, ...]:
+        """Of a tensor, of each axis: whether all that stands there are positions, or numbers of heads and entries."""
+        return tuple(
+            all(place.op == "name" and place.value in _PLACES for place in places)
             for places in zip(*self.indices, strict=True)
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -108,20 +108,11 @@ def _lasts(x: Input) -> tuple[str, ...]:
 
 
 def _place(x: Input) -> tuple[str, ...]:
-    """The function that counts the numbers of a tensor before one. Indices beyond it are those of its end: so an axis
-    of one serves all, and what rows and keys that do not exist read is there. Rows are counted in 32 bits."""
-    indices = ", ".join(f"int index_{axis}" for axis in range(x.rank))
-    *rows, column = (f"min(max(index_{axis}, 0), p.{last})" for axis, last in enumerate(_lasts(x)))
-    lines = [f"int row = {rows[0]};"] if rows else []
-    lines += [f"row = row * (p.{last} + 1) + {at};" for last, at in zip(_lasts(x)[1:-1], rows[1:], strict=True)]
-    # Of unsigned factors: ptxas makes one instruction of their product, of signed ones four.
-    size = f"static_cast<uint32_t>(p.{_lasts(x)[-1]} + 1)"
-    lines.append(f"int const column = {column};")
-    before = f"static_cast<int64_t>(static_cast<uint32_t>(row)) * {size} + " if rows else ""
+    """The function that counts the numbers of a tensor before one."""
     return (
-        f"__device__ __forceinline__ int64_t place_in_{x.token}(Params const& p, {indices}) {{",
-        *(f"    {line}" for line in lines),
-        f"    return {before}column;",
+        f"__device__ __forceinline__ int64_t place_in_{x.token}({_indices(x)}) {{",
+        *_row_and_column(x),
+        f"    return {'before + ' if x.rank > 1 else ''}column;",
         "}",
     )
 
@@ -129,12 +120,36 @@ def _place(x: Input) -> tuple[str, ...]:
 def _load(x: Input) -> tuple[str, ...]:
     """The function that reads a tensor."""
     kind = "float" if x.type == "float" else "int"
-    indices = [f"index_{axis}" for axis in range(x.rank)]
     return (
-        f"__device__ __forceinline__ {kind} load_{x.token}(Params const& p, int {', int '.join(indices)}) {{",
-        f"    return load_constant_{kind}(p.{x.token} + place_in_{x.token}(p, {', '.join(indices)}));",
+        f"__device__ __forceinline__ {kind} load_{x.token}({_indices(x)}) {{",
+        *_row_and_column(x),
+        f"    return load_constant_{kind}_of(p.{x.token}{' + before' if x.rank > 1 else ''}, column);",
         "}",
     )
+
+
+def _indices(x: Input) -> str:
+    return ", ".join(["Params const& p", *(f"int index_{axis}" for axis in range(x.rank))])
+
+
+def _row_and_column(x: Input) -> Iterator[str]:
+    """Statements that make how many numbers are before the row of some indices, and the column. Indices beyond it are
+    those of its end: so an axis of one serves all, and what rows and keys that do not exist read is there. Rows are
+    counted in 32 bits."""
+    *rows, column = (
+        f"min({index if known else f'max({index}, 0)'}, p.{last})"
+        for index, known, last in zip(
+            (f"index_{axis}" for axis in range(x.rank)), x.never_negative, _lasts(x), strict=True
+        )
+    )
+    if rows:
+        yield f"    int row = {rows[0]};"
+        for last, at in zip(_lasts(x)[1:-1], rows[1:], strict=True):
+            yield f"    row = row * (p.{last} + 1) + {at};"
+        # Of unsigned factors: ptxas makes one instruction of their product, of signed ones four.
+        size = f"static_cast<uint32_t>(p.{_lasts(x)[-1]} + 1)"
+        yield f"    int64_t const before = static_cast<int64_t>(static_cast<uint32_t>(row)) * {size};"
+    yield f"    int const column = {column};"
 
 
 def loads_of(program: Program) -> tuple[tuple[str, ...], ...]:

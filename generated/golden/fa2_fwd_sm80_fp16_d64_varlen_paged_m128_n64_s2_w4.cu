@@ -7,8 +7,8 @@
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,  101 Threads,  136 Arithmetic,  170 Shared memory,  206 Global memory,
-//             247 cp.async,  266 Fragments,  281 Registers,  290 mma,  334 What is visible,  384 Online softmax,
-//             660 Pipeline,  718 Matrix products,  801 Epilogue,  889 Kernel,  891 Prepare, 1168 Launch
+//             248 cp.async,  267 Fragments,  282 Registers,  291 mma,  335 What is visible,  385 Online softmax,
+//             661 Pipeline,  719 Matrix products,  802 Epilogue,  890 Kernel,  892 Prepare, 1169 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -232,6 +232,7 @@ __device__ __forceinline__ void store_global_float(float* address, float value) 
     *address = value;
 }
 
+// What no kernel of the launch writes: a read may be moved, and made once for several.
 __device__ __forceinline__ int load_constant_int(int const* address) {
     int value;
     asm("ld.global.nc.s32 %0, [%1];" : "=r"(value) : "l"(address));

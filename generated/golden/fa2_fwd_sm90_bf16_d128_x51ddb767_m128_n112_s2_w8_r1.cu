@@ -7,11 +7,11 @@
 //   tiling   128 query rows x 112 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 213408 bytes of dynamic shared memory
 //   contents   29 Problem and tiling,   47 Shared memory,   96 Threads,  153 Arithmetic,  196 Shared memory,
-//             223 Global memory,  250 mbarriers,  294 TMA,  336 Fences,  343 Fragments,  351 Registers,
-//             359 Registers of a warpgroup,  371 wgmma,  502 What is visible,  552 Expressions,  577 Bounds of tiles,
-//             664 What an expression hides,  794 Online softmax,  956 Pipelines, 1001 Loads, 1069 Visits,
-//            1157 Matrix products, 1184 Epilogue, 1231 Producer, 1280 Consumer, 1473 Kernel, 1475 Find bounds,
-//            1624 Launch
+//             223 Global memory,  258 mbarriers,  302 TMA,  344 Fences,  351 Fragments,  359 Registers,
+//             367 Registers of a warpgroup,  379 wgmma,  510 What is visible,  539 Expressions,  561 Bounds of tiles,
+//             648 What an expression hides,  804 Online softmax,  966 Pipelines, 1011 Loads, 1079 Visits,
+//            1167 Matrix products, 1194 Epilogue, 1241 Producer, 1290 Consumer, 1485 Kernel, 1487 Find bounds,
+//            1636 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -241,9 +241,17 @@ __device__ __forceinline__ void store_global_float(float* address, float value) 
     *address = value;
 }
 
+// What no kernel of the launch writes: a read may be moved, and made once for several.
 __device__ __forceinline__ int load_constant_int(int const* address) {
     int value;
     asm("ld.global.nc.s32 %0, [%1];" : "=r"(value) : "l"(address));
+    return value;
+}
+
+__device__ __forceinline__ int load_constant_int_of(int const* row, int place) {
+    int value;
+    asm("{ .reg .b64 address; mad.wide.s32 address, %2, 4, %1; ld.global.nc.s32 %0, [address]; }"
+        : "=r"(value) : "l"(row), "r"(place));
     return value;
 }
 
@@ -528,37 +536,13 @@ __device__ __forceinline__ int registers_before(int column) {
     return columns / 8 * 2 + min(columns % 8, 2);
 }
 
-// Sets the scores of keys that a row does not see to -inf. What a thread sees of a row is a run of its registers, made into
-// bits, so that one instruction moves 7 of them into predicates, and only in the blocks that need a mask
-// (d = 128, 128 keys: 26 instructions of 589 fewer than with a comparison an element).
-__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&ends)[2], int first_key) {
-    constexpr int kRegisters = kNumAccS / 2;  // of one row
-    int const first_column = first_key + 2 * (lane_id() % 4);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        int const end = registers_before(ends[row] - first_column);
-#pragma unroll
-        for (int word = 0; word < kRegisters; word += 32) {
-            uint32_t const visible = ~shift_left(0xffffffffu, max(end - word, 0));
-#pragma unroll
-            for (int k = word; k < min(word + 32, kRegisters); ++k) {
-                int const i = k / 2 * 4 + 2 * row + k % 2;
-                acc_s[i] = visible >> (k - word) & 1 ? acc_s[i] : -kInfinity;
-            }
-        }
-    }
-}
-
 // Expressions ---------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int64_t place_in_input_0(Params const& p, int index_0, int index_1) {
-    int row = min(max(index_0, 0), p.input_0_last_0);
-    int const column = min(max(index_1, 0), p.input_0_last_1);
-    return static_cast<int64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(p.input_0_last_1 + 1) + column;
-}
-
 __device__ __forceinline__ int load_input_0(Params const& p, int index_0, int index_1) {
-    return load_constant_int(p.input_0 + place_in_input_0(p, index_0, index_1));
+    int row = min(index_0, p.input_0_last_0);
+    int64_t const before = static_cast<int64_t>(static_cast<uint32_t>(row)) * static_cast<uint32_t>(p.input_0_last_1 + 1);
+    int const column = min(index_1, p.input_0_last_1);
+    return load_constant_int_of(p.input_0 + before, column);
 }
 
 // What an expression may ask of an element's place beside its positions.
@@ -776,8 +760,31 @@ __device__ __forceinline__ void look_up(
                 bool const allowed = is_allowed(
                     p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k, row + 8 * half, column + right,
                     float_row + static_cast<float>(8 * half), float_column + static_cast<float>(right));
-                seen[half][word] |= (allowed ? 1u : 0u) << n % 32;
+                if (allowed) {
+                    seen[half][word] |= 1u << n % 32;
+                }
             }
+        }
+    }
+}
+
+__device__ __forceinline__ void see_all(uint32_t (&seen)[2][kSeenWords]) {
+#pragma unroll
+    for (int word = 0; word < kSeenWords; ++word) {
+        seen[0][word] = seen[1][word] = 0xffffffffu;
+    }
+}
+
+// Of these, those that the mask hides are not seen either.
+__device__ __forceinline__ void see_less(
+    uint32_t (&seen)[2][kSeenWords], int const (&ends)[2], int first_key) {
+    int const first_column = first_key + 2 * (lane_id() % 4);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        int const end = registers_before(ends[row] - first_column);
+#pragma unroll
+        for (int word = 0; word < kSeenWords; ++word) {
+            seen[row][word] &= ~shift_left(0xffffffffu, max(end - 32 * word, 0));
         }
     }
 }
@@ -785,9 +792,12 @@ __device__ __forceinline__ void look_up(
 // Sets the scores of keys that a row does not see to -inf: of those that were looked up, or of all, asked of one by one.
 __device__ __forceinline__ void hide_unseen(float (&acc_s)[kNumAccS], uint32_t const (&seen)[2][kSeenWords]) {
 #pragma unroll
-    for (int i = 0; i < kNumAccS; ++i) {
-        int const n = i / 4 * 2 + i % 2;
-        acc_s[i] = seen[i / 2 % 2][n / 32] >> n % 32 & 1 ? acc_s[i] : -kInfinity;
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int n = 0; n < kNumAccS / 2; ++n) {
+            int const i = n / 2 * 4 + 2 * row + n % 2;
+            acc_s[i] = seen[row][n / 32] >> n % 32 & 1 ? acc_s[i] : -kInfinity;
+        }
     }
 }
 
@@ -1336,6 +1346,9 @@ __device__ __forceinline__ void consume(
         };
         auto next_block = [&]() {
             bits = following >> 3 * warpgroup & kSeesAll;
+            if (following == 0) {
+                release_q();
+            }
             return following != 0;
         };
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
@@ -1360,6 +1373,9 @@ __device__ __forceinline__ void consume(
                 release_v();
             }
         };
+        if (!is_one) {
+            release_q();
+        }
         // Runs of blocks that this warpgroup sees.
         while (is_one) {
             if ((bits & kSeesAny) == 0) {
@@ -1378,21 +1394,18 @@ __device__ __forceinline__ void consume(
             auto look = [&]() {
                 if ((bits & kAllAllowed) == 0) {
                     look_up(p, at, visible, row + lane_id() / 4, n_block * kTileN);
+                } else {
+                    see_all(visible);
+                }
+                if ((bits & kUnmasked) == 0) {
+                    see_less(visible, ends, n_block * kTileN);
                 }
             };
             look();
             wgmma_wait_0();
             wgmma_touch(acc_s);
             release_k(leader);
-            auto mask = [&]() {
-                if ((bits & kUnmasked) == 0) {
-                    apply_mask(acc_s, ends, n_block * kTileN);
-                }
-                if ((bits & kAllAllowed) == 0) {
-                    hide_unseen(acc_s, visible);
-                }
-            };
-            mask();
+            hide_unseen(acc_s, visible);
             if (online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2)) {
                 rescale_o(acc_o, correction);
             }
@@ -1437,7 +1450,7 @@ __device__ __forceinline__ void consume(
                     accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
                 } else {
                     multiply(true);
-                    mask();
+                    hide_unseen(acc_s, visible);
                     accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
                 }
                 is_one = next_block();
@@ -1453,7 +1466,6 @@ __device__ __forceinline__ void consume(
             wgmma_touch_a(p_tile);
             release_v();
         }
-        release_q();
 
         float inverse_sum[2];
         float lse[2];

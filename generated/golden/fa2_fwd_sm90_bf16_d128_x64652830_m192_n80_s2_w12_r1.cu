@@ -8,9 +8,9 @@
 //   launch   512 threads, 229792 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,   46 Shared memory,   93 Threads,  140 Arithmetic,  183 Shared memory,
 //             210 Global memory,  224 mbarriers,  268 TMA,  310 Fences,  317 Fragments,  325 Registers,
-//             333 Registers of a warpgroup,  345 wgmma,  473 What is visible,  523 Expressions,
-//             538 What an expression hides,  662 Online softmax,  824 Pipelines,  869 Loads,  937 Visits,
-//            1025 Matrix products, 1052 Epilogue, 1099 Producer, 1148 Consumer, 1341 Kernel, 1374 Launch
+//             333 Registers of a warpgroup,  345 wgmma,  473 What is visible,  502 Expressions,
+//             517 What an expression hides,  667 Online softmax,  829 Pipelines,  874 Loads,  942 Visits,
+//            1030 Matrix products, 1057 Epilogue, 1104 Producer, 1153 Consumer, 1348 Kernel, 1381 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -499,27 +499,6 @@ __device__ __forceinline__ int registers_before(int column) {
     return columns / 8 * 2 + min(columns % 8, 2);
 }
 
-// Sets the scores of keys that a row does not see to -inf. What a thread sees of a row is a run of its registers, made into
-// bits, so that one instruction moves 7 of them into predicates, and only in the blocks that need a mask
-// (d = 128, 128 keys: 26 instructions of 589 fewer than with a comparison an element).
-__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&ends)[2], int first_key) {
-    constexpr int kRegisters = kNumAccS / 2;  // of one row
-    int const first_column = first_key + 2 * (lane_id() % 4);
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        int const end = registers_before(ends[row] - first_column);
-#pragma unroll
-        for (int word = 0; word < kRegisters; word += 32) {
-            uint32_t const visible = ~shift_left(0xffffffffu, max(end - word, 0));
-#pragma unroll
-            for (int k = word; k < min(word + 32, kRegisters); ++k) {
-                int const i = k / 2 * 4 + 2 * row + k % 2;
-                acc_s[i] = visible >> (k - word) & 1 ? acc_s[i] : -kInfinity;
-            }
-        }
-    }
-}
-
 // Expressions ---------------------------------------------------------------------------------------------------------
 
 // What an expression may ask of an element's place beside its positions.
@@ -644,8 +623,31 @@ __device__ __forceinline__ void look_up(
                 bool const allowed = is_allowed(
                     p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k, row + 8 * half, column + right,
                     float_row + static_cast<float>(8 * half), float_column + static_cast<float>(right));
-                seen[half][word] |= (allowed ? 1u : 0u) << n % 32;
+                if (allowed) {
+                    seen[half][word] |= 1u << n % 32;
+                }
             }
+        }
+    }
+}
+
+__device__ __forceinline__ void see_all(uint32_t (&seen)[2][kSeenWords]) {
+#pragma unroll
+    for (int word = 0; word < kSeenWords; ++word) {
+        seen[0][word] = seen[1][word] = 0xffffffffu;
+    }
+}
+
+// Of these, those that the mask hides are not seen either.
+__device__ __forceinline__ void see_less(
+    uint32_t (&seen)[2][kSeenWords], int const (&ends)[2], int first_key) {
+    int const first_column = first_key + 2 * (lane_id() % 4);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        int const end = registers_before(ends[row] - first_column);
+#pragma unroll
+        for (int word = 0; word < kSeenWords; ++word) {
+            seen[row][word] &= ~shift_left(0xffffffffu, max(end - 32 * word, 0));
         }
     }
 }
@@ -653,9 +655,12 @@ __device__ __forceinline__ void look_up(
 // Sets the scores of keys that a row does not see to -inf: of those that were looked up, or of all, asked of one by one.
 __device__ __forceinline__ void hide_unseen(float (&acc_s)[kNumAccS], uint32_t const (&seen)[2][kSeenWords]) {
 #pragma unroll
-    for (int i = 0; i < kNumAccS; ++i) {
-        int const n = i / 4 * 2 + i % 2;
-        acc_s[i] = seen[i / 2 % 2][n / 32] >> n % 32 & 1 ? acc_s[i] : -kInfinity;
+    for (int row = 0; row < 2; ++row) {
+#pragma unroll
+        for (int n = 0; n < kNumAccS / 2; ++n) {
+            int const i = n / 2 * 4 + 2 * row + n % 2;
+            acc_s[i] = seen[row][n / 32] >> n % 32 & 1 ? acc_s[i] : -kInfinity;
+        }
     }
 }
 
@@ -1204,6 +1209,9 @@ __device__ __forceinline__ void consume(
         };
         auto next_block = [&]() {
             bits = following >> 3 * warpgroup & kSeesAll;
+            if (following == 0) {
+                release_q();
+            }
             return following != 0;
         };
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
@@ -1228,6 +1236,9 @@ __device__ __forceinline__ void consume(
                 release_v();
             }
         };
+        if (!is_one) {
+            release_q();
+        }
         // Runs of blocks that this warpgroup sees.
         while (is_one) {
             if ((bits & kSeesAny) == 0) {
@@ -1246,21 +1257,18 @@ __device__ __forceinline__ void consume(
             auto look = [&]() {
                 if ((bits & kAllAllowed) == 0) {
                     look_up(p, at, visible, row + lane_id() / 4, n_block * kTileN);
+                } else {
+                    see_all(visible);
+                }
+                if ((bits & kUnmasked) == 0) {
+                    see_less(visible, ends, n_block * kTileN);
                 }
             };
             look();
             wgmma_wait_0();
             wgmma_touch(acc_s);
             release_k(leader);
-            auto mask = [&]() {
-                if ((bits & kUnmasked) == 0) {
-                    apply_mask(acc_s, ends, n_block * kTileN);
-                }
-                if ((bits & kAllAllowed) == 0) {
-                    hide_unseen(acc_s, visible);
-                }
-            };
-            mask();
+            hide_unseen(acc_s, visible);
             if (online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2)) {
                 rescale_o(acc_o, correction);
             }
@@ -1305,7 +1313,7 @@ __device__ __forceinline__ void consume(
                     accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
                 } else {
                     multiply(true);
-                    mask();
+                    hide_unseen(acc_s, visible);
                     accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
                 }
                 is_one = next_block();
@@ -1321,7 +1329,6 @@ __device__ __forceinline__ void consume(
             wgmma_touch_a(p_tile);
             release_v();
         }
-        release_q();
 
         float inverse_sum[2];
         float lse[2];

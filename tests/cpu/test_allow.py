@@ -101,6 +101,7 @@ NAMES = {
 DOCUMENTS = {
     arch: kernel(arch, "fwd", 64, "full", "", allow="document[b, i] == document[b, j]").name for arch in ARCHES
 }
+CAUSAL = kernel("sm90", "fwd", 64, "causal", "", allow=SQUARES).name
 SKIPPING = kernel("sm90", "fwd", 128, "full", "", allow=CHECKERS).name
 FAULTS = [
     *(
@@ -111,6 +112,7 @@ FAULTS = [
     Fault(
         "nothing-hidden", NAMES["sm90", "fwd"], "n % 32 & 1 ? acc_s[i] : -kInfinity", "n % 32 & 1 ? acc_s[i] : acc_s[i]"
     ),
+    Fault("not-masked", CAUSAL, "seen[row][word] &= ~shift_left(0xffffffffu, max(end - 32 * word, 0));", ""),
     Fault("another-row-looked-up", NAMES["sm90", "fwd"], "row + 8 * half, column", "row, column"),
     Fault("what-another-warpgroup-sees", SKIPPING, "following >> 3 * warpgroup", "following >> 3", count=2),
     Fault(
