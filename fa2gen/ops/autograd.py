@@ -156,7 +156,8 @@ class Output(torch.autograd.Function):
         if dout is None:
             return None, None, None, None
         q, k, v, out, lse = ctx.saved_tensors
-        run: Callable[..., Any] = backward_cuda if _is_plain_backward(dout, q, k, v, None) else by_operator
+        plain = type(dout) is Tensor and not torch.is_grad_enabled() and is_plain(q, k, v)
+        run: Callable[..., Any] = backward_cuda if plain else by_operator
         dq, dk, dv = run(dout, q, k, v, out, lse, None, ctx.options)
         return dq, dk, dv, None
 

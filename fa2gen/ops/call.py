@@ -124,6 +124,12 @@ class Call:
     def new_lse(self, q: Tensor) -> Tensor:
         return new_tensor(q, self.device, self.lse, torch.float32)
 
+    def new_results(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a forward pass: (out, lse)."""
+        if _current_device() != self.device or _is_deterministic():
+            return self.new_out(q), self.new_lse(q)
+        return _empty_strided(*self.out, self.out_dtype or q.dtype), _empty_strided(*self.lse, torch.float32)
+
     def new_gradients(self, q: Tensor) -> Gradients:
         of_q, of_k, of_v = self.gradients
         dtype = q.dtype
@@ -218,7 +224,7 @@ def forward_cuda(
     raises.
     """
     call = _find(q, k, v, options, arch, tiling)
-    out, lse = into or (call.new_out(q), call.new_lse(q))
+    out, lse = into or call.new_results(q)
     launch = call.launch
     if launch is None and not call.misaligned:  # no query, or no key for any
         out.zero_()

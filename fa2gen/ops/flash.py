@@ -112,7 +112,7 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
     expression, tensors = None, ()
     if softcap.__class__ is not float or softcap or alibi_slopes is not None:
         expression, tensors = modified(softcap, alibi_slopes)
-    left, right = window_sides(window_size)
+    left, right = window_size if window_size is NO_WINDOW else window_sides(window_size)
     if (
         (softmax_scale is None or softmax_scale.__class__ is float)
         and (causal is True or causal is False)

@@ -86,7 +86,7 @@ def forward_general(
     call = prepared(
         key, _prepare, key, q, k, v, lengths, s_aux, rng_state, tensors, Options(*options), keys, arch, tiling
     )
-    out, lse = into or (call.new_out(q), call.new_lse(q))
+    out, lse = into or call.new_results(q)
     ragged = any(x is not None for x in lengths)
     if call.launch is None and not call.misaligned:  # no query, or no key for any
         if ragged and s_aux is not None and out.numel():

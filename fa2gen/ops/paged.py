@@ -52,7 +52,7 @@ def paged_cuda(
     key = ("paged", *map(_kind, (*given, *tensors)), options, keys)
     call = prepared(key, _prepare, given, tensors, options, keys)
     q = given.q
-    out, lse = into or (call.new_out(q), call.new_lse(q))
+    out, lse = into or call.new_results(q)
     if call.launch is None and not call.misaligned:  # no query
         out.zero_()
         lse.fill_(-math.inf)

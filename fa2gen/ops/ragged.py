@@ -75,7 +75,7 @@ def forward_ragged(
     """
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     call = _find(q, k, v, lengths, options, max_keys)
-    out, lse = into or (call.new_out(q), call.new_lse(q))
+    out, lse = into or call.new_results(q)
     if call.launch is None and not call.misaligned:  # no query, or no key for any
         out.zero_()
         lse.fill_(-math.inf)
