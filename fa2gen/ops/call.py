@@ -72,7 +72,6 @@ __all__ = [
     "kernel_for_rows",
     "known_kind",
     "launch_cleared",
-    "launch_ragged",
     "launch_with_scratch",
     "new_tensor",
     "packed",
@@ -82,6 +81,7 @@ __all__ = [
     "room_for",
     "room_of_stream",
     "scaled",
+    "scratch_for",
     "sizes_of",
     "strides_of",
     "types_of",
@@ -310,17 +310,18 @@ def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...], memory
     memory  the scratch, where the caller has some.
     """
     assert call.launch is not None
+    if memory is None:
+        stream, of_stream = scratch_for(call)
+        if of_stream is not None:
+            with of_stream.lock:
+                call.launch(operands, of_stream.work, stream)
+            return
     if _current_device() != call.device:
         with torch.cuda.device(call.device):
             launch_with_scratch(call, q, operands, memory)
         return
-    stream: int = torch._C._cuda_getCurrentRawStream(call.device)
+    stream = torch._C._cuda_getCurrentRawStream(call.device)
     size = call.launch.cleared_bytes
-    if memory is None and not size and call.launch.scratch_bytes <= WORK_BYTES and not _is_capturing():
-        of_stream = _scratches.get((call.device, stream)) or _first_scratch(call.device, stream)
-        with of_stream.lock:
-            call.launch(operands, of_stream.work, stream)
-        return
     # Freed for the allocator at return, when no later kernel of this stream can have started.
     scratch = q.new_empty(call.launch.scratch_bytes, dtype=torch.uint8) if memory is None else memory
     if not size:
@@ -408,36 +409,15 @@ def _launch_forward(call: Call, q: int, k: int, v: int, out: Tensor, lse: Tensor
     launch((q, k, v, out.data_ptr(), lse_at), counter_at, stream)
 
 
-def launch_ragged(
-    call: Call, q: Tensor, operands: tuple[int, ...], lse: Tensor | None, lengths: tuple[Tensor | None, ...]
-) -> None:
-    """`_launch_forward` of a ragged batch: its kernels hand a table and lists on, in the stream's scratch if they fit.
-
-    operands  addresses of q, k, v and out.
-    """
+def scratch_for(call: Call) -> tuple[int, StreamScratch | None]:
+    """(stream, scratch) on the call's device: the current stream's handle, and its scratch, whose lock a launch of
+    several kernels holds; None where that does not suffice, the stream is captured or another device is current."""
     device, launch = call.device, call.launch
     assert launch is not None
-    if _current_device() != device:
-        with torch.cuda.device(device):
-            launch_ragged(call, q, operands, lse, lengths)
-        return
+    if launch.scratch_bytes > WORK_BYTES or launch.cleared_bytes or _current_device() != device or _is_capturing():
+        return 0, None
     stream: int = torch._C._cuda_getCurrentRawStream(device)
-    bounds_q, bounds_k, used_q, used_k = lengths
-    bounds_q_at = bounds_k_at = 0 if bounds_q is None else bounds_q.data_ptr()
-    if bounds_k is not bounds_q:
-        bounds_k_at = 0 if bounds_k is None else bounds_k.data_ptr()
-    used_q_at, used_k_at = 0 if used_q is None else used_q.data_ptr(), 0 if used_k is None else used_k.data_ptr()
-    if launch.scratch_bytes > WORK_BYTES or _is_capturing():
-        lse = call.new_lse(q) if lse is None else lse
-        # Freed for the allocator at return, when no later kernel of this stream can have started.
-        memory = q.new_empty(launch.scratch_bytes, dtype=torch.uint8)
-        given = (*operands, lse.data_ptr(), bounds_q_at, bounds_k_at, used_q_at, used_k_at)
-        launch(given, memory.data_ptr(), stream)
-        return
-    scratch = _scratches.get((device, stream)) or _first_scratch(device, stream)
-    lse_at = scratch.lse if lse is None else lse.data_ptr()
-    with scratch.lock:
-        launch((*operands, lse_at, bounds_q_at, bounds_k_at, used_q_at, used_k_at), scratch.work, stream)
+    return stream, _scratches.get((device, stream)) or _first_scratch(device, stream)
 
 
 def _first_scratch(device: int, stream: int) -> StreamScratch:

@@ -26,7 +26,6 @@ from fa2gen.ops.call import (
     fit_results,
     gradients_call,
     known_kind,
-    launch_ragged,
     launch_with_scratch,
     packed,
     prepared,
@@ -34,6 +33,7 @@ from fa2gen.ops.call import (
     remembered,
     room_for,
     scaled,
+    scratch_for,
     strides_of,
 )
 from fa2gen.ops.validate import Lengths, out_dtype, validate_options, validate_ragged, validate_ragged_backward
@@ -86,7 +86,8 @@ def forward_ragged(
         q, k, v = (aligned(x) for x in (q, k, v))
         forward_ragged(q, k, v, *lengths, options, max_keys, (room, lse))
         return cut(room, out), lse
-    launch_ragged(call, q, (q_at, k_at, v_at, out.data_ptr()), lse, lengths)
+    at = (q_at, k_at, v_at, out.data_ptr(), lse.data_ptr(), *map(_address, lengths))
+    launch_with_scratch(call, q, at)
     return out, lse
 
 
@@ -95,12 +96,23 @@ def forward_ragged_out(
 ) -> Tensor:
     """`out` of `forward_ragged`, for who does not ask for lse: where it is small, no memory is allocated for it."""
     call = _find(q, k, v, lengths, options, max_keys)
+    launch = call.launch
     q_at, k_at, v_at = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    if call.launch is None or (q_at | k_at | v_at) & 15 or call.num_rows > SCRATCH_ROWS:
-        return forward_ragged(q, k, v, *lengths, options, max_keys)[0]
-    out = call.new_out(q)
-    launch_ragged(call, q, (q_at, k_at, v_at, out.data_ptr()), None, lengths)
-    return out
+    if launch is not None and not (q_at | k_at | v_at) & 15 and call.num_rows <= SCRATCH_ROWS:
+        stream, scratch = scratch_for(call)
+        if scratch is not None:
+            out = call.new_out(q)
+            bounds_q, bounds_k, used_q, used_k = lengths
+            bounds_q_at = bounds_k_at = 0 if bounds_q is None else bounds_q.data_ptr()
+            if bounds_k is not bounds_q:
+                bounds_k_at = 0 if bounds_k is None else bounds_k.data_ptr()
+            used_q_at = 0 if used_q is None else used_q.data_ptr()
+            used_k_at = 0 if used_k is None else used_k.data_ptr()
+            at = (q_at, k_at, v_at, out.data_ptr(), scratch.lse, bounds_q_at, bounds_k_at, used_q_at, used_k_at)
+            with scratch.lock:
+                launch(at, scratch.work, stream)
+            return out
+    return forward_ragged(q, k, v, *lengths, options, max_keys)[0]
 
 
 def _find(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions, max_keys: int | None) -> Call:
