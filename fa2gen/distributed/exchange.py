@@ -13,10 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["Pending", "all_gather", "all_to_all", "hop"]
+__all__ = ["Pending", "all_gather", "all_to_all", "hop", "swap"]
 
 
 Result = TypeVar("Result")
+_send: Callable[..., Any] = dist.isend
+_receive: Callable[..., Any] = dist.irecv
 
 
 class Pending(Generic[Result]):
@@ -50,14 +52,29 @@ def all_to_all(x: Tensor, group: ProcessGroup) -> Pending[Tensor]:
     return Pending(found, [work], x)
 
 
+def swap(
+    sent: Sequence[Sequence[Tensor]], into: Sequence[Sequence[Tensor]], result: Result, group: ProcessGroup
+) -> Pending[Result]:
+    """`result`, once all has come: sent[r] goes to the r-th process, and what that sends here comes into into[r], one
+    contiguous tensor after the other."""
+    operations = []
+    for rank, (to, source) in enumerate(zip(sent, into, strict=True)):
+        if rank == group.rank():
+            for x, found in zip(to, source, strict=True):
+                found.copy_(x)
+            continue
+        other = dist.get_global_rank(group, rank)
+        operations += [dist.P2POp(_send, x, other, group) for x in to]
+        operations += [dist.P2POp(_receive, x, other, group) for x in source]
+    return Pending(result, dist.batch_isend_irecv(operations) if operations else (), sent)
+
+
 def hop(tensors: Sequence[Tensor], distance: int, group: ProcessGroup) -> Pending[list[Tensor]]:
     """Those of the process `distance` ranks before this one, round the end; this one's go as far ahead."""
     rank, world = group.rank(), group.size()
     sent = [x.contiguous() for x in tensors]
     found = [torch.empty_like(x) for x in sent]
     to, source = (dist.get_global_rank(group, (rank + step) % world) for step in (distance, -distance))
-    send: Callable[..., Any] = dist.isend
-    receive: Callable[..., Any] = dist.irecv
-    operations = [dist.P2POp(send, x, to, group) for x in sent]
-    operations += [dist.P2POp(receive, x, source, group) for x in found]
+    operations = [dist.P2POp(_send, x, to, group) for x in sent]
+    operations += [dist.P2POp(_receive, x, source, group) for x in found]
     return Pending(found, dist.batch_isend_irecv(operations), sent)

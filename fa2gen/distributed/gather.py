@@ -14,7 +14,7 @@ from fa2gen.distributed.partial import forward_of, gradients_of
 from fa2gen.distributed.plan import Split
 from fa2gen.options import Options
 
-__all__ = ["AllGather", "in_order", "of_heads"]
+__all__ = ["AllGather"]
 
 
 class AllGather(torch.autograd.Function):

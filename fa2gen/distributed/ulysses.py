@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,10 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from fa2gen.distributed.exchange import Pending, all_to_all
-from fa2gen.distributed.gather import in_order
+from fa2gen.distributed.exchange import Pending, swap
 from fa2gen.distributed.partial import forward_of, gradients_of
 from fa2gen.distributed.plan import Split
+from fa2gen.layout import CHUNK_BYTES, align_up
 from fa2gen.options import Options
 
 __all__ = ["Ulysses"]
@@ -31,10 +32,10 @@ class Ulysses(torch.autograd.Function):
         out = q.new_empty((batch, rows, heads, v.shape[3]))
         lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
         kept: list[Tensor] = []
-        back: list[tuple[int, list[Pending[Tensor]]]] = []
+        back: list[tuple[int, Pending[list[Tensor]]]] = []
         coming = parts.send((q, k, v), 0)
         for first in parts.starts:
-            all_q, all_k, all_v = (parts.arrived(x) for x in coming)
+            all_q, all_k, all_v = coming.wait()
             coming = parts.send((q, k, v), first + stride)
             results = forward_of(split.whole, all_q, all_k, all_v, options)
             back.append((first, parts.send_back(results)))
@@ -58,10 +59,10 @@ class Ulysses(torch.autograd.Function):
         if dlse is None:  # in other processes it may be none
             dlse = dq.new_zeros((shapes[0][0], shapes[0][2], shapes[0][1]), dtype=torch.float32)
         given = (dout, dlse)
-        back: list[tuple[int, list[Pending[Tensor]]]] = []
+        back: list[tuple[int, Pending[list[Tensor]]]] = []
         coming = parts.send(given, 0)
         for first in parts.starts:
-            all_dout, all_dlse = (parts.arrived(x) for x in coming)
+            all_dout, all_dlse = coming.wait()
             coming = parts.send(given, first + stride)
             all_q, all_k, all_v, all_out, all_lse, *kept = kept
             of_call = gradients_of(split.whole, all_dout, all_q, all_k, all_v, all_out, all_lse, all_dlse, options)
@@ -76,49 +77,77 @@ class _Parts:
     """Exchanges of tensors (batch, rows, heads, head_dim), and of rows (batch, heads, rows), whichever a tensor is.
 
     Each process has as many heads as the others: its part. Of a part some travel at a time: key heads
-    [first, first + stride), and those of other tensors that go with them.
+    [first, first + stride), and those of other tensors that go with them. What travels at a time is one exchange, in
+    which rows come to where they stand in the sequence; nothing but what is packed before it, and what is stored behind
+    it, is copied.
     """
 
     def __init__(self, split: Split, group: ProcessGroup, num_heads_kv: int, stride: int) -> None:
         self._split, self._group, self._num_heads_kv, self._stride = split, group, num_heads_kv, stride
         self.starts = range(0, num_heads_kv // split.world, stride)
 
-    def send(self, tensors: tuple[Tensor, ...], first: int) -> list[Pending[Tensor]]:
-        """Heads from `first` on of each process's part, to it; nothing behind the last."""
-        return [all_to_all(self._parts_of(x, first), self._group) for x in tensors] if first in self.starts else []
+    def send(self, tensors: tuple[Tensor, ...], first: int) -> Pending[list[Tensor]]:
+        """Heads from `first` on of each process's part, to it: what comes is all rows of those of this one's. Nothing
+        behind the last."""
+        if first not in self.starts:
+            return Pending([], ())
+        split, parts = self._split, [self._parts_of(x, first) for x in tensors]
+        world, rows, batch = parts[0].shape[:3]
+        bounds = list(accumulate((align_up(x[0, 0, 0].nbytes, CHUNK_BYTES) for x in parts), initial=0))
+        packed = parts[0].new_empty((world, rows, batch, bounds[-1]), dtype=torch.uint8)
+        found = packed.new_empty((split.rows, batch, bounds[-1]))
+        for x, place in zip(parts, _columns(packed, parts, bounds), strict=True):
+            _copy(place, x)
+        sent = [[of_one[p.at : p.at + p.end - p.start] for p in split.pieces(split.rank)] for of_one in packed]
+        into = [[found[p.start : p.end] for p in split.pieces(rank)] for rank in range(world)]
+        return swap(sent, into, [_rows_within(x) for x in _columns(found, parts, bounds)], self._group)
 
-    def arrived(self, x: Pending[Tensor]) -> Tensor:
-        """All rows, in order, of the heads that were sent here."""
-        found = x.wait()
-        if found.dim() == 5:
-            return in_order(found, self._split)
-        return in_order(found.movedim(-1, 2).unsqueeze(-1), self._split).squeeze(-1).movedim(1, -1)
+    def send_back(self, tensors: tuple[Tensor, ...]) -> Pending[list[Tensor]]:
+        """To each process its rows: (W, rows, ...) of all heads comes."""
+        split = self._split
+        every = [_rows_first(x).contiguous() for x in tensors]
+        found = [x.new_empty((split.world, split.rows // split.world, *x.shape[1:])) for x in every]
+        sent = [[x[p.start : p.end] for x in every for p in split.pieces(rank)] for rank in range(split.world)]
+        mine = split.pieces(split.rank)
+        into = [[x[r, p.at : p.at + p.end - p.start] for x in found for p in mine] for r in range(split.world)]
+        return swap(sent, into, found, self._group)
 
-    def send_back(self, tensors: tuple[Tensor, ...]) -> list[Pending[Tensor]]:
-        """To each process its rows."""
-        return [all_to_all(self._rows_of_each(x), self._group) for x in tensors]
-
-    def store(self, wholes: tuple[Tensor, ...], first: int, returned: list[Pending[Tensor]]) -> None:
+    def store(self, wholes: tuple[Tensor, ...], first: int, returned: Pending[list[Tensor]]) -> None:
         """What came back, at its heads."""
-        for whole, x in zip(wholes, returned, strict=True):
-            self._parts_of(whole, first).copy_(x.wait())
+        for whole, x in zip(wholes, returned.wait(), strict=True):
+            _copy(self._parts_of(whole, first), x)
 
     def _parts_of(self, x: Tensor, first: int) -> Tensor:
-        """(W, ...), a view: heads from `first` on of each process's part of x."""
-        at, world = 2 if x.dim() == 4 else 1, self._split.world
-        of_each = self._num_heads_kv // world
+        """(W, rows, batch, heads, ...), a view: heads from `first` on of each process's part of x."""
+        x = _rows_first(x)
+        of_each = self._num_heads_kv // self._split.world
         count = min(self._stride, of_each - first)
-        group = x.shape[at] // self._num_heads_kv
-        parts = x.unflatten(at, (world, of_each * group))
-        return parts.narrow(at + 1, first * group, count * group).movedim(at, 0)
+        group = x.shape[2] // self._num_heads_kv
+        parts = x.unflatten(2, (self._split.world, of_each * group))
+        return parts.narrow(3, first * group, count * group).movedim(2, 0)
 
-    def _rows_of_each(self, x: Tensor) -> Tensor:
-        """(W, ...): the rows of each process, of all rows."""
-        at = 1 if x.dim() == 4 else 2
-        world, shape = self._split.world, list(x.shape)
-        shape[at] //= world
-        found = x.new_empty((world, *shape))
-        for rank, p in self._split.in_order:
-            rows = p.end - p.start
-            found[rank].narrow(at, p.at, rows).copy_(x.narrow(at, p.start, rows))
-        return found
+
+def _rows_first(x: Tensor) -> Tensor:
+    """(rows, batch, heads, ...), a view, so that rows in a row are one piece of memory."""
+    return x.transpose(0, 1) if x.dim() == 4 else x.movedim(-1, 0)
+
+
+def _rows_within(x: Tensor) -> Tensor:
+    """The inverse of `_rows_first`."""
+    return x.transpose(0, 1) if x.dim() == 4 else x.movedim(0, -1)
+
+
+def _columns(packed: Tensor, like: list[Tensor], bounds: list[int]) -> list[Tensor]:
+    """What lies side by side in rows of bytes: views (..., heads, head_dim) with the sizes and dtypes of these."""
+    sizes = [(x.dtype, x.shape[3:], x[0, 0, 0].nbytes) for x in like]
+    places = (packed[..., first : first + size[2]] for first, size in zip(bounds, sizes, strict=False))
+    return [x.view(dtype).unflatten(-1, shape) for x, (dtype, shape, _) in zip(places, sizes, strict=True)]
+
+
+def _copy(into: Tensor, x: Tensor) -> None:
+    """8 bytes an element, where rows are made of such: of 2 bytes each a strided copy takes longer."""
+    step = 8 // x.element_size()
+    numbers = (n for one in (into, x) for n in (one.shape[-1], one.storage_offset(), *one.stride()[:-1]))
+    if into.stride(-1) == x.stride(-1) == 1 and not any(n % step for n in numbers):
+        into, x = into.view(torch.int64), x.view(torch.int64)
+    into.copy_(x)
