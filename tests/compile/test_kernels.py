@@ -263,7 +263,7 @@ def main_loops(plan: Any, sass: Sass) -> list[tuple[str, ...]]:
 
 
 def check_sm90(plan: Any, sass: Sass) -> None:
-    for opcode in ("HGMMA", "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG"):
+    for opcode in ("HGMMA", "UTMALDG", "STG" if plan.partial else "UTMASTG", "SYNCS", "USETMAXREG"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
     loops = main_loops(plan, sass)
     edges = 1 if plan.has_allow else plan.right_edge + plan.left_edge
