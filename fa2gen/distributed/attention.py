@@ -136,6 +136,7 @@ def _attention(
         )
     scale, causal, window, deterministic = said
     options = options_of(q, scale, causal, window_sides(window), 0, deterministic)
+    options = options._replace(partial=s_aux is not None)  # which is merged into the results at the end
     validate_options(options)
     world, rows = group.size(), q.shape[1] * group.size()
     refuse_layout(layout, rows, group)
@@ -151,7 +152,7 @@ def _attention(
         computed = k.shape[2] // world if chosen == "ulysses" else k.shape[2]
         stride = _stride(head_stride, computed, k.shape[0] * math.ceil(rows / 128))
         out, lse = (Ulysses if chosen == "ulysses" else AllGather).apply(q, k, v, options, split, group, stride)
-    return (out, lse) if s_aux is None else _with_sinks(out, lse, s_aux)
+    return (out, lse) if s_aux is None else _with_sinks(out, lse, s_aux, q.dtype)
 
 
 def _scheme(asked: object, q: Tensor, k: Tensor, v: Tensor, split: Split) -> str:
@@ -196,8 +197,8 @@ def _stride(given: Any, heads: int, blocks: int) -> int:
     return min(stride, heads)
 
 
-def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor]:
-    """Results in which each query also sees its head's sink."""
+def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Results in which each query also sees its head's sink, of partial ones, in fp32."""
     of_floats = isinstance(s_aux, Tensor) and not s_aux.is_nested and s_aux.is_floating_point()
     if not of_floats or s_aux.shape != (out.shape[2],):
         raise InvalidInput(f"s_aux is {describe(s_aux)}; it must be ({out.shape[2]},), a number for each head of q")
@@ -205,4 +206,4 @@ def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor
     share = torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1)
     # Of a row that sees no key, which is padding here, also the sum stays empty.
     with_sink = torch.where(torch.isneginf(lse), lse, torch.logaddexp(lse, sink))
-    return (out.float() * share).to(out.dtype), with_sink
+    return (out * share).to(dtype), with_sink

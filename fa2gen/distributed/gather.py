@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from fa2gen.distributed.exchange import Pending, all_gather, all_to_all
 from fa2gen.distributed.partial import forward_of, gradients_of
 from fa2gen.distributed.plan import Split
+from fa2gen.ops.validate import out_dtype
 from fa2gen.options import Options
 
 __all__ = ["AllGather"]
@@ -28,7 +29,7 @@ class AllGather(torch.autograd.Function):
         batch, rows, heads, _ = q.shape
         seen = sum(end - first for first, end in (call.queries for call in split.of_all_keys))
         make = torch.empty if seen == rows else torch.zeros
-        out = make((batch, rows, heads, v.shape[3]), dtype=q.dtype, device=q.device)
+        out = make((batch, rows, heads, v.shape[3]), dtype=out_dtype(q, options), device=q.device)
         lse = q.new_full((batch, heads, rows), float("-inf"), dtype=torch.float32)
         coming = _keys_of_heads(k, v, 0, stride, group)
         for first in range(0, k.shape[2], stride):
@@ -39,7 +40,7 @@ class AllGather(torch.autograd.Function):
                 found, found_lse = forward_of(call, q[:, :, mine], keys[0], keys[1], options)
                 out[:, slice(*call.queries), mine] = found
                 lse[:, mine, slice(*call.queries)] = found_lse
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out.to(q.dtype), lse)
         ctx.set_materialize_grads(False)
         ctx.said = options, split, group, stride
         return out, lse
@@ -49,7 +50,7 @@ class AllGather(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         options, split, group, stride = ctx.said
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         coming = _keys_of_heads(k, v, 0, stride, group)

@@ -47,7 +47,7 @@ def gradients_of(
     k, v = k[:, k0:k1], v[:, k0:k1]
     lse, dlse = (x if x is None else x[..., q0:q1].contiguous() for x in (lse, dlse))
     tensors = (dout, q, k, v, out, lse, dlse)
-    options = _options_of(call, options)
+    options = _options_of(call, options)._replace(partial=False)
     if not options.varlen:
         return by_operator(*tensors, options)
     packed = (x if x is None else x[0] for x in tensors)
@@ -81,9 +81,8 @@ class Sums:
         lse_of_rows.copy_(torch.logaddexp(lse_of_rows, lse))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """(out, lse), out in the dtype of q."""
-        out, lse = self._found or self._started()
-        return out.to(self._like.dtype), lse
+        """(out, lse), as they were added up."""
+        return self._found or self._started()
 
     def _started(self) -> tuple[Tensor, Tensor]:
         """The sums: what was found first, else nothing."""

@@ -31,24 +31,25 @@ class Ring(torch.autograd.Function):
         keys = [k, v]
         # What is not merged need not be in fp32: the kernel rounds it as it is rounded here.
         parts = [call.queries for rank in range(split.world) for call in split.of_keys_from(rank)]
-        of_part = options._replace(partial=parts != [(0, q.shape[1])])
+        of_part = options._replace(partial=options.partial or parts != [(0, q.shape[1])])
         for step, distance in _steps(split):
             coming = hop(keys, distance, group) if distance else None
             for call in split.of_keys_from((split.rank - step) % split.world):
                 sums.add(call.queries, *forward_of(call, q, keys[0], keys[1], of_part))
             keys = coming.wait() if coming else keys
         out, lse = sums.result()
-        ctx.save_for_backward(q, k, v, out, lse)
+        rounded = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, rounded, lse)
         ctx.set_materialize_grads(False)
         ctx.said = options, split, group
-        return out, lse
+        return out if options.partial else rounded, lse
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         options, split, group = ctx.said
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
         dq: Tensor | None = None
         keys = [k, v]
         arriving: Pending[list[Tensor]] | None = None

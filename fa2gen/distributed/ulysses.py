@@ -14,6 +14,7 @@ from fa2gen.distributed.exchange import Pending, swap
 from fa2gen.distributed.partial import forward_of, gradients_of
 from fa2gen.distributed.plan import Split
 from fa2gen.layout import CHUNK_BYTES, align_up
+from fa2gen.ops.validate import out_dtype
 from fa2gen.options import Options
 
 __all__ = ["Ulysses"]
@@ -29,7 +30,7 @@ class Ulysses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         parts = _Parts(split, group, k.shape[2], stride)
         batch, rows, heads, _ = q.shape
-        out = q.new_empty((batch, rows, heads, v.shape[3]))
+        out = q.new_empty((batch, rows, heads, v.shape[3]), dtype=out_dtype(q, options))
         lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
         kept: list[Tensor] = []
         back: list[tuple[int, Pending[list[Tensor]]]] = []
@@ -39,7 +40,7 @@ class Ulysses(torch.autograd.Function):
             coming = parts.send((q, k, v), first + stride)
             results = forward_of(split.whole, all_q, all_k, all_v, options)
             back.append((first, parts.send_back(results)))
-            kept += (all_q, all_k, all_v, *results)
+            kept += (all_q, all_k, all_v, results[0].to(q.dtype), results[1])
             if len(back) > 1:  # of the heads before
                 parts.store((out, lse), *back.pop(0))
         parts.store((out, lse), *back.pop())
@@ -55,7 +56,7 @@ class Ulysses(torch.autograd.Function):
         kept = list(ctx.saved_tensors)
         parts = _Parts(split, group, shapes[1][2], stride)
         dq, dk, dv = (kept[0].new_empty(shape) for shape in shapes)
-        dout = dq.new_zeros((*dq.shape[:3], dv.shape[3])) if dout is None else dout
+        dout = dq.new_zeros((*dq.shape[:3], dv.shape[3])) if dout is None else dout.to(dq.dtype)
         if dlse is None:  # in other processes it may be none
             dlse = dq.new_zeros((shapes[0][0], shapes[0][2], shapes[0][1]), dtype=torch.float32)
         given = (dout, dlse)
