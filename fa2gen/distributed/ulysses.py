@@ -36,8 +36,8 @@ class Ulysses(torch.autograd.Function):
         back: list[tuple[int, Pending[list[Tensor]]]] = []
         coming = parts.send((q, k, v), 0)
         for first in parts.starts:
-            all_q, all_k, all_v = coming.wait()
-            coming = parts.send((q, k, v), first + stride)
+            arriving, coming = coming, parts.send((q, k, v), first + stride)  # packed while the first travel
+            all_q, all_k, all_v = arriving.wait()
             results = forward_of(split.whole, all_q, all_k, all_v, options)
             back.append((first, parts.send_back(results)))
             kept += (all_q, all_k, all_v, results[0].to(q.dtype), results[1])
@@ -63,8 +63,8 @@ class Ulysses(torch.autograd.Function):
         back: list[tuple[int, Pending[list[Tensor]]]] = []
         coming = parts.send(given, 0)
         for first in parts.starts:
-            all_dout, all_dlse = coming.wait()
-            coming = parts.send(given, first + stride)
+            arriving, coming = coming, parts.send(given, first + stride)
+            all_dout, all_dlse = arriving.wait()
             all_q, all_k, all_v, all_out, all_lse, *kept = kept
             of_call = gradients_of(split.whole, all_dout, all_q, all_k, all_v, all_out, all_lse, all_dlse, options)
             back.append((first, parts.send_back(of_call)))
