@@ -1,10 +1,10 @@
 """The gradients of attention, for every way in which PyTorch asks for them.
 
 `Attention` is the autograd function, of dense and of ragged batches, `GeneralAttention` that of calls with further
-tensors, `Output` that of plain dense calls which do not ask for lse. The operators `fa2gen::fwd`, `fwd_varlen` and
-`fwd_general` apply the first two in their Autograd kernels (see `fa2gen.ops.library`), so that whoever calls an
-operator gets gradients: exported programs, graphs of make_fx, torch.compile. A plain eager call applies them around the
-CUDA kernels themselves, without the operator's dispatch.
+tensors, `Output` and `RaggedOutput` those of plain calls which do not ask for lse. The operators `fa2gen::fwd`,
+`fwd_varlen` and `fwd_general` apply the first two in their Autograd kernels (see `fa2gen.ops.library`), so that whoever
+calls an operator gets gradients: exported programs, graphs of make_fx, torch.compile. A plain eager call applies them
+around the CUDA kernels themselves, without the operator's dispatch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fa2gen.errors import UnsupportedProblem
 from fa2gen.ops.arguments import named
 from fa2gen.ops.call import AnyOptions, backward_cuda, forward_cuda
 from fa2gen.ops.general import AllGradients, backward_general
-from fa2gen.ops.ragged import backward_ragged
+from fa2gen.ops.ragged import backward_ragged, forward_ragged
 from fa2gen.options import Expression, Options
 from fa2gen.spec import program_of
 
@@ -32,9 +32,11 @@ __all__ = [
     "GeneralAttention",
     "Gradients",
     "Output",
+    "RaggedOutput",
     "apply",
     "attend",
     "attend_for_out",
+    "attend_for_ragged_out",
     "attend_generally",
     "is_plain",
     "refuse_tangents",
@@ -162,9 +164,38 @@ class Output(torch.autograd.Function):
         return dq, dk, dv, None
 
 
+class RaggedOutput(torch.autograd.Function):
+    """`Output` of a ragged batch, with its four lengths and the keys of the longest sequence, if they are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, of_query: Any, of_key: Any, used_q: Any, used_k: Any, *rest: Any
+    ) -> Tensor:
+        """rest: options, keys."""
+        out, lse = forward_ragged(q, k, v, of_query, of_key, used_q, used_k, *rest)
+        ctx.rest = rest
+        ctx.save_for_backward(q, k, v, out, lse, of_query, of_key, used_q, used_k)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return (None,) * 9
+        q, k, v, out, lse, of_query, of_key, used_q, used_k = ctx.saved_tensors
+        options, max_keys = ctx.rest
+        given = (dout, q, k, v, out, lse, None, of_query, of_key, used_q, used_k, options)
+        if type(dout) is Tensor and not torch.is_grad_enabled() and is_plain(q, k, v):
+            dq, dk, dv = backward_ragged(*given, max_keys)
+        else:
+            dq, dk, dv = by_operator(*given)
+        return dq, dk, dv, None, None, None, None, None, None
+
+
 # What a plain call applies: Function.apply without its Python, which sees to transforms and takes 1.5 us of 6.
 attend = super(torch.autograd.Function, Attention).apply
 attend_for_out = super(torch.autograd.Function, Output).apply
+attend_for_ragged_out = super(torch.autograd.Function, RaggedOutput).apply
 attend_generally = super(torch.autograd.Function, GeneralAttention).apply
 
 

@@ -25,7 +25,7 @@ from fa2gen.ops.arguments import (
     whole,
     window_sides,
 )
-from fa2gen.ops.autograd import attend, is_plain, wants_gradient
+from fa2gen.ops.autograd import attend, attend_for_ragged_out, is_plain, wants_gradient
 from fa2gen.ops.call import AnyOptions
 from fa2gen.ops.flash import Result, WithLse, unpacked
 from fa2gen.ops.operator import run_general, run_ragged
@@ -177,13 +177,14 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
             0.0,
         )
         max_keys: int | None = max_seqlen_k
-        if torch.is_grad_enabled() and wants_gradient(q, k, v):
-            out, lse = attend(forward_ragged, q, k, v, *lengths, options, max_keys)
-        elif return_attn_probs:
-            out, lse = forward_ragged(q, k, v, *lengths, options, max_keys)
-        else:
+        learns = torch.is_grad_enabled() and wants_gradient(q, k, v)
+        if not return_attn_probs:
+            if learns:
+                return attend_for_ragged_out(q, k, v, *lengths, options, max_keys)
             return forward_ragged_out(q, k, v, lengths, options, max_keys)
-        return (out, lse, None) if return_attn_probs else out
+        given = (q, k, v, *lengths, options, max_keys)
+        out, lse = attend(forward_ragged, *given) if learns else forward_ragged(*given)
+        return out, lse, None
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
     refuse_tensor_kinds("qkv", (q, k, v))

@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from fa2gen import UnsupportedProblem
@@ -23,7 +24,9 @@ from fa2gen.ops import (
     flash_attn_varlen_qkvpacked_func,
 )
 from fa2gen.ops.validate import LENGTHS
+from fa2gen.options import Options
 from fa2gen.padding import index_first_axis, pad_input, unpad_input
+from fa2gen.reference import attention_ragged
 
 FWD, BWD = torch.ops.fa2gen.fwd_varlen.default, torch.ops.fa2gen.bwd_varlen.default
 HEADS, HEADS_KV, HEAD_DIM = 4, 2, 16
@@ -316,6 +319,37 @@ def test_fake_tensors(device):
         out, lse, none = flash_attn_varlen_func(q, k, k, cu, cu, return_attn_probs=True)
     assert none is None and (out.shape, out.dtype, out.device.type) == (q.shape, q.dtype, device)
     assert (lse.shape, lse.dtype, lse.device.type) == ((6, 8), torch.float32, device)
+
+
+@pytest.mark.parametrize("name", ["unequal", "used", "dense keys"])
+def test_gradients_of_a_plain_call(name, monkeypatch):
+    """Calls of CUDA tensors that ask for out alone pass the operator by, as those of CPU tensors do here: gradients are
+    those through it, once and again, recomputed, of some tensors alone; and lengths may not change before."""
+    batch = BATCHES[name]()
+    leaves = (batch.q, batch.k, batch.v)
+    out, _ = batch.call(causal=True)
+    dout = torch.ones_like(out)
+    expected = torch.autograd.grad(out, leaves, dout)
+    monkeypatch.setattr("fa2gen.ops.flash_varlen.is_plain", lambda q, k, v: True)
+    monkeypatch.setattr(
+        "fa2gen.ops.autograd.forward_ragged",
+        lambda *given: attention_ragged(*given[:-2], **Options(*given[-2])._asdict()),
+    )
+    bounds_q, bounds_k = (x if x is None else x.clone() for x in batch.cu)
+
+    def call(*tensors):
+        used = {"seqused_q": batch.used[0], "seqused_k": batch.used[1]}
+        return flash_attn_varlen_func(*tensors, bounds_q, bounds_k, causal=True, **used)
+
+    plain, some = call(*leaves), call(batch.q.detach(), batch.k, batch.v.detach())
+    assert type(plain.grad_fn).__name__ == "RaggedOutputBackward"
+    for one in (plain, plain, checkpoint(call, *leaves, use_reentrant=False)):
+        found = torch.autograd.grad(one, leaves, dout, retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert torch.equal(torch.autograd.grad(some, batch.k, dout)[0], expected[1])
+    bounds_q += 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(plain, leaves, dout)
 
 
 def test_second_derivatives_are_refused():
