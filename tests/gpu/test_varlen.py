@@ -355,6 +355,30 @@ def test_streams_at_the_same_time(which):
             assert all(torch.equal(x, y) for x, y in zip(one, right, strict=True))
 
 
+@kernels((64,), masks=("causal", "window"))
+def test_new_totals_are_as_if_they_were_the_first(which):
+    """Of other totals and another number of sequences a call is launched with what an earlier one left: bit for bit as
+    if there had been none, but for the order of sums of dQ."""
+    sides = [
+        ((280, 40), (300, 60)),
+        ((20,), (20,)),
+        ((5, 700, 0), (60, 800, 9)),
+        ((90,), (150,)),
+        ((64, 64), (128, 70)),
+    ]
+    batches = [Batch(which, *lengths, seed=i) for i, lengths in enumerate(sides)]
+    found = []
+    for batch in batches:
+        out, lse = batch.forward()
+        found.append((out, lse, *batch.backward(out, lse)))
+        batch.assert_right(*found[-1][:2], found[-1][2:])
+    for batch, (out, lse, _, dk, dv) in zip(batches, found, strict=True):
+        forget()
+        again = batch.forward()
+        _, *of_keys = batch.backward(*again)
+        assert all(torch.equal(x, y) for x, y in zip((*again, *of_keys), (out, lse, dk, dv), strict=True))
+
+
 @kernels((64, 128))
 def test_lengths_that_make_no_sense_are_no_fault(which):
     """And the call after one is right."""
