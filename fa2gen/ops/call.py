@@ -1,12 +1,12 @@
 """From CUDA tensors to launches of both passes, quickly.
 
-Everything that a call's signature decides (validation, the kernel, its packed arguments) is prepared once and found in
-a dict afterwards. What is wrong with a signature that differs from a right one in lengths alone can be its lengths and
-strides alone: of the others it is enough that their kind is known, and to prepare it is to pack. A call then allocates
-its results, replaces the addresses and launches on the current stream. TMA and cp.async need 16-byte alignment: a
-tensor whose address or strides are no multiples of 16 bytes is copied, at each call. So is one whose head dim is no
-multiple of 8, with zeros up to the next, which change no product; the results of such a call are copied too, without
-those columns.
+Everything that a call's signature decides (validation, the kernel, its packed arguments) is prepared, and found in a
+dict from the third call on: lengths may never come again. What is wrong with a signature that differs from a right one
+in lengths alone can be its lengths and strides alone: of the others it is enough that their kind is known, and to
+prepare it is to pack. A call then allocates its results, replaces the addresses and launches on the current stream.
+TMA and cp.async need 16-byte alignment: a tensor whose address or strides are no multiples of 16 bytes is copied, at
+each call. So is one whose head dim is no multiple of 8, with zeros up to the next, which change no product; the results
+of such a call are copied too, without those columns.
 
 What a repeated call does is spelt out, as few reads of a tensor's attributes as will do (each 40 to 80 ns) and no
 helper that only forwards: a tiny problem is done sooner than the host has called for it.
