@@ -50,13 +50,14 @@ SCRATCH_ALIGNMENT = 128
 _LINE = SCRATCH_ALIGNMENT // NUMBER_BYTES
 _NO_STRIDES = (0, 0, 0)
 _NO_VALUES: dict[str, Any] = {}
+_NO_STEPS: Sequence[int] = ()
 _Arguments = tuple[bytes, tuple[int, ...], bytes]
 """All arguments of a launch; the addresses in them, and the numbers of their tensor maps. A NamedTuple takes 0.3 us."""
 _REMEMBERED_ARGUMENTS = 64  # of a launch, for so many sets of addresses; 0.6 to 1.6 KB each
 
 # CUlaunchConfig: grid, block, bytes of shared memory, stream, address and number of CUlaunchAttributes.
 _CONFIG = struct.Struct("<7I4xQQI4x")
-_pack_grid, _pack_stream, _STREAM_AT = struct.Struct("<3I").pack_into, struct.Struct("<Q").pack_into, 32
+_pack_sizes = struct.Struct("<7I4xQ").pack_into  # of a CUlaunchConfig, all to its stream
 # CUlaunchAttribute with a number: a kernel may start before the one before has ended. Captured, it becomes a
 # programmatic edge.
 _ATTRIBUTE = struct.Struct("<I4xI60x")
@@ -153,19 +154,21 @@ class Kernel:
         All sizes are at least 1; strides of dimensions longer than 1 are multiples of 16 bytes. Raises
         UnsupportedProblem where a size exceeds what the grid, an int32 or a tensor map can hold.
         """
-        if is_paged := self.plan.paged and isinstance(shape, CacheShape):
+        block, plan = self.block, self.plan
+        if is_paged := block.is_paged and isinstance(shape, CacheShape):
             strides = {**strides, **{name: page_strides(shape, strides[name]) for name in ("k", "v")}}
-            if why := pages_refusal(self.plan, shape, strides):
-                raise UnsupportedProblem(f"{self.plan.name} can not read these pages: {why}; nearest: arch='sm80'")
+            if why := pages_refusal(plan, shape, strides):
+                raise UnsupportedProblem(f"{plan.name} can not read these pages: {why}; nearest: arch='sm80'")
         grids, values, scratch = self.sized(shape, options)
-        block, named = self.block, _NO_VALUES
+        named, steps = _NO_VALUES, _NO_STEPS
         if is_paged:
-            named = {**dict(zip(value_names(self.plan), values, strict=True)), **pages_apart(self.plan, strides)}
+            named = {**dict(zip(value_names(plan), values, strict=True)), **pages_apart(plan, strides)}
             values = [named[name] for name in block.numbers]
-        steps = [step for name in block.strided for step in strides.get(name, _NO_STRIDES)]
+        if block.strided:
+            steps = [step for name in block.strided for step in strides.get(name, _NO_STRIDES)]
         numbers, fits = block.map_numbers(shape, strides, named)
         if not fits:
-            _refuse_strides(self.plan, strides)
+            _refuse_strides(plan, strides)
         return PreparedLaunch(self, (grids, values, scratch), steps, block.pack_numbers(*numbers))
 
     def sized(self, shape: AnyShape, options: Options) -> tuple[Any, Any, Any]:
@@ -247,7 +250,7 @@ class _Block:
             _TensorMap(plan, tensor_map, names.index(tensor_map.name), base + _MAP_BYTES * i, self._numbers, first)
             for i, (tensor_map, first) in enumerate(zip(maps, accumulate(counts, initial=0), strict=False))
         ]
-        self.map_numbers = map_numbers_of(plan)
+        self.map_numbers, self.is_paged = map_numbers_of(plan), plan.paged
         # What becomes Params: addresses, which each call writes, strides of operands, 0 of those that are missing, and
         # numbers.
         fields = {param.name: param for param in plan.params}
@@ -272,14 +275,14 @@ class _Block:
         # By ctypes, with all arguments made once: half of what cuda.bindings takes.
         launch, pointer = _driver_function("cuLaunchKernelEx"), ctypes.c_void_p.from_param
         self.launches: list[tuple[int, Callable[[], int]]] = []
-        self._configs: list[int] = []  # where they are in `_memory`
+        self._configs: list[tuple[int, tuple[int, ...]]] = []  # where they are in `_memory`, sizes behind the grid's
         places: list[int] = []  # of the arguments of each entry point in turn
         first = 0
         for entry, function in zip(plan.entry_points, functions, strict=True):
             at = configs_at + _CONFIG.size * len(self._configs)
-            self._configs.append(start + at)
-            sizes = (0, 0, 0, entry.num_threads, 1, 1, entry.shared_memory_bytes)
-            _CONFIG.pack_into(memory, start + at, *sizes, 0, base + attribute_at, entry.starts_early)
+            sizes = (entry.num_threads, 1, 1, entry.shared_memory_bytes)
+            self._configs.append((start + at, sizes))
+            _CONFIG.pack_into(memory, start + at, 0, 0, 0, *sizes, 0, base + attribute_at, entry.starts_early)
             arguments = base + pointers_at + 8 * len(places)
             of_launch = pointer(base + at), pointer(int(function)), pointer(arguments), None
             self.launches.append((len(self.launches), partial(launch, *of_launch)))
@@ -328,9 +331,8 @@ class _Block:
                     tensor_map.refuse(code)
         self._pack_params(self._memory, self._params_at, params)
         self._pack_addresses(self._memory, self._params_at, *self._pick(addresses))
-        for at, grid in zip(self._configs, grids, strict=True):
-            _pack_grid(self._memory, at, *grid)
-            _pack_stream(self._memory, at + _STREAM_AT, stream)
+        for (at, sizes), grid in zip(self._configs, grids, strict=True):
+            _pack_sizes(self._memory, at, *grid, *sizes, stream)
         written = self._arguments.unpack_from(self._memory, self._start)[0]
         self.standing = arguments = (written, addresses, numbers)
         return arguments
@@ -398,7 +400,7 @@ class PreparedLaunch:
         block = self._block
         given = (operands, scratch, cleared, stream)
         with block.lock:
-            if (arguments := self._encoded.get(given)) is None:
+            if not self._encoded or (arguments := self._encoded.get(given)) is None:
                 bases = (scratch, cleared)
                 addresses = (*operands, *[bases[is_apart] + at for is_apart, at in self._scratch_at])
                 arguments = block.encoded(addresses, self._params, self._numbers, self._grids, stream)

@@ -105,24 +105,33 @@ def launches_of(plan: KernelPlan) -> LaunchOf:
     found, is_given_more = _launch_function(plan)
     more = [feature.given for feature in plan.features]
     limited = recipe.limits(plan)
+    latest: tuple[Any, ...] = (None,)  # options, their scale and numbers: other lengths come with the same
     counts_of, _ = _function(recipe.sizes(plan), _tuple(map(_in_python, limited.values())), _ARGUMENTS)
 
-    def launch_of_plan(shape: AnyShape, options: Options, num_sms: int) -> tuple[Any, ...]:
+    def numbers_of(options: Options) -> tuple[Options, float, dict[str, Any]]:
         if not is_general and options.mask != mask:
             raise InvalidInput(f"{plan.name} has a {mask} mask, and {options} ask for a {options.mask} one")
-        if parts > 1 and (group := shape.num_heads // shape.num_heads_kv) % parts:
-            raise InvalidInput(f"{plan.name} has groups in {parts} parts, which do not divide groups of {group} heads")
         given: dict[str, Any] = {}
         if is_given_more:
             given |= options.numbers
             for given_by in more:
                 given |= given_by(options)
+        return options, options.scale(head_dim), given
+
+    def launch_of_plan(shape: AnyShape, options: Options, num_sms: int) -> tuple[Any, ...]:
+        nonlocal latest
+        if (known := latest)[0] is not options:
+            known = latest = numbers_of(options)
+        _, scale, given = known
+        if parts > 1 and (group := shape.num_heads // shape.num_heads_kv) % parts:
+            raise InvalidInput(f"{plan.name} has groups in {parts} parts, which do not divide groups of {group} heads")
         if packs_heads:
-            given["group"] = group = shape.num_heads // shape.num_heads_kv
+            group = shape.num_heads // shape.num_heads_kv
             if group not in PACKED_GROUPS:
                 raise InvalidInput(f"{plan.name} has rows of groups of 1, 2, 4, 8 or 16 heads, not of {group}")
+            given = {**given, "group": group}
             shape = shape._replace(seqlen_q=shape.seqlen_q * group, num_heads=shape.num_heads_kv)
-        asked = (shape, options.scale(head_dim), num_sms, given)
+        asked = (shape, scale, num_sms, given)
         launch: tuple[Any, ...] = found(*asked)
         if not launch[3]:
             for what, count in zip(limited, counts_of(*asked), strict=True):

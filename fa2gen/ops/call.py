@@ -190,8 +190,8 @@ _calls: OrderedDict[tuple[Any, ...], Call] = OrderedDict()
 # Hashes of the signatures that came.
 _seen: set[int] = set()
 # Kinds of calls, all of their signatures but batch and lengths, that were found right -> what their options are, or
-# what else they share; of dense forward calls (options, ranges, none where options change with lengths). Head dims are
-# multiples of 8.
+# what else they share; of dense forward calls (options, out's dtype, and the two of `_Ranges`, which are empty where
+# options change with lengths). Head dims are multiples of 8.
 _kinds: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 _Ranges: TypeAlias = tuple[tuple[int, ...], list[_Chosen | None]]
 """The key lengths from which another kernel may be chosen, and what was chosen below the first of them, from each of
@@ -508,19 +508,23 @@ def _prepare(
 ) -> Call:
     """Validate a signature, that of `_find`; choose, load and pack its kernel."""
     size_q, size_k, size_v, step_q, step_k, step_v = key[:6]
-    strides = kind = None
+    strides = known = kind = None
     if fit_each_other(size_q, size_k, size_v) and (
         strides := strides_of({"q": (size_q, step_q), "k": (size_k, step_k), "v": (size_v, step_v)})
     ):
-        kind = ("fwd", *size_q[2:], *size_k[2:], *size_v[2:], key[6:])
-    if (known := known_kind(kind)) is None:
+        _, _, num_heads, head_dim = size_q
+        _, _, num_heads_kv, head_dim_k = size_k
+        kind = ("fwd", num_heads, head_dim, num_heads_kv, head_dim_k, *size_v[2:], key[6:])
+        known = _kinds.get(kind)
+    if known is None:
         said = Options(*options)
         validate_options(said)
         validate(q, k, v)
         head_dims, is_same = (_whole(size_q[3]), _whole(size_v[3])), said.reduced(1, 1) is said
-        known = said, _ranges("fwd", head_dims, q.dtype, said, q.get_device(), arch, tiling) if is_same else _NO_RANGES
+        ranges = _ranges("fwd", head_dims, q.dtype, said, q.get_device(), arch, tiling) if is_same else _NO_RANGES
+        known = said, out_dtype(q, said), *ranges
         remember_kind(kind, known)
-    said, (bounds, by_range) = known
+    said, dtype, bounds, by_range = known
     batch, seqlen_q, num_heads, _ = size_q
     _, seqlen_k, num_heads_kv, head_dim_v = size_v
     shape = Shape(batch, seqlen_q, seqlen_k, num_heads, num_heads_kv)
@@ -538,7 +542,7 @@ def _prepare(
         batch * num_heads * seqlen_q,
         launch,
         launch is None and 0 not in shape,
-        out_dtype=out_dtype(q, said),
+        out_dtype=dtype,
     )
 
 
