@@ -59,14 +59,14 @@ def swap(
     contiguous tensor after the other."""
     operations = []
     for rank, (to, source) in enumerate(zip(sent, into, strict=True)):
-        if rank == group.rank():
-            for x, found in zip(to, source, strict=True):
-                found.copy_(x)
-            continue
-        other = dist.get_global_rank(group, rank)
-        operations += [dist.P2POp(_send, x, other, group) for x in to]
-        operations += [dist.P2POp(_receive, x, other, group) for x in source]
-    return Pending(result, dist.batch_isend_irecv(operations) if operations else (), sent)
+        if rank != group.rank():
+            other = dist.get_global_rank(group, rank)
+            operations += [dist.P2POp(_send, x, other, group) for x in to]
+            operations += [dist.P2POp(_receive, x, other, group) for x in source]
+    works = dist.batch_isend_irecv(operations) if operations else ()
+    for x, found in zip(sent[group.rank()], into[group.rank()], strict=True):  # while the others travel
+        found.copy_(x)
+    return Pending(result, works, sent)
 
 
 def hop(tensors: Sequence[Tensor], distance: int, group: ProcessGroup) -> Pending[list[Tensor]]:

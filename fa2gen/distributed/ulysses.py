@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from fa2gen.options import Options
 
 __all__ = ["Ulysses"]
 
+Groups: TypeAlias = Sequence[Sequence[Tensor]]
+
 
 class Ulysses(torch.autograd.Function):
     """(out, lse) of this process's rows. The rank-th process computes the rank-th part of the heads, `stride` key heads
@@ -33,13 +36,14 @@ class Ulysses(torch.autograd.Function):
         out = q.new_empty((batch, rows, heads, v.shape[3]), dtype=out_dtype(q, options))
         lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
         kept: list[Tensor] = []
-        back: list[tuple[int, Pending[list[Tensor]]]] = []
-        coming = parts.send((q, k, v), 0)
+        given = ((k, v), (q,))
+        back: list[tuple[int, list[Pending[list[Tensor]]]]] = []
+        coming = parts.send(given, 0)
         for first in parts.starts:
-            arriving, coming = coming, parts.send((q, k, v), first + stride)  # packed while the first travel
-            all_q, all_k, all_v = arriving.wait()
+            arriving, coming = coming, parts.send(given, first + stride)
+            all_k, all_v, all_q = (x for one in arriving for x in one.wait())
             results = forward_of(split.whole, all_q, all_k, all_v, options)
-            back.append((first, parts.send_back(results)))
+            back.append((first, parts.send_back((results,))))
             kept += (all_q, all_k, all_v, results[0].to(q.dtype), results[1])
             if len(back) > 1:  # of the heads before
                 parts.store((out, lse), *back.pop(0))
@@ -59,15 +63,15 @@ class Ulysses(torch.autograd.Function):
         dout = dq.new_zeros((*dq.shape[:3], dv.shape[3])) if dout is None else dout.to(dq.dtype)
         if dlse is None:  # in other processes it may be none
             dlse = dq.new_zeros((shapes[0][0], shapes[0][2], shapes[0][1]), dtype=torch.float32)
-        given = (dout, dlse)
-        back: list[tuple[int, Pending[list[Tensor]]]] = []
+        given = ((dout, dlse),)
+        back: list[tuple[int, list[Pending[list[Tensor]]]]] = []
         coming = parts.send(given, 0)
         for first in parts.starts:
             arriving, coming = coming, parts.send(given, first + stride)
-            all_dout, all_dlse = arriving.wait()
+            all_dout, all_dlse = arriving[0].wait()
             all_q, all_k, all_v, all_out, all_lse, *kept = kept
             of_call = gradients_of(split.whole, all_dout, all_q, all_k, all_v, all_out, all_lse, all_dlse, options)
-            back.append((first, parts.send_back(of_call)))
+            back.append((first, parts.send_back((of_call[:1], of_call[1:]))))
             if len(back) > 1:
                 parts.store((dq, dk, dv), *back.pop(0))
         parts.store((dq, dk, dv), *back.pop())
@@ -78,20 +82,21 @@ class _Parts:
     """Exchanges of tensors (batch, rows, heads, head_dim), and of rows (batch, heads, rows), whichever a tensor is.
 
     Each process has as many heads as the others: its part. Of a part some travel at a time: key heads
-    [first, first + stride), and those of other tensors that go with them. What travels at a time is one exchange, in
-    which rows come to where they stand in the sequence; nothing but what is packed before it, and what is stored behind
-    it, is copied.
+    [first, first + stride), and those of other tensors that go with them. Tensors are given in groups, of which each is
+    one exchange, so that one is packed, or stored, while another travels. Rows come to where they stand in the
+    sequence; nothing is copied but what is packed before an exchange, and stored behind one.
     """
 
     def __init__(self, split: Split, group: ProcessGroup, num_heads_kv: int, stride: int) -> None:
         self._split, self._group, self._num_heads_kv, self._stride = split, group, num_heads_kv, stride
         self.starts = range(0, num_heads_kv // split.world, stride)
 
-    def send(self, tensors: tuple[Tensor, ...], first: int) -> Pending[list[Tensor]]:
+    def send(self, groups: Groups, first: int) -> list[Pending[list[Tensor]]]:
         """Heads from `first` on of each process's part, to it: what comes is all rows of those of this one's. Nothing
         behind the last."""
-        if first not in self.starts:
-            return Pending([], ())
+        return [self._send(tensors, first) for tensors in groups] if first in self.starts else []
+
+    def _send(self, tensors: Sequence[Tensor], first: int) -> Pending[list[Tensor]]:
         split, parts = self._split, [self._parts_of(x, first) for x in tensors]
         world, rows, batch = parts[0].shape[:3]
         bounds = list(accumulate((align_up(x[0, 0, 0].nbytes, CHUNK_BYTES) for x in parts), initial=0))
@@ -103,8 +108,11 @@ class _Parts:
         into = [[found[p.start : p.end] for p in split.pieces(rank)] for rank in range(world)]
         return swap(sent, into, [_rows_within(x) for x in _columns(found, parts, bounds)], self._group)
 
-    def send_back(self, tensors: tuple[Tensor, ...]) -> Pending[list[Tensor]]:
+    def send_back(self, groups: Groups) -> list[Pending[list[Tensor]]]:
         """To each process its rows: (W, rows, ...) of all heads comes."""
+        return [self._send_back(tensors) for tensors in groups]
+
+    def _send_back(self, tensors: Sequence[Tensor]) -> Pending[list[Tensor]]:
         split = self._split
         every = [_rows_first(x).contiguous() for x in tensors]
         found = [x.new_empty((split.world, split.rows // split.world, *x.shape[1:])) for x in every]
@@ -113,10 +121,12 @@ class _Parts:
         into = [[x[r, p.at : p.at + p.end - p.start] for x in found for p in mine] for r in range(split.world)]
         return swap(sent, into, found, self._group)
 
-    def store(self, wholes: tuple[Tensor, ...], first: int, returned: Pending[list[Tensor]]) -> None:
+    def store(self, wholes: Sequence[Tensor], first: int, returned: list[Pending[list[Tensor]]]) -> None:
         """What came back, at its heads."""
-        for whole, x in zip(wholes, returned.wait(), strict=True):
-            _copy(self._parts_of(whole, first), x)
+        rest = iter(wholes)
+        for one in returned:
+            for x in one.wait():
+                _copy(self._parts_of(next(rest), first), x)
 
     def _parts_of(self, x: Tensor, first: int) -> Tensor:
         """(W, rows, batch, heads, ...), a view: heads from `first` on of each process's part of x."""

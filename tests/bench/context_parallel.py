@@ -110,8 +110,9 @@ def measure(rows: int, rounds: int, strides: list[int | None], parts: bool) -> N
             spread = partial(context_parallel_attention, causal=True, scheme=scheme, layout=layout, head_stride=stride)
             contestants[f"{scheme} {layout}{f' {stride} heads' if stride else ''}"] = spread, here
     times: dict[tuple[str, str], list[float]] = {}
-    for at in range(rounds + 1):  # the first warms up
-        for name, (attend, tensors) in contestants.items():
+    for at in range(rounds + 1):  # the first warms up; each begins with another, as a GPU is slower once it is hot
+        first = at % len(contestants)
+        for name, (attend, tensors) in [*contestants.items()][first:] + [*contestants.items()][:first]:
             with torch.no_grad():
                 forward = timed(lambda a=attend, t=tensors: a(*t[:3]))
             both = timed(lambda a=attend, t=tensors: run(a, t))
