@@ -34,8 +34,13 @@ def covering(choices: Sequence[Problem]) -> list[Problem]:
 
 
 def choices_of(direction: Direction) -> list[Problem]:
-    """Rows of caches of 8-bit numbers are whole copies of 16 bytes: another head dim there."""
-    return problems(direction=direction, **HEAD_DIMS | CAPS | ({"head_dim": [64, 80]} if direction == "decode" else {}))
+    """Rows of caches of 8-bit numbers are whole copies of 16 bytes: another head dim there. Partial results go with few
+    other fields: test_partial.py has them."""
+    return problems(
+        direction=direction,
+        partial=False,
+        **HEAD_DIMS | CAPS | ({"head_dim": [64, 80]} if direction == "decode" else {}),
+    )
 
 
 ROWS = [row for way in get_args(Direction) for row in covering(choices_of(way))]
@@ -58,4 +63,4 @@ def test_features_meet(problem, arch):
 def test_few_rows_cover_all_pairs():
     every = {pair for way in get_args(Direction) for problem in choices_of(way) for pair in pairs(problem)}
     assert {pair for row in ROWS for pair in pairs(row)} == every
-    assert len(ROWS) <= 33
+    assert len(ROWS) <= 32

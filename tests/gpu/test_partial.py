@@ -28,7 +28,7 @@ KERNELS = [
 ]
 
 
-@pytest.mark.parametrize(("arch", "problem"), KERNELS, ids=str)
+@pytest.mark.parametrize(("arch", "problem"), KERNELS, ids=lambda x: getattr(x, "text", x))
 def test_rounded_it_is_the_plain_kernels_output(arch, problem):
     if arch == "sm90" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip(f"sm90 kernels do not run on {torch.cuda.get_device_name()}")
