@@ -382,7 +382,7 @@ def test_the_symbol_is_the_name():
         name, rendered = plan.name, renders()[plan.name]
         symbols = re.findall(r'^extern "C" __global__ void __launch_bounds__\([^)]*\)\s+(\w+)\(', rendered.source, re.M)
         assert symbols == [entry.symbol for entry in plan.entry_points]
-        assert re.search(rf'^extern "C" __global__ void __launch_bounds__\([^)]*\) {name}\(', rendered.source, re.M)
+        assert name in symbols
 
 
 # Coverage ------------------------------------------------------------------------------------------------------------
