@@ -486,7 +486,7 @@ def apart(fields: Mapping[str, Any]) -> str | None:
         if rule and fields[field.name] and fields["direction"] == rule.direction:
             for name, value in rule.fields:
                 if fields[name] != value:
-                    return f"{field.name} goes with {name} {value}: {rule.why}"
+                    return f"{field.name} goes with {f'{name} {value}' if value != '' else f'no {name}'}: {rule.why}"
     return None
 
 
