@@ -128,10 +128,11 @@ class DecodePlan(Sm80RowsPlan):
     def memory(self) -> SharedMemory:
         """A stage is one tile of keys of one warp; at the end of a part 16 rows of its O take a stage's place."""
         tile, stages = self.kv_bytes, self.num_mma_warps * self.num_stages
+        entries = (Region("entries", 4 * WARP_THREADS, label="places of keys"),) if self.paged else ()
         return SharedMemory(
             (
                 Region("q", self.q_tile.bytes, label="Q"),
-                Stages(stages, (Region("k", tile, label="K"), Region("v", tile, label="V"))),
+                Stages(stages, (Region("k", tile, label="K"), Region("v", tile, label="V"), *entries)),
                 Region("row_sums", self.num_mma_warps * self.tile_m * 8),
                 Region("shares", 4 * self.num_mma_warps),
                 Region("layout", 4 * (LAYOUT_ENTRIES + 3)),
@@ -141,7 +142,7 @@ class DecodePlan(Sm80RowsPlan):
 
     @property
     def stage_bytes(self) -> int:
-        return 2 * self.kv_bytes
+        return 2 * self.kv_bytes + (4 * WARP_THREADS if self.paged else 0)
 
     @property
     def share_bytes(self) -> int:
@@ -213,7 +214,7 @@ class DecodePlan(Sm80RowsPlan):
         lengths = ("seqlen_q", "seqlen_k", "seqlen_new", "num_sequences", "cache_entries")
         heads = ("num_heads", "num_heads_kv", "num_heads_per_kv")
         rotary = ("rotary_dim", "rotary_rows", "rotary_interleaved", "rotary_steps")
-        work = ("unit_shift", "least_units", "fixed_parts", "entry_sequences", "num_entries")
+        work = ("unit_shift", "least_units", "item_units", "fixed_parts", "entry_sequences", "num_entries")
         runs = ("num_runs", "run_reciprocal", "rows_at_once", "row_rounds", "round_reciprocal")
         return (*lengths, *heads, *work, *runs, *rotary)
 
@@ -226,8 +227,9 @@ class DecodePlan(Sm80RowsPlan):
             yield BrokenRule("keys of a warp", detail)
         if self.has_8_bits:
             yield from self._eight_bit_rules()
-        if self.share_bytes > self.stage_bytes:
-            detail = f"{self.share_bytes:,} B of 16 rows of O in fp32, in the place of a stage's {self.stage_bytes:,} B"
+        if self.share_bytes > 2 * self.kv_bytes:
+            place = 2 * self.kv_bytes
+            detail = f"{self.share_bytes:,} B of 16 rows of O in fp32, in the place of a stage's {place:,} B"
             yield BrokenRule("merge", detail)
         yield from self.common_rules(
             f"{self.num_row_tiles} x (S {self.num_acc_s} + P {self.num_p} + O {self.num_acc_o}) + "

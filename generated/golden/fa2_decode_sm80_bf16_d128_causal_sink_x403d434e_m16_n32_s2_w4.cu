@@ -6,10 +6,10 @@
 //   problem  decode, head dim 128, bf16, causal mask, attention sinks, scores of an expression
 //   tiling   16 query rows x 32 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 139808 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,  143 Threads,  174 Arithmetic,  221 Shared memory,  263 Global memory,
-//             328 cp.async,  347 Fragments,  362 Registers,  377 mma,  406 What is visible,  462 Online softmax,
-//             600 Expressions,  615 Scores of an expression,  858 Loads, 1028 Matrix products, 1111 Putting together,
-//            1452 Append, 1570 Kernel, 1612 Launch
+//   contents   27 Problem and tiling,  144 Threads,  175 Arithmetic,  222 Shared memory,  264 Global memory,
+//             329 cp.async,  348 Fragments,  363 Registers,  378 mma,  407 What is visible,  463 Online softmax,
+//             601 Expressions,  616 Scores of an expression,  867 Loads, 1033 Matrix products, 1116 Putting together,
+//            1553 Append, 1671 Kernel, 1713 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -123,6 +123,7 @@ struct Params {
     int num_heads_per_kv;
     int unit_shift;
     int least_units;
+    int item_units;
     int fixed_parts;
     int entry_sequences;
     int num_entries;
@@ -637,16 +638,17 @@ __device__ __forceinline__ float score_of(
 
 // Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long a
 // run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several blocks
-// share is in parts, which the last to finish puts together.
+// share is in parts, which the last to finish puts together. Where there are more items than blocks, each has p.item_units
+// behind its keys, for what its end takes (32 sequences of 200 to 32k keys: blocks of 12 items were the last, H100).
 //
 // With p.fixed_parts each unit is a part, wherever it is computed: what a sequence gives depends on nothing but itself and on
 // the length of units.
 
-// Of one head and kTileM rows of a sequence; at least 1, as somebody must write what no key gives.
+// Of one head and kTileM rows of a sequence, its end with them; at least 1, as somebody must write what no key gives.
 __device__ __forceinline__ int num_units(Params const& p, int bidb) {
     Seqlen const s = seqlen_of(p, bidb);
     BlockRange const tiles = key_blocks(p, s, 0, s.q);
-    return max(((tiles.end - 1) >> p.unit_shift) + 1 - (tiles.begin >> p.unit_shift), 1);
+    return max(((tiles.end - 1) >> p.unit_shift) + 1 - (tiles.begin >> p.unit_shift) + p.item_units, 1);
 }
 
 // Shared memory has where sequences begin, in units of one head and tile of rows, and where the last one ends; beyond
@@ -800,6 +802,11 @@ __device__ __forceinline__ int slot_of(Share const& share, int index) {
     return index == 0 ? share.first_slot : share.slots + index;
 }
 
+// Behind a stage of a warp's ring, by their byte offsets.
+__device__ __forceinline__ uint32_t next_stage(uint32_t stage) {
+    return stage == (kNumStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+}
+
 // Where keys are: row by row in the sequence's entry of the cache.
 struct Keys {
     int entry;
@@ -811,16 +818,18 @@ __device__ __forceinline__ Keys keys_of(Params const& p, Seqlen const& s, int bi
     return {min(max(asked, 0), p.cache_entries - 1), s.first_k};
 }
 
+// Nothing has to be looked up.
+__device__ __forceinline__ void ask_first_keys(Params const&, Seqlen const&, Keys const&, int, uint32_t, uint32_t, int) {}
+
+__device__ __forceinline__ void ask_keys(Params const&, Seqlen const&, Keys const&, int, int, uint32_t, int) {}
+
 struct TileKeys {
     int first_row;
 };
 
-__device__ __forceinline__ TileKeys tile_keys(Params const&, Seqlen const&, Keys const& keys, int tile, int) {
+__device__ __forceinline__ TileKeys tile_keys(Params const&, Keys const& keys, int tile, uint32_t, int) {
     return {keys.first_row + tile * kTileN};
 }
-
-// Nothing has to be looked up.
-__device__ __forceinline__ void prefetch_keys(Params const&, Seqlen const&, Keys const&, int, int) {}
 
 // Where a row is in the caches, in elements.
 struct Offsets {
@@ -933,9 +942,8 @@ struct WarpTiles {
     uint32_t stage;   // byte offset of the stage in turn
     int missing;      // so many stages, that one first, are to be loaded
     int unit;         // the block's first unit behind the part that is being loaded
-    int next;         // the part's tile to load next, what is known of its keys, and the end of the part's tiles
+    int next;         // the part's tile to load next, and the end of the part's tiles
     int end;
-    TileKeys next_keys;
     Seqlen s;
     Keys keys;
     int head_kv;
@@ -949,15 +957,13 @@ struct WarpTiles {
         unit = part.end;
         next = first_of_warp(tiles.begin, warp);
         end = tiles.end;
-        prefetch_keys(p, s, keys, next, lane);
-        next_keys = tile_keys(p, s, keys, next, lane);
+        ask_first_keys(p, s, keys, next, stages, stage, lane);
         head_kv = item.head_kv;
         begin_key = key_begin(p, s, row_at(p, item, 0).query);
     }
 
-    // Loads the next tile into the stage in turn, if there is one; its group is committed. Where keys of the tile after that
-    // one are is asked for ahead of its turn. What is asked of all lanes is the same in each: where ptxas does not see that, it
-    // calls a function for shuffles (sm_80).
+    // Loads the next tile into the stage in turn, if there is one; its group is committed. What is asked of all lanes is
+    // the same in each: where ptxas does not see that, it calls a function for shuffles (sm_80).
     __device__ __forceinline__ void load(Params const& p, uint32_t layout, int warp, int lane) {
         while (any_lane(next >= end && unit < end_of_block(p, work_of(layout)))) {
             Work const work = work_of(layout);
@@ -970,9 +976,7 @@ struct WarpTiles {
         int const lane_row = lane / kKvPanelChunks;
         int const chunk = lane % kKvPanelChunks;
         if (any_lane(next < end)) {
-            TileKeys const tile = next_keys;
-            next_keys = tile_keys(p, s, keys, next + kNumWarps, lane);
-            LaneRows const rows = rows_of_lane(p, keys, tile, lane_row);
+            LaneRows const rows = rows_of_lane(p, keys, tile_keys(p, keys, next, stages + stage, lane), lane_row);
             unsigned char const* const k_head =
                 static_cast<unsigned char const*>(p.k) + kCacheBytes * (head_kv * p.k_head_stride + kChunkColumns * chunk);
             unsigned char const* const v_head =
@@ -992,10 +996,11 @@ struct WarpTiles {
                     cp_async_16(to + kKvBytes, v_head + kCacheBytes * at.v + of_panel, of_head);
                 }
             }
+            ask_keys(p, s, keys, next + kNumStages * kNumWarps, end, stages + stage, lane);
         }
         cp_async_commit();
         next += kNumWarps;
-        stage = stage == (kNumStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+        stage = next_stage(stage);
     }
 };
 
@@ -1240,55 +1245,147 @@ __device__ __forceinline__ float* part_sum(Params const& p, int slot, int row) {
 }
 
 // What all parts of an item have, in the order of its keys, whoever comes last. Memory answers late, so that a thread asks for
-// four columns of kParts parts at once (1 x 8k: 24.2 us, 25.5 with two such groups of 8 parts, H100).
-__device__ __forceinline__ void combine_parts(
+// four columns of kParts parts at once (1 x 8k: 24.2 us, 25.5 with two such groups of 8 parts, H100), and where there are few
+// parts, of kQuads groups of columns.
+constexpr int kFewParts = 4;
+
+__device__ __forceinline__ void combine_many_parts(
     Params const& p, Item const& item, Share const& share, float factor, int thread) {
+    constexpr int kQuads = 1;
     constexpr int kParts = 16;
     int const end = num_quads(p, item);
 #pragma unroll 1
-    for (int quad = thread; quad < end; quad += kNumThreads) {
-        int const row = quad / kRowQuads;
-        RowSum all = {-kInfinity, 0.0f};
-        float o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int begin = thread; begin < end; begin += kQuads * kNumThreads) {
+        RowSum all[kQuads];
+        float o[kQuads][4];
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+            all[q] = {-kInfinity, 0.0f};
+            o[q][0] = o[q][1] = o[q][2] = o[q][3] = 0.0f;
+        }
 #pragma unroll 1
         for (int first = 0; first < share.count; first += kParts) {
             int const last = share.count - 1 - first;  // behind it that part is there again, and weighs nothing
-            // Bytes from here on: one instruction an address.
-            int64_t const sum = keep_wide(reinterpret_cast<int64_t>(part_sum(p, share.slots + first, row)));
-            int64_t const columns = keep_wide(reinterpret_cast<int64_t>(part_o(p, share.slots + first, quad)));
-            float sums[kParts][2];
-            float shares[kParts][4];
-            load_global_float2(sums[0], part_sum(p, slot_of(share, first), row));
-            load_global_float4(shares[0], part_o(p, slot_of(share, first), quad));
+            float sums[kQuads][kParts][2];
+            float shares[kQuads][kParts][4];
 #pragma unroll
-            for (int i = 1; i < kParts; ++i) {
-                int64_t const from = min(i, last);
-                load_global_float2(sums[i], reinterpret_cast<float const*>(sum + from * (kNumberBytes * kSumsOfPart)));
-                load_global_float4(
-                    shares[i], reinterpret_cast<float const*>(columns + from * (kNumberBytes * kColumnsOfPart)));
-            }
-            float max = all.max;
+            for (int q = 0; q < kQuads; ++q) {
+                int const quad = q == 0 ? begin : min(begin + q * kNumThreads, end - 1);
+                int const row = quad / kRowQuads;
+                // Bytes from here on: one instruction an address.
+                int64_t const sum = keep_wide(reinterpret_cast<int64_t>(part_sum(p, share.slots + first, row)));
+                int64_t const columns = keep_wide(reinterpret_cast<int64_t>(part_o(p, share.slots + first, quad)));
+                load_global_float2(sums[q][0], part_sum(p, slot_of(share, first), row));
+                load_global_float4(shares[q][0], part_o(p, slot_of(share, first), quad));
 #pragma unroll
-            for (int i = 0; i < kParts; ++i) {
-                max = fmaxf(max, sums[i][0]);
-            }
-            float const of_before = weight_of(all.max, max, factor);
-            all = {max, all.sum * of_before};
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                o[c] *= of_before;
+                for (int i = 1; i < kParts; ++i) {
+                    int64_t const from = min(i, last);
+                    load_global_float2(sums[q][i], reinterpret_cast<float const*>(sum + from * (kNumberBytes * kSumsOfPart)));
+                    load_global_float4(
+                        shares[q][i], reinterpret_cast<float const*>(columns + from * (kNumberBytes * kColumnsOfPart)));
+                }
             }
 #pragma unroll
-            for (int i = 0; i < kParts; ++i) {
-                float const weight = weight_of(i <= last ? sums[i][0] : -kInfinity, max, factor);
-                all.sum = fmaf(sums[i][1], weight, all.sum);
+            for (int q = 0; q < kQuads; ++q) {
+                float max = all[q].max;
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    max = fmaxf(max, sums[q][i][0]);
+                }
+                float const of_before = weight_of(all[q].max, max, factor);
+                all[q] = {max, all[q].sum * of_before};
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    o[c] = fmaf(shares[i][c], weight, o[c]);
+                    o[q][c] *= of_before;
+                }
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    float const weight = weight_of(i <= last ? sums[q][i][0] : -kInfinity, max, factor);
+                    all[q].sum = fmaf(sums[q][i][1], weight, all[q].sum);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        o[q][c] = fmaf(shares[q][i][c], weight, o[q][c]);
+                    }
                 }
             }
         }
-        store_row(p, item, row, all, o, quad % kRowQuads * 4, factor);
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+            int const quad = begin + q * kNumThreads;
+            if (q == 0 || quad < end) {
+                store_row(p, item, quad / kRowQuads, all[q], o[q], quad % kRowQuads * 4, factor);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void combine_few_parts(
+    Params const& p, Item const& item, Share const& share, float factor, int thread) {
+    constexpr int kQuads = 16 / kFewParts;
+    constexpr int kParts = kFewParts;
+    int const end = num_quads(p, item);
+#pragma unroll 1
+    for (int begin = thread; begin < end; begin += kQuads * kNumThreads) {
+        RowSum all[kQuads];
+        float o[kQuads][4];
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+            all[q] = {-kInfinity, 0.0f};
+            o[q][0] = o[q][1] = o[q][2] = o[q][3] = 0.0f;
+        }
+#pragma unroll 1
+        for (int first = 0; first < share.count; first += kParts) {
+            int const last = share.count - 1 - first;  // behind it that part is there again, and weighs nothing
+            float sums[kQuads][kParts][2];
+            float shares[kQuads][kParts][4];
+#pragma unroll
+            for (int q = 0; q < kQuads; ++q) {
+                int const quad = q == 0 ? begin : min(begin + q * kNumThreads, end - 1);
+                int const row = quad / kRowQuads;
+                // Bytes from here on: one instruction an address.
+                int64_t const sum = keep_wide(reinterpret_cast<int64_t>(part_sum(p, share.slots + first, row)));
+                int64_t const columns = keep_wide(reinterpret_cast<int64_t>(part_o(p, share.slots + first, quad)));
+                load_global_float2(sums[q][0], part_sum(p, slot_of(share, first), row));
+                load_global_float4(shares[q][0], part_o(p, slot_of(share, first), quad));
+#pragma unroll
+                for (int i = 1; i < kParts; ++i) {
+                    int64_t const from = min(i, last);
+                    load_global_float2(sums[q][i], reinterpret_cast<float const*>(sum + from * (kNumberBytes * kSumsOfPart)));
+                    load_global_float4(
+                        shares[q][i], reinterpret_cast<float const*>(columns + from * (kNumberBytes * kColumnsOfPart)));
+                }
+            }
+#pragma unroll
+            for (int q = 0; q < kQuads; ++q) {
+                float max = all[q].max;
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    max = fmaxf(max, sums[q][i][0]);
+                }
+                float const of_before = weight_of(all[q].max, max, factor);
+                all[q] = {max, all[q].sum * of_before};
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    o[q][c] *= of_before;
+                }
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    float const weight = weight_of(i <= last ? sums[q][i][0] : -kInfinity, max, factor);
+                    all[q].sum = fmaf(sums[q][i][1], weight, all[q].sum);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        o[q][c] = fmaf(shares[q][i][c], weight, o[q][c]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+            int const quad = begin + q * kNumThreads;
+            if (q == 0 || quad < end) {
+                store_row(p, item, quad / kRowQuads, all[q], o[q], quad % kRowQuads * 4, factor);
+            }
+        }
     }
 }
 
@@ -1337,7 +1434,11 @@ __device__ __forceinline__ void finish_part(
         }
         sync_block();
         if (load_shared_int(smem + kSmemArrived) == share.count - 1) {
-            combine_parts(p, item, share, factor, thread);
+            if (share.count <= kFewParts && num_quads(p, item) > kNumThreads) {
+                combine_few_parts(p, item, share, factor, thread);
+            } else {
+                combine_many_parts(p, item, share, factor, thread);
+            }
         }
     }
 }
@@ -1646,6 +1747,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
 //   row_rounds = num_m_blocks / rows_at_once
 //   round_reciprocal = 2147483647 / max(row_rounds, 1)
 //   num_runs = num_blocks / rows_at_once
+//   item_units = 1 * (1 - fixed_parts) * min(batch * num_heads_kv * row_rounds / (num_runs + 1), 1)
 //   run_reciprocal = 2147483647 / max(num_runs, 1)
 //   num_new_chunks = 16 * batch * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)
 //   num_slots = fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks

@@ -5,11 +5,11 @@
 // Rendered by fa2gen from decode/decode.cu.j2; edit the template or the spec, not this file.
 //   problem  decode, head dim 256, bf16, window mask, pages
 //   tiling   16 query rows x 16 keys, 3 stages, 4 mma warps, 128-byte panels
-//   launch   128 threads, 209440 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,  150 Threads,  181 Arithmetic,  221 Shared memory,  263 Global memory,
-//             329 cp.async,  348 Fragments,  363 Registers,  378 mma,  408 d - window_left <= j <= d + window_right,
-//             485 Online softmax,  861 Loads, 1005 Matrix products, 1081 Putting together, 1398 Append, 1516 Kernel,
-//            1558 Launch
+//   launch   128 threads, 210976 bytes of dynamic shared memory
+//   contents   27 Problem and tiling,  152 Threads,  183 Arithmetic,  223 Shared memory,  265 Global memory,
+//             326 cp.async,  351 Fragments,  366 Registers,  381 mma,  411 d - window_left <= j <= d + window_right,
+//             488 Online softmax,  888 Loads, 1028 Matrix products, 1104 Putting together, 1517 Append, 1635 Kernel,
+//            1677 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -59,7 +59,7 @@ constexpr int kCopyRows = 4;  // that a warp copies at once
 constexpr uint32_t kQPanelBytes = 2048;
 constexpr uint32_t kKvPanelBytes = 2048;
 constexpr uint32_t kKvBytes = 8192;
-constexpr uint32_t kStageBytes = 16384;
+constexpr uint32_t kStageBytes = 16512;
 constexpr int kRowQuads = 64;  // of four columns
 constexpr int kTileRowChunks = 32;  // of 16 bytes
 constexpr int kQueryChunks = 4;  // of Q's tile, that a thread copies
@@ -68,10 +68,11 @@ constexpr int kLayoutEntries = 1024;
 
 constexpr uint32_t kSmemQ = 0;
 constexpr uint32_t kSmemStages = 8192;
-constexpr uint32_t kSmemRowSums = 204800;
-constexpr uint32_t kSmemShares = 205312;
-constexpr uint32_t kSmemLayout = 205328;
-constexpr uint32_t kSmemArrived = 209436;
+constexpr uint32_t kSmemRowSums = 206336;
+constexpr uint32_t kSmemShares = 206848;
+constexpr uint32_t kSmemLayout = 206864;
+constexpr uint32_t kSmemArrived = 210972;
+constexpr uint32_t kStageEntries = 16384;
 
 // The kernel's scalar arguments; the order is the launcher's (KernelPlan.params).
 struct Params {
@@ -123,6 +124,7 @@ struct Params {
     int num_heads_per_kv;
     int unit_shift;
     int least_units;
+    int item_units;
     int fixed_parts;
     int entry_sequences;
     int num_entries;
@@ -269,11 +271,6 @@ __device__ __forceinline__ int load_global_int(int const* address) {
     return value;
 }
 
-// Asks for what lies there, which a load is to find in L1 later on.
-__device__ __forceinline__ void prefetch_global(void const* address) {
-    asm volatile("prefetch.global.L1 [%0];" :: "l"(address) : "memory");
-}
-
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
 }
@@ -332,6 +329,12 @@ __device__ __forceinline__ void load_global_float2(float (&r)[2], float const* a
 // of them and fills the rest with zeros: with 0 the source is not touched.
 __device__ __forceinline__ void cp_async_16(uint32_t destination, void const* source, int source_bytes) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(destination), "l"(source), "r"(source_bytes) : "memory");
+}
+
+// The same of 4 bytes, by way of L1; both addresses are multiples of 4.
+__device__ __forceinline__ void cp_async_4(uint32_t destination, void const* source, int source_bytes) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                  :: "r"(destination), "l"(source), "r"(source_bytes) : "memory");
 }
 
@@ -617,16 +620,17 @@ __device__ __forceinline__ void online_softmax_tiles(
 
 // Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long a
 // run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several blocks
-// share is in parts, which the last to finish puts together.
+// share is in parts, which the last to finish puts together. Where there are more items than blocks, each has p.item_units
+// behind its keys, for what its end takes (32 sequences of 200 to 32k keys: blocks of 12 items were the last, H100).
 //
 // With p.fixed_parts each unit is a part, wherever it is computed: what a sequence gives depends on nothing but itself and on
 // the length of units.
 
-// Of one head and kTileM rows of a sequence; at least 1, as somebody must write what no key gives.
+// Of one head and kTileM rows of a sequence, its end with them; at least 1, as somebody must write what no key gives.
 __device__ __forceinline__ int num_units(Params const& p, int bidb) {
     Seqlen const s = seqlen_of(p, bidb);
     BlockRange const tiles = key_blocks(p, s, 0, s.q);
-    return max(((tiles.end - 1) >> p.unit_shift) + 1 - (tiles.begin >> p.unit_shift), 1);
+    return max(((tiles.end - 1) >> p.unit_shift) + 1 - (tiles.begin >> p.unit_shift) + p.item_units, 1);
 }
 
 // Shared memory has where sequences begin, in units of one head and tile of rows, and where the last one ends; beyond
@@ -780,6 +784,11 @@ __device__ __forceinline__ int slot_of(Share const& share, int index) {
     return index == 0 ? share.first_slot : share.slots + index;
 }
 
+// Behind a stage of a warp's ring, by their byte offsets.
+__device__ __forceinline__ uint32_t next_stage(uint32_t stage) {
+    return stage == (kNumStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+}
+
 // Where keys are: in pages of p.page_size rows, which the sequence's row of the table names. Entries behind the last page
 // that it needs are not looked at, and what is no page's number leads to some page: its rows are hidden, or nobody's.
 struct Keys {
@@ -792,29 +801,47 @@ __device__ __forceinline__ Keys keys_of(Params const& p, Seqlen const& s, int bi
     return {p.block_table + static_cast<int64_t>(min(max(asked, 0), p.table_rows - 1)) * p.table_step, s.first_k};
 }
 
+// A page's row of a key that there is.
+__device__ __forceinline__ int const* entry_of_key(Params const& p, Keys const& keys, int key) {
+    return keys.table + static_cast<unsigned>(keys.first_row + key) / static_cast<unsigned>(p.page_size);
+}
+
+// What the table has for each key of a tile lies behind the stage that the tile is loaded to, a key a lane: to wait for it when
+// a tile's turn has come took as long as the tile itself, since memory answers in turn (1 x 8k: 26.3 us, H100).
+__device__ __forceinline__ void ask_first_keys(
+    Params const& p, Seqlen const& s, Keys const& keys, int tile, uint32_t stages, uint32_t stage, int lane) {
+    int entries[kNumStages];
+#pragma unroll
+    for (int i = 0; i < kNumStages; ++i) {
+        int const key = (tile + i * kNumWarps) * kTileN + lane % kTileN;
+        entries[i] = key < s.k ? load_global_int(entry_of_key(p, keys, key)) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kNumStages; ++i) {
+        store_shared_int(stages + stage + kStageEntries + 4 * lane, entries[i]);
+        stage = next_stage(stage);
+    }
+}
+
+__device__ __forceinline__ void ask_keys(
+    Params const& p, Seqlen const& s, Keys const& keys, int tile, int end, uint32_t stage, int lane) {
+    int const key = tile * kTileN + lane % kTileN;
+    bool const exists = key < s.k;
+    if (tile < end) {  // else the next part's are stored there
+        cp_async_4(stage + kStageEntries + 4 * lane, entry_of_key(p, keys, exists ? key : 0), exists ? 4 : 0);
+    }
+}
+
 // Of this lane's key: key lane % kTileN of the tile.
 struct TileKeys {
     int page;
     int row;
 };
 
-__device__ __forceinline__ TileKeys tile_keys(Params const& p, Seqlen const& s, Keys const& keys, int tile, int lane) {
-    int const key = tile * kTileN + lane % kTileN;
-    if (key >= s.k) {
-        return {0, 0};
-    }
-    unsigned const row = static_cast<unsigned>(keys.first_row + key);
-    unsigned const number = row / static_cast<unsigned>(p.page_size);
-    int const page = load_global_int(keys.table + number);
-    return {min(max(page, 0), p.cache_entries - 1), static_cast<int>(row - number * static_cast<unsigned>(p.page_size))};
-}
-
-// What says where the keys of this tile and of a warp's next seven are: memory is waited for once, not for each in turn.
-__device__ __forceinline__ void prefetch_keys(Params const& p, Seqlen const& s, Keys const& keys, int tile, int lane) {
-    int const key = (tile + lane / 4 * kNumWarps) * kTileN + lane % 4 * (kTileN / 4);
-    if (key < s.k) {
-        prefetch_global(keys.table + static_cast<unsigned>(keys.first_row + key) / static_cast<unsigned>(p.page_size));
-    }
+__device__ __forceinline__ TileKeys tile_keys(Params const& p, Keys const& keys, int tile, uint32_t stage, int lane) {
+    int const page = load_shared_int(stage + kStageEntries + 4 * lane);
+    unsigned const row = static_cast<unsigned>(keys.first_row + tile * kTileN + lane % kTileN);
+    return {min(max(page, 0), p.cache_entries - 1), static_cast<int>(row % static_cast<unsigned>(p.page_size))};
 }
 
 // Where a row is in the caches, in elements.
@@ -936,9 +963,8 @@ struct WarpTiles {
     uint32_t stage;   // byte offset of the stage in turn
     int missing;      // so many stages, that one first, are to be loaded
     int unit;         // the block's first unit behind the part that is being loaded
-    int next;         // the part's tile to load next, what is known of its keys, and the end of the part's tiles
+    int next;         // the part's tile to load next, and the end of the part's tiles
     int end;
-    TileKeys next_keys;
     Seqlen s;
     Keys keys;
     int head_kv;
@@ -952,15 +978,13 @@ struct WarpTiles {
         unit = part.end;
         next = first_of_warp(tiles.begin, warp);
         end = tiles.end;
-        prefetch_keys(p, s, keys, next, lane);
-        next_keys = tile_keys(p, s, keys, next, lane);
+        ask_first_keys(p, s, keys, next, stages, stage, lane);
         head_kv = item.head_kv;
         begin_key = key_begin(p, s, row_at(p, item, 0).query);
     }
 
-    // Loads the next tile into the stage in turn, if there is one; its group is committed. Where keys of the tile after that
-    // one are is asked for ahead of its turn. What is asked of all lanes is the same in each: where ptxas does not see that, it
-    // calls a function for shuffles (sm_80).
+    // Loads the next tile into the stage in turn, if there is one; its group is committed. What is asked of all lanes is
+    // the same in each: where ptxas does not see that, it calls a function for shuffles (sm_80).
     __device__ __forceinline__ void load(Params const& p, uint32_t layout, int warp, int lane) {
         while (any_lane(next >= end && unit < end_of_block(p, work_of(layout)))) {
             Work const work = work_of(layout);
@@ -973,9 +997,7 @@ struct WarpTiles {
         int const lane_row = lane / kKvPanelChunks;
         int const chunk = lane % kKvPanelChunks;
         if (any_lane(next < end)) {
-            TileKeys const tile = next_keys;
-            next_keys = tile_keys(p, s, keys, next + kNumWarps, lane);
-            LaneRows const rows = rows_of_lane(p, keys, tile, lane_row);
+            LaneRows const rows = rows_of_lane(p, keys, tile_keys(p, keys, next, stages + stage, lane), lane_row);
             unsigned char const* const k_head =
                 static_cast<unsigned char const*>(p.k) + kCacheBytes * (head_kv * p.k_head_stride + kChunkColumns * chunk);
             unsigned char const* const v_head =
@@ -995,10 +1017,11 @@ struct WarpTiles {
                     cp_async_16(to + kKvBytes, v_head + kCacheBytes * at.v + of_panel, of_head);
                 }
             }
+            ask_keys(p, s, keys, next + kNumStages * kNumWarps, end, stages + stage, lane);
         }
         cp_async_commit();
         next += kNumWarps;
-        stage = stage == (kNumStages - 1) * kStageBytes ? 0 : stage + kStageBytes;
+        stage = next_stage(stage);
     }
 };
 
@@ -1196,55 +1219,147 @@ __device__ __forceinline__ float* part_sum(Params const& p, int slot, int row) {
 }
 
 // What all parts of an item have, in the order of its keys, whoever comes last. Memory answers late, so that a thread asks for
-// four columns of kParts parts at once (1 x 8k: 24.2 us, 25.5 with two such groups of 8 parts, H100).
-__device__ __forceinline__ void combine_parts(
+// four columns of kParts parts at once (1 x 8k: 24.2 us, 25.5 with two such groups of 8 parts, H100), and where there are few
+// parts, of kQuads groups of columns.
+constexpr int kFewParts = 4;
+
+__device__ __forceinline__ void combine_many_parts(
     Params const& p, Item const& item, Share const& share, float factor, int thread) {
+    constexpr int kQuads = 1;
     constexpr int kParts = 16;
     int const end = num_quads(p, item);
 #pragma unroll 1
-    for (int quad = thread; quad < end; quad += kNumThreads) {
-        int const row = quad / kRowQuads;
-        RowSum all = {-kInfinity, 0.0f};
-        float o[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int begin = thread; begin < end; begin += kQuads * kNumThreads) {
+        RowSum all[kQuads];
+        float o[kQuads][4];
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+            all[q] = {-kInfinity, 0.0f};
+            o[q][0] = o[q][1] = o[q][2] = o[q][3] = 0.0f;
+        }
 #pragma unroll 1
         for (int first = 0; first < share.count; first += kParts) {
             int const last = share.count - 1 - first;  // behind it that part is there again, and weighs nothing
-            // Bytes from here on: one instruction an address.
-            int64_t const sum = keep_wide(reinterpret_cast<int64_t>(part_sum(p, share.slots + first, row)));
-            int64_t const columns = keep_wide(reinterpret_cast<int64_t>(part_o(p, share.slots + first, quad)));
-            float sums[kParts][2];
-            float shares[kParts][4];
-            load_global_float2(sums[0], part_sum(p, slot_of(share, first), row));
-            load_global_float4(shares[0], part_o(p, slot_of(share, first), quad));
+            float sums[kQuads][kParts][2];
+            float shares[kQuads][kParts][4];
 #pragma unroll
-            for (int i = 1; i < kParts; ++i) {
-                int64_t const from = min(i, last);
-                load_global_float2(sums[i], reinterpret_cast<float const*>(sum + from * (kNumberBytes * kSumsOfPart)));
-                load_global_float4(
-                    shares[i], reinterpret_cast<float const*>(columns + from * (kNumberBytes * kColumnsOfPart)));
-            }
-            float max = all.max;
+            for (int q = 0; q < kQuads; ++q) {
+                int const quad = q == 0 ? begin : min(begin + q * kNumThreads, end - 1);
+                int const row = quad / kRowQuads;
+                // Bytes from here on: one instruction an address.
+                int64_t const sum = keep_wide(reinterpret_cast<int64_t>(part_sum(p, share.slots + first, row)));
+                int64_t const columns = keep_wide(reinterpret_cast<int64_t>(part_o(p, share.slots + first, quad)));
+                load_global_float2(sums[q][0], part_sum(p, slot_of(share, first), row));
+                load_global_float4(shares[q][0], part_o(p, slot_of(share, first), quad));
 #pragma unroll
-            for (int i = 0; i < kParts; ++i) {
-                max = fmaxf(max, sums[i][0]);
-            }
-            float const of_before = weight_of(all.max, max, factor);
-            all = {max, all.sum * of_before};
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                o[c] *= of_before;
+                for (int i = 1; i < kParts; ++i) {
+                    int64_t const from = min(i, last);
+                    load_global_float2(sums[q][i], reinterpret_cast<float const*>(sum + from * (kNumberBytes * kSumsOfPart)));
+                    load_global_float4(
+                        shares[q][i], reinterpret_cast<float const*>(columns + from * (kNumberBytes * kColumnsOfPart)));
+                }
             }
 #pragma unroll
-            for (int i = 0; i < kParts; ++i) {
-                float const weight = weight_of(i <= last ? sums[i][0] : -kInfinity, max, factor);
-                all.sum = fmaf(sums[i][1], weight, all.sum);
+            for (int q = 0; q < kQuads; ++q) {
+                float max = all[q].max;
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    max = fmaxf(max, sums[q][i][0]);
+                }
+                float const of_before = weight_of(all[q].max, max, factor);
+                all[q] = {max, all[q].sum * of_before};
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
-                    o[c] = fmaf(shares[i][c], weight, o[c]);
+                    o[q][c] *= of_before;
+                }
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    float const weight = weight_of(i <= last ? sums[q][i][0] : -kInfinity, max, factor);
+                    all[q].sum = fmaf(sums[q][i][1], weight, all[q].sum);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        o[q][c] = fmaf(shares[q][i][c], weight, o[q][c]);
+                    }
                 }
             }
         }
-        store_row(p, item, row, all, o, quad % kRowQuads * 4, factor);
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+            int const quad = begin + q * kNumThreads;
+            if (q == 0 || quad < end) {
+                store_row(p, item, quad / kRowQuads, all[q], o[q], quad % kRowQuads * 4, factor);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void combine_few_parts(
+    Params const& p, Item const& item, Share const& share, float factor, int thread) {
+    constexpr int kQuads = 16 / kFewParts;
+    constexpr int kParts = kFewParts;
+    int const end = num_quads(p, item);
+#pragma unroll 1
+    for (int begin = thread; begin < end; begin += kQuads * kNumThreads) {
+        RowSum all[kQuads];
+        float o[kQuads][4];
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+            all[q] = {-kInfinity, 0.0f};
+            o[q][0] = o[q][1] = o[q][2] = o[q][3] = 0.0f;
+        }
+#pragma unroll 1
+        for (int first = 0; first < share.count; first += kParts) {
+            int const last = share.count - 1 - first;  // behind it that part is there again, and weighs nothing
+            float sums[kQuads][kParts][2];
+            float shares[kQuads][kParts][4];
+#pragma unroll
+            for (int q = 0; q < kQuads; ++q) {
+                int const quad = q == 0 ? begin : min(begin + q * kNumThreads, end - 1);
+                int const row = quad / kRowQuads;
+                // Bytes from here on: one instruction an address.
+                int64_t const sum = keep_wide(reinterpret_cast<int64_t>(part_sum(p, share.slots + first, row)));
+                int64_t const columns = keep_wide(reinterpret_cast<int64_t>(part_o(p, share.slots + first, quad)));
+                load_global_float2(sums[q][0], part_sum(p, slot_of(share, first), row));
+                load_global_float4(shares[q][0], part_o(p, slot_of(share, first), quad));
+#pragma unroll
+                for (int i = 1; i < kParts; ++i) {
+                    int64_t const from = min(i, last);
+                    load_global_float2(sums[q][i], reinterpret_cast<float const*>(sum + from * (kNumberBytes * kSumsOfPart)));
+                    load_global_float4(
+                        shares[q][i], reinterpret_cast<float const*>(columns + from * (kNumberBytes * kColumnsOfPart)));
+                }
+            }
+#pragma unroll
+            for (int q = 0; q < kQuads; ++q) {
+                float max = all[q].max;
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    max = fmaxf(max, sums[q][i][0]);
+                }
+                float const of_before = weight_of(all[q].max, max, factor);
+                all[q] = {max, all[q].sum * of_before};
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    o[q][c] *= of_before;
+                }
+#pragma unroll
+                for (int i = 0; i < kParts; ++i) {
+                    float const weight = weight_of(i <= last ? sums[q][i][0] : -kInfinity, max, factor);
+                    all[q].sum = fmaf(sums[q][i][1], weight, all[q].sum);
+#pragma unroll
+                    for (int c = 0; c < 4; ++c) {
+                        o[q][c] = fmaf(shares[q][i][c], weight, o[q][c]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+            int const quad = begin + q * kNumThreads;
+            if (q == 0 || quad < end) {
+                store_row(p, item, quad / kRowQuads, all[q], o[q], quad % kRowQuads * 4, factor);
+            }
+        }
     }
 }
 
@@ -1293,7 +1408,11 @@ __device__ __forceinline__ void finish_part(
         }
         sync_block();
         if (load_shared_int(smem + kSmemArrived) == share.count - 1) {
-            combine_parts(p, item, share, factor, thread);
+            if (share.count <= kFewParts && num_quads(p, item) > kNumThreads) {
+                combine_few_parts(p, item, share, factor, thread);
+            } else {
+                combine_many_parts(p, item, share, factor, thread);
+            }
         }
     }
 }
@@ -1562,8 +1681,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   fa2_decode_sm90_bf16_d256_window_paged_m16_n16_s3_w4_append
 //     grid ((num_new_chunks + 255) / 256, 1, 1), 256 threads, 0 bytes of dynamic shared memory
 //   fa2_decode_sm90_bf16_d256_window_paged_m16_n16_s3_w4
-//     grid (num_blocks, 1, 1), 128 threads, 209440 bytes of dynamic shared memory
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 209440
+//     grid (num_blocks, 1, 1), 128 threads, 210976 bytes of dynamic shared memory
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 210976
 // Of a call over caches, beside batch, seqlen_q and heads:
 //   seqlen_k: the most keys that a sequence can have: of an entry of the caches, or of all pages of a table's row
 //   seqlen_new: keys that are appended to each sequence
@@ -1592,6 +1711,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   row_rounds = num_m_blocks / rows_at_once
 //   round_reciprocal = 2147483647 / max(row_rounds, 1)
 //   num_runs = num_blocks / rows_at_once
+//   item_units = 1 * (1 - fixed_parts) * min(batch * num_heads_kv * row_rounds / (num_runs + 1), 1)
 //   run_reciprocal = 2147483647 / max(num_runs, 1)
 //   num_new_chunks = 32 * batch * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)
 //   num_slots = fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks

@@ -393,10 +393,12 @@ def check_decode(plan: Any, sass: Sass) -> None:
     check_sm80(plan, sass)
     main = sass.kernel(plan.name)
     assert any(re.match(ARRIVES, line) for line in main), "no block tells the others that its part is done"
-    loads = 2 * plan.qk.num_panels * plan.tile_n // plan.copy_rows
+    loads = 2 * plan.qk.num_panels * plan.tile_n // plan.copy_rows + plan.paged  # and where keys are
     assert sum(line.startswith("LDGSTS") for line in main) == loads, "K and V in one place"
     if plan.head_dim <= 128 and plan.tile_m == 16:
-        assert len(main) < 3300 + 300 * plan.has_allow + 600 * plan.left_edge  # a window's edges, in two places
+        # A window's edges, in two places; and some 700 that put few parts of many rows together, past which a short
+        # call goes.
+        assert len(main) < 3400 + 300 * plan.has_allow + 800 * plan.left_edge
 
 
 # Kernels -------------------------------------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ def door(monkeypatch):
     monkeypatch.setattr(calls, "_rooms", {(-1, 5): 16})
     monkeypatch.setattr(calls, "_current_device", lambda: -1)
     monkeypatch.setattr(calls, "_is_capturing", lambda: False)
+    monkeypatch.setattr(calls, "_empty_strided", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 5, raising=False)
 
 
@@ -384,14 +385,14 @@ FAULTS = [
     Fault(
         "a page's number that is none",
         PAGED,
-        "if (key >= s.k) {",
-        "if (key > s.k + 64) {",
+        "entries[i] = key < s.k ?",
+        "entries[i] = key < s.k + 64 ?",
     ),
     Fault(
         "rows of a page",
         PAGED,
-        "row - number * static_cast<unsigned>(p.page_size)",
-        "row",
+        "static_cast<int>(row % static_cast<unsigned>(p.page_size))",
+        "static_cast<int>(row)",
     ),
     Fault(
         "Q is not waited for",
@@ -421,8 +422,29 @@ FAULTS = [
     Fault(
         "parts weigh the same",
         DENSE,
-        "float const weight = weight_of(i <= last ? sums[i][0] : -kInfinity, max, factor);",
+        "float const weight = weight_of(i <= last ? sums[q][i][0] : -kInfinity, max, factor);",
         "float const weight = i <= last ? 1.0f : 0.0f;",
+        count=2,
+    ),
+    Fault(
+        "columns of few parts",
+        DENSE,
+        "begin + q * kNumThreads;",
+        "begin + kNumThreads;",
+        count=2,
+    ),
+    Fault(
+        "entries of the next part's place",
+        PAGED,
+        "if (tile < end) {",
+        "if (true) {",
+        schedules=12,
+    ),
+    Fault(
+        "entries that are not asked for ahead",
+        PAGED,
+        "next + kNumStages * kNumWarps, end,",
+        "next + kNumWarps, end,",
     ),
     Fault(
         "heads of a group",

@@ -161,6 +161,7 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
     grid = min(-(-units // least), NUM_SMS)
     slots = units if fixed else 2 * grid
     at_once = m if m <= min(8, grid) else 1
+    ends = int(not fixed and shape.batch * shape.num_heads_kv * (m // at_once) > grid // at_once)
     values = {
         **shape._asdict(),
         "num_sequences": shape.batch,
@@ -170,6 +171,7 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
         "unit_shift": (unit // plan.tile_n).bit_length() - 1,
         "inverse_group": 1 / group,
         "least_units": least,
+        "item_units": ends,
         "fixed_parts": fixed,
         "rotary_interleaved": shape.interleaved,
         "entry_sequences": max(-(-shape.batch // 1024), 1),
@@ -183,7 +185,8 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
     scratch = {"parts": slots * plan.tile_m * plan.head_dim, "part_sums": 2 * slots * plan.tile_m}
     scratch["counters"] = units if fixed else grid
     grids = [(-(-new // plan.entry_points[0].num_threads), 1, 1), (grid, 1, 1)]
-    return grids, values, scratch, max(units + 64 * NUM_SMS, 2 * (shape.seqlen_k + unit), new, m * plan.tile_m << 9)
+    units = units * (1 + ends) + 64 * NUM_SMS
+    return grids, values, scratch, max(units, 2 * (shape.seqlen_k + unit), new, m * plan.tile_m << 9)
 
 
 @each_plan
