@@ -166,12 +166,25 @@ class BackwardPlan(KernelPlan):
     def scratch(self) -> tuple[Scratch, ...]:
         """None of it needs to be initialised."""
         names = ("lse_log2", "dpsum", "dq_acc", *(("dkv_parts",) if self.splits_groups else ()))
-        return (*(Scratch(name, "float*") for name in names), *super().scratch)
+        firsts = (Scratch("dq_sums", "int*"),) if self.stores_first else ()
+        return (*(Scratch(name, "float*") for name in names), *firsts, *super().scratch)
+
+    @property
+    def stores_first(self) -> str:
+        """Formula of whether whoever comes first to a block of queries stores its share of dQ, to which others add, or
+        else all add to zeros; "": they always do."""
+        return ""
+
+    @property
+    def num_dq_shares(self) -> int:
+        """Of dQ of a block of queries, that different threads add."""
+        return 1
 
     @property
     def sizes(self) -> tuple[str, ...]:
         both = ("num_heads_kv", "num_heads_per_kv", "num_m_blocks", "num_n_blocks")
+        firsts = ("stores_first",) if self.stores_first else ()
         if self.varlen:
-            return ("seqlen_q", "seqlen_k", *both)
+            return ("seqlen_q", "seqlen_k", *both, *firsts)
         sections = ("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()
-        return ("seqlen_q", "seqlen_k", "num_heads", *both, *sections)
+        return ("seqlen_q", "seqlen_k", "num_heads", *both, *sections, *firsts)

@@ -134,6 +134,7 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "section_bytes": f"{plan.section_bytes} * min(num_heads_per_kv, {plan.sections_of_groups})",
         "section_heads_kv": f"max(1, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
+        **({"stores_first": first} if isinstance(plan, BackwardPlan) and (first := plan.stores_first) else {}),
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
     }
 
@@ -232,6 +233,7 @@ def memory(plan: KernelPlan) -> dict[str, str]:
         "counters": "fixed_parts * num_units + (1 - fixed_parts) * num_blocks",
     }
     if isinstance(plan, BackwardPlan):
+        counts["dq_sums"] = f"{blocks} * {plan.num_dq_shares}"
         counts["dq_acc"] = f"{blocks} * {plan.dq_block_floats}"
         keys = f"num_n_blocks * num_heads_kv{'' if plan.varlen else ' * batch'}"
         counts["dkv_parts"] = f"{keys} * {plan.tiling.group_parts * plan.part_floats}"

@@ -66,6 +66,13 @@ SCORE_SPAN = 64  # bytes a row of P and dS then: whole panels of 32 keys, so tha
 # is the same, and its griddepcontrol instructions then do nothing.
 STARTS_EARLY = True
 
+# Up to so many rows a sequence, in the mean, the first share of dQ of a block of queries is stored: no zeros are
+# written and read again. Beyond, asking who was first costs more (d = 128: causal 512, 2k, 8k 1.09, 1.05, 1.01 times;
+# full 512 1.04, 2k 0.95, where blocks of keys come to a block of queries all at once; 32:8 heads, 8k 0.96; ragged 512,
+# full 1.11; windows of 128 and 1024 keys 1.22, 1.05; H100).
+FIRST_ROWS = 512
+FIRST_ROWS_OF_CAUSAL = 4096
+
 
 class DqSlice(NamedTuple):
     """Columns of dQ that one product makes: from which panel of K on, by which instruction, and how many registers of
@@ -528,6 +535,20 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def dq_panel_floats(self) -> int:
         """Of a slice, those of one panel's columns."""
         return WARP_ROWS * self.k_tile.columns
+
+    @property
+    def stores_first(self) -> str:
+        """Not where the order is kept: there sums begin with 0."""
+        if not self.stages_dq or self.deterministic:
+            return ""
+        if self.left_edge:
+            return "1"
+        rows = FIRST_ROWS_OF_CAUSAL if self.mask == "causal" else FIRST_ROWS
+        return f"min({rows}{' * batch' if self.varlen else ''} / max(seqlen_q, 1), 1)"
+
+    @property
+    def num_dq_shares(self) -> int:
+        return 2 if self.lags_dq else 1
 
     @property
     def num_dq_warps(self) -> int:

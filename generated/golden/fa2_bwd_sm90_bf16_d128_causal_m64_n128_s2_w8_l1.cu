@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197792 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
-//             211 Global memory,  239 mbarriers,  283 TMA,  325 Bulk copies,  341 Fences,  348 Fragments,
-//             362 Registers,  370 Registers of a warpgroup,  382 wgmma,  564 What is visible,
-//             613 Softmax and its gradient,  713 Pipelines,  762 Loads,  811 Matrix products,  849 Staging,
-//             912 Producer,  969 Consumer, 1116 Kernels, 1267 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  168 Arithmetic,  196 Shared memory,
+//             217 Global memory,  289 mbarriers,  333 TMA,  375 Bulk copies,  397 Fences,  409 Fragments,
+//             423 Registers,  431 Registers of a warpgroup,  443 wgmma,  625 What is visible,
+//             674 Softmax and its gradient,  774 Pipelines,  823 Loads,  872 Matrix products,  910 Staging,
+//             973 Producer, 1052 Consumer, 1199 Kernels, 1363 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -86,6 +86,10 @@ constexpr uint32_t kDescLoQ = 0x02000000u;
 // slice is what one warp holds, 16 columns of the head dim of a block of queries.
 constexpr int kDqSliceFloats = 1024;
 constexpr int kDqBlockFloats = 8192;
+// Whether a share of dQ of a block of queries has sums: whoever comes first stores what others add to.
+constexpr int kNoSums = 0;
+constexpr int kAreStored = 1;  // by somebody who is not done
+constexpr int kAreSums = 2;
 
 // The kernel's scalar arguments; the order is the launcher's (KernelPlan.params).
 struct Params {
@@ -96,6 +100,7 @@ struct Params {
     float* lse_log2;
     float* dpsum;
     float* dq_acc;
+    int* dq_sums;
     int64_t o_batch_stride;
     int64_t o_row_stride;
     int64_t o_head_stride;
@@ -111,6 +116,7 @@ struct Params {
     int num_n_blocks;
     int num_batch_heads_kv;
     int heads_per_section;
+    int stores_first;
     float softmax_scale;
     float softmax_scale_log2;
 };
@@ -210,6 +216,17 @@ __device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, 
 
 // Global memory -------------------------------------------------------------------------------------------------------
 
+// What another thread of the block, or an earlier kernel, has written.
+__device__ __forceinline__ int load_global_int(int const* address) {
+    int value;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_global_int(int* address, int value) {
+    *address = value;
+}
+
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
 }
@@ -234,6 +251,39 @@ __device__ __forceinline__ void load_global_float4(float (&r)[4], float const* a
 __device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
                  :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
+}
+
+// Waits until the number at `address` is `value`; what its writer did before is then done.
+__device__ __forceinline__ void wait_global(int const* address, int value) {
+    asm volatile(
+        "{\n"
+        ".reg .pred waits;\n"
+        ".reg .s32 found;\n"
+        "wait_%=:\n"
+        "ld.acquire.gpu.global.s32 found, [%0];\n"
+        "setp.ne.s32 waits, found, %1;\n"
+        "@waits bra wait_%=;\n"
+        "}"
+        :: "l"(address), "r"(value) : "memory");
+}
+
+// Publishes what this thread knows to be done, and `value`.
+__device__ __forceinline__ void store_global_release(int* address, int value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(address), "r"(value) : "memory");
+}
+
+// Waits for nobody. What came before the release of the number that is found has happened.
+__device__ __forceinline__ int load_global_acquire(int const* address) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// From 0 to 1, by one thread alone; returns what was there, as load_global_acquire does.
+__device__ __forceinline__ int claim_global(int* address) {
+    int found;
+    asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, 1;" : "=r"(found) : "l"(address) : "memory");
+    return found;
 }
 
 // mbarriers -----------------------------------------------------------------------------------------------------------
@@ -331,6 +381,12 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, void const* sour
                  :: "r"(destination), "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// From shared memory.
+__device__ __forceinline__ void bulk_store(float* destination, uint32_t source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 :: "l"(destination), "r"(source), "r"(bytes) : "memory");
+}
+
 // Adds fp32 numbers in shared memory to those in global memory, each addition atomic; what generic stores wrote there must have
 // been published by fence_proxy_async.
 __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
@@ -343,6 +399,11 @@ __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t sou
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Orders this thread's later bulk copies to global memory (the async proxy) after what it has waited for there.
+__device__ __forceinline__ void fence_proxy_async_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // Fragments -----------------------------------------------------------------------------------------------------------
@@ -953,14 +1014,36 @@ __device__ __forceinline__ void write_dq(
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     uint32_t phase = 0;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
+        int* const sums = p.dq_sums + 2 * walk.query_block + warpgroup;
+        int found = p.stores_first ? load_global_acquire(sums) : kAreSums;  // while dQ is made
         mbarrier_wait(barriers.dq_full(warpgroup), phase);
         constexpr int kShareFloats = 4 * kDqSliceFloats;
-        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warpgroup * kShareFloats,
-                        smem + kSmemDq + warpgroup * kShareFloats * 4,
-                        kShareFloats * 4);
+        float* const destination =
+            p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warpgroup * kShareFloats;
+        uint32_t const source = smem + kSmemDq + warpgroup * kShareFloats * 4;
+        int const bytes = kShareFloats * 4;
+        if (found != kAreSums) {
+            found = claim_global(sums);
+        }
+        bool const is_first = found == kNoSums;
+        if (is_first) {
+            bulk_store(destination, source, bytes);
+        } else {
+            if (found == kAreStored) {
+                wait_global(sums, kAreSums);  // for a thread that waits for nobody
+            }
+            if (p.stores_first) {
+                fence_proxy_async_global();
+            }
+            bulk_reduce_add(destination, source, bytes);
+        }
         tma_store_commit();
         tma_store_wait_read();
         mbarrier_arrive(barriers.dq_empty(warpgroup));
+        if (is_first) {
+            tma_store_wait();
+            store_global_release(sums, kAreSums);
+        }
         phase ^= 1;
     }
     tma_store_wait();
@@ -1121,7 +1204,7 @@ __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }
 
-// Row statistics of one block of queries, and zeros for its dQ. 16 lanes share a row, 16 bytes each.
+// Row statistics of one block of queries, and whether there are sums of its dQ. 16 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1_preprocess(
     const __grid_constant__ Params p) {
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
@@ -1183,8 +1266,12 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
         }
     }
 
+    if (thread < 2) {
+        store_global_int(p.dq_sums + 2 * block.index + thread, p.stores_first ? kNoSums : kAreSums);
+    }
+    int const end = p.stores_first ? 0 : kDqBlockFloats;
     float* const dq_acc = p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats;
-    for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
+    for (int i = 4 * thread; i < end; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
 }
@@ -1236,6 +1323,15 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
+    // Of queries that see no key nothing was stored.
+    int const sums = load_global_int(p.dq_sums + 2 * block.index + warp / 4);
+    auto load = [&](float (&r)[4], float const* address) {
+        load_global_float4(r, address);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            r[i] = sums == kAreSums ? r[i] : 0.0f;
+        }
+    };
     int const row = lane_id() % 8;
     int const chunk = warp % 4 * 2 + lane_id() / 8 % 2;
     uint32_t const first = smem + warp / 4 * kQPanelBytes + (row + lane_id() / 16 * 8) * kPanelRowBytes +
@@ -1244,8 +1340,8 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
     for (int i = 0; i < kTileM / 8; i += 2) {
         float low[4];
         float high[4];
-        load_global_float4(low, slice + i * 128);
-        load_global_float4(high, slice + (i + 1) * 128);
+        load(low, slice + i * 128);
+        load(high, slice + (i + 1) * 128);
         auto pair = [&](float const (&r)[4], int j) {
             return pack_bf16(r[j] * p.softmax_scale, r[j + 1] * p.softmax_scale);
         };
@@ -1291,10 +1387,12 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //   num_batch_heads_kv = batch * num_heads_kv
 //   section_bytes = 33554432 * min(num_heads_per_kv, 2)
 //   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 1024)), min(batch * num_heads_kv, 16))
+//   stores_first = min(4096 / max(seqlen_q, 1), 1)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 64
 //   dpsum: num_m_blocks * num_heads * batch * 64
 //   dq_acc: num_m_blocks * num_heads * batch * 8192
+//   dq_sums: num_m_blocks * num_heads * batch * 2
 
 }  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1

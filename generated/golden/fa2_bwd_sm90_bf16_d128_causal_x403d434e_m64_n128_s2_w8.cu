@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, scores of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  118 Threads,  162 Arithmetic,  203 Shared memory,
-//             224 Global memory,  252 mbarriers,  296 TMA,  338 Bulk copies,  354 Fences,  361 Fragments,
-//             375 Registers,  383 Registers of a warpgroup,  395 wgmma,  572 What is visible,  624 Expressions,
-//             639 Softmax and its gradient,  686 Scores of an expression,  805 Pipelines,  848 Loads,
-//             897 Matrix products,  935 Staging,  998 Producer, 1052 Consumer, 1176 Kernels, 1327 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  168 Arithmetic,  209 Shared memory,
+//             230 Global memory,  302 mbarriers,  346 TMA,  388 Bulk copies,  410 Fences,  422 Fragments,
+//             436 Registers,  444 Registers of a warpgroup,  456 wgmma,  633 What is visible,  685 Expressions,
+//             700 Softmax and its gradient,  747 Scores of an expression,  866 Pipelines,  909 Loads,
+//             958 Matrix products,  996 Staging, 1059 Producer, 1135 Consumer, 1259 Kernels, 1423 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -86,6 +86,10 @@ constexpr uint32_t kDescLoQ = 0x02000000u;
 // slice is what one warp holds, 16 columns of the head dim of a block of queries.
 constexpr int kDqSliceFloats = 1024;
 constexpr int kDqBlockFloats = 8192;
+// Whether a share of dQ of a block of queries has sums: whoever comes first stores what others add to.
+constexpr int kNoSums = 0;
+constexpr int kAreStored = 1;  // by somebody who is not done
+constexpr int kAreSums = 2;
 
 // The kernel's scalar arguments; the order is the launcher's (KernelPlan.params).
 struct Params {
@@ -96,6 +100,7 @@ struct Params {
     float* lse_log2;
     float* dpsum;
     float* dq_acc;
+    int* dq_sums;
     int64_t o_batch_stride;
     int64_t o_row_stride;
     int64_t o_head_stride;
@@ -111,6 +116,7 @@ struct Params {
     int num_n_blocks;
     int num_batch_heads_kv;
     int heads_per_section;
+    int stores_first;
     float number_0;
     float softmax_scale;
 };
@@ -223,6 +229,17 @@ __device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, 
 
 // Global memory -------------------------------------------------------------------------------------------------------
 
+// What another thread of the block, or an earlier kernel, has written.
+__device__ __forceinline__ int load_global_int(int const* address) {
+    int value;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_global_int(int* address, int value) {
+    *address = value;
+}
+
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
 }
@@ -247,6 +264,39 @@ __device__ __forceinline__ void load_global_float4(float (&r)[4], float const* a
 __device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
     asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
                  :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
+}
+
+// Waits until the number at `address` is `value`; what its writer did before is then done.
+__device__ __forceinline__ void wait_global(int const* address, int value) {
+    asm volatile(
+        "{\n"
+        ".reg .pred waits;\n"
+        ".reg .s32 found;\n"
+        "wait_%=:\n"
+        "ld.acquire.gpu.global.s32 found, [%0];\n"
+        "setp.ne.s32 waits, found, %1;\n"
+        "@waits bra wait_%=;\n"
+        "}"
+        :: "l"(address), "r"(value) : "memory");
+}
+
+// Publishes what this thread knows to be done, and `value`.
+__device__ __forceinline__ void store_global_release(int* address, int value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(address), "r"(value) : "memory");
+}
+
+// Waits for nobody. What came before the release of the number that is found has happened.
+__device__ __forceinline__ int load_global_acquire(int const* address) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// From 0 to 1, by one thread alone; returns what was there, as load_global_acquire does.
+__device__ __forceinline__ int claim_global(int* address) {
+    int found;
+    asm volatile("atom.acquire.gpu.global.cas.b32 %0, [%1], 0, 1;" : "=r"(found) : "l"(address) : "memory");
+    return found;
 }
 
 // mbarriers -----------------------------------------------------------------------------------------------------------
@@ -344,6 +394,12 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, void const* sour
                  :: "r"(destination), "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// From shared memory.
+__device__ __forceinline__ void bulk_store(float* destination, uint32_t source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 :: "l"(destination), "r"(source), "r"(bytes) : "memory");
+}
+
 // Adds fp32 numbers in shared memory to those in global memory, each addition atomic; what generic stores wrote there must have
 // been published by fence_proxy_async.
 __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
@@ -356,6 +412,11 @@ __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t sou
 // Publishes this thread's earlier shared-memory stores to TMA and wgmma (the async proxy).
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Orders this thread's later bulk copies to global memory (the async proxy) after what it has waited for there.
+__device__ __forceinline__ void fence_proxy_async_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // Fragments -----------------------------------------------------------------------------------------------------------
@@ -1038,12 +1099,34 @@ __device__ __forceinline__ void write_dq(
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     uint32_t phase = 0;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
+        int* const sums = p.dq_sums + walk.query_block;
+        int found = p.stores_first ? load_global_acquire(sums) : kAreSums;  // while dQ is made
         mbarrier_wait(barriers.dq_full(), phase);
-        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats, smem + kSmemDq,
-                        kDqBlockFloats * 4);
+        float* const destination = p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats;
+        uint32_t const source = smem + kSmemDq;
+        int const bytes = kDqBlockFloats * 4;
+        if (found != kAreSums) {
+            found = claim_global(sums);
+        }
+        bool const is_first = found == kNoSums;
+        if (is_first) {
+            bulk_store(destination, source, bytes);
+        } else {
+            if (found == kAreStored) {
+                wait_global(sums, kAreSums);  // for a thread that waits for nobody
+            }
+            if (p.stores_first) {
+                fence_proxy_async_global();
+            }
+            bulk_reduce_add(destination, source, bytes);
+        }
         tma_store_commit();
         tma_store_wait_read();
         mbarrier_arrive(barriers.dq_empty());
+        if (is_first) {
+            tma_store_wait();
+            store_global_release(sums, kAreSums);
+        }
         phase ^= 1;
     }
     tma_store_wait();
@@ -1181,7 +1264,7 @@ __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }
 
-// Row statistics of one block of queries, and zeros for its dQ. 16 lanes share a row, 16 bytes each.
+// Row statistics of one block of queries, and whether there are sums of its dQ. 16 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_x403d434e_m64_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
@@ -1243,8 +1326,12 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
         }
     }
 
+    if (thread < 1) {
+        store_global_int(p.dq_sums + block.index + thread, p.stores_first ? kNoSums : kAreSums);
+    }
+    int const end = p.stores_first ? 0 : kDqBlockFloats;
     float* const dq_acc = p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats;
-    for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
+    for (int i = 4 * thread; i < end; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
 }
@@ -1296,6 +1383,15 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
+    // Of queries that see no key nothing was stored.
+    int const sums = load_global_int(p.dq_sums + block.index);
+    auto load = [&](float (&r)[4], float const* address) {
+        load_global_float4(r, address);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            r[i] = sums == kAreSums ? r[i] : 0.0f;
+        }
+    };
     int const row = lane_id() % 8;
     int const chunk = warp % 4 * 2 + lane_id() / 8 % 2;
     uint32_t const first = smem + warp / 4 * kQPanelBytes + (row + lane_id() / 16 * 8) * kPanelRowBytes +
@@ -1304,8 +1400,8 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
     for (int i = 0; i < kTileM / 8; i += 2) {
         float low[4];
         float high[4];
-        load_global_float4(low, slice + i * 128);
-        load_global_float4(high, slice + (i + 1) * 128);
+        load(low, slice + i * 128);
+        load(high, slice + (i + 1) * 128);
         auto pair = [&](float const (&r)[4], int j) {
             return pack_bf16(r[j] * p.softmax_scale, r[j + 1] * p.softmax_scale);
         };
@@ -1351,10 +1447,12 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //   num_batch_heads_kv = batch * num_heads_kv
 //   section_bytes = 33554432 * min(num_heads_per_kv, 2)
 //   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 1024)), min(batch * num_heads_kv, 16))
+//   stores_first = min(4096 / max(seqlen_q, 1), 1)
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 64
 //   dpsum: num_m_blocks * num_heads * batch * 64
 //   dq_acc: num_m_blocks * num_heads * batch * 8192
+//   dq_sums: num_m_blocks * num_heads * batch * 1
 // Options; limited(x, n) is n where x < 0, else min(x, n):
 //   number_0: number of the expression
 //   Params has number_0 = number_0

@@ -10,7 +10,7 @@
 //             217 Global memory,  268 mbarriers,  312 TMA,  354 Bulk copies,  370 Fences,  382 Fragments,
 //             396 Registers,  404 Registers of a warpgroup,  416 wgmma,  590 d - window_left <= j <= d + window_right,
 //             667 Softmax and its gradient,  767 Pipelines,  810 Loads,  859 Matrix products,  897 Staging,
-//             960 Producer,  994 Turns, 1034 Consumer, 1159 Kernels, 1313 Launch
+//             960 Producer,  994 Turns, 1036 Consumer, 1161 Kernels, 1318 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1020,8 +1020,10 @@ __device__ __forceinline__ void write_dq(
         wait_for_turn(turn, block.n_block);
         mbarrier_wait(barriers.dq_full(), phase);
         fence_proxy_async_global();
-        bulk_reduce_add(p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats, smem + kSmemDq,
-                        kDqBlockFloats * 4);
+        float* const destination = p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats;
+        uint32_t const source = smem + kSmemDq;
+        int const bytes = kDqBlockFloats * 4;
+        bulk_reduce_add(destination, source, bytes);
         tma_store_commit();
         tma_store_wait_read();
         mbarrier_arrive(barriers.dq_empty());
@@ -1282,6 +1284,9 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
+    auto load = [&](float (&r)[4], float const* address) {
+        load_global_float4(r, address);
+    };
     int const row = lane_id() % 8;
     int const chunk = warp % 4 * 2 + lane_id() / 8 % 2;
     uint32_t const first = smem + warp / 4 * kQPanelBytes + (row + lane_id() / 16 * 8) * kPanelRowBytes +
@@ -1290,8 +1295,8 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_
     for (int i = 0; i < kTileM / 8; i += 2) {
         float low[4];
         float high[4];
-        load_global_float4(low, slice + i * 128);
-        load_global_float4(high, slice + (i + 1) * 128);
+        load(low, slice + i * 128);
+        load(high, slice + (i + 1) * 128);
         auto pair = [&](float const (&r)[4], int j) {
             return pack_bf16(r[j] * p.softmax_scale, r[j + 1] * p.softmax_scale);
         };

@@ -10,7 +10,7 @@
 //             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
 //             346 Registers of a warpgroup,  358 wgmma,  561 What is visible,  607 Softmax and its gradient,
 //             702 Pipelines,  745 Loads,  794 Matrix products,  831 Staging,  893 Producer,  927 Consumers,
-//            1112 Kernels, 1255 Launch
+//            1112 Kernels, 1258 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1228,11 +1228,14 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
+    auto load = [&](float (&r)[4], float const* address) {
+        load_global_float4(r, address);
+    };
     float acc_dq[kNumAccDkv];
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; i += 4) {
         float r[4];
-        load_global_float4(r, slice + i * 32);
+        load(r, slice + i * 32);
         acc_dq[i] = r[0];
         acc_dq[i + 1] = r[1];
         acc_dq[i + 2] = r[2];

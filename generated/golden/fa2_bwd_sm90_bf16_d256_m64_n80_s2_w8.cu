@@ -10,7 +10,7 @@
 //             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
 //             353 Registers,  362 Registers of a warpgroup,  374 wgmma,  543 What is visible,
 //             591 Softmax and its gradient,  696 Pipelines,  741 Loads,  790 Matrix products,  833 Staging,
-//             897 Producer,  931 Consumers, 1139 Kernels, 1282 Launch
+//             897 Producer,  931 Consumers, 1139 Kernels, 1285 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1255,11 +1255,14 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
+    auto load = [&](float (&r)[4], float const* address) {
+        load_global_float4(r, address);
+    };
     float acc_dq[kNumAccDkv];
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; i += 4) {
         float r[4];
-        load_global_float4(r, slice + i * 32);
+        load(r, slice + i * 32);
         acc_dq[i] = r[0];
         acc_dq[i + 1] = r[1];
         acc_dq[i + 2] = r[2];

@@ -12,6 +12,7 @@ from fa2gen.cli import app
 from fa2gen.cpu import RunOptions, build_library, run_kernel
 from fa2gen.features import examples_of
 from fa2gen.plan import make_plan
+from fa2gen.plan.sm90_bwd import FIRST_ROWS
 from fa2gen.reference import attention_reference, check_gradients
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
@@ -125,6 +126,13 @@ def test_every_kernel(name):
         verdict, (dq, dk, _) = run(name, sizes, seed=seed, with_dlse=sizes == ragged)
         assert verdict.ok, f"{sizes}, seed {seed}: {verdict}"
     assert max(dq.abs().max(), dk.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [FIRST_ROWS, FIRST_ROWS + 1])
+def test_sums_of_dq_begin_with_what_is_stored_or_with_zeros(rows):
+    """By how many rows there are. Two blocks of keys at a time: either comes first."""
+    verdict, _ = run("fa2_bwd_sm90_bf16_d64_m64_n64_s2_w4", (1, rows, 130, 1, 1), seed=1)
+    assert verdict.ok, verdict
 
 
 @pytest.mark.parametrize("name", ALL_TILINGS)

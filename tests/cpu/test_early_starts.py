@@ -19,7 +19,7 @@ CONSUMER = f"{WAIT}  // here in every block"
 
 FAULTS = (
     Fault("producer", STAGED, PRODUCER, "//", message="loads lse_log2, which the grid before writes"),
-    Fault("writer", STAGED, WRITER, "write_dq", message="adds to dq_acc, which the grid before writes"),
+    Fault("writer", STAGED, WRITER, "write_dq", message="reads dq_sums, which the grid before writes"),
     Fault("turns", TURNS, WRITER, "write_dq", message="reads dq_turns, which the grid before writes"),
     Fault("mma-warps", DIRECT, CONSUMER, "//", message="writes dq_acc, which the grid before writes"),
     Fault(
@@ -34,7 +34,7 @@ FAULTS = (
         STAGED,
         f"lane_id() * 4;\n    {WAIT}",
         "lane_id() * 4;",
-        message="reads dq_acc, which the grid before",
+        message="reads dq_sums, which the grid before",
     ),
     Fault(
         "no-thread",

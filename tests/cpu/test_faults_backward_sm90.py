@@ -222,7 +222,23 @@ FAULTS = (
         "p.dq_acc + static_cast<int64_t>(walk.query_block)",
         "p.dq_acc + static_cast<int64_t>(0)",
     ),
-    Fault("dq-not-cleared", SMALL, "store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);", ""),
+    Fault("dq-not-cleared", PANEL, "store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);", ""),
+    # The first to come stores
+    Fault(
+        "the-first-adds",
+        STAGED,
+        "bulk_store(destination, source, bytes);",
+        "bulk_reduce_add(destination, source, bytes);",
+    ),
+    Fault("all-are-first", STAGED, "bool const is_first = found == kNoSums;", "bool const is_first = true;"),
+    Fault(
+        "told-before-it-is-stored",
+        STAGED,
+        "tma_store_wait();\n            store_global_release(sums",
+        "store_global_release(sums",
+    ),
+    Fault("added-before-it-is-stored", STAGED, "if (p.stores_first) {", "if (false) {"),
+    Fault("nothing-stored-is-no-zeros", LAGGING, "r[i] = sums == kAreSums ? r[i] : 0.0f;", ""),
     Fault(
         "rest-of-dq-slice", PANEL, "(kNumMmaWarps - 4 * warpgroup) * kDqSliceFloats", "kNumMmaWarps * kDqSliceFloats"
     ),

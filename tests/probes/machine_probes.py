@@ -412,24 +412,28 @@ def _box(direction: str, rows: int, columns: int, span: int) -> Probe:
 
 
 def _bulk() -> Probe:
-    k = _k({"source": "float const*", "from_registers": "float*", "one_by_one": "float*", "from_shared": "float*"})
+    names = ("source", "from_registers", "one_by_one", "from_shared", "stored")
+    k = _k({name: "float const*" if name == "source" else "float*" for name in names})
 
     def case() -> tuple[Values, Values]:
         numbers, sums = integers(128, most=1000).float(), integers(128, seed=1, most=1000).float()
         pairs = numbers.view(16, 2, 4).sum(1).flatten()
         some = sums[:64]
-        return [numbers, some.clone(), some.clone(), sums], [numbers, some + pairs, some + pairs, sums + 2 * numbers]
+        before = [numbers, some.clone(), some.clone(), sums, torch.zeros(128)]
+        return before, [numbers, some + pairs, some + pairs, sums + 2 * numbers, numbers]
 
     return Probe(
         name="bulk",
         template="bulk",
         k=k,
         maps=(),
-        values={"source": 0, "from_registers": 1, "one_by_one": 2, "from_shared": 3},
+        values={name: number for number, name in enumerate(names)},
         case=case,
         num_threads=32,
         shared_bytes=1040,
-        forms=frozenset({"bulk_load", "bulk_reduce_add", "reduce_add_global_float4", "reduce_add_global_float"}),
+        forms=frozenset(
+            {"bulk_load", "bulk_store", "bulk_reduce_add", "reduce_add_global_float4", "reduce_add_global_float"}
+        ),
     )
 
 

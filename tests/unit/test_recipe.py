@@ -16,6 +16,7 @@ from fa2gen.launch import launch_of
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
 from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTION_HEADS_OF_GRADIENTS
+from fa2gen.plan.sm90_bwd import FIRST_ROWS, FIRST_ROWS_OF_CAUSAL
 from fa2gen.render import render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
@@ -95,6 +96,12 @@ def blocks(plan: KernelPlan, shape: AnyShape) -> tuple[int, int]:
     return m, n
 
 
+def stores_first(plan: KernelPlan, shape: AnyShape) -> int:
+    """Whether whoever comes first to a block of queries stores its dQ."""
+    most = {"full": FIRST_ROWS, "causal": FIRST_ROWS_OF_CAUSAL}.get(plan.mask)
+    return int(most is None or shape.seqlen_q <= most * (shape.batch if plan.varlen else 1))
+
+
 def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], dict[str, int], int]:
     """Grids, values and scratch of a call, and the most that its kernels count."""
     m, n = blocks(plan, shape)
@@ -128,6 +135,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         "tile_pages": plan.tile_n // max(page, 1),
         "tile_rows": plan.tile_n % max(page, 1),
         "heads_per_section": section,
+        "stores_first": stores_first(plan, shape),
     }
     grids = {
         "persistent": (min(of_queries, NUM_SMS), 1, 1),
@@ -143,6 +151,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     scratch |= {"sequences": 8 * (3 * shape.batch + 2), "num_blocks": 2, "m_list": m, "n_list": n}
     if plan.problem.direction == "bwd":
         scratch["dq_acc"] = of_queries * plan.dq_block_floats
+        scratch["dq_sums"] = of_queries * plan.num_dq_shares
         scratch["dkv_parts"] = of_keys * parts * plan.part_floats
         scratch["sink_sums"] = of_queries * plan.preprocess_warps
     return [grids[entry.grid] for entry in plan.entry_points], values, scratch, max(most, of_queries + NUM_SMS)

@@ -73,9 +73,12 @@ void check_tensor_map(TensorMap const& map, int line);
 
 // Runs of bytes between global and shared memory; a reduction adds fp32 numbers and belongs to the groups of tma_store.
 void bulk_load(std::uint32_t destination, void const* source, std::uint32_t bytes, std::uint32_t barrier, int line);
+void bulk_store(float* destination, std::uint32_t source, std::uint32_t bytes, int line);
 void bulk_reduce_add(float* destination, std::uint32_t source, std::uint32_t bytes, int line);
 // What orders blocks of threads: a wait for another block's number (ld.acquire in a loop), and the store that ends it (st.release).
 void wait_global(int const* address, int value, int line);
+int load_global_acquire(int const* address);
+int claim_global(int* address);
 int arrive_global(int* counter, int last, int line);
 void store_global_release(int* address, int value, int line);
 void fence_proxy_async_global();

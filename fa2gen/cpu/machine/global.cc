@@ -16,6 +16,24 @@ void wait_global(int const* address, int value, int line) {
     thread.unfenced_global_wait = true;
 }
 
+// A number that another block has stored: bulk copies that follow are not ordered behind what it did.
+int load_global_acquire(int const* address) {
+    maybe_yield();
+    int const found = __atomic_load_n(address, __ATOMIC_ACQUIRE);
+    current().unfenced_global_wait |= found != 0;
+    return found;
+}
+
+// From 0 to 1: atom.cas.
+int claim_global(int* address) {
+    maybe_yield();
+    int found = 0;
+    __atomic_compare_exchange_n(address, &found, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+    current().unfenced_global_wait |= found != 0;
+    maybe_yield();
+    return found;
+}
+
 // Counts up to `last` and begins again: atom.inc.
 int arrive_global(int* counter, int last, int line) {
     maybe_yield();

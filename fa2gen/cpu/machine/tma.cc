@@ -219,18 +219,30 @@ void bulk_load(std::uint32_t destination, void const* source, std::uint32_t byte
     maybe_yield();
 }
 
-void bulk_reduce_add(float* destination, std::uint32_t source, std::uint32_t bytes, int line) {
+namespace {
+
+void copy_to_global(float* destination, std::uint32_t source, std::uint32_t bytes, bool adds, int line) {
     if (current().unfenced_global_wait) {
         fail("kernel.cc:%d: a bulk copy to global memory, with no fence.proxy.async.global since this thread waited for another block",
              line);
     }
     BoxCopy copy = make_bulk_copy(destination, source, bytes, 0, line);
-    copy.adds = true;
+    copy.adds = adds;
     current().block->shared.read_behind(current().seen_landings);
     for_each_chunk(copy, [&](std::uint32_t shared, unsigned char*) { current().block->shared.async_read(shared, copy.versions, line); });
     current().stores.open.push_back(std::move(copy));
     count(kTmaStore, bytes);
     maybe_yield();
+}
+
+}  // namespace
+
+void bulk_store(float* destination, std::uint32_t source, std::uint32_t bytes, int line) {
+    copy_to_global(destination, source, bytes, false, line);
+}
+
+void bulk_reduce_add(float* destination, std::uint32_t source, std::uint32_t bytes, int line) {
+    copy_to_global(destination, source, bytes, true, line);
 }
 
 void reduce_add(float* destination, float const* values, int count) {
