@@ -42,6 +42,7 @@ __all__ = [
 
 EXAMPLE_NUMBER = 3.0
 """Of what an expression names, in calls that nobody makes but tests and measurements."""
+_ROW_AND_HEAD = re.compile(r"float const (row_\d+) = head_\d+ \+ float_i;")
 _COLUMNS = 112  # of what a function returns, beside its indentation
 
 
@@ -167,6 +168,7 @@ class ScoreCode:
     head     (type, name, value) of what is the same for all of a head and read from memory: made once, before any loop.
     finite   whether scores are finite wherever products of Q and K are.
     looks_up whether tensors are read for each element.
+    of_distance  whether positions, as floats, count by their difference alone.
     """
 
     formulas: tuple[str, ...]
@@ -176,6 +178,7 @@ class ScoreCode:
     head: tuple[tuple[str, str, str], ...]
     finite: bool
     looks_up: bool
+    of_distance: bool
 
 
 def score_code(program: Program, direction: Direction, learned: tuple[str, ...] = ()) -> ScoreCode:
@@ -193,7 +196,19 @@ def score_code(program: Program, direction: Direction, learned: tuple[str, ...] 
         head=head,
         finite=score.is_finite,
         looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
+        of_distance=_is_of_distance(score),
     )
+
+
+def _is_of_distance(code: Code) -> bool:
+    """Whether positions, as floats, are in its texts by their difference, to which the head may add, and by no more."""
+    texts = [*(line for level in LEVELS for line in code.levels[level]), *code.results.values()]
+    rows = {line: found[1] for line in texts if (found := _ROW_AND_HEAD.fullmatch(line))}
+    of_query = ("float_i", *rows.values())
+    query = "|".join(of_query)
+    distance = re.compile(rf"\((({query}) - float_j|float_j - ({query}))\)")  # all of a sum
+    rest = _words(*(distance.sub("", line) for line in texts if line not in rows))
+    return any(map(distance.search, texts)) and not {*of_query, "float_j"} & rest
 
 
 @dataclass(frozen=True)

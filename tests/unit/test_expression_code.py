@@ -17,6 +17,7 @@ from fa2gen.expression.evaluate import evaluate_tree
 from fa2gen.expression.examples import EXAMPLES, Sizes
 from fa2gen.expression.tree import Node, walk
 from fa2gen.features import key_range
+from fa2gen.features.expression import score_code
 from fa2gen.options import Expression, Options
 from tests.expressions import TYPES, inputs, random_condition, random_score
 from tests.unit.test_launch_facts import compiled, needs_compiler
@@ -409,3 +410,24 @@ def test_a_window_leaves_the_score_and_its_inputs():
     program = parse("s + bias[i - j]", "i - j < width and j < least", {"width": "int", "least": "int"})
     rest = split_window(program, {"width": 7, "least": 3}, (20, 20)).rest
     assert rest == parse("s + bias[i - j]", "j < least", {"least": "int"})
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        ("s - slope[h] * abs(i - j)", True),
+        ("s + slope[h] * (j - i)", True),
+        ("s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j) + row[i]", True),
+        ("s - abs(i - j) / 8 + i / 4", False),
+        ("s - abs(i + j) / 8", False),
+        ("s - abs(2 * i - j) / 8", False),
+        ("s - abs(i - 2 * j) / 8", False),
+        ("s - slope[h] * abs(-i - j)", False),
+        ("s - abs(8 - i - j) / 8", False),
+        ("s - abs(i - j) / 8 - abs(2 * i + seqlen_k - j)", False),
+        ("cap * tanh(s / cap)", False),
+    ],
+)
+def test_scores_whose_positions_count_by_distance_alone(score, expected):
+    """Kernels then count from a tile's first key: any other score would be wrong."""
+    assert score_code(parse(score), "fwd").of_distance is expected
