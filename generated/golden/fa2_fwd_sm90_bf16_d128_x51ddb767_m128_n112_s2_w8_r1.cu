@@ -895,7 +895,7 @@ __device__ __forceinline__ bool online_softmax(
 }
 
 // A block in which a row may have seen no key yet: its maximum is -inf, and (-inf) - (-inf) would be NaN.
-// Of an expression's masks such blocks may be many: old maxima serve them as well (8 documents of 2k: 1.02, d = 128, H100).
+// Of an expression's masks such blocks may be many: old maxima serve them as well.
 __device__ __forceinline__ bool online_softmax_masked(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
     float base[2];

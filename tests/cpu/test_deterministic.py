@@ -110,8 +110,8 @@ FAULTS = (
     Fault(
         "no-proxy-fence",
         STAGED,
-        "fence_proxy_async_global();\n        bulk",
-        "bulk",
+        "fence_proxy_async_global();\n        float",
+        "float",
         message="fence.proxy.async.global",
     ),
     Fault(
