@@ -6,6 +6,8 @@ K and V there are then too few blocks for a device, or the longest ones end alon
 
 A block takes one head after the other, or all at a block of queries before it goes on to the next (`heads_abreast`).
 Where neighbours have all kinds of lengths, they are then at the same blocks of queries at the same time.
+
+And a block of threads takes one block of keys, or where there are many, one after the other (`keys_in_turn`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.spec import KernelSpec
 
-__all__ = ["abreast_of", "parts_of", "with_groups"]
+__all__ = ["abreast_of", "parts_of", "turns_of", "walk_of", "with_groups"]
 
 MOST_PARTS = 32  # a Tiling's
 # Where there are blocks enough, more parts move more heads' Q, dO and dQ through L2 at a time (32:1 heads of 64, 8k: 8
@@ -36,12 +38,34 @@ ROWS_OF_PART = 800
 # times one head after the other. Dense batches, whose blocks set out and end together, 0.89 to 1.01 (H100).
 MOST_KEYS_ABREAST = 2048
 
+# By head dim, what a block of keys may walk in rows of queries where turns are worth it: at 64 1.04 to 1.11 times from
+# 512 to 4k, causal, and 1.02 to 1.11 full, but 0.99 at 16k; at 96 1.04 to 1.06 at 4k and 16k (H100, 20 or 31 blocks of
+# keys a multiprocessor). Other head dims were not measured.
+MOST_ROWS_IN_TURN = {64: 4096, 96: 16384}
+LEAST_WAVES_OF_TURNS = 4
 
-def with_groups(plan: KernelPlan, parts: int, abreast: bool = False) -> KernelPlan:
-    """The plan of the same kernel with groups in so many parts, and their heads abreast, if they are not so anyway."""
-    abreast = abreast or bool(plan.tiling.heads_abreast)
-    tiling = plan.tiling.model_copy(update={"group_parts": parts, "heads_abreast": int(abreast)})
-    return make_plan(KernelSpec(problem=plan.problem, tiling=tiling))
+
+def with_groups(plan: KernelPlan, parts: int, abreast: bool = False, in_turn: bool = False) -> KernelPlan:
+    """The plan of the same kernel with groups in so many parts, and their heads abreast, or blocks of keys in turn, if
+    they are not so anyway."""
+    abreast, in_turn = abreast or bool(plan.tiling.heads_abreast), in_turn or bool(plan.tiling.keys_in_turn)
+    found = {"group_parts": parts, "heads_abreast": int(abreast), "keys_in_turn": int(in_turn)}
+    return make_plan(KernelSpec(problem=plan.problem, tiling=plan.tiling.model_copy(update=found)))
+
+
+def walk_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> tuple[int, bool, bool]:
+    """What `with_groups` takes for these sizes; (1, False, False) where the plan may stay as it is."""
+    parts = parts_of(plan, shape, options, num_sms)
+    return parts, abreast_of(plan, shape), parts == 1 and turns_of(plan, shape, num_sms)
+
+
+def turns_of(plan: KernelPlan, shape: Shape, num_sms: int) -> bool:
+    """Whether a kernel's blocks of threads take blocks of keys in turn: where that was measured, and faster."""
+    if not isinstance(plan, BackwardPlan) or not plan.can_take_turns or plan.mask == "window" or 0 in shape:
+        return False
+    rows = shape.seqlen_q * (shape.num_heads // shape.num_heads_kv)
+    blocks = ceil_div(shape.seqlen_k, plan.tile_n) * shape.batch * shape.num_heads_kv
+    return rows <= MOST_ROWS_IN_TURN.get(plan.head_dim, 0) and blocks >= LEAST_WAVES_OF_TURNS * num_sms
 
 
 def abreast_of(plan: KernelPlan, shape: Shape) -> bool:

@@ -604,6 +604,14 @@ class Tiling(_Fields):
             "the last one first, before it goes on to the next."
         ),
     ] = 0
+    keys_in_turn: Annotated[
+        Literal[0, 1],
+        Shown("t", optional=True, phrase="blocks of keys in turn"),
+        Field(
+            description="1: of a gradient whose dQ lags, a block of threads takes one block of keys after the other, "
+            "and loads the next one under the last products of the one before."
+        ),
+    ] = 0
     group_parts: Annotated[
         int,
         Range(1, 1, 32),

@@ -26,7 +26,7 @@ from fa2gen.expression import evaluate
 from fa2gen.features import key_range
 from fa2gen.features.expression import named_values
 from fa2gen.gpus import current_device
-from fa2gen.groups import abreast_of, parts_of, with_groups
+from fa2gen.groups import walk_of, with_groups
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.options import CacheShape
 from fa2gen.select import select
@@ -311,8 +311,7 @@ def _of_tiling(tiling: Tiling, specs: tuple[KernelSpec, ...]) -> Contestant:
 def _selected(point: Point, arch: ArchName) -> KernelSpec:
     device = current_device()
     plan = select(point.problem, device, arch, point.seqlen).plan
-    parts = parts_of(plan, point.shape, point.options, device.num_sms)
-    return with_groups(plan, parts, abreast_of(plan, point.shape)).spec
+    return with_groups(plan, *walk_of(plan, point.shape, point.options, device.num_sms)).spec
 
 
 def _launched(

@@ -112,10 +112,10 @@ class TensorMapPlan:
 class EntryPoint:
     """One `extern "C"` kernel of a source: its symbol, and what a launch of it takes before the shared Params.
 
-    grid          its blocks of threads: "persistent", one an SM or fewer; "tiles", (m block, head, batch); one for each
-                  block of queries, or of keys and part of a group, of all heads; "groups", one for each block of keys;
-                  "one"; or "parts", one an SM that has a part of the keys; "new rows", as many as have 8 columns of
-                  rows to append. A grid without blocks is not launched.
+    grid          its blocks of threads: "persistent", one an SM or fewer, for tiles or for blocks of keys; "tiles",
+                  (m block, head, batch); one for each block of queries, or of keys and part of a group, of all heads;
+                  "groups", one for each block of keys; "one"; or "parts", one an SM that has a part of the keys; "new
+                  rows", as many as have 8 columns of rows to append. A grid without blocks is not launched.
     starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
                   executes griddepcontrol.wait before it uses what that one writes.
     """
@@ -125,7 +125,16 @@ class EntryPoint:
     shared_memory_bytes: int
     tensor_maps: tuple[TensorMapPlan, ...]
     grid: Literal[
-        "persistent", "tiles", "query blocks", "key blocks", "groups", "one", "tile bounds", "parts", "new rows"
+        "persistent",
+        "persistent key blocks",
+        "tiles",
+        "query blocks",
+        "key blocks",
+        "groups",
+        "one",
+        "tile bounds",
+        "parts",
+        "new rows",
     ]
     starts_early: bool = False
 
@@ -685,6 +694,7 @@ class KernelPlan:
         yield from self.lag_rule()
         yield from self.pages_rule()
         yield from self.abreast_rule()
+        yield from self.turns_rule()
         if self.register_estimate > self.registers_available:
             yield BrokenRule(
                 "registers",
@@ -713,6 +723,11 @@ class KernelPlan:
         for name in ("page_rows", "pack_heads"):
             if getattr(self.tiling, name):
                 yield BrokenRule(name, "1 given; only sm90's forward kernels over pages have it: 0")
+
+    def turns_rule(self) -> Iterator[BrokenRule]:
+        """Why blocks of threads can not take blocks of keys in turn."""
+        if self.tiling.keys_in_turn:
+            yield BrokenRule("keys in turn", "1 given; only sm90's gradients whose dQ lags have it: 0")
 
     def abreast_rule(self) -> Iterator[BrokenRule]:
         """The rule that heads abreast break, here where nothing is summed over a group."""

@@ -51,6 +51,16 @@ class BackwardPlan(KernelPlan):
         return bool(self.tiling.heads_abreast)
 
     @property
+    def can_take_turns(self) -> bool:
+        """Whether a block of threads can take one block of keys after the other."""
+        return False
+
+    @property
+    def is_persistent(self) -> bool:
+        """Whether a block of threads of the main kernel takes one block of keys after the other."""
+        return False
+
+    @property
     def section_bytes(self) -> int:
         if self.tiling.heads_abreast:
             return SECTION_BYTES_ABREAST

@@ -126,6 +126,7 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "num_tiles": f"num_m_blocks * {of_batch}num_heads",
         "num_batch_heads": f"{of_batch}num_heads",
         "num_batch_heads_kv": f"{of_batch}num_heads_kv{of_parts}",
+        "num_key_blocks": f"num_n_blocks * {of_batch}num_heads_kv{of_parts}",
         "num_sequences": "batch",
         **dict(_bounds(plan)),
         "box_rows": f"gcd(page_size, {tiling.tile_n})",
@@ -204,6 +205,7 @@ def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
     of_batch, batch = ("", "1") if plan.varlen else (" * batch", "batch")
     return {
         "persistent": ("min(num_tiles, num_sms)", "1", "1"),
+        "persistent key blocks": ("min(num_key_blocks, num_sms)", "1", "1"),
         "tiles": ("num_m_blocks", "num_heads", batch),
         "query blocks": (f"num_m_blocks * num_heads{of_batch}", "1", "1"),
         "key blocks": (f"num_n_blocks * num_heads_kv{of_batch}{_of_parts(plan)}", "1", "1"),

@@ -15,22 +15,26 @@ split the work in one of three ways, which the tiling decides:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 from fa2gen.arch import ARCHES
+from fa2gen.features import Scratch
 from fa2gen.layout import Panels, align_up, ceil_div
 from fa2gen.plan.barriers import Barrier, Barriers, ring
 from fa2gen.plan.base import BrokenRule, EntryPoint, TensorMapPlan, Width
 from fa2gen.plan.bwd import BackwardPlan
-from fa2gen.plan.memory import Region, SharedMemory
+from fa2gen.plan.memory import Region, SharedMemory, Stages
 from fa2gen.plan.sm90 import ROWS_PER_WARPGROUP, WARP_ROWS, WARPGROUP_THREADS, Sm90Plan
 from fa2gen.ptx import Wgmma
 
 __all__ = ["Sm90BwdPlan"]
 
 FLOAT_BYTES = 4
+BLOCK_SLOT_BYTES = 16
+NUM_KEY_STAGES = 2
+SWIZZLE_ATOM_BYTES = 1024
 WARP_BYTES = 128  # of a word of each lane
 
 # Registers that a thread needs beside the tiles: addresses, loop state. With these every default compiles without a
@@ -124,6 +128,64 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         and one has its exponentials under the other's products."""
         return bool(self.tiling.lag)
 
+    @property
+    def is_persistent(self) -> bool:
+        """Whether a block of threads takes one block of keys after the other: the next K, V, Q and dO are then loaded
+        under the last products of the one before, whose last dQ is made in the first step of the next."""
+        return bool(self.tiling.keys_in_turn)
+
+    @cached_property
+    def can_take_turns(self) -> bool:
+        """Whether there is room for a second K, and for a second V unless that is held in registers, and for a warp's
+        rows of dK in the place of its share of dQ. In dense batches, whose number of blocks the host knows."""
+        if not self.lags_dq or self.shares_dq or self.varlen or self.dropout or self.tiling.heads_abreast:
+            return False
+        if self.splits_groups or len(self.widths) > 1 or self.swaps_dq != self.holds_v:
+            return False
+        if self.dq_place_bytes % SWIZZLE_ATOM_BYTES or self.dq_place_bytes < self.warp_rows_bytes:
+            return False
+        memory = self._memory(self.stages_dq, is_persistent=True)
+        return memory.bytes <= ARCHES["sm90"].shared_memory_per_block
+
+    def turns_rule(self) -> Iterator[BrokenRule]:
+        if self.is_persistent and not self.can_take_turns:
+            yield BrokenRule(
+                "keys in turn",
+                "1 given; needs lag, a dense batch without dropout, groups in one part, and room for two K, for two V "
+                f"unless that is in registers, and for {self.warp_rows_bytes:,} bytes of a warp's rows of dK in its "
+                f"{self.dq_place_bytes:,} of dQ, a multiple of {SWIZZLE_ATOM_BYTES:,}: 0",
+            )
+
+    @property
+    def dq_place_bytes(self) -> int:
+        """Of a warp's share of dQ in shared memory, by way of which its rows of dK and dV leave."""
+        return self.dq_slice_floats * FLOAT_BYTES
+
+    @property
+    def warp_rows_bytes(self) -> int:
+        """Of a warp's rows of dK, or dV, in shared memory."""
+        return self.qk.num_panels * WARP_ROWS * self.tiling.swizzle_bytes
+
+    @property
+    def has_place_for_both(self) -> bool:
+        """Whether dK need not wait there until dV has left."""
+        return self.dq_place_bytes >= 2 * self.warp_rows_bytes
+
+    @property
+    def has_before(self) -> str:
+        """C++: whether dQ of the step before is still to be made."""
+        return "step > first_step" if self.is_persistent else "step > 0"
+
+    @property
+    def num_key_stages(self) -> int:
+        """Of K in a persistent kernel, with V where that is not held."""
+        return NUM_KEY_STAGES
+
+    @property
+    def block_slot_bytes(self) -> int:
+        """Of the slot in which the producer says which block of keys comes."""
+        return BLOCK_SLOT_BYTES
+
     def lag_rule(self) -> Iterator[BrokenRule]:
         if not self.lags_dq:
             return
@@ -148,6 +210,12 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         shared memory, whose bandwidth limits these head dims."""
         registers = self.register_estimate + self.num_v + REGISTERS_BESIDE_V
         return self.lags_dq and self.swaps_dq and not self.dropout and registers <= self.consumer_registers
+
+    @property
+    def keeps_pace(self) -> bool:
+        """Whether the first warpgroup waits for the second one's dP of the step before, as that does for its: the
+        second then stays half a step behind."""
+        return self.is_persistent and self.holds_v
 
     @property
     def num_v(self) -> int:
@@ -426,9 +494,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @cached_property
     def barriers(self) -> Barriers:
-        return self._barriers(self.stages_dq)
+        return self._barriers(self.stages_dq, self.is_persistent)
 
-    def _barriers(self, stages_dq: bool) -> Barriers:
+    def _barriers(self, stages_dq: bool, is_persistent: bool) -> Barriers:
         """K and V are loaded once. Q, with LSE, and dO, with dPsum, come in rings.
 
         Split by products, dS goes from one mma warpgroup to the other in a ring. Where P passes too, P and dS have one
@@ -436,6 +504,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         warps have waited for dS of the step before, and dS after they have for P of the step.
         """
         warps, half = "kNumMmaWarps", "kNumMmaWarps / 2"
+        of_kv: tuple[Barrier, ...] = Barrier("k_full", "1"), Barrier("v_full", "1")
+        if is_persistent:  # two threads of write_dq read the slot that comes with K
+            of_v = (Barrier("v_full", "1"), Barrier("v_empty", warps)) if self.holds_v else (Barrier("v_full", "1", 2),)
+            of_kv = *ring("k", NUM_KEY_STAGES, empty="kNumMmaWarps + 2"), *of_v
         of_scores: tuple[Barrier, ...] = ()
         if self.splits_products:
             of_scores = ring("ds", NUM_DS_STAGES, full=half, empty=half)
@@ -443,8 +515,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             of_scores = Barrier("p_full", half), Barrier("ds_full", half)
         return Barriers(
             (
-                Barrier("k_full", "1"),
-                Barrier("v_full", "1"),
+                *of_kv,
                 *ring("q", self.num_stages, empty=warps),
                 *ring("dout", self.num_dout_stages, empty=warps),
                 *of_scores,
@@ -464,7 +535,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if self.lags_dq:
             of_ds = ring("ds", NUM_DS_STAGES, full=warps, empty=warps)
             of_dq = half if self.num_dq_slices == self.num_mma_warps else "stage == 0 ? 4 : kNumDqSlices - 4"
-            return *ring("dq", 2, full=of_dq, empty="1"), *of_ds, Barrier("first_has_dp", half, 2)
+            of_second = (Barrier("second_has_dp", half, 2),) if self.keeps_pace else ()
+            return *ring("dq", 2, full=of_dq, empty="1"), *of_ds, Barrier("first_has_dp", half, 2), *of_second
         if stages_dq:
             return Barrier("dq_full", str(self.num_dq_warps)), Barrier("dq_empty", "1")
         if self.deterministic:
@@ -473,23 +545,32 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @cached_property
     def memory(self) -> SharedMemory:
-        return self._memory(self.stages_dq)
+        return self._memory(self.stages_dq, self.is_persistent)
 
-    def _memory(self, stages_dq: bool) -> SharedMemory:
-        """dK and dV take the places of K and V."""
+    def _memory(self, stages_dq: bool, is_persistent: bool = False) -> SharedMemory:
+        """dK and dV take the places of K and V; in a persistent kernel, a warp's rows that of its share of dQ."""
+        slots: tuple[Region, ...] = ()
+        k, v = Region("k", self.k_tile.bytes, label="K"), Region("v", self.v_tile.bytes, label="V")
+        kv: tuple[Region | Stages, ...] = (k, v)
+        dq_bytes = self.dq_block_floats * FLOAT_BYTES
+        if is_persistent:
+            slots = (Region("block_slots", BLOCK_SLOT_BYTES, NUM_KEY_STAGES, label="slots"),)
+            dq_bytes = self.num_mma_warps * self.dq_place_bytes
+            # The first step's product of no dQ reads behind K.
+            kv = (replace(k, stages=NUM_KEY_STAGES), v) if self.holds_v else (Stages(NUM_KEY_STAGES, (k, v)),)
         return SharedMemory(
             (
-                Region("k", self.k_tile.bytes, label="K"),
-                Region("v", self.v_tile.bytes, label="V"),
+                *kv,
                 Region("q", self.q_tile.bytes, self.num_stages, label="Q"),
                 Region("dout", self.o_tile.bytes, self.num_dout_stages, label="dO"),
                 *((Region("p", self.ds_tile.bytes, self.num_ds_stages, label="P"),) if self.passes_p else ()),
                 Region("ds", self.ds_tile.bytes, self.num_ds_stages, label="dS"),
-                *((Region("dq", self.dq_block_floats * FLOAT_BYTES, label="dQ"),) if stages_dq else ()),
+                *((Region("dq", dq_bytes, label="dQ"),) if stages_dq else ()),
                 Region("lse", self.statistics_bytes, self.num_stages, label="LSE"),
                 Region("dpsum", self.statistics_bytes, self.num_dout_stages, label="dPsum"),
                 *((Region("kept", self.kept_bytes, 2 if self.lags_dq else 1),) if self.shares_draws else ()),
-                self._barriers(stages_dq).region,
+                *slots,
+                self._barriers(stages_dq, is_persistent).region,
             )
         )
 
@@ -614,7 +695,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 self.num_threads,
                 self.shared_memory_bytes,
                 self.tensor_maps,
-                "key blocks",
+                "persistent key blocks" if self.is_persistent else "key blocks",
                 STARTS_EARLY,
             ),
             EntryPoint(
@@ -636,6 +717,15 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return (
             EntryPoint(self.groups_name, self.num_mma_threads, shared_bytes, self.stored_maps, "groups", STARTS_EARLY),
         )
+
+    @cached_property
+    def scratch(self) -> tuple[Scratch, ...]:
+        counter = (Scratch("tile_counter", "int*"),) if self.is_persistent else ()
+        return (*super().scratch, *counter)
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return (*super().sizes, *(("num_key_blocks",) if self.is_persistent else ()))
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:

@@ -92,6 +92,11 @@ def kernels() -> dict[str, bool]:
         with_groups(make_plan(default("sm90", head_dim, mask, "bwd", varlen=True)), 1, abreast=True).spec
         for head_dim, mask in ((128, "causal"), (256, "full"))
     ]
+    features += [  # as many blocks of keys run
+        with_groups(make_plan(default("sm90", head_dim, mask, "bwd", dtype=dtype)), 1, in_turn=True).spec
+        for head_dim in (64, 96)
+        for mask, dtype in (("full", "bf16"), ("causal", "fp16"), ("window", "bf16"))
+    ]
     features += [
         default(arch, head_dim, mask, "bwd", dropout=True, **more)
         for arch in ARCHES
@@ -344,6 +349,8 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
     moved = 2 if plan.has_allow or plan.shares_draws else int(one)
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
     for loop in loops:
+        if plan.is_persistent and sum(line.startswith("HGMMA") for line in loop) != wanted[0][0]:
+            continue  # of the loop over blocks of keys, which has the last step's dQ beside
         # No stage is released by an arrival that may overtake loads of row statistics from it: their use comes first,
         # by a product or by a store of what was made of them.
         uses = ("HGMMA", "STSM", "LDS", "SYNCS.ARRIVE")

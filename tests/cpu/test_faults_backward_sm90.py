@@ -15,6 +15,8 @@ from tests.cpu.test_backward import NO_KEYS, run
 SMALL = "fa2_bwd_sm90_bf16_d64_m64_n64_s2_w4"  # dQ in its rows, one mma warpgroup
 STAGED = "fa2_bwd_sm90_bf16_d128_causal_m80_n128_s2_w8"  # split by keys, dQ through shared memory
 LAGGING = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1"  # dQ a step later
+TURNS = "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_t1"  # and one block of keys after the other
+HOLDING = "fa2_bwd_sm90_bf16_d96_causal_m64_n128_s2_w8_l1_t1"  # likewise, with V in registers
 SHARED = "fa2_bwd_sm90_bf16_d40_causal_m80_n128_s2_w8"  # one panel of dQ, half of the queries a warpgroup
 PANEL = "fa2_bwd_sm90_fp16_d136_causal_m64_n128_s2_w8"  # split by keys, a third panel of dQ, from registers
 PRODUCTS = "fa2_bwd_sm90_fp16_d168_causal_m64_n64_s2_w8"  # split by products, dS from one warpgroup to the other
@@ -40,6 +42,7 @@ DS_EMPTY = "mbarrier_arrive_if(barriers.ds_empty(ds_state.stage), leader);"
 ADD_REST = "add_dq(acc_dq_rest, dq_acc + kNumAccDq * 32, kNumAccDqRest);"
 PUBLISH_SCORES = "fence_proxy_async();\n        sync_warp();\n        "
 P_FULL = "mbarrier_arrive_if(barriers.p_full(), leader);"
+RELEASE_BEFORE = "mbarrier_arrive_if(barriers.k_empty(k_state.stage ^ 1), leader)"
 PUBLISH = "fence_proxy_async();\n    sync_warp();\n"
 PUBLISH_DQ = PUBLISH + "    mbarrier_arrive_if(full"
 PUBLISH_ROWS = PUBLISH + "    if (elect_one()) {"
@@ -69,6 +72,28 @@ FAULTS = (
     Fault("no-dq-of-the-last-step", LAGGING, "int const last = step - 1;", "int const last = step;"),
     Fault("one-half-of-dq", LAGGING, "kDqBlockFloats + warpgroup * kShareFloats", "kDqBlockFloats + kShareFloats"),
     Fault("no-wait-for-lagging-dk", LAGGING, DK_DONE, "wgmma_touch(acc_dk);"),
+    # One block of keys after the other
+    Fault("dq-with-the-next-k", TURNS, "gemm_dq(acc_dq, ds_before, k_before);", "gemm_dq(acc_dq, ds_before, k_panel);"),
+    Fault("k-never-released", TURNS, f"{RELEASE_BEFORE};\n        tma", "tma"),
+    Fault(
+        "k-over-k-in-use",
+        TURNS,
+        "mbarrier_wait(barriers.k_empty(k_state.stage), k_state.phase ^ 1);\n        if",
+        "if",
+    ),
+    Fault("k-empty-count-too-small", TURNS, "(k_empty(stage), kNumMmaWarps + 2)", "(k_empty(stage), kNumMmaWarps)", 4),
+    Fault("dv-over-dq", TURNS, "mbarrier_wait(barriers.dq_empty(warpgroup), dq_phase ^ 1);", "", schedules=4),
+    Fault("dq-over-dv", TURNS, "tma_store_wait_read();\n        sync_warp();\n    };", "};", schedules=4),
+    Fault("dk-over-dv", TURNS, "dq_slice + kNumPanels * kStoredPanelBytes", "dq_slice"),
+    Fault("dk-over-dv-in-its-place", HOLDING, "tma_store_wait_read();\n        sync_warp();\n        stage", "stage"),
+    Fault(
+        "sums-of-the-block-before", TURNS, "k_state.advance(kNumKeyStages);\n        clear();", "k_state.advance(2);"
+    ),
+    Fault("blocks-not-counted-from-0", TURNS, "store_global_int(p.tile_counter, 0);", ""),
+    Fault("first-blocks-again", TURNS, "static_cast<int>(gridDim.x) + shfl_from_lane_0", "shfl_from_lane_0"),
+    Fault("v-never-released", HOLDING, "mbarrier_arrive_if(barriers.v_empty(), leader && has_new_v);", ""),
+    Fault("v-over-v-in-use", HOLDING, "mbarrier_wait(barriers.v_empty(), v_phase ^ 1);", "", schedules=8),
+    Fault("v-of-the-block-before", HOLDING, "mbarrier_wait(barriers.v_full(), v_phase);\n", "", schedules=8),
     # Waiting for wgmma
     Fault("no-wait-for-s", STAGED, "wgmma_wait_1();\n        wgmma_touch(acc_s);", "wgmma_touch(acc_s);"),
     Fault("waits-allow-one-more", STAGED, "machine::wgmma_wait(1, line);", "machine::wgmma_wait(2, line);"),
@@ -379,4 +404,14 @@ def test_harmless_change_passes(change):
 def test_there_are_enough():
     ids = [str(fault) for fault in FAULTS]
     assert len(ids) == len(set(ids)) >= 80
-    assert {fault.kernel for fault in FAULTS} == {SMALL, STAGED, LAGGING, SHARED, PANEL, PRODUCTS, PASSING}
+    assert {fault.kernel for fault in FAULTS} == {
+        SMALL,
+        STAGED,
+        LAGGING,
+        TURNS,
+        HOLDING,
+        SHARED,
+        PANEL,
+        PRODUCTS,
+        PASSING,
+    }

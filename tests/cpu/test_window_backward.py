@@ -55,6 +55,15 @@ def test_every_limit(options, arch):
         assert verdict.ok, f"{sizes}: {verdict}"
 
 
+@pytest.mark.parametrize("tiles", ("d64_window_m128", "d96_window_m64"))
+def test_blocks_of_keys_that_no_query_sees_in_turn(tiles):
+    """They have no steps, and come between blocks that have, whose last dQ waits."""
+    name = f"fa2_bwd_sm90_bf16_{tiles}_n128_s2_w8_l1_t1"
+    for seed, options in enumerate((Options(window_left=30, window_right=0), Options(window_left=5, window_right=5))):
+        verdict, _ = run(name, (1, 60, 700, 2, 2), options=options, seed=seed, num_sms=2)
+        assert verdict.ok, f"{described(options)}: {verdict}"
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fa2gen import InfeasibleSpec, InvalidInput, UnsupportedProblem, attention, flash_attn_func
 from fa2gen.compile import launch_facts
 from fa2gen.features import examples_of
+from fa2gen.groups import with_groups
 from fa2gen.launch import launch_of
 from fa2gen.layout import accumulator_position
 from fa2gen.ops import flash_attn_qkvpacked_func
@@ -313,7 +314,10 @@ def plans():
         # In an order that is the same in every process: xdist compares what its workers collect.
         others = feasible_tilings(problem, "sm90") if head_dim % 40 == 0 and not deterministic else ()
         tilings = dict.fromkeys((default_tiling(problem, "sm90"), *others))
-        yield from (make_plan(KernelSpec(problem=problem, tiling=tiling)) for tiling in tilings)
+        for plan in (make_plan(KernelSpec(problem=problem, tiling=tiling)) for tiling in tilings):
+            yield plan
+            if plan.can_take_turns:
+                yield with_groups(plan, 1, in_turn=True)
 
 
 PLANS = {plan.name: plan for plan in sorted(plans(), key=lambda plan: plan.name)}  # in one order in every process
@@ -323,16 +327,32 @@ PLANS = {plan.name: plan for plan in sorted(plans(), key=lambda plan: plan.name)
 def test_shared_memory(name):
     plan = PLANS[name]
     score_bytes = plan.num_ds_stages * plan.ds_tile.bytes
-    parts = [
+    dq_bytes = 4 * plan.dq_block_floats
+    keys = [
         (plan.memory.offsets["k"], plan.k_tile.bytes, 1024),
         (plan.memory.offsets["v"], plan.v_tile.bytes, 1024),
+    ]
+    slots = []
+    if plan.is_persistent:
+        slots = [(plan.memory.offsets["block_slots"], 2 * 16, 16)]
+        if plan.holds_v:  # which one stage is enough for
+            keys = [(0, 2 * plan.k_tile.bytes, 1024), (2 * plan.k_tile.bytes, plan.v_tile.bytes, 1024)]
+        else:
+            keys += [(begin + plan.k_tile.bytes + plan.v_tile.bytes, size, 1024) for begin, size, _ in keys]
+        # A warp's rows of dK, or of dV, are staged in its place for dQ.
+        row_bytes = 128 * -(-plan.head_dim // 64)
+        dq_bytes = 4 * plan.num_mma_warps * plan.dq_slice_floats
+        assert 4 * plan.dq_slice_floats >= 16 * row_bytes and not 4 * plan.dq_slice_floats % 1024
+    parts = [
+        *keys,
         (plan.memory.offsets["q"], plan.num_stages * plan.q_tile.bytes, 1024),
         (plan.memory.offsets["dout"], plan.num_dout_stages * plan.o_tile.bytes, 1024),
         *([(plan.memory.offsets["p"], score_bytes, 1024)] if plan.passes_p else []),
         (plan.memory.offsets["ds"], score_bytes, 1024),
-        *([(plan.memory.offsets["dq"], 4 * plan.dq_block_floats, 16)] if plan.stages_dq else []),
+        *([(plan.memory.offsets["dq"], dq_bytes, 1024 if plan.is_persistent else 16)] if plan.stages_dq else []),
         (plan.memory.offsets["lse"], plan.num_stages * plan.statistics_bytes, 16),
         (plan.memory.offsets["dpsum"], plan.num_dout_stages * plan.statistics_bytes, 16),
+        *slots,
         (plan.memory.offsets["barriers"], plan.barriers.region.bytes, 8),
     ]
     end = 0

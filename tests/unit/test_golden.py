@@ -33,6 +33,8 @@ NAMES = (
     "fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8",
     "fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8",
     "fa2_bwd_sm90_bf16_d64_causal_drop_m128_n128_s2_w8_l1",
+    "fa2_bwd_sm90_bf16_d64_m128_n128_s2_w8_l1_t1",
+    "fa2_bwd_sm90_bf16_d96_causal_m64_n128_s2_w8_l1_t1",
     "fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1",
     f"fa2_bwd_sm90_bf16_d128_causal_{CAP}_m64_n128_s2_w8",
     f"fa2_bwd_sm90_bf16_d128_{SINKS}_m64_n128_s2_w8",

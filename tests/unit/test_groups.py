@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fa2gen.errors import InfeasibleSpec, InvalidInput
-from fa2gen.groups import abreast_of, parts_of, with_groups
+from fa2gen.groups import abreast_of, parts_of, turns_of, walk_of, with_groups
 from fa2gen.launch import launch_of
 from fa2gen.options import Options, Shape
 from fa2gen.plan import default_tiling, make_plan
@@ -95,6 +95,48 @@ def test_heads_go_abreast_where_lengths_differ():
         (Problem(direction="bwd", head_dim=64, allow="i == j"), "a mask of an expression"),
     ):
         tiling = default_tiling(problem, "sm90").model_copy(update={"heads_abreast": 1})
+        with pytest.raises(InfeasibleSpec, match=why):
+            make_plan(KernelSpec(problem=problem, tiling=tiling))
+
+
+def test_blocks_of_keys_come_in_turn_where_it_was_measured():
+    """At head dims 64, of short sequences, and 96, where a multiprocessor has several blocks of keys."""
+
+    def plan_for(head_dim: int, arch: str = "sm90", mask: str = "causal", **fields):
+        problem = Problem(direction="bwd", head_dim=head_dim, mask=mask, **fields)
+        return make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
+
+    for mask in ("full", "causal"):
+        plan = plan_for(64, mask=mask)
+        for batch, seqlen in ((32, 512), (8, 2048), (4, 4096), (1, 16384)):
+            wanted = seqlen <= 4096
+            assert turns_of(plan, Shape(batch, seqlen, seqlen, 32, 32), SMS) == wanted
+            assert turns_of(plan_for(96, mask=mask), Shape(batch, seqlen, seqlen, 21, 21), SMS)
+            found = walk_of(plan, Shape(batch, seqlen, seqlen, 32, 32), Options(causal=mask == "causal"), SMS)
+            assert found == (1, False, wanted)
+        assert not turns_of(plan, Shape(1, 2048, 2048, 32, 32), SMS), "fewer than four blocks a multiprocessor"
+        assert not turns_of(plan, Shape(8, 2048, 2048, 64, 8), SMS), "eight heads a walk"
+    short = Shape(8, 2048, 2048, 32, 32)
+    for other in (
+        *(plan_for(head_dim) for head_dim in (80, 88, 112, 128, 192)),
+        plan_for(64, "sm80"),
+        plan_for(64, varlen=True),
+        plan_for(64, dropout=True),
+        plan_for(64, score="2 * s"),
+        plan_for(64, mask="window"),
+        plan_for(64, deterministic=True),
+        make_plan(best_spec(Problem(head_dim=64), "sm90")),
+    ):
+        assert not turns_of(other, short, SMS), other.name
+    chosen = with_groups(plan_for(64), 1, in_turn=True)
+    assert chosen.name == f"{plan_for(64).name}_t1"
+    assert launch_of(chosen, short, Options(causal=True), SMS).grids[1] == (SMS, 1, 1)
+    for problem, why in (
+        (Problem(head_dim=64), "only sm90's gradients whose dQ lags have it: 0"),
+        (Problem(direction="bwd", head_dim=128), "needs lag, a dense batch without dropout"),
+        (Problem(direction="bwd", head_dim=64, dropout=True), "needs lag, a dense batch without dropout"),
+    ):
+        tiling = default_tiling(problem, "sm90").model_copy(update={"keys_in_turn": 1})
         with pytest.raises(InfeasibleSpec, match=why):
             make_plan(KernelSpec(problem=problem, tiling=tiling))
 

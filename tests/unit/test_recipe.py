@@ -47,7 +47,9 @@ PLANS = [
     for problem in PROBLEMS
     for arch in ("sm80", "sm90")
 ]
-PLANS += [with_groups(plan, 2) for plan in PLANS if plan.problem.direction == "bwd" and plan.can_split_groups]
+GRADIENTS = [plan for plan in PLANS if plan.problem.direction == "bwd"]
+PLANS += [with_groups(plan, 2) for plan in GRADIENTS if plan.can_split_groups]
+PLANS += [with_groups(plan, 1, in_turn=True) for plan in GRADIENTS if plan.can_take_turns]
 each_plan = pytest.mark.parametrize("plan", PLANS, ids=[plan.name for plan in PLANS])
 NUM_SMS = 132
 
@@ -130,6 +132,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         "num_tiles": of_queries,
         "num_batch_heads": batch * shape.num_heads,
         "num_batch_heads_kv": batch * shape.num_heads_kv * parts,
+        "num_key_blocks": of_keys * parts,
         "num_sequences": shape.batch,
         "box_rows": math.gcd(page, plan.tile_n),
         "tile_pages": plan.tile_n // max(page, 1),
@@ -139,6 +142,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     }
     grids = {
         "persistent": (min(of_queries, NUM_SMS), 1, 1),
+        "persistent key blocks": (min(of_keys * parts, NUM_SMS), 1, 1),
         "tiles": (m, shape.num_heads, batch),
         "query blocks": (of_queries, 1, 1),
         "key blocks": (of_keys * parts, 1, 1),

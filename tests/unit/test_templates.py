@@ -142,6 +142,10 @@ def plans() -> list[KernelPlan]:
         problem = Problem(direction="bwd", head_dim=d, head_dim_v=d - 8, varlen=varlen)
         tiling = default_tiling(problem, arch).model_copy(update={"group_parts": 2, "heads_abreast": int(varlen)})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
+    for d, mask in ((32, "full"), (64, "window"), (96, "causal")):
+        problem = Problem(direction="bwd", head_dim=d, mask=mask)
+        tiling = default_tiling(problem, "sm90").model_copy(update={"keys_in_turn": 1})
+        specs.append(KernelSpec(problem=problem, tiling=tiling))
     cached = problems_of(direction="decode", head_dim=[8, 72, 128, 256], sink=False, cache_dtype="same")
     cached += [
         Problem(direction="decode", head_dim=64, mask=mask, sink=True, paged=True, score=score, allow=allow)
