@@ -395,7 +395,7 @@ def test_launch_facts():
     assert launch.scratch["lse_log2"] == blocks * plan.tile_m * 24
     assert launch.scratch["dq_acc"] == blocks * plan.tile_m * 128 * 24
     assert {param.name for param in plan.params} - set(launch.values) == {
-        *("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc"),
+        *("o", "dout", "lse", "dlse", "lse_log2", "dpsum", "dq_acc", "dq_sums"),
         *(f"{name}_{step}_stride" for name in ("o", "dout") for step in ("batch", "row", "head")),
     }
     assert "dq_turns" not in launch.scratch
