@@ -7,10 +7,10 @@
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 202912 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   55 Shared memory,  142 Threads,  186 Arithmetic,  254 Shared memory,
-//             285 Global memory,  363 mbarriers,  407 TMA,  449 Bulk copies,  471 Fences,  483 Fragments,
-//             504 Registers,  519 Registers of a warpgroup,  531 wgmma,  714 What is visible,
-//             763 Softmax and its gradient,  822 Dropout,  996 Pipelines, 1045 Loads, 1094 Matrix products,
-//            1131 Staging, 1194 Producer, 1273 Consumer, 1437 Kernels, 1597 Launch
+//             285 Global memory,  350 mbarriers,  394 TMA,  436 Bulk copies,  458 Fences,  470 Fragments,
+//             491 Registers,  506 Registers of a warpgroup,  518 wgmma,  701 What is visible,
+//             750 Softmax and its gradient,  809 Dropout,  983 Pipelines, 1032 Loads, 1081 Matrix products,
+//            1118 Staging, 1181 Producer, 1260 Consumer, 1424 Kernels, 1584 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -327,29 +327,16 @@ __device__ __forceinline__ void store_global_float4(float* address, float r0, fl
                  :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
-// Waits until the number at `address` is `value`; what its writer did before is then done.
-__device__ __forceinline__ void wait_global(int const* address, int value) {
-    asm volatile(
-        "{\n"
-        ".reg .pred waits;\n"
-        ".reg .s32 found;\n"
-        "wait_%=:\n"
-        "ld.acquire.gpu.global.s32 found, [%0];\n"
-        "setp.ne.s32 waits, found, %1;\n"
-        "@waits bra wait_%=;\n"
-        "}"
-        :: "l"(address), "r"(value) : "memory");
-}
-
 // Publishes what this thread knows to be done, and `value`.
 __device__ __forceinline__ void store_global_release(int* address, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(address), "r"(value) : "memory");
 }
 
-// Waits for nobody. What came before the release of the number that is found has happened.
-__device__ __forceinline__ int load_global_acquire(int const* address) {
+// What came before the release of the number that is found has happened. An atomic that changes nothing: beside "ld.acquire"
+// ptxas schedules other warps' products otherwise (gradients of head dim 64: 862 instructions for 855).
+__device__ __forceinline__ int load_global_acquire(int* address) {
     int value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    asm volatile("atom.acquire.gpu.global.or.b32 %0, [%1], 0;" : "=r"(value) : "l"(address) : "memory");
     return value;
 }
 
@@ -1250,8 +1237,8 @@ __device__ __forceinline__ void write_dq(
         if (is_first) {
             bulk_store(destination, source, bytes);
         } else {
-            if (found == kAreStored) {
-                wait_global(sums, kAreSums);  // for a thread that waits for nobody
+            while (found == kAreStored) {  // by a thread that waits for nobody
+                found = claim_global(sums);
             }
             if (p.stores_first) {
                 fence_proxy_async_global();

@@ -7,10 +7,10 @@
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 198816 bytes of dynamic shared memory
 //   contents   34 Problem and tiling,   56 Shared memory,  127 Threads,  167 Arithmetic,  195 Shared memory,
-//             216 Global memory,  288 mbarriers,  332 TMA,  374 Bulk copies,  396 Fences,  408 Fragments,
-//             422 Registers,  430 Registers of a warpgroup,  442 wgmma,  619 What is visible,
-//             668 Softmax and its gradient,  715 Parts of a group of heads,  811 Pipelines,  860 Loads,
-//             909 Matrix products,  946 Staging, 1009 Producer, 1088 Consumer, 1250 Kernels, 1415 Launch
+//             216 Global memory,  275 mbarriers,  319 TMA,  361 Bulk copies,  383 Fences,  395 Fragments,
+//             409 Registers,  417 Registers of a warpgroup,  429 wgmma,  606 What is visible,
+//             655 Softmax and its gradient,  702 Parts of a group of heads,  798 Pipelines,  847 Loads,
+//             896 Matrix products,  933 Staging,  996 Producer, 1075 Consumer, 1237 Kernels, 1402 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in four kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -252,29 +252,16 @@ __device__ __forceinline__ void store_global_float4(float* address, float r0, fl
                  :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
-// Waits until the number at `address` is `value`; what its writer did before is then done.
-__device__ __forceinline__ void wait_global(int const* address, int value) {
-    asm volatile(
-        "{\n"
-        ".reg .pred waits;\n"
-        ".reg .s32 found;\n"
-        "wait_%=:\n"
-        "ld.acquire.gpu.global.s32 found, [%0];\n"
-        "setp.ne.s32 waits, found, %1;\n"
-        "@waits bra wait_%=;\n"
-        "}"
-        :: "l"(address), "r"(value) : "memory");
-}
-
 // Publishes what this thread knows to be done, and `value`.
 __device__ __forceinline__ void store_global_release(int* address, int value) {
     asm volatile("st.release.gpu.global.s32 [%0], %1;" :: "l"(address), "r"(value) : "memory");
 }
 
-// Waits for nobody. What came before the release of the number that is found has happened.
-__device__ __forceinline__ int load_global_acquire(int const* address) {
+// What came before the release of the number that is found has happened. An atomic that changes nothing: beside "ld.acquire"
+// ptxas schedules other warps' products otherwise (gradients of head dim 64: 862 instructions for 855).
+__device__ __forceinline__ int load_global_acquire(int* address) {
     int value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    asm volatile("atom.acquire.gpu.global.or.b32 %0, [%1], 0;" : "=r"(value) : "l"(address) : "memory");
     return value;
 }
 
@@ -1065,8 +1052,8 @@ __device__ __forceinline__ void write_dq(
         if (is_first) {
             bulk_store(destination, source, bytes);
         } else {
-            if (found == kAreStored) {
-                wait_global(sums, kAreSums);  // for a thread that waits for nobody
+            while (found == kAreStored) {  // by a thread that waits for nobody
+                found = claim_global(sums);
             }
             if (p.stores_first) {
                 fence_proxy_async_global();

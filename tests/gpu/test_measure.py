@@ -39,7 +39,9 @@ def test_bench(direction):
 
 @pytest.mark.parametrize(
     "problem",
-    problems(head_dim=64, dtype="bf16", direction=["fwd", "bwd"], varlen=False, sink=False, dropout=False),
+    problems(
+        head_dim=64, dtype="bf16", direction=["fwd", "bwd"], varlen=False, sink=False, dropout=False, partial=False
+    ),
     ids=lambda problem: problem.text,
 )
 def test_bench_of_a_kernel_that_is_named(problem):

@@ -59,7 +59,9 @@ def run_on_gpu(probe: Probe, target: str) -> list[Any]:
         batch, rows, heads, columns = tensor.shape
         steps = (tensor.element_size() * tensor.stride(dim) for dim in (1, 2, 0))
         numbers = (ctypes.c_uint64 * 7)(columns, rows, heads, batch, *steps)
-        launcher._TensorMap(of_tensor, tensor_map, number, base + 128 * number, numbers, 0).encode(tensor.data_ptr())
+        encoded = launcher._TensorMap(of_tensor, tensor_map, number, base + 128 * number, numbers, 0)
+        encoded.address.value = tensor.data_ptr()
+        assert encoded.encode() == 0
     ctypes.memmove(base + 128 * maps, params, len(params))
     pointers = (ctypes.c_void_p * (maps + 1))(*(base + 128 * number for number in range(maps + 1)))
     stream = launcher._stream(torch.cuda.current_stream().cuda_stream)
