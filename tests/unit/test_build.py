@@ -124,6 +124,7 @@ def test_a_result_as_json():
         "varlen": False,
         "sink": False,
         "dropout": False,
+        "partial": False,
         "head_dim_v": None,
         "paged": False,
         "cache_dtype": "same",
