@@ -175,6 +175,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
             False,
             expression,
             0.0,
+            False,
         )
         max_keys: int | None = max_seqlen_k
         learns = torch.is_grad_enabled() and wants_gradient(q, k, v)
