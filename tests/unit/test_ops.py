@@ -14,11 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import fa2gen.ops
 from fa2gen.ops import (
     attention,
+    flash,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    flash_kvcache,
+    flash_varlen,
 )
+from fa2gen.options import Options
 from fa2gen.reference import attention_reference, check, check_gradients
 
 FWD = torch.ops.fa2gen.fwd.default
@@ -266,6 +271,25 @@ def test_gradients_cost_nothing_where_they_are_not_wanted():
         assert_same(flash_attn_func(q, k, v), out)
     with torch.inference_mode():
         assert_same(flash_attn_func(q, k, v), out)
+
+
+def test_plain_calls_say_all_options(monkeypatch):
+    """Or they and others would be two signatures, each prepared for itself."""
+    said = []
+    for module, name, place in (
+        (flash, "forward_out", 3),
+        (flash_varlen, "forward_ragged_out", 4),
+        (flash_kvcache, "read_out", 7),
+    ):
+        monkeypatch.setattr(module, "is_plain", lambda *_: True)
+        monkeypatch.setattr(module, name, lambda *given, place=place: said.append(given[place]))
+    q, k, v = tensors(batch=1)
+    bounds = [torch.tensor([0, n], dtype=torch.int32) for n in (37, 53)]
+    flash_attn_func(q, k, v)
+    flash_attn_varlen_func(q[0], k[0], v[0], *bounds, 37, 53)
+    flash_attn_with_kvcache(q, k, v)
+    fields = [len(options) for options in said]
+    assert fields == [len(Options._fields)] * 3
 
 
 def test_long_sequences_need_no_score_matrix():
