@@ -104,9 +104,7 @@ def launches_of(plan: KernelPlan) -> LaunchOf:
     packs_heads = plan.packs_heads
     found, is_given_more = _launch_function(plan)
     more = [feature.given for feature in plan.features]
-    limited = recipe.limits(plan)
     latest: tuple[Any, ...] = (None,)  # options, their scale and numbers: other lengths come with the same
-    counts_of, _ = _function(recipe.sizes(plan), _tuple(map(_in_python, limited.values())), _ARGUMENTS)
 
     def numbers_of(options: Options) -> tuple[Options, float, dict[str, Any]]:
         if not is_general and options.mask != mask:
@@ -134,6 +132,8 @@ def launches_of(plan: KernelPlan) -> LaunchOf:
         asked = (shape, scale, num_sms, given)
         launch: tuple[Any, ...] = found(*asked)
         if not launch[3]:
+            limited = recipe.limits(plan)
+            counts_of, _ = _function(recipe.sizes(plan), _tuple(map(_in_python, limited.values())), _ARGUMENTS)
             for what, count in zip(limited, counts_of(*asked), strict=True):
                 if count >= 2**31:
                     raise OverflowError(f"{count:,} {what} exceed 2^31")
@@ -168,7 +168,8 @@ def map_numbers_of(plan: KernelPlan) -> MapNumbersOf:
     of_box = {(True, False): "values['box_rows'], ", (False, True): "values['group'], ", (False, False): ""}
     numbers = (f"{of_map[found.name]}, {of_box[found.of_pages, found.of_groups]}" for found in maps)
     space: dict[str, Any] = {"ragged": lambda *sizes: itertools.chain(*ragged_dimensions(*sizes))}
-    body.append(f"return ({''.join(numbers)}), ({' | '.join(steps) or 0}) <= {MAX_STRIDE_BYTES}")  # 2^40 - 1
+    # All bits of that are 1, so that one comparison says whether some step has a higher one.
+    body.append(f"return ({''.join(numbers)}), ({' | '.join(steps) or 0}) <= {MAX_STRIDE_BYTES}")
     exec("\n    ".join(["def function(shape, strides, values):", *body]), space)
     function: MapNumbersOf = space["function"]
     return function
@@ -236,10 +237,6 @@ def _in_python(formula: str, real: bool = False) -> str:
 
 def _tuple(items: Iterable[str]) -> str:
     return f"({''.join(f'{item}, ' for item in items)})"
-
-
-def _dict(items: Mapping[str, str]) -> str:
-    return f"{{{', '.join(f'{name!r}: {text}' for name, text in items.items())}}}"
 
 
 def ragged_dimensions(

@@ -143,6 +143,9 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
         expression, tensors = modified(softcap, alibi_slopes)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     left, right = window_sides(window_size)
+    options: AnyOptions = (
+        softmax_scale, causal, left, right, attention_chunk, deterministic, True, False, expression, 0.0, False
+    )  # fmt: skip
     plain_numbers = (
         (softmax_scale is None or softmax_scale.__class__ is float)
         and (causal is True or causal is False)
@@ -164,19 +167,6 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
             or are_plain(lengths)
         )
     ):
-        options: AnyOptions = (
-            softmax_scale,
-            causal,
-            left,
-            right,
-            attention_chunk,
-            deterministic,
-            True,
-            False,
-            expression,
-            0.0,
-            False,
-        )
         max_keys: int | None = max_seqlen_k
         learns = torch.is_grad_enabled() and wants_gradient(q, k, v)
         if not return_attn_probs:
@@ -194,10 +184,7 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     if not torch.compiler.is_compiling():  # there a number would be a constant of the graph, and another make a new one
         _longest("max_seqlen_q", max_seqlen_q)
         max_keys = _longest("max_seqlen_k", max_seqlen_k)
-    if plain_numbers:
-        first = (softmax_scale, causal, left, right, attention_chunk, deterministic)
-        options = (*first, True, False, expression, 0.0, False)
-    else:
+    if not plain_numbers:
         options = options_of(q, softmax_scale, causal, (left, right), attention_chunk, deterministic, True, expression)
     return_attn_probs = flag("return_attn_probs", return_attn_probs)
     if dropout_p and return_attn_probs:
