@@ -57,7 +57,6 @@ _REMEMBERED_ARGUMENTS = 64  # of a launch, for so many sets of addresses; 0.6 to
 
 # CUlaunchConfig: grid, block, bytes of shared memory, stream, address and number of CUlaunchAttributes.
 _CONFIG = struct.Struct("<7I4xQQI4x")
-_pack_sizes = struct.Struct("<7I4xQ").pack_into  # of a CUlaunchConfig, all to its stream
 # CUlaunchAttribute with a number: a kernel may start before the one before has ended. Captured, it becomes a
 # programmatic edge.
 _ATTRIBUTE = struct.Struct("<I4xI60x")
@@ -275,14 +274,15 @@ class _Block:
         # By ctypes, with all arguments made once: half of what cuda.bindings takes.
         launch, pointer = _driver_function("cuLaunchKernelEx"), ctypes.c_void_p.from_param
         self.launches: list[tuple[int, Callable[[], int]]] = []
-        self._configs: list[tuple[int, tuple[int, ...]]] = []  # where they are in `_memory`, sizes behind the grid's
+        # Where they are in `_memory`, sizes behind the grid's, and the number of attributes behind another launch.
+        self._configs: list[tuple[int, tuple[int, ...], bool]] = []
+        self._attribute = base + attribute_at
         places: list[int] = []  # of the arguments of each entry point in turn
         first = 0
         for entry, function in zip(plan.entry_points, functions, strict=True):
             at = configs_at + _CONFIG.size * len(self._configs)
             sizes = (entry.num_threads, 1, 1, entry.shared_memory_bytes)
-            self._configs.append((start + at, sizes))
-            _CONFIG.pack_into(memory, start + at, 0, 0, 0, *sizes, 0, base + attribute_at, entry.starts_early)
+            self._configs.append((start + at, sizes, entry.starts_early))
             arguments = base + pointers_at + 8 * len(places)
             of_launch = pointer(base + at), pointer(int(function)), pointer(arguments), None
             self.launches.append((len(self.launches), partial(launch, *of_launch)))
@@ -331,8 +331,10 @@ class _Block:
                     tensor_map.refuse(code)
         self._pack_params(self._memory, self._params_at, params)
         self._pack_addresses(self._memory, self._params_at, *self._pick(addresses))
-        for (at, sizes), grid in zip(self._configs, grids, strict=True):
-            _pack_sizes(self._memory, at, *grid, *sizes, stream)
+        follows = False  # a kernel that is launched
+        for (at, sizes, starts_early), grid in zip(self._configs, grids, strict=True):
+            _CONFIG.pack_into(self._memory, at, *grid, *sizes, stream, self._attribute, follows and starts_early)
+            follows = follows or 0 not in grid
         written = self._arguments.unpack_from(self._memory, self._start)[0]
         self.standing = arguments = (written, addresses, numbers)
         return arguments

@@ -137,6 +137,7 @@ def run_kernel(
     library = build_library(plan, sanitize=run_options.sanitize, rendered=rendered)
     counts: Mapping[str, Count] = {}
     started = time.perf_counter()
+    follows = False  # a kernel that was launched
     for entry, grid in zip(plan.entry_points, launch.grids, strict=True):
         if 0 in grid:
             continue
@@ -154,9 +155,10 @@ def run_kernel(
             stats=run_options.stats,
             time_limit=run_options.time_limit,
             kernel="" if entry.symbol == plan.name else entry.symbol,
-            awaited=tuple(scratch.name for scratch in plan.scratch) if entry.starts_early else (),
+            awaited=tuple(scratch.name for scratch in plan.scratch) if entry.starts_early and follows else (),
         )
         found = run(library, job, memories)
+        follows = True
         if entry.symbol == plan.name:
             counts = found
     seconds = time.perf_counter() - started

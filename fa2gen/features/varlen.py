@@ -1,8 +1,9 @@
 """Ragged batches: sequences packed one behind the other, whose lengths the host never sees.
 
 `<kernel>_prepare` reads the lengths on the device, and writes a table of sequences and lists of them, longest first;
-the other kernels take their work from the lists and look a sequence's place up in the table. Rows that no sequence
-covers are entries of the table too, of queries without keys or keys without queries: so padding is defined.
+the other kernels take their work from the lists and look a sequence's place up in the table. SM90's forward blocks make
+the table of a few sequences for themselves, and that kernel is not launched. Rows that no sequence covers are entries
+of the table too, of queries without keys or keys without queries: so padding is defined.
 """
 
 from __future__ import annotations

@@ -37,7 +37,14 @@ from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
 from fa2gen.groups import walk_of, with_groups
 from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly, row_by_row, with_packed_heads
-from fa2gen.ops.scratch import WORK_BYTES, StreamScratch, scratch_of_capture, scratch_of_stream, zeros_of_stream
+from fa2gen.ops.scratch import (
+    CLEARED_BYTES,
+    WORK_BYTES,
+    StreamScratch,
+    scratch_of_capture,
+    scratch_of_stream,
+    zeros_of_stream,
+)
 from fa2gen.ops.validate import DTYPES, out_dtype, validate, validate_backward, validate_options
 from fa2gen.options import CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
@@ -314,7 +321,7 @@ def launch_with_scratch(call: Call, q: Tensor, operands: tuple[int, ...], memory
         stream, of_stream = scratch_for(call)
         if of_stream is not None:
             with of_stream.lock:
-                call.launch(operands, of_stream.work, stream)
+                call.launch(operands, of_stream.work, stream, of_stream.counter)
             return
     if _current_device() != call.device:
         with torch.cuda.device(call.device):
@@ -414,7 +421,9 @@ def scratch_for(call: Call) -> tuple[int, StreamScratch | None]:
     several kernels holds; None where that does not suffice, the stream is captured or another device is current."""
     device, launch = call.device, call.launch
     assert launch is not None
-    if launch.scratch_bytes > WORK_BYTES or launch.cleared_bytes or _current_device() != device or _is_capturing():
+    if launch.scratch_bytes > WORK_BYTES or launch.cleared_bytes > CLEARED_BYTES:
+        return 0, None
+    if _current_device() != device or _is_capturing():
         return 0, None
     stream: int = torch._C._cuda_getCurrentRawStream(device)
     return stream, _scratches.get((device, stream)) or _first_scratch(device, stream)

@@ -106,7 +106,8 @@ def forward_general(
         return cut(room, out), lse
     addresses = (x.data_ptr() for x in (s_aux, rng_state, *tensors) if x is not None)
     others = (*(map(_address, lengths) if ragged else ()), *addresses)
-    launch = launch_cleared if call.launch.scratch_cleared or not call.launch.scratch_bytes else launch_with_scratch
+    takes = call.launch.scratch_bytes or call.launch.cleared_bytes
+    launch = launch_cleared if call.launch.scratch_cleared or not takes else launch_with_scratch
     launch(call, q, (*at, *others))
     return out, lse
 

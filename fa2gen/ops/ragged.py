@@ -110,7 +110,7 @@ def forward_ragged_out(
             used_k_at = 0 if used_k is None else used_k.data_ptr()
             at = (q_at, k_at, v_at, out.data_ptr(), scratch.lse, bounds_q_at, bounds_k_at, used_q_at, used_k_at)
             with scratch.lock:
-                launch(at, scratch.work, stream)
+                launch(at, scratch.work, stream, scratch.counter)
             return out
     return forward_ragged(q, k, v, *lengths, options, max_keys)[0]
 

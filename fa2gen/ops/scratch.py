@@ -1,5 +1,5 @@
-"""Memory of a stream's launches: `counter`, an int32 that is 0 between them, `lse`, rows that nobody reads, and `work`
-of any content, for launches of several kernels: they hold `lock`, so that none of another thread comes between them."""
+"""Memory of a stream's launches: `counter`, CLEARED_BYTES that are 0 between them, `lse`, rows that nobody reads, and
+`work` of any content, for launches of several kernels: they hold `lock`, so that no other thread's comes between."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 
 from fa2gen.layout import align_up
 
-__all__ = ["WORK_BYTES", "StreamScratch", "scratch_of_capture", "scratch_of_stream", "zeros_of_stream"]
+__all__ = ["CLEARED_BYTES", "WORK_BYTES", "StreamScratch", "scratch_of_capture", "scratch_of_stream", "zeros_of_stream"]
 
 WORK_BYTES = 1 << 16  # a ragged batch of 500 sequences and 30,000 rows takes as much
 
+CLEARED_BYTES = 128  # the place of one counter, and an alignment that suffices for what lies behind it
+
 _WORK_ALIGNMENT = 128
-_LSE_AT = 16  # bytes behind the counter, as rows are stored 16 bytes at once
 
 
 class StreamScratch:
@@ -24,13 +25,13 @@ class StreamScratch:
     __slots__ = ("_keeper", "counter", "lock", "lse", "work")
 
     def __init__(self, address: int, rows: int, keeper: Any = None) -> None:
-        self.counter, self.lse, self._keeper = address, address + _LSE_AT, keeper
+        self.counter, self.lse, self._keeper = address, address + CLEARED_BYTES, keeper
         self.work = address + _work_at(rows)
         self.lock = threading.Lock()
 
 
 def _work_at(rows: int) -> int:
-    return align_up(_LSE_AT + 4 * rows, _WORK_ALIGNMENT)
+    return align_up(CLEARED_BYTES + 4 * rows, _WORK_ALIGNMENT)
 
 
 def scratch_of_stream(device: int, stream: int, rows: int) -> StreamScratch:
@@ -48,7 +49,7 @@ def scratch_of_stream(device: int, stream: int, rows: int) -> StreamScratch:
 def scratch_of_capture(device: int, rows: int) -> StreamScratch:
     """For one launch that is being captured, without `work`: from the graph's own pool, zeroed by a node of the graph,
     and freed for what the graph does later as soon as the caller drops it."""
-    memory = torch.zeros(_LSE_AT // 4 + rows, dtype=torch.int32, device=f"cuda:{device}")
+    memory = torch.zeros(CLEARED_BYTES // 4 + rows, dtype=torch.int32, device=f"cuda:{device}")
     return StreamScratch(memory.data_ptr(), rows, memory)
 
 

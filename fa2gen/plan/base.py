@@ -485,6 +485,11 @@ class KernelPlan:
         return ENTRY_NUMBERS
 
     @property
+    def own_sequences(self) -> int:
+        """Of at most so many sequences blocks make the table themselves, and that kernel is not launched."""
+        return 0
+
+    @property
     def lists_keys(self) -> bool:
         """Whether blocks of keys are listed, beside those of queries."""
         return any(scratch.name == "n_list" for scratch in self.scratch)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from fa2gen.features import Param
 from fa2gen.features.attention import Operand
-from fa2gen.features.varlen import ENTRY_NUMBERS
+from fa2gen.features.varlen import ENTRY_NUMBERS, VARLEN
 from fa2gen.layout import ELEMENT_BYTES
 from fa2gen.options import SPLIT_KEYS
 from fa2gen.plan.base import (
@@ -128,6 +128,7 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "num_batch_heads_kv": f"{of_batch}num_heads_kv{of_parts}",
         "num_key_blocks": f"num_n_blocks * {of_batch}num_heads_kv{of_parts}",
         "num_sequences": "batch",
+        "tables": f"min(batch / {plan.own_sequences + 1}, 1)",
         **dict(_bounds(plan)),
         "box_rows": f"gcd(page_size, {tiling.tile_n})",
         "tile_pages": f"{tiling.tile_n} / page_size",
@@ -210,7 +211,7 @@ def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
         "query blocks": (f"num_m_blocks * num_heads{of_batch}", "1", "1"),
         "key blocks": (f"num_n_blocks * num_heads_kv{of_batch}{_of_parts(plan)}", "1", "1"),
         "groups": (f"num_n_blocks * num_heads_kv{of_batch}", "1", "1"),
-        "one": ("1", "1", "1"),
+        "one": ("tables" if plan.own_sequences else "1", "1", "1"),
         "tile bounds": (f"(num_bounds + {plan.bound_warps - 1}) / {plan.bound_warps}", "1", "1"),
         "parts": ("num_blocks", "1", "1"),
         "new rows": (f"(num_new_chunks + {entry.num_threads - 1}) / {entry.num_threads}", "1", "1"),
@@ -240,6 +241,8 @@ def memory(plan: KernelPlan) -> dict[str, str]:
         keys = f"num_n_blocks * num_heads_kv{'' if plan.varlen else ' * batch'}"
         counts["dkv_parts"] = f"{keys} * {plan.tiling.group_parts * plan.part_floats}"
         counts["sink_sums"] = f"{blocks} * {plan.preprocess_warps}"
+    if plan.own_sequences:
+        counts |= {scratch.name: f"tables * ({counts[scratch.name]})" for scratch in VARLEN["fwd"].scratch}
     return {scratch.name: counts[scratch.name] for scratch in plan.scratch}
 
 
@@ -406,7 +409,9 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         if entry.shared_memory_bytes > DEFAULT_SHARED_BYTES:
             yield f"    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = {entry.shared_memory_bytes}"
         if entry.starts_early:
-            yield "    may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early"
+            attribute = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
+            behind = " behind another of these" if plan.own_sequences else ""
+            yield f"    may have {attribute} = 1{behind}: it then starts early"
     if maps(plan):
         sizes_of_map = "(head_dim, seqlen, heads, batch)"
         if plan.varlen:

@@ -23,6 +23,9 @@ FETCHED_BYTES = 4  # a tile's number, from the warp that fetched it to others th
 # (producer, consumer) registers as in REGISTER_SPLIT, where threads of the producer copy rows beside two warpgroups:
 # the first that is enough for a consumer. With 24 head dim 192 spills 16 bytes, 256 4.
 COPYING_SPLITS = ((56, 224), (40, 232))
+# Of a batch whose table blocks make: with gaps 97 entries, which every default tiling has room for.
+OWN_SEQUENCES = 48
+OWN_ROW_BYTES, OWN_ORDER_BYTES = 16, 8  # of an entry
 VISIT_SLOT_BYTES = 16  # a block of keys, what is seen of it, and the same of the next: one vector load
 MESSAGE_BYTES = 16
 NUM_MESSAGES = 8
@@ -207,11 +210,15 @@ class Sm90FwdPlan(Sm90Plan):
         declared = (ring(name, stages, full=f"{full}", empty="kNumMmaWarps") for name, stages, full in rings)
         return Barriers(sum(declared, ring("message", NUM_MESSAGES, empty="1") if self.has_scout else ()))
 
-    def _memory(self, num_q_stages: int, o_aliases_q: bool) -> SharedMemory:
+    def _memory(self, num_q_stages: int, o_aliases_q: bool, own_sequences: int = 0) -> SharedMemory:
         o_bytes = align_up(self.o_tile.bytes, 1024) * (not self.partial)
         # For the block that each stage of K is, where a tile does not visit all.
         visits = (Region("visit_slots", VISIT_SLOT_BYTES, self.num_stages, label="visits"),) if self.has_allow else ()
         messages = (Region("messages", MESSAGE_BYTES, NUM_MESSAGES, label="messages"),) if self.has_scout else ()
+        own_table = (
+            Region("own_rows", OWN_ROW_BYTES, 2 * own_sequences + 1, label="table"),
+            Region("own_order", OWN_ORDER_BYTES, 2 * own_sequences + 2, label="order"),
+        )
         fetched = (Region("fetched", FETCHED_BYTES, 2, label="fetched"),) if self.paged else ()  # in turn
         return SharedMemory(
             (
@@ -225,6 +232,7 @@ class Sm90FwdPlan(Sm90Plan):
                 ),  # for the tile of each stage of Q
                 *visits,
                 *messages,
+                *(own_table if own_sequences else ()),
                 *fetched,
             )
         )
@@ -244,7 +252,24 @@ class Sm90FwdPlan(Sm90Plan):
 
     @cached_property
     def memory(self) -> SharedMemory:
-        return self._memory(self.num_q_stages, self.o_aliases_q)
+        return self._memory(self.num_q_stages, self.o_aliases_q, self.own_sequences)
+
+    @cached_property
+    def own_sequences(self) -> int:
+        """So many as what is left of shared memory holds. Not where a producer copies rows: 4 bytes spill."""
+        if not self.varlen or self.copies_rows:
+            return 0
+        left = ARCHES["sm90"].shared_memory_per_block - self._memory(self.num_q_stages, self.o_aliases_q).bytes
+        left -= OWN_ROW_BYTES + 2 * OWN_ORDER_BYTES
+        return max(min(OWN_SEQUENCES, left // (2 * OWN_ROW_BYTES + 2 * OWN_ORDER_BYTES)), 0)
+
+    @property
+    def own_row_bytes(self) -> int:
+        return OWN_ROW_BYTES
+
+    @property
+    def own_order_bytes(self) -> int:
+        return OWN_ORDER_BYTES
 
     # Matrix descriptors: what the lower half holds beside the address
 
@@ -277,8 +302,8 @@ class Sm90FwdPlan(Sm90Plan):
 
     @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
-        # A kernel that runs before clears it: memory of any content will do there.
-        return (Scratch("tile_counter", "int*", cleared=not self.is_prepared), *super().scratch)
+        # A kernel that runs before clears it, if one always does: memory of any content will do there.
+        return (Scratch("tile_counter", "int*", cleared=self.varlen or not self.is_prepared), *super().scratch)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:

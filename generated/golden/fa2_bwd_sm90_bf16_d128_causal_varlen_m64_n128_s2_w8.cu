@@ -8,9 +8,9 @@
 //   launch   384 threads, 197728 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   55 Shared memory,  130 Threads,  182 Arithmetic,  210 Shared memory,
 //             248 Global memory,  324 mbarriers,  368 TMA,  416 Bulk copies,  438 Fences,  450 Fragments,
-//             464 Registers,  472 Registers of a warpgroup,  484 wgmma,  679 What is visible,
-//             728 Softmax and its gradient,  839 Pipelines,  882 Loads,  931 Matrix products,  969 Staging,
-//            1032 Producer, 1108 Consumer, 1232 Kernels, 1234 Prepare, 1615 Launch
+//             464 Registers,  472 Registers of a warpgroup,  484 wgmma,  602 Entries,  737 What is visible,
+//             786 Softmax and its gradient,  897 Pipelines,  940 Loads,  989 Matrix products, 1027 Staging,
+//            1090 Producer, 1166 Consumer, 1290 Kernels, 1292 Prepare, 1629 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -599,16 +599,74 @@ enum NamedBarrier : int {
     kAllMmaWarps = 1,
 };
 
+// Entries: a ragged batch's sequences, then the gaps between them, from the lengths as they are given ----------------------
+
+constexpr int kSequenceNumbers = 8;  // of the table, an entry
+
+// The rows of one sequence in one tensor: as they are given, and within the tensor.
+struct Rows {
+    int begin;
+    int end;
+};
+
+__device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int total, int num_sequences, int sequence) {
+    int const even = total / num_sequences;  // without bounds all are as long
+    int begin = sequence * even;
+    int end = begin + even;
+    int rows = total;
+    if (bounds != nullptr) {
+        begin = load_global_int(bounds + sequence);
+        end = load_global_int(bounds + sequence + 1);
+    }
+    if (used != nullptr) {
+        rows = load_global_int(used + sequence);
+    }
+    begin = min(max(begin, 0), total);
+    end = min(max(end, begin), total);
+    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
+}
+
+// The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
+__device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int total, int num_sequences, int gap) {
+    int const begin = gap > 0 ? rows_of(bounds, used, total, num_sequences, gap - 1).end : 0;
+    int const end = gap < num_sequences ? rows_of(bounds, used, total, num_sequences, gap).begin : total;
+    return {begin, max(begin, end)};
+}
+
+// The rows of an entry, of q and of k: a sequence's, or a gap's of one of them.
+struct EntryRows {
+    Rows q;
+    Rows keys;
+};
+
+__device__ __forceinline__ EntryRows rows_of_entry(Params const& p, int entry) {
+    Rows q = {0, 0};
+    Rows keys = {0, 0};
+    if (entry < p.num_sequences) {
+        q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry);
+        keys = rows_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry);
+    } else if (entry <= 2 * p.num_sequences) {
+        q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry - p.num_sequences);
+    } else if (entry <= 3 * p.num_sequences + 1) {
+        keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
+    }
+    return {q, keys};
+}
+
+// Heads whose tiles are taken together, so that what they read of so many rows stays in L2.
+__device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int heads_of_a_read, int num_heads) {
+    return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
+}
+
 // Sequences: a ragged batch's, each with its own lengths, one behind the other in the packed tensors. Entries behind the
 // sequences are gaps, rows that no sequence has: of queries without keys, or of keys without queries.
-constexpr int kSequenceNumbers = 8;  // of the table, an entry
 
 struct Seqlen {
     int q;
     int k;
     int first_q;
     int first_k;
-    int first_m_block;  // of a head, in the list of blocks
+    int first_m_block;  // of a head, in the list of blocks: for gradients alone
 };
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
@@ -1141,7 +1199,6 @@ __device__ __forceinline__ void consume(
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
-    uint32_t dq_phase = 0;
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; ++i) {
         acc_dk[i] = 0.0f;
@@ -1149,6 +1206,7 @@ __device__ __forceinline__ void consume(
     }
 
     QueryWalk walk = start_walk(p, s, block, blocks);
+    uint32_t dq_phase = 0;
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
@@ -1265,36 +1323,6 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
     return value;
 }
 
-// The rows of one sequence in one tensor: as they are given, and within the tensor.
-struct Rows {
-    int begin;
-    int end;
-};
-
-__device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int total, int num_sequences, int sequence) {
-    int const even = total / num_sequences;  // without bounds all are as long
-    int begin = sequence * even;
-    int end = begin + even;
-    int rows = total;
-    if (bounds != nullptr) {
-        begin = load_global_int(bounds + sequence);
-        end = load_global_int(bounds + sequence + 1);
-    }
-    if (used != nullptr) {
-        rows = load_global_int(used + sequence);
-    }
-    begin = min(max(begin, 0), total);
-    end = min(max(end, begin), total);
-    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
-}
-
-// The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
-__device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int total, int num_sequences, int gap) {
-    int const begin = gap > 0 ? rows_of(bounds, used, total, num_sequences, gap - 1).end : 0;
-    int const end = gap < num_sequences ? rows_of(bounds, used, total, num_sequences, gap).begin : total;
-    return {begin, max(begin, end)};
-}
-
 // Counts the blocks of a warp's entries, one a lane. Bounds that do not rise make sequences overlap: where the list has no
 // places left, rows become none.
 __device__ __forceinline__ void count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Kinds const& kinds) {
@@ -1359,11 +1387,6 @@ __device__ __forceinline__ int list_blocks(int entry, int num_blocks, Kinds cons
     return place;
 }
 
-// Heads whose tiles are taken together, so that what they read of so many rows stays in L2.
-__device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int heads_of_a_read, int num_heads) {
-    return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
-}
-
 extern "C" __global__ void __launch_bounds__(kPrepareThreads)
 fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
@@ -1387,21 +1410,12 @@ fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constan
     // A warp takes 32 entries at a time, and whole warps go on: lanes without an entry have no rows.
     for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
         int const entry = first + lane_id();
-        Rows q = {0, 0};
-        Rows keys = {0, 0};
-        if (entry < p.num_sequences) {
-            q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry);
-            keys = rows_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry);
-        } else if (entry <= 2 * p.num_sequences) {
-            q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry - p.num_sequences);
-        } else if (entry < num_entries) {
-            keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
-        }
-        count_blocks(q, kTileM, p.num_m_blocks, taken, m_kinds);
-        count_blocks(keys, kTileN, p.num_n_blocks, taken + 4, n_kinds);
+        EntryRows rows = rows_of_entry(p, entry);
+        count_blocks(rows.q, kTileM, p.num_m_blocks, taken, m_kinds);
+        count_blocks(rows.keys, kTileN, p.num_n_blocks, taken + 4, n_kinds);
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
-            store_global_int4(row, q.end - q.begin, keys.end - keys.begin, q.begin, keys.begin);
+            store_global_int4(row, rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin);
         }
     }
     sync_block();
@@ -1438,7 +1452,7 @@ fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constan
 }
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
+// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

@@ -6,9 +6,10 @@
 //   problem  fwd, head dim 64, fp16, full mask, ragged batches, pages
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   25 Problem and tiling,  101 Threads,  136 Arithmetic,  170 Shared memory,  206 Global memory,
-//             248 cp.async,  267 Fragments,  282 Registers,  291 mma,  335 What is visible,  385 Online softmax,
-//             661 Pipeline,  719 Matrix products,  802 Epilogue,  890 Kernel,  892 Prepare, 1169 Launch
+//   contents   26 Problem and tiling,  102 Threads,  137 Arithmetic,  171 Shared memory,  207 Global memory,
+//             249 cp.async,  268 Fragments,  283 Registers,  292 mma,  304 Entries,  399 What is visible,
+//             449 Online softmax,  725 Pipeline,  783 Matrix products,  866 Epilogue,  954 Kernel,  956 Prepare,
+//            1182 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -300,22 +301,85 @@ __device__ __forceinline__ void mma_m16n8k16(float* d, uint32_t const (&a)[4], u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Entries: a ragged batch's sequences, then the gaps between them, from the lengths as they are given ----------------------
+
+constexpr int kSequenceNumbers = 8;  // of the table, an entry
+
+// The rows of one sequence in one tensor: as they are given, and within the tensor.
+struct Rows {
+    int begin;
+    int end;
+};
+
+__device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int total, int num_sequences, int sequence) {
+    int const even = total / num_sequences;  // without bounds all are as long
+    int begin = sequence * even;
+    int end = begin + even;
+    int rows = total;
+    if (bounds != nullptr) {
+        begin = load_global_int(bounds + sequence);
+        end = load_global_int(bounds + sequence + 1);
+    }
+    if (used != nullptr) {
+        rows = load_global_int(used + sequence);
+    }
+    begin = min(max(begin, 0), total);
+    end = min(max(end, begin), total);
+    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
+}
+
+// The keys of a sequence, which pages hold: as many as its bounds are apart, or as are used.
+__device__ __forceinline__ Rows rows_in_pages(int const* bounds, int const* used, int capacity, int sequence) {
+    int rows = capacity;
+    if (bounds != nullptr) {
+        rows = load_global_int(bounds + sequence + 1) - load_global_int(bounds + sequence);
+    }
+    if (used != nullptr) {
+        rows = min(bounds == nullptr ? capacity : rows, load_global_int(used + sequence));
+    }
+    return {0, min(max(rows, 0), capacity)};
+}
+
+// The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
+__device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int total, int num_sequences, int gap) {
+    int const begin = gap > 0 ? rows_of(bounds, used, total, num_sequences, gap - 1).end : 0;
+    int const end = gap < num_sequences ? rows_of(bounds, used, total, num_sequences, gap).begin : total;
+    return {begin, max(begin, end)};
+}
+
+// The rows of an entry, of q and of k: a sequence's, or a gap's of one of them.
+struct EntryRows {
+    Rows q;
+    Rows keys;
+};
+
+__device__ __forceinline__ EntryRows rows_of_entry(Params const& p, int entry) {
+    Rows q = {0, 0};
+    Rows keys = {0, 0};
+    if (entry < p.num_sequences) {
+        q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry);
+        keys = rows_in_pages(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, entry);
+    } else if (entry <= 2 * p.num_sequences) {
+        q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry - p.num_sequences);
+    }
+    return {q, keys};
+}
+
 // Sequences: a ragged batch's, each with its own lengths, one behind the other in the packed tensors. Entries behind the
 // sequences are gaps, rows that no sequence has: of queries without keys, or of keys without queries.
-constexpr int kSequenceNumbers = 8;  // of the table, an entry
 
 struct Seqlen {
     int q;
     int k;
     int first_q;
     int first_k;
-    int first_m_block;  // of a head, in the list of blocks
+    int first_m_block;  // of a head, in the list of blocks: for gradients alone
 };
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
     int places[4];
     load_global_int4(places, p.sequences + kSequenceNumbers * bidb);
-    return {places[0], places[1], places[2], places[3], load_global_int(p.sequences + kSequenceNumbers * bidb + 4)};
+    return {places[0], places[1], places[2], places[3], 0};
 }
 
 // Where a head's rows of LSE begin.
@@ -923,48 +987,6 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
     return value;
 }
 
-// The rows of one sequence in one tensor: as they are given, and within the tensor.
-struct Rows {
-    int begin;
-    int end;
-};
-
-__device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int total, int num_sequences, int sequence) {
-    int const even = total / num_sequences;  // without bounds all are as long
-    int begin = sequence * even;
-    int end = begin + even;
-    int rows = total;
-    if (bounds != nullptr) {
-        begin = load_global_int(bounds + sequence);
-        end = load_global_int(bounds + sequence + 1);
-    }
-    if (used != nullptr) {
-        rows = load_global_int(used + sequence);
-    }
-    begin = min(max(begin, 0), total);
-    end = min(max(end, begin), total);
-    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
-}
-
-// The keys of a sequence, which pages hold: as many as its bounds are apart, or as are used.
-__device__ __forceinline__ Rows rows_in_pages(int const* bounds, int const* used, int capacity, int sequence) {
-    int rows = capacity;
-    if (bounds != nullptr) {
-        rows = load_global_int(bounds + sequence + 1) - load_global_int(bounds + sequence);
-    }
-    if (used != nullptr) {
-        rows = min(bounds == nullptr ? capacity : rows, load_global_int(used + sequence));
-    }
-    return {0, min(max(rows, 0), capacity)};
-}
-
-// The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
-__device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int total, int num_sequences, int gap) {
-    int const begin = gap > 0 ? rows_of(bounds, used, total, num_sequences, gap - 1).end : 0;
-    int const end = gap < num_sequences ? rows_of(bounds, used, total, num_sequences, gap).begin : total;
-    return {begin, max(begin, end)};
-}
-
 // Counts the blocks of a warp's entries, one a lane. Bounds that do not rise make sequences overlap: where the list has no
 // places left, rows become none.
 __device__ __forceinline__ void count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Kinds const& kinds) {
@@ -1047,20 +1069,11 @@ fa2_fwd_sm80_fp16_d64_varlen_paged_m128_n64_s2_w4_prepare(const __grid_constant_
     // A warp takes 32 entries at a time, and whole warps go on: lanes without an entry have no rows.
     for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
         int const entry = first + lane_id();
-        Rows q = {0, 0};
-        Rows keys = {0, 0};
-        if (entry < p.num_sequences) {
-            q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry);
-            keys = rows_in_pages(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, entry);
-        } else if (entry <= 2 * p.num_sequences) {
-            q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry - p.num_sequences);
-        } else if (entry < num_entries) {
-            keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
-        }
-        count_blocks(q, kTileM, p.num_m_blocks, taken, m_kinds);
+        EntryRows rows = rows_of_entry(p, entry);
+        count_blocks(rows.q, kTileM, p.num_m_blocks, taken, m_kinds);
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
-            store_global_int4(row, q.end - q.begin, keys.end - keys.begin, q.begin, keys.begin);
+            store_global_int4(row, rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin);
         }
     }
     sync_block();

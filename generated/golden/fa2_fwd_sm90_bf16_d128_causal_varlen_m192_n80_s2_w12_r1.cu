@@ -5,12 +5,12 @@
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
-//   launch   512 threads, 229536 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   94 Threads,  146 Arithmetic,  184 Shared memory,
-//             222 Global memory,  255 mbarriers,  299 TMA,  347 Fences,  354 Fragments,  362 Registers,
-//             370 Registers of a warpgroup,  382 wgmma,  520 What is visible,  572 Online softmax,  740 Pipelines,
-//             779 Loads,  850 Matrix products,  877 Epilogue,  924 Producer,  975 Consumer, 1128 Kernel, 1130 Prepare,
-//            1356 Launch
+//   launch   512 threads, 231872 bytes of dynamic shared memory
+//   contents   28 Problem and tiling,   46 Shared memory,   96 Threads,  153 Arithmetic,  196 Shared memory,
+//             239 Global memory,  272 mbarriers,  316 TMA,  364 Fences,  371 Fragments,  379 Registers,
+//             387 Registers of a warpgroup,  399 wgmma,  495 Entries,  552 A block's own table,  690 What is visible,
+//             742 Online softmax,  914 Pipelines,  953 Loads, 1024 Matrix products, 1051 Epilogue, 1098 Producer,
+//            1149 Consumer, 1302 Kernel, 1304 Prepare, 1489 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -65,6 +65,8 @@ constexpr uint32_t kSmemV = 139264;
 constexpr uint32_t kSmemO = 180224;
 constexpr uint32_t kSmemBarriers = 229376;
 constexpr uint32_t kSmemTileSlots = 229472;
+constexpr uint32_t kSmemOwnRows = 229536;
+constexpr uint32_t kSmemOwnOrder = 231088;
 
 // Matrix descriptors: swizzle and stride between groups of 8 rows; for V also the step to the next panel of columns.
 constexpr uint32_t kDescHi = 0x40000040u;
@@ -118,6 +120,11 @@ __device__ __forceinline__ bool any_lane(bool holds) {
     return __any_sync(0xffffffffu, holds) != 0;
 }
 
+// A bit a lane.
+__device__ __forceinline__ uint32_t ballot(bool holds) {
+    return __ballot_sync(0xffffffffu, holds);
+}
+
 __device__ __forceinline__ void sync_warp() {
     __syncwarp();
 }
@@ -165,6 +172,11 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
 
 __device__ __forceinline__ bool is_not_negative_zero(float x) {
     return __builtin_bit_cast(uint32_t, x) != 0x80000000u;
+}
+
+// The place of the lowest bit that is set; of 0, -1.
+__device__ __forceinline__ int lowest_bit(uint32_t bits) {
+    return __ffs(static_cast<int>(bits)) - 1;
 }
 
 // By 32 bits and more it gives 0, which C++'s << does not promise.
@@ -217,6 +229,11 @@ __device__ __forceinline__ void store_shared_int4(uint32_t address, int r0, int 
 __device__ __forceinline__ void load_shared_int4(int (&r)[4], uint32_t address) {
     asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// 8 bytes; the address is a multiple of 8.
+__device__ __forceinline__ void store_shared_int2(uint32_t address, int r0, int r1) {
+    asm volatile("st.shared.v2.s32 [%0], {%1, %2};" :: "r"(address), "r"(r0), "r"(r1) : "memory");
 }
 
 // Global memory -------------------------------------------------------------------------------------------------------
@@ -475,22 +492,175 @@ __device__ __forceinline__ void wgmma_m64n128k16_rs_km(
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(accumulate));
 }
 
+// Entries: a ragged batch's sequences, then the gaps between them, from the lengths as they are given ----------------------
+
+constexpr int kSequenceNumbers = 8;  // of the table, an entry
+
+// The rows of one sequence in one tensor: as they are given, and within the tensor.
+struct Rows {
+    int begin;
+    int end;
+};
+
+__device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int total, int num_sequences, int sequence) {
+    int const even = total / num_sequences;  // without bounds all are as long
+    int begin = sequence * even;
+    int end = begin + even;
+    int rows = total;
+    if (bounds != nullptr) {
+        begin = load_global_int(bounds + sequence);
+        end = load_global_int(bounds + sequence + 1);
+    }
+    if (used != nullptr) {
+        rows = load_global_int(used + sequence);
+    }
+    begin = min(max(begin, 0), total);
+    end = min(max(end, begin), total);
+    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
+}
+
+// The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
+__device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int total, int num_sequences, int gap) {
+    int const begin = gap > 0 ? rows_of(bounds, used, total, num_sequences, gap - 1).end : 0;
+    int const end = gap < num_sequences ? rows_of(bounds, used, total, num_sequences, gap).begin : total;
+    return {begin, max(begin, end)};
+}
+
+// The rows of an entry, of q and of k: a sequence's, or a gap's of one of them.
+struct EntryRows {
+    Rows q;
+    Rows keys;
+};
+
+__device__ __forceinline__ EntryRows rows_of_entry(Params const& p, int entry) {
+    Rows q = {0, 0};
+    Rows keys = {0, 0};
+    if (entry < p.num_sequences) {
+        q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry);
+        keys = rows_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry);
+    } else if (entry <= 2 * p.num_sequences) {
+        q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry - p.num_sequences);
+    }
+    return {q, keys};
+}
+
+// Heads whose tiles are taken together, so that what they read of so many rows stays in L2.
+__device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int heads_of_a_read, int num_heads) {
+    return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
+}
+
+// A block's own table -----------------------------------------------------------------------------------------------------
+//
+// Of few sequences each block makes the table for itself, and the kernel that prepares is not launched. Entries have their
+// places as in its list, the most blocks first; whose a place is, a warp finds, each lane of which looks at an entry.
+
+constexpr int kOwnSequences = 48;
+
+__device__ __forceinline__ bool has_own_table(Params const& p) {
+    return p.num_sequences <= kOwnSequences;
+}
+
+// Of an entry: lengths of q and k, and their first rows.
+__device__ __forceinline__ uint32_t own_row(int entry) {
+    return shared_memory_base() + kSmemOwnRows + 16 * entry;
+}
+
+// Of an entry: its first place, and how many heads are taken together. Behind the last of them: how many places there are.
+__device__ __forceinline__ uint32_t own_order(int entry) {
+    return shared_memory_base() + kSmemOwnOrder + 8 * entry;
+}
+
+__device__ __forceinline__ int own_blocks(int entry) {
+    return (load_shared_int(own_row(entry)) + kTileM - 1) / kTileM;
+}
+
+__device__ __forceinline__ void measure_own_entry(Params const& p, int entry) {
+    if (entry <= 2 * p.num_sequences) {
+        EntryRows const rows = rows_of_entry(p, entry);
+        store_shared_int4(own_row(entry), rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin,
+                          rows.keys.begin);
+    }
+}
+
+// Bounds that do not rise make sequences overlap, and their blocks many: the sum still fits 32 bits without a sign (97 entries
+// of 2^25 blocks), and no place behind those that there may be is visited.
+__device__ __forceinline__ void place_own_entry(Params const& p, int entry) {
+    int const last = 2 * p.num_sequences;
+    if (entry <= last) {
+        int const blocks = own_blocks(entry);
+        uint32_t place = 0;
+        uint32_t all = 0;
+        for (int other = 0; other <= last; ++other) {
+            int const of_other = own_blocks(other);
+            place += of_other > blocks || (of_other == blocks && other < entry) ? of_other : 0;
+            all += of_other;
+        }
+        int const keys = load_shared_int(own_row(entry) + 4);
+        int const together = heads_together(65536, keys, p.num_heads_per_kv, p.num_heads);
+        store_shared_int2(own_order(entry), static_cast<int>(place), together);
+        if (entry == last) {
+            store_shared_int(own_order(last + 1), static_cast<int>(min(all, static_cast<uint32_t>(p.num_m_blocks))));
+        }
+    }
+}
+
+// Whose a place is, of those that there are; by a whole warp.
+__device__ __forceinline__ int own_entry_at(Params const& p, int place) {
+    int first_entry = 0;
+    while (true) {
+        int const entry = first_entry + lane_id();
+        bool is_owner = false;
+        if (entry <= 2 * p.num_sequences) {
+            uint32_t const first = load_shared_int(own_order(entry));
+            is_owner = first <= place && place < first + own_blocks(entry);
+        }
+        uint32_t const owners = ballot(is_owner);
+        if (owners != 0) {
+            return shfl_from_lane_0(first_entry + lowest_bit(owners));  // so that the compiler knows: uniform
+        }
+        first_entry += 32;
+    }
+}
+
+// Of either table: an entry's lengths and first rows.
+__device__ __forceinline__ void load_entry(int (&numbers)[4], Params const& p, int entry) {
+    if (has_own_table(p)) {
+        load_shared_int4(numbers, own_row(entry));
+    } else {
+        load_global_int4(numbers, p.sequences + kSequenceNumbers * entry);
+    }
+}
+
+// And its place in the order of all.
+struct Order {
+    int place;
+    int together;
+};
+
+__device__ __forceinline__ Order order_of(Params const& p, int entry) {
+    if (has_own_table(p)) {
+        return {load_shared_int(own_order(entry)), load_shared_int(own_order(entry) + 4)};
+    }
+    int numbers[4];
+    load_global_int4(numbers, p.sequences + kSequenceNumbers * entry + 4);
+    return {numbers[0], numbers[2]};
+}
+
 // Sequences: a ragged batch's, each with its own lengths, one behind the other in the packed tensors. Entries behind the
 // sequences are gaps, rows that no sequence has: of queries without keys, or of keys without queries.
-constexpr int kSequenceNumbers = 8;  // of the table, an entry
 
 struct Seqlen {
     int q;
     int k;
     int first_q;
     int first_k;
-    int first_m_block;  // of a head, in the list of blocks
+    int first_m_block;  // of a head, in the list of blocks: for gradients alone
 };
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
     int places[4];
-    load_global_int4(places, p.sequences + kSequenceNumbers * bidb);
-    return {places[0], places[1], places[2], places[3], load_global_int(p.sequences + kSequenceNumbers * bidb + 4)};
+    load_entry(places, p, bidb);
+    return {places[0], places[1], places[2], places[3], 0};
 }
 
 // Where TMA finds a row: coordinates behind kRaggedRows are clipped, which is where the sequence's last row is put; the batch
@@ -721,19 +891,23 @@ struct Tile {
 };
 
 __device__ __forceinline__ int num_tiles(Params const& p) {
+    if (has_own_table(p)) {
+        return load_shared_int(own_order(2 * p.num_sequences + 1)) * p.num_heads;
+    }
     return load_global_int(p.num_blocks) * p.num_heads;
 }
 
 __device__ __forceinline__ Tile tile_at(Params const& p, int index) {
-    int const bidb = load_global_int(p.m_list + index / p.num_heads);
-    int const* const row = p.sequences + kSequenceNumbers * bidb;
-    int const num_m_blocks = (load_global_int(row) + kTileM - 1) / kTileM;
-    int places[4];
-    load_global_int4(places, row + 4);
-    int const of_sequence = index - p.num_heads * places[0];
-    int const first_head = of_sequence / (places[2] * num_m_blocks) * places[2];
-    int const width = min(places[2], p.num_heads - first_head);
-    int const within = of_sequence % (places[2] * num_m_blocks);
+    int const at = index / p.num_heads;
+    int const bidb = has_own_table(p) ? own_entry_at(p, at) : load_global_int(p.m_list + at);
+    int row[4];
+    load_entry(row, p, bidb);
+    auto const [place, together] = order_of(p, bidb);
+    int const num_m_blocks = (row[0] + kTileM - 1) / kTileM;
+    int const of_sequence = index - p.num_heads * place;
+    int const first_head = of_sequence / (together * num_m_blocks) * together;
+    int const width = min(together, p.num_heads - first_head);
+    int const within = of_sequence % (together * num_m_blocks);
     return {num_m_blocks - 1 - within / width, first_head + within % width, bidb};
 }
 
@@ -1161,36 +1335,6 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
     return value;
 }
 
-// The rows of one sequence in one tensor: as they are given, and within the tensor.
-struct Rows {
-    int begin;
-    int end;
-};
-
-__device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int total, int num_sequences, int sequence) {
-    int const even = total / num_sequences;  // without bounds all are as long
-    int begin = sequence * even;
-    int end = begin + even;
-    int rows = total;
-    if (bounds != nullptr) {
-        begin = load_global_int(bounds + sequence);
-        end = load_global_int(bounds + sequence + 1);
-    }
-    if (used != nullptr) {
-        rows = load_global_int(used + sequence);
-    }
-    begin = min(max(begin, 0), total);
-    end = min(max(end, begin), total);
-    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
-}
-
-// The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
-__device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int total, int num_sequences, int gap) {
-    int const begin = gap > 0 ? rows_of(bounds, used, total, num_sequences, gap - 1).end : 0;
-    int const end = gap < num_sequences ? rows_of(bounds, used, total, num_sequences, gap).begin : total;
-    return {begin, max(begin, end)};
-}
-
 // Counts the blocks of a warp's entries, one a lane. Bounds that do not rise make sequences overlap: where the list has no
 // places left, rows become none.
 __device__ __forceinline__ void count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Kinds const& kinds) {
@@ -1255,11 +1399,6 @@ __device__ __forceinline__ int list_blocks(int entry, int num_blocks, Kinds cons
     return place;
 }
 
-// Heads whose tiles are taken together, so that what they read of so many rows stays in L2.
-__device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int heads_of_a_read, int num_heads) {
-    return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
-}
-
 extern "C" __global__ void __launch_bounds__(kPrepareThreads)
 fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
@@ -1274,28 +1413,16 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1_prepare(const __grid_con
     for (int kind = thread; kind < m_kinds.count; kind += kPrepareThreads) {
         store_shared_int(m_kinds.places + 4 * kind, 0);
     }
-    if (thread == 0) {
-        store_global_int(p.tile_counter, 0);
-    }
     sync_block();
 
     // A warp takes 32 entries at a time, and whole warps go on: lanes without an entry have no rows.
     for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
         int const entry = first + lane_id();
-        Rows q = {0, 0};
-        Rows keys = {0, 0};
-        if (entry < p.num_sequences) {
-            q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry);
-            keys = rows_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry);
-        } else if (entry <= 2 * p.num_sequences) {
-            q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, entry - p.num_sequences);
-        } else if (entry < num_entries) {
-            keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
-        }
-        count_blocks(q, kTileM, p.num_m_blocks, taken, m_kinds);
+        EntryRows rows = rows_of_entry(p, entry);
+        count_blocks(rows.q, kTileM, p.num_m_blocks, taken, m_kinds);
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
-            store_global_int4(row, q.end - q.begin, keys.end - keys.begin, q.begin, keys.begin);
+            store_global_int4(row, rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin);
         }
     }
     sync_block();
@@ -1339,6 +1466,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
         barriers.init();
         fence_mbarrier_init();
     }
+    if (has_own_table(p)) {
+        int const thread = static_cast<int>(threadIdx.x);
+        measure_own_entry(p, thread);
+        sync_block();
+        place_own_entry(p, thread);
+    }
     sync_block();
 
     if (warp < 4) {
@@ -1359,12 +1492,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1_prepare
-//     grid (1, 1, 1), 1024 threads, 4112 bytes of dynamic shared memory
+//     grid (tables, 1, 1), 1024 threads, 4112 bytes of dynamic shared memory
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1
-//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 229536 bytes of dynamic shared memory
+//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 231872 bytes of dynamic shared memory
 //     maps of q, k, v, o
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 229536
-//     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 231872
+//     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1 behind another of these: it then starts early
 // Tensor maps: tiled, (head_dim, 2^30, heads, 2^31, 2^31), 16-bit elements, zeros outside, on 64 bytes
 //   steps in bytes: of a row, of a head, 2^34 - that of a row, of a row
 //   q: box 64 x 192 x 1 x 1, swizzle 128 bytes
@@ -1375,11 +1508,12 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //   num_m_blocks = seqlen_q / 192 + 2 * batch + 1
 //   num_tiles = num_m_blocks * num_heads
 //   num_sequences = batch
+//   tables = min(batch / 49, 1)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
-//   tile_counter: 1
-//   sequences: 8 * (3 * batch + 2)
-//   num_blocks: 2
-//   m_list: num_m_blocks
+//   tile_counter: 1; all zeros before the first launch, and left so
+//   sequences: tables * (8 * (3 * batch + 2))
+//   num_blocks: tables * (2)
+//   m_list: tables * (num_m_blocks)
 
 }  // namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1

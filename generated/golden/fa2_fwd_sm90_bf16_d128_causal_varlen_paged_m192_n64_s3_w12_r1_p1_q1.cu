@@ -8,9 +8,9 @@
 //   launch   512 threads, 196760 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  163 Arithmetic,  201 Shared memory,
 //             239 Global memory,  272 mbarriers,  316 cp.async,  330 TMA,  378 Fences,  385 Fragments,  393 Registers,
-//             401 Registers of a warpgroup,  413 wgmma,  542 What is visible,  594 Online softmax,  762 Pipelines,
-//             803 Loads,  940 Matrix products,  967 Epilogue, 1016 Producer, 1089 Consumer, 1242 Kernel, 1244 Prepare,
-//            1481 Launch
+//             401 Registers of a warpgroup,  413 wgmma,  513 Entries,  611 What is visible,  663 Online softmax,
+//             833 Pipelines,  874 Loads, 1011 Matrix products, 1038 Epilogue, 1087 Producer, 1160 Consumer,
+//            1313 Kernel, 1315 Prepare, 1492 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -510,22 +510,91 @@ enum NamedBarrier : int {
     kProducer = kFirstMmaWarpgroup + kNumMmaWarps / 4,
 };
 
+// Entries: a ragged batch's sequences, then the gaps between them, from the lengths as they are given ----------------------
+
+constexpr int kSequenceNumbers = 8;  // of the table, an entry
+
+// The rows of one sequence in one tensor: as they are given, and within the tensor.
+struct Rows {
+    int begin;
+    int end;
+};
+
+__device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int total, int num_sequences, int sequence) {
+    int const even = total / num_sequences;  // without bounds all are as long
+    int begin = sequence * even;
+    int end = begin + even;
+    int rows = total;
+    if (bounds != nullptr) {
+        begin = load_global_int(bounds + sequence);
+        end = load_global_int(bounds + sequence + 1);
+    }
+    if (used != nullptr) {
+        rows = load_global_int(used + sequence);
+    }
+    begin = min(max(begin, 0), total);
+    end = min(max(end, begin), total);
+    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
+}
+
+// The keys of a sequence, which pages hold: as many as its bounds are apart, or as are used.
+__device__ __forceinline__ Rows rows_in_pages(int const* bounds, int const* used, int capacity, int sequence) {
+    int rows = capacity;
+    if (bounds != nullptr) {
+        rows = load_global_int(bounds + sequence + 1) - load_global_int(bounds + sequence);
+    }
+    if (used != nullptr) {
+        rows = min(bounds == nullptr ? capacity : rows, load_global_int(used + sequence));
+    }
+    return {0, min(max(rows, 0), capacity)};
+}
+
+// The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
+__device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int total, int num_sequences, int gap) {
+    int const begin = gap > 0 ? rows_of(bounds, used, total, num_sequences, gap - 1).end : 0;
+    int const end = gap < num_sequences ? rows_of(bounds, used, total, num_sequences, gap).begin : total;
+    return {begin, max(begin, end)};
+}
+
+// The rows of an entry, of q and of k: a sequence's, or a gap's of one of them.
+struct EntryRows {
+    Rows q;
+    Rows keys;
+};
+
+__device__ __forceinline__ EntryRows rows_of_entry(Params const& p, int entry) {
+    Rows q = {0, 0};
+    Rows keys = {0, 0};
+    if (entry < p.num_sequences) {
+        q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q / p.group, p.num_sequences, entry);
+        keys = rows_in_pages(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, entry);
+    } else if (entry <= 2 * p.num_sequences) {
+        q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q / p.group, p.num_sequences, entry - p.num_sequences);
+    }
+    q = {q.begin * p.group, q.end * p.group};  // rows of all heads that share K and V
+    return {q, keys};
+}
+
+// Heads whose tiles are taken together, so that what they read of so many rows stays in L2.
+__device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int heads_of_a_read, int num_heads) {
+    return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
+}
+
 // Sequences: a ragged batch's, each with its own lengths, one behind the other in the packed tensors. Entries behind the
 // sequences are gaps, rows that no sequence has: of queries without keys, or of keys without queries.
-constexpr int kSequenceNumbers = 8;  // of the table, an entry
 
 struct Seqlen {
     int q;
     int k;
     int first_q;
     int first_k;
-    int first_m_block;  // of a head, in the list of blocks
+    int first_m_block;  // of a head, in the list of blocks: for gradients alone
 };
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
     int places[4];
     load_global_int4(places, p.sequences + kSequenceNumbers * bidb);
-    return {places[0], places[1], places[2], places[3], load_global_int(p.sequences + kSequenceNumbers * bidb + 4)};
+    return {places[0], places[1], places[2], places[3], 0};
 }
 
 // Where TMA finds a row: coordinates behind kRaggedRows are clipped, which is where the sequence's last row is put; the batch
@@ -752,10 +821,12 @@ __device__ __forceinline__ Tile tile_at(Params const& p, int index) {
     int const num_m_blocks = (load_global_int(row) + kTileM - 1) / kTileM;
     int places[4];
     load_global_int4(places, row + 4);
-    int const of_sequence = index - p.num_heads * places[0];
-    int const first_head = of_sequence / (places[2] * num_m_blocks) * places[2];
-    int const width = min(places[2], p.num_heads - first_head);
-    int const within = of_sequence % (places[2] * num_m_blocks);
+    int const place = places[0];
+    int const together = places[2];
+    int const of_sequence = index - p.num_heads * place;
+    int const first_head = of_sequence / (together * num_m_blocks) * together;
+    int const width = min(together, p.num_heads - first_head);
+    int const within = of_sequence % (together * num_m_blocks);
     return {num_m_blocks - 1 - within / width, first_head + within % width, bidb};
 }
 
@@ -1275,48 +1346,6 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
     return value;
 }
 
-// The rows of one sequence in one tensor: as they are given, and within the tensor.
-struct Rows {
-    int begin;
-    int end;
-};
-
-__device__ __forceinline__ Rows rows_of(int const* bounds, int const* used, int total, int num_sequences, int sequence) {
-    int const even = total / num_sequences;  // without bounds all are as long
-    int begin = sequence * even;
-    int end = begin + even;
-    int rows = total;
-    if (bounds != nullptr) {
-        begin = load_global_int(bounds + sequence);
-        end = load_global_int(bounds + sequence + 1);
-    }
-    if (used != nullptr) {
-        rows = load_global_int(used + sequence);
-    }
-    begin = min(max(begin, 0), total);
-    end = min(max(end, begin), total);
-    return {begin, min(end, begin + min(max(rows, 0), total - begin))};
-}
-
-// The keys of a sequence, which pages hold: as many as its bounds are apart, or as are used.
-__device__ __forceinline__ Rows rows_in_pages(int const* bounds, int const* used, int capacity, int sequence) {
-    int rows = capacity;
-    if (bounds != nullptr) {
-        rows = load_global_int(bounds + sequence + 1) - load_global_int(bounds + sequence);
-    }
-    if (used != nullptr) {
-        rows = min(bounds == nullptr ? capacity : rows, load_global_int(used + sequence));
-    }
-    return {0, min(max(rows, 0), capacity)};
-}
-
-// The rows before sequence `gap` that no sequence has; `gap` num_sequences: those behind the last.
-__device__ __forceinline__ Rows gap_of(int const* bounds, int const* used, int total, int num_sequences, int gap) {
-    int const begin = gap > 0 ? rows_of(bounds, used, total, num_sequences, gap - 1).end : 0;
-    int const end = gap < num_sequences ? rows_of(bounds, used, total, num_sequences, gap).begin : total;
-    return {begin, max(begin, end)};
-}
-
 // Counts the blocks of a warp's entries, one a lane. Bounds that do not rise make sequences overlap: where the list has no
 // places left, rows become none.
 __device__ __forceinline__ void count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Kinds const& kinds) {
@@ -1381,11 +1410,6 @@ __device__ __forceinline__ int list_blocks(int entry, int num_blocks, Kinds cons
     return place;
 }
 
-// Heads whose tiles are taken together, so that what they read of so many rows stays in L2.
-__device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int heads_of_a_read, int num_heads) {
-    return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
-}
-
 extern "C" __global__ void __launch_bounds__(kPrepareThreads)
 fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
@@ -1400,29 +1424,16 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1_prepare(cons
     for (int kind = thread; kind < m_kinds.count; kind += kPrepareThreads) {
         store_shared_int(m_kinds.places + 4 * kind, 0);
     }
-    if (thread == 0) {
-        store_global_int(p.tile_counter, 0);
-    }
     sync_block();
 
     // A warp takes 32 entries at a time, and whole warps go on: lanes without an entry have no rows.
     for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
         int const entry = first + lane_id();
-        Rows q = {0, 0};
-        Rows keys = {0, 0};
-        if (entry < p.num_sequences) {
-            q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q / p.group, p.num_sequences, entry);
-            keys = rows_in_pages(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, entry);
-        } else if (entry <= 2 * p.num_sequences) {
-            q = gap_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q / p.group, p.num_sequences, entry - p.num_sequences);
-        } else if (entry < num_entries) {
-            keys = gap_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, entry - 2 * p.num_sequences - 1);
-        }
-        q = {q.begin * p.group, q.end * p.group};  // rows of all heads that share K and V
-        count_blocks(q, kTileM, p.num_m_blocks, taken, m_kinds);
+        EntryRows rows = rows_of_entry(p, entry);
+        count_blocks(rows.q, kTileM, p.num_m_blocks, taken, m_kinds);
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
-            store_global_int4(row, q.end - q.begin, keys.end - keys.begin, q.begin, keys.begin);
+            store_global_int4(row, rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin);
         }
     }
     sync_block();
@@ -1505,7 +1516,7 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1(
 //   num_sequences = batch
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
-//   tile_counter: 1
+//   tile_counter: 1; all zeros before the first launch, and left so
 //   sequences: 8 * (3 * batch + 2)
 //   num_blocks: 2
 //   m_list: num_m_blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from fa2gen import cases
 from fa2gen.cpu import RunOptions, run_kernel
 from fa2gen.features import examples_of
+from fa2gen.launch import launches_of
 from fa2gen.options import Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import best_spec
@@ -20,7 +20,16 @@ from tests.cpu.faults import Fault, symptom
 
 ARCHES = ("sm80", "sm90")
 SHAPES = (Shape(1, 37, 150, 2, 1), Shape(4, 150, 203, 2, 2))
-"""Of cases.make: sequences, and the longest one's lengths; the other lengths and those used are drawn."""
+"""Of cases.make: sequences but two, and the longest one's lengths; the other lengths and those used are drawn."""
+
+
+@pytest.fixture(autouse=True)
+def own_sequences(monkeypatch, request):
+    """Of how many SM90's forward blocks make the table: of the first shape's, and that of the second is prepared."""
+    launches_of.cache_clear()  # by a plan's spec
+    monkeypatch.setattr("fa2gen.plan.sm90_fwd.OWN_SEQUENCES", getattr(request, "param", 3))
+    yield
+    launches_of.cache_clear()
 
 
 def kernel(
@@ -84,6 +93,26 @@ def test_even_lengths_give_the_bits_of_a_dense_batch(arch, direction, mask):
         assert torch.equal(tensors[name], packed[name]), name
 
 
+MANY = KernelSpec.from_name("fa2_fwd_sm90_bf16_d64_causal_varlen_m64_n64_s2_w4")
+
+
+@pytest.mark.parametrize("own_sequences", [47, 48], indirect=True)
+def test_who_makes_the_table_changes_nothing(own_sequences):
+    """Of as many sequences as there may be, and one more: 97 entries, of which lanes look at up to four."""
+    verdict, _ = run(MANY.name, Shape(46, 130, 150, 1, 1), num_sms=3)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("bounds", [[0, 40, 0, 40], [40, 30, 7, 0], [-5, 2**31 - 1, -(2**31), 9]], ids=str)
+def test_bounds_that_make_no_sense_stay_within_memory(bounds):
+    """The machine would say what is read or written outside, and that a launch never ends."""
+    q = torch.randn(1, 40, 2, 64).to(torch.bfloat16)
+    cu = torch.tensor(bounds, dtype=torch.int32)
+    results = {"o": torch.empty_like(q), "lse": torch.empty(1, 2, 40)}
+    tensors = {"q": q, "k": q, "v": q, **results, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    run_kernel(make_plan(kernel("sm90", mask="causal")), tensors, Options(causal=True, varlen=True))
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_no_schedule_changes_the_result(arch, direction):
@@ -113,15 +142,37 @@ FAULTS = [
         SM90,
         "store_global_int(p.tile_counter, 0);",
         "store_global_int(p.tile_counter, 3);",
-        count=2,
+    ),
+]
+OWN_FAULTS = [
+    Fault(
+        "gaps-have-no-row",
+        SM90,
+        "if (entry <= 2 * p.num_sequences) {\n        EntryRows",
+        "if (entry < p.num_sequences) {\n        EntryRows",
+    ),
+    Fault(
+        "places-before-all-rows",
+        SM90,
+        "measure_own_entry(p, thread);\n        sync_block();",
+        "measure_own_entry(p, thread);",
+        schedules=8,
+    ),
+    Fault(
+        "all-but-the-last",
+        SM90,
+        "for (int other = 0; other <= last; ++other)",
+        "for (int other = 0; other < last; ++other)",
     ),
 ]
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_a_fault_is_seen(fault):
-    shapes = itertools.product(SHAPES[1:], range(fault.schedules))
-    for shape, seed in shapes:
-        if symptom(run, fault, [shape], seed):
-            return
-    pytest.fail("no run shows it")
+@pytest.mark.parametrize(
+    ("fault", "own_sequences"),
+    [*((fault, 3) for fault in FAULTS), *((fault, 6) for fault in OWN_FAULTS)],
+    ids=str,
+    indirect=["own_sequences"],
+)
+def test_a_fault_is_seen(fault, own_sequences):
+    if not any(symptom(run, fault, SHAPES[1:], seed) for seed in range(fault.schedules)):
+        pytest.fail("no run shows it")

@@ -346,7 +346,7 @@ def test_a_stride_that_no_tensor_map_can_hold():
         prepare(make("sm90"), q=(2**40, 256, 64))
 
 
-@pytest.mark.parametrize(("arch", "head_dim"), list(itertools.product(ARCHES, range(8, 257, 8))))
+@pytest.mark.parametrize(("arch", "head_dim"), itertools.product(ARCHES, range(8, 257, 8)))
 def test_every_head_dim_packs(arch, head_dim):
     call(prepare(make(arch, head_dim)), ADDRESSES)
     assert launched.count == 1 and launched.misaligned == 0
@@ -553,7 +553,7 @@ FUNCTIONS = {"": "argument", "_preprocess": "before", "_postprocess": "after", "
 @pytest.mark.parametrize(("arch", "direction"), [("sm90", "fwd"), ("sm90", "bwd"), ("sm80", "bwd")])
 @pytest.mark.parametrize("mask", ["causal", "window"])
 def test_the_launcher_of_ragged_batches(tmp_path, arch, direction, mask):
-    """As above: maps of five dimensions, the lengths' addresses, and the kernel that comes first."""
+    """As above: maps of five dimensions, the lengths' addresses, and the kernel that comes first, if one does."""
     problem = Problem(direction=direction, head_dim=72, mask=mask, varlen=True)
     plan = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
     numbers = []
@@ -571,9 +571,9 @@ def test_the_launcher_of_ragged_batches(tmp_path, arch, direction, mask):
     options = scaled(plan, 0.3)
     said = options._asdict() | {"window_right": 0 if options.causal else options.window_right}
 
-    def recorded():
+    def recorded(entries):
         found = []
-        for behind, entry in enumerate(reversed(plan.entry_points)):
+        for behind, entry in enumerate(reversed(entries)):
             one = history[(launched.count - behind) % 4]
             sizes = argument_sizes(plan, entry)
             arguments = [bytes(raw)[:size] for raw, size in zip(one.arguments, sizes, strict=False)]
@@ -582,23 +582,28 @@ def test_the_launcher_of_ragged_batches(tmp_path, arch, direction, mask):
 
     given = {operand.name: 0x7F0000000000 + 0x10000 * i for i, operand in enumerate(plan.operands)}
     given["seqused_q"] = 0
-    for shape in (SHAPE, Shape(7, 4097, 77, 2, 2)):
+    for shape in (SHAPE, Shape(7, 4097, 77, 2, 2), Shape(64, 4097, 77, 2, 2)):
         q, kv = strides(shape.seqlen_q, shape.num_heads, 72), strides(shape.seqlen_k, shape.num_heads_kv, 72)
         of = {x.name: q if x.of == "query" else kv for x in plan.operands if x.is_tensor}
         launch = kernel.prepare(shape, of, options)
         scratch = 0x7E0000000000
-        launch(tuple(given[operand.name] for operand in plan.operands), scratch, 0x55)
-        expected = recorded()
-        at, places = scratch, {}
-        for name, count in launch_of(plan, shape, options, 132).scratch.items():
-            places[name], at = at, at + align_up(4 * count, 128)
+        before, sizes = launched.count, launch_of(plan, shape, options, 132)
+        launch(tuple(given[operand.name] for operand in plan.operands), scratch, 0x55, 0x7D0000000000)
+        entries = [entry for entry, grid in zip(plan.entry_points, sizes.grids, strict=True) if 0 not in grid]
+        assert launched.count - before == len(entries)
+        assert len(entries) == len(plan.entry_points) - (shape.batch <= plan.own_sequences)
+        expected = recorded(entries)
+        at, places = scratch, {"tile_counter": 0x7D0000000000} if direction == "fwd" else {}
+        for name, count in sizes.scratch.items():
+            if name not in places:
+                places[name], at = at, at + align_up(4 * count, 128)
         tensors = {name: Tensor(given[name], *steps) for name, steps in of.items()}
         others = {x.name: given[x.name] for x in plan.operands if not x.is_tensor}
         numbers_of_call = {name: said[name] for name in recipe.options(plan)}
         ctypes.memset(ctypes.byref(history), 0, ctypes.sizeof(history))
         one = call_of(**shape._asdict(), softmax_scale=0.3, **numbers_of_call, **tensors, **others, **places)
         assert door(functions, 132, ctypes.byref(one), ctypes.c_void_p(0x55)) == 0
-        assert recorded() == expected
+        assert recorded(entries) == expected
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from fa2gen.ops import attention, flash_attn_func, flash_attn_varlen_func
 from fa2gen.ops import call as calls
 from fa2gen.ops.general import backward_general, forward_general
 from fa2gen.ops.ragged import backward_ragged, forward_ragged, forward_ragged_out
-from fa2gen.ops.scratch import scratch_of_capture
+from fa2gen.ops.scratch import CLEARED_BYTES, scratch_of_capture
 from fa2gen.ops.validate import LENGTHS
 from fa2gen.options import Expression, Options
 from fa2gen.plan import make_plan
@@ -125,15 +125,18 @@ def test_without_a_driver_loading_fails_at_once():
 
 
 class FakeKernel:
-    """prepared: (shape, strides, options) of each signature; launched: (addresses..., scratch, stream) of each call."""
+    """prepared: (shape, strides, options) of each signature; launched: (addresses..., scratch, stream) of each call;
+    cleared: likewise the address of zeros."""
 
     def __init__(self, plan):
         self.plan = plan
         self.scratch_bytes = 4 if plan.scratch else 0
-        self.cleared_bytes = 0
         self.scratch_cleared = all(one.cleared for one in plan.scratch)
+        self.cleared_bytes = (
+            CLEARED_BYTES if any(one.cleared for one in plan.scratch) and not self.scratch_cleared else 0
+        )
         self.prepared = []
-        self.launched = []
+        self.launched, self.cleared = [], []
 
     def prepare(self, shape, strides, options):
         self.strides = strides
@@ -145,8 +148,9 @@ class FakeKernel:
         strides = {name: (rows.get(name, shape.seqlen_q) * x[1], *x[1:]) for name, x in self.strides.items()}
         return self.prepare(shape, strides, options)
 
-    def __call__(self, operands, scratch, stream):
+    def __call__(self, operands, scratch, stream, cleared=0):
         self.launched.append((*operands, scratch, stream))
+        self.cleared.append(cleared)
 
 
 class Everything(set):
@@ -175,6 +179,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(calls, "_problems", {})
     monkeypatch.setattr(calls, "_scratches", {})
     monkeypatch.setattr(calls, "scratch_of_stream", lambda device, stream, rows: scratch_of_capture(device, rows))
+    monkeypatch.setattr(calls, "_counters", {})
+    monkeypatch.setattr(calls, "zeros_of_stream", lambda device, stream, size: scratch_of_capture(device, size).counter)
     monkeypatch.setattr(calls, "_current_device", lambda: -1)
     monkeypatch.setattr(calls, "_empty_strided", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(calls, "_is_capturing", lambda: state.capturing)
@@ -395,9 +401,9 @@ def test_a_captured_call_shares_no_memory_with_a_stream(gpu, monkeypatch):
     calls.forward_out(q, k, v, Options(0.1, True))
     (own,) = made
     assert only(gpu).launched[-1][4:6] == (own.lse, own.counter) != (kept.lse, kept.counter)
-    assert own._keeper.nbytes == 16 + 4 * 2 * 6 * 37 and len(calls._scratches) == 1
+    assert own._keeper.nbytes == CLEARED_BYTES + 4 * 2 * 6 * 37 and len(calls._scratches) == 1
     _, lse = calls.forward_cuda(q, k, v, Options(0.1, True))
-    assert only(gpu).launched[-1][4] == lse.data_ptr() and made[-1]._keeper.nbytes == 16
+    assert only(gpu).launched[-1][4] == lse.data_ptr() and made[-1]._keeper.nbytes == CLEARED_BYTES
 
 
 def test_out_alone_of_what_needs_more_than_a_launch(gpu):
@@ -551,6 +557,7 @@ def test_a_ragged_call_uses_the_scratch_of_its_stream(gpu, monkeypatch):
     forward_ragged(*arguments, RAGGED)
     scratch = calls._scratches[-1, 5]
     assert only(gpu).launched[-1][9] == scratch.work and locked == [[True]] and in_use() == [False]
+    assert only(gpu).cleared[-1] == scratch.counter
     assert scratch.work % 128 == scratch.counter % 128 and scratch.work >= scratch.lse + 4 * calls.SCRATCH_ROWS
     forward_ragged_out(*arguments[:3], arguments[3:], RAGGED, None)
     assert only(gpu).launched[-1][4] == scratch.lse and only(gpu).launched[-1][9] == scratch.work
@@ -562,6 +569,7 @@ def test_a_ragged_call_uses_the_scratch_of_its_stream(gpu, monkeypatch):
     monkeypatch.setattr(calls, "WORK_BYTES", only(gpu).scratch_bytes - 1)
     _, lse = forward_ragged(*arguments, RAGGED)
     assert only(gpu).launched[-1][4] == lse.data_ptr() and only(gpu).launched[-1][9] != scratch.work
+    assert only(gpu).cleared[-1] == calls._counters[-1, 5]
 
 
 def test_gradients_of_small_problems_use_the_scratch_of_their_stream(gpu, monkeypatch):
@@ -820,7 +828,7 @@ class ReferenceLaunch:
         memory = (ctypes.c_byte * (span * dtype.itemsize)).from_address(address)
         return torch.frombuffer(memory, dtype=dtype).as_strided(size, steps)
 
-    def __call__(self, operands, scratch, stream):
+    def __call__(self, operands, scratch, stream, cleared=0):
         plan, options = self.plan, self.options._asdict()
         assert all(address % 16 == 0 for address in operands[:5])
         x = {o.name: self.tensor(o, at) if at else None for o, at in zip(plan.operands, operands, strict=True)}

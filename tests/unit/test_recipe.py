@@ -140,6 +140,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         "heads_per_section": section,
         "stores_first": stores_first(plan, shape),
     }
+    tables = int(not plan.own_sequences or shape.batch > plan.own_sequences)  # blocks make those of few sequences
     grids = {
         "persistent": (min(of_queries, NUM_SMS), 1, 1),
         "persistent key blocks": (min(of_keys * parts, NUM_SMS), 1, 1),
@@ -147,12 +148,17 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         "query blocks": (of_queries, 1, 1),
         "key blocks": (of_keys * parts, 1, 1),
         "groups": (of_keys, 1, 1),
-        "one": (1, 1, 1),
+        "one": (tables, 1, 1),
         "tile bounds": (-(-bounds // plan.bound_warps), 1, 1),
     }
     rows = of_queries * plan.tile_m
     scratch = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "dq_turns": of_queries, "tile_bounds": 2 * bounds}
-    scratch |= {"sequences": 8 * (3 * shape.batch + 2), "num_blocks": 2, "m_list": m, "n_list": n}
+    scratch |= {
+        "sequences": 8 * (3 * shape.batch + 2) * tables,
+        "num_blocks": 2 * tables,
+        "m_list": m * tables,
+        "n_list": n,
+    }
     if plan.problem.direction == "bwd":
         scratch["dq_acc"] = of_queries * plan.dq_block_floats
         scratch["dq_sums"] = of_queries * plan.num_dq_shares
