@@ -28,6 +28,7 @@ from fa2gen.ops.autograd import attend, attend_generally, is_plain, wants_gradie
 from fa2gen.ops.call import AnyOptions, forward_cuda
 from fa2gen.ops.general import forward_general
 from fa2gen.ops.nested import jagged_like, packed_jagged
+from fa2gen.ops.precise import PreciseAttention
 from fa2gen.ops.ragged import are_plain, forward_ragged
 from fa2gen.ops.validate import (
     DTYPES,
@@ -73,6 +74,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    precise: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention as (out, lse), both differentiable, once; shapes as in `fa2gen.ops`.
 
@@ -90,6 +92,8 @@ def attention(
                      gradients, those of no dimension, which stand for a number, too.
     cu_seqlens_q, _k of a ragged batch, as in `flash_attn_varlen_func`, seqused_q and seqused_k too: with any of them, q
                      is (total_q, heads, head_dim), lse (heads, total_q), and i and j count from a sequence's first row.
+    precise          gradients do not see that out is rounded (`fa2gen.ops.precise`), which matters where queries give
+                     nearly all of their weight to one key.
 
     q, k and v may be nested tensors of layout jagged, (batch, jagged, heads, head_dim): out is one like q then, and lse
     is packed, (heads, total_q).
@@ -103,6 +107,16 @@ def attention(
     said = (softmax_scale, causal, window_sides(window_size), attention_chunk, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     refuse_non_lengths(lengths)
+    if precise:
+        given = {"arch": arch, "tiling": tiling, "s_aux": s_aux}
+        beside = [name for name, value in given.items() if value is not None]
+        beside += [name for name, said in (("score", score), ("allow", allow), ("dropout_p", dropout_p)) if said]
+        if beside:
+            raise UnsupportedProblem(
+                f"precise gradients beside {' and '.join(beside)} are not built; there are those of causal masks, "
+                "windows, grouped heads and ragged batches: leave out one or the other"
+            )
+        return _run_precisely(q, k, v, said, lengths)
     if arch is None and tiling is None:
         return run_any(q, k, v, said, (expression, tensors), s_aux, dropout_p, lengths=lengths)
     refuse_non_tensors(q=q, k=k, v=v)
@@ -123,6 +137,23 @@ def attention(
         further = (*autocasted(q, k, v), *lengths, sinks(s_aux), rng_state, tensors)
         return forward_general(*further, said_by_tensors, None, arch, tiling)
     return forward_cuda(*autocasted(q, k, v), options, arch, tiling)
+
+
+def _run_precisely(q: Tensor, k: Tensor, v: Tensor, said: tuple[Any, ...], lengths: Lengths) -> tuple[Tensor, Tensor]:
+    """`run_any` of `PreciseAttention`."""
+    refuse_non_tensors(q=q, k=k, v=v)
+    if q.is_nested or k.is_nested or v.is_nested:
+        packed, lengths = packed_jagged(q, k, v)
+        out, lse = _run_precisely(*packed, said, lengths)
+        return jagged_like(q, out), lse
+    refuse_tensor_kinds("qkv", (q, k, v))
+    ragged = any(x is not None for x in lengths)
+    options = options_of(q, *said)._replace(varlen=ragged)
+    q, k, v = autocasted(q, k, v)
+    if not wants_gradient(q, k, v):
+        return run_ragged(q, k, v, lengths, options) if ragged else run(q, k, v, options)
+    out, lse, _ = PreciseAttention.apply(run_ragged if ragged else run, q, k, v, *(lengths if ragged else ()), options)
+    return out, lse
 
 
 def run_any(
