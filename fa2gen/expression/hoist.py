@@ -15,7 +15,18 @@ from typing import Literal
 from fa2gen.expression.simplify import ACC, add, compared, multiply, negate, reciprocal, simplify
 from fa2gen.expression.tree import Node, const, make, name, walk
 
-__all__ = ["KEY", "LEVELS", "QUERY", "SCALE", "Level", "factored", "level_of", "lowered"]
+__all__ = [
+    "KEY",
+    "LEVELS",
+    "QUERY",
+    "SCALE",
+    "Level",
+    "factored",
+    "level_of",
+    "lowered",
+    "lowered_by_rows",
+    "without_signs",
+]
 
 Level = Literal["head", "row", "column", "element"]
 LEVELS: tuple[Level, ...] = ("head", "row", "column", "element")
@@ -27,6 +38,8 @@ QUERY, KEY = name("i"), name("j")
 _FLOAT_QUERY, _FLOAT_KEY = name("float_i", "float"), name("float_j", "float")
 _HEADS = (name("b"), name("h"), name("hk"))
 
+_DISTANCE = add((QUERY, name("seqlen_k"), negate(name("seqlen_q")), negate(KEY)))
+"""From the key to the last that a causal mask shows the query."""
 _AT_ONCE = 6
 _LOG2E, _LN2 = const(1.4426950408889634), const(0.6931471805599453)
 _BY_ROW, _BY_COLUMN = {QUERY, _FLOAT_QUERY}, {KEY, _FLOAT_KEY}
@@ -72,11 +85,52 @@ def factored(score: Node, of_all_heads: bool = False) -> tuple[Node, Node, dict[
 
 def lowered(root: Node) -> Node:
     """A simplified tree in operations that kernels have, with what is of one level together."""
+    return _regrouped(_operations(root))
+
+
+def lowered_by_rows(root: Node) -> tuple[Node, Node]:
+    """A score as two terms, each as `lowered` makes it: what an element needs, and what all keys of a query share, 0
+    where that is nothing: a softmax adds it to its maxima alone."""
+    terms = [part for term in _terms(_operations(root)) for part in _distributed(term)]
+    of_row = [term for term in terms if level_of(term) in ("head", "row")]
+    if not any(level_of(term) == "row" for term in of_row):
+        return lowered(root), const(0.0)
+    return _regrouped(add(term for term in terms if term not in of_row)), _regrouped(add(of_row))
+
+
+def _distributed(term: Node) -> tuple[Node, ...]:
+    """Of a factor of the head times a sum of what rows and what columns decide, both parts; others as they are."""
+    factors = term.args if term.op == "*" else (term,)
+    sums = [factor for factor in factors if factor.op == "+" and level_of(factor) == "element"]
+    others = [factor for factor in factors if level_of(factor) == "head"]
+    if len(sums) != 1 or len(factors) > 1 + len(others) or any(level_of(part) == "element" for part in sums[0].args):
+        return (term,)
+    of_columns = [part for part in sums[0].args if level_of(part) == "column"]
+    of_rows = [part for part in sums[0].args if part not in of_columns]
+    return multiply((*others, add(of_rows))), multiply((*others, add(of_columns)))
+
+
+def without_signs(root: Node) -> Node:
+    """A simplified tree for the keys that a causal mask shows, which lie before the query: |.| of how far, and farther,
+    is that itself."""
+    made: dict[Node, Node] = {}
+    for node in walk(root):
+        args = tuple(made[arg] for arg in node.args)
+        beyond = add((args[0], negate(_DISTANCE))).number if node.op == "abs" and node.type == "int" else None
+        made[node] = args[0] if beyond is not None and beyond >= 0 else _rebuilt(node, args)
+    return simplify(made[root])
+
+
+def _rebuilt(node: Node, args: Sequence[Node]) -> Node:
+    return make(node.op, *args, type=node.type, value=node.value)
+
+
+def _operations(root: Node) -> Node:
     made: dict[Node, Node] = {}
     exact = compared(root)
     for node in walk(root):
         made[node] = _lowered(node, tuple(made[arg] for arg in node.args), node in exact)
-    return _regrouped(made[root])
+    return made[root]
 
 
 def _lowered(node: Node, args: tuple[Node, ...], exact: bool) -> Node:

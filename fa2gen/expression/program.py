@@ -13,7 +13,7 @@ from fa2gen.expression.cuda import Statements, bound_name, statements
 from fa2gen.expression.derive import derivative
 from fa2gen.expression.evaluate import evaluate_on_numbers, evaluate_tree
 from fa2gen.expression.grammar import FUNCTIONS, NAMES, TYPES
-from fa2gen.expression.hoist import SCALE, Level, factored, level_of, lowered
+from fa2gen.expression.hoist import SCALE, Level, factored, level_of, lowered, lowered_by_rows, without_signs
 from fa2gen.expression.infer import infer
 from fa2gen.expression.intervals import Filter, any_and_all, bounds
 from fa2gen.expression.read import Text, parsed, read
@@ -321,12 +321,14 @@ def evaluate(program: Program, what: Literal["score", "allow"], torch: Any, valu
 
 def emit(
     program: Program,
-    what: Literal["score", "score of rows", "gradient", "allow", "blocks", "inputs"],
+    what: Literal["score", "score by rows", "score of rows", "gradient", "allow", "blocks", "inputs"],
     tokens: Collection[str] = (),
+    causal: bool = False,
 ) -> Code:
     """C++ of a program: statements by level, and results that use them. Free names: see the package's README.
 
     score     "score" and "factor": the softmax's argument is factor * score, with a positive factor of the head.
+    score by rows  the same, and "of_row", the term of the score that all keys of a query share.
     score of rows  the same, with a factor that is the same for all heads, as rows of several are in a tile.
     gradient  these two, "weight", the derivative of the score by s, and of `Program.gradients` of the tokens "by_0" and
               so on, the factors of those that may depend on s.
@@ -334,8 +336,13 @@ def emit(
     blocks    "any" and "all": whether some and whether all keys of a tile may be seen, i0..i1 and j0..j1 inclusive; of
               tensors by the functions `Program.tile_bounds` names, of the tile that begins at their first argument.
     inputs    of the same gradients "by_0" and so on, the other factors, and "index_0_0" and so on, their places.
+
+    causal    whether only keys matter that a causal mask shows.
     """
-    results = {key: lowered(tree) for key, tree in _results(program, what, tokens).items()}
+    trees = _results(program, what, tokens, causal)
+    results = {key: lowered(tree) for key, tree in trees.items()}
+    if what == "score by rows":
+        results["score"], results["of_row"] = lowered_by_rows(trees["score"])
     made = statements(results, program.tokens)
     return Code(
         levels=made.levels,
@@ -370,7 +377,7 @@ def _factors(node: Node) -> tuple[Node, ...]:
     return node.args if node.op == "*" else (node,)
 
 
-def _results(program: Program, what: str, tokens: Collection[str]) -> dict[str, Node]:
+def _results(program: Program, what: str, tokens: Collection[str], causal: bool = False) -> dict[str, Node]:
     if what in ("allow", "blocks"):
         tree = TRUE if program.allow_tree is None else simplify(program.allow_tree)
         if what == "allow":
@@ -384,6 +391,7 @@ def _results(program: Program, what: str, tokens: Collection[str]) -> dict[str, 
             found |= {f"index_{n}_{axis}": simplify(x) for axis, x in enumerate(gradient.access.leaf.args)}
         return found
     score = of_acc if program.score_tree is None else simplify(substitute(program.score_tree, {_S: of_acc}))
+    score = without_signs(score) if causal else score
     factor, rest, shared = factored(score, of_all_heads=what == "score of rows")
     found = {"score": rest, "factor": multiply((factor, const(1.4426950408889634)))}
     if what == "gradient":

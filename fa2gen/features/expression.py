@@ -164,6 +164,7 @@ class ScoreCode:
 
     factor   what scores are multiplied with to be exponents of 2; `factor_lines` come before it.
     forward  of a function that gives the score of an element; backward of one that gives its derivative too.
+    of_row   of one that gives what the element's lacks, the same for all keys of a row; () where it lacks nothing.
     formulas in words: what it is, and its derivative.
     head     (type, name, value) of what is the same for all of a head and read from memory: made once, before any loop.
     finite   whether scores are finite wherever products of Q and K are.
@@ -175,28 +176,45 @@ class ScoreCode:
     factor: tuple[str, ...]
     forward: tuple[str, ...]
     backward: tuple[str, ...]
+    of_row: tuple[str, ...]
     head: tuple[tuple[str, str, str], ...]
     finite: bool
     looks_up: bool
     of_distance: bool
 
 
-def score_code(program: Program, direction: Direction, learned: tuple[str, ...] = ()) -> ScoreCode:
+def score_code(
+    program: Program,
+    direction: Direction,
+    learned: tuple[str, ...] = (),
+    *,
+    causal: bool = False,
+    by_rows: bool = False,
+) -> ScoreCode:
     """The code of a program's score in one pass's kernels; of a gradient, with what it needs for those of the tensors
-    `learned`."""
-    score = emit(program, "score of rows" if direction == "decode" else "score")
-    slope = emit(program, "gradient", learned) if direction == "bwd" else None
-    head = _head(slope or score)
+    `learned`.
+
+    causal   whether only keys matter that a causal mask shows.
+    by_rows  whether the softmax takes what is the same for all keys of a row for itself.
+    """
+    score = emit(program, "score of rows" if direction == "decode" else "score", causal=causal)
+    of_distance = _is_of_distance(score)
+    # Else positions may be large, and two terms of them where there was a small difference.
+    parts = emit(program, "score by rows", causal=causal) if by_rows and of_distance else score
+    has_row = parts.results.get("of_row", "0.0f") != "0.0f"
+    slope = emit(program, "gradient", learned, causal=causal) if direction == "bwd" else None
+    head = _head(slope or parts)
     of_tensors = (f"by_{n}" for n, found in enumerate(program.gradients(learned)) if not found.of_s)
     return ScoreCode(
         formulas=_comment(program, "score", "d score / d s"),
         factor=_function(score, "factor"),
-        forward=_function(score, "score", head=head),
+        forward=_function(parts, "score", head=head),
         backward=_function(slope, "score", "weight", *of_tensors, head=head) if slope else (),
+        of_row=_function(parts, "of_row", head=head) if has_row else (),
         head=head,
         finite=score.is_finite,
         looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
-        of_distance=_is_of_distance(score),
+        of_distance=of_distance,
     )
 
 

@@ -341,7 +341,19 @@ class KernelPlan:
     @cached_property
     def score(self) -> ScoreCode:
         """What it makes of them, in C++."""
-        return score_code(self.problem.program, self.problem.direction, self.learned)
+        causal = self.problem.mask == "causal" and self.problem.direction != "decode"
+        of = self.problem.program, self.problem.direction, self.learned
+        return score_code(*of, causal=causal, by_rows=self.shifts_rows)
+
+    @property
+    def shifts_rows(self) -> bool:
+        """Whether its softmax takes terms of a score that all keys of a row share."""
+        return False
+
+    @property
+    def has_row_terms(self) -> bool:
+        """Whether there are such."""
+        return self.has_score and bool(self.score.of_row)
 
     @property
     def learned(self) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ QUERIES = (32, 64, 128)  # powers of two, so that addresses of a warp's steps ha
 # Registers that a thread needs beside the accumulators: fragments in flight, addresses, P as 16-bit numbers. The least
 # with which every default compiles without a spill; ptxas has the last word (tests/compile).
 REGISTERS_BESIDE_TILES = 56
+REGISTERS_OF_LEARNING = 48  # where each element adds to the gradient of a tensor
 REGISTERS_OF_LENGTHS = 8  # of a ragged batch: they are no constants of the launch (d = 128: 64 x 128 spill 8 bytes);
 # and of an expression's values (with a cap: 8 bytes)
 
@@ -143,6 +144,9 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
             lengths = 4 if of_expression < head_dim <= 64 else head_dim > of_expression
             return REGISTERS_BESIDE_TILES + REGISTERS_OF_LENGTHS * lengths
         more = wide and (self.has_score or (self.varlen and not self.tiling.heads_abreast))
+        more = more or (head_dim <= 64 and bool(self.tile_tables))  # documents with 128 x 128 spill 8 bytes
+        if self.learned and self.score.looks_up and 64 < head_dim <= 80:  # a bias at 72, 64 x 128, spills 16, ragged 36
+            return REGISTERS_BESIDE_TILES + REGISTERS_OF_LEARNING
         return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if more else 0)
 
     @property

@@ -46,6 +46,8 @@ REGISTERS_OF_LOOKING_UP = 16  # a tensor's numbers, for each element (a bias at 
 REGISTERS_OF_SCORE_AND_LEFT_EDGE = 16
 # At d = 64 a bias with 112 queries spills 60, one that learns, in a window, 11 with 96; a cap with documents 6.
 REGISTERS_OF_MANY_QUERIES_AND_LOOKING_UP, REGISTERS_OF_MANY_QUERIES_AND_HIDING = 13, 36
+# Slopes that learn at 64 with 112 queries spill 6, T5's at 128 with 48, of which buckets are looked up first, 4.
+REGISTERS_OF_MANY_QUERIES_AND_SUMS, REGISTERS_OF_PLACES_LOOKED_UP = 17, 17
 REGISTERS_OF_ALLOW = 2  # of the walk's place, for what an expression hides (d = 160 causal, 48 x 128: 8 bytes spill)
 # Split by keys, more for each 16 registers of dK and dV beyond 128: ptxas begins each at a multiple of 8. Head dims 192
 # and 136 with 48 queries, or 128 and 168 with 64, would need 240, and it puts their products one after the other
@@ -116,6 +118,12 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         Each takes one panel of 64 columns; what is left beyond the second they split by queries.
         """
         return self.splits_keys and (self.head_dim > 64 or self.shares_dq)
+
+    @property
+    def register_split(self) -> tuple[int, int]:
+        if len(self.tile_tables) > 2:  # who adds dQ looks its blocks up, too: of a tree 28 bytes spill
+            return (40, 232)
+        return super().register_split
 
     @property
     def shares_dq(self) -> bool:
@@ -300,8 +308,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         of_allow = REGISTERS_OF_ALLOW if self.has_allow else 0
         looks_up = self.has_score and self.score.looks_up and not self.splits_products
         of_tensors = REGISTERS_OF_LOOKING_UP if looks_up else 0
+        if looks_up and self.learned and len(self.loads) > 2:  # two functions a tensor
+            of_tensors += REGISTERS_OF_PLACES_LOOKED_UP
         if self.splits_keys and self.head_dim <= 64:
-            of_tensors += REGISTERS_OF_MANY_QUERIES_AND_LOOKING_UP * looks_up
+            of_sums = REGISTERS_OF_MANY_QUERIES_AND_SUMS * bool(self.learned)
+            of_tensors += REGISTERS_OF_MANY_QUERIES_AND_LOOKING_UP if looks_up else of_sums
             of_tensors += REGISTERS_OF_MANY_QUERIES_AND_HIDING * (self.has_score and self.has_allow)
         of_dropout = 8 if self.has_allow else 16 if self.has_score and self.left_edge else 0  # 152 spills 6, 48 16
         if self.splits_dq_rest:  # 144 spills 40 with 64 queries, 160 16 with 48

@@ -42,6 +42,10 @@ class Sm90FwdPlan(Sm90Plan):
 
     template: str = "sm90/fwd.cu.j2"
 
+    @property
+    def shifts_rows(self) -> bool:
+        return True
+
     # Threads and registers
 
     @property

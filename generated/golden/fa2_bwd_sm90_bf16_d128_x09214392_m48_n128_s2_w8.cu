@@ -9,9 +9,9 @@
 //   contents   34 Problem and tiling,   56 Shared memory,  128 Threads,  172 Arithmetic,  206 Shared memory,
 //             227 Global memory,  300 mbarriers,  344 TMA,  386 Bulk copies,  408 Fences,  420 Fragments,
 //             434 Registers,  449 Registers of a warpgroup,  461 wgmma,  636 What is visible,  685 Expressions,
-//             718 Softmax and its gradient,  748 Scores of an expression,  811 Gradients of an expression's tensors,
-//             902 Pipelines,  945 Loads,  994 Matrix products, 1032 Staging, 1095 Producer, 1171 Consumer,
-//            1297 Kernels, 1473 Launch
+//             718 Softmax and its gradient,  748 Scores of an expression,  812 Gradients of an expression's tensors,
+//             903 Pipelines,  946 Loads,  995 Matrix products, 1033 Staging, 1096 Producer, 1172 Consumer,
+//            1298 Kernels, 1474 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -778,6 +778,7 @@ __device__ __forceinline__ void weigh(
     Params const& p, Head const& at, float (*acc_s)[kNumAccS], uint32_t (*p_tile)[kNumP], uint32_t lse_log2, int key,
     int first_query) {
     float const factor = score_factor(p, at);
+    key = static_cast<int>(recompute(key));
     uint32_t const first = lse_log2 + 8 * (lane_id() % 4);
     int const column = first_query + 2 * (lane_id() % 4);
     float const float_key = static_cast<float>(key);

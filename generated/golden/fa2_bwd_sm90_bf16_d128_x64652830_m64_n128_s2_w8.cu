@@ -9,8 +9,8 @@
 //   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  173 Arithmetic,  206 Shared memory,
 //             227 Global memory,  286 mbarriers,  330 TMA,  372 Bulk copies,  394 Fences,  406 Fragments,
 //             420 Registers,  428 Registers of a warpgroup,  440 wgmma,  617 What is visible,  663 Expressions,
-//             678 What an expression hides,  727 Softmax and its gradient,  868 Pipelines,  911 Loads,
-//             960 Matrix products,  998 Staging, 1061 Producer, 1141 Consumer, 1268 Kernels, 1432 Launch
+//             678 What an expression hides,  742 Softmax and its gradient,  883 Pipelines,  926 Loads,
+//             975 Matrix products, 1013 Staging, 1076 Producer, 1156 Consumer, 1288 Kernels, 1452 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -707,20 +707,35 @@ __device__ __forceinline__ Seen seen_of(Params const& p, Head const& at, int fir
                         min(first_row + num_rows, at.seqlen_q) - 1, first_key, min(first_key + kTileN, at.seqlen_k) - 1);
 }
 
-// Scores of queries that do not see a key.
-__device__ __forceinline__ void hide(
-    Params const& p, Head const& at, float (&acc_s)[kNumAccS], int key, int first_query) {
+// Which queries of a block see each of a thread's two keys, a bit for each of the key's registers, in their order.
+__device__ __forceinline__ void look_up(Params const& p, Head const& at, uint32_t (&seen)[2], int key, int first_query) {
     int const column = first_query + 2 * (lane_id() % 4);
     float const float_key = static_cast<float>(key);
     float const float_column = static_cast<float>(column);
+    seen[0] = seen[1] = 0;
 #pragma unroll
-    for (int n = 0; n < kNumAccS; ++n) {
-        int const down = n / 2 % 2 * 8;
-        int const right = n / 4 * 8 + n % 2;
-        bool const allowed = is_allowed(
-            p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k, column + right, key + down,
-            float_column + static_cast<float>(right), float_key + static_cast<float>(down));
-        acc_s[n] = allowed ? acc_s[n] : -kInfinity;
+    for (int n = 0; n < kNumAccS / 2; ++n) {
+        int const right = n / 2 * 8 + n % 2;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            bool const allowed = is_allowed(
+                p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k, column + right, key + 8 * half,
+                float_column + static_cast<float>(right), float_key + static_cast<float>(8 * half));
+            if (allowed) {
+                seen[half] |= 1u << n;
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void hide_unseen(float (&acc_s)[kNumAccS], uint32_t const (&seen)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < kNumAccS / 2; ++n) {
+            int const i = n / 2 * 4 + 2 * half + n % 2;
+            acc_s[i] = seen[half] >> n & 1 ? acc_s[i] : -kInfinity;
+        }
     }
 }
 
@@ -1198,6 +1213,11 @@ __device__ __forceinline__ void consume(
         wgmma_fence();
         gemm_s(acc_s, k_rows, q_tile);
         wgmma_commit();
+        // What is hidden is looked up under S, before dP takes its registers (d = 64, 128 queries: else 4 to 12 spill).
+        uint32_t visible[2];
+        if (walk.is_partly_hidden()) {
+            look_up(p, head_of(p, s, walk.bidh, block.bidb), visible, key, walk.m_block * kTileM);
+        }
         mbarrier_wait(barriers.dout_full(dout_state.stage), dout_state.phase);
         wgmma_fence();
         gemm_s(acc_dp, v_rows, dout_tile);
@@ -1210,7 +1230,7 @@ __device__ __forceinline__ void consume(
             apply_mask(acc_s, begins, walk.m_block * kTileM);
         }
         if (walk.is_partly_hidden()) {
-            hide(p, head_of(p, s, walk.bidh, block.bidb), acc_s, key, walk.m_block * kTileM);
+            hide_unseen(acc_s, visible);
         }
         probabilities(&acc_s, smem + kSmemLse + q_state.stage * kStatisticsBytes, p.softmax_scale_log2);
         pack(&p_tile, &acc_s);

@@ -236,6 +236,7 @@ FAULTS = [
     *(Fault("rows-too-low", name, "n / 2 % 2 * 8;", "n / 2 % 2 * 4;") for name in POSITIONS.values()),
     Fault("another-origin", POSITIONS["sm90"], "static_cast<float>(row - column);", "static_cast<float>(row);"),
     Fault("another-entry", kernel("sm90", score=ALIBI).name, "with_values(p, bidb, bidh,", "with_values(p, 0, bidh,"),
+    Fault("a-row-forgotten", kernel("sm90", score=ALIBI).name, "base[row] -= row_terms[row];", ""),
     Fault("another-place", kernel("sm80", score=BIAS).name, "p.input_0_last_3 + 1)", "p.input_0_last_3)"),
     Fault("not-cleared", LEARNING_BIAS, "store_global_float(gradient + i, 0.0f);", ""),
     Fault("another-element", LEARNING_BIAS, "16 * tile + j / 2 % 2 * 8;", "16 * tile;"),

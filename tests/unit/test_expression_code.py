@@ -431,3 +431,22 @@ def test_a_window_leaves_the_score_and_its_inputs():
 def test_scores_whose_positions_count_by_distance_alone(score, expected):
     """Kernels then count from a tile's first key: any other score would be wrong."""
     assert score_code(parse(score), "fwd").of_distance is expected
+
+
+@pytest.mark.parametrize(
+    ("score", "element", "has_row"),
+    [
+        ("s - slope[h] * abs(i + seqlen_k - seqlen_q - j)", "head_2 * float_j", True),
+        ("s - slope[h] * abs(i + seqlen_k - seqlen_q - j + 8)", "head_2 * float_j", True),
+        ("s + slope[h] * (j - i)", "head_2 * float_j", True),
+        ("s - slope[h] * abs(i - j)", "fabsf", False),  # of fewer queries than keys some lie before the key
+        ("s - slope[h] * abs(i + seqlen_k - seqlen_q - j - 1)", "fabsf", False),
+        ("s - slope[h] * sqrt(abs(i + seqlen_k - seqlen_q - j))", "sqrt_approx", False),
+        ("s + row[i]", "row", False),
+    ],
+)
+def test_what_keys_share_is_left_to_the_softmax(score, element, has_row):
+    """Of keys that a causal mask shows: an element then needs one multiply-add."""
+    code = score_code(parse(score), "fwd", causal=True, by_rows=True)
+    assert element in " ".join(code.forward) and bool(code.of_row) is has_row
+    assert "fabsf" in " ".join(score_code(parse(score), "fwd", by_rows=True).forward) or "abs" not in score
