@@ -908,7 +908,7 @@ __device__ __forceinline__ void finish(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

@@ -10,7 +10,7 @@
 //             217 Global memory,  276 mbarriers,  320 TMA,  362 Bulk copies,  384 Fences,  396 Fragments,
 //             410 Registers,  418 Registers of a warpgroup,  430 wgmma,  612 What is visible,
 //             661 Softmax and its gradient,  761 Pipelines,  810 Loads,  859 Matrix products,  897 Staging,
-//             960 Producer, 1039 Consumer, 1186 Kernels, 1350 Launch
+//             960 Producer, 1039 Consumer, 1194 Kernels, 1358 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1072,6 +1072,27 @@ __device__ __forceinline__ void consume(
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
+    uint32_t dq_phase = 0;
+    // A warp's share of the dQ of a block of queries, in its turn.
+    auto hand_over = [&](float const (&acc_dq)[kNumAccDq]) {
+        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
+        dq_phase ^= 1;
+    };
+    // dQ of the step before, where no step follows.
+    auto flush = [&]() {
+        if (step == 0) {
+            return;
+        }
+        int const last = step - 1;
+        float acc_dq[kNumAccDq];
+        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
+        wgmma_commit();
+        wgmma_wait_0();
+        wgmma_touch(acc_dq);
+        hand_over(acc_dq);
+    };
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; ++i) {
         acc_dk[i] = 0.0f;
@@ -1079,7 +1100,6 @@ __device__ __forceinline__ void consume(
     }
 
     QueryWalk walk = start_walk(p, s, block, blocks);
-    uint32_t dq_phase = 0;
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
@@ -1147,8 +1167,7 @@ __device__ __forceinline__ void consume(
         wgmma_touch(acc_dq);
         if (step > 0) {
             mbarrier_arrive_if(barriers.ds_empty(ds_stage ^ 1), leader);
-            hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-            dq_phase ^= 1;
+            hand_over(acc_dq);
         }
         wgmma_wait_1();
         wgmma_touch(acc_dv);
@@ -1165,18 +1184,7 @@ __device__ __forceinline__ void consume(
         walk.next(p, blocks);
     }
 
-    if (step > 0) {
-        int const last = step - 1;
-        float acc_dq[kNumAccDq];
-        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
-        wgmma_fence();
-        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
-        wgmma_commit();
-        wgmma_wait_0();
-        wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-    }
-
+    flush();
     named_barrier_sync(kAllMmaWarps, kNumMmaThreads);  // all warps are done with K and V
     finish(map_dv, acc_dv, smem + kSmemV, 1.0f, s, block, warp_key);
     finish(map_dk, acc_dk, smem + kSmemK, p.softmax_scale, s, block, warp_key);
@@ -1186,7 +1194,7 @@ __device__ __forceinline__ void consume(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

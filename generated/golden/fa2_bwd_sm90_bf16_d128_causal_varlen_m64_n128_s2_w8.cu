@@ -1199,6 +1199,7 @@ __device__ __forceinline__ void consume(
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
+    uint32_t dq_phase = 0;
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; ++i) {
         acc_dk[i] = 0.0f;
@@ -1206,7 +1207,6 @@ __device__ __forceinline__ void consume(
     }
 
     QueryWalk walk = start_walk(p, s, block, blocks);
-    uint32_t dq_phase = 0;
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
@@ -1452,7 +1452,7 @@ fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constan
 }
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

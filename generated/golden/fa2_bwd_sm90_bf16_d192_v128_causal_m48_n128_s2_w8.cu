@@ -1251,6 +1251,7 @@ __device__ __forceinline__ void consume(
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkvV];
+    uint32_t dq_phase = 0;
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; ++i) {
         acc_dk[i] = 0.0f;
@@ -1261,7 +1262,6 @@ __device__ __forceinline__ void consume(
     }
 
     QueryWalk walk = start_walk(p, s, block, blocks);
-    uint32_t dq_phase = 0;
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
@@ -1349,7 +1349,7 @@ __device__ __forceinline__ void consume(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

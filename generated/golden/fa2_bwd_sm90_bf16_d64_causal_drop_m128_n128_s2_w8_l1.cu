@@ -10,7 +10,7 @@
 //             285 Global memory,  350 mbarriers,  394 TMA,  436 Bulk copies,  458 Fences,  470 Fragments,
 //             491 Registers,  506 Registers of a warpgroup,  518 wgmma,  701 What is visible,
 //             750 Softmax and its gradient,  809 Dropout,  983 Pipelines, 1032 Loads, 1081 Matrix products,
-//            1118 Staging, 1181 Producer, 1260 Consumer, 1424 Kernels, 1584 Launch
+//            1118 Staging, 1181 Producer, 1260 Consumer, 1432 Kernels, 1592 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1293,6 +1293,27 @@ __device__ __forceinline__ void consume(
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
+    uint32_t dq_phase = 0;
+    // A warp's share of the dQ of a block of queries, in its turn.
+    auto hand_over = [&](float const (&acc_dq)[kNumAccDq]) {
+        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
+        dq_phase ^= 1;
+    };
+    // dQ of the step before, where no step follows.
+    auto flush = [&]() {
+        if (step == 0) {
+            return;
+        }
+        int const last = step - 1;
+        float acc_dq[kNumAccDq];
+        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
+        wgmma_commit();
+        wgmma_wait_0();
+        wgmma_touch(acc_dq);
+        hand_over(acc_dq);
+    };
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; ++i) {
         acc_dk[i] = 0.0f;
@@ -1300,7 +1321,6 @@ __device__ __forceinline__ void consume(
     }
 
     QueryWalk walk = start_walk(p, s, block, blocks);
-    uint32_t dq_phase = 0;
     // What the next block of queries drops is drawn under dV and dK of this one: so long no S nor dP is in registers. By way of
     // shared memory, for the other warp of 32 keys too, and as ptxas moves what has no such effect behind the products.
     int const mma_warp = 4 * warpgroup + warp;
@@ -1384,8 +1404,7 @@ __device__ __forceinline__ void consume(
         wgmma_touch(acc_dq);
         if (step > 0) {
             mbarrier_arrive_if(barriers.ds_empty(ds_stage ^ 1), leader);
-            hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-            dq_phase ^= 1;
+            hand_over(acc_dq);
         }
         walk.next(p, blocks);
         draw(ds_stage ^ 1);
@@ -1403,18 +1422,7 @@ __device__ __forceinline__ void consume(
         step += 1;
     }
 
-    if (step > 0) {
-        int const last = step - 1;
-        float acc_dq[kNumAccDq];
-        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
-        wgmma_fence();
-        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
-        wgmma_commit();
-        wgmma_wait_0();
-        wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-    }
-
+    flush();
     named_barrier_sync(kAllMmaWarps, kNumMmaThreads);  // all warps are done with K and V
     finish(map_dv, acc_dv, smem + kSmemV, p.keep_scale, s, block, warp_key);
     finish(map_dk, acc_dk, smem + kSmemK, (p.softmax_scale * p.keep_scale), s, block, warp_key);
@@ -1424,7 +1432,7 @@ __device__ __forceinline__ void consume(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

@@ -10,7 +10,7 @@
 //             216 Global memory,  275 mbarriers,  319 TMA,  361 Bulk copies,  383 Fences,  395 Fragments,
 //             409 Registers,  417 Registers of a warpgroup,  429 wgmma,  606 What is visible,
 //             655 Softmax and its gradient,  702 Parts of a group of heads,  798 Pipelines,  847 Loads,
-//             896 Matrix products,  933 Staging,  996 Producer, 1075 Consumer, 1237 Kernels, 1402 Launch
+//             896 Matrix products,  933 Staging,  996 Producer, 1075 Consumer, 1245 Kernels, 1410 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in four kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1108,6 +1108,27 @@ __device__ __forceinline__ void consume(
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
+    uint32_t dq_phase = 0;
+    // A warp's share of the dQ of a block of queries, in its turn.
+    auto hand_over = [&](float const (&acc_dq)[kNumAccDq]) {
+        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
+        dq_phase ^= 1;
+    };
+    // dQ of the step before, where no step follows.
+    auto flush = [&]() {
+        if (step == 0) {
+            return;
+        }
+        int const last = step - 1;
+        float acc_dq[kNumAccDq];
+        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
+        wgmma_commit();
+        wgmma_wait_0();
+        wgmma_touch(acc_dq);
+        hand_over(acc_dq);
+    };
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; ++i) {
         acc_dk[i] = 0.0f;
@@ -1115,7 +1136,6 @@ __device__ __forceinline__ void consume(
     }
 
     QueryWalk walk = start_walk(p, s, block, blocks);
-    uint32_t dq_phase = 0;
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
@@ -1183,8 +1203,7 @@ __device__ __forceinline__ void consume(
         wgmma_touch(acc_dq);
         if (step > 0) {
             mbarrier_arrive_if(barriers.ds_empty(ds_stage ^ 1), leader);
-            hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-            dq_phase ^= 1;
+            hand_over(acc_dq);
         }
         wgmma_wait_1();
         wgmma_touch(acc_dv);
@@ -1201,18 +1220,7 @@ __device__ __forceinline__ void consume(
         walk.next(p, blocks);
     }
 
-    if (step > 0) {
-        int const last = step - 1;
-        float acc_dq[kNumAccDq];
-        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
-        wgmma_fence();
-        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
-        wgmma_commit();
-        wgmma_wait_0();
-        wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-    }
-
+    flush();
     float* const part = part_of_thread(p, static_cast<int>(blockIdx.x), 128 * warpgroup + 32 * warp + lane_id());
     leave_part(part, acc_dk, kNumSums);
     leave_part(part + kDkFloats, acc_dv, kNumSums);
@@ -1237,7 +1245,7 @@ __device__ __forceinline__ void finish_parts(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

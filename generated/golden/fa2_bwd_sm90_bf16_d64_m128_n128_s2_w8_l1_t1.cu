@@ -10,7 +10,7 @@
 //             232 Global memory,  295 mbarriers,  339 TMA,  381 Bulk copies,  403 Fences,  415 Fragments,
 //             429 Registers,  437 Registers of a warpgroup,  449 wgmma,  626 What is visible,
 //             672 Softmax and its gradient,  767 Pipelines,  818 Loads,  867 Matrix products,  904 Staging,
-//             980 Producer, 1085 Consumer, 1285 Kernels, 1448 Launch
+//             980 Producer, 1085 Consumer, 1288 Kernels, 1451 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1101,6 +1101,7 @@ __device__ __forceinline__ void consume(
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
+    uint32_t dq_phase = 0;
     // Of the block of keys in hand, which begin fills in.
     PipelineState k_state = {0, 0};
     BlockRange blocks = {};
@@ -1109,7 +1110,6 @@ __device__ __forceinline__ void consume(
     uint32_t k_rows = 0;
     uint32_t k_panel = 0;
     uint32_t v_rows = 0;
-    uint32_t dq_phase = 0;
     // The step before, whose dQ is to be made, if there is one: K of that, and the step that has none before it.
     uint32_t k_before = 0;
     int first_step = 0;
@@ -1127,7 +1127,12 @@ __device__ __forceinline__ void consume(
         tma_store_wait_read();
         sync_warp();
     };
-    // That dQ, where no step follows.
+    // A warp's share of the dQ of a block of queries, in its turn.
+    auto hand_over = [&](float const (&acc_dq)[kNumAccDq]) {
+        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
+        dq_phase ^= 1;
+    };
+    // dQ of the step before, where no step follows.
     auto flush = [&]() {
         if (step == first_step) {
             return;
@@ -1142,8 +1147,7 @@ __device__ __forceinline__ void consume(
         wgmma_touch(acc_dq);
         mbarrier_arrive_if(barriers.ds_empty(last % 2), leader);
         release_before();
-        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-        dq_phase ^= 1;
+        hand_over(acc_dq);
         first_step = step;
     };
     // Rows of dV and dK leave by way of the place of this warp's share of dQ, once the last share has left that.
@@ -1259,8 +1263,7 @@ __device__ __forceinline__ void consume(
             if (k_before != k_panel) {
                 release_before();
             }
-            hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-            dq_phase ^= 1;
+            hand_over(acc_dq);
         }
         wgmma_wait_1();
         wgmma_touch(acc_dv);
@@ -1285,7 +1288,7 @@ __device__ __forceinline__ void consume(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

@@ -10,7 +10,7 @@
 //             235 Global memory,  298 mbarriers,  342 TMA,  384 Bulk copies,  406 Fences,  418 Fragments,
 //             439 Registers,  447 Registers of a warpgroup,  459 wgmma,  652 What is visible,
 //             701 Softmax and its gradient,  801 Pipelines,  858 Loads,  907 Matrix products,  971 Staging,
-//            1047 Producer, 1155 Consumer, 1370 Kernels, 1540 Launch
+//            1047 Producer, 1155 Consumer, 1371 Kernels, 1541 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1171,6 +1171,7 @@ __device__ __forceinline__ void consume(
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
+    uint32_t dq_phase = 0;
     // Of the block of keys in hand, which begin fills in.
     PipelineState k_state = {0, 0};
     BlockRange blocks = {};
@@ -1181,7 +1182,6 @@ __device__ __forceinline__ void consume(
     uint32_t v_tile[kNumV];
     uint32_t v_phase = 0;
     bool has_new_v = false;  // whose place in shared memory the producer waits for
-    uint32_t dq_phase = 0;
     // The step before, whose dQ is to be made, if there is one: K of that, and the step that has none before it.
     uint32_t k_before = 0;
     int first_step = 0;
@@ -1199,7 +1199,14 @@ __device__ __forceinline__ void consume(
         tma_store_wait_read();
         sync_warp();
     };
-    // That dQ, where no step follows.
+    // A warp's share of the dQ of a block of queries, in its turn.
+    auto hand_over = [&](float const (&acc_dq)[kNumAccDq]) {
+        if (slice < kNumDqSlices) {  // the others hold columns past the head dim
+            hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
+        }
+        dq_phase ^= 1;
+    };
+    // dQ of the step before, where no step follows.
     auto flush = [&]() {
         if (step == first_step) {
             return;
@@ -1214,10 +1221,7 @@ __device__ __forceinline__ void consume(
         wgmma_touch(acc_dq);
         mbarrier_arrive_if(barriers.ds_empty(last % 2), leader);
         release_before();
-        if (slice < kNumDqSlices) {
-            hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-        }
-        dq_phase ^= 1;
+        hand_over(acc_dq);
         first_step = step;
     };
     // Rows of dV and dK leave by way of the place of this warp's share of dQ, once the last share has left that.
@@ -1342,10 +1346,7 @@ __device__ __forceinline__ void consume(
             if (k_before != k_panel) {
                 release_before();
             }
-            if (slice < kNumDqSlices) {  // the others hold columns past the head dim
-                hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-            }
-            dq_phase ^= 1;
+            hand_over(acc_dq);
         }
         wgmma_wait_1();
         wgmma_touch(acc_dv);
@@ -1370,7 +1371,7 @@ __device__ __forceinline__ void consume(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }

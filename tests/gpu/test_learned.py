@@ -25,7 +25,7 @@ SCORES = (
 )
 
 
-@pytest.mark.parametrize(("arch", "head_dim"), itertools.product(("sm90", "sm80"), (64, 72, 128, 256)))
+@pytest.mark.parametrize(("arch", "head_dim"), list(itertools.product(("sm90", "sm80"), (64, 72, 128, 256))))
 def test_tensors_learn(arch, head_dim):
     for (place, shape), (index, (score, learned)) in itertools.product(enumerate(SHAPES), enumerate(SCORES)):
         fields = {"mask": ("full", "causal", "window")[(place + index) % 3], "varlen": (place + index) % 2 == 1}

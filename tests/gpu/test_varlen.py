@@ -34,7 +34,7 @@ HEADS, HEADS_KV = 6, 2
 
 def kernels(head_dims, dtypes=("bf16",), masks=("causal",)):
     """Tests of (arch, dtype, head_dim, mask)."""
-    values = itertools.product(ARCHES, dtypes, head_dims, [mask for mask in masks if mask in MASKS])
+    values = list(itertools.product(ARCHES, dtypes, head_dims, [mask for mask in masks if mask in MASKS]))
     return pytest.mark.parametrize("which", values, indirect=True, ids=lambda w: f"{w[0]}_{w[1]}_d{w[2]}_{w[3]}")
 
 

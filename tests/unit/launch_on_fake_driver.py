@@ -346,7 +346,7 @@ def test_a_stride_that_no_tensor_map_can_hold():
         prepare(make("sm90"), q=(2**40, 256, 64))
 
 
-@pytest.mark.parametrize(("arch", "head_dim"), itertools.product(ARCHES, range(8, 257, 8)))
+@pytest.mark.parametrize(("arch", "head_dim"), list(itertools.product(ARCHES, range(8, 257, 8))))
 def test_every_head_dim_packs(arch, head_dim):
     call(prepare(make(arch, head_dim)), ADDRESSES)
     assert launched.count == 1 and launched.misaligned == 0
