@@ -13,6 +13,7 @@ __all__ = ["PAGED"]
 _BLOCK_TABLE = Operand("block_table", "table")
 _FORMULAS = {
     "page_size": "page_size",
+    "page_reciprocal": f"{2**31 - 1} / page_size",
     "table_rows": "table_rows",
     "table_step": "table_stride",
     "num_pages": "entries",
@@ -32,6 +33,6 @@ def _paged(rooms: Mapping[str, str], *names: str) -> Feature:
 
 
 PAGED: dict[Direction, Feature] = {
-    "decode": _paged({"keys": "paged"}, "page_size", "table_rows", "table_step"),
+    "decode": _paged({"keys": "paged"}, "page_size", "page_reciprocal", "table_rows", "table_step"),
     "fwd": _paged({}, "page_size", "table_step", "num_pages"),
 }

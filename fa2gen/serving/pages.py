@@ -12,7 +12,7 @@ from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops.arguments import Modified, whole
 from fa2gen.ops.flash_kvcache import run_cached
 from fa2gen.ops.flash_varlen import over_pages
-from fa2gen.ops.validate import describe
+from fa2gen.ops.validate import describe, validate_heads, validate_lengths
 from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, Paged
 from fa2gen.options import Options
 
@@ -37,7 +37,8 @@ def attend(
 
     most_queries  of a sequence. Where the rows of q are just so many for each, kernels of decoding may run. Of one
                   query each, row b is then taken to be sequence b's, as engines lay them out, with sequences that have
-                  none, which pad a batch, behind the others; of more, cu_seqlens_q says whose each row is.
+                  none, which pad a batch, behind the others; of more, cu_seqlens_q says whose each row is. Pages of
+                  8-bit numbers are read by kernels of decoding alone: more queries are taken group by group.
     scales        of k and v, where they are of 8 bits: (batch, heads_kv) fp32, of any strides.
     """
     most = _number("max_seqlen_q", most_queries)
@@ -45,12 +46,16 @@ def attend(
         _validate_out(out, given)
     place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
     if most and _is_short(given, most):
-        found, lse = _decoded(given, options, expression, most, num_splits, scales, place)
+        groups = _Groups(given, most, most) if most > 1 else None
+        found, lse = _decoded(given, options, expression, most, groups, num_splits, scales, place)
     elif given.k.dtype in CACHE_DTYPES:
-        raise UnsupportedProblem(
-            f"pages of {given.k.dtype} are read by kernels of decoding alone, for at most {SHORT_ROWS} rows (queries "
-            "of a sequence times heads of a group), and as many queries of each; nearest: prefill from 16-bit keys"
-        )
+        q, batch = given.q, _validate_groups(given, options, expression, scales)
+        if 0 in (batch, q.shape[0], q.shape[1]):
+            found = q.new_zeros(q.shape) if place is None else place.zero_()
+            lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
+        else:
+            most = max(SHORT_ROWS // (q.shape[1] // given.k.shape[2]), 1)
+            found, lse = _decoded(given, options, expression, most, _Groups(given, most), num_splits, scales, place)
     else:
         rows, heads = given.q.shape[0], given.q.shape[-2]
         into = None if place is None else (place, place.new_empty((heads, rows), dtype=torch.float32))
@@ -73,57 +78,109 @@ def _is_short(given: Paged, most: int) -> bool:
     return bool(rows <= SHORT_ROWS and q.shape[0] == most * (given.cu_seqlens_q.shape[0] - 1))
 
 
+def _validate_groups(
+    given: Paged, options: Options, expression: Modified, scales: tuple[Tensor | None, Tensor | None]
+) -> int:
+    """The number of sequences. Raises unless the queries of one may be in groups, each as if it were the last."""
+    q, k = given.q, given.k
+    if q.dim() != 3 or k.dim() != 4 or given.cu_seqlens_q is None or given.seqused_k is None:
+        raise InvalidInput(
+            f"q is {describe(q)}, k {describe(k)}; 8-bit pages (pages, page_size, heads_kv, head_dim) take q (total_q, "
+            "heads, head_dim), with cu_seqlens_q and the number of each sequence's keys"
+        )
+    batch = validate_lengths(q, given.lengths, {"q": (q, given.cu_seqlens_q)})
+    validate_heads(q.shape[1], k.shape[2])
+    if given.block_table.dim() == 2 and given.block_table.shape[0] < batch:
+        rows = given.block_table.shape[0]
+        raise InvalidInput(f"block_table has {rows} rows, and there are {batch} sequences: one for each")
+    for name, x in zip(("k_descale", "v_descale"), scales, strict=True):
+        if x is not None and (tuple(x.shape) != (batch, k.shape[2]) or x.device != q.device):
+            raise InvalidInput(f"{name} is {describe(x)}; it must be {(batch, k.shape[2])} on {q.device}")
+    sees_behind = options.mask != "full" and not options.causal and options.window_right != 0
+    if sees_behind or expression[1]:
+        what = "a window or chunks that are not causal" if sees_behind else "alibi_slopes"
+        raise UnsupportedProblem(
+            f"over pages of {k.dtype} kernels of decoding take more than {SHORT_ROWS} rows (queries of a sequence "
+            f"times heads of a group) group by group, and {what} need the place of each among all; nearest: a causal "
+            "mask without slopes, or 16-bit keys"
+        )
+    return batch
+
+
 def _decoded(
     given: Paged,
     options: Options,
     expression: Modified,
     most: int,
+    groups: _Groups | None,
     num_splits: int,
     scales: tuple[Tensor | None, Tensor | None],
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """By kernels of decoding, in groups of `most` queries of a sequence; without groups sequence b has row b alone."""
     found, tensors = expression
-    whose = None
-    if most > 1:
-        assert given.cu_seqlens_q is not None
-        whose = _Rows(given.cu_seqlens_q, most, given.q.shape[0])
-    q = given.q[whose.of_slots] if whose else given.q.unflatten(0, (-1, most))
+    q, keys, sequence = given.q, given.seqused_k, None
+    assert keys is not None
+    if groups:
+        q, sequence = q[groups.of_slots], groups.sequence
+    else:
+        q = q.unflatten(0, (-1, most))
+    if groups and sequence is not None:
+        keys = keys[sequence] if options.mask == "full" else (keys[sequence] - groups.behind).clamp_(min=0).int()
+        scales = tuple(None if x is None else x[sequence] for x in scales)  # type: ignore[assignment]
     cached = Cached(
         *(q, given.k, given.v),
-        cache_seqlens=given.seqused_k,
+        cache_seqlens=keys,
+        cache_batch_idx=None if sequence is None else sequence.int(),
         block_table=given.block_table,
         s_aux=given.s_aux,
         k_descale=scales[0],
         v_descale=scales[1],
         tensors=tensors,
     )
-    into = None if out is None or whose else out.view(q.shape)
+    into = None if out is None or groups else out.view(q.shape)
     o, lse = run_cached(cached, options._replace(varlen=False, expression=found), True, num_splits, into)
     o, lse = o.flatten(0, 1), lse.transpose(0, 1).flatten(1)
-    if whose:
-        o = o[whose.slots].masked_fill_(whose.unused[:, None, None], 0)
-        lse = lse[:, whose.slots].masked_fill_(whose.unused, -math.inf)
+    if groups:
+        o = o[groups.slots].masked_fill_(groups.unused[:, None, None], 0)
+        lse = lse[:, groups.slots].masked_fill_(groups.unused, -math.inf)
         return (o if out is None else out.copy_(o)), lse
     return (o if out is None else out), lse
 
 
-class _Rows:
-    """Where the rows of a ragged batch are among `most` slots for each sequence, whose queries end at its last slot.
+class _Groups:
+    """The rows of a ragged batch in groups of `size` slots, for queries of one sequence each. Every sequence has one at
+    least; its last ends with its last query, any other where the next one begins.
 
-    of_slots  (batch, most): the row in each slot; of a slot that no query has, any row.
+    of_slots  (groups, size): the row in each slot; of a slot that no query has, any row.
     slots     (rows,): the slot of each row.
     unused    (rows,): whether no sequence has it.
+    sequence  (groups,): whose each is; None: group b is all that sequence b has.
+    behind    (groups,): how many queries the sequence has behind the group's.
     """
 
-    def __init__(self, cu_seqlens_q: Tensor, most: int, rows: int) -> None:
-        ends = cu_seqlens_q[1:].long()
-        firsts = ends - most  # of the rows that a sequence's slots would be, if it filled them
-        slots = torch.arange(most, device=ends.device)
-        self.of_slots = (firsts[:, None] + slots).clamp_(0, rows - 1)
-        row = torch.arange(rows, device=ends.device)
-        sequence = torch.searchsorted(ends, row, right=True).clamp_(max=len(ends) - 1)
-        self.slots = (sequence * most + row - firsts[sequence]).clamp_(0, rows - 1)
-        self.unused = row >= ends[-1]
+    sequence: Tensor | None = None
+    behind: Tensor | int = 0
+
+    def __init__(self, given: Paged, size: int, most: int | None = None) -> None:
+        """`most` queries of a sequence, if that is known to be so few that all have one group."""
+        assert given.cu_seqlens_q is not None
+        firsts, ends = given.cu_seqlens_q[:-1].long(), given.cu_seqlens_q[1:].long()
+        rows, batch, device = given.q.shape[0], len(ends), ends.device
+        group_ends, last = ends, torch.arange(batch, device=device)  # the number of each sequence's last group
+        if most is None or most > size:
+            last = ((ends - firsts + size - 1) // size).clamp_(min=1).cumsum(0) - 1
+            number = torch.arange(rows // size + batch, device=device)
+            self.sequence = torch.searchsorted(last, number).clamp_(max=batch - 1)
+            self.behind = (last[self.sequence] - number).clamp_(min=0) * size
+            group_ends = ends[self.sequence] - self.behind
+        slots = torch.arange(size, device=device)
+        self.of_slots = (group_ends[:, None] - size + slots).clamp_(0, rows - 1)
+        row = torch.arange(rows, device=device)
+        sequence = torch.searchsorted(ends, row, right=True).clamp_(max=batch - 1)
+        behind = ends[sequence] - 1 - row
+        self.slots = ((last[sequence] + 1) * size - 1 - behind).clamp_(0, self.of_slots.numel() - 1)
+        self.unused = row >= ends[-1:]
 
 
 def _validate_out(out: Tensor, given: Paged) -> None:

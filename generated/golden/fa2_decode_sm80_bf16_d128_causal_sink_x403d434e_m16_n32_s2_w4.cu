@@ -8,8 +8,8 @@
 //   launch   128 threads, 139808 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,  144 Threads,  175 Arithmetic,  222 Shared memory,  264 Global memory,
 //             329 cp.async,  348 Fragments,  363 Registers,  378 mma,  407 What is visible,  463 Online softmax,
-//             601 Expressions,  616 Scores of an expression,  868 Loads, 1034 Matrix products, 1117 Putting together,
-//            1554 Append, 1672 Kernel, 1714 Launch
+//             601 Expressions,  616 Scores of an expression,  870 Loads, 1036 Matrix products, 1119 Putting together,
+//            1556 Append, 1674 Kernel, 1718 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -636,6 +636,12 @@ __device__ __forceinline__ float score_of(
     return tanh_approx(head_1 * acc);
 }
 
+// a / b, for which the host gives (2^31 - 1) / b: a fifth of the instructions of a division, which a short call waits for.
+__device__ __forceinline__ int quotient(int a, int b, int reciprocal) {
+    int const near = static_cast<int>(static_cast<int64_t>(a) * reciprocal >> 31);  // or 1 less
+    return near + (a - near * b >= b);
+}
+
 // Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long a
 // run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several blocks
 // share is in parts, which the last to finish puts together. Where there are more items than blocks, each has p.item_units
@@ -658,12 +664,6 @@ constexpr int kWorkAt = kLayoutEntries + 1;
 
 __device__ __forceinline__ int heads_and_tiles(Params const& p) {
     return p.num_heads_kv * p.row_rounds;
-}
-
-// a / b, for which the host gives (2^31 - 1) / b: a fifth of the instructions of a division, which a short call waits for.
-__device__ __forceinline__ int quotient(int a, int b, int reciprocal) {
-    int const near = static_cast<int>(static_cast<int64_t>(a) * reciprocal >> 31);  // or 1 less
-    return near + (a - near * b >= b);
 }
 
 // Where a sequence has more than kTileM rows, p.rows_at_once blocks take the same run of units, for a tile of rows each: who
@@ -820,6 +820,8 @@ __device__ __forceinline__ Keys keys_of(Params const& p, Seqlen const& s, int bi
 }
 
 // Nothing has to be looked up.
+__device__ __forceinline__ void ask_tables(Params const&, int) {}
+
 __device__ __forceinline__ void ask_first_keys(Params const&, Seqlen const&, Keys const&, int, uint32_t, uint32_t, int) {}
 
 __device__ __forceinline__ void ask_keys(Params const&, Seqlen const&, Keys const&, int, int, uint32_t, int) {}
@@ -1677,6 +1679,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
     uint32_t const smem = shared_memory_base();
     if (thread < 32) {
         lay_out(p, smem + kSmemLayout, thread);
+    } else {
+        ask_tables(p, thread - 32);
     }
     sync_block();
     int unit = begin_of_block(p, work_of(smem + kSmemLayout));

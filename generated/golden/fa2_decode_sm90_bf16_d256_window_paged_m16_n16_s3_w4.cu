@@ -6,10 +6,10 @@
 //   problem  decode, head dim 256, bf16, window mask, pages
 //   tiling   16 query rows x 16 keys, 3 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 210976 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,  152 Threads,  183 Arithmetic,  223 Shared memory,  265 Global memory,
-//             326 cp.async,  351 Fragments,  366 Registers,  381 mma,  411 d - window_left <= j <= d + window_right,
-//             488 Online softmax,  890 Loads, 1030 Matrix products, 1106 Putting together, 1519 Append, 1637 Kernel,
-//            1679 Launch
+//   contents   27 Problem and tiling,  153 Threads,  184 Arithmetic,  224 Shared memory,  266 Global memory,
+//             332 cp.async,  357 Fragments,  372 Registers,  387 mma,  417 d - window_left <= j <= d + window_right,
+//             494 Online softmax,  918 Loads, 1058 Matrix products, 1134 Putting together, 1547 Append, 1665 Kernel,
+//            1709 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -142,6 +142,7 @@ struct Params {
     int chunk;
     int chunk_before;
     int page_size;
+    int page_reciprocal;
     int table_rows;
     int table_step;
     float softmax_scale;
@@ -269,6 +270,11 @@ __device__ __forceinline__ int load_global_int(int const* address) {
     int value;
     asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
+}
+
+// Asks for what lies there, which a load is to find in L1 later on.
+__device__ __forceinline__ void prefetch_global(void const* address) {
+    asm volatile("prefetch.global.L1 [%0];" :: "l"(address) : "memory");
 }
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
@@ -618,6 +624,12 @@ __device__ __forceinline__ void online_softmax_tiles(
     }
 }
 
+// a / b, for which the host gives (2^31 - 1) / b: a fifth of the instructions of a division, which a short call waits for.
+__device__ __forceinline__ int quotient(int a, int b, int reciprocal) {
+    int const near = static_cast<int>(static_cast<int64_t>(a) * reciprocal >> 31);  // or 1 less
+    return near + (a - near * b >= b);
+}
+
 // Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long a
 // run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several blocks
 // share is in parts, which the last to finish puts together. Where there are more items than blocks, each has p.item_units
@@ -640,12 +652,6 @@ constexpr int kWorkAt = kLayoutEntries + 1;
 
 __device__ __forceinline__ int heads_and_tiles(Params const& p) {
     return p.num_heads_kv * p.row_rounds;
-}
-
-// a / b, for which the host gives (2^31 - 1) / b: a fifth of the instructions of a division, which a short call waits for.
-__device__ __forceinline__ int quotient(int a, int b, int reciprocal) {
-    int const near = static_cast<int>(static_cast<int64_t>(a) * reciprocal >> 31);  // or 1 less
-    return near + (a - near * b >= b);
 }
 
 // Where a sequence has more than kTileM rows, p.rows_at_once blocks take the same run of units, for a tile of rows each: who
@@ -802,9 +808,27 @@ __device__ __forceinline__ Keys keys_of(Params const& p, Seqlen const& s, int bi
     return {p.block_table + static_cast<int64_t>(min(max(asked, 0), p.table_rows - 1)) * p.table_step, s.first_k};
 }
 
-// A page's row of a key that there is.
+// The number of a key's page in its sequence.
+__device__ __forceinline__ int page_number(Params const& p, int row) {
+    return quotient(row, p.page_size, p.page_reciprocal);
+}
+
+// The table's entry of a key that there is.
 __device__ __forceinline__ int const* entry_of_key(Params const& p, Keys const& keys, int key) {
-    return keys.table + static_cast<unsigned>(keys.first_row + key) / static_cast<unsigned>(p.page_size);
+    return keys.table + page_number(p, keys.first_row + key);
+}
+
+// Of the sequences' rows of the table a line a thread, so that they come into L2 while the lengths do that say which entries
+// a block needs: its first keys then wait for memory once, not twice.
+__device__ __forceinline__ void ask_tables(Params const& p, int thread) {
+    constexpr int kLine = 32;  // entries
+    int const row_entries = page_number(p, p.seqlen_k);
+    int const row_lines = (row_entries + kLine - 1) / kLine;
+    int const line = static_cast<int>(blockIdx.x) * (kNumThreads - 32) + thread;
+    int const row = line / row_lines;
+    if (row < p.num_sequences) {
+        prefetch_global(p.block_table + static_cast<int64_t>(row) * p.table_step + kLine * (line - row * row_lines));
+    }
 }
 
 // What the table has for each key of a tile lies behind the stage that the tile is loaded to, a key a lane. Memory answers in
@@ -834,23 +858,22 @@ __device__ __forceinline__ void ask_keys(
     }
 }
 
-// Of this lane's key: key lane % kTileN of the tile.
-struct TileKeys {
-    int page;
-    int row;
-};
-
-__device__ __forceinline__ TileKeys tile_keys(Params const& p, Keys const& keys, int tile, uint32_t stage, int lane) {
-    int const page = load_shared_int(stage + kStageEntries + 4 * lane);
-    unsigned const row = static_cast<unsigned>(keys.first_row + tile * kTileN + lane % kTileN);
-    return {min(max(page, 0), p.cache_entries - 1), static_cast<int>(row % static_cast<unsigned>(p.page_size))};
-}
-
 // Where a row is in the caches, in elements.
 struct Offsets {
     int64_t k;
     int64_t v;
 };
+
+// Of this lane's key: key lane % kTileN of the tile.
+using TileKeys = Offsets;
+
+__device__ __forceinline__ TileKeys tile_keys(Params const& p, Keys const& keys, int tile, uint32_t stage, int lane) {
+    int const entry = load_shared_int(stage + kStageEntries + 4 * lane);
+    int64_t const page = min(max(entry, 0), p.cache_entries - 1);
+    int const key = keys.first_row + tile * kTileN + lane % kTileN;
+    int64_t const row = key - page_number(p, key) * p.page_size;
+    return {page * p.k_batch_stride + row * p.k_row_stride, page * p.v_batch_stride + row * p.v_row_stride};
+}
 
 // Of the rows of a tile that a lane copies, as each is in another lane's mind.
 struct LaneRows {
@@ -862,10 +885,15 @@ __device__ __forceinline__ LaneRows rows_of_lane(Params const&, Keys const&, Til
     return {tile, lane_row};
 }
 
-__device__ __forceinline__ Offsets offsets_of(Params const& p, LaneRows const& rows, int first) {
-    int const page = shfl_from(rows.tile.page, first + rows.lane_row);
-    int const row = shfl_from(rows.tile.row, first + rows.lane_row);
-    return {page * p.k_batch_stride + row * p.k_row_stride, page * p.v_batch_stride + row * p.v_row_stride};
+__device__ __forceinline__ int64_t wide_from(int64_t value, int lane) {
+    int const low = shfl_from(static_cast<int>(value), lane);
+    int const high = shfl_from(static_cast<int>(value >> 32), lane);
+    return static_cast<int64_t>(high) << 32 | static_cast<uint32_t>(low);
+}
+
+__device__ __forceinline__ Offsets offsets_of(Params const&, LaneRows const& rows, int first) {
+    int const lane = first + rows.lane_row;
+    return {wide_from(rows.tile.k, lane), wide_from(rows.tile.v, lane)};
 }
 
 struct Place {
@@ -1642,6 +1670,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
     uint32_t const smem = shared_memory_base();
     if (thread < 32) {
         lay_out(p, smem + kSmemLayout, thread);
+    } else {
+        ask_tables(p, thread - 32);
     }
     sync_block();
     int unit = begin_of_block(p, work_of(smem + kSmemLayout));
@@ -1731,6 +1761,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   Params has chunk = limited(chunk - 1, max(seqlen_q, seqlen_k) - 1) + 1
 //   Params has chunk_before = (chunk < 1) * max(seqlen_q, seqlen_k)
 //   Params has page_size = page_size
+//   Params has page_reciprocal = 2147483647 / page_size
 //   Params has table_rows = table_rows
 //   Params has table_step = table_stride
 

@@ -10,7 +10,7 @@
 //             253 Global memory,  286 mbarriers,  330 TMA,  378 Fences,  385 Fragments,  393 Registers,
 //             401 Registers of a warpgroup,  413 wgmma,  513 Entries,  582 A block's own table,  716 What is visible,
 //             768 Online softmax,  940 Pipelines,  981 Loads, 1126 Matrix products, 1153 Epilogue, 1200 Producer,
-//            1272 Consumer, 1425 Kernel, 1427 Prepare, 1613 Launch
+//            1296 Consumer, 1449 Kernel, 1451 Prepare, 1637 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1201,6 +1201,9 @@ __device__ __forceinline__ void store_lse(
 
 constexpr int kNumLoadWarps = 4;
 
+// So many blocks before a tile's end the next one is fetched: the counter answers late.
+constexpr int kFetchAhead = 4;
+
 __device__ __forceinline__ void produce(
     CUtensorMap const& map_q, TileMaps const& maps_k, TileMaps const& maps_v, Params const& p, uint32_t smem,
     Barriers const& barriers, int warp) {
@@ -1211,6 +1214,25 @@ __device__ __forceinline__ void produce(
     int const tiles = num_tiles(p);
     int index = static_cast<int>(blockIdx.x);
     uint32_t slot = smem + kSmemFetched;
+    // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves the
+    // counter at 0 for the next launch. Two slots in turn: one is written again when all have read it.
+    int fetched = 0;
+    auto fetch = [&]() {
+        if (warp == 0 && lane_id() == 0) {
+            fetched = fetch_add_global(p.tile_counter, 1);
+        }
+    };
+    auto receive = [&]() {
+        if (warp == 0 && lane_id() == 0) {
+            if (fetched == tiles - 1) {
+                store_global_int(p.tile_counter, 0);
+            }
+            store_shared_int(slot, fetched);
+        }
+        named_barrier_sync(kProducer, 32 * kNumLoadWarps);
+        index = load_shared_int(slot) + static_cast<int>(gridDim.x);
+        slot ^= 4;
+    };
     while (index < tiles) {
         Tile const tile = tile_at(p, index);
         Seqlen const s = seqlen_of(p, tile.bidb);
@@ -1241,28 +1263,30 @@ __device__ __forceinline__ void produce(
         };
 
         // K first: where Q has one stage, the last tile still holds it.
+        // Warps of V run a block behind those of K, as the mma warps use them: all meet where none waits for another's block.
+        int const meeting = min(blocks.begin + (is_v ? 1 : 0), blocks.end - 1);
+        int const fetching = min(blocks.begin + kFetchAhead, blocks.end - 1);
+        auto load_next = [&](int n_block) {
+            if (n_block == fetching) {
+                fetch();
+            }
+            if (n_block == meeting) {
+                receive();
+            }
+            load(n_block);
+        };
         if (blocks.begin < blocks.end) {
-            load(blocks.end - 1);
+            load_next(blocks.end - 1);
+        } else {
+            fetch();
+            receive();
         }
         if (warp == 0) {
             load_q(map_q, smem, barriers, q_state, s, tile);
         }
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
-            load(n_block);
+            load_next(n_block);
         }
-
-        // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves
-        // the counter at 0 for the next launch. Two slots in turn: one is written again when all have read it.
-        if (warp == 0 && lane_id() == 0) {
-            int const fetched = fetch_add_global(p.tile_counter, 1);
-            if (fetched == tiles - 1) {
-                store_global_int(p.tile_counter, 0);
-            }
-            store_shared_int(slot, fetched);
-        }
-        named_barrier_sync(kProducer, 32 * kNumLoadWarps);
-        index = load_shared_int(slot) + static_cast<int>(gridDim.x);
-        slot ^= 4;
     }
     if (warp == 0) {
         load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});

@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches, pages
 //   tiling   192 query rows x 64 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 196760 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  163 Arithmetic,  201 Shared memory,
-//             239 Global memory,  272 mbarriers,  316 cp.async,  330 TMA,  378 Fences,  385 Fragments,  393 Registers,
-//             401 Registers of a warpgroup,  413 wgmma,  513 Entries,  611 What is visible,  663 Online softmax,
-//             833 Pipelines,  874 Loads, 1011 Matrix products, 1038 Epilogue, 1087 Producer, 1160 Consumer,
-//            1313 Kernel, 1315 Prepare, 1492 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  168 Arithmetic,  206 Shared memory,
+//             244 Global memory,  277 mbarriers,  321 cp.async,  335 TMA,  383 Fences,  390 Fragments,  398 Registers,
+//             412 Registers of a warpgroup,  424 wgmma,  524 Entries,  622 What is visible,  674 Online softmax,
+//             844 Pipelines,  885 Loads, 1029 Matrix products, 1056 Epilogue, 1105 Producer, 1199 Consumer,
+//            1352 Kernel, 1354 Prepare, 1531 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -125,6 +125,11 @@ __device__ __forceinline__ int shfl_from_lane_0(int value) {
 
 __device__ __forceinline__ int shfl_from(int value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
+}
+
+// From lane `lane` of each group of `lanes`, a power of two.
+__device__ __forceinline__ int shfl_in_group(int value, int lane, int lanes) {
+    return __shfl_sync(0xffffffffu, value, lane, lanes);
 }
 
 __device__ __forceinline__ bool any_lane(bool holds) {
@@ -395,6 +400,12 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t r0, uint3
 // The same value, in a register from here on: a loop that uses it does not compute it again each time.
 __device__ __forceinline__ int keep(int value) {
     asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Likewise, in two of them.
+__device__ __forceinline__ int64_t keep_wide(int64_t value) {
+    asm volatile("" : "+l"(value));
     return value;
 }
 
@@ -964,7 +975,9 @@ __device__ __forceinline__ void look_up_rows(
     }
 }
 
-// Likewise, in chunks of 16 bytes from the tensor's first; -1: no key.
+// Likewise, in chunks of 16 bytes from the tensor's first, or kNoKey.
+constexpr int kNoKey = -1;
+
 struct ChunkPlaces {
     int at[kLaneRows];
 };
@@ -976,32 +989,37 @@ __device__ __forceinline__ ChunkPlaces chunk_places(
     for (int i = 0; i < kLaneRows; ++i) {
         int const page = page_of({rows.entry[i], 0}, p.num_pages);
         int const chunks = page * static_cast<int>(page_stride / 8) + rows.row[i] * static_cast<int>(row_stride / 8);
-        places.at[i] = first_key + 32 * i + lane_id() < s.k ? chunks : -1;
+        places.at[i] = first_key + 32 * i + lane_id() < s.k ? chunks : kNoKey;
     }
     return places;
 }
 
-// A part of a block of keys; rows behind the sequence's last key, and columns past the head dim, become zeros. A row's place
-// is known to one lane, which tells those that copy it.
+// A part of a block of keys; rows behind the sequence's last key, and columns past the head dim, become zeros. Lane l knows
+// the place of row l of 32; the lanes that copy a row together, kRowLanes of them, take the rows that they know, one after the
+// other: which lane knows a row is then part of the instruction, and takes no register.
 __device__ __forceinline__ void load_kv_rows(
     void const* tensor, int64_t first, uint32_t tiles, uint32_t full, uint32_t empty, PipelineState& state,
     ChunkPlaces const& places, int part) {
     int const chunk = lane_id() % kRowLanes;
-    int const lane_row = lane_id() / kRowLanes;
+    int const lane_row = lane_id() - chunk;
     int const source_bytes = 8 * chunk < kHeadDim ? 16 : 0;
-    unsigned char const* const from = static_cast<unsigned char const*>(tensor) + 2 * first + 16 * chunk;
-    uint32_t const panel = tiles + state.stage * kStageBytes + part * kPartRows * kPanelRowBytes +
-                           chunk / kPanelChunks * kKvPanelBytes;
-    uint32_t const lane_chunk =
-        static_cast<uint32_t>(lane_row * kPanelRowBytes + ((chunk % kPanelChunks ^ row_swizzle(lane_row)) << 4));
+    int64_t const from = keep_wide(reinterpret_cast<int64_t>(tensor) + 2 * first + 16 * chunk);
+    uint32_t const panel = tiles + state.stage * kStageBytes + chunk / kPanelChunks * kKvPanelBytes;
+    uint32_t const lane_chunk = panel + (part * kPartRows + lane_row) * kPanelRowBytes +
+                                ((chunk % kPanelChunks ^ row_swizzle(lane_row)) << 4);
     mbarrier_wait(empty, state.phase ^ 1);
 #pragma unroll
-    for (int first_row = 0; first_row < kPartRows; first_row += 32 / kRowLanes) {
-        // Lanes have the low digits of a row's number, and so of its swizzle.
-        int const at = shfl_from(places.at[first_row / 32], first_row % 32 + lane_row);
-        uint32_t const to = panel + first_row * kPanelRowBytes + (lane_chunk ^ row_swizzle(first_row) << 4);
-        if (chunk < kRowChunks) {
-            cp_async_16(to, from + 16 * static_cast<int64_t>(at), at >= 0 ? source_bytes : 0);
+    for (int begin = 0; begin < kPartRows; begin += 32) {
+#pragma unroll
+        for (int row = 0; row < kRowLanes; ++row) {
+            int const at = shfl_in_group(places.at[begin / 32], row, kRowLanes);
+            // A group's first row and the number of a row in it have no digits in common.
+            uint32_t const to = (lane_chunk ^ row_swizzle(row) << 4) + (begin + row) * kPanelRowBytes;
+            bool const exists = begin + 32 <= kPartRows || begin + lane_row + row < kPartRows;
+            if (chunk < kRowChunks && exists) {
+                cp_async_16(to, reinterpret_cast<void const*>(from + 16 * static_cast<int64_t>(at)),
+                            at != kNoKey ? source_bytes : 0);
+            }
         }
     }
     cp_async_mbarrier_arrive(full);
@@ -1088,6 +1106,9 @@ __device__ __forceinline__ void store_lse(
 
 constexpr int kNumLoadWarps = 4;
 
+// So many blocks before a tile's end the next one is fetched: the counter answers late.
+constexpr int kFetchAhead = 4;
+
 __device__ __forceinline__ void produce(
     CUtensorMap const& map_q, Params const& p, uint32_t smem, Barriers const& barriers, int warp) {
     bool const is_v = warp % 2 != 0;
@@ -1097,6 +1118,25 @@ __device__ __forceinline__ void produce(
     int const tiles = num_tiles(p);
     int index = static_cast<int>(blockIdx.x);
     uint32_t slot = smem + kSmemFetched;
+    // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves the
+    // counter at 0 for the next launch. Two slots in turn: one is written again when all have read it.
+    int fetched = 0;
+    auto fetch = [&]() {
+        if (warp == 0 && lane_id() == 0) {
+            fetched = fetch_add_global(p.tile_counter, 1);
+        }
+    };
+    auto receive = [&]() {
+        if (warp == 0 && lane_id() == 0) {
+            if (fetched == tiles - 1) {
+                store_global_int(p.tile_counter, 0);
+            }
+            store_shared_int(slot, fetched);
+        }
+        named_barrier_sync(kProducer, 32 * kNumLoadWarps);
+        index = load_shared_int(slot) + static_cast<int>(gridDim.x);
+        slot ^= 4;
+    };
     while (index < tiles) {
         Tile const tile = tile_at(p, index);
         Seqlen const s = seqlen_of(p, tile.bidb);
@@ -1121,36 +1161,35 @@ __device__ __forceinline__ void produce(
             }
             uint32_t const full = is_v ? barriers.v_full(state.stage) : barriers.k_full(state.stage);
             uint32_t const empty = is_v ? barriers.v_empty(state.stage) : barriers.k_empty(state.stage);
-            if (is_v) {
-                load_kv_rows(p.v, head_kv * p.v_head_stride, smem + kSmemV, full, empty, state, places, part);
-            } else {
-                load_kv_rows(p.k, head_kv * p.k_head_stride, smem + kSmemK, full, empty, state, places, part);
-            }
+            load_kv_rows(is_v ? p.v : p.k, head_kv * (is_v ? p.v_head_stride : p.k_head_stride),
+                         smem + (is_v ? kSmemV : kSmemK), full, empty, state, places, part);
         };
 
         // K first: where Q has one stage, the last tile still holds it.
+        // Warps of V run a block behind those of K, as the mma warps use them: all meet where none waits for another's block.
+        int const meeting = min(blocks.begin + (is_v ? 1 : 0), blocks.end - 1);
+        int const fetching = min(blocks.begin + kFetchAhead, blocks.end - 1);
+        auto load_next = [&](int n_block) {
+            if (n_block == fetching) {
+                fetch();
+            }
+            if (n_block == meeting) {
+                receive();
+            }
+            load(n_block);
+        };
         if (blocks.begin < blocks.end) {
-            load(blocks.end - 1);
+            load_next(blocks.end - 1);
+        } else {
+            fetch();
+            receive();
         }
         if (warp == 0) {
             load_q(map_q, smem, barriers, q_state, s, tile, p.group);
         }
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
-            load(n_block);
+            load_next(n_block);
         }
-
-        // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves
-        // the counter at 0 for the next launch. Two slots in turn: one is written again when all have read it.
-        if (warp == 0 && lane_id() == 0) {
-            int const fetched = fetch_add_global(p.tile_counter, 1);
-            if (fetched == tiles - 1) {
-                store_global_int(p.tile_counter, 0);
-            }
-            store_shared_int(slot, fetched);
-        }
-        named_barrier_sync(kProducer, 32 * kNumLoadWarps);
-        index = load_shared_int(slot) + static_cast<int>(gridDim.x);
-        slot ^= 4;
     }
     if (warp == 0) {
         load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0}, p.group);

@@ -132,10 +132,10 @@ FAULTS = [
         "int part) {\n    if (part",
         schedules=3,
     ),
-    Fault("a row's lane", by_rows().name, "first_row % 32 + lane_row);", "lane_row);"),
-    Fault("a row's swizzle", by_rows().name, "(lane_chunk ^ row_swizzle(first_row) << 4)", "lane_chunk"),
+    Fault("a row's lane", by_rows().name, "places.at[begin / 32], row, ", "places.at[begin / 32], 0, "),
+    Fault("a row's swizzle", by_rows().name, "(lane_chunk ^ row_swizzle(row) << 4)", "lane_chunk"),
     Fault("a part of a block", by_rows().name, "int const part = warp / 2;", "int const part = warp % 2;"),
-    Fault("rows behind the end", by_rows().name, "at >= 0 ? source_bytes : 0", "source_bytes"),
+    Fault("rows behind the end", by_rows().name, "at != kNoKey ? source_bytes : 0", "source_bytes"),
     Fault(
         "a fence behind copies",
         by_rows().name,

@@ -152,6 +152,35 @@ def test_a_step_of_an_engine_runs_decoding_kernels_into_its_buffer(most):
     assert out.data_ptr() == buffer.data_ptr() and (buffer[len(q) :] == 7).all()
 
 
+@pytest.mark.parametrize("options", [{"causal": True}, {}, {"causal": True, "window_size": [100, 0]}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_prefill_over_pages_of_8_bits(dtype, options):
+    """Against 16-bit pages of the same numbers, in a graph that is replayed with other lengths."""
+    q, k, v, bounds, used, table, *_ = batch(16)
+    count, step = len(LENGTHS), {torch.float8_e4m3fn: 0.5, torch.int8: 1 / 32}[dtype]
+    eight = [(x / step).round().clamp(-128, 127).to(dtype) for x in (k, v)]
+    scale = torch.tensor(step, device="cuda").expand(count, 2)
+    given = {"max_seqlen_q": 2048, "max_seqlen_k": 2048, "block_table": table, "return_softmax_lse": True, **options}
+
+    def run(k, v, **scales):
+        return vllm.flash_attn_varlen_func(q, k, v, cu_seqlens_q=bounds, seqused_k=used, **given, **scales)
+
+    def eighth():
+        return run(*eight, k_descale=scale, v_descale=scale)
+
+    eighth()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = eighth()
+    for order in (list(range(count)), list(range(count))[::-1]):
+        for x, now in ((used, used[order]), (table, table[order])):
+            x.copy_(now.clone())
+        graph.replay()
+        wanted = run(*(x.float().mul(step).bfloat16() for x in eight))
+        torch.testing.assert_close(out, wanted[0], atol=0.02, rtol=0.02)
+        torch.testing.assert_close(lse, wanted[1], atol=5e-3, rtol=1e-3)
+
+
 def test_rows_of_pages_that_TMA_can_not_step_over_are_copied_one_by_one():
     """Pages a third of a row further apart than their rows say, as of a cache beside other state."""
     q, k, v, bounds, used, table, *dense, starts = batch(16)

@@ -242,7 +242,7 @@ def test_what_features_add_to_params(plan: KernelPlan):
     for example in examples_of(plan.problem):
         for sizes in (Shape(1, q, k, 4, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
             scales = {"k_scale_batch": 4, "k_scale_head": 1, "v_scale_batch": 0, "v_scale_head": 2}
-            shape = CacheShape(*sizes, 0, 9, 1, 7, 5000, **scales) if has_cache(plan) else sizes
+            shape = CacheShape(*sizes, 0, 9, 3, 7, 5000, **scales) if has_cache(plan) else sizes
             values = launch_of(plan, shape, sized(plan, example), NUM_SMS).values
             longest = max(shape.seqlen_q, shape.seqlen_k)
             right = 0 if example.causal else example.window_right
@@ -254,7 +254,8 @@ def test_what_features_add_to_params(plan: KernelPlan):
                 **{f"keep_digit_{i}": -(keep_steps(example.dropout_p) // 2**i % 2) for i in range(12)},
                 **scales,
                 "keep_scale": 1 / (1 - example.dropout_p),
-                "page_size": 1,
+                "page_size": 3,
+                "page_reciprocal": (2**31 - 1) // 3,
                 "table_rows": 7,
                 "table_step": 5000,
                 "num_pages": 9,

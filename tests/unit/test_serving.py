@@ -124,19 +124,65 @@ def test_padding_of_a_captured_batch(kinds):
     assert kinds == ["run_cached"] and not found[0][2:].any() and found[1][:, 2:].isneginf().all()
 
 
-def test_caches_of_8_bits(kinds):
-    """A step reads them, by scales that are expanded; a prefill is refused by name."""
-    batch = Batch(*STEP)
-    scales = [torch.tensor(scale).expand(3, HEADS_KV) for scale in (0.5, 2.0)]
-    eight = [(x / scale).to(torch.float8_e4m3fn) for x, scale in zip((batch.k, batch.v), (0.5, 2.0), strict=True)]
-    given = {"seqused_k": batch.keys, "block_table": batch.table, "causal": True, "max_seqlen_k": 128}
-    given |= {"k_descale": scales[0], "v_descale": scales[1], "cu_seqlens_q": batch.bounds, "fa_version": 3}
-    out = vllm.flash_attn_varlen_func(batch.q, *eight, max_seqlen_q=1, **given)
-    batch.k, batch.v = (x.float().mul(scale).bfloat16() for x, scale in zip(eight, (0.5, 2.0), strict=True))
-    torch.testing.assert_close(out, batch.expected(causal=True)[0], atol=0.05, rtol=0.05)
-    assert kinds == ["run_cached"]
-    with pytest.raises(fa2gen.UnsupportedProblem, match="float8_e4m3fn are read by kernels of decoding"):
-        vllm.flash_attn_varlen_func(batch.q, *eight, max_seqlen_q=2, **given)
+class EightBits(Batch):
+    """Over caches of e4m3, of which these are the scales; `k` and `v` are what they stand for."""
+
+    def __init__(self, queries: tuple[int, ...], keys: tuple[int, ...]) -> None:
+        super().__init__(queries, keys)
+        of_tensors = (torch.linspace(0.25, 1.0, len(keys)), torch.full((len(keys),), 2.0))
+        scales = [scale[:, None].expand(-1, HEADS_KV) for scale in of_tensors]
+        eight = [x.div(2.0).to(torch.float8_e4m3fn) for x in (self.k, self.v)]
+        self.given = {"k": eight[0], "v": eight[1], "k_descale": scales[0], "v_descale": scales[1], "q": self.q}
+        self.given |= {"seqused_k": self.keys, "block_table": self.table, "cu_seqlens_q": self.bounds}
+        self.given |= {"max_seqlen_q": self.most, "max_seqlen_k": 128, "fa_version": 3, "return_softmax_lse": True}
+        for name, x, scale in zip("kv", eight, of_tensors, strict=True):
+            values = x.float()
+            for b, row in enumerate(self.table.long()):
+                values[row] *= scale[b]
+            setattr(self, name, values.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        (STEP, {"causal": True}),
+        (((70, 1, 0, 33, 5), (100, 70, 9, 120, 3)), {"causal": True}),  # more queries than a group, than keys, and none
+        (((70, 1, 0, 33, 5), (100, 70, 9, 120, 3)), {"causal": True, "window_size": [9, 0], "softcap": 20.0}),
+        (((40, 2), (128, 17)), {}),
+    ],
+    ids=["step", "prefill", "window", "full"],
+)
+def test_caches_of_8_bits(kinds, sizes, options):
+    """By scales of each sequence, into the caller's buffer, in which rows are left that no sequence has."""
+    batch = EightBits(*sizes)
+    rows = sum(sizes[0])
+    spare = 0 if sizes is STEP else 3
+    q = torch.cat([batch.q, random(spare, HEADS, HEAD_DIM)])
+    buffer = torch.full((rows + spare, HEADS, HEAD_DIM), 7.0).bfloat16()
+    out, lse = vllm.flash_attn_varlen_func(**{**batch.given, "q": q, "out": buffer}, **options)
+    wanted = batch.expected(**options)
+    assert kinds == ["run_cached"] and out.data_ptr() == buffer.data_ptr()
+    torch.testing.assert_close(out[:rows], wanted[0], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(lse[:, :rows], wanted[1], atol=0.01, rtol=0.01)
+    assert not out[rows:].any() and lse[:, rows:].isneginf().all()
+
+
+def test_what_prefill_over_8_bits_refuses():
+    batch = EightBits((70, 1), (100, 70))
+    call = vllm.flash_attn_varlen_func
+    for options in ({"window_size": [9, 3]}, {"causal": True, "alibi_slopes": torch.ones(HEADS)}):
+        with pytest.raises(fa2gen.UnsupportedProblem, match="group by group"):
+            call(**{**batch.given, **options})
+    for name, wrong in (
+        ("k_descale", torch.ones(1, HEADS_KV)),
+        ("block_table", batch.table[:1]),
+        ("seqused_k", ints(3)),
+        ("cu_seqlens_q", ints(0, 70, 71).float()),
+    ):
+        with pytest.raises(fa2gen.InvalidInput, match=name):
+            call(**{**batch.given, name: wrong})
+    none = {"q": batch.q[:0], "cu_seqlens_q": ints(0, 0, 0)}
+    assert [x.shape for x in call(**{**batch.given, **none})] == [(0, HEADS, HEAD_DIM), (HEADS, 0)]
 
 
 def test_a_cascade_of_vllm():
