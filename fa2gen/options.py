@@ -154,7 +154,7 @@ class Options(NamedTuple):
     varlen         the batch is ragged: sequences of their own lengths, packed.
     sink           each softmax has a sink: the logits s_aux, one a query head, are a tensor of the call.
     expression     what becomes of scores, and which keys are seen beside the mask; None: the scores as they are.
-    partial        out is fp32, not rounded: to be merged with results of other keys.
+    partial        results, out or all gradients, are fp32, not rounded: to be merged with those of other calls.
     dropout_p      an element of P is dropped with this probability, 0 <= dropout_p < 1, in steps of 2^-12; the others
                    count 1 / (1 - dropout_p) times. The random bits, rng_state, are a tensor of the call.
     """

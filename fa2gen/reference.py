@@ -106,7 +106,7 @@ def attention_reference(
         probs = torch.softmax(scores, dim=-1).masked_fill(no_key.unsqueeze(-1), 0.0)
     probs = _dropped(probs, said, place, (0, q.shape[1]), (0, k.shape[1]))
     out = torch.einsum("bngqk,bknd->bqngd", probs.to(v.dtype), v)
-    return out.flatten(2, 3).to(_out_dtype(dtype, said.partial)), lse.flatten(1, 2)
+    return out.flatten(2, 3).to(_result_dtype(dtype, said.partial)), lse.flatten(1, 2)
 
 
 def _softmax_with_sink(
@@ -262,7 +262,7 @@ def attention_tiled(
         # One rescale at the end; a row without keys has the sum 0 and stays 0.
         out[:, m0:m1] = (acc_o / row_sum.masked_fill(row_sum == 0, 1.0).unsqueeze(-1)).movedim(-2, 1)
         lse[..., m0:m1] = row_max + torch.log(row_sum)
-    return out.flatten(2, 3).to(_out_dtype(q.dtype, said.partial)), lse.flatten(1, 2)
+    return out.flatten(2, 3).to(_result_dtype(q.dtype, said.partial)), lse.flatten(1, 2)
 
 
 def attention_backward_tiled(
@@ -326,7 +326,8 @@ def attention_backward_tiled(
             dv[:, n0:n1] += torch.einsum("bngqk,bqngd->bknd", p, do_tile)
             dk[:, n0:n1] += torch.einsum("bngqk,bqngd->bknd", ds, q_tile) * scale
             dq[:, m0:m1] += torch.einsum("bngqk,bknd->bqngd", ds, kf[:, n0:n1]) * scale
-    return dq.flatten(2, 3).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    of_q, of_k, of_v = (_result_dtype(x.dtype, said.partial) for x in (q, k, v))
+    return dq.flatten(2, 3).to(of_q), dk.to(of_k), dv.to(of_v)
 
 
 def sink_gradient(dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, s_aux: Tensor) -> Tensor:
@@ -363,7 +364,7 @@ def attention_ragged(
     waits for them.
     """
     packed_q, packed_k, packed_v = (_packed(x) for x in (q, k, v))
-    out_dtype = _out_dtype(q.dtype, options.get("partial", False))
+    out_dtype = _result_dtype(q.dtype, options.get("partial", False))
     out = packed_q.new_zeros((*packed_q.shape[:-1], v.shape[-1]), dtype=out_dtype)
     lse = packed_q.new_full((q.shape[-2], packed_q.shape[0]), float("-inf"), dtype=_at_least_fp32(q[:0]).dtype)
     for b, (q0, q1, k0, k1) in enumerate(ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)):
@@ -395,7 +396,8 @@ def attention_backward_ragged(
     Returns (dq, dk, dv), contiguous; 0 where no sequence has the row.
     """
     of_query, of_key = [_packed(x) for x in (q, dout, out)], [_packed(x) for x in (k, v)]
-    dq, (dk, dv) = of_query[0].new_zeros(of_query[0].shape), (x.new_zeros(x.shape) for x in of_key)
+    dtype = _result_dtype(q.dtype, options.get("partial", False))
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (of_query[0], *of_key))
     for b, (q0, q1, k0, k1) in enumerate(ragged_rows(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)):
         one_q, one_dout, one_out = (x[None, q0:q1] for x in of_query)
         one_k, one_v = (x[None, k0:k1] for x in of_key)
@@ -557,7 +559,7 @@ def check_gradients(
     **options: Any,
 ) -> GradientVerdict:
     """Judge (dq, dk, dv) by the rule of `check`, each for itself: the truth is autograd through attention in fp32,
-    rounded; `pt` is autograd through plain PyTorch attention in the inputs' dtype.
+    rounded; `pt` is autograd through plain PyTorch attention in the inputs' dtype. Partial ones have the same bounds.
 
     Where the truth is nothing (dq and dk of rows with one key: dP - dPsum is 0) what fp32 leaves of the difference is
     allowed. What reading O rounded costs (Algorithm 2, line 4) is added to the bounds as an independent part: with two
@@ -568,7 +570,8 @@ def check_gradients(
     scale = said.scale(q.shape[-1])
     first, end = key_range(said, q.shape[1], k.shape[1], torch.arange(q.shape[1]))
     luck = 1 + max(q.shape[0] * q.shape[2] * int((first < end).sum()), 1) ** -0.5
-    truth, plain, rounded = _three_gradients(dout, dlse, q, k, v, options | {"s_aux": s_aux, "place": place})
+    whole = options | {"s_aux": s_aux, "place": place, "partial": False}
+    truth, plain, rounded = _three_gradients(dout, dlse, q, k, v, whole)
     ds_noise = _ds_noise(dout, v) * scale
     of_key = (q.shape[1] * (q.shape[2] // max(k.shape[2], 1))) ** 0.5  # so many rows are summed
     noises = (ds_noise * _max(k.float().abs()), ds_noise * _max(q.float().abs()) * of_key, 0.0)
@@ -749,8 +752,8 @@ def _at_least_fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _out_dtype(dtype: torch.dtype, partial: bool) -> torch.dtype:
-    """Of out, where q has this dtype."""
+def _result_dtype(dtype: torch.dtype, partial: bool) -> torch.dtype:
+    """Of out, where q has this dtype, or of a tensor's gradient."""
     return torch.promote_types(dtype, torch.float32) if partial else dtype
 
 

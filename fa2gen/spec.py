@@ -134,9 +134,9 @@ class OnlyFor:
 
 @dataclass(frozen=True)
 class OnlyWith:
-    """A flag that may be set in a direction only where other fields have these values, and why."""
+    """A flag that may be set in some directions only where other fields have these values, and why."""
 
-    direction: Direction
+    directions: tuple[Direction, ...]
     fields: tuple[tuple[str, Any], ...]
     why: str
 
@@ -352,14 +352,17 @@ class Problem(_Fields):
     ] = False
     partial: Annotated[
         bool,
-        Shown("partial", optional=True, phrase="O in fp32"),
-        OnlyFor(("fwd",), "gradients are rounded, and over a cache the kernel itself merges parts"),
+        Shown("partial", optional=True, phrase="results in fp32"),
+        OnlyFor(("fwd", "bwd"), "over a cache the kernel itself merges parts"),
         OnlyWith(
-            "fwd",
+            ("fwd", "bwd"),
             (("sink", False), ("dropout", False), ("paged", False), ("score", ""), ("allow", "")),
             "parts are merged of plain softmaxes, and sinks come in at the end",
         ),
-        Field(description="O is not rounded: it is fp32, to be merged with that of other keys by LSE."),
+        Field(
+            description="Results are not rounded: O is fp32, to be merged with that of other keys by LSE, or dQ, dK "
+            "and dV are, to be added to those of other calls."
+        ),
     ] = False
     deterministic: Annotated[
         bool,
@@ -407,7 +410,7 @@ class Problem(_Fields):
         bool,
         Shown("paged", optional=True, phrase="pages"),
         OnlyFor(("decode", "fwd"), "gradients are of K and V where they lie"),
-        OnlyWith("fwd", (("varlen", True), ("dropout", False)), "pages hold a ragged batch's keys, all of them"),
+        OnlyWith(("fwd",), (("varlen", True), ("dropout", False)), "pages hold a ragged batch's keys, all of them"),
         Field(description="K and V lie in pages of any size, found in a table: (pages, page size, heads, head_dim)."),
     ] = False
 
@@ -483,7 +486,7 @@ def apart(fields: Mapping[str, Any]) -> str | None:
     """Why a problem's fields, each of which is allowed, do not go together, or None."""
     for field in declared(Problem).values():
         rule = field.only_with
-        if rule and fields[field.name] and fields["direction"] == rule.direction:
+        if rule and fields[field.name] and fields["direction"] in rule.directions:
             for name, value in rule.fields:
                 if fields[name] != value:
                     return f"{field.name} goes with {f'{name} {value}' if value != '' else f'no {name}'}: {rule.why}"

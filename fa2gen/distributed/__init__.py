@@ -16,9 +16,8 @@ all have the same work. Results lie as the inputs do. Three schemes, of which ea
 
 What the next call needs travels while a call computes: collectives are asynchronous, on the backend's own stream.
 Sums of what several processes have for one row are made in fp32, in the order of ranks, so that results are the same
-bits in every run (of dq, where deterministic). Outputs that are merged, which only the ring has, are in fp32 until they
-are whole. Gradients a kernel rounds to the dtype of q: sums of dq, dk and dv, which ulysses has not, are rounded once
-more for that.
+bits in every run (of dq, where deterministic). What is merged, outputs in the ring and gradients also in allgather,
+kernels give in fp32, and it is rounded once, when it is whole.
 """
 
 from __future__ import annotations

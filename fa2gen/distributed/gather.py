@@ -50,6 +50,7 @@ class AllGather(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         options, split, group, stride = ctx.said
+        options = options._replace(partial=True)
         dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))

@@ -41,13 +41,14 @@ def gradients_of(
     dlse: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of the call's queries and keys; out and lse are those of all keys, dlse the gradient of lse."""
+    """(dq, dk, dv) of the call's queries and keys, partial ones in fp32; out and lse are those of all keys, dlse the
+    gradient of lse."""
     (q0, q1), (k0, k1) = call.queries, call.keys
     dout, q, out = (x[:, q0:q1] for x in (dout, q, out))
     k, v = k[:, k0:k1], v[:, k0:k1]
     lse, dlse = (x if x is None else x[..., q0:q1].contiguous() for x in (lse, dlse))
     tensors = (dout, q, k, v, out, lse, dlse)
-    options = _options_of(call, options)._replace(partial=False)
+    options = _options_of(call, options)
     if not options.varlen:
         return by_operator(*tensors, options)
     packed = (x if x is None else x[0] for x in tensors)

@@ -49,6 +49,7 @@ class Ring(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         options, split, group = ctx.said
+        options = options._replace(partial=True)
         dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
         dq: Tensor | None = None
         keys = [k, v]

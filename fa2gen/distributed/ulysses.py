@@ -57,6 +57,7 @@ class Ulysses(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         options, split, group, stride, *shapes = ctx.said
+        options = options._replace(partial=False)  # each gradient is of one call
         kept = list(ctx.saved_tensors)
         parts = _Parts(split, group, shapes[1][2], stride)
         dq, dk, dv = (kept[0].new_empty(shape) for shape in shapes)

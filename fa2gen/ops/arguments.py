@@ -171,12 +171,12 @@ def _tensor(name: str, value: Any, rank: int, kind: str) -> Tensor:
 
 
 OF_SOME_OPERATORS = (*SAID_BY_TENSORS, "expression", "dropout_p", "partial")
-"""Options that `fwd` and `fwd_varlen` have no argument for."""
+"""Options that some operators have no argument for."""
 
 
 def named(options: Options) -> dict[str, Any]:
     """Options as an operator takes them, by name; only a general one takes an expression, and dropout, and only a
-    plain forward one is partial."""
+    plain one is partial."""
     said = {name: value for name, value in options._asdict().items() if name not in OF_SOME_OPERATORS}
     if options.expression:
         said |= options.expression._asdict()

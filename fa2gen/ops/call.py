@@ -112,7 +112,7 @@ class Call:
                such a call goes on with copies, which have a signature of their own.
     gradients  of a backward pass: those of dq, dk and dv.
     operands   the names of what a launch takes, where callers do not have them in order.
-    out_dtype  of a forward pass's output.
+    out_dtype  of a forward pass's output, or of gradients; None: q's.
     """
 
     device: int
@@ -139,9 +139,10 @@ class Call:
 
     def new_gradients(self, q: Tensor) -> Gradients:
         of_q, of_k, of_v = self.gradients
-        dtype = q.dtype
+        dtype = self.out_dtype or q.dtype
         if _current_device() != self.device or _is_deterministic():
-            return q.new_empty(of_q[0]), q.new_empty(of_k[0]), q.new_empty(of_v[0])
+            dq, dk, dv = (q.new_empty(of_one[0], dtype=dtype) for of_one in self.gradients)
+            return dq, dk, dv
         return _empty_strided(*of_q, dtype), _empty_strided(*of_k, dtype), _empty_strided(*of_v, dtype)
 
 
@@ -589,13 +590,16 @@ def _prepare_backward(
     if strides is not None:
         strides |= {"dq": dense(*size_q[1:]), "dk": dense(*size_k[1:]), "dv": dense(*size_v[1:])}
     launch = packed("bwd", q, size_v[3], strides, said, shape, shape.seqlen_k, None, tiling)
-    return gradients_call(q, k, v, shape, launch)
+    return gradients_call(q, k, v, said, shape, launch)
 
 
-def gradients_call(q: Tensor, k: Tensor, v: Tensor, shape: Shape, launch: PreparedLaunch | None) -> Call:
-    """What backward calls with these tensors share."""
+def gradients_call(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, shape: Shape, launch: PreparedLaunch | None
+) -> Call:
+    """What backward calls with these tensors and options share."""
     gradients = contiguous(q.shape), contiguous(k.shape), contiguous(v.shape)
-    return Call(q.get_device(), _NOTHING, _NOTHING, 0, launch, launch is None and 0 not in shape, gradients)
+    misaligned, dtype = launch is None and 0 not in shape, out_dtype(q, options)
+    return Call(q.get_device(), _NOTHING, _NOTHING, 0, launch, misaligned, gradients, out_dtype=dtype)
 
 
 def fit_each_other(size_q: Sequence[int], size_k: Sequence[int], size_v: Sequence[int]) -> bool:

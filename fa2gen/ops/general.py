@@ -283,7 +283,7 @@ def _prepare_backward(
     if strides is not None:
         strides |= {f"d{name}": dense(*places[name][0][1:]) for name in "qkv"}
     launch = packed("bwd", q, v.shape[-1], strides, options, shape, _keys(shape, sequences, keys))
-    return gradients_call(q, k, v, shape, launch)
+    return gradients_call(q, k, v, options, shape, launch)
 
 
 def _kind_of(

@@ -12,7 +12,8 @@ take expressions: `score`, `allow` and `inputs` as `fa2gen.spec.Problem` has the
 values of their `numbers`. Those of calls over a cache are `fa2gen.ops.kvcache_operator`'s, that of a ragged batch over
 pages is `fa2gen.ops.paged_operator`'s.
 
-`fwd` and `fwd_varlen` take `partial` last: out is fp32 then, to be merged with results of other keys.
+The first four take `partial` last: out is fp32 then, to be merged with results of other keys, or dq, dk and dv are, to
+be added to those of other calls.
 
 ... are the other fields of `fa2gen.options.Options`, each with its default: programs that were exported before a
 field was added go on to load. (They are not keyword-only: AOTInductor of torch 2.11 forgets the defaults of those.)
@@ -96,13 +97,13 @@ _FORWARD = "Tensor q, Tensor k, Tensor v"
 _BACKWARD = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse"
 _RAGGED = ", ".join(f"Tensor? {name}" for name in LENGTHS)
 _GENERAL = f"{_RAGGED}, Tensor? s_aux, Tensor? rng_state, Tensor[] tensors"
-_FORWARD_SCHEMA = f"{OPTION_SCHEMA}, bool partial=False"
+_PLAIN_SCHEMA = f"{OPTION_SCHEMA}, bool partial=False"
 _GENERAL_SCHEMA = f'{OPTION_SCHEMA}, str score="", str allow="", str inputs="", float[] numbers=[], float dropout_p=0.0'
 _SCHEMAS = {
-    "fwd": f"({_FORWARD}, {_FORWARD_SCHEMA}) -> (Tensor out, Tensor lse)",
-    "bwd": f"({_BACKWARD}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
-    "fwd_varlen": f"({_FORWARD}, {_RAGGED}, {_FORWARD_SCHEMA}) -> (Tensor out, Tensor lse)",
-    "bwd_varlen": f"({_BACKWARD}, {_RAGGED}, {OPTION_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "fwd": f"({_FORWARD}, {_PLAIN_SCHEMA}) -> (Tensor out, Tensor lse)",
+    "bwd": f"({_BACKWARD}, {_PLAIN_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "fwd_varlen": f"({_FORWARD}, {_RAGGED}, {_PLAIN_SCHEMA}) -> (Tensor out, Tensor lse)",
+    "bwd_varlen": f"({_BACKWARD}, {_RAGGED}, {_PLAIN_SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     "fwd_general": f"({_FORWARD}, {_GENERAL}, {_GENERAL_SCHEMA}) -> (Tensor out, Tensor lse)",
     "bwd_general": f'({_BACKWARD}, {_GENERAL}, {_GENERAL_SCHEMA}, str learned="") -> (Tensor dq, Tensor dk, Tensor dv, '
     "Tensor ds_aux, Tensor[] dtensors)",
@@ -112,13 +113,12 @@ _SCHEMAS = {
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
 _RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
 _GENERAL_NAMES = ("fwd_general", "bwd_general")
-_PARTIAL_NAMES = ("fwd", "fwd_varlen")
 _OF_GENERAL = ("score", "allow", "inputs", "numbers", "dropout_p", "learned")  # options behind those that all take
 
 
 def _options(name: str, tensors: tuple[Any, ...], others: tuple[Any, ...], named: dict[str, Any]) -> Options:
     """What an operator was called with, where others are its arguments behind the tensors."""
-    further = ("partial",) if name in _PARTIAL_NAMES else _OF_GENERAL
+    further = _OF_GENERAL if name in _GENERAL_NAMES else ("partial",)
     given = {**named, **dict(zip((*_OPTIONS, *further), others, strict=False))}
     if name not in _GENERAL_NAMES:
         return Options(**{**given, "varlen": name in _RAGGED_NAMES})
@@ -159,7 +159,8 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     validate_backward(dout, q, k, v, out, lse, dlse)
     validate_options(options)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (x.new_empty(x.shape, dtype=out_dtype(q, options)) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _forward_ragged_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -191,7 +192,8 @@ def _backward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out, lse, dlse, *lengths, options = arguments
     validate_ragged_backward(dout, q, k, v, out, lse, dlse, tuple(lengths))
     validate_options(options)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (x.new_empty(x.shape, dtype=out_dtype(q, options)) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _forward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -302,7 +304,7 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
 
         if torch.is_grad_enabled() and wants_gradient(*tensors):
             options = _options(name, given, others, named)
-            if options.partial:
+            if options.partial and function is not Gradients:
                 raise UnsupportedProblem(
                     "partial results, which are not rounded, have no gradient by themselves, and an input requires "
                     "one: detach it, and give out and lse of all keys, out in q's dtype, to torch.ops.fa2gen.bwd"

@@ -337,7 +337,7 @@ def _prepare_backward(
         and fit_results((size_q[1], size_q[0]), (*size_q[:2], size_v[2]), key[:7])
         and (found := known.resized(key[1:4], of_lengths, bits)) is not None
     ):
-        return gradients_call(q, k, v, *found)
+        return gradients_call(q, k, v, known.options, *found)
     said = Options(*options)
     batch = validate_ragged_backward(dout, q, k, v, out, lse, dlse, lengths)
     validate_options(said)
@@ -349,7 +349,7 @@ def _prepare_backward(
     launch = packed("bwd", q, size_v[-1], strides, said, shape, _keys(shape, bits))
     if packed_sequences(list(zip(key[1:4], key[12:15], strict=True)), of_lengths) is not None:
         _learned(known, kind, ("bwd", said, q, v), shape, bits, launch)
-    return gradients_call(q, k, v, shape, launch)
+    return gradients_call(q, k, v, said, shape, launch)
 
 
 def packed_sequences(tensors: Sequence[Any], lengths: Sequence[Any]) -> int | None:

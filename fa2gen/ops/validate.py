@@ -266,7 +266,7 @@ def out_shape(q: Tensor, v: Tensor) -> tuple[int, ...]:
 
 
 def out_dtype(q: Tensor, options: Options) -> torch.dtype:
-    """Of the output: q's, but of a partial result fp32."""
+    """Of the output, or of gradients: q's, but of partial results fp32."""
     return torch.float32 if options.partial else q.dtype
 
 

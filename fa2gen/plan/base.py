@@ -305,7 +305,7 @@ class KernelPlan:
 
     @property
     def partial(self) -> bool:
-        """Whether O is stored in fp32, from registers."""
+        """Whether O, or dQ, dK and dV, are stored in fp32, from registers."""
         return self.problem.partial
 
     @property

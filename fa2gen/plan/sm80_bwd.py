@@ -206,7 +206,9 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
             *self.prepare_entries,
             EntryPoint(self.preprocess_name, self.preprocess_threads, 0, (), "query blocks"),
             EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "key blocks"),
-            EntryPoint(self.postprocess_name, self.num_threads, self.q_tile.bytes, (), "query blocks"),
+            EntryPoint(
+                self.postprocess_name, self.num_threads, 0 if self.partial else self.q_tile.bytes, (), "query blocks"
+            ),
             *self._groups_entries,
         )
 
@@ -214,7 +216,8 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     def _groups_entries(self) -> tuple[EntryPoint, ...]:
         if not self.splits_groups:
             return ()
-        return (EntryPoint(self.groups_name, self.num_threads, self.k_tile.bytes + self.v_tile.bytes, (), "groups"),)
+        shared_bytes = 0 if self.partial else self.k_tile.bytes + self.v_tile.bytes
+        return (EntryPoint(self.groups_name, self.num_threads, shared_bytes, (), "groups"),)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         rows of dK in the place of its share of dQ. In dense batches, whose number of blocks the host knows."""
         if not self.lags_dq or self.shares_dq or self.varlen or self.dropout or self.tiling.heads_abreast:
             return False
-        if self.splits_groups or len(self.widths) > 1 or self.swaps_dq != self.holds_v:
+        if self.splits_groups or self.partial or len(self.widths) > 1 or self.swaps_dq != self.holds_v:
             return False
         if self.dq_place_bytes % SWIZZLE_ATOM_BYTES or self.dq_place_bytes < self.warp_rows_bytes:
             return False
@@ -159,9 +159,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if self.is_persistent and not self.can_take_turns:
             yield BrokenRule(
                 "keys in turn",
-                "1 given; needs lag, a dense batch without dropout, groups in one part, and room for two K, for two V "
-                f"unless that is in registers, and for {self.warp_rows_bytes:,} bytes of a warp's rows of dK in its "
-                f"{self.dq_place_bytes:,} of dQ, a multiple of {SWIZZLE_ATOM_BYTES:,}: 0",
+                "1 given; needs lag, a dense batch without dropout, rounded gradients, groups in one part, and room for "
+                f"two K, for two V unless that is in registers, and for {self.warp_rows_bytes:,} bytes of a warp's rows "
+                f"of dK in its {self.dq_place_bytes:,} of dQ, a multiple of {SWIZZLE_ATOM_BYTES:,}: 0",
             )
 
     @property
@@ -674,17 +674,28 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             TensorMapPlan("k", columns, self.tile_n, span),
             TensorMapPlan("v", columns, self.tile_n, span),
             *streamed("dout", self.o_tile),
-            *(() if self.splits_groups else self.stored_maps),
+            *(self.stored_maps if self.stores_by_maps else ()),
         )
 
     @property
+    def stores_by_maps(self) -> bool:
+        """Whether the main kernel stores dK and dV, through tensor maps: not sums of a part, nor numbers in fp32."""
+        return not self.splits_groups and not self.partial
+
+    @property
     def stored_maps(self) -> tuple[TensorMapPlan, ...]:
+        if self.partial:
+            return ()
         rows = self.tile_n if self.passes_p else WARP_ROWS  # at once
         return tuple(TensorMapPlan(name, self.k_tile.columns, rows, self.tiling.swizzle_bytes) for name in ("dk", "dv"))
 
     def result_map(self, name: str) -> str:
-        """C++: the parameter for it of a function of the main kernel, which has none where groups are in parts."""
-        return "" if self.splits_groups else f"CUtensorMap const& map_{name}, "
+        """C++: the parameter for it of a function of the main kernel, if it has any."""
+        return f"CUtensorMap const& map_{name}, " if self.stores_by_maps else ""
+
+    def result_argument(self, name: str) -> str:
+        """C++: what is given for it."""
+        return f"map_{name}, " if self.stores_by_maps else ""
 
     @property
     def result_maps(self) -> str:
@@ -692,6 +703,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def postprocess_tensor_maps(self) -> tuple[TensorMapPlan, ...]:
+        if self.partial:
+            return ()
         return (TensorMapPlan("dq", self.q_tile.columns, self.tile_m, self.tiling.swizzle_bytes),)
 
     @cached_property
@@ -712,7 +725,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             EntryPoint(
                 self.postprocess_name,
                 self.postprocess_threads,
-                self.q_tile.bytes,
+                0 if self.partial else self.q_tile.bytes,
                 self.postprocess_tensor_maps,
                 "query blocks",
                 STARTS_EARLY,
@@ -724,7 +737,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def _groups_entries(self) -> tuple[EntryPoint, ...]:
         if not self.splits_groups:
             return ()
-        shared_bytes = self.k_tile.bytes + self.v_tile.bytes
+        shared_bytes = 0 if self.partial else self.k_tile.bytes + self.v_tile.bytes
         return (
             EntryPoint(self.groups_name, self.num_mma_threads, shared_bytes, self.stored_maps, "groups", STARTS_EARLY),
         )
@@ -740,7 +753,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
-        return ("o", "dout")
+        return ("o", "dout", *(("dq", "dk", "dv") if self.partial else ()))
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.num_mma_warps not in (4, 8):

@@ -3,13 +3,13 @@
 // Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
-//   problem  fwd, head dim 128, bf16, causal mask, O in fp32
+//   problem  fwd, head dim 128, bf16, causal mask, results in fp32
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 180352 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  164 Shared memory,
 //             185 Global memory,  204 mbarriers,  248 TMA,  268 Registers,  276 Registers of a warpgroup,  288 wgmma,
 //             421 What is visible,  473 Online softmax,  636 Pipelines,  675 Loads,  733 Matrix products,
-//             760 Epilogue,  793 Producer,  844 Consumer,  991 Kernel, 1021 Launch
+//             760 Epilogue,  803 Producer,  854 Consumer, 1001 Kernel, 1031 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -759,18 +759,28 @@ __device__ __forceinline__ void gemm_pv(float (&acc_o)[kNumAccO], uint32_t const
 
 // Epilogue ------------------------------------------------------------------------------------------------------------
 
-// O in fp32, as it is: a quad writes the 32 bytes of 8 columns, a whole sector. Rows from seqlen_q on are dropped.
-__device__ __forceinline__ void store_partial(
-    Params const& p, Seqlen const& s, float const (&acc_o)[kNumAccO], int row, int bidh, int bidb, int lane) {
-    int const first = row + lane / 4;
-    int64_t const elements = first_query(s, bidb, p.o_batch_stride, p.o_row_stride) + bidh * p.o_head_stride + lane % 4 * 2;
+// Rows of one head of a result, from some row on: the sequence has `count` of them, none if that is below 1.
+struct ResultRows {
+    float* first;
+    int64_t stride;
+    int count;
+};
+
+__device__ __forceinline__ ResultRows rows_of_o(Params const& p, Seqlen const& s, int row, int head, int bidb) {
+    int64_t const first = first_query(s, bidb, p.o_batch_stride, p.o_row_stride) + head * p.o_head_stride;
+    return {static_cast<float*>(p.o) + first + row * p.o_row_stride, p.o_row_stride, s.q - row};
+}
+
+// 16 rows times `factor`, not rounded: a quad writes the 32 bytes of 8 columns, a whole sector.
+__device__ __forceinline__ void store_sums(ResultRows const& rows, float const* acc, int columns, float factor, int lane) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        if (first + 8 * half < s.q) {
-            float* const of_row = static_cast<float*>(p.o) + elements + (first + 8 * half) * p.o_row_stride;
+        int const row = lane / 4 + 8 * half;
+        if (row < rows.count) {
+            float* const of_row = rows.first + row * rows.stride + lane % 4 * 2;
 #pragma unroll
-            for (int i = 0; i < kHeadDim / 2; i += 4) {
-                store_global_float2(of_row + 2 * i, acc_o[i + 2 * half], acc_o[i + 2 * half + 1]);
+            for (int i = 0; i < columns / 2; i += 4) {
+                store_global_float2(of_row + 2 * i, acc[i + 2 * half] * factor, acc[i + 2 * half + 1] * factor);
             }
         }
     }
@@ -984,7 +994,7 @@ __device__ __forceinline__ void consume(
         rescale_o(acc_o, inverse_sum);
         store_lse(p, s, lse, row, tile);
 
-        store_partial(p, s, acc_o, row, tile.bidh, tile.bidb, lane_id());
+        store_sums(rows_of_o(p, s, row, tile.bidh, tile.bidb), acc_o, kHeadDim, 1.0f, lane_id());
     }
 }
 

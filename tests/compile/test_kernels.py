@@ -84,10 +84,11 @@ def kernels() -> dict[str, bool]:
         for head_dim, mask in turns(head_dims, ("causal", "window", "full"))
     ]
     features += [
-        default(arch, head_dim, mask, partial=True, varlen=mask == "window")
-        for arch in ARCHES
+        default(arch, head_dim, mask, direction, partial=True, varlen=mask == "window")
+        for arch, direction in BOTH_PASSES
         for head_dim, mask in ((64, "causal"), (128, "window"), (256, "full"))
     ]
+    features += [with_groups(make_plan(default("sm90", d, "full", "bwd", partial=True)), 4).spec for d in (128, 256)]
     features += [  # as ragged batches of grouped heads run
         with_groups(make_plan(default("sm90", head_dim, mask, "bwd", varlen=True)), 1, abreast=True).spec
         for head_dim, mask in ((128, "causal"), (256, "full"))
