@@ -159,9 +159,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if self.is_persistent and not self.can_take_turns:
             yield BrokenRule(
                 "keys in turn",
-                "1 given; needs lag, a dense batch without dropout, rounded gradients, groups in one part, and room for "
-                f"two K, for two V unless that is in registers, and for {self.warp_rows_bytes:,} bytes of a warp's rows "
-                f"of dK in its {self.dq_place_bytes:,} of dQ, a multiple of {SWIZZLE_ATOM_BYTES:,}: 0",
+                "1 given; needs lag, a dense batch without dropout, rounded gradients, groups in one part, and room "
+                f"for two K, for two V unless that is in registers, and for {self.warp_rows_bytes:,} bytes of a warp's "
+                f"rows of dK in its {self.dq_place_bytes:,} of dQ, a multiple of {SWIZZLE_ATOM_BYTES:,}: 0",
             )
 
     @property

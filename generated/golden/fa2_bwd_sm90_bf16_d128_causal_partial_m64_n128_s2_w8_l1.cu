@@ -10,7 +10,7 @@
 //             224 Global memory,  288 mbarriers,  332 TMA,  366 Bulk copies,  388 Fences,  400 Fragments,
 //             408 Registers,  416 Registers of a warpgroup,  428 wgmma,  605 What is visible,
 //             654 Softmax and its gradient,  754 Pipelines,  803 Loads,  847 Matrix products,  885 Staging,
-//             978 Producer, 1057 Consumer, 1193 Kernels, 1339 Launch
+//             979 Producer, 1058 Consumer, 1194 Kernels, 1340 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -938,7 +938,8 @@ __device__ __forceinline__ void store_sums(ResultRows const& rows, float const* 
 }
 
 // Up to 16 columns of 2 * count rows, held transposed, times `factor`, not rounded: of 8 columns a whole sector.
-__device__ __forceinline__ void store_transposed_sums(ResultRows const& rows, float const* acc, int count, int columns, float factor) {
+__device__ __forceinline__ void store_transposed_sums(
+    ResultRows const& rows, float const* acc, int count, int columns, float factor) {
     float* const first = rows.first + lane_id() / 4;
 #pragma unroll
     for (int i = 0; i < count; ++i) {

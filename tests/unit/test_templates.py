@@ -137,11 +137,16 @@ def plans() -> list[KernelPlan]:
         for way in ("fwd", "bwd")
     ]
     specs += [KernelSpec(problem=p, tiling=default_tiling(p, arch)) for p in of_v for arch in ("sm80", "sm90")]
-    in_parts = [*itertools.product((64, 72, 256), (False, True)), (168, False)]
-    for (d, varlen), arch in itertools.product(in_parts, ("sm80", "sm90")):
-        problem = Problem(direction="bwd", head_dim=d, head_dim_v=d - 8, varlen=varlen)
+    kinds_of_batch = ((False, False), (True, False), (False, True))
+    in_parts = [*((d, *kind) for d in (64, 72, 256) for kind in kinds_of_batch), (168, False, False)]
+    for (d, varlen, partial), arch in itertools.product(in_parts, ("sm80", "sm90")):
+        problem = Problem(direction="bwd", head_dim=d, head_dim_v=d - 8, varlen=varlen, partial=partial)
         tiling = default_tiling(problem, arch).model_copy(update={"group_parts": 2, "heads_abreast": int(varlen)})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
+    unrounded = Problem(direction="bwd", head_dim=72, partial=True)
+    for arch in ("sm80", "sm90"):  # however warpgroups split the work
+        of_keys = {t.tile_n: t for t in feasible_tilings(unrounded, arch)}
+        specs += [KernelSpec(problem=unrounded, tiling=tiling) for tiling in of_keys.values()]
     for d, mask in ((32, "full"), (64, "window"), (96, "causal")):
         problem = Problem(direction="bwd", head_dim=d, mask=mask)
         tiling = default_tiling(problem, "sm90").model_copy(update={"keys_in_turn": 1})
