@@ -10,7 +10,7 @@
 //             224 Global memory,  288 mbarriers,  332 TMA,  366 Bulk copies,  388 Fences,  400 Fragments,
 //             408 Registers,  416 Registers of a warpgroup,  428 wgmma,  605 What is visible,
 //             654 Softmax and its gradient,  754 Pipelines,  803 Loads,  847 Matrix products,  885 Staging,
-//             979 Producer, 1058 Consumer, 1194 Kernels, 1340 Launch
+//             979 Producer, 1058 Consumer, 1202 Kernels, 1348 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1082,6 +1082,27 @@ __device__ __forceinline__ void consume(
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
+    uint32_t dq_phase = 0;
+    // A warp's share of the dQ of a block of queries, in its turn.
+    auto hand_over = [&](float const (&acc_dq)[kNumAccDq]) {
+        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
+        dq_phase ^= 1;
+    };
+    // dQ of the step before, where no step follows.
+    auto flush = [&]() {
+        if (step == 0) {
+            return;
+        }
+        int const last = step - 1;
+        float acc_dq[kNumAccDq];
+        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
+        wgmma_commit();
+        wgmma_wait_0();
+        wgmma_touch(acc_dq);
+        hand_over(acc_dq);
+    };
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; ++i) {
         acc_dk[i] = 0.0f;
@@ -1089,7 +1110,6 @@ __device__ __forceinline__ void consume(
     }
 
     QueryWalk walk = start_walk(p, s, block, blocks);
-    uint32_t dq_phase = 0;
     if (walk.remaining > 0) {
         mbarrier_wait(barriers.k_full(), 0);
         mbarrier_wait(barriers.v_full(), 0);
@@ -1157,8 +1177,7 @@ __device__ __forceinline__ void consume(
         wgmma_touch(acc_dq);
         if (step > 0) {
             mbarrier_arrive_if(barriers.ds_empty(ds_stage ^ 1), leader);
-            hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-            dq_phase ^= 1;
+            hand_over(acc_dq);
         }
         wgmma_wait_1();
         wgmma_touch(acc_dv);
@@ -1175,18 +1194,7 @@ __device__ __forceinline__ void consume(
         walk.next(p, blocks);
     }
 
-    if (step > 0) {
-        int const last = step - 1;
-        float acc_dq[kNumAccDq];
-        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
-        wgmma_fence();
-        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
-        wgmma_commit();
-        wgmma_wait_0();
-        wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
-    }
-
+    flush();
     store_dv(p, s, block, acc_dv, warp_key);
     store_dk(p, s, block, acc_dk, warp_key);
 }
@@ -1194,7 +1202,7 @@ __device__ __forceinline__ void consume(
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
-// with the first heads, of which L2 then has O, dO and zeros, and leaves the last sums in L2.
+// with the first heads, of which L2 then has what was written last, and leaves the last sums in L2.
 __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }
