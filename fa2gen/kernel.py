@@ -333,8 +333,9 @@ class _Block:
         self._pack_addresses(self._memory, self._params_at, *self._pick(addresses))
         follows = False  # a kernel that is launched
         for (at, sizes, starts_early), grid in zip(self._configs, grids, strict=True):
-            _CONFIG.pack_into(self._memory, at, *grid, *sizes, stream, self._attribute, follows and starts_early)
-            follows = follows or 0 not in grid
+            if 0 not in grid:
+                _CONFIG.pack_into(self._memory, at, *grid, *sizes, stream, self._attribute, follows and starts_early)
+                follows = True
         written = self._arguments.unpack_from(self._memory, self._start)[0]
         self.standing = arguments = (written, addresses, numbers)
         return arguments

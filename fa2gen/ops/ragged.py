@@ -27,8 +27,8 @@ from fa2gen.ops.call import (
     gradients_call,
     known_kind,
     launch_with_scratch,
+    made,
     packed,
-    prepared,
     remember_kind,
     remembered,
     room_for,
@@ -130,7 +130,7 @@ def _find(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions
         q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), kind_q, kind_k,
         None if used_q is None else _kind(used_q), None if used_k is None else _kind(used_k), options, bits,
     )  # fmt: skip
-    return remembered(key) or prepared(key, _prepare, key, q, k, v, lengths, options, bits)
+    return remembered(key) or made(key, _prepare, key, q, k, v, lengths, options, bits)
 
 
 def backward_ragged(
@@ -173,9 +173,7 @@ def backward_ragged(
         dout.get_device(), q.get_device(), k.get_device(), v.get_device(), out.get_device(), lse.get_device(),
         None if dlse is None else dlse.get_device(), options, bits,
     )  # fmt: skip
-    call = remembered(key) or prepared(
-        key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, lengths, options, bits
-    )
+    call = remembered(key) or made(key, _prepare_backward, key, dout, q, k, v, out, lse, dlse, lengths, options, bits)
     dq, dk, dv = into or call.new_gradients(q)
     if call.launch is None and not call.misaligned:  # no query or no key
         for gradient in (dq, dk, dv):
@@ -289,10 +287,11 @@ class _Known:
     ) -> tuple[Shape, PreparedLaunch] | None:
         """The launch for q, k and v of these sizes, and lengths (sizes, strides, ...); None where they may not fit each
         other, or are those of no kernel that is known."""
-        (total_q, *_), (total_k, *_), (rows_of_v, *_) = sizes
+        size_q, size_k, size_v = sizes
+        total_q, total_k = size_q[0], size_k[0]
         of_query, of_key, used_q, used_k = lengths
         batch = of_query[0][0] - 1
-        if rows_of_v != total_k or of_key[0] != of_query[0] or total_q < 2 or total_k < 2 or batch < 1:
+        if size_v[0] != total_k or of_key[0] != of_query[0] or total_q < 2 or total_k < 2 or batch < 1:
             return None
         for used in (used_q, used_k):
             if used is not None and used[:2] != ((batch,), (1,)):
