@@ -89,6 +89,16 @@ class Split:
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         return pieces_of(rank, self.world, self.rows, self.layout)
 
+    def equal_pieces(self, rank: int) -> tuple[Piece, ...]:
+        """The same in pieces of one length, as many in each process."""
+        count = max(len(self.pieces(each)) for each in range(self.world))
+        length = self.rows // self.world // count
+        return tuple(
+            Piece(start, start + length, piece.at + start - piece.start)
+            for piece in self.pieces(rank)
+            for start in range(piece.start, piece.end, length)
+        )
+
     @cached_property
     def in_order(self) -> tuple[tuple[int, Piece], ...]:
         """(rank, piece) of all processes, as they follow each other in the sequence."""

@@ -105,8 +105,8 @@ class _Parts:
         found = packed.new_empty((split.rows, batch, bounds[-1]))
         for x, place in zip(parts, _columns(packed, parts, bounds), strict=True):
             _copy(place, x)
-        sent = [[of_one[p.at : p.at + p.end - p.start] for p in split.pieces(split.rank)] for of_one in packed]
-        into = [[found[p.start : p.end] for p in split.pieces(rank)] for rank in range(world)]
+        sent = [[of_one[p.at : p.at + p.end - p.start] for p in split.equal_pieces(split.rank)] for of_one in packed]
+        into = [[found[p.start : p.end] for p in split.equal_pieces(rank)] for rank in range(world)]
         return swap(sent, into, [_rows_within(x) for x in _columns(found, parts, bounds)], self._group)
 
     def send_back(self, groups: Groups) -> list[Pending[list[Tensor]]]:
@@ -117,8 +117,8 @@ class _Parts:
         split = self._split
         every = [_rows_first(x).contiguous() for x in tensors]
         found = [x.new_empty((split.world, split.rows // split.world, *x.shape[1:])) for x in every]
-        sent = [[x[p.start : p.end] for x in every for p in split.pieces(rank)] for rank in range(split.world)]
-        mine = split.pieces(split.rank)
+        sent = [[x[p.start : p.end] for x in every for p in split.equal_pieces(rank)] for rank in range(split.world)]
+        mine = split.equal_pieces(split.rank)
         into = [[x[r, p.at : p.at + p.end - p.start] for x in found for p in mine] for r in range(split.world)]
         return swap(sent, into, found, self._group)
 
