@@ -57,7 +57,7 @@ def context_parallel_attention(
     causal, softmax_scale, window_size, deterministic
                    as of `fa2gen.attention`, in rows of the whole sequence.
     s_aux          (heads,): attention sinks, logits of a key without value that each query of a head sees. Its gradient
-                   is that of this process's rows: its sum over the group is the whole.
+                   is a part in each process: its sum over the group is the whole.
     layout         how rows lie: see `fa2gen.distributed.shard`.
     scheme         "ulysses" needs heads_kv to be a multiple of W. "auto" takes it if so; else "ring" where at most half
                    of the processes have keys that a process sees (a window, contiguous), or where the keys of some
@@ -136,7 +136,6 @@ def _attention(
         )
     scale, causal, window, deterministic = said
     options = options_of(q, scale, causal, window_sides(window), 0, deterministic)
-    options = options._replace(partial=s_aux is not None)  # which is merged into the results at the end
     validate_options(options)
     world, rows = group.size(), q.shape[1] * group.size()
     refuse_layout(layout, rows, group)
@@ -145,14 +144,15 @@ def _attention(
     split = split_of(group.rank(), world, rows, layout, documents, sides)
     if 0 in (*q.shape, *k.shape):
         raise InvalidInput(f"q is {tuple(q.shape)} and k {tuple(k.shape)}: each process must have rows, heads and keys")
+    _validate_sinks(s_aux, q.shape[2])
     chosen = _scheme(scheme, q, k, v, split)
     if chosen == "ring":
-        out, lse = Ring.apply(q, k, v, options, split, group)
+        out, lse = Ring.apply(q, k, v, s_aux, options, split, group)
     else:
         computed = k.shape[2] // world if chosen == "ulysses" else k.shape[2]
         stride = _stride(head_stride, computed, k.shape[0] * math.ceil(rows / 128))
-        out, lse = (Ulysses if chosen == "ulysses" else AllGather).apply(q, k, v, options, split, group, stride)
-    return (out, lse) if s_aux is None else _with_sinks(out, lse, s_aux, q.dtype)
+        out, lse = (Ulysses if chosen == "ulysses" else AllGather).apply(q, k, v, s_aux, options, split, group, stride)
+    return out, lse
 
 
 def _scheme(asked: object, q: Tensor, k: Tensor, v: Tensor, split: Split) -> str:
@@ -197,13 +197,7 @@ def _stride(given: Any, heads: int, blocks: int) -> int:
     return min(stride, heads)
 
 
-def _with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Results in which each query also sees its head's sink, of partial ones, in fp32."""
+def _validate_sinks(s_aux: Any, heads: int) -> None:
     of_floats = isinstance(s_aux, Tensor) and not s_aux.is_nested and s_aux.is_floating_point()
-    if not of_floats or s_aux.shape != (out.shape[2],):
-        raise InvalidInput(f"s_aux is {describe(s_aux)}; it must be ({out.shape[2]},), a number for each head of q")
-    sink = s_aux.float()[:, None]
-    share = torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1)
-    # Of a row that sees no key, which is padding here, also the sum stays empty.
-    with_sink = torch.where(torch.isneginf(lse), lse, torch.logaddexp(lse, sink))
-    return (out * share).to(dtype), with_sink
+    if s_aux is not None and (not of_floats or s_aux.shape != (heads,)):
+        raise InvalidInput(f"s_aux is {describe(s_aux)}; it must be ({heads},), a number for each head of q")

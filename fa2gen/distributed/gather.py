@@ -10,10 +10,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fa2gen.distributed.exchange import Pending, all_gather, all_to_all
-from fa2gen.distributed.partial import forward_of, gradients_of
+from fa2gen.distributed.partial import forward_of, gradients_of, with_sinks
 from fa2gen.distributed.plan import Split
 from fa2gen.ops.validate import out_dtype
 from fa2gen.options import Options
+from fa2gen.reference import sink_gradient
 
 __all__ = ["AllGather"]
 
@@ -24,8 +25,17 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, split: Split, group: ProcessGroup, stride: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        s_aux: Tensor | None,
+        options: Options,
+        split: Split,
+        group: ProcessGroup,
+        stride: int,
     ) -> tuple[Tensor, Tensor]:
+        options = options._replace(partial=s_aux is not None)
         batch, rows, heads, _ = q.shape
         seen = sum(end - first for first, end in (call.queries for call in split.of_all_keys))
         make = torch.empty if seen == rows else torch.zeros
@@ -40,17 +50,17 @@ class AllGather(torch.autograd.Function):
                 found, found_lse = forward_of(call, q[:, :, mine], keys[0], keys[1], options)
                 out[:, slice(*call.queries), mine] = found
                 lse[:, mine, slice(*call.queries)] = found_lse
-        ctx.save_for_backward(q, k, v, out.to(q.dtype), lse)
+        out, lse = with_sinks(out, lse, s_aux, q.dtype)
+        ctx.save_for_backward(q, k, v, s_aux, out, lse)
         ctx.set_materialize_grads(False)
-        ctx.said = options, split, group, stride
+        ctx.said = options._replace(partial=True), split, group, stride
         return out, lse
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, s_aux, out, lse = ctx.saved_tensors
         options, split, group, stride = ctx.said
-        options = options._replace(partial=True)
         dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
@@ -71,7 +81,8 @@ class AllGather(torch.autograd.Function):
                 _store(dk, dv, *travelling.pop(0), stride)
         for arrived in travelling:
             _store(dk, dv, *arrived, stride)
-        return dq, dk, dv, None, None, None, None
+        ds_aux = sink_gradient(dout, out, lse, dlse, s_aux) if ctx.needs_input_grad[3] else None
+        return dq, dk, dv, ds_aux, None, None, None, None
 
 
 def of_heads(q: Tensor, k: Tensor, first: int, stride: int) -> slice:

@@ -16,7 +16,7 @@ from fa2gen.ops.autograd import by_operator
 from fa2gen.ops.operator import run, run_ragged
 from fa2gen.options import Options
 
-__all__ = ["Sums", "forward_of", "gradients_of"]
+__all__ = ["Sums", "forward_of", "gradients_of", "with_sinks"]
 
 
 def forward_of(call: Call, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -54,6 +54,16 @@ def gradients_of(
     packed = (x if x is None else x[0] for x in tensors)
     dq, dk, dv = by_operator(*packed, *_bounds(call.lengths, q.device), None, None, options)
     return dq[None], dk[None], dv[None]
+
+
+def with_sinks(out: Tensor, lse: Tensor, s_aux: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, lse) in which each query also sees its head's sink, if there are any; rounded to dtype."""
+    if s_aux is None:
+        return out.to(dtype), lse
+    sink = s_aux.float()[:, None]
+    share = torch.sigmoid(lse - sink).transpose(1, 2).unsqueeze(-1)
+    # Of a row that sees no key, which is padding here, also the sum stays empty.
+    return (out * share).to(dtype), torch.where(torch.isneginf(lse), lse, torch.logaddexp(lse, sink))
 
 
 class Sums:

@@ -10,9 +10,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fa2gen.distributed.exchange import Pending, hop
-from fa2gen.distributed.partial import Sums, forward_of, gradients_of
+from fa2gen.distributed.partial import Sums, forward_of, gradients_of, with_sinks
 from fa2gen.distributed.plan import Split
 from fa2gen.options import Options
+from fa2gen.reference import sink_gradient
 
 __all__ = ["Ring"]
 
@@ -25,31 +26,29 @@ class Ring(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, split: Split, group: ProcessGroup
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, s_aux: Any, options: Options, split: Split, group: ProcessGroup
     ) -> tuple[Tensor, Tensor]:
         sums = Sums(q, v)
         keys = [k, v]
         # What is not merged need not be in fp32: the kernel rounds it as it is rounded here.
         parts = [call.queries for rank in range(split.world) for call in split.of_keys_from(rank)]
-        of_part = options._replace(partial=options.partial or parts != [(0, q.shape[1])])
+        of_part = options._replace(partial=s_aux is not None or parts != [(0, q.shape[1])])
         for step, distance in _steps(split):
             coming = hop(keys, distance, group) if distance else None
             for call in split.of_keys_from((split.rank - step) % split.world):
                 sums.add(call.queries, *forward_of(call, q, keys[0], keys[1], of_part))
             keys = coming.wait() if coming else keys
-        out, lse = sums.result()
-        rounded = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, rounded, lse)
+        out, lse = with_sinks(*sums.result(), s_aux, q.dtype)
+        ctx.save_for_backward(q, k, v, s_aux, out, lse)
         ctx.set_materialize_grads(False)
-        ctx.said = options, split, group
-        return out if options.partial else rounded, lse
+        ctx.said = options._replace(partial=True), split, group
+        return out, lse
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, s_aux, out, lse = ctx.saved_tensors
         options, split, group = ctx.said
-        options = options._replace(partial=True)
         dout = torch.zeros_like(out) if dout is None else dout.to(out.dtype)
         dq: Tensor | None = None
         keys = [k, v]
@@ -71,7 +70,8 @@ class Ring(torch.autograd.Function):
         assert arriving is not None
         dk, dv = arriving.wait()
         dq = _plus(dq, q, (0, 0), q[:, :0])
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        ds_aux = sink_gradient(dout, out, lse, dlse, s_aux) if ctx.needs_input_grad[3] else None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), ds_aux, None, None, None
 
 
 def _plus(total: Tensor | None, like: Tensor, rows: tuple[int, int], part: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from fa2gen.distributed.exchange import Pending, swap
-from fa2gen.distributed.partial import forward_of, gradients_of
+from fa2gen.distributed.partial import forward_of, gradients_of, with_sinks
 from fa2gen.distributed.plan import Split
 from fa2gen.layout import CHUNK_BYTES, align_up
-from fa2gen.ops.validate import out_dtype
 from fa2gen.options import Options
+from fa2gen.reference import sink_gradient
 
 __all__ = ["Ulysses"]
 
@@ -29,11 +29,19 @@ class Ulysses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, split: Split, group: ProcessGroup, stride: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        s_aux: Tensor | None,
+        options: Options,
+        split: Split,
+        group: ProcessGroup,
+        stride: int,
     ) -> tuple[Tensor, Tensor]:
         parts = _Parts(split, group, k.shape[2], stride)
         batch, rows, heads, _ = q.shape
-        out = q.new_empty((batch, rows, heads, v.shape[3]), dtype=out_dtype(q, options))
+        out = q.new_empty((batch, rows, heads, v.shape[3]), dtype=q.dtype)
         lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
         kept: list[Tensor] = []
         given = ((k, v), (q,))
@@ -42,13 +50,15 @@ class Ulysses(torch.autograd.Function):
         for first in parts.starts:
             arriving, coming = coming, parts.send(given, first + stride)
             all_k, all_v, all_q = (x for one in arriving for x in one.wait())
-            results = forward_of(split.whole, all_q, all_k, all_v, options)
+            sinks = None if s_aux is None else s_aux[parts.heads(heads, first)]
+            unrounded = options._replace(partial=sinks is not None)
+            results = with_sinks(*forward_of(split.whole, all_q, all_k, all_v, unrounded), sinks, q.dtype)
             back.append((first, parts.send_back((results,))))
-            kept += (all_q, all_k, all_v, results[0].to(q.dtype), results[1])
+            kept += (all_q, all_k, all_v, *results)
             if len(back) > 1:  # of the heads before
                 parts.store((out, lse), *back.pop(0))
         parts.store((out, lse), *back.pop())
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(s_aux, *kept)
         ctx.set_materialize_grads(False)
         ctx.said = options, split, group, stride, q.shape, k.shape, v.shape
         return out, lse
@@ -57,13 +67,14 @@ class Ulysses(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         options, split, group, stride, *shapes = ctx.said
-        options = options._replace(partial=False)  # each gradient is of one call
-        kept = list(ctx.saved_tensors)
+        s_aux, *kept = ctx.saved_tensors
         parts = _Parts(split, group, shapes[1][2], stride)
         dq, dk, dv = (kept[0].new_empty(shape) for shape in shapes)
         dout = dq.new_zeros((*dq.shape[:3], dv.shape[3])) if dout is None else dout.to(dq.dtype)
         if dlse is None:  # in other processes it may be none
             dlse = dq.new_zeros((shapes[0][0], shapes[0][2], shapes[0][1]), dtype=torch.float32)
+        # Of all rows, for the heads of this process's part.
+        ds_aux = torch.zeros_like(s_aux) if ctx.needs_input_grad[3] else None
         given = ((dout, dlse),)
         back: list[tuple[int, list[Pending[list[Tensor]]]]] = []
         coming = parts.send(given, 0)
@@ -73,10 +84,13 @@ class Ulysses(torch.autograd.Function):
             all_q, all_k, all_v, all_out, all_lse, *kept = kept
             of_call = gradients_of(split.whole, all_dout, all_q, all_k, all_v, all_out, all_lse, all_dlse, options)
             back.append((first, parts.send_back((of_call[:1], of_call[1:]))))
+            if ds_aux is not None:
+                mine = parts.heads(len(ds_aux), first)
+                ds_aux[mine] = sink_gradient(all_dout, all_out, all_lse, all_dlse, s_aux[mine])
             if len(back) > 1:
                 parts.store((dq, dk, dv), *back.pop(0))
         parts.store((dq, dk, dv), *back.pop())
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, ds_aux, None, None, None, None
 
 
 class _Parts:
@@ -128,6 +142,12 @@ class _Parts:
         for one in returned:
             for x in one.wait():
                 _copy(self._parts_of(next(rest), first), x)
+
+    def heads(self, num_heads: int, first: int) -> slice:
+        """Of so many heads those that this process computes, from key head `first` of its part on."""
+        of_each, group = self._num_heads_kv // self._split.world, num_heads // self._num_heads_kv
+        before = self._split.rank * of_each
+        return slice((before + first) * group, (before + min(first + self._stride, of_each)) * group)
 
     def _parts_of(self, x: Tensor, first: int) -> Tensor:
         """(W, rows, batch, heads, ...), a view: heads from `first` on of each process's part of x."""
