@@ -175,8 +175,9 @@ MORE_FILES = {
     "dropout": 18,
     "paged": 16,
     "learned": 11,
+    "partial": 19,
 }
-"""Of fields that were there before there was a limit, or change what every step of a kernel does."""
+"""Of fields that were there before there was a limit, or change what every step of a kernel does, or how each ends."""
 
 
 def askers(field: str) -> list[str]:
