@@ -89,14 +89,15 @@ class Split:
     def pieces(self, rank: int) -> tuple[Piece, ...]:
         return pieces_of(rank, self.world, self.rows, self.layout)
 
-    def equal_pieces(self, rank: int) -> tuple[Piece, ...]:
-        """The same in pieces of one length, as many in each process."""
-        count = max(len(self.pieces(each)) for each in range(self.world))
-        length = self.rows // self.world // count
+    @cached_property
+    def equal_pieces(self) -> tuple[tuple[int, ...], ...]:
+        """Of each process its pieces, of one length and as many as those of the others, by their numbers in the
+        sequence, in the order of its tensors."""
+        pieces = [self.pieces(rank) for rank in range(self.world)]
+        length = self.rows // self.world // max(map(len, pieces))
         return tuple(
-            Piece(start, start + length, piece.at + start - piece.start)
-            for piece in self.pieces(rank)
-            for start in range(piece.start, piece.end, length)
+            tuple(start // length for piece in of_one for start in range(piece.start, piece.end, length))
+            for of_one in pieces
         )
 
     @cached_property

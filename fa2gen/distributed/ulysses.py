@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Ulysses(torch.autograd.Function):
         lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
         kept: list[Tensor] = []
         given = ((k, v), (q,))
-        back: list[tuple[int, list[Pending[list[Tensor]]]]] = []
+        back: list[tuple[int, list[_Arriving]]] = []
         coming = parts.send(given, 0)
         for first in parts.starts:
             arriving, coming = coming, parts.send(given, first + stride)
@@ -53,7 +53,7 @@ class Ulysses(torch.autograd.Function):
             sinks = None if s_aux is None else s_aux[parts.heads(heads, first)]
             unrounded = options._replace(partial=sinks is not None)
             results = with_sinks(*forward_of(split.whole, all_q, all_k, all_v, unrounded), sinks, q.dtype)
-            back.append((first, parts.send_back((results,))))
+            back.append((first, parts.send_back(results)))
             kept += (all_q, all_k, all_v, *results)
             if len(back) > 1:  # of the heads before
                 parts.store((out, lse), *back.pop(0))
@@ -76,14 +76,14 @@ class Ulysses(torch.autograd.Function):
         # Of all rows, for the heads of this process's part.
         ds_aux = torch.zeros_like(s_aux) if ctx.needs_input_grad[3] else None
         given = ((dout, dlse),)
-        back: list[tuple[int, list[Pending[list[Tensor]]]]] = []
+        back: list[tuple[int, list[_Arriving]]] = []
         coming = parts.send(given, 0)
         for first in parts.starts:
             arriving, coming = coming, parts.send(given, first + stride)
             all_dout, all_dlse = arriving[0].wait()
             all_q, all_k, all_v, all_out, all_lse, *kept = kept
             of_call = gradients_of(split.whole, all_dout, all_q, all_k, all_v, all_out, all_lse, all_dlse, options)
-            back.append((first, parts.send_back((of_call[:1], of_call[1:]))))
+            back.append((first, parts.send_back(of_call)))
             if ds_aux is not None:
                 mine = parts.heads(len(ds_aux), first)
                 ds_aux[mine] = sink_gradient(all_dout, all_out, all_lse, all_dlse, s_aux[mine])
@@ -93,55 +93,80 @@ class Ulysses(torch.autograd.Function):
         return dq, dk, dv, ds_aux, None, None, None, None
 
 
+class _Arriving(NamedTuple):
+    """Tensors of which the first piece of each process's rows comes first."""
+
+    tensors: list[Tensor]
+    works: list[Pending[Sequence[Tensor]]]
+
+    def wait(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        return self.tensors
+
+
 class _Parts:
     """Exchanges of tensors (batch, rows, heads, head_dim), and of rows (batch, heads, rows), whichever a tensor is.
 
     Each process has as many heads as the others: its part. Of a part some travel at a time: key heads
-    [first, first + stride), and those of other tensors that go with them. Tensors are given in groups, of which each is
-    one exchange, so that one is packed, or stored, while another travels. Rows come to where they stand in the
-    sequence; nothing is copied but what is packed before an exchange, and stored behind one.
+    [first, first + stride), and those of other tensors that go with them. Tensors are given in groups, which travel
+    side by side, each piece of rows in an exchange of its own, so that one is packed, or stored, while another travels.
+    Rows come to where they stand in the sequence; nothing is copied but what is packed before an exchange, and stored
+    behind one.
     """
 
     def __init__(self, split: Split, group: ProcessGroup, num_heads_kv: int, stride: int) -> None:
         self._split, self._group, self._num_heads_kv, self._stride = split, group, num_heads_kv, stride
         self.starts = range(0, num_heads_kv // split.world, stride)
+        rows, count = split.rows // split.world, len(split.equal_pieces[0])
+        self._pieces = [slice(at, at + rows // count) for at in range(0, rows, rows // count)]
 
-    def send(self, groups: Groups, first: int) -> list[Pending[list[Tensor]]]:
+    def send(self, groups: Groups, first: int) -> list[_Arriving]:
         """Heads from `first` on of each process's part, to it: what comes is all rows of those of this one's. Nothing
         behind the last."""
         return [self._send(tensors, first) for tensors in groups] if first in self.starts else []
 
-    def _send(self, tensors: Sequence[Tensor], first: int) -> Pending[list[Tensor]]:
+    def _send(self, tensors: Sequence[Tensor], first: int) -> _Arriving:
         split, parts = self._split, [self._parts_of(x, first) for x in tensors]
         world, rows, batch = parts[0].shape[:3]
         bounds = list(accumulate((align_up(x[0, 0, 0].nbytes, CHUNK_BYTES) for x in parts), initial=0))
         packed = parts[0].new_empty((world, rows, batch, bounds[-1]), dtype=torch.uint8)
         found = packed.new_empty((split.rows, batch, bounds[-1]))
-        for x, place in zip(parts, _columns(packed, parts, bounds), strict=True):
-            _copy(place, x)
-        sent = [[of_one[p.at : p.at + p.end - p.start] for p in split.equal_pieces(split.rank)] for of_one in packed]
-        into = [[found[p.start : p.end] for p in split.equal_pieces(rank)] for rank in range(world)]
-        return swap(sent, into, [_rows_within(x) for x in _columns(found, parts, bounds)], self._group)
+        pairs = list(zip(parts, _columns(packed, parts, bounds), strict=True))
+        works = []
+        for at, to_each, from_each in zip(self._pieces, self._for_each(packed), self._of_each(found), strict=True):
+            for x, place in pairs:
+                _copy(place[:, at], x[:, at])
+            works.append(swap(to_each, from_each, self._group))
+        return _Arriving([_rows_within(x) for x in _columns(found, parts, bounds)], works)
 
-    def send_back(self, groups: Groups) -> list[Pending[list[Tensor]]]:
+    def send_back(self, tensors: Sequence[Tensor]) -> list[_Arriving]:
         """To each process its rows: (W, rows, ...) of all heads comes."""
-        return [self._send_back(tensors) for tensors in groups]
+        return [self._send_back(_rows_first(x).contiguous()) for x in tensors]
 
-    def _send_back(self, tensors: Sequence[Tensor]) -> Pending[list[Tensor]]:
-        split = self._split
-        every = [_rows_first(x).contiguous() for x in tensors]
-        found = [x.new_empty((split.world, split.rows // split.world, *x.shape[1:])) for x in every]
-        sent = [[x[p.start : p.end] for x in every for p in split.equal_pieces(rank)] for rank in range(split.world)]
-        mine = split.equal_pieces(split.rank)
-        into = [[x[r, p.at : p.at + p.end - p.start] for x in found for p in mine] for r in range(split.world)]
-        return swap(sent, into, found, self._group)
+    def _send_back(self, x: Tensor) -> _Arriving:
+        found = x.new_empty((self._split.world, self._split.rows // self._split.world, *x.shape[1:]))
+        sides = zip(self._of_each(x), self._for_each(found), strict=True)
+        return _Arriving([found], [swap(to_each, from_each, self._group) for to_each, from_each in sides])
 
-    def store(self, wholes: Sequence[Tensor], first: int, returned: list[Pending[list[Tensor]]]) -> None:
-        """What came back, at its heads."""
-        rest = iter(wholes)
-        for one in returned:
-            for x in one.wait():
-                _copy(self._parts_of(next(rest), first), x)
+    def store(self, wholes: Sequence[Tensor], first: int, returned: Sequence[_Arriving]) -> None:
+        """What came back, at its heads, piece by piece."""
+        for whole, arriving in zip(wholes, returned, strict=True):
+            (found,), into = arriving.tensors, self._parts_of(whole, first)
+            for at, work in zip(self._pieces, arriving.works, strict=True):
+                work.wait()
+                _copy(into[:, at], found[:, at])
+
+    def _of_each(self, x: Tensor) -> Iterator[list[Tensor]]:
+        """Of a tensor of all rows, as they stand in the sequence: the first pieces of all processes, the second ones
+        and so on."""
+        order = self._split.equal_pieces
+        pieces = x.chunk(len(order) * len(self._pieces))
+        return ([pieces[number] for number in numbers] for numbers in zip(*order, strict=True))
+
+    def _for_each(self, x: Tensor) -> Iterator[list[Tensor]]:
+        """Of a tensor (W, rows, ...), which has a part with this process's rows for each: likewise."""
+        return ([part[at] for part in x] for at in self._pieces)
 
     def heads(self, num_heads: int, first: int) -> slice:
         """Of so many heads those that this process computes, from key head `first` of its part on."""
