@@ -38,10 +38,12 @@ ROWS_OF_PART = 800
 # times one head after the other. Dense batches, whose blocks set out and end together, 0.89 to 1.01 (H100).
 MOST_KEYS_ABREAST = 2048
 
-# By head dim, what a block of keys may walk in rows of queries where turns are worth it: at 64 1.04 to 1.11 times from
-# 512 to 4k, causal, and 1.02 to 1.11 full, but 0.99 at 16k; at 96 1.04 to 1.06 at 4k and 16k (H100, 20 or 31 blocks of
-# keys a multiprocessor). Other head dims were not measured.
-MOST_ROWS_IN_TURN = {64: 4096, 96: 16384}
+# By head dim, the most rows of queries a block of keys walks where turns are worth it; times without, causal and full.
+# 32: 1k 1.19, 4k 1.04, 1.02, 16k 0.98, 1.00; 48: 1k 1.17, 4k 1.08, 1.03, 16k 1.02, 1.00; 64: 512 to 4k 1.04 to 1.11, 8k
+# 1.02, 1.02, 16k 0.99, 1.00; 72: 512 1.11, 1.10, 4k 1.03, 1.05, 16k 1.02, 1.01; 80: 512 1.08, 1.09, 4k 1.03, 1.04, 16k
+# 1.00, 1.03; 88: 4k 1.03, 1.01, 16k 0.97, 1.01; 96: 512 1.07, 1.07, 4k 1.03, 1.04, 16k 1.04; 104: 4k 1.02, 0.99, 16k
+# 1.01. Of 64:8 heads of 64, 8k 1.00 (H100, 17 blocks of keys a multiprocessor and more).
+MOST_ROWS_IN_TURN = {32: 4096, 48: 16384, 64: 16384, 72: 16384, 80: 16384, 88: 4096, 96: 16384, 104: 16384}
 LEAST_WAVES_OF_TURNS = 4
 
 

@@ -477,6 +477,11 @@ class KernelPlan:
         return read + (self.head_dim * NUMBER_BYTES if self.problem.direction == "bwd" else 0)
 
     @property
+    def keeps_in_l2(self) -> bool:
+        """Whether copies ask L2 to keep what they touch until all else has left."""
+        return False
+
+    @property
     def section_bytes(self) -> int:
         """Of what the heads that are walked together read, where there are no groups."""
         return SECTION_BYTES
@@ -485,6 +490,17 @@ class KernelPlan:
     def rows_in_l2(self) -> int:
         """Of all heads that are walked together."""
         return self.section_bytes // self.section_row_bytes
+
+    @property
+    def section_heads(self) -> int:
+        """Of gradients, how many heads a section has at most."""
+        return SECTION_HEADS_OF_GRADIENTS
+
+    @property
+    def times_in_order(self) -> int:
+        """How many times as much a section may read where additions have an order: then few blocks that run at a time
+        belong to one head, and wait for each other."""
+        return 1
 
     @property
     def sections_of_groups(self) -> int:

@@ -186,6 +186,11 @@ class BackwardPlan(KernelPlan):
         return ""
 
     @property
+    def stores_in_turn(self) -> bool:
+        """Whether the block of keys with the first turn stores its share of dQ, to which others add."""
+        return False
+
+    @property
     def num_dq_shares(self) -> int:
         """Of dQ of a block of queries, that different threads add."""
         return 1

@@ -220,15 +220,15 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             ),
             # 1.02 times 48 x 128 at 8k; with a causal mask 1.00, and 0.96 at 2k (H100).
             _Row(192, (*_PASSING[:1], (48, 128, 2, 8), (64, 64, 2, 8)), head_dims=(192, 128)),
-            # With dQ a step later 80 queries are 1.03 times 64 at 72, 1.02 at 80 and at 112; at 88 and 104 0.98, as 64
-            # leave room for V in registers (4k and 16k, H200).
+            # With dQ a step later 80 queries are 1.02 times 64 at 112; up to 104 64 leave room for V in registers, and
+            # with blocks of keys in turn are 1.02 times 80 at 72, 1.03 at 80 (4k, H100).
             *(
                 _Row(
                     head_dim,
                     ((128, 128, 2, 8), (80, 128, 2, 8), (64, 128, 2, 8), (48, 128, 2, 8), *_PASSING, (64, 64, 2, 8)),
                     lagging=lagging,
                 )
-                for head_dim, lagging in ((80, _WIDE_LAGGING), (104, _LAGGING), (112, _WIDE_LAGGING), (256, _LAGGING))
+                for head_dim, lagging in ((104, _LAGGING), (112, _WIDE_LAGGING), (256, _LAGGING))
             ),
         ),
         _widest,

@@ -18,7 +18,6 @@ from fa2gen.options import SPLIT_KEYS
 from fa2gen.plan.base import (
     SECTION_BYTES,
     SECTION_HEADS,
-    SECTION_HEADS_OF_GRADIENTS,
     EntryPoint,
     KernelPlan,
     TensorMapPlan,
@@ -114,8 +113,9 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         read = f"num_heads_per_kv * seqlen_q * {plan.section_row_bytes}"
         heads = f"{of_batch}num_heads_kv"
         if not plan.problem.deterministic:
-            heads = f"min({heads}, {SECTION_HEADS_OF_GRADIENTS})"
-        section = f"min(max(1, section_bytes / ({read})), {heads}){of_parts}"
+            heads = f"min({heads}, {plan.section_heads})"
+        least = "least_section" if plan.times_in_order > 1 else "1"
+        section = f"min(max({least}, section_bytes / ({read})), {heads}){of_parts}"
     else:  # whole groups of query heads that share K and V
         read = f"seqlen_k * {plan.section_row_bytes}"
         section = f"min(section_heads_kv * num_heads_per_kv, {of_batch}num_heads)"
@@ -134,6 +134,7 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "tile_pages": f"{tiling.tile_n} / page_size",
         "tile_rows": f"{tiling.tile_n} - tile_pages * page_size",
         "section_bytes": f"{plan.section_bytes} * min(num_heads_per_kv, {plan.sections_of_groups})",
+        "least_section": f"max(1, min({plan.section_heads}, {plan.times_in_order} * section_bytes / ({read})))",
         "section_heads_kv": f"max(1, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
         **({"stores_first": first} if isinstance(plan, BackwardPlan) and (first := plan.stores_first) else {}),
@@ -229,14 +230,14 @@ def memory(plan: KernelPlan) -> dict[str, str]:
         "tile_counter": "1",
         "lse_log2": f"{blocks} * {plan.tiling.tile_m}",
         "dpsum": f"{blocks} * {plan.tiling.tile_m}",
-        "dq_turns": blocks,
         "tile_bounds": "2 * num_bounds",
         "parts": f"num_slots * {plan.tiling.tile_m * plan.problem.head_dim}",
         "part_sums": f"num_slots * {2 * plan.tiling.tile_m}",
         "counters": "fixed_parts * num_units + (1 - fixed_parts) * num_blocks",
     }
     if isinstance(plan, BackwardPlan):
-        counts["dq_sums"] = f"{blocks} * {plan.num_dq_shares}"
+        shares = f" * {plan.num_dq_shares}" if plan.num_dq_shares > 1 else ""
+        counts["dq_sums"] = counts["dq_turns"] = f"{blocks}{shares}"
         counts["dq_acc"] = f"{blocks} * {plan.dq_block_floats}"
         keys = f"num_n_blocks * num_heads_kv{'' if plan.varlen else ' * batch'}"
         counts["dkv_parts"] = f"{keys} * {plan.tiling.group_parts * plan.part_floats}"

@@ -59,6 +59,7 @@ REGISTERS_BESIDE_V = 12  # that V in registers leaves free (8 at d = 96, 80 quer
 SUMS_THAT_LAG = 112
 REGISTERS_OF_DQ_REST = 4  # where dQ's sums are, and from there to those of the other columns
 
+NUM_WRITERS_IN_TURN = 3  # threads, of the warps that the producer warpgroup has beside the producer
 NUM_DS_STAGES = 2  # then one barrier a block of queries is enough
 DQ_COLUMNS_AT_ONCE = 128  # split by products: 64 accumulator registers beside the 64 x head_dim of dV
 
@@ -72,12 +73,28 @@ SCORE_SPAN = 64  # bytes a row of P and dS then: whole panels of 32 keys, so tha
 # is the same, and its griddepcontrol instructions then do nothing.
 STARTS_EARLY = True
 
-# Up to so many rows a sequence, in the mean, the first share of dQ of a block of queries is stored: no zeros are
-# written and read again. Beyond, asking who was first costs more (d = 128: causal 512, 2k, 8k 1.09, 1.05, 1.01 times;
-# full 512 1.04, 2k 0.95, where blocks of keys come to a block of queries all at once; 32:8 heads, 8k 0.96; ragged 512,
-# full 1.11; windows of 128 and 1024 keys 1.22, 1.05; H100).
+# Up to this head dim what a kernel loads, and the sums of dQ, are the last to leave L2 (d = 64, 16k: causal 1.018, keys
+# in turn 1.035, full 1.009; 8k 1.00, full 1.012, 4k 0.996; d = 128, 8k 1.003, full 1.00; H100).
+HEAD_DIM_IN_L2 = 64
+
+# With keys in turn, and L2 kept for them, few blocks that run at a time add to one head: d = 64 causal, 16k 4, 16, 32
+# heads 1.00, 1.01, 1.02 times, 8k 8, 16, 32, 64 heads 1.00, 1.00, 1.01, 1.02, 4k 16, 32, 64 1.00, 2k 16, 32 1.00 (H100,
+# H200).
+SECTION_BYTES_IN_TURN, SECTION_HEADS_IN_TURN = 256 << 20, 64
+
+# Deterministic, d = 128, 8k: causal 4, 8, 16 heads 1.21, 1.16, 1.12 times the time of sums in any order, full 1.075,
+# 1.07, 1.065, but 32 1.86; d = 256 causal 2, 4, 16 heads 1.38, 1.24, 1.30, full 2 and 16 1.18, 1.52 (H100, one thread a
+# share).
+SECTIONS_IN_ORDER, SECTIONS_OF_WIDE = 4, 2
+
+# Up to so many rows, of causal masks all that a block of keys may walk, or of a ragged batch in the mean of a sequence,
+# the first share of dQ of a block of queries is stored: no zeros are written and read again. Beyond, asking who was
+# first costs more (causal, d = 128: 512, 2k, 8k 1.09, 1.05, 1.01 times, 16k 0.99; 32:8 heads, 2k 1.05, 4k 0.96; d = 64:
+# 8k 1.01 to 1.03, 16k 1.00, 32:8 heads, 4k 1.02, 64:8, 8k 0.99; full 512 1.04, 2k 0.95, where blocks of keys come to a
+# block of queries all at once; ragged 512, full 1.11; windows of 128 and 1024 keys 1.22, 1.05; H100).
 FIRST_ROWS = 512
-FIRST_ROWS_OF_CAUSAL = 4096
+FIRST_ROWS_OF_CAUSAL, FIRST_ROWS_OF_NARROW = 8192, 16384  # up to head dim 64
+FIRST_ROWS_OF_RAGGED = 4096  # causal
 
 
 class DqSlice(NamedTuple):
@@ -145,10 +162,13 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @cached_property
     def can_take_turns(self) -> bool:
         """Whether there is room for a second K, and for a second V unless that is held in registers, and for a warp's
-        rows of dK in the place of its share of dQ. In dense batches, whose number of blocks the host knows."""
-        if not self.lags_dq or self.shares_dq or self.varlen or self.dropout or self.tiling.heads_abreast:
+        rows of dK in the place of its share of dQ. In dense batches, whose number of blocks the host knows; sums in
+        order were not tried."""
+        if not self.lags_dq or self.shares_dq or self.varlen or self.dropout or self.deterministic:
             return False
-        if self.splits_groups or self.partial or len(self.widths) > 1 or self.swaps_dq != self.holds_v:
+        if self.tiling.heads_abreast or self.splits_groups or self.partial or len(self.widths) > 1:
+            return False
+        if self.swaps_dq != self.holds_v:
             return False
         if self.dq_place_bytes % SWIZZLE_ATOM_BYTES or self.dq_place_bytes < self.warp_rows_bytes:
             return False
@@ -159,9 +179,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if self.is_persistent and not self.can_take_turns:
             yield BrokenRule(
                 "keys in turn",
-                "1 given; needs lag, a dense batch without dropout, rounded gradients, groups in one part, and room "
-                f"for two K, for two V unless that is in registers, and for {self.warp_rows_bytes:,} bytes of a warp's "
-                f"rows of dK in its {self.dq_place_bytes:,} of dQ, a multiple of {SWIZZLE_ATOM_BYTES:,}: 0",
+                "1 given; needs lag, a dense batch without dropout, sums in no order, rounded gradients, groups in one "
+                "part, and room for two K, for two V unless that is in registers, and for "
+                f"{self.warp_rows_bytes:,} bytes of a warp's rows of dK in its {self.dq_place_bytes:,} of dQ, a "
+                f"multiple of {SWIZZLE_ATOM_BYTES:,}: 0",
             )
 
     @property
@@ -207,8 +228,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             why = f"{self.tile_m} queries and {sums} registers of dK and dV, which leave too few"
         elif self.swaps_dq and self.dropout and self.left_edge:  # 16 bytes spill
             why = "dropout in a window above head dim 64, which leaves too few registers"
-        elif self.deterministic or self.has_score or self.has_allow:
-            why = "deterministic sums" if self.deterministic else "an expression"
+        elif self.has_score or self.has_allow:
+            why = "an expression"
         if why:
             yield BrokenRule("lag", f"1 given, with {why}: 0")
 
@@ -218,6 +239,10 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         shared memory, whose bandwidth limits these head dims."""
         registers = self.register_estimate + self.num_v + REGISTERS_BESIDE_V
         return self.lags_dq and self.swaps_dq and not self.dropout and registers <= self.consumer_registers
+
+    @property
+    def keeps_in_l2(self) -> bool:
+        return self.lags_dq and self.head_dim <= HEAD_DIM_IN_L2 and not self.varlen and not self.left_edge
 
     @property
     def keeps_pace(self) -> bool:
@@ -239,6 +264,24 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         """Where additions have an order: under a causal mask all blocks of keys then begin at the same block of
         queries, and none waits for the one before to come to its diagonal (templates/sm90/bwd/README.md)."""
         return self.deterministic or super().walks_queries_down
+
+    @property
+    def section_bytes(self) -> int:
+        return SECTION_BYTES_IN_TURN if self._walks_wide_sections else super().section_bytes
+
+    @property
+    def section_heads(self) -> int:
+        return SECTION_HEADS_IN_TURN if self._walks_wide_sections else super().section_heads
+
+    @property
+    def _walks_wide_sections(self) -> bool:
+        return self.is_persistent and self.keeps_in_l2
+
+    @property
+    def times_in_order(self) -> int:
+        if not self.deterministic or self.left_edge or self.varlen:
+            return super().times_in_order
+        return SECTIONS_IN_ORDER if self.stages_dq else SECTIONS_OF_WIDE if self.uneven else 1
 
     @property
     def split(self) -> str:
@@ -547,7 +590,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             of_ds = ring("ds", NUM_DS_STAGES, full=warps, empty=warps)
             of_dq = half if self.num_dq_slices == self.num_mma_warps else "stage == 0 ? 4 : kNumDqSlices - 4"
             of_second = (Barrier("second_has_dp", half, 2),) if self.keeps_pace else ()
-            return *ring("dq", 2, full=of_dq, empty="1"), *of_ds, Barrier("first_has_dp", half, 2), *of_second
+            pairs = ring("dq", 2, full=of_dq, empty="1")
+            if self.rotates_writers:
+                of_dq = of_dq.replace("stage == 0", f"stage < {NUM_WRITERS_IN_TURN}")
+                pairs = Barrier("dq_full", of_dq, 2 * NUM_WRITERS_IN_TURN), Barrier("dq_empty", "1", 2)
+            return *pairs, *of_ds, Barrier("first_has_dp", half, 2), *of_second
         if stages_dq:
             return Barrier("dq_full", str(self.num_dq_warps)), Barrier("dq_empty", "1")
         if self.deterministic:
@@ -630,17 +677,55 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def stores_first(self) -> str:
-        """Not where the order is kept: there sums begin with 0."""
+        """Not where the order is kept: there whose turn is the first stores."""
         if not self.stages_dq or self.deterministic:
             return ""
         if self.left_edge:
             return "1"
-        rows = FIRST_ROWS_OF_CAUSAL if self.mask == "causal" else FIRST_ROWS
-        return f"min({rows}{' * batch' if self.varlen else ''} / max(seqlen_q, 1), 1)"
+        rows, walked = FIRST_ROWS, "seqlen_q"
+        if self.mask == "causal" and self.varlen:
+            rows = FIRST_ROWS_OF_RAGGED
+        elif self.mask == "causal":
+            rows = FIRST_ROWS_OF_NARROW if self.head_dim <= 64 else FIRST_ROWS_OF_CAUSAL
+            walked = "seqlen_q * num_heads_per_kv"
+        return f"min({rows}{' * batch' if self.varlen else ''} / max({walked}, 1), 1)"
+
+    @property
+    def stores_in_turn(self) -> bool:
+        return self.deterministic and self.stages_dq
 
     @property
     def num_dq_shares(self) -> int:
         return 2 if self.lags_dq else 1
+
+    @property
+    def rotates_writers(self) -> bool:
+        """Whether threads in rotation add the warpgroups' shares of dQ: to wait for a turn, add, and wait until all is
+        added takes one longer than a step."""
+        return self.lags_dq and self.deterministic
+
+    @property
+    def share_full(self) -> str:
+        """C++: the barrier that says that a warpgroup's share of dQ of the step before is there."""
+        return "full" if self.rotates_writers else "barriers.dq_full(warpgroup)"
+
+    @property
+    def writer_full(self) -> str:
+        """C++: the same where it is added."""
+        if self.rotates_writers:
+            return f"{NUM_WRITERS_IN_TURN} * warpgroup + step % {NUM_WRITERS_IN_TURN}"
+        return "warpgroup" if self.lags_dq else ""
+
+    @property
+    def num_writers_in_turn(self) -> int:
+        return NUM_WRITERS_IN_TURN
+
+    @property
+    def writing_warps(self) -> str:
+        """C++: whether a warp of the producer warpgroup adds dQ to global memory."""
+        if self.rotates_writers:
+            return "warp > 0"
+        return "(warp == 1 || warp == 2)" if self.lags_dq else "warp == 1"
 
     @property
     def num_dq_warps(self) -> int:

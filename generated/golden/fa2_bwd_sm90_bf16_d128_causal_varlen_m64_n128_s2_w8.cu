@@ -1661,7 +1661,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //   lse_log2: num_m_blocks * num_heads * 64
 //   dpsum: num_m_blocks * num_heads * 64
 //   dq_acc: num_m_blocks * num_heads * 8192
-//   dq_sums: num_m_blocks * num_heads * 1
+//   dq_sums: num_m_blocks * num_heads
 //   sequences: 8 * (3 * batch + 2)
 //   num_blocks: 2
 //   m_list: num_m_blocks

@@ -1434,12 +1434,12 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //   num_batch_heads_kv = batch * num_heads_kv
 //   section_bytes = 33554432 * min(num_heads_per_kv, 2)
 //   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 1024)), min(batch * num_heads_kv, 16))
-//   stores_first = min(4096 / max(seqlen_q, 1), 1)
+//   stores_first = min(8192 / max(seqlen_q * num_heads_per_kv, 1), 1)
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 64
 //   dpsum: num_m_blocks * num_heads * batch * 64
 //   dq_acc: num_m_blocks * num_heads * batch * 8192
-//   dq_sums: num_m_blocks * num_heads * batch * 1
+//   dq_sums: num_m_blocks * num_heads * batch
 // Options; limited(x, n) is n where x < 0, else min(x, n):
 //   number_0: number of the expression
 //   Params has number_0 = number_0

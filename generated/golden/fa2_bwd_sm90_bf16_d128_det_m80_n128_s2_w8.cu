@@ -7,10 +7,10 @@
 //   tiling   80 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230752 bytes of dynamic shared memory
 //   contents   34 Problem and tiling,   56 Shared memory,  120 Threads,  164 Arithmetic,  192 Shared memory,
-//             213 Global memory,  264 mbarriers,  308 TMA,  350 Bulk copies,  366 Fences,  378 Fragments,
-//             392 Registers,  400 Registers of a warpgroup,  412 wgmma,  593 What is visible,
-//             643 Softmax and its gradient,  743 Pipelines,  786 Loads,  835 Matrix products,  873 Staging,
-//             936 Producer,  970 Turns, 1012 Consumer, 1136 Kernels, 1293 Launch
+//             213 Global memory,  265 mbarriers,  309 TMA,  351 Bulk copies,  373 Fences,  385 Fragments,
+//             399 Registers,  407 Registers of a warpgroup,  419 wgmma,  600 What is visible,
+//             650 Softmax and its gradient,  750 Pipelines,  793 Loads,  842 Matrix products,  880 Staging,
+//             943 Producer,  977 Turns, 1023 Consumer, 1147 Kernels, 1307 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -212,6 +212,13 @@ __device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, 
 
 // Global memory -------------------------------------------------------------------------------------------------------
 
+// What another thread of the block, or an earlier kernel, has written.
+__device__ __forceinline__ int load_global_int(int const* address) {
+    int value;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ void store_global_int(int* address, int value) {
     *address = value;
 }
@@ -234,12 +241,6 @@ __device__ __forceinline__ float load_global_float(float const* address) {
 __device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
     asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
-    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
 // Waits until the number at `address` is `value`; what its writer did before is then done.
@@ -354,6 +355,12 @@ __device__ __forceinline__ void tma_store_wait() {
 __device__ __forceinline__ void bulk_load(uint32_t destination, void const* source, uint32_t bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  :: "r"(destination), "l"(source), "r"(bytes), "r"(barrier) : "memory");
+}
+
+// From shared memory.
+__device__ __forceinline__ void bulk_store(float* destination, uint32_t source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 :: "l"(destination), "r"(source), "r"(bytes) : "memory");
 }
 
 // Adds fp32 numbers in shared memory to those in global memory, each addition atomic; what generic stores wrote there must have
@@ -999,7 +1006,11 @@ __device__ __forceinline__ void write_dq(
         float* const destination = p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats;
         uint32_t const source = smem + kSmemDq;
         int const bytes = kDqBlockFloats * 4;
-        bulk_reduce_add(destination, source, bytes);
+        if (block.n_block == key_begin(p, s, walk.m_block * kTileM) / kTileN) {
+            bulk_store(destination, source, bytes);
+        } else {
+            bulk_reduce_add(destination, source, bytes);
+        }
         tma_store_commit();
         tma_store_wait_read();
         mbarrier_arrive(barriers.dq_empty());
@@ -1206,10 +1217,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_det_m80
     if (thread == 0) {
         store_global_int(p.dq_turns + block.index, key_begin(p, s, m_block * kTileM) / kTileN);
     }
-    float* const dq_acc = p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats;
-    for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
-        store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
-    }
 }
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8(
@@ -1259,8 +1266,15 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_det_m80
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
+    // Of queries that see no key nothing was stored: the first turn is not over.
+    int const turn = load_global_int(p.dq_turns + block.index);
+    bool const are_sums = turn != key_begin(p, seqlen_of(p, block.bidb), block.m_block * kTileM) / kTileN;
     auto load = [&](float (&r)[4], float const* address) {
         load_global_float4(r, address);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            r[i] = are_sums ? r[i] : 0.0f;
+        }
     };
     int const row = lane_id() % 8;
     int const chunk = warp % 4 * 2 + lane_id() / 8 % 2;
@@ -1316,7 +1330,8 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_det_m80
 //   num_n_blocks = (seqlen_k + 127) / 128
 //   num_batch_heads_kv = batch * num_heads_kv
 //   section_bytes = 33554432 * min(num_heads_per_kv, 2)
-//   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 1024)), batch * num_heads_kv)
+//   least_section = max(1, min(16, 4 * section_bytes / (num_heads_per_kv * seqlen_q * 1024)))
+//   heads_per_section = min(max(least_section, section_bytes / (num_heads_per_kv * seqlen_q * 1024)), batch * num_heads_kv)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 80

@@ -1500,7 +1500,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_x092143
 //   lse_log2: num_m_blocks * num_heads * batch * 48
 //   dpsum: num_m_blocks * num_heads * batch * 48
 //   dq_acc: num_m_blocks * num_heads * batch * 6144
-//   dq_sums: num_m_blocks * num_heads * batch * 1
+//   dq_sums: num_m_blocks * num_heads * batch
 // Options; limited(x, n) is n where x < 0, else min(x, n):
 //   input_0_last_0: size 0 of input_0, less 1
 //   input_0_last_1: size 1 of input_0, less 1

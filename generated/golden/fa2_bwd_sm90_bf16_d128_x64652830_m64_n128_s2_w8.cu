@@ -1479,7 +1479,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_x646528
 //   lse_log2: num_m_blocks * num_heads * batch * 64
 //   dpsum: num_m_blocks * num_heads * batch * 64
 //   dq_acc: num_m_blocks * num_heads * batch * 8192
-//   dq_sums: num_m_blocks * num_heads * batch * 1
+//   dq_sums: num_m_blocks * num_heads * batch
 // Options; limited(x, n) is n where x < 0, else min(x, n):
 //   number_0: number of the expression
 //   number_1: number of the expression

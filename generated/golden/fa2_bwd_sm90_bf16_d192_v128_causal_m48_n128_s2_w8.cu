@@ -1537,12 +1537,12 @@ extern "C" __global__ void __launch_bounds__(384) fa2_bwd_sm90_bf16_d192_v128_ca
 //   num_batch_heads_kv = batch * num_heads_kv
 //   section_bytes = 33554432 * min(num_heads_per_kv, 2)
 //   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 1408)), min(batch * num_heads_kv, 16))
-//   stores_first = min(4096 / max(seqlen_q, 1), 1)
+//   stores_first = min(8192 / max(seqlen_q * num_heads_per_kv, 1), 1)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 48
 //   dpsum: num_m_blocks * num_heads * batch * 48
 //   dq_acc: num_m_blocks * num_heads * batch * 9216
-//   dq_sums: num_m_blocks * num_heads * batch * 1
+//   dq_sums: num_m_blocks * num_heads * batch
 
 }  // namespace fa2gen::fa2_bwd_sm90_bf16_d192_v128_causal_m48_n128_s2_w8

@@ -7,10 +7,10 @@
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 202912 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   55 Shared memory,  142 Threads,  186 Arithmetic,  254 Shared memory,
-//             285 Global memory,  350 mbarriers,  394 TMA,  436 Bulk copies,  458 Fences,  470 Fragments,
-//             491 Registers,  506 Registers of a warpgroup,  518 wgmma,  701 What is visible,
-//             750 Softmax and its gradient,  809 Dropout,  983 Pipelines, 1032 Loads, 1081 Matrix products,
-//            1118 Staging, 1181 Producer, 1260 Consumer, 1432 Kernels, 1592 Launch
+//             285 Global memory,  350 mbarriers,  394 TMA,  441 Bulk copies,  463 Fences,  475 Fragments,
+//             496 Registers,  511 Registers of a warpgroup,  523 wgmma,  706 What is visible,
+//             755 Softmax and its gradient,  814 Dropout,  988 Pipelines, 1037 Loads, 1086 Matrix products,
+//            1123 Staging, 1186 Producer, 1265 Consumer, 1437 Kernels, 1597 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -403,12 +403,17 @@ __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
 
+// What goes to L2 with this policy leaves it last.
+constexpr uint64_t kEvictLast = 0x14f0000000000000;
+
 // One box into shared memory; `barrier` gets all of the box's bytes, out-of-bounds ones included.
 __device__ __forceinline__ void tma_load(
     uint32_t destination, CUtensorMap const& map, uint32_t barrier, int column, int row, int head, int batch) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, { %3, %4, %5, %6}], [%2];"
-        :: "r"(destination), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch) : "memory");
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, { %3, %4, %5, %6}], [%2], %7;"
+        :: "r"(destination), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(kEvictLast)
+        : "memory");
 }
 
 // One box out of shared memory; what generic stores wrote there must have been published by fence_proxy_async.
@@ -451,8 +456,8 @@ __device__ __forceinline__ void bulk_store(float* destination, uint32_t source, 
 // Adds fp32 numbers in shared memory to those in global memory, each addition atomic; what generic stores wrote there must have
 // been published by fence_proxy_async.
 __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
-                 :: "l"(destination), "r"(source), "r"(bytes) : "memory");
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;"
+                 :: "l"(destination), "r"(source), "r"(bytes), "l"(kEvictLast) : "memory");
 }
 
 // Fences --------------------------------------------------------------------------------------------------------------
@@ -1614,7 +1619,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d64_causal_d
 //   num_batch_heads_kv = batch * num_heads_kv
 //   section_bytes = 33554432 * min(num_heads_per_kv, 2)
 //   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 512)), min(batch * num_heads_kv, 16))
-//   stores_first = min(4096 / max(seqlen_q, 1), 1)
+//   stores_first = min(16384 / max(seqlen_q * num_heads_per_kv, 1), 1)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 128

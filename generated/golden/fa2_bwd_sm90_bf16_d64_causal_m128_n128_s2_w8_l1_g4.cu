@@ -7,10 +7,10 @@
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 198816 bytes of dynamic shared memory
 //   contents   34 Problem and tiling,   56 Shared memory,  127 Threads,  167 Arithmetic,  195 Shared memory,
-//             216 Global memory,  275 mbarriers,  319 TMA,  361 Bulk copies,  383 Fences,  395 Fragments,
-//             409 Registers,  417 Registers of a warpgroup,  429 wgmma,  606 What is visible,
-//             655 Softmax and its gradient,  702 Parts of a group of heads,  798 Pipelines,  847 Loads,
-//             896 Matrix products,  933 Staging,  996 Producer, 1075 Consumer, 1245 Kernels, 1410 Launch
+//             216 Global memory,  275 mbarriers,  319 TMA,  366 Bulk copies,  388 Fences,  400 Fragments,
+//             414 Registers,  422 Registers of a warpgroup,  434 wgmma,  611 What is visible,
+//             660 Softmax and its gradient,  707 Parts of a group of heads,  803 Pipelines,  852 Loads,
+//             901 Matrix products,  938 Staging, 1001 Producer, 1080 Consumer, 1250 Kernels, 1415 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in four kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -328,12 +328,17 @@ __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
 
+// What goes to L2 with this policy leaves it last.
+constexpr uint64_t kEvictLast = 0x14f0000000000000;
+
 // One box into shared memory; `barrier` gets all of the box's bytes, out-of-bounds ones included.
 __device__ __forceinline__ void tma_load(
     uint32_t destination, CUtensorMap const& map, uint32_t barrier, int column, int row, int head, int batch) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, { %3, %4, %5, %6}], [%2];"
-        :: "r"(destination), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch) : "memory");
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, { %3, %4, %5, %6}], [%2], %7;"
+        :: "r"(destination), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(kEvictLast)
+        : "memory");
 }
 
 // One box out of shared memory; what generic stores wrote there must have been published by fence_proxy_async.
@@ -376,8 +381,8 @@ __device__ __forceinline__ void bulk_store(float* destination, uint32_t source, 
 // Adds fp32 numbers in shared memory to those in global memory, each addition atomic; what generic stores wrote there must have
 // been published by fence_proxy_async.
 __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
-                 :: "l"(destination), "r"(source), "r"(bytes) : "memory");
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;"
+                 :: "l"(destination), "r"(source), "r"(bytes), "l"(kEvictLast) : "memory");
 }
 
 // Fences --------------------------------------------------------------------------------------------------------------
@@ -1437,7 +1442,7 @@ extern "C" __global__ void __launch_bounds__(kNumMmaThreads) fa2_bwd_sm90_bf16_d
 //   num_batch_heads_kv = batch * num_heads_kv * 4
 //   section_bytes = 33554432 * min(num_heads_per_kv, 2)
 //   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 512)), min(batch * num_heads_kv, 16)) * 4
-//   stores_first = min(4096 / max(seqlen_q, 1), 1)
+//   stores_first = min(16384 / max(seqlen_q * num_heads_per_kv, 1), 1)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 128

@@ -7,10 +7,10 @@
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 231648 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   55 Shared memory,  127 Threads,  171 Arithmetic,  199 Shared memory,
-//             232 Global memory,  295 mbarriers,  339 TMA,  381 Bulk copies,  403 Fences,  415 Fragments,
-//             429 Registers,  437 Registers of a warpgroup,  449 wgmma,  626 What is visible,
-//             672 Softmax and its gradient,  767 Pipelines,  818 Loads,  867 Matrix products,  904 Staging,
-//             980 Producer, 1085 Consumer, 1288 Kernels, 1451 Launch
+//             232 Global memory,  295 mbarriers,  339 TMA,  386 Bulk copies,  408 Fences,  420 Fragments,
+//             434 Registers,  442 Registers of a warpgroup,  454 wgmma,  631 What is visible,
+//             677 Softmax and its gradient,  772 Pipelines,  823 Loads,  872 Matrix products,  909 Staging,
+//             985 Producer, 1090 Consumer, 1293 Kernels, 1456 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -348,12 +348,17 @@ __device__ __forceinline__ void tma_prefetch_map(CUtensorMap const& map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(&map) : "memory");
 }
 
+// What goes to L2 with this policy leaves it last.
+constexpr uint64_t kEvictLast = 0x14f0000000000000;
+
 // One box into shared memory; `barrier` gets all of the box's bytes, out-of-bounds ones included.
 __device__ __forceinline__ void tma_load(
     uint32_t destination, CUtensorMap const& map, uint32_t barrier, int column, int row, int head, int batch) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, { %3, %4, %5, %6}], [%2];"
-        :: "r"(destination), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch) : "memory");
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, { %3, %4, %5, %6}], [%2], %7;"
+        :: "r"(destination), "l"(&map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(kEvictLast)
+        : "memory");
 }
 
 // One box out of shared memory; what generic stores wrote there must have been published by fence_proxy_async.
@@ -396,8 +401,8 @@ __device__ __forceinline__ void bulk_store(float* destination, uint32_t source, 
 // Adds fp32 numbers in shared memory to those in global memory, each addition atomic; what generic stores wrote there must have
 // been published by fence_proxy_async.
 __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
-                 :: "l"(destination), "r"(source), "r"(bytes) : "memory");
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;"
+                 :: "l"(destination), "r"(source), "r"(bytes), "l"(kEvictLast) : "memory");
 }
 
 // Fences --------------------------------------------------------------------------------------------------------------

@@ -1325,6 +1325,6 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_fp16_d64_m128_n12
 //   lse_log2: num_m_blocks * num_heads * batch * 128
 //   dpsum: num_m_blocks * num_heads * batch * 128
 //   dq_acc: num_m_blocks * num_heads * batch * 8192
-//   dq_sums: num_m_blocks * num_heads * batch * 1
+//   dq_sums: num_m_blocks * num_heads * batch
 
 }  // namespace fa2gen::fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8

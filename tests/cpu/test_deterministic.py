@@ -14,6 +14,7 @@ from tests.cpu.faults import Fault, seeded
 from tests.cpu.test_backward import MANY_BLOCKS, NO_KEYS, ONE, ONE_BLOCK, RAGGED, run
 
 STAGED = "fa2_bwd_sm90_fp16_d64_det_m64_n64_s2_w4"  # dQ through shared memory, added by one thread
+LAGGING = "fa2_bwd_sm90_bf16_d64_causal_det_m128_n128_s2_w8_l1"  # the same of each warpgroup's share, a step later
 DIRECT = "fa2_bwd_sm90_fp16_d136_causal_det_m64_n64_s2_w8"  # dQ from registers, one thread gives the word
 
 PASSING = "fa2_bwd_sm90_fp16_d168_causal_det_m64_n96_s2_w8"  # dQ from registers of both warpgroups
@@ -34,7 +35,7 @@ KERNELS = (
     STAGED,
     DIRECT,
     "fa2_bwd_sm90_fp16_d104_det_m80_n128_s2_w8",  # a warpgroup with warps that hold no dQ
-    "fa2_bwd_sm90_bf16_d128_causal_det_m64_n128_s3_w8",
+    LAGGING,
     SM80,
     "fa2_bwd_sm80_bf16_d64_causal_det_m64_n128_s2_w8",
     *defaults(),
@@ -64,6 +65,7 @@ def test_sanitizers_are_silent():
 
 # Seeded faults -------------------------------------------------------------------------------------------------------
 
+ADD, FIRST = "bulk_store(destination, source, bytes);", "block.n_block == key_begin(p, s, walk.m_block * kTileM)"
 WAIT, PASS = "wait_for_turn(turn, block.n_block);", "pass_turn(turn, block.n_block);"
 FAULTS = (
     *(Fault(f"no-wait-for-the-turn-{i}", kernel, WAIT, "") for i, kernel in enumerate((STAGED, DIRECT))),
@@ -100,6 +102,12 @@ FAULTS = (
         "p.dq_turns;",
         message="deadlock",
     ),
+    Fault("the-first-adds-to-what-was-there", STAGED, ADD, ADD.replace("store", "reduce_add")),
+    Fault("the-second-stores", STAGED, f"if ({FIRST} / kTileN)", "if (block.n_block == 1)"),
+    Fault("nothing-stored-is-no-zeros", LAGGING, "r[i] = are_sums ? r[i] : 0.0f;", ""),
+    Fault("dq-of-another-round", LAGGING, "step / 3 & 1;", "step & 1;"),
+    Fault("another-step-of-a-share", LAGGING, "3 * warpgroup + step % 3", "3 * warpgroup + 0", message="deadlock"),
+    Fault("turn-of-the-other-share", LAGGING, "2 * walk.query_block + warpgroup;", "2 * walk.query_block;"),
     Fault(
         "passed-on-before-the-sums-are-complete",
         STAGED,
@@ -152,10 +160,11 @@ FAULTS = (
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_fault_is_seen(fault):
     wrong = seeded(fault)
+    sizes = NO_KEYS if fault.kernel == LAGGING else LONG
     dq = None
     for seed in range(1, 25):
         try:
-            verdict, (again, *_) = run(fault.kernel, LONG, rendered=wrong, seed=seed, time_limit=20.0)
+            verdict, (again, *_) = run(fault.kernel, sizes, rendered=wrong, seed=seed, time_limit=20.0)
         except KernelFault as error:
             assert fault.message in str(error)
             return

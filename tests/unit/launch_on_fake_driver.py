@@ -438,7 +438,9 @@ def test_one_backward(arch, head_dim, head_dim_v, deterministic):
             "num_heads_per_kv": 2,
         }
         if deterministic:
-            expected["dq_turns"] = scratch + launch.scratch_bytes - -(-4 * m_blocks * 8 // 128) * 128
+            expected["dq_turns"] = (
+                scratch + launch.scratch_bytes - -(-4 * m_blocks * 8 * plan.num_dq_shares // 128) * 128
+            )
         assert {name: values[name] for name in expected} == expected
 
 

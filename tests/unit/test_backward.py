@@ -406,12 +406,14 @@ def test_launch_facts():
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_launch_facts_of_deterministic_kernels(mask):
-    """A turn for each block of queries; and sections of heads, also where the mask alone would not ask for them."""
+    """A turn for each share of dQ of a block of queries; sections of heads though the mask alone asks for none."""
     problem = Problem(direction="bwd", head_dim=128, mask=mask, deterministic=True)
     plan: Any = make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, "sm90")))
     launch = launch_of(plan, Shape(2, 8192, 8192, 16, 16), scaled(plan, 0.125), 132)
-    assert launch.scratch["dq_turns"] == launch.grids[0][0] == -(-8192 // plan.tile_m) * 32
-    assert launch.values["heads_per_section"] == 4  # of 8 MiB of Q, dO and dQ each, in 32 MiB
+    assert launch.grids[0][0] == -(-8192 // plan.tile_m) * 32
+    assert launch.scratch["dq_turns"] == launch.grids[0][0] * 2  # each warpgroup hands over its own
+    assert launch.values["heads_per_section"] == 16  # of 8 MiB of Q, dO and dQ each, in 128 MiB
+    assert launch_of(plan, Shape(32, 512, 512, 16, 16), scaled(plan, 0.125), 132).values["heads_per_section"] == 64
     assert plan.pack_params(launch.values | dict.fromkeys({param.name for param in plan.params} - {*launch.values}, 0))
     names = [param.name for param in plan.params]
     assert names.index("dq_turns") == names.index("dq_acc") + 1 and "heads_per_section" in names

@@ -41,7 +41,7 @@ NAMES = (
     f"fa2_bwd_sm90_bf16_d128_{BIAS}_m48_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8",
-    "fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8",
+    "fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1",
     "fa2_bwd_sm90_bf16_d128_causal_partial_m64_n128_s2_w8_l1",
     "fa2_bwd_sm90_bf16_d192_v128_causal_m48_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8",

@@ -15,8 +15,8 @@ from fa2gen.groups import with_groups
 from fa2gen.launch import launch_of
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
-from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTION_HEADS_OF_GRADIENTS
-from fa2gen.plan.sm90_bwd import FIRST_ROWS, FIRST_ROWS_OF_CAUSAL
+from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS
+from fa2gen.plan.sm90_bwd import FIRST_ROWS, FIRST_ROWS_OF_CAUSAL, FIRST_ROWS_OF_NARROW, FIRST_ROWS_OF_RAGGED
 from fa2gen.render import render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
@@ -100,8 +100,13 @@ def blocks(plan: KernelPlan, shape: AnyShape) -> tuple[int, int]:
 
 def stores_first(plan: KernelPlan, shape: AnyShape) -> int:
     """Whether whoever comes first to a block of queries stores its dQ."""
-    most = {"full": FIRST_ROWS, "causal": FIRST_ROWS_OF_CAUSAL}.get(plan.mask)
-    return int(most is None or shape.seqlen_q <= most * (shape.batch if plan.varlen else 1))
+    if plan.left_edge:
+        return 1
+    if plan.mask == "full" or plan.varlen:
+        most = FIRST_ROWS if plan.mask == "full" else FIRST_ROWS_OF_RAGGED
+        return int(shape.seqlen_q <= most * (shape.batch if plan.varlen else 1))
+    most = FIRST_ROWS_OF_NARROW if plan.head_dim <= 64 else FIRST_ROWS_OF_CAUSAL
+    return int(shape.seqlen_q * (shape.num_heads // shape.num_heads_kv) <= most)
 
 
 def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], dict[str, int], int]:
@@ -113,12 +118,13 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     page = getattr(shape, "page_size", 0)
     bounds = sum(3 * (699 // table.tile + 1) for table in plan.tile_tables)
     if plan.problem.direction == "bwd":
+        read = group * shape.seqlen_q * plan.section_row_bytes
         room = plan.section_bytes * min(group, plan.sections_of_groups)
-        room //= group * shape.seqlen_q * plan.section_row_bytes
         heads = batch * shape.num_heads_kv
         if not plan.problem.deterministic:
-            heads = min(heads, SECTION_HEADS_OF_GRADIENTS)
-        section = min(max(room, 1), heads) * parts
+            heads = min(heads, plan.section_heads)
+        in_order = min(plan.section_heads, plan.times_in_order * room // read)
+        section = min(max(room // read, in_order, 1), heads) * parts
         most = max(m * plan.tile_m * group, n * plan.tile_n + shape.seqlen_q, of_keys * parts, 2 * bounds)
     else:
         room = max(min(SECTION_BYTES // (shape.seqlen_k * plan.section_row_bytes), SECTION_HEADS // group), 1)
@@ -152,7 +158,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         "tile bounds": (-(-bounds // plan.bound_warps), 1, 1),
     }
     rows = of_queries * plan.tile_m
-    scratch = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "dq_turns": of_queries, "tile_bounds": 2 * bounds}
+    scratch = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "tile_bounds": 2 * bounds}
     scratch |= {
         "sequences": 8 * (3 * shape.batch + 2) * tables,
         "num_blocks": 2 * tables,
@@ -161,7 +167,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     }
     if plan.problem.direction == "bwd":
         scratch["dq_acc"] = of_queries * plan.dq_block_floats
-        scratch["dq_sums"] = of_queries * plan.num_dq_shares
+        scratch["dq_sums"] = scratch["dq_turns"] = of_queries * plan.num_dq_shares
         scratch["dkv_parts"] = of_keys * parts * plan.part_floats
         scratch["sink_sums"] = of_queries * plan.preprocess_warps
     return [grids[entry.grid] for entry in plan.entry_points], values, scratch, max(most, of_queries + NUM_SMS)

@@ -1,16 +1,16 @@
-// fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8
+// fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the fa2gen authors
 //
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 128, bf16, window mask, deterministic
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
-//   launch   384 threads, 197728 bytes of dynamic shared memory
+//   launch   384 threads, 197824 bytes of dynamic shared memory
 //   contents   34 Problem and tiling,   56 Shared memory,  124 Threads,  168 Arithmetic,  196 Shared memory,
-//             217 Global memory,  268 mbarriers,  312 TMA,  354 Bulk copies,  370 Fences,  382 Fragments,
-//             396 Registers,  404 Registers of a warpgroup,  416 wgmma,  590 d - window_left <= j <= d + window_right,
-//             667 Softmax and its gradient,  767 Pipelines,  810 Loads,  859 Matrix products,  897 Staging,
-//             960 Producer,  994 Turns, 1036 Consumer, 1161 Kernels, 1318 Launch
+//             217 Global memory,  269 mbarriers,  313 TMA,  355 Bulk copies,  377 Fences,  389 Fragments,
+//             403 Registers,  411 Registers of a warpgroup,  423 wgmma,  602 d - window_left <= j <= d + window_right,
+//             679 Softmax and its gradient,  779 Pipelines,  832 Loads,  881 Matrix products,  919 Staging,
+//             982 Producer, 1016 Turns, 1072 Consumer, 1229 Kernels, 1389 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -23,7 +23,7 @@
 // one takes; only dS goes through shared memory, for dQ.
 // Each mma warpgroup holds dK and dV of its own 64 keys.
 
-namespace fa2gen::fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8 {
+namespace fa2gen::fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -216,6 +216,13 @@ __device__ __forceinline__ void store_shared_float4(uint32_t address, float r0, 
 
 // Global memory -------------------------------------------------------------------------------------------------------
 
+// What another thread of the block, or an earlier kernel, has written.
+__device__ __forceinline__ int load_global_int(int const* address) {
+    int value;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ void store_global_int(int* address, int value) {
     *address = value;
 }
@@ -238,12 +245,6 @@ __device__ __forceinline__ float load_global_float(float const* address) {
 __device__ __forceinline__ void load_global_float4(float (&r)[4], float const* address) {
     asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3]) : "l"(address) : "memory");
-}
-
-// 16 bytes; the address is a multiple of 16.
-__device__ __forceinline__ void store_global_float4(float* address, float r0, float r1, float r2, float r3) {
-    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(address), "f"(r0), "f"(r1), "f"(r2), "f"(r3) : "memory");
 }
 
 // Waits until the number at `address` is `value`; what its writer did before is then done.
@@ -360,6 +361,12 @@ __device__ __forceinline__ void bulk_load(uint32_t destination, void const* sour
                  :: "r"(destination), "l"(source), "r"(bytes), "r"(barrier) : "memory");
 }
 
+// From shared memory.
+__device__ __forceinline__ void bulk_store(float* destination, uint32_t source, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 :: "l"(destination), "r"(source), "r"(bytes) : "memory");
+}
+
 // Adds fp32 numbers in shared memory to those in global memory, each addition atomic; what generic stores wrote there must have
 // been published by fence_proxy_async.
 __device__ __forceinline__ void bulk_reduce_add(float* destination, uint32_t source, uint32_t bytes) {
@@ -437,6 +444,11 @@ __device__ __forceinline__ void wgmma_wait_0() {
 // Until at most 1 committed batches of this warpgroup are still running.
 __device__ __forceinline__ void wgmma_wait_1() {
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+}
+
+// Until at most 2 committed batches of this warpgroup are still running.
+__device__ __forceinline__ void wgmma_wait_2() {
+    asm volatile("wgmma.wait_group.sync.aligned 2;" ::: "memory");
 }
 
 // Pins accumulators behind a wait: without it the compiler may read them before wgmma has written them.
@@ -790,8 +802,11 @@ struct Barriers {
     __device__ __forceinline__ uint32_t q_empty(int stage) const { return base + 32 + 8 * stage; }
     __device__ __forceinline__ uint32_t dout_full(int stage) const { return base + 48 + 8 * stage; }
     __device__ __forceinline__ uint32_t dout_empty(int stage) const { return base + 64 + 8 * stage; }
-    __device__ __forceinline__ uint32_t dq_full() const { return base + 80; }
-    __device__ __forceinline__ uint32_t dq_empty() const { return base + 88; }
+    __device__ __forceinline__ uint32_t dq_full(int stage) const { return base + 80 + 8 * stage; }
+    __device__ __forceinline__ uint32_t dq_empty(int stage) const { return base + 128 + 8 * stage; }
+    __device__ __forceinline__ uint32_t ds_full(int stage) const { return base + 144 + 8 * stage; }
+    __device__ __forceinline__ uint32_t ds_empty(int stage) const { return base + 160 + 8 * stage; }
+    __device__ __forceinline__ uint32_t first_has_dp(int stage) const { return base + 176 + 8 * stage; }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
@@ -802,8 +817,15 @@ struct Barriers {
             mbarrier_init(dout_full(stage), 1);
             mbarrier_init(dout_empty(stage), kNumMmaWarps);
         }
-        mbarrier_init(dq_full(), 8);
-        mbarrier_init(dq_empty(), 1);
+        for (int stage = 0; stage < 6; ++stage) {
+            mbarrier_init(dq_full(stage), kNumMmaWarps / 2);
+        }
+        for (int stage = 0; stage < 2; ++stage) {
+            mbarrier_init(dq_empty(stage), 1);
+            mbarrier_init(ds_full(stage), kNumMmaWarps);
+            mbarrier_init(ds_empty(stage), kNumMmaWarps);
+            mbarrier_init(first_has_dp(stage), kNumMmaWarps / 2);
+        }
     }
 };
 
@@ -1009,27 +1031,41 @@ __device__ __forceinline__ void pass_turn(int* turn, int n_block) {
 
 // Adds dQ of one block of queries after the other to the sums in global memory, each when it is this block's turn. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
+// Three threads take the warpgroups' shares of one block of queries after the other in rotation: to wait for a turn, add and
+// wait until the sums are complete takes longer than a step.
 __device__ __forceinline__ void write_dq(
-    Params const& p, uint32_t smem, Barriers const& barriers) {
+    Params const& p, uint32_t smem, Barriers const& barriers, int writer) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     Seqlen const s = seqlen_of(p, block.bidb);
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
-    uint32_t phase = 0;
+    int step = 0;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
-        int* const turn = p.dq_turns + walk.query_block;
+    for (int warpgroup = 0; warpgroup < 2; ++warpgroup) {
+        if ((2 * step + warpgroup) % 3 != writer) {
+            continue;
+        }
+        uint32_t const phase = step / 3 & 1;
+        int* const turn = p.dq_turns + 2 * walk.query_block + warpgroup;
         wait_for_turn(turn, block.n_block);
-        mbarrier_wait(barriers.dq_full(), phase);
+        mbarrier_wait(barriers.dq_full(3 * warpgroup + step % 3), phase);
         fence_proxy_async_global();
-        float* const destination = p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats;
-        uint32_t const source = smem + kSmemDq;
-        int const bytes = kDqBlockFloats * 4;
-        bulk_reduce_add(destination, source, bytes);
+        constexpr int kShareFloats = 4 * kDqSliceFloats;
+        float* const destination =
+            p.dq_acc + static_cast<int64_t>(walk.query_block) * kDqBlockFloats + warpgroup * kShareFloats;
+        uint32_t const source = smem + kSmemDq + warpgroup * kShareFloats * 4;
+        int const bytes = kShareFloats * 4;
+        if (block.n_block == key_begin(p, s, walk.m_block * kTileM) / kTileN) {
+            bulk_store(destination, source, bytes);
+        } else {
+            bulk_reduce_add(destination, source, bytes);
+        }
         tma_store_commit();
         tma_store_wait_read();
-        mbarrier_arrive(barriers.dq_empty());
+        mbarrier_arrive(barriers.dq_empty(warpgroup));
         tma_store_wait();
         pass_turn(turn, block.n_block);
-        phase ^= 1;
+    }
+        step += 1;
     }
 }
 
@@ -1066,11 +1102,32 @@ __device__ __forceinline__ void consume(
     bool const leader = lane_id() == 0;
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
-    int ds_stage = 0;
+    int step = 0;
 
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
     uint32_t dq_phase = 0;
+    // A warp's share of the dQ of a block of queries, in its turn.
+    auto hand_over = [&](float const (&acc_dq)[kNumAccDq]) {
+        uint32_t const full = barriers.dq_full(3 * warpgroup + (step - 1) % 3);
+        hand_over_dq(acc_dq, dq_slice, full, barriers.dq_empty(warpgroup), dq_phase);
+        dq_phase ^= 1;
+    };
+    // dQ of the step before, where no step follows.
+    auto flush = [&]() {
+        if (step == 0) {
+            return;
+        }
+        int const last = step - 1;
+        float acc_dq[kNumAccDq];
+        mbarrier_wait(barriers.ds_full(last % 2), last / 2 & 1);
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_operand + last % 2 * (kDsBytes / kDescUnit), k_panel);
+        wgmma_commit();
+        wgmma_wait_0();
+        wgmma_touch(acc_dq);
+        hand_over(acc_dq);
+    };
 #pragma unroll
     for (int i = 0; i < kNumAccDkv; ++i) {
         acc_dk[i] = 0.0f;
@@ -1090,6 +1147,9 @@ __device__ __forceinline__ void consume(
         uint32_t p_tile[kNumP];
         uint32_t ds_tile[kNumP];
 
+        if (warpgroup == 1) {  // out of step with the first, half a step behind
+            mbarrier_wait(barriers.first_has_dp(step % 2), step / 2 & 1);
+        }
         mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);
         wgmma_fence();
         gemm_s(acc_s, k_rows, q_tile);
@@ -1109,49 +1169,57 @@ __device__ __forceinline__ void consume(
         pack(&p_tile, &acc_s);
         wgmma_wait_0();
         wgmma_touch(acc_dp);
+        mbarrier_arrive_if(barriers.first_has_dp(step % 2), leader && warpgroup == 0);
         score_gradients(&acc_dp, &acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
         pack(&ds_tile, &acc_dp);
 
-        // dS to all warpgroups under dV. Two stages: who writes one has passed the barrier that followed its last use.
+        // dS to all warpgroups. Who writes a stage waits until their products of two steps ago have read it.
+        int const ds_stage = step % 2;
+        mbarrier_wait(barriers.ds_empty(ds_stage), (step / 2 & 1) ^ 1);
         stage_ds(ds_tile, ds_panel + ds_stage * kDsBytes, warp);
+        fence_proxy_async();
+        sync_warp();
+        mbarrier_arrive_if(barriers.ds_full(ds_stage), leader);
+
+        float acc_dq[kNumAccDq];
+        uint32_t ds_before = k_panel;
+        if (step > 0) {
+            mbarrier_wait(barriers.ds_full(ds_stage ^ 1), (step - 1) / 2 & 1);
+            ds_before = ds_operand + (ds_stage ^ 1) * (kDsBytes / kDescUnit);
+        }
+        wgmma_fence();
+        gemm_dq(acc_dq, ds_before, k_panel);
+        wgmma_commit();
         wgmma_fence();
         gemm_dkv(acc_dv, p_tile, dout_tile);
         wgmma_commit();
-        fence_proxy_async();
-        auto release_dout = [&]() {
-            wgmma_touch(acc_dv);
-            wgmma_touch_a(p_tile);
-            mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-            dout_state.advance(kNumDoutStages);
-        };
-        named_barrier_sync(kAllMmaWarps, kNumMmaThreads);
-
-        float acc_dq[kNumAccDq];
-        uint32_t const ds_rows = ds_operand + ds_stage * (kDsBytes / kDescUnit);
-        wgmma_fence();
-        gemm_dq(acc_dq, ds_rows, k_panel);
-        wgmma_commit();
-        wgmma_wait_1();
-        release_dout();
-
-        // dQ to shared memory under dK: each warp its own registers, in their order.
         wgmma_fence();
         gemm_dkv(acc_dk, ds_tile, q_tile);
         wgmma_commit();
-        wgmma_wait_1();
+
+        // dQ to shared memory under dV and dK: each warp its own registers, in their order.
+        wgmma_wait_2();
         wgmma_touch(acc_dq);
-        hand_over_dq(acc_dq, dq_slice, barriers.dq_full(), barriers.dq_empty(), dq_phase);
-        dq_phase ^= 1;
+        if (step > 0) {
+            mbarrier_arrive_if(barriers.ds_empty(ds_stage ^ 1), leader);
+            hand_over(acc_dq);
+        }
+        wgmma_wait_1();
+        wgmma_touch(acc_dv);
+        wgmma_touch_a(p_tile);
+        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
+        dout_state.advance(kNumDoutStages);
         wgmma_wait_0();
         wgmma_touch(acc_dk);
         wgmma_touch_a(ds_tile);
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
         q_state.advance(kNumStages);
 
-        ds_stage ^= 1;
+        step += 1;
         walk.next(p, blocks);
     }
 
+    flush();
     named_barrier_sync(kAllMmaWarps, kNumMmaThreads);  // all warps are done with K and V
     finish(map_dv, acc_dv, smem + kSmemV, 1.0f, s, block, warp_key);
     finish(map_dk, acc_dk, smem + kSmemK, p.softmax_scale, s, block, warp_key);
@@ -1167,7 +1235,7 @@ __device__ __forceinline__ int query_block_number() {
 }
 
 // Row statistics of one block of queries, and zeros for its dQ and its turn. 16 lanes share a row, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_preprocess(
+extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1_preprocess(
     const __grid_constant__ Params p) {
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
@@ -1228,16 +1296,12 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_window_
         }
     }
 
-    if (thread == 0) {
-        store_global_int(p.dq_turns + block.index, key_begin(p, s, m_block * kTileM) / kTileN);
-    }
-    float* const dq_acc = p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats;
-    for (int i = 4 * thread; i < kDqBlockFloats; i += 4 * kThreads) {
-        store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
+    if (thread < 2) {
+        store_global_int(p.dq_turns + 2 * block.index + thread, key_begin(p, s, m_block * kTileM) / kTileN);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1(
     const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
     const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_dout,
     const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv,
@@ -1264,9 +1328,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
             produce({map_q, map_q}, map_k, map_v, {map_dout, map_dout}, p, smem, barriers);
             griddepcontrol_launch_dependents();  // takes effect when the last blocks have issued their loads
         }
-        if (warp == 1 && elect_one()) {
+        if (warp > 0 && elect_one()) {
             griddepcontrol_wait();
-            write_dq(p, smem, barriers);
+            write_dq(p, smem, barriers, warp - 1);
         }
     } else {
         setmaxnreg_inc_240();
@@ -1276,7 +1340,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 }
 
 // One block of queries of dQ: from sums in register order to rows, through shared memory.
-extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_postprocess(
+extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     QueryBlock const block = query_block_at(p, query_block_number());
@@ -1284,8 +1348,15 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_
     float const* const slice =
         p.dq_acc + static_cast<int64_t>(block.index) * kDqBlockFloats + warp * kDqSliceFloats + lane_id() * 4;
     griddepcontrol_wait();
+    // Of queries that see no key nothing was stored: the first turn is not over.
+    int const turn = load_global_int(p.dq_turns + 2 * block.index + warp / 4);
+    bool const are_sums = turn != key_begin(p, seqlen_of(p, block.bidb), block.m_block * kTileM) / kTileN;
     auto load = [&](float (&r)[4], float const* address) {
         load_global_float4(r, address);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            r[i] = are_sums ? r[i] : 0.0f;
+        }
     };
     int const row = lane_id() % 8;
     int const chunk = warp % 4 * 2 + lane_id() / 8 % 2;
@@ -1317,17 +1388,17 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_
 
 // Launch --------------------------------------------------------------------------------------------------------------
 // Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
-// `fa2gen render fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8 --with-host` adds a launcher in C++.
+// `fa2gen render fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1 --with-host` adds a launcher in C++.
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
-//   fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_preprocess
+//   fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1_preprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
-//   fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8
-//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 197728 bytes of dynamic shared memory
+//   fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1
+//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 197824 bytes of dynamic shared memory
 //     maps of q, k, v, dout, dk, dv
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 197728
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 197824
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
-//   fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_postprocess
+//   fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1_postprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 16384 bytes of dynamic shared memory
 //     maps of dq
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
@@ -1347,7 +1418,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_
 //   lse_log2: num_m_blocks * num_heads * batch * 64
 //   dpsum: num_m_blocks * num_heads * batch * 64
 //   dq_acc: num_m_blocks * num_heads * batch * 8192
-//   dq_turns: num_m_blocks * num_heads * batch
+//   dq_turns: num_m_blocks * num_heads * batch * 2
 // Options; limited(x, n) is n where x < 0, else min(x, n):
 //   window_left: keys that a query sees before its own place; -1: all
 //   window_right: keys that it sees after it; -1: all, 0: a causal mask
@@ -1357,4 +1428,4 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_window_
 //   Params has chunk = limited(chunk - 1, max(seqlen_q, seqlen_k) - 1) + 1
 //   Params has chunk_before = (chunk < 1) * max(seqlen_q, seqlen_k)
 
-}  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8
+}  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_window_det_m64_n128_s2_w8_l1
