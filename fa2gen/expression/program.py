@@ -16,6 +16,7 @@ from fa2gen.expression.grammar import FUNCTIONS, NAMES, TYPES
 from fa2gen.expression.hoist import SCALE, Level, factored, level_of, lowered, lowered_by_rows, without_signs
 from fa2gen.expression.infer import infer
 from fa2gen.expression.intervals import Filter, any_and_all, bounds
+from fa2gen.expression.ranges import range_of
 from fa2gen.expression.read import Text, parsed, read
 from fa2gen.expression.simplify import ACC, TRUE, multiply, simplify
 from fa2gen.expression.tree import Node, Type, const, name, substitute, walk
@@ -108,6 +109,11 @@ class Program:
     def slope(self) -> Node:
         """The derivative of the score by s."""
         return const(1.0) if self.score_tree is None else derivative(self.score_tree, _S)
+
+    @functools.cached_property
+    def bound(self) -> float:
+        """How far from 0 "score" of `emit` may be, whatever s is; infinite: nobody knows."""
+        return max(map(abs, range_of(lowered(_results(self, "score", ())["score"]))))
 
     @functools.cached_property
     def accesses(self) -> tuple[Access, ...]:
@@ -321,7 +327,7 @@ def evaluate(program: Program, what: Literal["score", "allow"], torch: Any, valu
 
 def emit(
     program: Program,
-    what: Literal["score", "score by rows", "score of rows", "gradient", "allow", "blocks", "inputs"],
+    what: Literal["score", "score by rows", "score of rows", "cap", "gradient", "allow", "blocks", "inputs"],
     tokens: Collection[str] = (),
     causal: bool = False,
 ) -> Code:
@@ -330,6 +336,7 @@ def emit(
     score     "score" and "factor": the softmax's argument is factor * score, with a positive factor of the head.
     score by rows  the same, and "of_row", the term of the score that all keys of a query share.
     score of rows  the same, with a factor that is the same for all heads, as rows of several are in a tile.
+    cap       "slope" where the score is tanh(slope * acc), with a slope of the head; else nothing.
     gradient  these two, "weight", the derivative of the score by s, and of `Program.gradients` of the tokens "by_0" and
               so on, the factors of those that may depend on s.
     allow     "allow": whether a key is seen.
@@ -393,6 +400,9 @@ def _results(program: Program, what: str, tokens: Collection[str], causal: bool 
     score = of_acc if program.score_tree is None else simplify(substitute(program.score_tree, {_S: of_acc}))
     score = without_signs(score) if causal else score
     factor, rest, shared = factored(score, of_all_heads=what == "score of rows")
+    if what == "cap":
+        slope = _slope_of_tanh(rest)
+        return {} if slope is None else {"slope": slope}
     found = {"score": rest, "factor": multiply((factor, const(1.4426950408889634)))}
     if what == "gradient":
         derivatives = {"weight": program.slope}
@@ -400,6 +410,16 @@ def _results(program: Program, what: str, tokens: Collection[str], causal: bool 
         for key, formula in derivatives.items():
             found[key] = simplify(substitute(simplify(substitute(formula, {_S: of_acc})), shared))
     return found
+
+
+def _slope_of_tanh(score: Node) -> Node | None:
+    """What the head multiplies products with in a score that is tanh of them, and nothing else."""
+    if score.op != "tanh":
+        return None
+    factors = _factors(score.args[0])
+    others = [factor for factor in factors if factor is not ACC]
+    of_head = len(others) == len(factors) - 1 and all(level_of(factor) == "head" for factor in others)
+    return multiply((const(1.0), *others)) if of_head else None
 
 
 def _is_finite(node: Node) -> bool:

@@ -7,6 +7,7 @@ gradient each, an operand of its shape in fp32, to which the elements of dS add.
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Literal, NoReturn
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.expression import Code, Input, Program, TileBound, emit
 from fa2gen.expression.hoist import LEVELS
+from fa2gen.expression.write import as_fp32
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.options import Expression, Options, Shape
@@ -31,6 +33,7 @@ __all__ = [
     "expression_of",
     "gradient_codes",
     "input_sizes",
+    "is_capped",
     "loads_of",
     "named_values",
     "refuse_dropout",
@@ -170,6 +173,8 @@ class ScoreCode:
     finite   whether scores are finite wherever products of Q and K are.
     looks_up whether tensors are read for each element.
     of_distance  whether positions, as floats, count by their difference alone.
+    bound    how far from 0 scores may be, in C++, where that is known.
+    slope    of a function that gives c where the score is tanh(c * product); () where it is anything else.
     """
 
     formulas: tuple[str, ...]
@@ -181,6 +186,16 @@ class ScoreCode:
     finite: bool
     looks_up: bool
     of_distance: bool
+    bound: str
+    slope: tuple[str, ...]
+
+
+def is_capped(problem: Problem) -> bool:
+    """Whether a softmax can do without maxima: scores are never far from 0, and bf16 has the exponents of fp32. Not of
+    tensors that elements are looked up in: 20 registers spill at 128."""
+    of_score = bool(problem.score) and not problem.allow and problem.dtype == "bf16"
+    looks_up = any({*x.axes} - {"b", "h", "hk"} for x in problem.program.inputs if x.is_tensor)
+    return of_score and not looks_up and math.isfinite(problem.program.bound)
 
 
 def score_code(
@@ -203,6 +218,7 @@ def score_code(
     parts = emit(program, "score by rows", causal=causal) if by_rows and of_distance else score
     has_row = parts.results.get("of_row", "0.0f") != "0.0f"
     slope = emit(program, "gradient", learned, causal=causal) if direction == "bwd" else None
+    cap = emit(program, "cap")
     head = _head(slope or parts)
     of_tensors = (f"by_{n}" for n, found in enumerate(program.gradients(learned)) if not found.of_s)
     return ScoreCode(
@@ -215,6 +231,8 @@ def score_code(
         finite=score.is_finite,
         looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
         of_distance=of_distance,
+        bound=f"{as_fp32(program.bound)!r}f" if math.isfinite(program.bound) else "",
+        slope=_function(cap, "slope") if cap.results else (),
     )
 
 

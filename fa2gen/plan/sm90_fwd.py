@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from fa2gen.arch import ARCHES
 from fa2gen.features import Param, Scratch
+from fa2gen.features.expression import is_capped
 from fa2gen.layout import align_up, ceil_div
 from fa2gen.plan.barriers import Barriers, ring
 from fa2gen.plan.base import WARP_THREADS, BrokenRule, EntryPoint, TensorMapPlan, Width
@@ -35,6 +37,22 @@ NUM_MESSAGES = 8
 # 128); with 112, head dim 72 with 64 keys from 64 with 80.
 REGISTERS_BESIDE_TILES = 28
 
+# Of exponentials under no maximum: their sums, and those of 2^20 keys' products with V up to 2^30, are finite in fp32.
+MAX_EXPONENT = 76
+
+
+class SmallTanh(NamedTuple):
+    """x * (1 + third * x^2) is tanh(x) to 2^-11.5 of its value, in C++; MUFU's errs by 2^-11.
+
+    most  the greatest |x| for which that holds.
+    """
+
+    third: str = "-0.32034549f"
+    most: str = "0.35f"
+
+
+SMALL_TANH = SmallTanh()
+
 
 @dataclass(frozen=True)
 class Sm90FwdPlan(Sm90Plan):
@@ -45,6 +63,30 @@ class Sm90FwdPlan(Sm90Plan):
     @property
     def shifts_rows(self) -> bool:
         return True
+
+    @property
+    def is_capped(self) -> bool:
+        return is_capped(self.problem)
+
+    @property
+    def most_score(self) -> str:
+        """How far from 0 its scores may be, in C++."""
+        return self.score.bound
+
+    @property
+    def tanh_slope(self) -> tuple[str, ...]:
+        """Lines of a function that gives c where its scores are tanh(c * product)."""
+        return self.score.slope
+
+    @property
+    def max_exponent(self) -> int:
+        """How far from 0 exponents of 2 may be where no maximum is looked for."""
+        return MAX_EXPONENT
+
+    @property
+    def small_tanh(self) -> SmallTanh:
+        """Of arguments near 0."""
+        return SMALL_TANH
 
     # Threads and registers
 
@@ -126,7 +168,7 @@ class Sm90FwdPlan(Sm90Plan):
         expression its values: with a cap 96 with 112 keys spills 11, and 144 with 80. And random bits: with them
         168 spills with 64 keys, and in ragged batches and windows 144."""
         of_dropout = self.dropout * (13 if self.head_dim > 136 and (self.left_edge or self.varlen) else 1)
-        of_score = 4 if self.has_score else 0
+        of_score = (9 if self.is_capped and self.head_dim > 144 else 4) if self.has_score else 0  # a cap: 152 spills 14
         return (
             REGISTERS_BESIDE_TILES + (2 if self.left_edge else 0) + of_score + self._registers_of_tensors + of_dropout
         )

@@ -453,7 +453,7 @@ __device__ __forceinline__ void finalize_softmax(
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);
-        float const above = row_max[row] == -kInfinity ? kInfinity : fmaf(-row_max[row], softmax_scale, sink);
+        float const above = sum == 0.0f ? kInfinity : fmaf(-row_max[row], softmax_scale, sink);
         bool const leads = above > 0.0f;
         float const smaller = exp2_approx(-fabsf(above) * kLog2E);  // of the two exponentials, the greater being 1
         float const with_sink = leads ? fmaf(sum, smaller, 1.0f) : sum + smaller;

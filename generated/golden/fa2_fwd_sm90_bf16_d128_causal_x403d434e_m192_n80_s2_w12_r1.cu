@@ -8,9 +8,9 @@
 //   launch   512 threads, 229504 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  172 Shared memory,
 //             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
-//             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Expressions,
-//             523 Scores of an expression,  562 Online softmax,  725 Pipelines,  764 Loads,  827 Matrix products,
-//             854 Epilogue,  901 Producer,  952 Consumer, 1109 Kernel, 1140 Launch
+//             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  509 Expressions,
+//             524 Scores of an expression,  563 Online softmax,  705 Softmax of capped scores,  803 Pipelines,
+//             842 Loads,  905 Matrix products,  932 Epilogue,  979 Producer, 1030 Consumer, 1223 Kernel, 1254 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -487,7 +487,8 @@ __device__ __forceinline__ int registers_before(int column) {
 // Sets the scores of keys that a row does not see to -inf. What a thread sees of a row is a run of its registers, made into
 // bits, so that one instruction moves 7 of them into predicates, and only in the blocks that need a mask
 // (d = 128, 128 keys: 26 instructions of 589 fewer than with a comparison an element).
-__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&ends)[2], int first_key) {
+// Or to 0 what has been made of them.
+__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&ends)[2], int first_key, float hidden) {
     constexpr int kRegisters = kNumAccS / 2;  // of one row
     int const first_column = first_key + 2 * (lane_id() % 4);
 #pragma unroll
@@ -499,7 +500,7 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
 #pragma unroll
             for (int k = word; k < min(word + 32, kRegisters); ++k) {
                 int const i = k / 2 * 4 + 2 * row + k % 2;
-                acc_s[i] = visible >> (k - word) & 1 ? acc_s[i] : -kInfinity;
+                acc_s[i] = visible >> (k - word) & 1 ? acc_s[i] : hidden;
             }
         }
     }
@@ -698,6 +699,83 @@ __device__ __forceinline__ void finalize_softmax(
         float const sum = quad_sum(row_sum[row]);
         inverse_sum[row] = sum == 0.0f ? 0.0f : reciprocal_approx(sum);
         lse[row] = sum == 0.0f ? -kInfinity : fmaf(row_max[row], softmax_scale, log2_approx(sum) * kLn2);
+    }
+}
+
+// Softmax of capped scores ---------------------------------------------------------------------------------------------
+//
+// However large Q and K are, scores are at most kMostScore from 0. Where that is an exponent of 2 whose power fp32 and bf16
+// hold, with all sums, exponentials are taken as they are: no maximum is looked for, and nothing is scaled again.
+
+constexpr float kMostScore = 1.0f;
+constexpr float kMaxExponent = 76.0f;
+
+// Of |x| up to kMostSmall tanh(x) is x (1 + a x^2) to 2^-11.5 of its value; the special function unit's errs by 2^-11. A term
+// more would serve twice the range, at 0.94 of the speed (d = 128, 8k, H100).
+constexpr float kMostSmall = 0.35f;
+constexpr float kThird = -0.32034549f;
+
+// Times this a product is what tanh is taken of.
+__device__ __forceinline__ float tanh_slope(Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k) {
+    float const head_0 = p.number_0 > 0.0f ? 1.0f : (p.number_0 < 0.0f ? -1.0f : 0.0f);
+    return head_0 * p.softmax_scale * reciprocal_approx(p.number_0);
+}
+
+struct Cap {
+    bool is_near;     // whether scores need no maximum
+    float first_max;  // what a row begins with
+    // Of products whose squares are at most `limit`, exponents of 2 are x (first + third x^2).
+    float limit;
+    float first;
+    float third;
+};
+
+__device__ __forceinline__ Cap cap_of(Params const& p, Head const& at, float factor) {
+    bool const is_near = kMostScore * factor <= kMaxExponent;
+    float const slope = tanh_slope(p, at.b, at.h, at.hk, at.seqlen_q, at.seqlen_k);
+    float const square = slope * slope;
+    float const first = factor * slope;
+    // Finite, as sums of squares may be infinite; of slopes whose square is no normal number it is that of a greater one.
+    float const limit = is_near ? fminf(kMostSmall * kMostSmall * reciprocal_approx(square), 1e37f) : -1.0f;
+    return {is_near, is_near ? 0.0f : -kInfinity, limit, first, kThird * first * square};
+}
+
+// Whether all products of the warp are: their squares' sums are, in four chains.
+__device__ __forceinline__ bool are_small(float const (&acc_s)[kNumAccS], Cap const& cap) {
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kNumAccS; ++i) {
+        sums[i % 4] = fmaf(acc_s[i], acc_s[i], sums[i % 4]);
+    }
+    float const most = fmaxf(fmaxf(sums[0], sums[1]), fmaxf(sums[2], sums[3]));
+    return !any_lane(!(most <= cap.limit));
+}
+
+// The special function unit has exponentials alone then: it is what two functions an element would wait for.
+__device__ __forceinline__ void exponentiate_small(float (&acc_s)[kNumAccS], Cap const& cap) {
+#pragma unroll
+    for (int i = 0; i < kNumAccS; ++i) {
+        float const square = acc_s[i] * acc_s[i];
+        acc_s[i] = exp2_approx(acc_s[i] * fmaf(cap.third, square, cap.first));
+    }
+}
+
+__device__ __forceinline__ void exponentiate_capped(float (&acc_s)[kNumAccS], float factor) {
+#pragma unroll
+    for (int i = 0; i < kNumAccS; ++i) {
+        acc_s[i] = exp2_approx(factor * acc_s[i]);
+    }
+}
+
+__device__ __forceinline__ void add_to_rows(float const (&acc_s)[kNumAccS], float (&row_sum)[2]) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float sum = row_sum[row];
+#pragma unroll
+        for (int i = 2 * row; i < kNumAccS; i += 4) {
+            sum += acc_s[i] + acc_s[i + 1];
+        }
+        row_sum[row] = sum;
     }
 }
 
@@ -997,7 +1075,8 @@ __device__ __forceinline__ void consume(
         BlockRange const blocks = key_blocks(p, s, first_row + 64 * warpgroup, 64);
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
 
-        float row_max[2] = {-kInfinity, -kInfinity};
+        Cap const cap = cap_of(p, at, factor);
+        float row_max[2] = {cap.first_max, cap.first_max};
         float row_sum[2] = {0.0f, 0.0f};
         float correction[2];
 #pragma unroll
@@ -1030,16 +1109,36 @@ __device__ __forceinline__ void consume(
             wgmma_wait_0();
             wgmma_touch(acc_s);
             release_k(leader);
-            modify_scores(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
-            if (n_block >= blocks.end_full) {
-                apply_mask(acc_s, ends, n_block * kTileN);
+            // P in place of a block's products, where scores are near 0.
+            auto soften = [&](bool is_masked) {
+                auto hide = [&]() {
+                    if (is_masked) {
+                        apply_mask(acc_s, ends, n_block * kTileN, 0.0f);
+                    }
+                };
+                if (are_small(acc_s, cap)) {
+                    exponentiate_small(acc_s, cap);
+                    hide();
+                    add_to_rows(acc_s, row_sum);
+                    return;
+                }
+                modify_scores(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
+                exponentiate_capped(acc_s, factor);
+                hide();
+                add_to_rows(acc_s, row_sum);
+            };
+            if (cap.is_near) {
+                soften(true);
+            } else {
+                modify_scores(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
+                apply_mask(acc_s, ends, n_block * kTileN, -kInfinity);
+                online_softmax_masked(acc_s, row_max, row_sum, correction, factor);
             }
-            online_softmax_masked(acc_s, row_max, row_sum, correction, factor);
             pack_p(p_tile, acc_s);
             --n_block;
 
             // S of this block and O += P V of the one before run together; the softmax runs under the second.
-            auto multiply = [&]() {
+            auto multiply = [&](bool is_far) {
                 mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
                 wgmma_fence();
                 gemm_qk(acc_s, q_rows, k_tiles + k_state.stage * (kStageBytes / kDescUnit));
@@ -1050,7 +1149,9 @@ __device__ __forceinline__ void consume(
                 wgmma_commit();
                 wgmma_wait_1();
                 wgmma_touch(acc_s);
-                modify_scores(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
+                if (is_far) {
+                    modify_scores(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
+                }
             };
             // K is released by an arrival that depends on the row sums (which are never -0, nor any NaN of that pattern): it
             // can not be issued before the exponentials, and the wait behind it neither. Left to itself ptxas waits for P V
@@ -1066,13 +1167,26 @@ __device__ __forceinline__ void consume(
                 }
                 pack_p(p_tile, acc_s);
             };
+            // Loops of their own: beside the other softmax constants of the products leave uniform registers, which takes time.
+            if (cap.is_near) {
+                for (; n_block >= blocks.end_full; --n_block) {
+                    multiply(/*is_far=*/false);
+                    soften(true);
+                    accumulate(false);
+                }
+                for (; n_block >= blocks.begin_full; --n_block) {
+                    multiply(/*is_far=*/false);
+                    soften(false);
+                    accumulate(false);
+                }
+            }
             for (; n_block >= blocks.end_full; --n_block) {
-                multiply();
-                apply_mask(acc_s, ends, n_block * kTileN);
+                multiply(/*is_far=*/true);
+                apply_mask(acc_s, ends, n_block * kTileN, -kInfinity);
                 accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, factor));
             }
             for (; n_block >= blocks.begin_full; --n_block) {
-                multiply();
+                multiply(/*is_far=*/true);
                 accumulate(online_softmax(acc_s, row_max, row_sum, correction, factor));
             }
             release_q();

@@ -91,7 +91,7 @@ FAULTS = [
     Fault("sink-scaled", FORWARD, "[row], softmax_scale, sink);", "[row], softmax_scale, sink * softmax_scale);"),
     Fault("sink-of-the-key-head", FORWARD, "p.s_aux + bidh", "p.s_aux + bidh / p.num_heads_per_kv"),
     Fault("a-great-sink-overflows", FORWARD, "leads = above > 0.0f;", "leads = false;"),
-    Fault("no-key-has-no-sink", FORWARD, "row_max[row] == -kInfinity ? kInfinity :", ""),
+    Fault("no-key-has-no-sink", FORWARD, "sum == 0.0f ? kInfinity :", ""),
     Fault("lse-without-the-sink", FORWARD, "leads ? sink + log_sum", "leads ? log_sum"),
     Fault("gaps-have-a-sink", PACKED, "bidb < p.num_sequences ?", "bidb >= 0 ?"),
     Fault("sink-of-another-head", kernel("sm90", "fwd"), "(p, tile.bidh, tile.bidb)", "(p, 0, tile.bidb)"),

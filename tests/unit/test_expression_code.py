@@ -15,6 +15,9 @@ import torch
 from fa2gen.expression import Program, emit, evaluate, parse, split_window
 from fa2gen.expression.evaluate import evaluate_tree
 from fa2gen.expression.examples import EXAMPLES, Sizes
+from fa2gen.expression.hoist import lowered
+from fa2gen.expression.ranges import range_of
+from fa2gen.expression.simplify import simplify
 from fa2gen.expression.tree import Node, walk
 from fa2gen.features import key_range
 from fa2gen.features.expression import score_code
@@ -450,3 +453,33 @@ def test_what_keys_share_is_left_to_the_softmax(score, element, has_row):
     code = score_code(parse(score), "fwd", causal=True, by_rows=True)
     assert element in " ".join(code.forward) and bool(code.of_row) is has_row
     assert "fabsf" in " ".join(score_code(parse(score), "fwd", by_rows=True).forward) or "abs" not in score
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        ("cap * tanh(s / cap)", 1.0),
+        ("-cap[h] * tanh(s / cap[h])", 1.0),
+        ("min(max(s, -3.0), 5.0)", 5.0),
+        ("where(j > i, tanh(s), sigmoid(s) - 3)", 3.0),
+        ("tanh(s) / 4 - 2 * abs(tanh(s)) + exp(min(s, 0.0))", math.inf),  # nobody knows how great exp is
+        ("tanh(s) + slope[h] * (j - i)", math.inf),
+        ("cap * tanh(s / cap) + shift", math.inf),
+        ("min(s, 5.0)", math.inf),
+    ],
+)
+def test_how_far_from_0_scores_are(score, expected):
+    assert parse(score).bound == expected
+
+
+def test_numbers_lie_in_their_range():
+    """Of random scores, of many s: kernels look for no maximum where both ends are known."""
+    rng, known = random.Random(2), 0
+    for _ in range(60):
+        text = f"{rng.uniform(-3, 3)} * tanh({random_score(rng)}) + min(max({random_score(rng)}, -2.0), abs(tanh(s)))"
+        program = parse(text, types={name: type for name, type in TYPES.items() if name in text})
+        low, high = range_of(lowered(simplify(program.score_tree)))
+        found = evaluate(program, "score", torch, values_of(program, RANDOM) | {"s": 5 * scores()})
+        assert ((found >= low - 1e-5) & (found <= high + 1e-5)).all(), text
+        known += math.isfinite(low) and math.isfinite(high)
+    assert known > 50

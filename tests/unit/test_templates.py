@@ -54,6 +54,9 @@ def plans() -> list[KernelPlan]:
         for d in (64, 128)
         for m in get_args(Mask)
     ]
+    modified += [
+        Problem(head_dim=64, mask="window", score=s) for s in ("cap * tanh(s / cap)", "min(max(s, -4.0), 6.0)")
+    ]
     modified += [  # split by products, which none but expressions need at such head dims
         Problem(direction="bwd", head_dim=192, mask="causal", deterministic=True, score="cap * tanh(s / cap)"),
         Problem(direction="bwd", head_dim=192, mask="window", score="cap * tanh(s / cap)", allow="(i - j) % 3 < width"),
@@ -131,6 +134,9 @@ def plans() -> list[KernelPlan]:
     for problem, heads in itertools.product(by_rows, (0, 1)):
         tiling = default_tiling(problem, "sm90").model_copy(update={"page_rows": 1, "pack_heads": heads})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
+    by_distance = Problem(head_dim=64, mask="causal", score="s - slope[h] * abs(i + seqlen_k - seqlen_q - j)")
+    tiling = default_tiling(by_distance, "sm90").model_copy(update={"lazy_rescale": 0})
+    specs.append(KernelSpec(problem=by_distance, tiling=tiling))
     of_v = [
         Problem(head_dim=d, head_dim_v=v, direction=way, varlen=d == 72)
         for d, v in ((192, 128), (72, 8), (64, 256))
