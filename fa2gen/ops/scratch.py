@@ -14,7 +14,7 @@ __all__ = ["CLEARED_BYTES", "WORK_BYTES", "StreamScratch", "scratch_of_capture",
 
 WORK_BYTES = 1 << 16  # a ragged batch of 500 sequences and 30,000 rows takes as much
 
-CLEARED_BYTES = 128  # the place of one counter, and an alignment that suffices for what lies behind it
+CLEARED_BYTES = 128  # the place of two counters, and an alignment that suffices for what lies behind it
 
 _WORK_ALIGNMENT = 128
 

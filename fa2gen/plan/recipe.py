@@ -227,7 +227,7 @@ def memory(plan: KernelPlan) -> dict[str, str]:
         "num_blocks": "2",
         "m_list": "num_m_blocks",
         "n_list": "num_n_blocks",
-        "tile_counter": "1",
+        "tile_counter": "2" if plan.own_sequences else "1",  # and one of blocks that have left
         "lse_log2": f"{blocks} * {plan.tiling.tile_m}",
         "dpsum": f"{blocks} * {plan.tiling.tile_m}",
         "tile_bounds": "2 * num_bounds",

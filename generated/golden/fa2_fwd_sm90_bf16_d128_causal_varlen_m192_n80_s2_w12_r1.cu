@@ -7,10 +7,10 @@
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 231872 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,   46 Shared memory,   96 Threads,  153 Arithmetic,  196 Shared memory,
-//             239 Global memory,  272 mbarriers,  316 TMA,  364 Fences,  371 Fragments,  379 Registers,
-//             387 Registers of a warpgroup,  399 wgmma,  495 Entries,  552 A block's own table,  690 What is visible,
-//             742 Online softmax,  914 Pipelines,  953 Loads, 1024 Matrix products, 1051 Epilogue, 1098 Producer,
-//            1149 Consumer, 1302 Kernel, 1304 Prepare, 1489 Launch
+//             239 Global memory,  280 mbarriers,  324 TMA,  372 Fences,  379 Fragments,  387 Registers,
+//             395 Registers of a warpgroup,  407 wgmma,  503 Entries,  560 A block's own table,  707 What is visible,
+//             759 Online softmax,  931 Pipelines,  970 Loads, 1041 Matrix products, 1068 Epilogue, 1115 Producer,
+//            1162 Consumer, 1315 Kernel, 1317 Prepare, 1502 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -267,6 +267,14 @@ __device__ __forceinline__ void store_global_int4(int* address, int r0, int r1, 
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
+}
+
+// How many have come to the counter before this thread; the one that finds `last` there sets it to 0 again. What whoever came
+// before did until then is done, for this thread and, behind a barrier, for its block.
+__device__ __forceinline__ int arrive_global(int* counter, int last) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+    return static_cast<int>(before);
 }
 
 // mbarriers -----------------------------------------------------------------------------------------------------------
@@ -644,6 +652,15 @@ __device__ __forceinline__ Order order_of(Params const& p, int entry) {
     int numbers[4];
     load_global_int4(numbers, p.sequences + kSequenceNumbers * entry + 4);
     return {numbers[0], numbers[2]};
+}
+
+// By a warp whose block takes no more tiles: the last one of all leaves the counters at 0 for the next launch. That does not
+// follow from a number of tiles: where lengths are written while blocks read them, which is wrong, theirs may differ.
+__device__ __forceinline__ void leave_counter(Params const& p) {
+    int const last = static_cast<int>(gridDim.x) - 1;
+    if (lane_id() == 0 && arrive_global(p.tile_counter + 1, last) == last) {
+        store_global_int(p.tile_counter, 0);
+    }
 }
 
 // Sequences: a ragged batch's, each with its own lengths, one behind the other in the packed tensors. Entries behind the
@@ -1132,17 +1149,13 @@ __device__ __forceinline__ void produce(
             load_v(blocks.begin);
         }
 
-        // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves
-        // the counter at 0 for the next launch.
         int fetched = 0;
         if (lane_id() == 0) {
             fetched = fetch_add_global(p.tile_counter, 1);
-            if (fetched == tiles - 1) {
-                store_global_int(p.tile_counter, 0);
-            }
         }
         index = shfl_from_lane_0(fetched) + static_cast<int>(gridDim.x);
     }
+    leave_counter(p);
     load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});
 }
 
@@ -1511,7 +1524,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
 //   tables = min(batch / 49, 1)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
-//   tile_counter: 1; all zeros before the first launch, and left so
+//   tile_counter: 2; all zeros before the first launch, and left so
 //   sequences: tables * (8 * (3 * batch + 2))
 //   num_blocks: tables * (2)
 //   m_list: tables * (num_m_blocks)

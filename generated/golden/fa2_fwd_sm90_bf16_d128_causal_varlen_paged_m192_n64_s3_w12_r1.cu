@@ -7,10 +7,10 @@
 //   tiling   192 query rows x 64 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 199096 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,   46 Shared memory,  106 Threads,  167 Arithmetic,  210 Shared memory,
-//             253 Global memory,  286 mbarriers,  330 TMA,  378 Fences,  385 Fragments,  393 Registers,
-//             401 Registers of a warpgroup,  413 wgmma,  513 Entries,  582 A block's own table,  716 What is visible,
-//             768 Online softmax,  940 Pipelines,  981 Loads, 1126 Matrix products, 1153 Epilogue, 1200 Producer,
-//            1296 Consumer, 1449 Kernel, 1451 Prepare, 1637 Launch
+//             253 Global memory,  294 mbarriers,  338 TMA,  386 Fences,  393 Fragments,  401 Registers,
+//             409 Registers of a warpgroup,  421 wgmma,  521 Entries,  590 A block's own table,  733 What is visible,
+//             785 Online softmax,  957 Pipelines,  998 Loads, 1143 Matrix products, 1170 Epilogue, 1217 Producer,
+//            1310 Consumer, 1463 Kernel, 1465 Prepare, 1651 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -281,6 +281,14 @@ __device__ __forceinline__ void store_global_int4(int* address, int r0, int r1, 
 
 __device__ __forceinline__ void store_global_float(float* address, float value) {
     *address = value;
+}
+
+// How many have come to the counter before this thread; the one that finds `last` there sets it to 0 again. What whoever came
+// before did until then is done, for this thread and, behind a barrier, for its block.
+__device__ __forceinline__ int arrive_global(int* counter, int last) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(last) : "memory");
+    return static_cast<int>(before);
 }
 
 // mbarriers -----------------------------------------------------------------------------------------------------------
@@ -674,6 +682,15 @@ __device__ __forceinline__ Order order_of(Params const& p, int entry) {
     int numbers[4];
     load_global_int4(numbers, p.sequences + kSequenceNumbers * entry + 4);
     return {numbers[0], numbers[2]};
+}
+
+// By a warp whose block takes no more tiles: the last one of all leaves the counters at 0 for the next launch. That does not
+// follow from a number of tiles: where lengths are written while blocks read them, which is wrong, theirs may differ.
+__device__ __forceinline__ void leave_counter(Params const& p) {
+    int const last = static_cast<int>(gridDim.x) - 1;
+    if (lane_id() == 0 && arrive_global(p.tile_counter + 1, last) == last) {
+        store_global_int(p.tile_counter, 0);
+    }
 }
 
 // Sequences: a ragged batch's, each with its own lengths, one behind the other in the packed tensors. Entries behind the
@@ -1214,8 +1231,7 @@ __device__ __forceinline__ void produce(
     int const tiles = num_tiles(p);
     int index = static_cast<int>(blockIdx.x);
     uint32_t slot = smem + kSmemFetched;
-    // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves the
-    // counter at 0 for the next launch. Two slots in turn: one is written again when all have read it.
+    // Two slots in turn: one is written again when all have read it.
     int fetched = 0;
     auto fetch = [&]() {
         if (warp == 0 && lane_id() == 0) {
@@ -1224,9 +1240,6 @@ __device__ __forceinline__ void produce(
     };
     auto receive = [&]() {
         if (warp == 0 && lane_id() == 0) {
-            if (fetched == tiles - 1) {
-                store_global_int(p.tile_counter, 0);
-            }
             store_shared_int(slot, fetched);
         }
         named_barrier_sync(kProducer, 32 * kNumLoadWarps);
@@ -1289,6 +1302,7 @@ __device__ __forceinline__ void produce(
         }
     }
     if (warp == 0) {
+        leave_counter(p);
         load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});
     }
 }
@@ -1665,7 +1679,7 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1(
 //   tile_rows = 64 - tile_pages * page_size
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
-//   tile_counter: 1; all zeros before the first launch, and left so
+//   tile_counter: 2; all zeros before the first launch, and left so
 //   sequences: tables * (8 * (3 * batch + 2))
 //   num_blocks: tables * (2)
 //   m_list: tables * (num_m_blocks)

@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  168 Arithmetic,  206 Shared memory,
 //             244 Global memory,  277 mbarriers,  321 cp.async,  335 TMA,  383 Fences,  390 Fragments,  398 Registers,
 //             412 Registers of a warpgroup,  424 wgmma,  524 Entries,  622 What is visible,  674 Online softmax,
-//             844 Pipelines,  885 Loads, 1029 Matrix products, 1056 Epilogue, 1105 Producer, 1199 Consumer,
-//            1352 Kernel, 1354 Prepare, 1531 Launch
+//             844 Pipelines,  885 Loads, 1029 Matrix products, 1056 Epilogue, 1105 Producer, 1200 Consumer,
+//            1353 Kernel, 1355 Prepare, 1532 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1119,7 +1119,8 @@ __device__ __forceinline__ void produce(
     int index = static_cast<int>(blockIdx.x);
     uint32_t slot = smem + kSmemFetched;
     // Every tile is followed by exactly one fetch, so the fetch that returns num_tiles - 1 is the launch's last: it leaves the
-    // counter at 0 for the next launch. Two slots in turn: one is written again when all have read it.
+    // counter at 0 for the next launch.
+    // Two slots in turn: one is written again when all have read it.
     int fetched = 0;
     auto fetch = [&]() {
         if (warp == 0 && lane_id() == 0) {

@@ -16,7 +16,7 @@ from fa2gen.plan import make_plan
 from fa2gen.select import best_spec
 from fa2gen.spec import Direction, KernelSpec, Mask, Problem
 from fa2gen.testing import problems
-from tests.cpu.faults import Fault, symptom
+from tests.cpu.faults import Fault, seeded, symptom
 
 ARCHES = ("sm80", "sm90")
 SHAPES = (Shape(1, 37, 150, 2, 1), Shape(4, 150, 203, 2, 2))
@@ -144,6 +144,17 @@ FAULTS = [
         "store_global_int(p.tile_counter, 3);",
     ),
 ]
+LAST_PLACE = "load_shared_int(own_order(2 * p.num_sequences + 1)) * p.num_heads"
+DIFFERENT = Fault("blocks-have-different-tables", SM90, f"{LAST_PLACE};", f"{LAST_PLACE} - blockIdx.x % 3;")
+
+
+def test_blocks_that_differ_leave_the_counter_as_it_was():
+    """As where lengths change under a launch: that is wrong, and its results may be, but not those of the next one."""
+    case = cases.make(KernelSpec.from_name(SM90), SHAPES[0])
+    for seed in range(3):  # the machine would say what is left there
+        run_kernel(case.spec, case.tensors, case.options, run_options=RunOptions(seed), rendered=seeded(DIFFERENT))
+
+
 OWN_FAULTS = [
     Fault(
         "gaps-have-no-row",

@@ -158,7 +158,8 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         "tile bounds": (-(-bounds // plan.bound_warps), 1, 1),
     }
     rows = of_queries * plan.tile_m
-    scratch = {"tile_counter": 1, "lse_log2": rows, "dpsum": rows, "tile_bounds": 2 * bounds}
+    counters = 1 + bool(plan.own_sequences)
+    scratch = {"tile_counter": counters, "lse_log2": rows, "dpsum": rows, "tile_bounds": 2 * bounds}
     scratch |= {
         "sequences": 8 * (3 * shape.batch + 2) * tables,
         "num_blocks": 2 * tables,
