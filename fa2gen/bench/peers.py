@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,11 +57,12 @@ PLAIN = "fa2gen-plain"
 """Of expressions: our kernel of the mask alone, which computes something else; what an expression costs."""
 VARLEN = "fa2gen-varlen"
 """Of documents: our ragged call of them."""
-OF_FLEX = ("flex", "fa3", "fa4")
+OF_FLEX = ("flex", "flex-flash", "fa3", "fa4")
 """The peers of expressions."""
 OURS = tuple(f"fa2gen-{arch}" for arch in reversed(ARCHES))
 DEFAULT = (*OURS, "cudnn", "fa2", "fa3", "fa4")
-"""`math` and `flex` only when asked for: one keeps the S x S matrix in memory, the other compiles at each point."""
+"""`math` and `flex` only when asked for: one keeps the S x S matrix in memory, the other compiles at each point. So
+does `flex-flash`, with kernels of FlashAttention-4."""
 
 Call = Callable[[], Any]
 Prepare = Callable[[Point, Any, Any, Any, Any], Call]
@@ -595,13 +596,17 @@ def _fa4(*_: Any) -> Contestant:
     return Contestant("fa4", _by_autograd(forward))
 
 
-def _flex(*_: Any) -> Contestant:
-    """FlexAttention, compiled, with a block mask where causal."""
+def _flex(name: str, kernels: Mapping[str, str], needed: str, *_: Any) -> Contestant:
+    """FlexAttention, compiled, with a block mask where causal.
+
+    kernels  its options: whose kernels it writes.
+    needed   the package that they are compiled by.
+    """
     torch = import_module("torch")
     try:
         flex = import_module("torch.nn.attention.flex_attention")
-        import_module("triton")
-    except ImportError as error:
+        import_module(needed)
+    except (ImportError, AttributeError, OSError) as error:
         raise Missing(f"FlexAttention cannot be compiled: {error}") from error
     compiled = torch.compile(flex.flex_attention, dynamic=False)
     # A compiled graph may give its buffers away in its backward pass, which is then refused a second time.
@@ -611,6 +616,8 @@ def _flex(*_: Any) -> Contestant:
         _refuse_ragged(point, "FlexAttention")
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
         options: dict[str, Any] = {"enable_gqa": point.heads != point.heads_kv}
+        if kernels:
+            options["kernel_options"] = dict(kernels)
         if point.expression:
             of, given = _workload(point, q.device)
             if of.modify:
@@ -626,7 +633,7 @@ def _flex(*_: Any) -> Contestant:
             options["block_mask"] = flex.create_block_mask(visible, None, None, point.seqlen, point.seqlen, q.device)
         return lambda: compiled(qt, kt, vt, **options).transpose(1, 2)
 
-    return Contestant("flex", _by_autograd(forward), keeps_graph)
+    return Contestant(name, _by_autograd(forward), keeps_graph)
 
 
 _FACTORIES: dict[str, Callable[[Direction, Path | None], Contestant]] = {
@@ -640,7 +647,8 @@ _FACTORIES: dict[str, Callable[[Direction, Path | None], Contestant]] = {
     "fa3": _fa3,
     "fa4": _fa4,
     "math": _math,
-    "flex": _flex,
+    "flex": partial(_flex, "flex", {}, "triton"),
+    "flex-flash": partial(_flex, "flex-flash", {"BACKEND": "FLASH"}, "flash_attn.cute"),
 }
 NAMES = tuple(_FACTORIES)
 OVER_CACHES = (*OURS, "fa3")

@@ -29,6 +29,7 @@ _COLOURS = {
     "fa4": "#1f3864",
     "math": "#bdbdbd",
     "flex": "#8e6bbf",
+    "flex-flash": "#c39bd3",
 }
 _LABELS = {
     "cudnn": "cuDNN",
@@ -37,6 +38,7 @@ _LABELS = {
     "fa4": "FlashAttention-4",
     "math": "PyTorch",
     "flex": "FlexAttention",
+    "flex-flash": "FlexAttention (FLASH)",
 }
 _DIRECTIONS = {"fwd": "forward", "bwd": "backward", "decode": "over caches"}
 

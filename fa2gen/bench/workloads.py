@@ -109,7 +109,7 @@ def _capped(cap: float) -> Callable[..., Any]:
 WORKLOADS: Mapping[str, Workload] = {
     "softcap": Workload(score="cap * tanh(s / cap)", cap=_CAP, modify=_capped),
     "alibi": Workload(
-        score="s - slope[h] * abs(i - j)",
+        score="s - slope[h] * abs(i + seqlen_k - seqlen_q - j)",
         numbers=_slopes,
         modify=lambda slope: lambda s, b, h, i, j: s - slope[h] * (i - j).abs(),
     ),

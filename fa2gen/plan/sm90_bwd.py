@@ -138,7 +138,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def register_split(self) -> tuple[int, int]:
-        if len(self.tile_tables) > 2:  # who adds dQ looks its blocks up, too: of a tree 28 bytes spill
+        # Who adds dQ looks its blocks up, too: of a tree 28 bytes spill.
+        if len(self.tile_tables) > 2 and self.splits_keys and not self.lags_dq:
             return (40, 232)
         return super().register_split
 
@@ -170,6 +171,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             return False
         if self.swaps_dq != self.holds_v:
             return False
+        if self.has_allow:
+            return False
         if self.dq_place_bytes % SWIZZLE_ATOM_BYTES or self.dq_place_bytes < self.warp_rows_bytes:
             return False
         memory = self._memory(self.stages_dq, is_persistent=True)
@@ -179,8 +182,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if self.is_persistent and not self.can_take_turns:
             yield BrokenRule(
                 "keys in turn",
-                "1 given; needs lag, a dense batch without dropout, sums in no order, rounded gradients, groups in one "
-                "part, and room for two K, for two V unless that is in registers, and for "
+                "1 given; needs lag, a dense batch without dropout or expression, sums in no order, rounded gradients, "
+                "groups in one part, and room for two K, for two V unless that is in registers, and for "
                 f"{self.warp_rows_bytes:,} bytes of a warp's rows of dK in its {self.dq_place_bytes:,} of dQ, a "
                 f"multiple of {SWIZZLE_ATOM_BYTES:,}: 0",
             )
@@ -228,8 +231,12 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             why = f"{self.tile_m} queries and {sums} registers of dK and dV, which leave too few"
         elif self.swaps_dq and self.dropout and self.left_edge:  # 16 bytes spill
             why = "dropout in a window above head dim 64, which leaves too few registers"
-        elif self.has_score or self.has_allow:
-            why = "an expression"
+        elif self.left_edge and len(self.tile_tables) > 2:  # a tree spills 16 bytes
+            why = "a mask of more than two tensors in a window, which leaves too few registers"
+        elif self.has_score:
+            why = "scores of an expression"
+        elif self.has_allow and self.deterministic:
+            why = "a mask of an expression, and sums in an order"
         if why:
             yield BrokenRule("lag", f"1 given, with {why}: 0")
 
@@ -677,8 +684,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def stores_first(self) -> str:
-        """Not where the order is kept: there whose turn is the first stores."""
-        if not self.stages_dq or self.deterministic:
+        """Not where the order is kept: there whose turn is the first stores; nor beside lag where who adds looks blocks
+        up, too, and has no registers for it (documents spill 80 bytes)."""
+        if not self.stages_dq or self.deterministic or (self.lags_dq and self.has_allow):
             return ""
         if self.left_edge:
             return "1"

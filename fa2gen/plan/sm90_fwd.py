@@ -62,7 +62,7 @@ class Sm90FwdPlan(Sm90Plan):
 
     @property
     def shifts_rows(self) -> bool:
-        return True
+        return bool(self.tiling.lazy_rescale) and not self.has_allow
 
     @property
     def is_capped(self) -> bool:

@@ -9,9 +9,9 @@
 //   contents   29 Problem and tiling,   47 Shared memory,   96 Threads,  153 Arithmetic,  196 Shared memory,
 //             223 Global memory,  258 mbarriers,  302 TMA,  344 Fences,  351 Fragments,  359 Registers,
 //             367 Registers of a warpgroup,  379 wgmma,  510 What is visible,  539 Expressions,  561 Bounds of tiles,
-//             648 What an expression hides,  804 Online softmax,  970 Pipelines, 1015 Loads, 1083 Visits,
-//            1171 Matrix products, 1198 Epilogue, 1245 Producer, 1294 Consumer, 1489 Kernel, 1491 Find bounds,
-//            1640 Launch
+//             648 What an expression hides,  804 Online softmax,  975 Pipelines, 1020 Loads, 1088 Visits,
+//            1176 Matrix products, 1203 Epilogue, 1250 Producer, 1299 Consumer, 1498 Kernel, 1500 Find bounds,
+//            1649 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -898,22 +898,27 @@ __device__ __forceinline__ bool online_softmax(
 // Of an expression's masks such blocks may be many: old maxima serve them as well.
 __device__ __forceinline__ bool online_softmax_masked(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
-    float base[2];
-    float offset[2];
+    float base[2] = {row_max[0], row_max[1]};
+    float const maxima[2] = {thread_max(acc_s, 0, base[0]), thread_max(acc_s, 1, base[1])};
+    float offset[2] = {base[0] * softmax_scale_log2, base[1] * softmax_scale_log2};  // -inf is large
+    bool const risen = any_lane(((maxima[0] - base[0]) * softmax_scale_log2 > kMaxRise) |
+                                ((maxima[1] - base[1]) * softmax_scale_log2 > kMaxRise) | has_large(offset));
+    if (risen) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        float const greatest = quad_max(thread_max(acc_s, row, row_max[row]));
-        bool const keep = (greatest - row_max[row]) * softmax_scale_log2 <= kMaxRise;
-        float const new_max = keep ? row_max[row] : greatest;
-        base[row] = new_max == -kInfinity ? 0.0f : new_max;
-        offset[row] = base[row] * softmax_scale_log2;
-        correction[row] = exp2_approx((row_max[row] - base[row]) * softmax_scale_log2);
-        row_max[row] = new_max;
-        row_sum[row] *= correction[row];
+        for (int row = 0; row < 2; ++row) {
+            float const greatest = quad_max(maxima[row]);
+            bool const keep = (greatest - row_max[row]) * softmax_scale_log2 <= kMaxRise;
+            float const new_max = keep ? row_max[row] : greatest;
+            base[row] = new_max == -kInfinity ? 0.0f : new_max;
+            correction[row] = exp2_approx((row_max[row] - base[row]) * softmax_scale_log2);
+            offset[row] = base[row] * softmax_scale_log2;
+            row_max[row] = new_max;
+            row_sum[row] *= correction[row];
+        }
+        take_off_large(acc_s, base, offset);
     }
-    take_off_large(acc_s, base, offset);
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
-    return any_lane(correction[0] != 1.0f || correction[1] != 1.0f);
+    return risen;
 }
 
 __device__ __forceinline__ void rescale_o(float (&acc_o)[kNumAccO], float const (&factor)[2]) {
@@ -1343,17 +1348,11 @@ __device__ __forceinline__ void consume(
             mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
             following = first_bits(smem, k_state.stage);
         }
-        uint32_t bits = following >> 3 * warpgroup & kSeesAll;
+        auto bits_of_following = [&]() { return following >> 3 * warpgroup & kSeesAll; };
+        uint32_t bits = bits_of_following();
         auto acquire_k = [&]() {
             mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
             load_visit(n_block, following, smem, k_state.stage);
-        };
-        auto next_block = [&]() {
-            bits = following >> 3 * warpgroup & kSeesAll;
-            if (following == 0) {
-                release_q();
-            }
-            return following != 0;
         };
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
 
@@ -1385,7 +1384,11 @@ __device__ __forceinline__ void consume(
             if ((bits & kSeesAny) == 0) {
                 acquire_k();
                 skip(1);
-                is_one = next_block();
+                bits = bits_of_following();
+                is_one = following != 0;
+                if (!is_one) {
+                    release_q();
+                }
                 continue;
             }
             // The first block of one: no P yet.
@@ -1415,6 +1418,7 @@ __device__ __forceinline__ void consume(
             }
             pack_p(p_tile, acc_s);
 
+            uint32_t ahead = 0;  // this warpgroup's bits of the block that follows
             // S of this block and O += P V of the one before run together; the softmax runs under the second.
             auto multiply = [&](bool is_masked) {
                 acquire_k();
@@ -1430,6 +1434,7 @@ __device__ __forceinline__ void consume(
                 }
                 wgmma_wait_1();
                 wgmma_touch(acc_s);
+                ahead = static_cast<uint32_t>(keep(static_cast<int>(bits_of_following())));  // long before it is asked
             };
             // K is released by an arrival that depends on the row sums (which are never -0, nor any NaN of that pattern): it
             // can not be issued before the exponentials, and the wait behind it neither. Left to itself ptxas waits for P V
@@ -1447,8 +1452,8 @@ __device__ __forceinline__ void consume(
             };
             // Blocks that need a mask may lie between others. A row may have seen nothing before: its maximum is -inf then, and
             // rises where all see all.
-            is_one = next_block();
-            while (is_one && (bits & kSeesAny) != 0) {
+            bits = bits_of_following();
+            while ((bits & kSeesAny) != 0) {
                 if (bits == kSeesAll) {
                     multiply(false);
                     accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
@@ -1457,7 +1462,11 @@ __device__ __forceinline__ void consume(
                     hide_unseen(acc_s, visible);
                     accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
                 }
-                is_one = next_block();
+                bits = ahead;
+            }
+            is_one = following != 0;
+            if (!is_one) {
+                release_q();
             }
 
             // The last block's P.

@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,   93 Threads,  140 Arithmetic,  183 Shared memory,
 //             210 Global memory,  224 mbarriers,  268 TMA,  310 Fences,  317 Fragments,  325 Registers,
 //             333 Registers of a warpgroup,  345 wgmma,  473 What is visible,  502 Expressions,
-//             517 What an expression hides,  667 Online softmax,  833 Pipelines,  878 Loads,  946 Visits,
-//            1034 Matrix products, 1061 Epilogue, 1108 Producer, 1157 Consumer, 1352 Kernel, 1385 Launch
+//             517 What an expression hides,  667 Online softmax,  838 Pipelines,  883 Loads,  951 Visits,
+//            1039 Matrix products, 1066 Epilogue, 1113 Producer, 1162 Consumer, 1361 Kernel, 1394 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -761,22 +761,27 @@ __device__ __forceinline__ bool online_softmax(
 // Of an expression's masks such blocks may be many: old maxima serve them as well.
 __device__ __forceinline__ bool online_softmax_masked(
     float (&acc_s)[kNumAccS], float (&row_max)[2], float (&row_sum)[2], float (&correction)[2], float softmax_scale_log2) {
-    float base[2];
-    float offset[2];
+    float base[2] = {row_max[0], row_max[1]};
+    float const maxima[2] = {thread_max(acc_s, 0, base[0]), thread_max(acc_s, 1, base[1])};
+    float offset[2] = {base[0] * softmax_scale_log2, base[1] * softmax_scale_log2};  // -inf is large
+    bool const risen = any_lane(((maxima[0] - base[0]) * softmax_scale_log2 > kMaxRise) |
+                                ((maxima[1] - base[1]) * softmax_scale_log2 > kMaxRise) | has_large(offset));
+    if (risen) {
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        float const greatest = quad_max(thread_max(acc_s, row, row_max[row]));
-        bool const keep = (greatest - row_max[row]) * softmax_scale_log2 <= kMaxRise;
-        float const new_max = keep ? row_max[row] : greatest;
-        base[row] = new_max == -kInfinity ? 0.0f : new_max;
-        offset[row] = base[row] * softmax_scale_log2;
-        correction[row] = exp2_approx((row_max[row] - base[row]) * softmax_scale_log2);
-        row_max[row] = new_max;
-        row_sum[row] *= correction[row];
+        for (int row = 0; row < 2; ++row) {
+            float const greatest = quad_max(maxima[row]);
+            bool const keep = (greatest - row_max[row]) * softmax_scale_log2 <= kMaxRise;
+            float const new_max = keep ? row_max[row] : greatest;
+            base[row] = new_max == -kInfinity ? 0.0f : new_max;
+            correction[row] = exp2_approx((row_max[row] - base[row]) * softmax_scale_log2);
+            offset[row] = base[row] * softmax_scale_log2;
+            row_max[row] = new_max;
+            row_sum[row] *= correction[row];
+        }
+        take_off_large(acc_s, base, offset);
     }
-    take_off_large(acc_s, base, offset);
     exponentiate(acc_s, offset, row_sum, softmax_scale_log2);
-    return any_lane(correction[0] != 1.0f || correction[1] != 1.0f);
+    return risen;
 }
 
 __device__ __forceinline__ void rescale_o(float (&acc_o)[kNumAccO], float const (&factor)[2]) {
@@ -1206,17 +1211,11 @@ __device__ __forceinline__ void consume(
             mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
             following = first_bits(smem, k_state.stage);
         }
-        uint32_t bits = following >> 3 * warpgroup & kSeesAll;
+        auto bits_of_following = [&]() { return following >> 3 * warpgroup & kSeesAll; };
+        uint32_t bits = bits_of_following();
         auto acquire_k = [&]() {
             mbarrier_wait(barriers.k_full(k_state.stage), k_state.phase);
             load_visit(n_block, following, smem, k_state.stage);
-        };
-        auto next_block = [&]() {
-            bits = following >> 3 * warpgroup & kSeesAll;
-            if (following == 0) {
-                release_q();
-            }
-            return following != 0;
         };
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
 
@@ -1248,7 +1247,11 @@ __device__ __forceinline__ void consume(
             if ((bits & kSeesAny) == 0) {
                 acquire_k();
                 skip(1);
-                is_one = next_block();
+                bits = bits_of_following();
+                is_one = following != 0;
+                if (!is_one) {
+                    release_q();
+                }
                 continue;
             }
             // The first block of one: no P yet.
@@ -1278,6 +1281,7 @@ __device__ __forceinline__ void consume(
             }
             pack_p(p_tile, acc_s);
 
+            uint32_t ahead = 0;  // this warpgroup's bits of the block that follows
             // S of this block and O += P V of the one before run together; the softmax runs under the second.
             auto multiply = [&](bool is_masked) {
                 acquire_k();
@@ -1293,6 +1297,7 @@ __device__ __forceinline__ void consume(
                 }
                 wgmma_wait_1();
                 wgmma_touch(acc_s);
+                ahead = static_cast<uint32_t>(keep(static_cast<int>(bits_of_following())));  // long before it is asked
             };
             // K is released by an arrival that depends on the row sums (which are never -0, nor any NaN of that pattern): it
             // can not be issued before the exponentials, and the wait behind it neither. Left to itself ptxas waits for P V
@@ -1310,8 +1315,8 @@ __device__ __forceinline__ void consume(
             };
             // Blocks that need a mask may lie between others. A row may have seen nothing before: its maximum is -inf then, and
             // rises where all see all.
-            is_one = next_block();
-            while (is_one && (bits & kSeesAny) != 0) {
+            bits = bits_of_following();
+            while ((bits & kSeesAny) != 0) {
                 if (bits == kSeesAll) {
                     multiply(false);
                     accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
@@ -1320,7 +1325,11 @@ __device__ __forceinline__ void consume(
                     hide_unseen(acc_s, visible);
                     accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
                 }
-                is_one = next_block();
+                bits = ahead;
+            }
+            is_one = following != 0;
+            if (!is_one) {
+                release_q();
             }
 
             // The last block's P.

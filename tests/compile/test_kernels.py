@@ -24,6 +24,7 @@ import pytest
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.catalog import catalogue, tuned_rows
 from fa2gen.compile import Compiled, compile_kernel
+from fa2gen.expression.examples import EXAMPLES
 from fa2gen.groups import with_groups
 from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.report.sass import disassembler
@@ -118,8 +119,17 @@ def kernels() -> dict[str, bool]:
         )
         for head_dim in head_dims
     ]
+    features += [
+        default(arch, head_dim, mask if one.score else "full", "bwd", score=one.score, allow=one.allow, varlen=varlen)
+        for (one, arch), varlen, head_dim, mask in turns(
+            itertools.product(EXAMPLES.values(), ARCHES),
+            (False, True, True, False),
+            (64, 128, 64, 256, 72),
+            ("causal", "full"),
+        )
+    ]
     features += [  # each element of dS goes to memory too
-        default(arch, head_dim, "causal", "bwd", score=score, learned="bias")
+        default(arch, head_dim, "causal", "bwd", score=score, learned="bias", varlen=head_dim == 64)
         for arch in ARCHES
         for head_dim, score in turns((64, 128, 256), ("s + bias[b, h, i, j]", "s + bias[h, i - j]"))
     ]

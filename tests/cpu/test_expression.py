@@ -94,6 +94,18 @@ def test_tensors(score, arch, direction, head_dim, mask, varlen):
     assert verdict.ok, verdict
 
 
+def test_keys_too_far_away_to_count():
+    """Their exponentials are left out, but not a NaN among them."""
+    spec = kernel("sm90", "fwd", 64, "causal", ALIBI)
+    case = cases.make(spec, Shape(1, 200, 600, 1, 1))
+    case.tensors["input_0"].fill_(0.25)
+    run_kernel(make_plan(spec), case.tensors, case.options)
+    assert cases.verdict(case).ok, cases.verdict(case)
+    case.tensors["k"][:, 3] = float("nan")
+    run_kernel(make_plan(spec), case.tensors, case.options)
+    assert case.tensors["o"].isnan().all()
+
+
 LEARNED = {
     # Each with the way in which its elements find their numbers, and whether derivatives are kept with P.
     "a dense bias": (BIAS, "bias"),
@@ -220,6 +232,7 @@ POSITIONS = {arch: kernel(arch, score="s - abs(i - j) / 8 + h / 4", mask="full")
 LEARNING_BIAS = kernel("sm80", "bwd", score=BIAS, learned="bias").name
 LEARNING_ROWS = kernel("sm90", "bwd", score="s * row[b, i] + column[h, j]", learned="row, column").name
 LEARNING_FAR = kernel("sm90", "bwd", score="s + far[h, max(i - j, 9)]", learned="far").name
+GENTLE = kernel("sm90", head_dim=128, score="s - slope[b, h] / 64 * abs(i + seqlen_k - seqlen_q - j)").name
 FAULTS = [
     *(
         Fault("another-scale", name, "finalize_softmax(row_max", "finalize_softmax(row_sum")
@@ -236,6 +249,7 @@ FAULTS = [
     *(Fault("rows-too-low", name, "n / 2 % 2 * 8;", "n / 2 % 2 * 4;") for name in POSITIONS.values()),
     Fault("another-origin", POSITIONS["sm90"], "static_cast<float>(row - column);", "static_cast<float>(row);"),
     Fault("another-entry", kernel("sm90", score=ALIBI).name, "with_values(p, bidb, bidh,", "with_values(p, 0, bidh,"),
+    Fault("few-keys-count", GENTLE, "kFaint = -40.0f", "kFaint = 4.0f"),
     Fault("a-row-forgotten", kernel("sm90", score=ALIBI).name, "base[row] -= row_terms[row];", ""),
     Fault("another-place", kernel("sm80", score=BIAS).name, "p.input_0_last_3 + 1)", "p.input_0_last_3)"),
     Fault("not-cleared", LEARNING_BIAS, "store_global_float(gradient + i, 0.0f);", ""),

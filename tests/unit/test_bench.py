@@ -576,6 +576,7 @@ def test_workloads_of_expressions(name):
     program = parse(of.score, of.allow)
     s = torch.randn(2, 4, 700, 700)
     values = {"s": s, "b": b, "h": h, "i": i, "j": j, **{x.name: given for x in program.inputs}}
+    values |= {"seqlen_q": 700, "seqlen_k": 700}
     allowed = evaluate(program, "allow", torch, values) & ((j <= i) | torch.tensor(not of.causal))
     assert torch.equal(allowed.expand_as(seen), seen)
     if of.modify:
