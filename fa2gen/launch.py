@@ -43,8 +43,8 @@ __all__ = [
 
 RAGGED_ROWS = 1 << 30  # as in templates/ptx/tma.cuh.j2
 TMA_ALIGNMENT = 128  # of a box in shared memory
-# Of packed keys' time (8k causal; 16 chunks of 512 queries over 4k keys; 128 columns, H100) pages of 8 rows took 1.04 and
-# 1.04 in boxes, 1.27 and 1.15 row by row; of 4 rows 1.16 and 1.19, and 1.27 and 1.15.
+# Of packed keys' time (8k causal; 16 chunks of 512 queries over 4k keys; 128 columns, H100) pages of 8 rows took 1.04
+# and 1.04 in boxes, 1.27 and 1.15 row by row; of 4 rows 1.16 and 1.19, and 1.27 and 1.15.
 QUICK_BOX_ROWS = 8
 PACKED_GROUPS = (1, 2, 4, 8, 16)  # 16 rows of a warp are whole queries of so many heads
 # How many of the rounds of tiles packed heads may leave: 11 of 12 took 0.955 of the time, 3 of 4 0.98, 5 of 8 0.78, as

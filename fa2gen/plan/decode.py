@@ -214,7 +214,7 @@ class DecodePlan(Sm80RowsPlan):
         lengths = ("seqlen_q", "seqlen_k", "seqlen_new", "num_sequences", "cache_entries")
         heads = ("num_heads", "num_heads_kv", "num_heads_per_kv")
         rotary = ("rotary_dim", "rotary_rows", "rotary_interleaved", "rotary_steps")
-        work = ("unit_shift", "least_units", "item_units", "fixed_parts", "entry_sequences", "num_entries")
+        work = ("unit_shift", "least_units", "item_units", "item_runs", "fixed_parts", "entry_sequences", "num_entries")
         runs = ("num_runs", "run_reciprocal", "rows_at_once", "row_rounds", "round_reciprocal")
         return (*lengths, *heads, *work, *runs, *rotary)
 

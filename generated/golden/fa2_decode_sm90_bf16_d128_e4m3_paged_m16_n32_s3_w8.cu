@@ -6,9 +6,9 @@
 //   problem  decode, head dim 128, bf16, full mask, e4m3 caches, pages
 //   tiling   16 query rows x 32 keys, 3 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 208944 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,  157 Threads,  188 Arithmetic,  257 Shared memory,  304 Global memory,
-//             374 cp.async,  399 Fragments,  414 Registers,  429 mma,  458 What is visible,  512 Online softmax,
-//             936 Loads, 1107 Matrix products, 1218 Putting together, 1631 Append, 1766 Kernel, 1810 Launch
+//   contents   26 Problem and tiling,  158 Threads,  189 Arithmetic,  258 Shared memory,  305 Global memory,
+//             375 cp.async,  400 Fragments,  415 Registers,  430 mma,  459 What is visible,  513 Online softmax,
+//             945 Loads, 1116 Matrix products, 1227 Putting together, 1640 Append, 1775 Kernel, 1819 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -129,6 +129,7 @@ struct Params {
     int unit_shift;
     int least_units;
     int item_units;
+    int item_runs;
     int fixed_parts;
     int entry_sequences;
     int num_entries;
@@ -651,8 +652,9 @@ __device__ __forceinline__ int quotient(int a, int b, int reciprocal) {
 // Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long a
 // run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several blocks
 // share is in parts, which the last to finish puts together. Where there are more items than blocks, each has p.item_units
-// behind its keys, for what its end takes (32 sequences of 200 to 32k keys without: half of the blocks were done 12 us before
-// the last, of 243, H100).
+// behind its keys, for what its end takes (32 sequences of 200 to 32k keys: 239 us, 246 without, H100). The items of a sequence
+// alone are each shared by p.item_runs blocks, if those are nearly all, so that none has keys of two (1 x 64k: 104 us, 108 where
+// they are cut anywhere; 20,000 keys: 43 and 46; H100).
 //
 // With p.fixed_parts each unit is a part, wherever it is computed: what a sequence gives depends on nothing but itself and on
 // the length of units.
@@ -702,13 +704,20 @@ __device__ __forceinline__ void lay_out(Params const& p, uint32_t layout, int la
             int const of_before = shfl_from(units, max(lane - step, 0));
             units += lane >= step ? of_before : 0;
         }
-        store_shared_int(layout + 4 * (entry + 1), before + units);
+        int end = before + units;
         if (entry + 1 == p.num_entries) {
-            int const total = (before + units) * heads_and_tiles(p);
-            int const per_block = quotient(total + p.num_runs - 1, p.num_runs, p.run_reciprocal);
-            store_shared_int(layout + 4 * kWorkAt, total);
-            store_shared_int(layout + 4 * kWorkAt + 4, max(per_block, p.least_units));
+            int per_block = 0;
+            if (p.item_runs > 0) {
+                per_block = max((end + p.item_runs - 1) / p.item_runs, p.least_units);
+                end = (end + per_block - 1) / per_block * per_block;
+            } else {
+                int const total = end * heads_and_tiles(p) + p.num_runs - 1;
+                per_block = max(quotient(total, p.num_runs, p.run_reciprocal), p.least_units);
+            }
+            store_shared_int(layout + 4 * kWorkAt, end * heads_and_tiles(p));
+            store_shared_int(layout + 4 * kWorkAt + 4, per_block);
         }
+        store_shared_int(layout + 4 * (entry + 1), end);
         before += shfl_from(units, 31);
     }
     if (lane == 0) {
@@ -1844,7 +1853,10 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   row_rounds = num_m_blocks / rows_at_once
 //   round_reciprocal = 2147483647 / max(row_rounds, 1)
 //   num_runs = num_blocks / rows_at_once
-//   item_units = 1 * (1 - fixed_parts) * min(batch * num_heads_kv * row_rounds / (num_runs + 1), 1)
+//   item_units = 3 * (1 - fixed_parts) * min(batch * num_heads_kv * row_rounds / (num_runs + 1), 1)
+//   runs_of_each = num_runs / max(num_heads_kv * row_rounds, 1)
+//   are_nearly_all = min(20 * runs_of_each * num_heads_kv * row_rounds / (19 * max(num_runs, 1)), 1)
+//   item_runs = runs_of_each * are_nearly_all * (1 - fixed_parts) * (1 / max(batch, 1))
 //   run_reciprocal = 2147483647 / max(num_runs, 1)
 //   num_new_chunks = 16 * batch * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)
 //   num_slots = fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks

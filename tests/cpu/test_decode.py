@@ -117,6 +117,15 @@ def test_every_shape_of_kernel(arch, head_dim, fields, wide):
     assert verdict.ok, verdict
 
 
+@pytest.mark.parametrize("num_sms", [4, 7])
+def test_items_of_a_sequence_alone(num_sms):
+    """Of two heads, by as many blocks each, or three and a half: lengths around those that blocks share evenly."""
+    for keys, options in ((1, {}), (255, {}), (257, {}), (1300, {"window_left": 700, "window_right": 3})):
+        problem = Problem(direction="decode", head_dim=64, mask="window" if options else "full")
+        verdict, _ = run(best_spec(problem, "sm90").name, Shape(1, 2, keys, 4, 2), Options(**options), num_sms=num_sms)
+        assert verdict.ok, (keys, verdict)
+
+
 @pytest.mark.parametrize("splits", [0, 1, 3])
 def test_the_same_bits_on_every_schedule(splits):
     """Parts are put together in the order of their keys, whichever of their blocks comes last."""

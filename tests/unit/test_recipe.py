@@ -187,7 +187,10 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
     grid = min(-(-units // least), NUM_SMS)
     slots = units if fixed else 2 * grid
     at_once = m if m <= min(8, grid) else 1
-    ends = int(not fixed and shape.batch * shape.num_heads_kv * (m // at_once) > grid // at_once)
+    runs, items = grid // at_once, shape.batch * shape.num_heads_kv * (m // at_once)
+    ends = 3 * (not fixed and items > runs)
+    each = runs // items if shape.batch == 1 and not fixed else 0
+    each *= each * items >= 0.95 * runs  # a sequence alone, whose items take nearly all blocks
     values = {
         **shape._asdict(),
         "num_sequences": shape.batch,
@@ -198,6 +201,7 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
         "inverse_group": 1 / group,
         "least_units": least,
         "item_units": ends,
+        "item_runs": each,
         "fixed_parts": fixed,
         "rotary_interleaved": shape.interleaved,
         "entry_sequences": max(-(-shape.batch // 1024), 1),
@@ -211,7 +215,7 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
     scratch = {"parts": slots * plan.tile_m * plan.head_dim, "part_sums": 2 * slots * plan.tile_m}
     scratch["counters"] = units if fixed else grid
     grids = [(-(-new // plan.entry_points[0].num_threads), 1, 1), (grid, 1, 1)]
-    units = units * (1 + ends) + 64 * NUM_SMS
+    units = units * (1 + ends + min(each, 1)) + 64 * NUM_SMS
     return grids, values, scratch, max(units, 2 * (shape.seqlen_k + unit), new, m * plan.tile_m << 9)
 
 
