@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from fa2gen.options import Options
 from fa2gen.reference import sink_gradient
 
 __all__ = ["Ulysses"]
-
-Groups: TypeAlias = Sequence[Sequence[Tensor]]
 
 
 class Ulysses(torch.autograd.Function):
@@ -44,12 +42,11 @@ class Ulysses(torch.autograd.Function):
         out = q.new_empty((batch, rows, heads, v.shape[3]), dtype=q.dtype)
         lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
         kept: list[Tensor] = []
-        given = ((k, v), (q,))
         back: list[tuple[int, list[_Arriving]]] = []
-        coming = parts.send(given, 0)
+        coming = parts.send((q, k, v), 0)
         for first in parts.starts:
-            arriving, coming = coming, parts.send(given, first + stride)
-            all_k, all_v, all_q = (x for one in arriving for x in one.wait())
+            arriving, coming = coming, parts.send((q, k, v), first + stride)
+            all_q, all_k, all_v = arriving.wait()
             sinks = None if s_aux is None else s_aux[parts.heads(heads, first)]
             unrounded = options._replace(partial=sinks is not None)
             results = with_sinks(*forward_of(split.whole, all_q, all_k, all_v, unrounded), sinks, q.dtype)
@@ -75,12 +72,11 @@ class Ulysses(torch.autograd.Function):
             dlse = dq.new_zeros((shapes[0][0], shapes[0][2], shapes[0][1]), dtype=torch.float32)
         # Of all rows, for the heads of this process's part.
         ds_aux = torch.zeros_like(s_aux) if ctx.needs_input_grad[3] else None
-        given = ((dout, dlse),)
         back: list[tuple[int, list[_Arriving]]] = []
-        coming = parts.send(given, 0)
+        coming = parts.send((dout, dlse), 0)
         for first in parts.starts:
-            arriving, coming = coming, parts.send(given, first + stride)
-            all_dout, all_dlse = arriving[0].wait()
+            arriving, coming = coming, parts.send((dout, dlse), first + stride)
+            all_dout, all_dlse = arriving.wait()
             all_q, all_k, all_v, all_out, all_lse, *kept = kept
             of_call = gradients_of(split.whole, all_dout, all_q, all_k, all_v, all_out, all_lse, all_dlse, options)
             back.append((first, parts.send_back(of_call)))
@@ -108,11 +104,10 @@ class _Arriving(NamedTuple):
 class _Parts:
     """Exchanges of tensors (batch, rows, heads, head_dim), and of rows (batch, heads, rows), whichever a tensor is.
 
-    Each process has as many heads as the others: its part. Of a part some travel at a time: key heads
-    [first, first + stride), and those of other tensors that go with them. Tensors are given in groups, which travel
-    side by side, each piece of rows in an exchange of its own, so that one is packed, or stored, while another travels.
-    Rows come to where they stand in the sequence; nothing is copied but what is packed before an exchange, and stored
-    behind one.
+    Each process has as many heads as the others: its part. Of a part some travel at a time: key heads [first, first +
+    stride), and those of other tensors that go with them. Tensors that are sent together travel side by side, each
+    piece of rows in an exchange of its own, so that one is packed, or stored, while another travels. Rows come to where
+    they stand in the sequence; nothing is copied but what is packed before an exchange, and stored behind one.
     """
 
     def __init__(self, split: Split, group: ProcessGroup, num_heads_kv: int, stride: int) -> None:
@@ -121,12 +116,11 @@ class _Parts:
         rows, count = split.rows // split.world, len(split.equal_pieces[0])
         self._pieces = [slice(at, at + rows // count) for at in range(0, rows, rows // count)]
 
-    def send(self, groups: Groups, first: int) -> list[_Arriving]:
+    def send(self, tensors: Sequence[Tensor], first: int) -> _Arriving:
         """Heads from `first` on of each process's part, to it: what comes is all rows of those of this one's. Nothing
         behind the last."""
-        return [self._send(tensors, first) for tensors in groups] if first in self.starts else []
-
-    def _send(self, tensors: Sequence[Tensor], first: int) -> _Arriving:
+        if first not in self.starts:
+            return _Arriving([], [])
         split, parts = self._split, [self._parts_of(x, first) for x in tensors]
         world, rows, batch = parts[0].shape[:3]
         bounds = list(accumulate((align_up(x[0, 0, 0].nbytes, CHUNK_BYTES) for x in parts), initial=0))
