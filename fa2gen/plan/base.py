@@ -497,11 +497,6 @@ class KernelPlan:
         return self.section_bytes // self.section_row_bytes
 
     @property
-    def section_heads(self) -> int:
-        """Of gradients, how many heads a section has at most."""
-        return SECTION_HEADS_OF_GRADIENTS
-
-    @property
     def times_in_order(self) -> int:
         """How many times as much a section may read where additions have an order: then few blocks that run at a time
         belong to one head, and wait for each other."""

@@ -18,6 +18,7 @@ from fa2gen.options import SPLIT_KEYS
 from fa2gen.plan.base import (
     SECTION_BYTES,
     SECTION_HEADS,
+    SECTION_HEADS_OF_GRADIENTS,
     EntryPoint,
     KernelPlan,
     TensorMapPlan,
@@ -114,7 +115,7 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         read = f"num_heads_per_kv * seqlen_q * {plan.section_row_bytes}"
         heads = f"{of_batch}num_heads_kv"
         if not plan.problem.deterministic:
-            heads = f"min({heads}, {plan.section_heads})"
+            heads = f"min({heads}, {SECTION_HEADS_OF_GRADIENTS})"
         least = "least_section" if plan.times_in_order > 1 else "1"
         section = f"min(max({least}, section_bytes / ({read})), {heads}){of_parts}"
     else:  # whole groups of query heads that share K and V
@@ -135,7 +136,7 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "tile_pages": f"{tiling.tile_n} / page_size",
         "tile_rows": f"{tiling.tile_n} - tile_pages * page_size",
         "section_bytes": f"{plan.section_bytes} * min(num_heads_per_kv, {plan.sections_of_groups})",
-        "least_section": f"max(1, min({plan.section_heads}, {plan.times_in_order} * section_bytes / ({read})))",
+        "least_section": f"max(1, min({SECTION_HEADS_OF_GRADIENTS}, {plan.times_in_order} * section_bytes / ({read})))",
         "section_heads_kv": f"max(1, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
         **({"stores_first": first} if isinstance(plan, BackwardPlan) and (first := plan.stores_first) else {}),

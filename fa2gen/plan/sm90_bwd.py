@@ -77,10 +77,10 @@ STARTS_EARLY = True
 # in turn 1.035, full 1.009; 8k 1.00, full 1.012, 4k 0.996; d = 128, 8k 1.003, full 1.00; H100).
 HEAD_DIM_IN_L2 = 64
 
-# With keys in turn, and L2 kept for them, few blocks that run at a time add to one head: d = 64 causal, 16k 4, 16, 32
-# heads 1.00, 1.01, 1.02 times, 8k 8, 16, 32, 64 heads 1.00, 1.00, 1.01, 1.02, 4k 16, 32, 64 1.00, 2k 16, 32 1.00 (H100,
-# H200).
-SECTION_BYTES_IN_TURN, SECTION_HEADS_IN_TURN = 256 << 20, 64
+# With keys in turn, and L2 kept for them, few blocks that run at a time add to one head, up to 16 of them: d = 64
+# causal, of FlashAttention-3, 16k 4, 8, 16 heads 0.99, 1.017, 1.019, 8k 8, 16 1.011, 1.013, 4k 8, 16 1.058, but 64
+# heads 8k 0.55, 4k 0.79 (H100).
+SECTION_BYTES_IN_TURN = 128 << 20
 
 # Deterministic, d = 128, 8k: causal 4, 8, 16 heads 1.21, 1.16, 1.12 times the time of sums in any order, full 1.075,
 # 1.07, 1.065, but 32 1.86; d = 256 causal 2, 4, 16 heads 1.38, 1.24, 1.30, full 2 and 16 1.18, 1.52 (H100, one thread a
@@ -274,15 +274,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def section_bytes(self) -> int:
-        return SECTION_BYTES_IN_TURN if self._walks_wide_sections else super().section_bytes
-
-    @property
-    def section_heads(self) -> int:
-        return SECTION_HEADS_IN_TURN if self._walks_wide_sections else super().section_heads
-
-    @property
-    def _walks_wide_sections(self) -> bool:
-        return self.is_persistent and self.keeps_in_l2
+        return SECTION_BYTES_IN_TURN if self.is_persistent and self.keeps_in_l2 else super().section_bytes
 
     @property
     def times_in_order(self) -> int:

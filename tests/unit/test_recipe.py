@@ -15,7 +15,7 @@ from fa2gen.groups import with_groups
 from fa2gen.launch import launch_of
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
-from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS
+from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTION_HEADS_OF_GRADIENTS
 from fa2gen.plan.sm90_bwd import FIRST_ROWS, FIRST_ROWS_OF_CAUSAL, FIRST_ROWS_OF_NARROW, FIRST_ROWS_OF_RAGGED
 from fa2gen.render import render
 from fa2gen.select import default_tiling
@@ -122,8 +122,8 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         room = plan.section_bytes * min(group, plan.sections_of_groups)
         heads = batch * shape.num_heads_kv
         if not plan.problem.deterministic:
-            heads = min(heads, plan.section_heads)
-        in_order = min(plan.section_heads, plan.times_in_order * room // read)
+            heads = min(heads, SECTION_HEADS_OF_GRADIENTS)
+        in_order = min(SECTION_HEADS_OF_GRADIENTS, plan.times_in_order * room // read)
         section = min(max(room // read, in_order, 1), heads) * parts
         most = max(m * plan.tile_m * group, n * plan.tile_n + shape.seqlen_q, of_keys * parts, 2 * bounds)
     else:
