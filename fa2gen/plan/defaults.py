@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InfeasibleSpec
 from fa2gen.features import features_of
-from fa2gen.features.expression import is_capped, score_code
+from fa2gen.features.expression import score_code
 from fa2gen.layout import align_up
 from fa2gen.plan.base import bytes_text
 from fa2gen.plan.feasible import plan_of
@@ -34,7 +34,6 @@ class _Row:
     uneven      whether they are for masks whose blocks hold different amounts of work; None: for all.
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
     expression  whether they are for scores or masks of an expression; None: for all.
-    capped      whether they are for scores whose softmax needs no maxima; None: for all.
     lagging     tilings with dQ a step later, which come first.
     abreast     tilings with heads abreast, which come first in ragged batches.
     tensors     whether they are for expressions of tensors; None: for all.
@@ -50,7 +49,6 @@ class _Row:
     uneven: bool | None = None
     left_edge: bool | None = None
     expression: bool | None = None
-    capped: bool | None = None
     tensors: bool | None = None
     tables: bool | None = None
     distance: bool = False
@@ -83,10 +81,12 @@ class _Family:
             and row.uneven in (None, uneven)
             and row.left_edge in (None, left_edge)
             and row.expression in (None, problem.has_expression)
-            and row.capped in (None, is_capped(problem))
             and row.tensors in (None, any(x.is_tensor for x in problem.program.inputs))
             and row.tables in (None, bool(problem.program.tile_bounds))
-            and (not row.distance or (bool(problem.score) and score_code(problem.program, "fwd").of_distance))
+            and (
+                not row.distance
+                or (problem.program.score_tree is not None and score_code(problem.program, "fwd").of_distance)
+            )
             and row.head_dims in (None, problem.head_dims)
             and row.eight_bits == (problem.cache_dtype != SAME)
         )
@@ -188,13 +188,6 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             _Row(160, tuple((128, keys, 2, 8) for keys in (112, 96, 80, 64)), tables=True),
             # One warpgroup: a bias in a window, whose keys are passed by.
             _Row(256, (*((128, keys, 2, 8) for keys in (64, 48, 32)), (64, 48, 2, 4)), tables=True),
-            # 8k, 2k causal: 0.87, 0.89 of a kernel without a cap, and 0.84, 0.84 with the next (H100).
-            _Row(
-                64,
-                ((256, 64, 4, 16), (192, 128, 4, 12), (192, 112, 4, 12), (192, 96, 4, 12)),
-                capped=True,
-                left_edge=False,
-            ),
             # 112: a window of scores of an expression; 96: with random bits too
             _Row(64, ((192, 128, 4, 12), (192, 112, 4, 12), (192, 96, 4, 12))),
             # Where most of a long row is too faint to count, blocks have less to do, and short ones waste less (ALiBi,
