@@ -1238,7 +1238,7 @@ __device__ __forceinline__ void produce(
             fetched = fetch_add_global(p.tile_counter, 1);
         }
     };
-    auto receive = [&]() {
+    auto take_fetched = [&]() {
         if (warp == 0 && lane_id() == 0) {
             store_shared_int(slot, fetched);
         }
@@ -1284,7 +1284,7 @@ __device__ __forceinline__ void produce(
                 fetch();
             }
             if (n_block == meeting) {
-                receive();
+                take_fetched();
             }
             load(n_block);
         };
@@ -1292,7 +1292,7 @@ __device__ __forceinline__ void produce(
             load_next(blocks.end - 1);
         } else {
             fetch();
-            receive();
+            take_fetched();
         }
         if (warp == 0) {
             load_q(map_q, smem, barriers, q_state, s, tile);

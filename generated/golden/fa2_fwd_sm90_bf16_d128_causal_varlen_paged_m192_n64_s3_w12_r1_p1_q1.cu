@@ -1127,7 +1127,7 @@ __device__ __forceinline__ void produce(
             fetched = fetch_add_global(p.tile_counter, 1);
         }
     };
-    auto receive = [&]() {
+    auto take_fetched = [&]() {
         if (warp == 0 && lane_id() == 0) {
             if (fetched == tiles - 1) {
                 store_global_int(p.tile_counter, 0);
@@ -1175,7 +1175,7 @@ __device__ __forceinline__ void produce(
                 fetch();
             }
             if (n_block == meeting) {
-                receive();
+                take_fetched();
             }
             load(n_block);
         };
@@ -1183,7 +1183,7 @@ __device__ __forceinline__ void produce(
             load_next(blocks.end - 1);
         } else {
             fetch();
-            receive();
+            take_fetched();
         }
         if (warp == 0) {
             load_q(map_q, smem, barriers, q_state, s, tile, p.group);

@@ -162,6 +162,7 @@ def kernels() -> dict[str, bool]:
         for arch, mask, head_dims in (("sm80", "window", (64, 72, 112, 160, 256)), ("sm90", "causal", (64, 128, 256)))
         for head_dim in head_dims
     ]
+    paged.append(default("sm90", 64, "full", varlen=True, paged=True, allow="document[b, i] == document[b, j]"))
     row_by_row = [
         KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"page_rows": 1, "pack_heads": heads}))
         for head_dim, mask, heads in turns((16, 64, 72, 96, 128, 192, 256), ("window", "full", "causal"), (0, 1))
