@@ -106,7 +106,7 @@ class _Parts:
 
     Each process has as many heads as the others: its part. Of a part some travel at a time: key heads [first, first +
     stride), and those of other tensors that go with them. Tensors that are sent together travel side by side, each
-    piece of rows in an exchange of its own, so that one is packed, or stored, while another travels. Rows come to where
+    piece of rows in an exchange of its own, so that one is packed while another travels. Rows come to where
     they stand in the sequence; nothing is copied but what is packed before an exchange, and stored behind one.
     """
 
@@ -144,12 +144,10 @@ class _Parts:
         return _Arriving([found], [swap(to_each, from_each, self._group) for to_each, from_each in sides])
 
     def store(self, wholes: Sequence[Tensor], first: int, returned: Sequence[_Arriving]) -> None:
-        """What came back, at its heads, piece by piece."""
+        """What came back, at its heads."""
         for whole, arriving in zip(wholes, returned, strict=True):
-            (found,), into = arriving.tensors, self._parts_of(whole, first)
-            for at, work in zip(self._pieces, arriving.works, strict=True):
-                work.wait()
-                _copy(into[:, at], found[:, at])
+            (found,) = arriving.wait()
+            _copy(self._parts_of(whole, first), found)
 
     def _of_each(self, x: Tensor) -> Iterator[list[Tensor]]:
         """Of a tensor of all rows, as they stand in the sequence: the first pieces of all processes, the second ones
