@@ -1167,7 +1167,7 @@ __device__ __forceinline__ void consume(
                 }
                 pack_p(p_tile, acc_s);
             };
-            // Loops of their own: beside the other softmax constants of the products leave uniform registers, which takes time.
+            // Loops of their own, with one softmax each: nothing is kept for maxima, and O is never rescaled.
             if (cap.is_near) {
                 for (; n_block >= blocks.end_full; --n_block) {
                     multiply(/*is_far=*/false);
