@@ -87,7 +87,7 @@ def kernels() -> dict[str, bool]:
     features += [
         default(arch, head_dim, mask, direction, partial=True, varlen=mask == "window")
         for arch, direction in BOTH_PASSES
-        for head_dim, mask in ((128, "window"), (256, "full"))
+        for head_dim, mask in ((64, "window"), (256, "full"))
     ]
     features += [with_groups(make_plan(default("sm90", d, "full", "bwd", partial=True)), 4).spec for d in (128, 192)]
     features += [  # as ragged batches of grouped heads run
@@ -109,8 +109,8 @@ def kernels() -> dict[str, bool]:
         )
     ]
     features += [
-        default(arch, head_dim, mask, direction, **expression)
-        for arch, direction in BOTH_PASSES
+        default(arch, head_dim, mask, **expression)
+        for arch in ARCHES
         for mask, head_dims, expression in (
             ("causal", (64, 256), {"score": "cap * tanh(s / cap)"}),
             ("causal", (64, 128, 256), {"score": "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)"}),
