@@ -304,6 +304,22 @@ class KernelPlan:
         return self.problem.dropout
 
     @property
+    def draws_in_softmax(self) -> bool:
+        """Whether SM90's forward softmax draws what is dropped. Beside what an expression needs there are too few
+        registers."""
+        has_room = self.arch == "sm90" and not self.has_score and not self.has_allow
+        return self.dropout and has_room and self.problem.direction == "fwd"
+
+    @property
+    def draws_parameters(self) -> str:
+        """What its functions take for that, in C++."""
+        return ",\n    Draws const& draws, uint32_t (&kept)[kNumKeepWords]" if self.draws_in_softmax else ""
+
+    @property
+    def draws_arguments(self) -> str:
+        return ", draws(), kept" if self.draws_in_softmax else ""
+
+    @property
     def partial(self) -> bool:
         """Whether O, or dQ, dK and dV, are stored in fp32, from registers."""
         return self.problem.partial

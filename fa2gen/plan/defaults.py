@@ -41,6 +41,7 @@ class _Row:
     distance    whether they are only for scores that positions change by their distance alone.
     head_dims   the only pair of Q's and V's that they are for; None: for all.
     eight_bits  whether they are for caches of 8-bit numbers.
+    dropout     whether they are for dropout without an expression; None: for all.
     """
 
     head_dim: int
@@ -56,6 +57,7 @@ class _Row:
     lagging: tuple[Shape, ...] = ()
     abreast: tuple[Shape, ...] = ()
     eight_bits: bool = False
+    dropout: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class _Family:
             )
             and row.head_dims in (None, problem.head_dims)
             and row.eight_bits == (problem.cache_dtype != SAME)
+            and row.dropout in (None, problem.dropout and not problem.has_expression)
         )
 
 
@@ -188,6 +191,12 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             _Row(160, tuple((128, keys, 2, 8) for keys in (112, 96, 80, 64)), tables=True),
             # One warpgroup: a bias in a window, whose keys are passed by.
             _Row(256, (*((128, keys, 2, 8) for keys in (64, 48, 32)), (64, 48, 2, 4)), tables=True),
+            # Random bits are drawn beside the exponentials, which takes registers: two warpgroups have more (full,
+            # 8k: 64 1.03 times (192, 128, 4, 12), 128 1.08 to 1.11 times (192, 64, 2, 12); causal 64 0.98, with 192
+            # keys 1.01; H100).
+            _Row(64, ((128, 192, 3, 8),), dropout=True, uneven=True, left_edge=False),
+            _Row(64, ((128, 128, 4, 8),), dropout=True),
+            _Row(128, ((128, 128, 2, 8),), dropout=True, left_edge=False),
             # 112: a window of scores of an expression; 96: with random bits too
             _Row(64, ((192, 128, 4, 12), (192, 112, 4, 12), (192, 96, 4, 12))),
             # Where most of a long row is too faint to count, blocks have less to do, and short ones waste less (ALiBi,

@@ -166,8 +166,9 @@ class Sm90FwdPlan(Sm90Plan):
     def registers_beside_tiles(self) -> int:
         """Of two rows, where their keys begin, too: head dim 168 with 64 keys and 160 registers spills 3. And of an
         expression its values: with a cap 96 with 112 keys spills 11, and 144 with 80. And random bits: with them
-        168 spills with 64 keys, and in ragged batches and windows 144."""
-        of_dropout = self.dropout * (13 if self.head_dim > 136 and (self.left_edge or self.varlen) else 1)
+        152 spills with 64 keys, and in ragged batches and windows 144."""
+        of_dropout = 9 if self.head_dim > 144 else 1
+        of_dropout = self.dropout * (13 if self.head_dim > 136 and (self.left_edge or self.varlen) else of_dropout)
         of_score = (9 if self.is_capped and self.head_dim > 144 else 4) if self.has_score else 0  # a cap: 152 spills 14
         return (
             REGISTERS_BESIDE_TILES + (2 if self.left_edge else 0) + of_score + self._registers_of_tensors + of_dropout

@@ -8,8 +8,8 @@
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  180 Shared memory,  199 Global memory,
 //             221 cp.async,  240 Fragments,  255 Registers,  264 mma,  300 d - window_left <= j <= d + window_right,
-//             377 Online softmax,  536 Dropout,  697 Pipeline,  755 Matrix products,  838 Epilogue,  930 Kernel,
-//            1013 Launch
+//             377 Online softmax,  536 Dropout,  707 Pipeline,  765 Matrix products,  848 Epilogue,  940 Kernel,
+//            1023 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -606,27 +606,37 @@ __device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&fi
 
 constexpr int kNumKeepWords = (kNumAccS + 31) / 32;
 
-// Of 16 rows from first_row on and a block of keys, the first a multiple of 32.
+// Of 16 rows from first_row on and the 64 keys of a block's word i, the block's first a multiple of 32.
+__device__ __forceinline__ uint32_t draw_word(
+    Params const& p, RandomState const& state, int first_row, int first_key, int i, int lane) {
+    uint32_t first[4];
+    uint32_t second[4] = {0, 0, 0, 0};
+    draw(first, state, first_row / 16, first_key / 32 + 2 * i, lane);
+    if (32 * i + 16 < kNumAccS) {
+        draw(second, state, first_row / 16, first_key / 32 + 2 * i + 1, lane);
+    }
+    return compare(p, first, second);
+}
+
 __device__ __forceinline__ void draw_kept(
     uint32_t (&kept)[kNumKeepWords], Params const& p, RandomState const& state, int first_row, int first_key, int lane) {
 #pragma unroll
-    for (int i = 0; i < kNumKeepWords; ++i) {  // 64 keys
-        uint32_t first[4];
-        uint32_t second[4] = {0, 0, 0, 0};
-        draw(first, state, first_row / 16, first_key / 32 + 2 * i, lane);
-        if (32 * i + 16 < kNumAccS) {
-            draw(second, state, first_row / 16, first_key / 32 + 2 * i + 1, lane);
-        }
-        kept[i] = compare(p, first, second);
+    for (int i = 0; i < kNumKeepWords; ++i) {
+        kept[i] = draw_word(p, state, first_row, first_key, i, lane);
     }
 }
 
-// Dropped elements of P become 0, two in a register: PRMT makes 16 bits of each sign of a byte.
+// What is kept of two elements of P in a register: PRMT makes 16 bits of each sign of a byte.
+__device__ __forceinline__ uint32_t mask_of_pair(uint32_t const (&kept)[kNumKeepWords], int i) {
+    int const bit = i % 16;
+    return permute_bytes(kept[i / 16] << (7 - bit % 8), 0, bit < 8 ? 0xaa88u : 0xbb99u);
+}
+
+// Dropped elements of P become 0.
 __device__ __forceinline__ void drop(uint32_t (&p_tile)[kNumP], uint32_t const (&kept)[kNumKeepWords]) {
 #pragma unroll
     for (int i = 0; i < kNumP; ++i) {
-        int const bit = i % 16;
-        p_tile[i] &= permute_bytes(kept[i / 16] << (7 - bit % 8), 0, bit < 8 ? 0xaa88u : 0xbb99u);
+        p_tile[i] &= mask_of_pair(kept, i);
     }
 }
 

@@ -296,13 +296,15 @@ def check_sm90(plan: Any, sass: Sass) -> None:
         moves = sum(line.startswith("R2UR") for line in loop)
         widest = max(plan.head_dim, plan.head_dim_v)
         most = int(plan.has_allow or plan.has_row_terms or plan.is_capped)
+        if plan.draws_in_softmax:  # the threshold's digits take 12 uniform registers
+            most = 2
         if widest > WIDEST_WITHOUT_R2UR:
             most = 12 + 2 * (plan.has_allow or plan.paged)
         assert moves <= most, f"{moves} R2UR in the loop"
     if (plan.head_dim, plan.head_dim_v, plan.tile_n) == (128, 128, 128):
         # 585 with descriptor arithmetic in bytes instead of 16-byte units. Behind branches the loop holds what a block
-        # does whose maximum has risen (24), and the 64 subtractions of one whose scores are large.
-        assert min(map(len, loops)) <= 550 + 25 * plan.tiling.lazy_rescale
+        # does whose maximum has risen (24), and the 64 subtractions of one whose scores are large. Random bits: 232.
+        assert min(map(len, loops)) <= 550 + 25 * plan.tiling.lazy_rescale + 235 * plan.dropout
 
 
 ARRIVES = r"ATOM\S*\.STRONG\.GPU"

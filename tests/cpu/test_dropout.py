@@ -21,7 +21,7 @@ ARCHES = ("sm80", "sm90")
 TILINGS = (
     "fa2_fwd_sm80_bf16_d128_drop_m128_n64_s1_w8",
     "fa2_fwd_sm80_fp16_d128_drop_m64_n32_s2_w4",
-    "fa2_fwd_sm90_bf16_d128_drop_m192_n64_s2_w12_r1",
+    "fa2_fwd_sm90_bf16_d128_drop_m128_n128_s2_w8_r1",
     "fa2_fwd_sm90_fp16_d128_drop_m64_n96_s2_w4",
     "fa2_bwd_sm80_bf16_d128_drop_m64_n64_s2_w8",
     "fa2_bwd_sm80_fp16_d128_drop_m32_n32_s1_w4",
@@ -93,13 +93,13 @@ def test_with_a_mask_of_an_expression(direction, arch):
 
 
 FORWARD, BACKWARD, SM80, PRODUCTS = (
-    kernel("sm90", "fwd"),
+    kernel("sm90", "fwd", "full"),  # of whose keys a call here has two blocks
     kernel("sm90", "bwd"),
     kernel("sm80", "bwd"),
     kernel("sm90", "bwd", head_dim=192),
 )
 SM80_FORWARD = kernel("sm80", "fwd")
-CAPPED = kernel("sm90", "bwd", **CAP)
+CAPPED_FORWARD, CAPPED = kernel("sm90", "fwd", "full", **CAP), kernel("sm90", "bwd", **CAP)
 QUERIES = "walk.m_block * kTileM"
 DRAW_FORWARD = "draw_kept(kept, p, random_state(p, tile.bidh, tile.bidb), row, n_block * kTileN, lane_id());"
 DRAW = "work.block.n_block * kTileN + 16 * warp, walk"
@@ -120,7 +120,9 @@ FAULTS = [
         "pack_p(p_tile, acc_s);\n            drop(p_tile, kept);",
         "pack_p(p_tile, acc_s);",
     ),
-    Fault("bits-of-the-block-before", FORWARD, f"{DRAW_FORWARD}\n                wgmma_wait_0", "wgmma_wait_0"),
+    Fault("later-blocks-keep-all", FORWARD, "packed[i] & masks[i]", "packed[i]"),
+    Fault("bits-of-the-first-block", FORWARD, "n_block * kTileN, lane_id()};", "blocks.begin * kTileN, lane_id()};"),
+    Fault("bits-of-the-block-before", CAPPED_FORWARD, f"{DRAW_FORWARD}\n                wgmma_wait_0", "wgmma_wait_0"),
     Fault("row-of-the-warp", SM80_FORWARD, "drop_thread / 32 * kNumRowTiles * 16 + 16 * i", "16 * i"),
     Fault("keys-of-the-first-half", BACKWARD, "first_key / 16 % 2", "0"),
     Fault("units-in-the-wrong-place", PRODUCTS, "row_unit + unit + 1 - half", "row_unit + unit + 1"),
