@@ -17,6 +17,7 @@ from fa2gen.ops.arguments import (
     Window,
     default_scale,
     expression_of,
+    flag,
     named,
     new_rng_state,
     options_of,
@@ -107,7 +108,7 @@ def attention(
     said = (softmax_scale, causal, window_sides(window_size), attention_chunk, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     refuse_non_lengths(lengths)
-    if precise:
+    if flag("precise", precise):
         given = {"arch": arch, "tiling": tiling, "s_aux": s_aux}
         beside = [name for name, value in given.items() if value is not None]
         beside += [name for name, said in (("score", score), ("allow", allow), ("dropout_p", dropout_p)) if said]

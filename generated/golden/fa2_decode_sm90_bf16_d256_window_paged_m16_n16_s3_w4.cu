@@ -631,12 +631,12 @@ __device__ __forceinline__ int quotient(int a, int b, int reciprocal) {
     return near + (a - near * b >= b);
 }
 
-// Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long a
-// run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several blocks
-// share is in parts, which the last to finish puts together. Where there are more items than blocks, each has p.item_units
-// behind its keys, for what its end takes (32 sequences of 200 to 32k keys: 239 us, 246 without, H100). The items of a sequence
-// alone are each shared by p.item_runs blocks, if those are nearly all, so that none has keys of two (1 x 64k: 104 us, 108 where
-// they are cut anywhere; 20,000 keys: 43 and 46; H100).
+// Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long
+// a run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several
+// blocks share is in parts, which the last to finish puts together. Where there are more items than blocks, each has
+// p.item_units behind its keys, for what its end takes (32 sequences of 200 to 32k keys: 239 us, 246 without, H100). The
+// items of a sequence alone are each shared by p.item_runs blocks, if those are nearly all, so that none has keys of two (1
+// x 64k: 104 us, 108 where they are cut anywhere; 20,000 keys: 43 and 46; H100).
 //
 // With p.fixed_parts each unit is a part, wherever it is computed: what a sequence gives depends on nothing but itself and on
 // the length of units.

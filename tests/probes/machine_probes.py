@@ -135,7 +135,7 @@ def _k(params: Mapping[str, str], **values: object) -> SimpleNamespace:
     fields = tuple(Param(name, ctype) for name, ctype in params.items())
     numbers = {"mma_dtype": values["dtype"], "packed_dtypes": (values["dtype"],)} if "dtype" in values else {}
     tiling = Tiling(arch="sm90", tile_m=64, tile_n=64, num_mma_warps=4)
-    return SimpleNamespace(tiling=tiling, params=fields, name="probe", **numbers, **values)
+    return SimpleNamespace(tiling=tiling, params=fields, name="probe", keeps_in_l2=False, **numbers, **values)
 
 
 def integers(*shape: int, seed: int = 0, most: int = 3) -> torch.Tensor:
