@@ -94,6 +94,14 @@ def test_the_order_is_kept_where_tiles_are_hidden(arch):
     assert all(torch.equal(first[x], again[x]) for x in ("dq", "dk", "dv"))
 
 
+def test_shares_of_dq_come_in_any_order():
+    """Two blocks of keys at once, of which the later one may come first to a block of queries."""
+    spec = kernel("sm90", "bwd", 64, "full", "", allow=HEADS)
+    assert spec.tiling.lag
+    verdict, _ = run(spec.name, Shape(1, 300, 520, 2, 1), seed=1, num_sms=3)
+    assert verdict.ok, verdict
+
+
 NAMES = {
     (arch, direction): kernel(arch, direction, 128, "full", "", allow=AHEAD).name
     for arch in ARCHES
