@@ -274,7 +274,7 @@ class _Block:
         # By ctypes, with all arguments made once: half of what cuda.bindings takes.
         launch, pointer = _driver_function("cuLaunchKernelEx"), ctypes.c_void_p.from_param
         self.launches: list[tuple[int, Callable[[], int]]] = []
-        # Where they are in `_memory`, sizes behind the grid's, and the number of attributes behind another launch.
+        # Where they are in `_memory`, sizes behind the grid's, and whether they start early behind another launch.
         self._configs: list[tuple[int, tuple[int, ...], bool]] = []
         self._attribute = base + attribute_at
         places: list[int] = []  # of the arguments of each entry point in turn

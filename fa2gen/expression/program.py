@@ -20,7 +20,7 @@ from fa2gen.expression.ranges import range_of
 from fa2gen.expression.read import Text, parsed, read
 from fa2gen.expression.simplify import ACC, TRUE, multiply, simplify
 from fa2gen.expression.tree import Node, Type, const, name, substitute, walk
-from fa2gen.expression.write import write
+from fa2gen.expression.write import as_fp32, write
 
 __all__ = ["Access", "Code", "Input", "InputGradient", "Program", "TileBound", "emit", "evaluate", "parse"]
 
@@ -112,8 +112,9 @@ class Program:
 
     @functools.cached_property
     def bound(self) -> float:
-        """How far from 0 "score" of `emit` may be, whatever s is; infinite: nobody knows."""
-        return max(map(abs, range_of(lowered(_results(self, "score", ())["score"]))))
+        """How far from 0 "score" of `emit` may be, whatever s is; infinite: nobody knows, or beyond fp32."""
+        least, greatest = range_of(lowered(_results(self, "score", ())["score"]))
+        return as_fp32(max(abs(least), abs(greatest)))
 
     @functools.cached_property
     def accesses(self) -> tuple[Access, ...]:

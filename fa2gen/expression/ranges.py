@@ -7,12 +7,12 @@ from collections.abc import Iterable
 
 from fa2gen.expression.tree import Node, walk
 
-__all__ = ["UNKNOWN", "Range", "range_of"]
+__all__ = ["range_of"]
 
 Range = tuple[float, float]
 """The least and the greatest that a number may be; infinite where that is not known. NaN is in none."""
 
-UNKNOWN = (-math.inf, math.inf)
+_UNKNOWN = (-math.inf, math.inf)
 _KNOWN: dict[str, Range] = {"tanh": (-1.0, 1.0), "sign": (-1.0, 1.0), "exp2": (0.0, math.inf), "sqrt": (0.0, math.inf)}
 
 
@@ -47,10 +47,10 @@ def _range(node: Node, of: list[Range]) -> Range:
             return of_ends(low for low, _ in of), of_ends(high for _, high in of)
         case "where":
             return min(of[1][0], of[2][0]), max(of[1][1], of[2][1])
-    return _KNOWN.get(node.op, UNKNOWN)
+    return _KNOWN.get(node.op, _UNKNOWN)
 
 
 def _spanned(corners: Iterable[float]) -> Range:
     """The range of some numbers; 0 times infinity may be anything."""
     values = list(corners)
-    return UNKNOWN if any(map(math.isnan, values)) else (min(values), max(values))
+    return _UNKNOWN if any(map(math.isnan, values)) else (min(values), max(values))

@@ -17,7 +17,6 @@ from typing import Any, Literal, NoReturn
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.expression import Code, Input, Program, TileBound, emit
 from fa2gen.expression.hoist import LEVELS
-from fa2gen.expression.write import as_fp32
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.options import Expression, Options, Shape
@@ -231,7 +230,7 @@ def score_code(
         finite=score.is_finite,
         looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
         of_distance=of_distance,
-        bound=f"{as_fp32(program.bound)!r}f" if math.isfinite(program.bound) else "",
+        bound=f"{program.bound!r}f" if math.isfinite(program.bound) else "",
         slope=_function(cap, "slope") if cap.results else (),
     )
 

@@ -111,7 +111,8 @@ def attention(
     if flag("precise", precise):
         given = {"arch": arch, "tiling": tiling, "s_aux": s_aux}
         beside = [name for name, value in given.items() if value is not None]
-        beside += [name for name, said in (("score", score), ("allow", allow), ("dropout_p", dropout_p)) if said]
+        asked = {"score": score, "allow": allow, "dropout_p": dropout_p}
+        beside += [name for name, value in asked.items() if value]
         if beside:
             raise UnsupportedProblem(
                 f"precise gradients beside {' and '.join(beside)} are not built; there are those of causal masks, "
@@ -141,17 +142,17 @@ def attention(
 
 
 def _run_precisely(q: Tensor, k: Tensor, v: Tensor, said: tuple[Any, ...], lengths: Lengths) -> tuple[Tensor, Tensor]:
-    """`run_any` of `PreciseAttention`."""
+    """`run_any` within `PreciseAttention`, where a gradient may be asked for."""
     refuse_non_tensors(q=q, k=k, v=v)
-    if q.is_nested or k.is_nested or v.is_nested:
+    ragged = any(x is not None for x in lengths)
+    if not ragged and (q.is_nested or k.is_nested or v.is_nested):
         packed, lengths = packed_jagged(q, k, v)
         out, lse = _run_precisely(*packed, said, lengths)
         return jagged_like(q, out), lse
     refuse_tensor_kinds("qkv", (q, k, v))
-    ragged = any(x is not None for x in lengths)
     options = options_of(q, *said)._replace(varlen=ragged)
     q, k, v = autocasted(q, k, v)
-    if not wants_gradient(q, k, v):
+    if not (torch.is_grad_enabled() and wants_gradient(q, k, v)):
         return run_ragged(q, k, v, lengths, options) if ragged else run(q, k, v, options)
     out, lse, _ = PreciseAttention.apply(run_ragged if ragged else run, q, k, v, *(lengths if ragged else ()), options)
     return out, lse

@@ -303,11 +303,11 @@ class _Known:
 
 
 def _learned(
-    known: _Known | None, kind: tuple[Any, ...], made: tuple[Any, ...], shape: Shape, bits: int | None, launch: Any
+    known: _Known | None, kind: tuple[Any, ...], of: tuple[Any, ...], shape: Shape, bits: int | None, launch: Any
 ) -> None:
     """Remember a launch for calls of its kind, with what `_Known` takes if there was none of it."""
     if launch is not None and shape.seqlen_q > 1 and shape.seqlen_k > 1:
-        known = known or _Known(*made)
+        known = known or _Known(*of)
         known.add(shape, bits, launch)
         remember_kind(kind, known)
 

@@ -367,14 +367,14 @@ class KernelPlan:
         return False
 
     @property
-    def is_capped(self) -> bool:
-        """Whether its softmax looks for no maximum where scores can not be far from 0."""
-        return False
-
-    @property
     def has_row_terms(self) -> bool:
         """Whether there are such."""
         return self.has_score and bool(self.score.of_row)
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether its softmax looks for no maximum where scores can not be far from 0."""
+        return False
 
     @property
     def learned(self) -> tuple[str, ...]:

@@ -164,14 +164,12 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def can_take_turns(self) -> bool:
         """Whether there is room for a second K, and for a second V unless that is held in registers, and for a warp's
         rows of dK in the place of its share of dQ. In dense batches, whose number of blocks the host knows; sums in
-        order were not tried."""
+        order were not tried. Nor with an expression, dropout or gradients in fp32."""
         if not self.lags_dq or self.shares_dq or self.varlen or self.dropout or self.deterministic:
             return False
         if self.tiling.heads_abreast or self.splits_groups or self.partial or len(self.widths) > 1:
             return False
-        if self.swaps_dq != self.holds_v:
-            return False
-        if self.has_allow:
+        if self.has_allow or self.swaps_dq != self.holds_v:
             return False
         if self.dq_place_bytes % SWIZZLE_ATOM_BYTES or self.dq_place_bytes < self.warp_rows_bytes:
             return False

@@ -46,7 +46,7 @@ def attend(
         _validate_out(out, given)
     place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
     if most and _is_short(given, most):
-        groups = _Groups(given, most, most) if most > 1 else None
+        groups = _Groups(given, most, one_each=True) if most > 1 else None
         found, lse = _decoded(given, options, expression, most, groups, num_splits, scales, place)
     elif given.k.dtype in CACHE_DTYPES:
         q, batch = given.q, _validate_groups(given, options, expression, scales)
@@ -162,13 +162,13 @@ class _Groups:
     sequence: Tensor | None = None
     behind: Tensor | int = 0
 
-    def __init__(self, given: Paged, size: int, most: int | None = None) -> None:
-        """`most` queries of a sequence, if that is known to be so few that all have one group."""
+    def __init__(self, given: Paged, size: int, *, one_each: bool = False) -> None:
+        """one_each  whether no sequence has more than `size` queries, as is known beforehand: each has one group."""
         assert given.cu_seqlens_q is not None
         firsts, ends = given.cu_seqlens_q[:-1].long(), given.cu_seqlens_q[1:].long()
         rows, batch, device = given.q.shape[0], len(ends), ends.device
         group_ends, last = ends, torch.arange(batch, device=device)  # the number of each sequence's last group
-        if most is None or most > size:
+        if not one_each:
             last = ((ends - firsts + size - 1) // size).clamp_(min=1).cumsum(0) - 1
             number = torch.arange(rows // size + batch, device=device)
             self.sequence = torch.searchsorted(last, number).clamp_(max=batch - 1)

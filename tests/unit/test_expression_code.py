@@ -466,6 +466,7 @@ def test_what_keys_share_is_left_to_the_softmax(score, element, has_row):
         ("tanh(s) + slope[h] * (j - i)", math.inf),
         ("cap * tanh(s / cap) + shift", math.inf),
         ("min(s, 5.0)", math.inf),
+        ("1e30 * tanh(s) * (1 + 1e30 * tanh(s / 2))", math.inf),  # in fp32
     ],
 )
 def test_how_far_from_0_scores_are(score, expected):

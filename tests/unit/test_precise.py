@@ -1,10 +1,13 @@
 """`attention(precise=True)`: gradients where queries give nearly all of their weight to one key."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from fa2gen import attention
 from fa2gen.errors import UnsupportedProblem
+from fa2gen.ops.precise import PreciseAttention
 
 
 def self_centred(dtype=torch.bfloat16, rows=48, device="cpu"):
@@ -105,3 +108,24 @@ def test_what_is_not_built_is_refused_by_name(name, other):
     leaves, _ = self_centred()
     with pytest.raises(UnsupportedProblem, match=f"beside {name} are not built"):
         attention(*leaves, precise=True, **other)
+
+
+def test_lengths_beside_nested_tensors_are_refused():
+    """They say them already."""
+    leaves, _ = self_centred()
+    bounds = torch.tensor([0, 48, 96], dtype=torch.int32)
+    jagged = [torch.nested.nested_tensor_from_jagged(x.detach().flatten(0, 1), bounds.long()) for x in leaves]
+    for precise in (False, True):
+        with pytest.raises(UnsupportedProblem, match="q is a nested tensor"):
+            attention(*jagged, cu_seqlens_q=bounds, cu_seqlens_k=bounds, precise=precise)
+
+
+def test_without_gradients_nothing_is_kept():
+    """Then the rounded output is asked for at once."""
+    leaves, _ = self_centred()
+    with torch.no_grad():
+        wanted = attention(*leaves)
+        with mock.patch.object(PreciseAttention, "apply", side_effect=AssertionError("parts are asked for")):
+            found = attention(*leaves, precise=True)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
