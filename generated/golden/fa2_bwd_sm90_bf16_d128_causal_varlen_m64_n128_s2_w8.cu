@@ -15,7 +15,7 @@
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
 // use what it wrote.
-//   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
+//   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0, unless its first share is stored
 //   main         dK and dV of 128 keys a block; dQ is the sum of what all blocks of keys add to it, in fp32
 //   postprocess  dQ scaled, rounded and put into rows
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T leave one product as the registers that the next

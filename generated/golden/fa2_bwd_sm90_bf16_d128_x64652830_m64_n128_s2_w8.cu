@@ -9,13 +9,13 @@
 //   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  173 Arithmetic,  206 Shared memory,
 //             227 Global memory,  286 mbarriers,  330 TMA,  372 Bulk copies,  394 Fences,  406 Fragments,
 //             420 Registers,  428 Registers of a warpgroup,  440 wgmma,  617 What is visible,  663 Expressions,
-//             678 What an expression hides,  742 Softmax and its gradient,  883 Pipelines,  926 Loads,
-//             975 Matrix products, 1013 Staging, 1076 Producer, 1156 Consumer, 1288 Kernels, 1452 Launch
+//             678 What an expression hides,  743 Softmax and its gradient,  884 Pipelines,  927 Loads,
+//             976 Matrix products, 1014 Staging, 1077 Producer, 1157 Consumer, 1289 Kernels, 1453 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
 // use what it wrote.
-//   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
+//   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0, unless its first share is stored
 //   main         dK and dV of 128 keys a block; dQ is the sum of what all blocks of keys add to it, in fp32
 //   postprocess  dQ scaled, rounded and put into rows
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T leave one product as the registers that the next
@@ -728,6 +728,7 @@ __device__ __forceinline__ void look_up(Params const& p, Head const& at, uint32_
     }
 }
 
+// The same as hide, of what look_up has found.
 __device__ __forceinline__ void hide_unseen(float (&acc_s)[kNumAccS], uint32_t const (&seen)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

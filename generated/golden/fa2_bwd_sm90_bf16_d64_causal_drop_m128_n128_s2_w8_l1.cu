@@ -15,7 +15,7 @@
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
 // use what it wrote.
-//   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
+//   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0, unless its first share is stored
 //   main         dK and dV of 128 keys a block; dQ is the sum of what all blocks of keys add to it, in fp32
 //   postprocess  dQ scaled, rounded and put into rows
 // The main kernel computes S^T = K Q^T and dP^T = V dO^T, so that P^T and dS^T leave one product as the registers that the next
@@ -1299,7 +1299,7 @@ __device__ __forceinline__ void consume(
     float acc_dk[kNumAccDkv];
     float acc_dv[kNumAccDkv];
     uint32_t dq_phase = 0;
-    // A warp's share of the dQ of a block of queries, in its turn.
+    // Leaves a warp's share of the dQ of the step before to write_dq.
     auto hand_over = [&](float const (&acc_dq)[kNumAccDq]) {
         hand_over_dq(acc_dq, dq_slice, barriers.dq_full(warpgroup), barriers.dq_empty(warpgroup), dq_phase);
         dq_phase ^= 1;
