@@ -41,9 +41,9 @@ def samples(arch: str) -> list[KernelPlan]:
     """Plans of every default tiling, and of tilings that a tuner could try."""
     rng = random.Random(arch)
     tried = []
-    for problem in rng.sample(PROBLEMS, 12):
+    for problem in rng.sample(PROBLEMS, 6):  # each takes a search
         found = list(feasible_tilings(problem, arch))
-        tried += [KernelSpec(problem=problem, tiling=tiling) for tiling in rng.sample(found, min(20, len(found)))]
+        tried += [KernelSpec(problem=problem, tiling=tiling) for tiling in rng.sample(found, min(40, len(found)))]
     of_v = [KernelSpec(problem=problem, tiling=default_tiling(problem, arch)) for problem in OF_V]
     return defaults(arch) + [make_plan(spec) for spec in tried + of_v]
 
@@ -469,7 +469,8 @@ def rules(message: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-def test_shared_memory_is_refused_exactly_where_it_does_not_fit(arch):
+def test_shared_memory_is_refused_exactly_where_it_does_not_fit(arch, monkeypatch):
+    monkeypatch.setattr("fa2gen.plan.feasible._nearest", lambda _: None)  # a search, of which others tell
     rng = random.Random(5)
     limit = ARCHES[arch].shared_memory_per_block
     seen = {True: 0, False: 0}

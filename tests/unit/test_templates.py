@@ -114,7 +114,8 @@ def plans() -> list[KernelPlan]:
         KernelSpec(problem=problem, tiling=tiling)
         for problem in (Problem(direction="bwd", head_dim=64), Problem(direction="bwd", head_dim=72, mask="causal"))
         for arch in ("sm80", "sm90")
-        for tiling in feasible_tilings(problem, arch)
+        for kind in (("tile_m", "tile_n", "num_mma_warps"), ("num_stages", "num_mma_warps", "swizzle_bytes"))
+        for tiling in {tuple(getattr(t, of) for of in kind): t for t in feasible_tilings(problem, arch)}.values()
     ]
     for arch in ("sm80", "sm90"):
         specs += [KernelSpec(problem=problem, tiling=default_tiling(problem, arch)) for problem in problems]
@@ -425,7 +426,13 @@ def test_every_line_of_every_template_is_rendered_by_some_kernel():
 
 def test_every_line_of_the_cpu_primitives_is_rendered_too():
     holes = {line for name in NAMES if name.startswith("cpu/") for line in literal_lines(name)}
-    for plan in (*plans()[::40], *reversed(plans())):  # a few show all, of those with features of their own
+    alike = {"head_dim": 64, "head_dim_v": 64, "dtype": "bf16"}
+    kinds = {(plan.arch, plan.problem.model_copy(update=alike)): plan for plan in plans()}
+    for plan in (
+        *plans()[::40],
+        *kinds.values(),
+        *reversed(plans()),
+    ):  # a few show all, one of each problem before others
         holes -= set(render(plan, "cpu").origins)
         if not holes:
             break
