@@ -51,7 +51,7 @@ def run(name: str, shape: Shape, options: Options | None = None, rendered=None, 
 @pytest.mark.parametrize("arch", ARCHES)
 @pytest.mark.parametrize(
     "problem",
-    [  # partial results of other masks, and in order, are in test_partial.py: they differ by a store, of any mask
+    [  # partial results differ by a store, whatever the mask and the order; more of them are in test_partial.py
         problem
         for problem in problems(head_dim=64, dtype="bf16", varlen=True, sink=False, dropout=False, paged=False)
         if not problem.partial or (problem.mask == "window" and not problem.deterministic)
