@@ -154,13 +154,17 @@ def _backward_cpu(
         return attention_backward_tiled(dout, q, k, v, out, lse, dlse, **options._asdict())
 
 
+def _like_gradients(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = out_dtype(q, options)
+    return q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype), v.new_empty(v.shape, dtype=dtype)
+
+
 def _backward_fake(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     validate_backward(dout, q, k, v, out, lse, dlse)
     validate_options(options)
-    dq, dk, dv = (x.new_empty(x.shape, dtype=out_dtype(q, options)) for x in (q, k, v))
-    return dq, dk, dv
+    return _like_gradients(q, k, v, options)
 
 
 def _forward_ragged_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -192,8 +196,7 @@ def _backward_ragged_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v, out, lse, dlse, *lengths, options = arguments
     validate_ragged_backward(dout, q, k, v, out, lse, dlse, tuple(lengths))
     validate_options(options)
-    dq, dk, dv = (x.new_empty(x.shape, dtype=out_dtype(q, options)) for x in (q, k, v))
-    return dq, dk, dv
+    return _like_gradients(q, k, v, options)
 
 
 def _forward_general_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -585,11 +585,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         warps, half = "kNumMmaWarps", "kNumMmaWarps / 2"
         if self.lags_dq:
             of_ds = ring("ds", NUM_DS_STAGES, full=warps, empty=warps)
-            of_dq = half if self.num_dq_slices == self.num_mma_warps else "stage == 0 ? 4 : kNumDqSlices - 4"
+            of_first = f"stage < {NUM_WRITERS_IN_TURN}" if self.rotates_writers else "stage == 0"
+            of_dq = half if self.num_dq_slices == self.num_mma_warps else f"{of_first} ? 4 : kNumDqSlices - 4"
             of_second = (Barrier("second_has_dp", half, 2),) if self.keeps_pace else ()
             pairs = ring("dq", 2, full=of_dq, empty="1")
             if self.rotates_writers:
-                of_dq = of_dq.replace("stage == 0", f"stage < {NUM_WRITERS_IN_TURN}")
                 pairs = Barrier("dq_full", of_dq, 2 * NUM_WRITERS_IN_TURN), Barrier("dq_empty", "1", 2)
             return *pairs, *of_ds, Barrier("first_has_dp", half, 2), *of_second
         if stages_dq:
