@@ -199,17 +199,30 @@ def test_a_dense_side(which):
     batch.assert_right(out, lse, (gradients[0], *(x.flatten(0, 1) for x in gradients[1:])))
 
 
+NEEDED = 48 << 30
+
+
+def _memory_for_this_process():
+    """Bytes that this process has or could have."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
 @kernels((64, 128))
 def test_many_sequences(which):
     """100,000 of up to 3 rows, and long ones among them."""
-    if torch.cuda.mem_get_info()[0] < 48 << 30:
+    if _memory_for_this_process() < NEEDED:
         pytest.skip("needs 48 GiB of free GPU memory: sums of dQ have a block for each sequence")
     generator = torch.Generator().manual_seed(0)
     lengths_q, lengths_k = (torch.randint(0, 4, (100_000,), generator=generator).tolist() for _ in range(2))
     lengths_q[77], lengths_k[77], lengths_q[70_000], lengths_k[70_000] = 2000, 2000, 700, 900
     batch = Batch(which, lengths_q, lengths_k)
     out, lse = batch.forward()
-    gradients = batch.backward(out, lse)
+    try:
+        gradients = batch.backward(out, lse)
+    except torch.OutOfMemoryError:
+        if _memory_for_this_process() < NEEDED:
+            pytest.skip("other processes on this GPU have taken the memory since")
+        raise
     batch.rows = [batch.rows[i] for i in (0, 1, 2, 77, 78, 69_999, 70_000, 70_001, 99_999)]
     batch.assert_right(out, lse, gradients)
 
