@@ -252,8 +252,11 @@ def _move_into_place(temporary: Path, folder: Path, names: Collection[str], keep
 
 def _strangers(folder: Path, names: Collection[str]) -> list[str]:
     """What is in a place that we want, and is no file of ours by its name: the place itself if it is no folder."""
-    if folder.is_symlink() or not folder.is_dir():
-        return [folder.name] if os.path.lexists(folder) else []
+    try:  # one look: between two another writer may have moved ours away, or put it back
+        if not stat.S_ISDIR(folder.lstat().st_mode):
+            return [folder.name]
+    except FileNotFoundError:
+        return []
     with contextlib.suppress(*UNREADABLE):  # damaged, or removed at this moment
         names = {*names, *_read_meta(folder, None)["sha256"]}
     try:

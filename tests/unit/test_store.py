@@ -495,6 +495,27 @@ def test_racing_writers_and_a_reader_see_whole_entries_only(root):
     assert not leftovers(root)
 
 
+def test_a_folder_that_others_replace_at_this_moment_is_ours(root):
+    """Moved away and put back between two looks at it, by another writer."""
+    folder, away = root / "entry", root / "away"
+    files.write_folder(folder, {"kernel.cu": b""}, {"sha256": files.seal({"kernel.cu": b""})})
+    done = threading.Event()
+
+    def replaces():
+        while not done.is_set():
+            os.rename(folder, away)
+            os.rename(away, folder)
+
+    other = threading.Thread(target=replaces)
+    other.start()
+    try:
+        found = [files._strangers(folder, ("kernel.cu", "meta.json")) for _ in range(3000)]
+    finally:
+        done.set()
+        other.join()
+    assert not any(found)
+
+
 def test_of_two_equal_entries_the_first_stays(root):
     cache = Store(root)
     cache.put(key_of(UNIT), entry_of())
