@@ -52,7 +52,8 @@ __all__ = [
 
 DETERMINISTIC = "-det"  # ends the names of those of ours whose gradients have the same bits in every run
 DENSE = "fa2gen-dense"
-"""Of ragged batches: dense calls of ours, one for each run of sequences of one length."""
+"""What raggedness and pages cost. Of ragged batches: dense calls of ours, one for each run of sequences of one length;
+over pages: our call over the same keys in order."""
 PLAIN = "fa2gen-plain"
 """Of expressions: our kernel of the mask alone, which computes something else; what an expression costs."""
 VARLEN = "fa2gen-varlen"
@@ -379,13 +380,15 @@ def _like_o(q: Any, v: Any) -> Any:
 
 
 def _dense(*_: Any) -> Contestant:
-    """Dense launches of ours in place of a ragged one, into parts of the same results: what raggedness costs."""
+    """In place of a ragged launch of ours dense ones, into parts of the same results; over pages a cache without."""
     torch = import_module("torch")
     arch = _native()
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        if point.page_size:
+            return _fa2gen(arch, False, point.direction, None).prepare(replace(point, page_size=0), q, k, v, dout)
         if not point.lengths:
-            raise Missing("it stands for ragged batches alone")
+            raise Missing("it stands for ragged batches and pages alone")
         if point.preset == "host":
             raise Missing(_OF_A_USERS_CALL)
         _refuse_expression(point, "a call for each sequence")
@@ -651,7 +654,7 @@ _FACTORIES: dict[str, Callable[[Direction, Path | None], Contestant]] = {
     "flex-flash": partial(_flex, "flex-flash", {"BACKEND": "FLASH"}, "flash_attn.cute"),
 }
 NAMES = tuple(_FACTORIES)
-OVER_CACHES = (*OURS, "fa3")
+OVER_CACHES = (*OURS, DENSE, "fa3")
 
 
 def in_order(names: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -21,11 +22,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("direction", get_args(Direction))
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
 def test_bench(direction):
     """Ours and torch's own at the shortest point: all agree, and each kernel of ours has a time."""
-    if direction == "decode":
-        pytest.skip("over caches there is no peer in torch")
     found, missing = peers.find(["fa2gen-sm90", "cudnn", "fa2", "math"], direction=direction)
     assert not missing
     run = Bench(found, missing, "fa2gen bench", parts=True)
@@ -35,6 +34,16 @@ def test_bench(direction):
     document = run.result()
     assert not document["provenance"]["missing"]
     assert all(name.startswith(f"fa2_{direction}_sm90_") for name in document["provenance"]["kernels"])
+
+
+def test_bench_over_pages():
+    """A paged cache beside the same keys in order: both give the same numbers."""
+    found, missing = peers.find(["fa2gen-sm90", peers.DENSE], direction="decode")
+    paged = next(point for point in preset_points("decode", direction="decode") if point.page_size)
+    run = Bench(found, missing, "fa2gen bench")
+    for row in run.rows([replace(paged, batch=2, seqlen=1024)], seconds=0.05):
+        assert row["tflops"].keys() == {"fa2gen-sm90", peers.DENSE} and min(row["tflops"].values()) > 0
+    assert not run.result()["provenance"]["missing"]
 
 
 @pytest.mark.parametrize(
