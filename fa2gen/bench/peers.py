@@ -53,7 +53,7 @@ __all__ = [
 DETERMINISTIC = "-det"  # ends the names of those of ours whose gradients have the same bits in every run
 DENSE = "fa2gen-dense"
 """What raggedness and pages cost. Of ragged batches: dense calls of ours, one for each run of sequences of one length;
-over pages: our call over the same keys in order."""
+over pages: our call on the same keys in order."""
 PLAIN = "fa2gen-plain"
 """Of expressions: our kernel of the mask alone, which computes something else; what an expression costs."""
 VARLEN = "fa2gen-varlen"
@@ -113,16 +113,16 @@ def find(
     missing: dict[str, str] = {}
     for name in dict.fromkeys(names):
         try:
-            refuse_caches(name, direction)
+            refuse_caches(name, direction == "decode")
             found.append(_FACTORIES[name](direction, fa3_library))
         except Missing as error:
             missing[name] = str(error)
     return found, missing
 
 
-def refuse_caches(name: str, direction: Direction) -> None:
-    """Raises Missing where a contestant has no calls over caches, and the direction is theirs."""
-    if direction == "decode" and name not in OVER_CACHES:
+def refuse_caches(name: str, has_cache: bool) -> None:
+    """Raises Missing where keys lie in a cache, or pages of one, and a contestant has no calls over them."""
+    if has_cache and name not in OVER_CACHES:
         raise Missing(f"over caches there are {', '.join(OVER_CACHES)}")
 
 
@@ -167,10 +167,10 @@ def _by_autograd(forward: Forward) -> Prepare:
     return prepare
 
 
-def _bounds(point: Point, device: Any) -> Any:
-    """cu_seqlens of a ragged batch."""
+def _bounds(lengths: Iterable[int], device: Any) -> Any:
+    """cu_seqlens of sequences of those lengths."""
     torch = import_module("torch")
-    return torch.tensor([0, *itertools.accumulate(point.lengths)], dtype=torch.int32, device=device)
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def _runs(point: Point, *tensors: Any) -> Iterator[tuple[Point, list[Any]]]:
@@ -244,9 +244,9 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
     native = _native()
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        if arch != native and (point.tokens or point.page_size):
+            raise Missing("over caches it is what a user calls that is measured, which runs the device's own family")
         if point.direction == "decode":
-            if arch != native:
-                raise Missing("it is what flash_attn_with_kvcache runs here that is measured over caches")
             cache = _cache(point, k, v)
             return lambda: (flash_attn_with_kvcache(q, *cache[:2], **cache[2], causal=point.causal),)
         if point.direction == "fwd" and arch == native and not point.expression:
@@ -267,9 +267,21 @@ def _called(point: Point, q: Any, k: Any, v: Any) -> Call:
     said: dict[str, Any] = {"causal": options.causal, "window_size": (options.window_left, options.window_right)}
     if not point.lengths:
         return lambda: flash_attn_func(q, k, v, **said)
-    bounds = _bounds(point, q.device)
-    said |= {"max_seqlen_q": point.seqlen, "max_seqlen_k": point.seqlen}
-    return lambda: flash_attn_varlen_func(q, k, v, bounds, bounds, **said)
+    bounds = of_keys = _bounds(point.lengths, q.device)
+    said |= {"max_seqlen_q": max(point.lengths), "max_seqlen_k": point.seqlen}
+    if point.page_size:
+        k, v, places = _cache(point, k, v)
+        of_keys = None
+        said |= {"block_table": places["block_table"], "seqused_k": places["cache_seqlens"]}
+    elif point.keys:
+        k, v, of_keys = *_packed(point, k, v), _bounds(point.keys, q.device)
+    return lambda: flash_attn_varlen_func(q, k, v, bounds, of_keys, **said)
+
+
+def _packed(point: Point, *tensors: Any) -> Iterator[Any]:
+    """Of (batch, seqlen, heads, head_dim) the keys that sequences have, one behind the other."""
+    cat = import_module("torch").cat
+    return (cat([x[entry, :keys] for entry, keys in enumerate(point.keys)]) for x in tensors)
 
 
 def _cache(point: Point, k: Any, v: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -330,7 +342,7 @@ def _launched(
         shaped = dict(tensors)
         if point.lengths:  # a kernel takes one batch of all sequences, and their bounds
             shaped = {name: x.unsqueeze(0) for name, x in tensors.items()}
-            bounds = _bounds(point, q.device)
+            bounds = _bounds(point.lengths, q.device)
             shaped |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
         shaped |= named
         return cases.prepare(cases.load(spec), cases.Case(spec, point.shape, point.options, shaped, {}))
@@ -503,7 +515,7 @@ def _sdpa(name: str, backend: str, *_: Any) -> Contestant:
         if point.lengths:
             if name != "fa2":
                 _refuse_ragged(point, "cuDNN")
-            bounds = _bounds(point, q.device)
+            bounds = _bounds(point.lengths, q.device)
             of_batch = (bounds, bounds, point.seqlen, point.seqlen, 0.0, point.causal, False)
             return lambda: torch.ops.aten._flash_attention_forward(q, k, v, *of_batch)[0]
         qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
@@ -551,10 +563,10 @@ def _fa3(direction: Direction, library: Path | None) -> Contestant:
         if window := _window(point):
             options |= zip(("window_size_left", "window_size_right"), window, strict=True)
         if point.lengths:
-            bounds = _bounds(point, q.device)
-            options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
-            options |= {"max_seqlen_q": point.seqlen, "max_seqlen_k": point.seqlen}
-        if point.direction == "decode":
+            bounds = _bounds(point.lengths, q.device)
+            options |= {"cu_seqlens_q": bounds, "cu_seqlens_k": None if point.page_size else bounds}
+            options |= {"max_seqlen_q": max(point.lengths), "max_seqlen_k": point.seqlen}
+        if point.direction == "decode" or point.page_size:
             if point.cache_dtype != SAME:
                 raise Missing("over caches of 8 bits its queries have 8 bits too")
             k_cache, v_cache, said = _cache(point, k, v)

@@ -28,11 +28,12 @@ class Point:
     """One measurement: q (batch, seqlen, heads, head_dim), k and v (batch, seqlen, heads_kv, head_dim).
 
     lengths     of a ragged batch's sequences, of which seqlen is the longest: q (total, heads, head_dim), and k and v
-                likewise.
+                likewise. With pages they are new queries, the last ones of each sequence's `keys`: k and v are
+                (batch, seqlen, heads_kv, head_dim) then, before they are laid into pages.
     head_dim_v  of v, where it is another.
     tokens      over a cache, the queries of each sequence: q (batch, tokens, heads, head_dim); seqlen are its keys.
     page_size   of the cache's pages, which lie in no order; 0: no pages.
-    keys        over a cache, how many each sequence has, of which seqlen are the most; (): all have seqlen.
+    keys        over a cache or pages, how many each sequence has, seqlen at most; (): all have seqlen.
     cache_dtype what the cache holds.
     calls       what is called: "same", one call again and again; "new lengths", each call with another seqlen, of a
                 ragged batch in two sequences, than those before it, up to this one; or "step", a forward and a backward
@@ -68,17 +69,22 @@ class Point:
     @property
     def shape(self) -> Shape:
         rows = sum(self.lengths) or self.seqlen
-        return Shape(self.batch, self.tokens or rows, rows, self.heads, self.heads_kv)
+        keys = sum(self.keys) if self.lengths and self.keys else rows
+        return Shape(self.batch, self.tokens or rows, keys, self.heads, self.heads_kv)
 
     def size(self, heads: int, head_dim: int, of_query: bool = False) -> tuple[int, ...]:
         """Of a tensor with so many heads; `of_query` is whether it has q's rows."""
         seqlen = self.tokens or self.seqlen if of_query else self.seqlen
-        return (*((sum(self.lengths),) if self.lengths else (self.batch, seqlen)), heads, head_dim)
+        is_packed = self.lengths and (of_query or not self.page_size)
+        return (*((sum(self.lengths),) if is_packed else (self.batch, seqlen)), heads, head_dim)
 
     @property
     def sequences(self) -> list[Point]:
         """Of a ragged batch, each sequence as a dense point of its own."""
-        return [replace(self, batch=1, seqlen=length, lengths=()) for length in self.lengths]
+        alone = replace(self, batch=1, lengths=(), keys=(), page_size=0)
+        if self.keys:
+            return [replace(alone, tokens=n, seqlen=keys) for n, keys in zip(self.lengths, self.keys, strict=True)]
+        return [replace(alone, seqlen=length) for length in self.lengths]
 
     @property
     def expression(self) -> Expression | None:
@@ -147,20 +153,21 @@ class Point:
         size = f"{sum(self.lengths)} in {self.batch}" if self.lengths else f"{self.batch} x {self.seqlen}"
         if self.tokens:
             size = f"{self.batch} x {self.tokens} over {self.seqlen}"
-            if self.keys:
-                size = f"{self.batch} x {self.tokens} over {sum(self.keys)} in all"
-            if self.page_size:
-                size = f"{size} in pages of {self.page_size}"
+        if self.keys:
+            queries = f"{sum(self.lengths)} of {self.batch}" if self.lengths else f"{self.batch} x {self.tokens}"
+            size = f"{queries} over {sum(self.keys)} in all"
+        if self.page_size:
+            size = f"{size} in pages of {self.page_size}"
         return f"{' '.join((*self.problem.words, *window))} {size}, {heads} heads{of_calls}"
 
 
 def flops_of(problem: Problem, shape: Shape, options: Options) -> float:
-    """As the FlashAttention-2 paper counts: 4 D H B for each score, 2.5 times that backward; causal half of S^2, and a
-    window the scores that it shows. Each product counts its own head dim: Q K^T, dK, dQ and, backward, S again that of
-    Q and K, the others that of V."""
+    """As the FlashAttention-2 paper counts: 4 D H B for each score, 2.5 times that backward; causal half of S^2, of
+    queries over more keys a triangle less than all, and a window the scores that it shows. Each product counts its own
+    head dim: Q K^T, dK, dQ and, backward, S again that of Q and K, the others that of V."""
     scores = float(shape.seqlen_q) * shape.seqlen_k
     if problem.mask == "causal":
-        scores *= 0.5
+        scores -= 0.5 * shape.seqlen_q**2
     elif options.window_left >= 0 or options.window_right >= 0 or options.chunk:
         rows = range(shape.seqlen_q)
         ranges = (key_range(options, shape.seqlen_q, shape.seqlen_k, row) for row in rows)
@@ -304,6 +311,27 @@ def _decode(dtype: DType) -> list[Point]:
     ]
 
 
+def _prefill(dtype: DType) -> list[Point]:
+    """New queries over the pages of 32/8 heads: prompts of one length, chunks of a prompt behind what the cache has,
+    and both in a batch as a server's; pages of 16 and of 1."""
+    several = tuple(min(2048, _log_normal(number, 500)) for number in range(16))
+    behind = tuple(n + min(8192, _log_normal(number + 16, 1000)) * (number % 2) for number, n in enumerate(several))
+
+    def chunks(lengths: tuple[int, ...], keys: tuple[int, ...], page_size: int) -> Point:
+        ragged = _ragged("prefill", 128, dtype, True, lengths, 32, 8)
+        return replace(ragged, seqlen=-(-max(keys) // 16) * 16, keys=keys, page_size=page_size)
+
+    return [
+        chunks(lengths, keys, page_size)
+        for page_size in (16, 1)
+        for lengths, keys in (
+            *(((n,) * batch, (keys,) * batch) for batch, n, keys in ((16, 512, 512), (4, 2048, 2048), (1, 8192, 8192))),
+            ((512,) * 4, (8192,) * 4),
+            (several, behind),
+        )
+    ]
+
+
 def _flex(dtype: DType) -> list[Point]:
     """Scores and masks of expressions: Gemma's cap, ALiBi, eight documents of random length in each batch entry, images
     whose tokens see each other within causal text."""
@@ -338,10 +366,11 @@ PRESETS: dict[str, Callable[[DType], list[Point]]] = {
     "varlen": _varlen,
     "mla": _mla,
     "decode": _decode,
+    "prefill": _prefill,
     "flex": _flex,
     "host": _host,
 }
-FORWARD_ONLY = {"host"}  # what autograd adds to a call is torch's
+FORWARD_ONLY = {"host", "prefill"}  # what autograd adds to a call is torch's; over pages there are no gradients
 
 
 def preset_points(

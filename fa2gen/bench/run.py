@@ -121,7 +121,7 @@ class Bench:
         truth = None
         for one in sorted(self.contestants, key=lambda one: is_ours(one.name)):  # it is ours that has to prove itself
             try:
-                peers.refuse_caches(one.name, point.direction)
+                peers.refuse_caches(one.name, bool(point.tokens or point.page_size))
                 with one.context():
                     call = _in_turn(one, point, inputs) if point.calls == "new lengths" else one.prepare(point, *inputs)
                     results = call()

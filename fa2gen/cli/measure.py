@@ -77,6 +77,7 @@ def _need_gpu(what: str) -> None:
         "fa2gen bench my.toml --peer fa3         what a spec of your own says",
         "fa2gen bench --preset varlen            ragged batches",
         "fa2gen bench --preset decode            queries over caches",
+        "fa2gen bench --preset prefill           prompts and chunks of them over pages",
         "fa2gen bench --preset flex              scores and masks of expressions",
         "fa2gen bench --preset host              host time of a call, in microseconds",
         "fa2gen bench --plot odd.json --out .    figures from a result; needs no GPU",
@@ -86,7 +87,7 @@ def _need_gpu(what: str) -> None:
 def bench(
     asked: Asked,
     preset: Annotated[
-        Literal["paper", "odd", "gqa", "window", "varlen", "mla", "decode", "flex", "host"],
+        Literal["paper", "odd", "gqa", "window", "varlen", "mla", "decode", "prefill", "flex", "host"],
         typer.Option(help="Which points."),
     ] = "paper",
     seqlen: Seqlens = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -36,14 +35,15 @@ def test_bench(direction):
     assert all(name.startswith(f"fa2_{direction}_sm90_") for name in document["provenance"]["kernels"])
 
 
-def test_bench_over_pages():
-    """A paged cache beside the same keys in order: both give the same numbers."""
-    found, missing = peers.find(["fa2gen-sm90", peers.DENSE], direction="decode")
-    paged = next(point for point in preset_points("decode", direction="decode") if point.page_size)
+@pytest.mark.parametrize(("preset", "direction"), [("decode", "decode"), ("prefill", "fwd")])
+def test_bench_over_pages(preset, direction):
+    """Keys in pages beside the same keys in order: both give the same numbers, and standard attention is not asked."""
+    found, missing = peers.find(["fa2gen-sm90", peers.DENSE, "math"])
+    paged = next(point for point in preset_points(preset, direction=direction) if point.page_size)
     run = Bench(found, missing, "fa2gen bench")
-    for row in run.rows([replace(paged, batch=2, seqlen=1024)], seconds=0.05):
+    for row in run.rows([paged], seconds=0.05):
         assert row["tflops"].keys() == {"fa2gen-sm90", peers.DENSE} and min(row["tflops"].values()) > 0
-    assert not run.result()["provenance"]["missing"]
+    assert run.result()["provenance"]["missing"].keys() == {f"math at {paged}"}
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,10 @@ def test_flops_as_the_paper_counts():
     point = Point("paper", "fwd", 128, "bf16", False, 4, 4096, 16, 16)
     assert point.flops == 4 * 4096**2 * 128 * 16 * 4
     assert Point("paper", "fwd", 128, "bf16", True, 4, 4096, 16, 16).flops == point.flops / 2
+    chunk = replace(point, causal=True, tokens=1024)  # behind 3072 keys that all of it sees
+    assert (
+        chunk.flops == replace(point, seqlen=1024, causal=True).flops + replace(point, seqlen=3072, tokens=1024).flops
+    )
     assert Point("paper", "bwd", 128, "bf16", False, 4, 4096, 16, 16).flops == point.flops * 2.5
 
 
@@ -555,6 +559,34 @@ def test_peers_of_ragged_batches(libraries, direction):
                     one.prepare(point, q, k, v, dout)
                 continue
             torch.testing.assert_close(tuple(one.prepare(point, q, k, v, dout)()), expected)
+
+
+def test_prefill_over_pages():
+    """New queries at the end of what each sequence has, whole prompts among them; pages or packed keys, our answer is
+    the definition's, and the others of torch say why they have none."""
+    torch = pytest.importorskip("torch")
+    from fa2gen.reference import attention_reference
+
+    points = preset_points("prefill")
+    assert {point.page_size for point in points} == {16, 1} and all(point.problem.paged for point in points)
+    for point in points:
+        assert all(n <= keys <= point.seqlen for n, keys in zip(point.lengths, point.keys, strict=True))
+        assert point.flops == sum(one.flops for one in point.sequences)
+        assert Point.of_row(json.loads(json.dumps(point.to_json()))) == point
+    assert points[0].flops == Point("", "fwd", 128, "bf16", True, 16, 512, 32, 8).flops
+    point = replace(
+        points[0], head_dim=32, batch=3, seqlen=48, lengths=(7, 40, 2), keys=(7, 48, 33), heads=4, heads_kv=2
+    )
+    q, k, v = (
+        torch.randn(point.size(h, 32, of_query)).bfloat16() for h, of_query in ((4, True), (2, False), (2, False))
+    )
+    each = zip(q.split(point.lengths), k, v, point.keys, strict=True)
+    expected = [attention_reference(x[None], y[None, :n], z[None, :n], causal=True)[0][0] for x, y, z, n in each]
+    for page_size in (16, 1, 0):
+        found = peers._called(replace(point, page_size=page_size), q, k, v)()
+        torch.testing.assert_close(found, torch.cat(expected))
+    with pytest.raises(peers.Missing, match="over caches there are"):
+        peers.refuse_caches("math", True)
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
