@@ -61,6 +61,7 @@ class CacheShape(NamedTuple):
     split_shift   -1: keys are split as keeps the device busy; s: into parts of 64 << s keys, whatever the batch.
     k_scale_batch from the scale of one sequence's 8-bit keys to the next, and k_scale_head from one head's; of values
                   v_scale_batch and v_scale_head.
+    seqlen_wide   rows of each sequence's 8-bit keys that are to be written in 16 bits, and of its values.
     """
 
     batch: int
@@ -82,6 +83,7 @@ class CacheShape(NamedTuple):
     k_scale_head: int = 0
     v_scale_batch: int = 0
     v_scale_head: int = 0
+    seqlen_wide: int = 0
 
 
 def split_shift(num_splits: int, seqlen_k: int) -> int:

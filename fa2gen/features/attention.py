@@ -22,9 +22,10 @@ class Operand:
               (num_heads,), fp32, dense; "state" (4,), int32, 128 random bits.
               "cache" is a tensor with rows of its own, (entries, rows, heads_kv, head_dim), and so are "key" tensors
               that lie in pages; "table" (batch, pages), int32, the numbers of a sequence's pages; "new" keys are
-              (batch, seqlen_new, heads_kv, head_dim), "angles" (positions, rotary_dim / 2), in the kernel's dtype,
-              dense. "floats" and "ints" are what an expression names, fp32 and int32, dense, of any size: a call's
-              options say which. "scale" (batch, heads_kv), fp32, of steps that the call says.
+              (batch, seqlen_new, heads_kv, head_dim), in the kernel's dtype; so are "wide" ones (batch, seqlen_wide,
+              heads_kv, head_dim) and "angles" (positions, rotary_dim / 2), both dense. "floats" and "ints" are what an
+              expression names, fp32 and int32, dense, of any size: a call's options say which. "scale" (batch,
+              heads_kv), fp32, of steps that the call says.
     of_v      of a tensor with a head dim: whether it is V's, else that of Q and K.
     out       whether kernels write it.
     optional  whether it may be missing: its address is 0 then.
@@ -40,6 +41,7 @@ class Operand:
         "cache",
         "table",
         "new",
+        "wide",
         "angles",
         "head",
         "state",
@@ -61,6 +63,8 @@ class Operand:
             return (shape.table_rows, shape.seqlen_k // shape.page_size)
         if isinstance(shape, CacheShape) and self.of == "new":
             return (shape.batch, shape.seqlen_new, shape.num_heads_kv, self.head_dim(problem))
+        if isinstance(shape, CacheShape) and self.of == "wide":
+            return (shape.batch, shape.seqlen_wide, shape.num_heads_kv, self.head_dim(problem))
         if isinstance(shape, CacheShape) and self.of == "angles":
             return (shape.rotary_rows, shape.rotary_dim // 2)
         if isinstance(shape, CacheShape) and self.of in ("cache", "key"):
@@ -93,7 +97,7 @@ class Operand:
             return 1
         if self.out and problem.partial:
             return NUMBER_BYTES
-        return ELEMENT_BYTES if self.is_tensor or self.of == "angles" else NUMBER_BYTES
+        return ELEMENT_BYTES if self.is_tensor or self.of in ("angles", "wide") else NUMBER_BYTES
 
     @property
     def is_input(self) -> bool:

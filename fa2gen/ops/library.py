@@ -10,7 +10,7 @@ int64, the random bits of dropout, and `Tensor[] tensors`, those that an express
 result, ds_aux, which is empty where there is no s_aux, and a fifth, gradients of the tensors that learn. They alone
 take expressions: `score`, `allow` and `inputs` as `fa2gen.spec.Problem` has them, `bwd_general` with `learned`, and the
 values of their `numbers`. Those of calls over a cache are `fa2gen.ops.kvcache_operator`'s, that of a ragged batch over
-pages is `fa2gen.ops.paged_operator`'s.
+pages is `fa2gen.ops.paged_operator`'s, and what makes 16-bit keys of 8-bit pages for it `fa2gen.ops.widen`'s.
 
 The first four take `partial` last: out is fp32 then, to be merged with results of other keys, or dq, dk and dv are, to
 be added to those of other calls.
@@ -67,6 +67,7 @@ from fa2gen.ops.validate import (
     validate_ragged,
     validate_ragged_backward,
 )
+from fa2gen.ops.widen import WIDEN_SCHEMAS, widen_kernels
 from fa2gen.options import Expression, Options, expression_said
 from fa2gen.reference import (
     Place,
@@ -109,6 +110,7 @@ _SCHEMAS = {
     "Tensor ds_aux, Tensor[] dtensors)",
     **CACHE_SCHEMAS,
     **PAGED_SCHEMAS,
+    **WIDEN_SCHEMAS,
 }
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
 _RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
@@ -369,6 +371,8 @@ def _kernels(name: str) -> dict[str, Callable[..., Any]]:
         return dict(cache_kernels(name))
     if name in PAGED_SCHEMAS:
         return dict(paged_kernels())
+    if name in WIDEN_SCHEMAS:
+        return dict(widen_kernels())
     kernels: dict[str, dict[str, Callable[..., Any]]] = {
         "fwd": {"CPU": _forward_cpu, "CUDA": forward_cuda, "fake": _forward_fake},
         "bwd": {"CPU": _backward_cpu, "CUDA": backward_cuda, "fake": _backward_fake},

@@ -115,7 +115,8 @@ class EntryPoint:
     grid          its blocks of threads: "persistent", one an SM or fewer, for tiles or for blocks of keys; "tiles",
                   (m block, head, batch); one for each block of queries, or of keys and part of a group, of all heads;
                   "groups", one for each block of keys; "one"; or "parts", one an SM that has a part of the keys; "new
-                  rows", as many as have 8 columns of rows to append. A grid without blocks is not launched.
+                  rows", as many as have 8 columns of rows to append; "wide rows", for K and for V as many as have some
+                  of a sequence's to widen. A grid without blocks is not launched.
     starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
                   executes griddepcontrol.wait before it uses what that one writes.
     """
@@ -135,6 +136,7 @@ class EntryPoint:
         "tile bounds",
         "parts",
         "new rows",
+        "wide rows",
     ]
     starts_early: bool = False
 

@@ -16,6 +16,7 @@ from fa2gen.spec import SAME
 __all__ = ["DecodePlan"]
 
 APPEND_THREADS = 256
+WIDE_CHUNKS = 4  # of 8 columns, that a thread widens
 LAYOUT_ENTRIES = 1024  # of sequences, in shared memory; a multiple of a warp's 32
 # Registers that a thread needs beside S, P, O and Q, and the most with which none spills: ptxas has the last word
 # (tests/compile).
@@ -185,6 +186,11 @@ class DecodePlan(Sm80RowsPlan):
         """Groups of eight columns of a row, 16 bytes: what a thread appends."""
         return self.head_dim // 8
 
+    @property
+    def wide_chunks(self) -> int:
+        """So many of those that a thread widens."""
+        return WIDE_CHUNKS
+
     # Launch
 
     @property
@@ -199,7 +205,9 @@ class DecodePlan(Sm80RowsPlan):
     @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         append = EntryPoint(f"{self.name}_append", APPEND_THREADS, 0, (), "new rows")
-        return (append, EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "parts"))
+        widen = EntryPoint(f"{self.name}_widen", APPEND_THREADS, 0, (), "wide rows")
+        main = EntryPoint(self.name, self.num_threads, self.shared_memory_bytes, (), "parts")
+        return (append, *([widen] if self.has_8_bits else []), main)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:

@@ -24,7 +24,8 @@ from fa2gen.plan.base import (
     TensorMapPlan,
 )
 from fa2gen.plan.bwd import BackwardPlan
-from fa2gen.plan.decode import LAYOUT_ENTRIES
+from fa2gen.plan.decode import APPEND_THREADS, LAYOUT_ENTRIES, WIDE_CHUNKS
+from fa2gen.spec import SAME
 
 __all__ = [
     "LEAST_UNITS",
@@ -68,8 +69,11 @@ _OF_A_CACHE = {
     "split_shift": "-1: keys are dealt out evenly; s: in parts of 64 << s keys, whatever the batch",
     "rotary_dim, rotary_rows": "columns that are turned, and positions of the tables of angles; 0: none",
     "interleaved, rotary_steps": "pairs are neighbours; queries have positions of their own",
-    "k_scale_batch, k_scale_head": "of 8-bit caches, from one sequence's scale of K to the next, and one head's",
+}
+_OF_8_BITS = {
+    "k_scale_batch, k_scale_head": "from one sequence's scale of K to the next, and one head's",
     "v_scale_batch, v_scale_head": "of V likewise",
+    "seqlen_wide": "so many keys of each sequence are written to k_wide in 16 bits, and values to v_wide; 0: none",
 }
 LEAST_UNITS = 2
 """So many pieces a block at least: fewer are not worth the part's way through memory."""
@@ -182,8 +186,18 @@ def _decoding_sizes(plan: KernelPlan) -> dict[str, str]:
         "run_reciprocal": f"{2**31 - 1} / max(num_runs, 1)",
         "num_new_chunks": f"{plan.problem.head_dim // 8} * batch"
         " * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)",
+        **(_wide_sizes(plan) if plan.problem.cache_dtype != SAME else {}),
         "num_slots": "fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks",
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
+    }
+
+
+def _wide_sizes(plan: KernelPlan) -> dict[str, str]:
+    """Of each sequence's keys, or values, that become 16-bit numbers."""
+    chunks = APPEND_THREADS * WIDE_CHUNKS
+    return {
+        "num_wide_chunks": f"{plan.problem.head_dim // 8} * seqlen_wide * num_heads_kv",
+        "num_wide_blocks": f"(num_wide_chunks + {chunks - 1}) / {chunks}",
     }
 
 
@@ -221,6 +235,7 @@ def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
         "tile bounds": (f"(num_bounds + {plan.bound_warps - 1}) / {plan.bound_warps}", "1", "1"),
         "parts": ("num_blocks", "1", "1"),
         "new rows": (f"(num_new_chunks + {entry.num_threads - 1}) / {entry.num_threads}", "1", "1"),
+        "wide rows": ("batch * num_wide_blocks", "2", "1"),
     }[entry.grid]
 
 
@@ -255,10 +270,13 @@ def memory(plan: KernelPlan) -> dict[str, str]:
 def limits(plan: KernelPlan) -> dict[str, str]:
     """What must be less than 2^31, as the kernels count in 32 bits, and its formula."""
     if plan.problem.direction == "decode":
+        wide = f"max(num_wide_chunks + {APPEND_THREADS * WIDE_CHUNKS}, batch * num_wide_blocks)"
+        of_wide = {"pieces of wide keys": wide} if plan.problem.cache_dtype != SAME else {}
         return {
             "units of keys": f"num_units * (1 + item_units + min(item_runs, 1)) + num_sms * {SPLIT_KEYS}",
             "keys of a sequence": "2 * (seqlen_k + unit_keys)",
             "pieces of new keys and of queries": "num_new_chunks",
+            **of_wide,
             "512ths of rows of a head of K and V": f"num_m_blocks * {plan.tiling.tile_m << 9}",  # rows are below 2^22
         }
     of_batch = "" if plan.varlen else "batch * "
@@ -437,7 +455,8 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         yield "  seqlen_q is group times theirs here, num_heads their num_heads_kv; their maps have heads before rows"
     if plan.problem.direction == "decode":
         yield "Of a call over caches, beside batch, seqlen_q and heads:"
-        yield from (f"  {name}: {text}" for name, text in _OF_A_CACHE.items())
+        said = _OF_A_CACHE | (_OF_8_BITS if plan.problem.cache_dtype != SAME else {})
+        yield from (f"  {name}: {text}" for name, text in said.items())
         yield from (f"  Params has {name} = {text}, no whole number" for name, text in reals(plan).items())
     yield "Sizes, in whole numbers:"
     yield from (f"  {name} = {text}" for name, text in sizes(plan).items())

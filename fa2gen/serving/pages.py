@@ -14,6 +14,7 @@ from fa2gen.ops.flash_kvcache import run_cached
 from fa2gen.ops.flash_varlen import over_pages
 from fa2gen.ops.validate import describe, validate_heads, validate_lengths
 from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, Paged
+from fa2gen.ops.widen import Narrow, widen
 from fa2gen.options import Options
 
 __all__ = ["SHORT_ROWS", "attend", "refuse"]
@@ -21,6 +22,12 @@ __all__ = ["SHORT_ROWS", "attend", "refuse"]
 SHORT_ROWS = 64
 """Queries of a sequence times heads of a group, up to which kernels of decoding read the cache: they split its keys
 over the device, where a block of prefill's 128 to 256 rows would be mostly empty."""
+
+WIDE_BYTES = 1 << 30
+"""The most memory that keys of 8-bit pages take in 16 bits: where all heads' would be more, some heads are widened and
+attended to after the others."""
+
+_WIDE_ROWS = 640  # a multiple of them has whole tiles of 64, 80, 128 and 160 keys
 
 
 def attend(
@@ -37,8 +44,11 @@ def attend(
 
     most_queries  of a sequence. Where the rows of q are just so many for each, kernels of decoding may run. Of one
                   query each, row b is then taken to be sequence b's, as engines lay them out, with sequences that have
-                  none, which pad a batch, behind the others; of more, cu_seqlens_q says whose each row is. Pages of
-                  8-bit numbers are read by kernels of decoding alone: more queries are taken group by group.
+                  none, which pad a batch, behind the others; of more, cu_seqlens_q says whose each row is.
+    most_keys     of a sequence. Pages of 8-bit numbers are read by kernels of decoding alone. For more queries each
+                  sequence's keys are widened to 16 bits, up to most_keys (if one has more, its rows are NaN) or all
+                  that its pages hold; where that is too much, or queries are few on average, they are taken group by
+                  group.
     scales        of k and v, where they are of 8 bits: (batch, heads_kv) fp32, of any strides.
     """
     most = _number("max_seqlen_q", most_queries)
@@ -49,12 +59,16 @@ def attend(
         groups = _Groups(given, most, one_each=True) if most > 1 else None
         found, lse = _decoded(given, options, expression, most, groups, num_splits, scales, place)
     elif given.k.dtype in CACHE_DTYPES:
-        q, batch = given.q, _validate_groups(given, options, expression, scales)
-        if 0 in (batch, q.shape[0], q.shape[1]):
+        q, batch = given.q, _validate_eight_bits(given, scales)
+        heads_kv = given.k.shape[2]
+        if 0 in (batch, q.shape[0], q.shape[1], given.k.shape[0]):
             found = q.new_zeros(q.shape) if place is None else place.zero_()
             lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
+        elif heads := _wide_heads(given, options, expression, rows := _wide_rows(given, most_keys)):
+            found, lse = _over_widened(given, options, expression, heads, rows, scales, place)
         else:
-            most = max(SHORT_ROWS // (q.shape[1] // given.k.shape[2]), 1)
+            _validate_groups(given, options, expression)
+            most = max(SHORT_ROWS // (q.shape[1] // heads_kv), 1)
             found, lse = _decoded(given, options, expression, most, _Groups(given, most), num_splits, scales, place)
     else:
         rows, heads = given.q.shape[0], given.q.shape[-2]
@@ -78,10 +92,8 @@ def _is_short(given: Paged, most: int) -> bool:
     return bool(rows <= SHORT_ROWS and q.shape[0] == most * (given.cu_seqlens_q.shape[0] - 1))
 
 
-def _validate_groups(
-    given: Paged, options: Options, expression: Modified, scales: tuple[Tensor | None, Tensor | None]
-) -> int:
-    """The number of sequences. Raises unless the queries of one may be in groups, each as if it were the last."""
+def _validate_eight_bits(given: Paged, scales: tuple[Tensor | None, Tensor | None]) -> int:
+    """The number of sequences, over pages of 8-bit numbers. Raises InvalidInput."""
     q, k = given.q, given.k
     if q.dim() != 3 or k.dim() != 4 or given.cu_seqlens_q is None or given.seqused_k is None:
         raise InvalidInput(
@@ -96,15 +108,74 @@ def _validate_groups(
     for name, x in zip(("k_descale", "v_descale"), scales, strict=True):
         if x is not None and (tuple(x.shape) != (batch, k.shape[2]) or x.device != q.device):
             raise InvalidInput(f"{name} is {describe(x)}; it must be {(batch, k.shape[2])} on {q.device}")
-    sees_behind = options.mask != "full" and not options.causal and options.window_right != 0
-    if sees_behind or expression[1]:
-        what = "a window or chunks that are not causal" if sees_behind else "alibi_slopes"
-        raise UnsupportedProblem(
-            f"over pages of {k.dtype} kernels of decoding take more than {SHORT_ROWS} rows (queries of a sequence "
-            f"times heads of a group) group by group, and {what} need the place of each among all; nearest: a causal "
-            "mask without slopes, or 16-bit keys"
-        )
     return batch
+
+
+def _wide_rows(given: Paged, most_keys: Any) -> int:
+    """Room for the keys of each sequence, of few kinds: at most a fifth more than whole tiles."""
+    most = min(max(_number("max_seqlen_k", most_keys), 1), given.capacity) if most_keys is not None else given.capacity
+    step = _WIDE_ROWS << max((most // _WIDE_ROWS).bit_length() - 3, 0)
+    return -(-most // step) * step
+
+
+def _wide_heads(given: Paged, options: Options, expression: Modified, rows: int) -> int:
+    """How many heads of K and V are widened at once; 0: queries are taken group by group, without that."""
+    q, (batch, *_) = given.q, given.seqused_k.shape  # type: ignore[union-attr]
+    heads_kv, head_dim = given.k.shape[2:]
+    if q.shape[0] * (q.shape[1] // heads_kv) < SHORT_ROWS * batch and not _needs_places(options, expression):
+        return 0
+    of_head: int = 2 * q.element_size() * batch * rows * head_dim
+    return min(WIDE_BYTES // of_head, int(heads_kv))
+
+
+def _needs_places(options: Options, expression: Modified) -> str:
+    """What asks for a query's place among all of its sequence, so that they can not be in groups."""
+    if options.mask != "full" and not options.causal and options.window_right != 0:
+        return "a window or chunks that are not causal"
+    return "alibi_slopes" if expression[1] else ""
+
+
+def _validate_groups(given: Paged, options: Options, expression: Modified) -> None:
+    """Raise unless the queries of a sequence may be in groups, each as if it were the last."""
+    if what := _needs_places(options, expression):
+        raise UnsupportedProblem(
+            f"over pages of {given.k.dtype} keys are widened to 16 bits for {what}, and one head's would take more "
+            f"than {WIDE_BYTES >> 20} MiB; nearest: fewer sequences a call, a max_seqlen_k nearer to what they have, "
+            "or a causal mask without slopes"
+        )
+
+
+def _over_widened(
+    given: Paged,
+    options: Options,
+    expression: Modified,
+    heads: int,
+    rows: int,
+    scales: tuple[Tensor | None, Tensor | None],
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """By kernels of prefill: so many heads of K and V after the others, of which each sequence's keys are a page."""
+    q, k, v, used = given.q, given.k, given.v, given.seqused_k
+    assert used is not None
+    (found, tensors), group, heads_kv = expression, q.shape[1] // k.shape[2], k.shape[2]
+    pages = torch.arange(used.shape[0], dtype=torch.int32, device=q.device)[:, None]
+    results = []
+    for first in range(0, heads_kv, heads):
+        of_kv, of_q = slice(first, first + heads), slice(first * group, (first + heads) * group)
+        own_scales = (None if x is None else x[:, of_kv] for x in scales)
+        wide = widen(Narrow(k[:, :, of_kv], v[:, :, of_kv], used, given.block_table, *own_scales), rows, q.dtype)
+        part = given._replace(q=q[:, of_q], k=wide[0], v=wide[1], block_table=pages)
+        if given.s_aux is not None:
+            part = part._replace(s_aux=given.s_aux[of_q])
+        own = tuple(x[..., of_q].contiguous() for x in tensors)  # slopes
+        into = None
+        if out is not None and heads == heads_kv:
+            into = (out, out.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32))
+        results.append(over_pages(part, options, (found, own), rows, into))
+    if len(results) == 1:
+        return results[0]
+    joined = torch.cat([x for x, _ in results], dim=1)
+    return (joined if out is None else out.copy_(joined)), torch.cat([lse for _, lse in results])
 
 
 def _decoded(

@@ -55,6 +55,8 @@ def flash_attn_varlen_func(
     and strides, and seqused_k says how many keys each sequence has; else they are (total_k, heads_kv, head_dim) with
     cu_seqlens_k. Masks are aligned to the bottom right.
 
+    max_seqlen_k     of pages of 8-bit numbers, how much room there is for 16-bit ones of each sequence: what has more
+                     keys gives NaN. Else it helps to choose the quickest kernel.
     out              a buffer for the result, (total_q, heads, head_dim). Rows that no sequence has become 0.
     s_aux            (heads,): logits of attention sinks, which LSE has in it.
     num_splits       the most parts that a sequence's keys are split into, where kernels of decoding read them; 0: as

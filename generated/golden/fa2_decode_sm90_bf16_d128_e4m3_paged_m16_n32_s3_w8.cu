@@ -6,9 +6,10 @@
 //   problem  decode, head dim 128, bf16, full mask, e4m3 caches, pages
 //   tiling   16 query rows x 32 keys, 3 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 208944 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,  158 Threads,  189 Arithmetic,  258 Shared memory,  305 Global memory,
-//             375 cp.async,  400 Fragments,  415 Registers,  430 mma,  459 What is visible,  513 Online softmax,
-//             945 Loads, 1116 Matrix products, 1227 Putting together, 1640 Append, 1775 Kernel, 1819 Launch
+//   contents   27 Problem and tiling,  162 Threads,  193 Arithmetic,  268 Shared memory,  315 Global memory,
+//             391 cp.async,  416 Fragments,  431 Registers,  446 mma,  475 What is visible,  529 Online softmax,
+//             961 Loads, 1132 Matrix products, 1243 Putting together, 1656 Append, 1791 Widen, 1870 Kernel,
+//            1914 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -94,6 +95,8 @@ struct Params {
     int const* block_table;
     float const* k_descale;
     float const* v_descale;
+    void* k_wide;
+    void* v_wide;
     float* parts;
     float* part_sums;
     int* counters;
@@ -150,6 +153,7 @@ struct Params {
     int k_scale_head;
     int v_scale_batch;
     int v_scale_head;
+    int seqlen_wide;
     float softmax_scale;
     float softmax_scale_log2;
     float inverse_group;
@@ -231,6 +235,12 @@ __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
 __device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed) {
     values[0] = __builtin_bit_cast(float, packed << 16);
     values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
+}
+
+// The two fp16 numbers of one register, the lower half first.
+__device__ __forceinline__ void unpack_fp16(float (&values)[2], uint32_t packed) {
+    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
+        : "=f"(values[0]), "=f"(values[1]) : "r"(packed));
 }
 
 // Four of the eight bytes of `low` and `high`, as the digits of `selector` number them, the last one first; of a digit with 8
@@ -324,6 +334,12 @@ __device__ __forceinline__ void store_global_float(float* address, float value) 
 __device__ __forceinline__ void load_global_128(uint32_t (&r)[4], void const* address) {
     asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(address) : "memory");
+}
+
+// 8 bytes that no thread of the kernel writes; the address is a multiple of 8.
+__device__ __forceinline__ void load_global_64(uint32_t (&r)[2], void const* address) {
+    asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "l"(address) : "memory");
 }
 
 __device__ __forceinline__ float load_global_float(float const* address) {
@@ -1772,6 +1788,85 @@ extern "C" __global__ void __launch_bounds__(kAppendThreads)
     }
 }
 
+// Widen: the first keys of each sequence, and values, times their scales, in bf16 ----------------------------------------
+
+// They go to k_wide and v_wide, (sequences, p.seqlen_wide, heads of K and V, kHeadDim), for kernels that take no 8-bit numbers.
+constexpr int kWideChunks = 4;  // of 8 columns, that a thread asks for at once
+
+// Eight columns as the caches hold them, times the scale.
+__device__ __forceinline__ void widened_columns(uint32_t (&columns)[4], uint32_t const (&packed)[2], float scale) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        uint32_t pairs[2];
+        widened(pairs, packed[i]);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float x[2];
+            unpack_fp16(x, pairs[j]);
+            columns[2 * i + j] = pack_bf16(x[0] * scale, x[1] * scale);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kAppendThreads)
+    fa2_decode_sm90_bf16_d128_e4m3_paged_m16_n32_s3_w8_widen(const __grid_constant__ Params p) {
+    bool const is_value = blockIdx.y != 0;
+    int const token_chunks = p.num_heads_kv * kRowChunks;
+    int const blocks = (p.seqlen_wide * token_chunks + kWideChunks * kAppendThreads - 1) / (kWideChunks * kAppendThreads);
+    int const bidb = static_cast<int>(blockIdx.x) / blocks;
+    int const first = (static_cast<int>(blockIdx.x) - bidb * blocks) * kWideChunks * kAppendThreads;
+    int const keys = keys_before(p, bidb);
+    int const end = min(keys, p.seqlen_wide) * token_chunks;
+    if (first >= end) {
+        return;
+    }
+    unsigned char const* const cache = static_cast<unsigned char const*>(is_value ? p.v : p.k);
+    int64_t const entry_stride = is_value ? p.v_batch_stride : p.k_batch_stride;
+    int64_t const row_stride = is_value ? p.v_row_stride : p.k_row_stride;
+    int64_t const head_stride = is_value ? p.v_head_stride : p.k_head_stride;
+    // All places are asked for before the first one's columns, and those of all before a scale.
+    int64_t places[kWideChunks];  // in the cache; -1: on no page
+    int heads[kWideChunks];
+#pragma unroll
+    for (int i = 0; i < kWideChunks; ++i) {
+        int const chunk = first + i * kAppendThreads + static_cast<int>(threadIdx.x);
+        places[i] = -1;
+        heads[i] = 0;
+        if (chunk < end) {
+            int const token = chunk / token_chunks;
+            int const of_token = chunk - token * token_chunks;
+            heads[i] = of_token / kRowChunks;
+            Place const place = place_of_row(p, bidb, token);
+            if (place.entry >= 0) {
+                places[i] = place.entry * entry_stride + place.row * row_stride + heads[i] * head_stride +
+                            8 * (of_token % kRowChunks);
+            }
+        }
+    }
+    uint32_t packed[kWideChunks][2];
+#pragma unroll
+    for (int i = 0; i < kWideChunks; ++i) {
+        packed[i][0] = packed[i][1] = 0;
+        if (places[i] >= 0) {
+            load_global_64(packed[i], cache + places[i]);
+        }
+    }
+    // Of a sequence with more keys than there is room for all become NaN, so that it shows.
+    float const missing = keys > p.seqlen_wide ? __builtin_bit_cast(float, 0x7fffffffu) : 0.0f;
+    unsigned char* const wide = static_cast<unsigned char*>(is_value ? p.v_wide : p.k_wide) +
+                                16 * static_cast<int64_t>(bidb) * p.seqlen_wide * token_chunks;
+#pragma unroll
+    for (int i = 0; i < kWideChunks; ++i) {
+        int const chunk = first + i * kAppendThreads + static_cast<int>(threadIdx.x);
+        if (chunk < end) {
+            uint32_t columns[4];
+            float const scale = is_value ? v_scale(p, bidb, heads[i]) : k_scale(p, bidb, heads[i]);
+            widened_columns(columns, packed[i], scale + missing);
+            store_global_128(wide + 16 * static_cast<int64_t>(chunk), columns);
+        }
+    }
+}
+
 // Kernel --------------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf16_d128_e4m3_paged_m16_n32_s3_w8(
@@ -1822,6 +1917,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 // Kernels, one after the other on one stream; each takes Params by value:
 //   fa2_decode_sm90_bf16_d128_e4m3_paged_m16_n32_s3_w8_append
 //     grid ((num_new_chunks + 255) / 256, 1, 1), 256 threads, 0 bytes of dynamic shared memory
+//   fa2_decode_sm90_bf16_d128_e4m3_paged_m16_n32_s3_w8_widen
+//     grid (batch * num_wide_blocks, 2, 1), 256 threads, 0 bytes of dynamic shared memory
 //   fa2_decode_sm90_bf16_d128_e4m3_paged_m16_n32_s3_w8
 //     grid (num_blocks, 1, 1), 256 threads, 208944 bytes of dynamic shared memory
 //     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 208944
@@ -1832,8 +1929,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   split_shift: -1: keys are dealt out evenly; s: in parts of 64 << s keys, whatever the batch
 //   rotary_dim, rotary_rows: columns that are turned, and positions of the tables of angles; 0: none
 //   interleaved, rotary_steps: pairs are neighbours; queries have positions of their own
-//   k_scale_batch, k_scale_head: of 8-bit caches, from one sequence's scale of K to the next, and one head's
+//   k_scale_batch, k_scale_head: from one sequence's scale of K to the next, and one head's
 //   v_scale_batch, v_scale_head: of V likewise
+//   seqlen_wide: so many keys of each sequence are written to k_wide in 16 bits, and values to v_wide; 0: none
 //   Params has inverse_group = 1 / num_heads_per_kv, no whole number
 // Sizes, in whole numbers:
 //   num_sequences = batch
@@ -1859,6 +1957,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   item_runs = runs_of_each * are_nearly_all * (1 - fixed_parts) * (1 / max(batch, 1))
 //   run_reciprocal = 2147483647 / max(num_runs, 1)
 //   num_new_chunks = 16 * batch * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)
+//   num_wide_chunks = 16 * seqlen_wide * num_heads_kv
+//   num_wide_blocks = (num_wide_chunks + 1023) / 1024
 //   num_slots = fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:

@@ -1731,8 +1731,6 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm90_bf1
 //   split_shift: -1: keys are dealt out evenly; s: in parts of 64 << s keys, whatever the batch
 //   rotary_dim, rotary_rows: columns that are turned, and positions of the tables of angles; 0: none
 //   interleaved, rotary_steps: pairs are neighbours; queries have positions of their own
-//   k_scale_batch, k_scale_head: of 8-bit caches, from one sequence's scale of K to the next, and one head's
-//   v_scale_batch, v_scale_head: of V likewise
 //   Params has inverse_group = 1 / num_heads_per_kv, no whole number
 // Sizes, in whole numbers:
 //   num_sequences = batch

@@ -16,12 +16,13 @@ from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_reference import cached_reference, narrowed
 from fa2gen.ops.paged_append import _places
 from fa2gen.ops.validate_cache import Cached
+from fa2gen.ops.widen import Narrow, _widen_reference
 from fa2gen.options import CacheShape, Options, Shape, split_shift
 from fa2gen.plan import tiling_for_rows
 from fa2gen.select import Device, best_spec
 from fa2gen.spec import KernelSpec, Problem
 from fa2gen.testing import problems
-from tests.cpu.faults import Fault, symptom
+from tests.cpu.faults import Fault, seeded, symptom
 
 ARCHES = ("sm80", "sm90")
 SHAPES = (Shape(2, 1, 300, 4, 1), Shape(3, 5, 203, 6, 2), Shape(4, 3, 70, 14, 2))
@@ -97,6 +98,50 @@ def test_every_8_bit_number_is_multiplied_as_itself(cache_dtype):
     assert torch.equal(lse[clean, :, 0], wanted[clean])
     assert torch.equal(out[clean, 0, 0].float(), wanted[clean].bfloat16().float())
     assert clean.all() or out[~clean].isnan().any()
+
+
+def widened(spec: KernelSpec, rows: int = 40, rendered=None):
+    """(found, wanted) of a kernel that gives 16-bit keys and values of four sequences in pages of 16, of which one has
+    none and one has more than there is room for; what is written nowhere is 7."""
+    generator, heads_kv, head_dim = torch.Generator().manual_seed(2), 3, spec.problem.head_dim
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[spec.problem.dtype]
+    of_cache = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8}[spec.problem.cache_dtype]
+    k, v = (narrowed(16 * torch.randn(13, 16, heads_kv, head_dim, generator=generator), of_cache) for _ in range(2))
+    table = torch.randperm(13, generator=generator)[:12].view(4, 3).int()
+    table[0, 1:] = torch.tensor([-3, 1 << 30])  # behind the only page of one, on no page
+    given = Narrow(k, v, torch.tensor([16, 41, 0, 23]).int(), table)
+    scales = {
+        "k_descale": torch.rand(4, heads_kv, generator=generator),
+        "v_descale": torch.tensor(0.5).expand(4, heads_kv),
+    }
+    given = given._replace(**scales)
+    found = [torch.full((4, rows, heads_kv, head_dim), 7.0).to(dtype) for _ in range(2)]
+    wanted = [x.clone() for x in found]
+    for x, of in zip(wanted, _widen_reference(given, rows, dtype), strict=True):
+        for b, n in enumerate(given.seqlens.tolist()):
+            x[b, :n] = of[b, :n]
+    tensors = {
+        "k": k,
+        "v": v,
+        "cache_seqlens": given.seqlens,
+        "block_table": table,
+        "k_wide": found[0],
+        "v_wide": found[1],
+    }
+    steps = {"k_scale_batch": heads_kv, "k_scale_head": 1}
+    shape = CacheShape(4, 0, 48, heads_kv, heads_kv, 0, 13, 16, 4, 3, **steps, seqlen_wide=rows)
+    run_kernel(spec, {**tensors, **scales}, shape=shape, rendered=rendered)
+    return found, wanted
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "fields"),
+    [("sm90", 128, {"cache_dtype": "e4m3"}), ("sm80", 80, {"cache_dtype": "int8", "dtype": "fp16"})],
+    ids=["e4m3", "int8"],
+)
+def test_keys_of_8_bits_are_widened(arch, head_dim, fields):
+    for found, wanted in zip(*widened(kernel(arch, head_dim, paged=True, **fields)), strict=True):
+        torch.testing.assert_close(found, wanted, atol=0, rtol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["16 rows", "32 rows"])
@@ -504,6 +549,24 @@ FAULTS = [
         "return {p.seqlen_q, max(end - first, 0), 0};",
     ),
 ]
+
+
+WIDENS = kernel(cache_dtype="e4m3", paged=True).name
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("keys > p.seqlen_wide ?", "keys < 0 ?"),
+        ("k_scale(p, bidb, heads[i])", "k_scale(p, bidb, 0)"),
+        ("min(keys, p.seqlen_wide) * token_chunks", "p.seqlen_wide * token_chunks"),
+    ],
+    ids=["more keys than there is room for", "the scale of another head", "keys behind the end"],
+)
+def test_seeded_faults_of_widened_keys_are_seen(old, new):
+    fault = Fault("", WIDENS, old, new)
+    found, wanted = widened(KernelSpec.from_name(WIDENS), rendered=seeded(fault))
+    assert not all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.id)

@@ -11,6 +11,7 @@ from fa2gen.features import examples_of
 from fa2gen.ops.call import forget
 from fa2gen.options import Shape
 from fa2gen.select import best_spec
+from fa2gen.serving import pages as serving
 from fa2gen.serving import vllm
 from fa2gen.testing import problems
 
@@ -152,10 +153,20 @@ def test_a_step_of_an_engine_runs_decoding_kernels_into_its_buffer(most):
     assert out.data_ptr() == buffer.data_ptr() and (buffer[len(q) :] == 7).all()
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {}, {"causal": True, "window_size": [100, 0]}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "room"),
+    [
+        ({"causal": True}, serving.WIDE_BYTES),
+        ({}, 7 << 20),  # one head after the other
+        ({"causal": True, "window_size": [100, 0]}, 0),  # groups of queries
+        ({"window_size": [100, 20]}, serving.WIDE_BYTES),
+    ],
+    ids=["all heads", "head by head", "groups", "not causal"],
+)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
-def test_prefill_over_pages_of_8_bits(dtype, options):
+def test_prefill_over_pages_of_8_bits(dtype, options, room, monkeypatch):
     """Against 16-bit pages of the same numbers, in a graph that is replayed with other lengths."""
+    monkeypatch.setattr(serving, "WIDE_BYTES", room)
     q, k, v, bounds, used, table, *_ = batch(16)
     count, step = len(LENGTHS), {torch.float8_e4m3fn: 0.5, torch.int8: 1 / 32}[dtype]
     eight = [(x / step).round().clamp(-128, 127).to(dtype) for x in (k, v)]

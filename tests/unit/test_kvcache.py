@@ -119,6 +119,9 @@ def test_operators_are_as_they_declare_themselves():
     torch.library.opcheck(torch.ops.fa2gen.decode.default, (q, *caches(), lengths, None, None, None, 0.125))
     arguments = (q, *caches(), new, new, None, None, lengths, None, None, None, 0.125)
     torch.library.opcheck(torch.ops.fa2gen.decode_append.default, arguments)
+    narrow = [torch.ones(3, 16, HEADS_KV, HEAD_DIM, dtype=torch.int8)] * 2
+    of_call = (*narrow, ints(16, 16), ints(2, 0, 1, 1).view(2, 2), None, torch.ones(2, HEADS_KV), 16, torch.bfloat16)
+    torch.library.opcheck(torch.ops.fa2gen.widen.default, of_call)
 
 
 # Beside it -----------------------------------------------------------------------------------------------------------

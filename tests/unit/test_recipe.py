@@ -76,7 +76,9 @@ def caches() -> list[CacheShape]:
         seqlen_q = min(shape.seqlen_q, 64)
         sizes = shape._replace(seqlen_q=seqlen_q, seqlen_k=pages * page)
         place = (new, 3 * pages, page, shape.batch, pages + 1)
-        found.append(CacheShape(*sizes, *place, splits, rotary, pages * page, True, True))
+        found.append(
+            CacheShape(*sizes, *place, splits, rotary, pages * page, True, True, seqlen_wide=pages * page // 2)
+        )
     return found
 
 
@@ -214,9 +216,12 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
     }
     scratch = {"parts": slots * plan.tile_m * plan.head_dim, "part_sums": 2 * slots * plan.tile_m}
     scratch["counters"] = units if fixed else grid
-    grids = [(-(-new // plan.entry_points[0].num_threads), 1, 1), (grid, 1, 1)]
+    wide = plan.head_dim // 8 * shape.seqlen_wide * shape.num_heads_kv
+    of_wide = (shape.batch * -(-wide // 1024), 2, 1)
+    grids = [(-(-new // plan.entry_points[0].num_threads), 1, 1), *([of_wide] if plan.has_8_bits else []), (grid, 1, 1)]
     units = units * (1 + ends + min(each, 1)) + 64 * NUM_SMS
-    return grids, values, scratch, max(units, 2 * (shape.seqlen_k + unit), new, m * plan.tile_m << 9)
+    most = max(units, 2 * (shape.seqlen_k + unit), new, m * plan.tile_m << 9)
+    return grids, values, scratch, max(most, wide + 1024) if plan.has_8_bits else most
 
 
 @each_plan
@@ -252,7 +257,7 @@ def test_what_features_add_to_params(plan: KernelPlan):
     assert recipe.of_features(plan).keys() == added - {"num_sequences"}
     for example in examples_of(plan.problem):
         for sizes in (Shape(1, q, k, 4, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
-            scales = {"k_scale_batch": 4, "k_scale_head": 1, "v_scale_batch": 0, "v_scale_head": 2}
+            scales = {"k_scale_batch": 4, "k_scale_head": 1, "v_scale_batch": 0, "v_scale_head": 2, "seqlen_wide": 5}
             shape = CacheShape(*sizes, 0, 9, 3, 7, 5000, **scales) if has_cache(plan) else sizes
             values = launch_of(plan, shape, sized(plan, example), NUM_SMS).values
             longest = max(shape.seqlen_q, shape.seqlen_k)

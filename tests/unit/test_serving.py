@@ -167,12 +167,49 @@ def test_caches_of_8_bits(kinds, sizes, options):
     assert not out[rows:].any() and lse[:, rows:].isneginf().all()
 
 
-def test_what_prefill_over_8_bits_refuses():
+LONG = ((90, 1, 0, 80, 5), (100, 70, 9, 120, 3))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"causal": True},
+        {"window_size": [9, 3], "softcap": 20.0},
+        {"causal": True, "alibi_slopes": torch.tensor([0.5, 0.0, 1.0, 2.0]), "s_aux": torch.arange(4.0)},
+    ],
+    ids=["causal", "window", "slopes"],
+)
+def test_many_queries_over_8_bits(kinds, options, monkeypatch):
+    """Keys are widened once, of all heads or, where that takes too much memory, of one after the other."""
+    batch = EightBits(*LONG)
+    wanted = batch.expected(**options)
+    for parts in (1, HEADS_KV):
+        monkeypatch.setattr(pages, "WIDE_BYTES", 2 * 2 * len(LONG[0]) * 640 * HEAD_DIM * HEADS_KV // parts)
+        buffer = torch.full_like(batch.q, 7.0)
+        out, lse = vllm.flash_attn_varlen_func(**{**batch.given, "out": buffer}, **options)
+        assert out.data_ptr() == buffer.data_ptr()
+        torch.testing.assert_close(out, wanted[0], atol=0.05, rtol=0.05)
+        torch.testing.assert_close(lse, wanted[1], atol=0.01, rtol=0.01)
+    assert kinds == ["over_pages"] * (1 + HEADS_KV)
+
+
+def test_more_keys_than_8_bits_are_widened_of_show(monkeypatch):
+    """max_seqlen_k says how much room there is; a sequence that has more gives NaN, no wrong number."""
+    monkeypatch.setattr(pages, "_WIDE_ROWS", 32)
+    batch = EightBits((90, 90), (100, 60))
+    out, _ = vllm.flash_attn_varlen_func(**{**batch.given, "max_seqlen_k": 64}, causal=True)
+    assert out[:90].isnan().all()
+    torch.testing.assert_close(out[90:], batch.expected(causal=True)[0][90:], atol=0.05, rtol=0.05)
+
+
+def test_what_prefill_over_8_bits_refuses(monkeypatch):
     batch = EightBits((70, 1), (100, 70))
     call = vllm.flash_attn_varlen_func
+    monkeypatch.setattr(pages, "WIDE_BYTES", 1 << 16)
     for options in ({"window_size": [9, 3]}, {"causal": True, "alibi_slopes": torch.ones(HEADS)}):
-        with pytest.raises(fa2gen.UnsupportedProblem, match="group by group"):
+        with pytest.raises(fa2gen.UnsupportedProblem, match="max_seqlen_k"):
             call(**{**batch.given, **options})
+    monkeypatch.undo()
     for name, wrong in (
         ("k_descale", torch.ones(1, HEADS_KV)),
         ("block_table", batch.table[:1]),
