@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from fa2gen.arch import ArchName
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
 from fa2gen.layout import CHUNK_BYTES, ELEMENT_BYTES, ceil_div
@@ -36,6 +37,7 @@ __all__ = [
     "ragged_dimensions",
     "reads_pages_quickly",
     "row_by_row",
+    "suits_decoding",
     "value_names",
     "with_packed_heads",
 ]
@@ -50,6 +52,14 @@ PACKED_GROUPS = (1, 2, 4, 8, 16)  # 16 rows of a warp are whole queries of so ma
 # How many of the rounds of tiles packed heads may leave: 11 of 12 took 0.955 of the time, 3 of 4 0.98, 5 of 8 0.78, as
 # many 1.00 to 1.03 (pages of 16, H100).
 PACKED_ROUNDS = 0.95
+PREFILL_ROWS = 128  # of a tile, the least by which prefill is counted
+DECODING_ROWS = 32  # that kernels of decoding have at once
+# Rows of an item (a sequence's queries and the heads that share K and V) times items, a multiprocessor and round of
+# prefill's tiles, from which its kernels are the quicker ones. Microseconds by decoding and by prefill, 32 heads of 128
+# over 8, 8k keys, H200: 64 rows of 128 items 217 and 146, 256 rows of them 812 and 290; 64 rows of 32 items 74 and 82;
+# 256 rows of 16 110 and 82. By SM80 kernels 64 rows 215 and 913, 256 rows 812 and 943; 2048 rows of 16 items 830 and
+# 464.
+PREFILL_PAYS: dict[ArchName, int] = {"sm90": 24, "sm80": 72}
 MAX_GRID_YZ = 65_535
 MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bits
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
@@ -294,6 +304,21 @@ def with_packed_heads(plan: KernelPlan, shape: AnyShape, num_sms: int) -> Kernel
         return plan
     spec = KernelSpec(problem=plan.problem, tiling=plan.tiling.model_copy(update={"pack_heads": 1}))
     return make_plan(spec) if fits(spec) else plan
+
+
+def suits_decoding(
+    arch: ArchName, batch: int, queries: int, heads: int, heads_kv: int, num_sms: int, *, may_pack: bool = True
+) -> bool:
+    """Whether a call over a cache is for kernels of decoding, which split keys over the device and multiply few rows at
+    once, or for those of prefill; `may_pack`: whether those may have the heads of a group as rows."""
+    group = heads // heads_kv
+    rows, items = queries * group, batch * heads_kv
+    if rows <= DECODING_ROWS:
+        return True
+    tiles = batch * heads * ceil_div(queries, PREFILL_ROWS)
+    if may_pack and arch == "sm90" and group in PACKED_GROUPS:
+        tiles = min(tiles, items * ceil_div(rows, PREFILL_ROWS))
+    return rows * items < PREFILL_PAYS[arch] * num_sms * ceil_div(tiles, num_sms)
 
 
 def pages_refusal(plan: KernelPlan, shape: AnyShape, strides: Mapping[str, Sequence[int]]) -> str | None:

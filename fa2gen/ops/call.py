@@ -36,7 +36,14 @@ from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
 from fa2gen.groups import walk_of, with_groups
-from fa2gen.launch import page_strides, pages_refusal, reads_pages_quickly, row_by_row, with_packed_heads
+from fa2gen.launch import (
+    page_strides,
+    pages_refusal,
+    reads_pages_quickly,
+    row_by_row,
+    suits_decoding,
+    with_packed_heads,
+)
 from fa2gen.ops.scratch import (
     CLEARED_BYTES,
     WORK_BYTES,
@@ -64,6 +71,7 @@ __all__ = [
     "aligned",
     "are_aligned",
     "backward_cuda",
+    "calls_for_decoding",
     "choose",
     "chosen_for",
     "contiguous",
@@ -712,6 +720,15 @@ def choose(
         return make_plan(KernelSpec(problem=problem, tiling=tiling)), kernel_arch(device, family)[1]
     selection = select(problem, device, family, seqlen_k)
     return selection.plan, selection.target
+
+
+def calls_for_decoding(
+    device: int, batch: int, queries: int, heads: int, heads_kv: int, *, may_pack: bool = True
+) -> bool:
+    """`fa2gen.launch.suits_decoding` of a call on a device."""
+    on = device_at(device)
+    arch = kernel_arch(on, _family(None, None))[0]
+    return suits_decoding(arch, batch, queries, heads, heads_kv, on.num_sms, may_pack=may_pack)
 
 
 def kernel_for_rows(problem: Problem, device: int, seqlen_k: int, rows: int) -> Kernel:

@@ -4,7 +4,8 @@ As in `fa2gen.ops.call`: what a call's signature decides is prepared once. Lengt
 the caches hold now are read by the kernels, so that a cache that grows has one signature, and a CUDA graph may be
 replayed with other lengths. They must not change while a call's kernels run.
 
-New keys and values are written by a small kernel of the same source that runs before.
+New keys and values are written by a small kernel of the same source that runs before. Where so many queries are to see
+the keys that splitting those does not pay, the queries are left to kernels of prefill (`suits_decoding`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fa2gen.ops.call import (
     Call,
     aligned,
     are_aligned,
+    calls_for_decoding,
     contiguous,
     dense,
     kernel_for_rows,
@@ -32,8 +34,9 @@ from fa2gen.ops.call import (
     remembered,
     room_of_stream,
 )
+from fa2gen.ops.paged import paged_cuda
 from fa2gen.ops.validate import DTYPES, validate_options
-from fa2gen.ops.validate_cache import Cached, cache_dtype_of, capacity_of, validate_cached
+from fa2gen.ops.validate_cache import Cached, Paged, cache_dtype_of, capacity_of, validate_cached
 from fa2gen.options import CacheShape, Options, split_shift
 from fa2gen.spec import SAME
 
@@ -57,6 +60,8 @@ def cached_cuda(
     key = (*kinds, options, interleaved, num_splits)
     call = cast(_CachedCall, prepared(key, _prepare, _PLACES, given, options, interleaved, num_splits))
     out = call.new_out(q) if into is None else into
+    if call.over_pages:
+        return out, _over_pages(given, Options(*options), interleaved, out)
     launch = call.launch
     if launch is None and not call.misaligned:  # no query, or no place for a key
         out.zero_()
@@ -127,6 +132,23 @@ def read_out(
     return cached_cuda(given, options, interleaved, num_splits)[0]
 
 
+def _over_pages(given: Cached, options: Options, interleaved: bool, out: Tensor) -> Tensor:
+    """`cached_cuda` by a kernel of prefill, for which a cache without a table has a page for each entry: lse."""
+    q, keys, table = given.q, given.cache_seqlens, given.block_table
+    batch, seqlen_q, num_heads, _ = q.shape
+    if given.k is not None and keys is not None:
+        cached_cuda(given._replace(q=q[:, :0]), options, interleaved)
+        keys = keys.clamp(0, capacity_of(given)) + given.k.shape[1]
+    if table is None:
+        entries = given.cache_batch_idx
+        table = torch.arange(batch, dtype=torch.int32, device=q.device) if entries is None else entries
+        table = table.unsqueeze(1)
+    lse = q.new_empty((num_heads, batch * seqlen_q), dtype=torch.float32)
+    pages = Paged(q, given.k_cache, given.v_cache, table, seqused_k=keys, s_aux=given.s_aux)
+    paged_cuda(pages, (), options, into=(out, lse))
+    return lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1).contiguous()
+
+
 def _kind(x: Tensor) -> tuple[Any, ...]:
     """What of a tensor is part of a call's signature."""
     return x.shape, x.stride(), x.dtype, x.get_device()
@@ -134,9 +156,11 @@ def _kind(x: Tensor) -> tuple[Any, ...]:
 
 @dataclass(slots=True)
 class _CachedCall(Call):
-    """`pick` takes addresses, of an expression's tensors last, in the order of a launch's operands."""
+    """`pick` takes addresses, of an expression's tensors last, in the order of a launch's operands; `over_pages` is
+    whether a kernel of prefill serves it."""
 
     pick: Callable[[Sequence[int]], tuple[int, ...]] = tuple
+    over_pages: bool = False
 
 
 # Where `cached_cuda` and `read_out` have the addresses of a plan's operands; those of Cached go by its names but for a
@@ -178,6 +202,20 @@ def _scale_steps(given: Cached) -> dict[str, int]:
 # Once for each signature ------------------------------------------------------------------------------------------
 
 
+def _may_be_prefill(given: Cached, num_splits: int) -> bool:
+    """Whether kernels of prefill have all that a call asks for. With fixed parts a row's bits are those of any batch,
+    so that nothing may be chosen by it."""
+    return (
+        num_splits == 0
+        and given.rotary_cos is None
+        and given.cache_leftpad is None
+        and (given.block_table is None or given.cache_batch_idx is None)
+        and not given.tensors
+        and cache_dtype_of(given) == SAME
+        and 0 not in given.k_cache.shape
+    )
+
+
 def _prepare(
     places: tuple[str, ...], given: Cached, said: AnyOptions, interleaved: bool, num_splits: int
 ) -> _CachedCall:
@@ -213,6 +251,11 @@ def _prepare(
     cache_dtype = cache_dtype_of(given)
     problem = reduced.problem("decode", head_dim, DTYPES[q.dtype], paged=table is not None, cache_dtype=cache_dtype)
     rows = seqlen_q * (num_heads // max(k_cache.shape[2], 1))
+    of_call = {"device": q.get_device(), "out": contiguous(q.shape), "lse": contiguous((batch, num_heads, seqlen_q))}
+    if _may_be_prefill(given, num_splits) and not calls_for_decoding(
+        q.get_device(), batch, seqlen_q, num_heads, k_cache.shape[2], may_pack=given.s_aux is None
+    ):
+        return _CachedCall(**of_call, num_rows=0, launch=None, misaligned=False, over_pages=True)
     kernel = kernel_for_rows(problem, q.get_device(), capacity, rows)
     inputs = {name: x for name in _INPUTS if (x := getattr(given, name)) is not None}
     empty = 0 in (batch, capacity, shape.entries) or (0 in (seqlen_q, num_heads) and not shape.seqlen_new)
@@ -225,9 +268,7 @@ def _prepare(
             strides |= {"q": of_query, "q_given": q.stride()[:3]}
         launch = kernel.prepare(shape, strides, reduced)
     return _CachedCall(
-        device=q.get_device(),
-        out=contiguous(q.shape),
-        lse=contiguous((batch, num_heads, seqlen_q)),
+        **of_call,
         num_rows=batch * num_heads * seqlen_q,
         launch=launch,
         misaligned=launch is None and not empty,

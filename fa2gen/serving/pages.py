@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops.arguments import Modified, whole
+from fa2gen.ops.call import calls_for_decoding
 from fa2gen.ops.flash_kvcache import run_cached
 from fa2gen.ops.flash_varlen import over_pages
 from fa2gen.ops.validate import describe, validate_heads, validate_lengths
@@ -20,8 +21,8 @@ from fa2gen.options import Options
 __all__ = ["SHORT_ROWS", "attend", "refuse"]
 
 SHORT_ROWS = 64
-"""Queries of a sequence times heads of a group, up to which kernels of decoding read the cache: they split its keys
-over the device, where a block of prefill's 128 to 256 rows would be mostly empty."""
+"""Queries of a sequence times heads of a group, up to which kernels of decoding read 8-bit pages, and with fixed parts
+all: they split keys over the device, where a block of prefill's 128 to 256 rows would be mostly empty."""
 
 WIDE_BYTES = 1 << 30
 """The most memory that keys of 8-bit pages take in 16 bits: where all heads' would be more, some heads are widened and
@@ -55,7 +56,7 @@ def attend(
     if out is not None:
         _validate_out(out, given)
     place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
-    if most and _is_short(given, most):
+    if most and _is_short(given, most, num_splits):
         groups = _Groups(given, most, one_each=True) if most > 1 else None
         found, lse = _decoded(given, options, expression, most, groups, num_splits, scales, place)
     elif given.k.dtype in CACHE_DTYPES:
@@ -84,12 +85,18 @@ def refuse(**named: Any) -> None:
             raise UnsupportedProblem(f"{name} is not built; nearest: {nearest}")
 
 
-def _is_short(given: Paged, most: int) -> bool:
+def _is_short(given: Paged, most: int, num_splits: int) -> bool:
+    """Whether kernels of decoding are to read the pages: with fixed parts whatever else is in the batch."""
     q, k, v = given[:3]
     if q.dim() != 3 or k.dim() != 4 or v.shape != k.shape or given.cu_seqlens_q is None or given.seqused_k is None:
         return False
     rows = most * (q.shape[1] // max(k.shape[2], 1))  # of a head of K and V
-    return bool(rows <= SHORT_ROWS and q.shape[0] == most * (given.cu_seqlens_q.shape[0] - 1))
+    batch = given.cu_seqlens_q.shape[0] - 1
+    is_short = rows <= SHORT_ROWS
+    if not num_splits and q.is_cuda and k.dtype not in CACHE_DTYPES and k.shape[2]:
+        sizes = (q.get_device(), batch, most, q.shape[1], k.shape[2])
+        is_short = calls_for_decoding(*sizes, may_pack=given.s_aux is None)
+    return bool(is_short and q.shape[0] == most * batch)
 
 
 def _validate_eight_bits(given: Paged, scales: tuple[Tensor | None, Tensor | None]) -> int:

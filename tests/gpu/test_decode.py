@@ -10,6 +10,7 @@ import torch
 import fa2gen
 from fa2gen import cases
 from fa2gen.features import examples_of
+from fa2gen.ops.call import calls_for_decoding
 from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_reference import cached_reference
 from fa2gen.ops.validate_cache import Cached
@@ -88,6 +89,41 @@ def test_calls_against_the_reference(page, new, options, interleaved):
     torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(ours.k_cache, theirs.k_cache, atol=0.02, rtol=0.01)
     assert torch.equal(ours.v_cache, theirs.v_cache)
+
+
+@pytest.mark.parametrize("new", [0, 3])
+@pytest.mark.parametrize("page", [0, 1, 16])
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"causal": True},
+        {"window_size": (100, 7)},
+        {"causal": True, "softcap": 20.0, "s_aux": torch.linspace(-3, 3, 8)},
+        {"causal": True, "num_splits": 3},
+    ],
+    ids=str,
+)
+def test_many_queries(page, new, said):
+    """More than decoding kernels are quick at. Lengths of 0, beyond the cache, and such that an append is dropped."""
+    batch, heads, heads_kv, head_dim, rows, seqlen_q = 4, 8, 2, 64, 960, 200
+    assert not calls_for_decoding(torch.cuda.current_device(), batch, seqlen_q, heads, heads_kv, may_pack=False)
+    said = said | {"cache_seqlens": torch.tensor([958, 0, 2000, 170], dtype=torch.int32), "return_softmax_lse": True}
+    entries = batch * (rows // page if page else 1)
+    caches = [random(entries, page or rows, heads_kv, head_dim) for _ in range(2)]
+    if new:
+        said |= {name: random(batch, new, heads_kv, head_dim) for name in ("k", "v")}
+    order = torch.randperm(entries, generator=torch.Generator().manual_seed(page)).int()
+    said |= {"block_table": order.view(batch, -1)} if page else {"cache_batch_idx": order}
+    q = random(batch, seqlen_q, heads, head_dim)
+    results = []
+    for device in ("cuda", "cpu"):
+        there = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in said.items()}
+        own = [x.to(device, copy=True) for x in caches]
+        results.append((*fa2gen.flash_attn_with_kvcache(q.to(device), *own, **there), *own))
+    (out, lse, *cached), (expected, expected_lse, *expected_caches) = results
+    torch.testing.assert_close(out.cpu(), expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse.cpu(), expected_lse, atol=1e-3, rtol=1e-3)
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(cached, expected_caches, strict=True))
 
 
 def decoding(batch=16, rows=4096, **more):

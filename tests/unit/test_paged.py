@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fa2gen
-from fa2gen.launch import with_packed_heads
+from fa2gen.launch import suits_decoding, with_packed_heads
 from fa2gen.options import CacheShape
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.select import best_spec
@@ -90,6 +90,18 @@ def test_heads_of_a_group_share_tiles_where_queries_are_few():
     assert not shares(1, 90, 16, 4)  # a tile for each of 16 multiprocessors as they are
     assert not shares(32, 64, 8, 8) and not shares(32, 64, 24, 8) and not shares(32, 64, 64, 2)  # groups of 1, 3 and 32
     assert not shares(32, 64, 32, 8, sm80) and not shares(32, 64, 32, 8, sinks)
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_few_queries_or_few_sequences_suit_decoding(arch):
+    """One token never gets a kernel that does not split keys, and prompts that fill the device never one that reads the
+    keys for each 32 rows anew."""
+    sizes = (32, 8, 132)
+    assert all(suits_decoding(arch, batch, 1, *sizes) for batch in (1, 16, 1000))
+    assert suits_decoding(arch, 1, 64, *sizes) and suits_decoding(arch, 4, 16, *sizes)
+    assert not suits_decoding(arch, 1, 8192, *sizes) and not suits_decoding(arch, 16, 512, *sizes)
+    assert suits_decoding(arch, 16, 16, *sizes) == (arch == "sm80")  # where heads of a group have tiles of their own
+    assert suits_decoding(arch, 16, 16, *sizes, may_pack=False) and suits_decoding(arch, 16, 16, 28, 4, 132)
 
 
 def test_it_is_one_operator_under_compile():
