@@ -1,9 +1,9 @@
 """Context parallel beside one GPU: torchrun --nproc-per-node W tests/bench/context_parallel.py [--rows 131072 32768]
 
 For each length and scheme: how many times as fast as one GPU with the whole sequence, causal, 32 heads of 128 over 8 of
-keys, bf16, forward and backward; the contestants take turns. First, of each scheme, of 4096 rows mean errors against
-fp32 over those of one GPU, of as many as are timed mean differences from one GPU over mean magnitudes; the greatest
-difference, and whether a second run gives the same bits.
+keys, bf16, forward and backward; the contestants take turns, of about as long each. First, of each scheme, of 4096 rows
+mean errors against fp32 over those of one GPU, of as many as are timed mean differences from one GPU over mean
+magnitudes; the greatest difference, and whether a second run gives the same bits.
 
 With --parts also, of the first process: milliseconds of its kernels by what they do, as torch's profiler has them, and
 in how many of those it computes.
@@ -85,16 +85,17 @@ def compare(rows: int) -> None:
             print(f"{scheme:10} {layout:10} {'; '.join(says)}; {'same bits' if same else 'OTHER BITS'}")
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Milliseconds of the slowest process."""
+def timed(call: Callable[[], Any], calls: int) -> float:
+    """Milliseconds of the slowest process a call, of so many in a row."""
     dist.barrier()
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    call()
+    for _ in range(calls):
+        call()
     end.record()
     torch.cuda.synchronize()
-    took = torch.tensor(start.elapsed_time(end), device="cuda")
+    took = torch.tensor(start.elapsed_time(end) / calls, device="cuda")
     dist.all_reduce(took, dist.ReduceOp.MAX)
     return took.item()
 
@@ -113,9 +114,10 @@ def measure(rows: int, rounds: int, strides: list[int | None], parts: bool) -> N
     for at in range(rounds + 1):  # the first warms up; each begins with another, as a GPU is slower once it is hot
         first = at % len(contestants)
         for name, (attend, tensors) in [*contestants.items()][first:] + [*contestants.items()][:first]:
+            calls = 1 if name == "one GPU" else world  # about as long: a GPU's clock follows what it did just before
             with torch.no_grad():
-                forward = timed(lambda a=attend, t=tensors: a(*t[:3]))
-            both = timed(lambda a=attend, t=tensors: run(a, t))
+                forward = timed(lambda a=attend, t=tensors: a(*t[:3]), calls)
+            both = timed(lambda a=attend, t=tensors: run(a, t), calls)
             if at:
                 times.setdefault((name, "forward"), []).append(forward)
                 times.setdefault((name, "forward and backward"), []).append(both)
