@@ -53,7 +53,7 @@ __all__ = [
 DETERMINISTIC = "-det"  # ends the names of those of ours whose gradients have the same bits in every run
 DENSE = "fa2gen-dense"
 """What raggedness and pages cost. Of ragged batches: dense calls of ours, one for each run of sequences of one length;
-over pages: our call on the same keys in order."""
+over pages: our call on the same keys in order, of 8-bit numbers in 16 bits."""
 PLAIN = "fa2gen-plain"
 """Of expressions: our kernel of the mask alone, which computes something else; what an expression costs."""
 VARLEN = "fa2gen-varlen"
@@ -262,6 +262,7 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
 def _called(point: Point, q: Any, k: Any, v: Any) -> Call:
     """What a user calls, of a forward point."""
     from fa2gen.ops import flash_attn_func, flash_attn_varlen_func
+    from fa2gen.serving import vllm
 
     options = point.options
     said: dict[str, Any] = {"causal": options.causal, "window_size": (options.window_left, options.window_right)}
@@ -271,9 +272,9 @@ def _called(point: Point, q: Any, k: Any, v: Any) -> Call:
     said |= {"max_seqlen_q": max(point.lengths), "max_seqlen_k": point.seqlen}
     if point.page_size:
         k, v, places = _cache(point, k, v)
-        of_keys = None
-        said |= {"block_table": places["block_table"], "seqused_k": places["cache_seqlens"]}
-    elif point.keys:
+        said |= {"seqused_k": places.pop("cache_seqlens"), "cu_seqlens_q": bounds, **places}
+        return lambda: vllm.flash_attn_varlen_func(q, k, v, **said)
+    if point.keys:
         k, v, of_keys = *_packed(point, k, v), _bounds(point.keys, q.device)
     return lambda: flash_attn_varlen_func(q, k, v, bounds, of_keys, **said)
 
@@ -398,7 +399,12 @@ def _dense(*_: Any) -> Contestant:
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
         if point.page_size:
-            return _fa2gen(arch, False, point.direction, None).prepare(replace(point, page_size=0), q, k, v, dout)
+            plain = replace(point, page_size=0)
+            if point.cache_dtype != SAME:
+                k, v, said = _cache(plain, k, v)
+                k, v = (x.to(q.dtype) * said["k_descale"].to(q.dtype)[:, None, :, None] for x in (k, v))
+                plain = replace(plain, cache_dtype=SAME)
+            return _fa2gen(arch, False, point.direction, None).prepare(plain, q, k, v, dout)
         if not point.lengths:
             raise Missing("it stands for ragged batches and pages alone")
         if point.preset == "host":

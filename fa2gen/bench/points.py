@@ -81,7 +81,7 @@ class Point:
     @property
     def sequences(self) -> list[Point]:
         """Of a ragged batch, each sequence as a dense point of its own."""
-        alone = replace(self, batch=1, lengths=(), keys=(), page_size=0)
+        alone = replace(self, batch=1, lengths=(), keys=(), page_size=0, cache_dtype=SAME)
         if self.keys:
             return [replace(alone, tokens=n, seqlen=keys) for n, keys in zip(self.lengths, self.keys, strict=True)]
         return [replace(alone, seqlen=length) for length in self.lengths]
@@ -128,9 +128,10 @@ class Point:
 
     @property
     def problem(self) -> Problem:
-        """What a kernel for it computes."""
+        """What a kernel for it computes: of many queries over 8-bit numbers, of their widened ones."""
+        cache_dtype = self.cache_dtype if self.tokens else SAME
         return self.options.problem(
-            self.direction, self.head_dim, self.dtype, self.head_dim_v, bool(self.page_size), self.cache_dtype
+            self.direction, self.head_dim, self.dtype, self.head_dim_v, bool(self.page_size), cache_dtype
         )
 
     @classmethod
@@ -157,7 +158,8 @@ class Point:
             queries = f"{sum(self.lengths)} of {self.batch}" if self.lengths else f"{self.batch} x {self.tokens}"
             size = f"{queries} over {sum(self.keys)} in all"
         if self.page_size:
-            size = f"{size} in pages of {self.page_size}"
+            of_kind = f"{self.cache_dtype} " if self.lengths and self.cache_dtype != SAME else ""
+            size = f"{size} in {of_kind}pages of {self.page_size}"
         return f"{' '.join((*self.problem.words, *window))} {size}, {heads} heads{of_calls}"
 
 
@@ -313,22 +315,19 @@ def _decode(dtype: DType) -> list[Point]:
 
 def _prefill(dtype: DType) -> list[Point]:
     """New queries over the pages of 32/8 heads: prompts of one length, chunks of a prompt behind what the cache has,
-    and both in a batch as a server's; pages of 16 and of 1."""
+    and both in a batch as a server's; pages of 16, of 1, and of 16 with 8-bit numbers."""
     several = tuple(min(2048, _log_normal(number, 500)) for number in range(16))
     behind = tuple(n + min(8192, _log_normal(number + 16, 1000)) * (number % 2) for number, n in enumerate(several))
 
-    def chunks(lengths: tuple[int, ...], keys: tuple[int, ...], page_size: int) -> Point:
+    def chunks(lengths: tuple[int, ...], keys: tuple[int, ...], page_size: int, kind: CacheDType = SAME) -> Point:
         ragged = _ragged("prefill", 128, dtype, True, lengths, 32, 8)
-        return replace(ragged, seqlen=-(-max(keys) // 16) * 16, keys=keys, page_size=page_size)
+        return replace(ragged, seqlen=-(-max(keys) // 16) * 16, keys=keys, page_size=page_size, cache_dtype=kind)
 
+    prompts = [((n,) * batch, (n,) * batch) for batch, n in ((16, 512), (4, 2048), (1, 8192))]
+    behind_others = [((512,) * 4, (8192,) * 4), (several, behind)]
     return [
-        chunks(lengths, keys, page_size)
-        for page_size in (16, 1)
-        for lengths, keys in (
-            *(((n,) * batch, (keys,) * batch) for batch, n, keys in ((16, 512, 512), (4, 2048, 2048), (1, 8192, 8192))),
-            ((512,) * 4, (8192,) * 4),
-            (several, behind),
-        )
+        *(chunks(*sizes, page_size) for page_size in (16, 1) for sizes in (*prompts, *behind_others)),
+        *(chunks(*sizes, 16, "e4m3") for sizes in behind_others),
     ]
 
 

@@ -35,11 +35,15 @@ def test_bench(direction):
     assert all(name.startswith(f"fa2_{direction}_sm90_") for name in document["provenance"]["kernels"])
 
 
-@pytest.mark.parametrize(("preset", "direction"), [("decode", "decode"), ("prefill", "fwd")])
-def test_bench_over_pages(preset, direction):
+@pytest.mark.parametrize(
+    ("preset", "direction", "cache_dtype"),
+    [("decode", "decode", "same"), ("prefill", "fwd", "same"), ("prefill", "fwd", "e4m3")],
+)
+def test_bench_over_pages(preset, direction, cache_dtype):
     """Keys in pages beside the same keys in order: both give the same numbers, and standard attention is not asked."""
     found, missing = peers.find(["fa2gen-sm90", peers.DENSE, "math"])
-    paged = next(point for point in preset_points(preset, direction=direction) if point.page_size)
+    points = preset_points(preset, direction=direction)
+    paged = next(point for point in points if point.page_size and point.cache_dtype == cache_dtype)
     run = Bench(found, missing, "fa2gen bench")
     for row in run.rows([paged], seconds=0.05):
         assert row["tflops"].keys() == {"fa2gen-sm90", peers.DENSE} and min(row["tflops"].values()) > 0

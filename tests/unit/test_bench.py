@@ -569,6 +569,7 @@ def test_prefill_over_pages():
 
     points = preset_points("prefill")
     assert {point.page_size for point in points} == {16, 1} and all(point.problem.paged for point in points)
+    assert {point.cache_dtype for point in points} == {"same", "e4m3"} and len(set(map(str, points))) == len(points)
     for point in points:
         assert all(n <= keys <= point.seqlen for n, keys in zip(point.lengths, point.keys, strict=True))
         assert point.flops == sum(one.flops for one in point.sequences)
@@ -585,6 +586,8 @@ def test_prefill_over_pages():
     for page_size in (16, 1, 0):
         found = peers._called(replace(point, page_size=page_size), q, k, v)()
         torch.testing.assert_close(found, torch.cat(expected))
+    found = peers._called(replace(point, cache_dtype="e4m3"), q, k, v)()
+    torch.testing.assert_close(found, torch.cat(expected), atol=0.1, rtol=0.1)
     with pytest.raises(peers.Missing, match="over caches there are"):
         peers.refuse_caches("math", True)
 
