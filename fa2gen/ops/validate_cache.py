@@ -32,6 +32,7 @@ __all__ = [
     "capacity_of",
     "validate_cached",
     "validate_paged",
+    "validate_table",
 ]
 
 MAX_SPLITS = 256
@@ -242,7 +243,7 @@ def validate_paged(given: Paged) -> int:
     _validate_rows(q, {"k": k, "v": v})
     if q.stride(-1) != 1 and q.numel() > 0:
         raise InvalidInput(f"q has strides {tuple(q.stride())}; the last must be 1: pass q.contiguous()")
-    _validate_table(table, q)
+    validate_table(table, q)
     if table.shape[0] < batch:
         raise InvalidInput(f"block_table has {table.shape[0]} rows, and there are {batch} sequences: one for each")
     if given.s_aux is not None:
@@ -250,7 +251,8 @@ def validate_paged(given: Paged) -> int:
     return batch
 
 
-def _validate_table(table: Tensor, q: Tensor) -> None:
+def validate_table(table: Tensor, q: Tensor) -> None:
+    """Raise InvalidInput unless a table of pages can be of a call with these queries."""
     if table.dtype != torch.int32:
         raise InvalidInput(f"block_table is {table.dtype}; kernels take torch.int32: block_table.to(torch.int32)")
     if table.device != q.device:
@@ -270,7 +272,7 @@ def _validate_place(given: Cached) -> None:
         if x is None:
             continue
         if name == "block_table":
-            _validate_table(x, q)
+            validate_table(x, q)
             continue
         if x.dtype != torch.int32:
             raise InvalidInput(f"{name} is {x.dtype}; kernels take torch.int32: {name}.to(torch.int32)")

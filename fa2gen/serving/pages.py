@@ -14,7 +14,7 @@ from fa2gen.ops.call import calls_for_decoding
 from fa2gen.ops.flash_kvcache import run_cached
 from fa2gen.ops.flash_varlen import over_pages
 from fa2gen.ops.validate import describe, validate_heads, validate_lengths
-from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, Paged
+from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, Paged, validate_table
 from fa2gen.ops.widen import Narrow, widen
 from fa2gen.options import Options
 
@@ -48,8 +48,8 @@ def attend(
                   none, which pad a batch, behind the others; of more, cu_seqlens_q says whose each row is.
     most_keys     of a sequence. Pages of 8-bit numbers are read by kernels of decoding alone. For more queries each
                   sequence's keys are widened to 16 bits, up to most_keys (if one has more, its rows are NaN) or all
-                  that its pages hold; where that is too much, or queries are few on average, they are taken group by
-                  group.
+                  that its pages hold; where one head's are too much for that, queries are taken group by group, which
+                  takes 2 to 12 times as long (H200).
     scales        of k and v, where they are of 8 bits: (batch, heads_kv) fp32, of any strides.
     """
     most = _number("max_seqlen_q", most_queries)
@@ -65,7 +65,7 @@ def attend(
         if 0 in (batch, q.shape[0], q.shape[1], given.k.shape[0]):
             found = q.new_zeros(q.shape) if place is None else place.zero_()
             lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
-        elif heads := _wide_heads(given, options, expression, rows := _wide_rows(given, most_keys)):
+        elif heads := _wide_heads(given, rows := _wide_rows(given, most_keys)):
             found, lse = _over_widened(given, options, expression, heads, rows, scales, place)
         else:
             _validate_groups(given, options, expression)
@@ -109,7 +109,8 @@ def _validate_eight_bits(given: Paged, scales: tuple[Tensor | None, Tensor | Non
         )
     batch = validate_lengths(q, given.lengths, {"q": (q, given.cu_seqlens_q)})
     validate_heads(q.shape[1], k.shape[2])
-    if given.block_table.dim() == 2 and given.block_table.shape[0] < batch:
+    validate_table(given.block_table, q)
+    if given.block_table.shape[0] < batch:
         rows = given.block_table.shape[0]
         raise InvalidInput(f"block_table has {rows} rows, and there are {batch} sequences: one for each")
     for name, x in zip(("k_descale", "v_descale"), scales, strict=True):
@@ -125,26 +126,18 @@ def _wide_rows(given: Paged, most_keys: Any) -> int:
     return -(-most // step) * step
 
 
-def _wide_heads(given: Paged, options: Options, expression: Modified, rows: int) -> int:
-    """How many heads of K and V are widened at once; 0: queries are taken group by group, without that."""
-    q, (batch, *_) = given.q, given.seqused_k.shape  # type: ignore[union-attr]
-    heads_kv, head_dim = given.k.shape[2:]
-    if q.shape[0] * (q.shape[1] // heads_kv) < SHORT_ROWS * batch and not _needs_places(options, expression):
-        return 0
-    of_head: int = 2 * q.element_size() * batch * rows * head_dim
+def _wide_heads(given: Paged, rows: int) -> int:
+    """How many heads of K and V are widened at once; 0: one would take too much, and queries are taken in groups."""
+    (batch, *_), (heads_kv, head_dim) = given.seqused_k.shape, given.k.shape[2:]  # type: ignore[union-attr]
+    of_head: int = 2 * given.q.element_size() * batch * rows * head_dim
     return min(WIDE_BYTES // of_head, int(heads_kv))
-
-
-def _needs_places(options: Options, expression: Modified) -> str:
-    """What asks for a query's place among all of its sequence, so that they can not be in groups."""
-    if options.mask != "full" and not options.causal and options.window_right != 0:
-        return "a window or chunks that are not causal"
-    return "alibi_slopes" if expression[1] else ""
 
 
 def _validate_groups(given: Paged, options: Options, expression: Modified) -> None:
     """Raise unless the queries of a sequence may be in groups, each as if it were the last."""
-    if what := _needs_places(options, expression):
+    sees_behind = options.mask != "full" and not options.causal and options.window_right != 0
+    if sees_behind or expression[1]:
+        what = "a window or chunks that are not causal" if sees_behind else "alibi_slopes"
         raise UnsupportedProblem(
             f"over pages of {given.k.dtype} keys are widened to 16 bits for {what}, and one head's would take more "
             f"than {WIDE_BYTES >> 20} MiB; nearest: fewer sequences a call, a max_seqlen_k nearer to what they have, "

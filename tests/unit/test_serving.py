@@ -152,8 +152,10 @@ class EightBits(Batch):
     ],
     ids=["step", "prefill", "window", "full"],
 )
-def test_caches_of_8_bits(kinds, sizes, options):
-    """By scales of each sequence, into the caller's buffer, in which rows are left that no sequence has."""
+def test_caches_of_8_bits(kinds, sizes, options, monkeypatch):
+    """By scales of each sequence, into the caller's buffer, in which rows are left that no sequence has. Where there is
+    no room for wider keys, queries are in groups."""
+    monkeypatch.setattr(pages, "WIDE_BYTES", 0)
     batch = EightBits(*sizes)
     rows = sum(sizes[0])
     spare = 0 if sizes is STEP else 3
@@ -167,7 +169,7 @@ def test_caches_of_8_bits(kinds, sizes, options):
     assert not out[rows:].any() and lse[:, rows:].isneginf().all()
 
 
-LONG = ((90, 1, 0, 80, 5), (100, 70, 9, 120, 3))
+LONG = ((70, 1, 0, 33, 5), (100, 70, 9, 120, 3))
 
 
 @pytest.mark.parametrize(
@@ -213,6 +215,7 @@ def test_what_prefill_over_8_bits_refuses(monkeypatch):
     for name, wrong in (
         ("k_descale", torch.ones(1, HEADS_KV)),
         ("block_table", batch.table[:1]),
+        ("block_table", batch.table[0]),
         ("seqused_k", ints(3)),
         ("cu_seqlens_q", ints(0, 70, 71).float()),
     ):
