@@ -8,13 +8,13 @@ beforehand, and of floats that are rounded on the way, since a kernel need not r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 
 from fa2gen.expression.hoist import KEY, QUERY, level_of
 from fa2gen.expression.simplify import FALSE, TRUE, add, multiply, negate, simplify
 from fa2gen.expression.tree import Node, const, make, name, walk
 
-__all__ = ["TILE", "Bounds", "Filter", "any_and_all", "bounds", "position_axis"]
+__all__ = ["TILE", "Bounds", "Filter", "any_and_all", "bounds", "keys_alike", "position_axis"]
 
 Bounds = tuple[Node | None, Node | None]
 Filter = tuple[str, int]
@@ -39,6 +39,23 @@ def any_and_all(condition: Node) -> tuple[Node, Node]:
     several = {word for word, found in axes.items() if len(found - {None}) > 1}
     must, may = bounds(condition, several | floats)[condition]
     return simplify(may or TRUE), simplify(must or FALSE)
+
+
+def keys_alike(condition: Node, asked: Set[Node]) -> Node:
+    """Whether a query sees all keys of a tile if it sees one: where the condition tells keys apart by tensors alone,
+    and each has one number in the tile. False where that is not known.
+
+    asked  the least and greatest numbers that there are.
+    """
+    found: list[Node] = []
+    for node in walk(condition):
+        if KEY not in node.args:
+            continue
+        ends = _numbers(node) if position_axis(node) is not None else ()
+        if not ends or not asked >= set(ends):
+            return FALSE
+        found.append(make("==", *ends, type="bool"))
+    return simplify(make("and", *found, type="bool")) if len(found) > 1 else (found or [FALSE])[0]
 
 
 def bounds(root: Node, unknown: Collection[str] = ()) -> dict[Node, Bounds]:
@@ -140,13 +157,22 @@ def _of_tensor(node: Node, filters: tuple[Filter, ...] = ()) -> Bounds:
     axis = position_axis(node)
     if axis is None:
         return None, None
-    side = str(node.args[axis].value)
+    least, greatest = _numbers(node, filters)
+    if node.type == "bool":
+        return tuple(make("!=", end, const(0), type="bool") for end in (least, greatest))  # type: ignore[return-value]
+    return least, greatest
+
+
+def _numbers(node: Node, filters: tuple[Filter, ...] = ()) -> tuple[Node, Node]:
+    """The least and the greatest number of a tensor that has one position; of conditions 0 or 1."""
+    axis = position_axis(node)
+    side = next(str(index.value) for place, index in enumerate(node.args) if place == axis)
     rest = [index for place, index in enumerate(node.args) if place != axis]
     type = "int" if node.type == "bool" else node.type
-    ends = [make(op, *rest, type=type, value=(node.value, side, axis, filters)) for op in ("lowest", "highest")]
-    if node.type == "bool":
-        ends = [make("!=", end, const(0), type="bool") for end in ends]
-    return ends[0], ends[1]
+    least, greatest = (
+        make(op, *rest, type=type, value=(node.value, side, axis, filters)) for op in ("lowest", "highest")
+    )
+    return least, greatest
 
 
 def _has_tensor(node: Node) -> bool:

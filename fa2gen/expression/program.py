@@ -15,7 +15,7 @@ from fa2gen.expression.evaluate import evaluate_on_numbers, evaluate_tree
 from fa2gen.expression.grammar import FUNCTIONS, NAMES, TYPES
 from fa2gen.expression.hoist import SCALE, Level, factored, level_of, lowered, lowered_by_rows, without_signs
 from fa2gen.expression.infer import infer
-from fa2gen.expression.intervals import Filter, any_and_all, bounds
+from fa2gen.expression.intervals import Filter, any_and_all, bounds, keys_alike
 from fa2gen.expression.ranges import range_of
 from fa2gen.expression.read import Text, parsed, read
 from fa2gen.expression.simplify import ACC, TRUE, multiply, simplify
@@ -343,6 +343,7 @@ def emit(
     allow     "allow": whether a key is seen.
     blocks    "any" and "all": whether some and whether all keys of a tile may be seen, i0..i1 and j0..j1 inclusive; of
               tensors by the functions `Program.tile_bounds` names, of the tile that begins at their first argument.
+              "alike": whether a query that sees one of them sees all.
     inputs    of the same gradients "by_0" and so on, the other factors, and "index_0_0" and so on, their places.
 
     causal    whether only keys matter that a causal mask shows.
@@ -390,7 +391,9 @@ def _results(program: Program, what: str, tokens: Collection[str], causal: bool 
         tree = TRUE if program.allow_tree is None else simplify(program.allow_tree)
         if what == "allow":
             return {"allow": tree}
-        return dict(zip(("any", "all"), any_and_all(tree), strict=True))
+        some, every = any_and_all(tree)
+        asked = {node for node in walk(some, every) if node.op in ("lowest", "highest")}
+        return {"any": some, "all": every, "alike": keys_alike(tree, asked)}
     of_acc = multiply((ACC, SCALE))
     gradients = program.gradients(tokens)
     if what == "inputs":

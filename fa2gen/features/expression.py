@@ -329,20 +329,27 @@ class AllowCode:
 
     formula  what it is, in words; lines of a comment.
     element  of a function that says whether a query sees a key; tile of one that says whether some query of a tile
-             sees some of its keys, and whether all see all.
+             sees some of its keys, and whether all see all; and, if `alike`, whether a query sees all or none.
     """
 
     formula: tuple[str, ...]
     element: tuple[str, ...]
     tile: tuple[str, ...]
+    alike: bool
 
 
-def allow_code(program: Program) -> AllowCode:
-    """The code of a program's mask."""
+def allow_code(program: Program, asks_alike: bool = False) -> AllowCode:
+    """The code of a program's mask.
+
+    asks_alike  whether a kernel has use for blocks whose keys are alike.
+    """
+    of_tile = emit(program, "blocks")
+    alike = asks_alike and of_tile.results["alike"] != "false"
     return AllowCode(
         formula=_comment(program, "allow"),
         element=_function(emit(program, "allow"), "allow"),
-        tile=_function(emit(program, "blocks"), "any", "all"),
+        tile=_function(of_tile, "any", "all", *(["alike"] if alike else [])),
+        alike=alike,
     )
 
 
@@ -465,7 +472,7 @@ def _function(code: Code, *results: str, head: tuple[tuple[str, str, str], ...] 
             kept.append(statement)
     returned = f"{{{', '.join(values)}}}" if len(values) > 1 else values[0]
     if len(returned) > _COLUMNS:
-        kinds = ("bool" if name in ("any", "all") else "float" for name in results)
+        kinds = ("bool" if name in ("any", "all", "alike") else "float" for name in results)
         of_results = (f"{kind} const {name} = {x};" for kind, name, x in zip(kinds, results, values, strict=True))
         return (*reversed(kept), *of_results, f"return {{{', '.join(results)}}};")
     return (*reversed(kept), f"return {returned};")

@@ -436,7 +436,17 @@ class KernelPlan:
     @cached_property
     def allow(self) -> AllowCode:
         """What it says, in C++."""
-        return allow_code(self.problem.program)
+        return allow_code(self.problem.program, self.asks_alike)
+
+    @property
+    def asks_alike(self) -> bool:
+        """Whether the kernel looks blocks up by the query where their keys are alike."""
+        return False
+
+    @property
+    def seen_bits(self) -> int:
+        """Of what a forward kernel knows of a block of keys and `seen_rows` queries."""
+        return 4 if self.allow.alike else 3
 
     @property
     def seen_rows(self) -> int:

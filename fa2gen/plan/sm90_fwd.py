@@ -217,6 +217,10 @@ class Sm90FwdPlan(Sm90Plan):
         """Each warpgroup skips the blocks that it sees nothing of."""
         return ROWS_PER_WARPGROUP
 
+    @property
+    def asks_alike(self) -> bool:
+        return not self.has_score or not self.left_edge  # a cap with documents in a window, ragged: 128 spills 8
+
     # Shared memory
 
     @property

@@ -111,6 +111,9 @@ DOCUMENTS = {
     arch: kernel(arch, "fwd", 64, "full", "", allow="document[b, i] == document[b, j]").name for arch in ARCHES
 }
 CAUSAL = kernel("sm90", "fwd", 64, "causal", "", allow=SQUARES).name
+# Blocks of keys of one document, of which a warpgroup's rows see all or none.
+TWO_DOCUMENTS = kernel("sm90", "fwd", 128, "causal", "", allow="document[b, i] == document[b, j]").name
+LONG = SHAPE._replace(seqlen_q=200, seqlen_k=520)
 SKIPPING = kernel("sm90", "fwd", 128, "full", "", allow=CHECKERS).name
 FAULTS = [
     *(
@@ -136,6 +139,8 @@ FAULTS = [
     ),
     *(Fault("another-block", NAMES[arch, "fwd"], "ahead + 32 - lane", "ahead + 31 - lane") for arch in ARCHES),
     *(Fault("walk-too-far", NAMES[arch, "bwd"], "lowest_bit(any) : known", "known : known") for arch in ARCHES),
+    Fault("alike-for-another-row", TWO_DOCUMENTS, "int const i = row + 8 * half;", "int const i = row;"),
+    Fault("alike-where-all-see", TWO_DOCUMENTS, "allowed ? 0xffffffffu : 0;", "0xffffffffu;"),
     Fault("greatest-unknown", DOCUMENTS["sm90"], "highest = max(highest, x);", "", count=2),
     Fault("least-unknown", DOCUMENTS["sm80"], "lowest = min(lowest, x);", "", count=2),
 ]
@@ -144,5 +149,5 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_is_seen(fault):
     gain = 4.0 if fault.id == "runs-begin-anew" else 1.0  # maxima that rise by less are left as they are
-    if not symptom(run, fault, [SHAPE], 0, gain=gain):
+    if not symptom(run, fault, [LONG if fault.kernel == TWO_DOCUMENTS else SHAPE], 0, gain=gain):
         pytest.fail("no run shows it")

@@ -70,6 +70,8 @@ CASES = [(program, RANDOM) for program in random_programs(100)]
 CASES += [(parse(made.score, made.allow), made.inputs(torch, SIZES)) for made in EXAMPLES.values()]
 FILTERED = "image[b, i] == image[b, j] and image[b, i] != 2 and image[b, j] < 9 and -1 <= image[b, j]"
 CASES += [(parse(allow=FILTERED), EXAMPLES["images"].inputs(torch, SIZES))]
+DOCUMENTS = "document[b, i] == document[b, j]"  # beside a causal mask
+CASES += [(parse(allow=DOCUMENTS), EXAMPLES["documents"].inputs(torch, SIZES))]
 
 
 # Derivatives ---------------------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ extern "C" int blocks_%(index)d(void const* params, int b, int h, int i0, int i1
     (void)p, (void)hk, (void)seqlen_q, (void)seqlen_k;
     int found = 0;
     { %(block_lines)s
-      found += (%(any)s ? 1 : 0) + (%(all)s ? 2 : 0); }
+      found += (%(any)s ? 1 : 0) + (%(all)s ? 2 : 0) + (%(alike)s ? 4 : 0); }
     return found;
 }
 """
@@ -317,6 +319,7 @@ def test_no_tile_is_skipped_or_left_unmasked_that_must_not_be(index):
         where = f"{program.allow} in {i0}..{i1} x {j0}..{j1}"
         assert found & 1 or not inside.any(), f"{where} is skipped, and some see a key"
         assert not found & 2 or inside.all(), f"{where} has no mask, and some do not see a key"
+        assert not found & 4 or (inside == inside[:, :1]).all(), f"{where}: some query sees some of the keys, not all"
     del kept
 
 
@@ -326,6 +329,8 @@ def test_no_tile_is_skipped_or_left_unmasked_that_must_not_be(index):
     [
         ("documents", [0] * 10 + [1] * 10 + [2] * 3, (20, 22), (0, 19), 0),
         ("documents", [0] * 10 + [1] * 10 + [2] * 3, (13, 15), (11, 12), 3),
+        (DOCUMENTS, [0] * 10 + [1] * 10 + [2] * 3, (8, 12), (3, 9), 5),
+        (DOCUMENTS, [0] * 10 + [1] * 10 + [2] * 3, (8, 12), (3, 10), 1),
         ("images", [0] * 5 + [1] * 5 + [0] * 5 + [2] * 8, (0, 9), (10, 19), 0),
         ("images", [0] * 5 + [1] * 5 + [0] * 5 + [2] * 8, (15, 16), (18, 19), 3),
         ("tree", list(range(23)), (3, 5), (9, 12), 0),
@@ -334,7 +339,8 @@ def test_no_tile_is_skipped_or_left_unmasked_that_must_not_be(index):
 def test_tiles_of_tensors_are_passed_by(name, numbers, queries, keys, found):
     """What tensors hide of whole tiles, and show: text between images, which has the number 0 everywhere, does not
     keep the tiles ahead of the diagonal from being passed by."""
-    index = [made.allow for made, _ in CASES].index(parse(allow=EXAMPLES[name].allow).allow)
+    allow = EXAMPLES[name].allow if name in EXAMPLES else name
+    index = [made.allow for made, _ in CASES].index(parse(allow=allow).allow)
     program, made = CASES[index]
     padded = torch.tensor(numbers + [numbers[-1]] * 6)
     made = {given.name: padded[: made[given.name].shape[-1]].expand_as(made[given.name]) for given in program.inputs}
