@@ -8,8 +8,8 @@
 //   launch   256 threads, 165888 bytes of dynamic shared memory
 //   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  230 Shared memory,  255 Global memory,
 //             300 cp.async,  319 Fragments,  341 Registers,  350 mma,  407 What is visible,
-//             613 Softmax and its gradient,  674 Dropout,  799 Matrix products,  932 Registers to shared memory,
-//            1062 Kernels, 1312 Launch
+//             613 Softmax and its gradient,  674 Dropout,  800 Matrix products,  933 Registers to shared memory,
+//            1063 Kernels, 1313 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -718,7 +718,7 @@ __device__ __forceinline__ uint32_t majority(uint32_t a, uint32_t b, uint32_t c)
 
 // Which of 32 elements are kept: bytes 0 and 2 are those of `first`, of even and of odd keys, and 1 and 3 those of `second`. A
 // digit that is above the threshold's decides for, one below it against, and an equal one leaves it to the digits behind, so
-// that each step is a majority. The last digits are the last of the neighbour, the other of two keys.
+// that each step is a majority. The last digits are the neighbour's last, the other of two keys: what those say changes places.
 __device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&first)[4], uint32_t const (&second)[4]) {
     uint32_t digits[8];
 #pragma unroll
@@ -727,10 +727,11 @@ __device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&fi
         digits[2 * i + 1] = permute_bytes(first[i], second[i], 0x7362u);
     }
     uint32_t kept = 0;
-    kept = majority(kept, permute_bytes(digits[0], 0, 0x1032u), p.keep_digit_0);
-    kept = majority(kept, permute_bytes(digits[1], 0, 0x1032u), p.keep_digit_1);
-    kept = majority(kept, permute_bytes(digits[2], 0, 0x1032u), p.keep_digit_2);
-    kept = majority(kept, permute_bytes(digits[3], 0, 0x1032u), p.keep_digit_3);
+    kept = majority(kept, digits[0], p.keep_digit_0);
+    kept = majority(kept, digits[1], p.keep_digit_1);
+    kept = majority(kept, digits[2], p.keep_digit_2);
+    kept = majority(kept, digits[3], p.keep_digit_3);
+    kept = permute_bytes(kept, 0, 0x1032u);
     kept = majority(kept, digits[0], p.keep_digit_4);
     kept = majority(kept, digits[1], p.keep_digit_5);
     kept = majority(kept, digits[2], p.keep_digit_6);

@@ -9,8 +9,8 @@
 //   contents   33 Problem and tiling,   55 Shared memory,  142 Threads,  186 Arithmetic,  254 Shared memory,
 //             285 Global memory,  350 mbarriers,  394 TMA,  441 Bulk copies,  463 Fences,  475 Fragments,
 //             496 Registers,  511 Registers of a warpgroup,  523 wgmma,  706 What is visible,
-//             755 Softmax and its gradient,  814 Dropout,  988 Pipelines, 1037 Loads, 1086 Matrix products,
-//            1123 Staging, 1186 Producer, 1265 Consumer, 1437 Kernels, 1597 Launch
+//             755 Softmax and its gradient,  814 Dropout,  989 Pipelines, 1038 Loads, 1087 Matrix products,
+//            1124 Staging, 1187 Producer, 1266 Consumer, 1438 Kernels, 1598 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -858,7 +858,7 @@ __device__ __forceinline__ uint32_t majority(uint32_t a, uint32_t b, uint32_t c)
 
 // Which of 32 elements are kept: bytes 0 and 2 are those of `first`, of even and of odd keys, and 1 and 3 those of `second`. A
 // digit that is above the threshold's decides for, one below it against, and an equal one leaves it to the digits behind, so
-// that each step is a majority. The last digits are the last of the neighbour, the other of two keys.
+// that each step is a majority. The last digits are the neighbour's last, the other of two keys: what those say changes places.
 __device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&first)[4], uint32_t const (&second)[4]) {
     uint32_t digits[8];
 #pragma unroll
@@ -867,10 +867,11 @@ __device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&fi
         digits[2 * i + 1] = permute_bytes(first[i], second[i], 0x7362u);
     }
     uint32_t kept = 0;
-    kept = majority(kept, permute_bytes(digits[0], 0, 0x1032u), p.keep_digit_0);
-    kept = majority(kept, permute_bytes(digits[1], 0, 0x1032u), p.keep_digit_1);
-    kept = majority(kept, permute_bytes(digits[2], 0, 0x1032u), p.keep_digit_2);
-    kept = majority(kept, permute_bytes(digits[3], 0, 0x1032u), p.keep_digit_3);
+    kept = majority(kept, digits[0], p.keep_digit_0);
+    kept = majority(kept, digits[1], p.keep_digit_1);
+    kept = majority(kept, digits[2], p.keep_digit_2);
+    kept = majority(kept, digits[3], p.keep_digit_3);
+    kept = permute_bytes(kept, 0, 0x1032u);
     kept = majority(kept, digits[0], p.keep_digit_4);
     kept = majority(kept, digits[1], p.keep_digit_5);
     kept = majority(kept, digits[2], p.keep_digit_6);

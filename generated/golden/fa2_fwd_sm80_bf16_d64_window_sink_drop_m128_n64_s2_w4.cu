@@ -8,8 +8,8 @@
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  180 Shared memory,  199 Global memory,
 //             221 cp.async,  240 Fragments,  255 Registers,  264 mma,  300 d - window_left <= j <= d + window_right,
-//             377 Online softmax,  536 Dropout,  707 Pipeline,  765 Matrix products,  848 Epilogue,  940 Kernel,
-//            1023 Launch
+//             377 Online softmax,  536 Dropout,  708 Pipeline,  766 Matrix products,  849 Epilogue,  941 Kernel,
+//            1024 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -580,7 +580,7 @@ __device__ __forceinline__ uint32_t majority(uint32_t a, uint32_t b, uint32_t c)
 
 // Which of 32 elements are kept: bytes 0 and 2 are those of `first`, of even and of odd keys, and 1 and 3 those of `second`. A
 // digit that is above the threshold's decides for, one below it against, and an equal one leaves it to the digits behind, so
-// that each step is a majority. The last digits are the last of the neighbour, the other of two keys.
+// that each step is a majority. The last digits are the neighbour's last, the other of two keys: what those say changes places.
 __device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&first)[4], uint32_t const (&second)[4]) {
     uint32_t digits[8];
 #pragma unroll
@@ -589,10 +589,11 @@ __device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&fi
         digits[2 * i + 1] = permute_bytes(first[i], second[i], 0x7362u);
     }
     uint32_t kept = 0;
-    kept = majority(kept, permute_bytes(digits[0], 0, 0x1032u), p.keep_digit_0);
-    kept = majority(kept, permute_bytes(digits[1], 0, 0x1032u), p.keep_digit_1);
-    kept = majority(kept, permute_bytes(digits[2], 0, 0x1032u), p.keep_digit_2);
-    kept = majority(kept, permute_bytes(digits[3], 0, 0x1032u), p.keep_digit_3);
+    kept = majority(kept, digits[0], p.keep_digit_0);
+    kept = majority(kept, digits[1], p.keep_digit_1);
+    kept = majority(kept, digits[2], p.keep_digit_2);
+    kept = majority(kept, digits[3], p.keep_digit_3);
+    kept = permute_bytes(kept, 0, 0x1032u);
     kept = majority(kept, digits[0], p.keep_digit_4);
     kept = majority(kept, digits[1], p.keep_digit_5);
     kept = majority(kept, digits[2], p.keep_digit_6);

@@ -109,7 +109,7 @@ FAULTS = [
     Fault("batches-drop-the-same", FORWARD, OF_STATE.format(3, "bidb"), "static_cast<uint32_t>(bits[3])"),
     Fault("rounds-without-keys", FORWARD, "^ round * 0x9e3779b9u", ""),
     Fault("digits-of-the-upper-half", FORWARD, "0x5140u", "0x7362u"),
-    Fault("neighbour-is-itself", FORWARD, "permute_bytes(digits[0], 0, 0x1032u)", "digits[0]"),
+    Fault("neighbour-is-itself", FORWARD, "permute_bytes(kept, 0, 0x1032u)", "kept"),
     Fault("a-digit-is-passed-over", FORWARD, "kept = majority(kept, digits[7], p.keep_digit_11);", ""),
     Fault("keys-of-the-other-half", FORWARD, "bit < 8 ? 0xaa88u : 0xbb99u", "0xaa88u"),
     Fault("rows-of-the-other-half", FORWARD, "<< (7 - bit % 8)", "<< (7 - bit / 2 % 4 * 2)"),
