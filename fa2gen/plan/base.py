@@ -50,6 +50,10 @@ SECTION_BYTES = 32 << 20
 # gone when the next one comes: 1.15 times with 32 heads at 512 keys, d = 128, 1.02 at 1024 (H100).
 SECTION_HEADS = 32
 
+# Of documents a tile reads the keys of its own alone: long texts have so many heads together all the same (d = 128:
+# 1.04 times what 8 heads give at 8k, 1.17 times 4 at 16k; of one document 1.02, and 1.00 with 32; H200).
+SECTION_HEADS_OF_DOCUMENTS = 16
+
 # Gradients likewise, of heads of K and V: 1.06 times with 16 at 512 keys, d = 64 causal, 1.08 with d = 128, 1.04 and
 # 1.01 at 1024 (H200). Not deterministic ones, whose blocks wait for those of the same head.
 SECTION_HEADS_OF_GRADIENTS = 16
@@ -513,6 +517,11 @@ class KernelPlan:
     def keeps_in_l2(self) -> bool:
         """Whether copies ask L2 to keep what they touch until all else has left."""
         return False
+
+    @property
+    def least_section_heads(self) -> int:
+        """How many of Q's heads a forward kernel walks together, however long they are."""
+        return SECTION_HEADS_OF_DOCUMENTS if self.has_allow and self.allow.alike else 1
 
     @property
     def section_bytes(self) -> int:

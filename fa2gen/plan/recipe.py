@@ -115,6 +115,7 @@ def _needed(found: dict[str, str], wanted: set[str]) -> dict[str, str]:
 def _sizes(plan: KernelPlan) -> dict[str, str]:
     """`sizes` of a pass over whole sequences, with those that this plan has no use for."""
     tiling, of_batch, of_parts = plan.tiling, "" if plan.varlen else "batch * ", _of_parts(plan)
+    fewest = "1" if plan.least_section_heads == 1 else f"max(1, {plan.least_section_heads} / num_heads_per_kv)"
     if plan.problem.direction == "bwd":  # heads of K and V, with Q, dO and the fp32 sums of dQ of their groups
         read = f"num_heads_per_kv * seqlen_q * {plan.section_row_bytes}"
         heads = f"{of_batch}num_heads_kv"
@@ -141,7 +142,7 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "tile_rows": f"{tiling.tile_n} - tile_pages * page_size",
         "section_bytes": f"{plan.section_bytes} * min(num_heads_per_kv, {plan.sections_of_groups})",
         "least_section": f"max(1, min({SECTION_HEADS_OF_GRADIENTS}, {plan.times_in_order} * section_bytes / ({read})))",
-        "section_heads_kv": f"max(1, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
+        "section_heads_kv": f"max({fewest}, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
         **({"stores_first": first} if isinstance(plan, BackwardPlan) and (first := plan.stores_first) else {}),
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",

@@ -41,6 +41,7 @@ PROBLEMS = [
     Problem(direction="decode", head_dim=64, cache_dtype="int8", dtype="fp16"),
     Problem(direction="decode", head_dim=72, mask="causal"),
     Problem(direction="bwd", head_dim=64, allow="kind[i, b] == kind[j, b] and kind[i, b] > 0"),
+    Problem(head_dim=128, mask="causal", allow="kind[i, b] == kind[j, b]"),
 ]
 PLANS = [
     make_plan(KernelSpec(problem=problem, tiling=default_tiling(problem, arch)))
@@ -130,6 +131,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         most = max(m * plan.tile_m * group, n * plan.tile_n + shape.seqlen_q, of_keys * parts, 2 * bounds)
     else:
         room = max(min(SECTION_BYTES // (shape.seqlen_k * plan.section_row_bytes), SECTION_HEADS // group), 1)
+        room = max(room, plan.least_section_heads // group)
         section = min(room * group, batch * shape.num_heads)
         most = max(shape.seqlen_q, shape.seqlen_k)
     values = {
