@@ -58,6 +58,10 @@ SECTION_HEADS_OF_DOCUMENTS = 16
 # 1.01 at 1024 (H200). Not deterministic ones, whose blocks wait for those of the same head.
 SECTION_HEADS_OF_GRADIENTS = 16
 
+# Full masks, of heads of queries, however much they read: then few blocks that run at a time add to dQ of one head.
+# d = 256 16k 1.03 times head by head, 8k 1.005 and 1.012, 4k 1.00; 2 and 4 heads at 16k 1.015, 1.02 (H200).
+SECTION_HEADS_OF_LEVEL = 8
+
 # Of grouped gradients a single head of K and V, with all that its group reads, may fill those 32 MiB: then sections are
 # of one head, whose longest blocks come last. Twice as much: 1.08 times at 32:8 heads of 128, 8k, 1.10 at 32:4, 2k,
 # 1.09 at 64:8 heads of 64, 8k; but 0.94 without groups at 16:16 and 2k (H100).
@@ -527,6 +531,11 @@ class KernelPlan:
     def section_bytes(self) -> int:
         """Of what the heads that are walked together read, where there are no groups."""
         return SECTION_BYTES
+
+    @property
+    def is_level(self) -> bool:
+        """Whether blocks of keys of several heads start together though all have equally much to do."""
+        return False
 
     @property
     def rows_in_l2(self) -> int:

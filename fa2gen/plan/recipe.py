@@ -19,6 +19,7 @@ from fa2gen.plan.base import (
     SECTION_BYTES,
     SECTION_HEADS,
     SECTION_HEADS_OF_GRADIENTS,
+    SECTION_HEADS_OF_LEVEL,
     EntryPoint,
     KernelPlan,
     TensorMapPlan,
@@ -123,6 +124,8 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
             heads = f"min({heads}, {SECTION_HEADS_OF_GRADIENTS})"
         least = "least_section" if plan.times_in_order > 1 else "1"
         section = f"min(max({least}, section_bytes / ({read})), {heads}){of_parts}"
+        if plan.is_level:
+            section = f"min(max(1, {SECTION_HEADS_OF_LEVEL} / num_heads_per_kv), {of_batch}num_heads_kv)"
     else:  # whole groups of query heads that share K and V
         read = f"seqlen_k * {plan.section_row_bytes}"
         section = f"min(section_heads_kv * num_heads_per_kv, {of_batch}num_heads)"

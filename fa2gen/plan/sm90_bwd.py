@@ -96,6 +96,13 @@ FIRST_ROWS = 512
 FIRST_ROWS_OF_CAUSAL, FIRST_ROWS_OF_NARROW = 8192, 16384  # up to head dim 64
 FIRST_ROWS_OF_RAGGED = 4096  # causal
 
+# Full masks from head dim 112 on: blocks of keys of 8 heads start together, and the first share is stored whatever the
+# length, unless few blocks follow those of the first wave, which come all at once, or heads share keys: d = 128, 2048
+# blocks of keys, 512 to 16k 1.04, 1.04, 1.02, 1.013, 1.008, 1.014; d = 112, 8k 1.012, but 96 0.993; 256 blocks of 8k
+# and 1k 0.89, 0.98; 32:8 heads, 8k 0.993 (H200).
+LEAST_HEAD_DIM_OF_LEVEL = 112
+FIRST_KEY_BLOCKS = 2048
+
 
 class DqSlice(NamedTuple):
     """Columns of dQ that one product makes: from which panel of K on, by which instruction, and how many registers of
@@ -269,6 +276,16 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         """Where additions have an order: under a causal mask all blocks of keys then begin at the same block of
         queries, and none waits for the one before to come to its diagonal (templates/sm90/bwd/README.md)."""
         return self.deterministic or super().walks_queries_down
+
+    @property
+    def is_level(self) -> bool:
+        if self.varlen or super().walks_sections:
+            return False
+        return self.passes_p or (self.lags_dq and self.head_dim >= LEAST_HEAD_DIM_OF_LEVEL)
+
+    @property
+    def walks_sections(self) -> bool:
+        return self.is_level or super().walks_sections
 
     @property
     def section_bytes(self) -> int:
@@ -680,6 +697,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             return ""
         if self.left_edge:
             return "1"
+        if self.is_level and self.lags_dq:
+            many = f"num_key_blocks / {FIRST_KEY_BLOCKS} * (1 / num_heads_per_kv)"  # 0 with groups
+            return f"min({FIRST_ROWS} / max(seqlen_q, 1) + {many}, 1)"
         rows, walked = FIRST_ROWS, "seqlen_q"
         if self.mask == "causal" and self.varlen:
             rows = FIRST_ROWS_OF_RAGGED

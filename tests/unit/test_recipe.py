@@ -15,8 +15,14 @@ from fa2gen.groups import with_groups
 from fa2gen.launch import launch_of
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, make_plan, recipe
-from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTION_HEADS_OF_GRADIENTS
-from fa2gen.plan.sm90_bwd import FIRST_ROWS, FIRST_ROWS_OF_CAUSAL, FIRST_ROWS_OF_NARROW, FIRST_ROWS_OF_RAGGED
+from fa2gen.plan.base import SECTION_BYTES, SECTION_HEADS, SECTION_HEADS_OF_GRADIENTS, SECTION_HEADS_OF_LEVEL
+from fa2gen.plan.sm90_bwd import (
+    FIRST_KEY_BLOCKS,
+    FIRST_ROWS,
+    FIRST_ROWS_OF_CAUSAL,
+    FIRST_ROWS_OF_NARROW,
+    FIRST_ROWS_OF_RAGGED,
+)
 from fa2gen.render import render
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem
@@ -26,6 +32,7 @@ PROBLEMS = [
     Problem(head_dim=80, mask="causal"),
     Problem(head_dim=256, mask="causal", dtype="fp16"),
     Problem(direction="bwd", head_dim=64),
+    Problem(direction="bwd", head_dim=128),
     Problem(direction="bwd", head_dim=128, mask="causal"),
     Problem(direction="bwd", head_dim=256, deterministic=True),
     Problem(head_dim=64, mask="window"),
@@ -105,6 +112,9 @@ def stores_first(plan: KernelPlan, shape: AnyShape) -> int:
     """Whether whoever comes first to a block of queries stores its dQ."""
     if plan.left_edge:
         return 1
+    if plan.is_level and plan.lags_dq and shape.num_heads == shape.num_heads_kv:
+        of_keys = blocks(plan, shape)[1] * shape.batch * shape.num_heads_kv
+        return int(shape.seqlen_q <= FIRST_ROWS or of_keys >= FIRST_KEY_BLOCKS)
     if plan.mask == "full" or plan.varlen:
         most = FIRST_ROWS if plan.mask == "full" else FIRST_ROWS_OF_RAGGED
         return int(shape.seqlen_q <= most * (shape.batch if plan.varlen else 1))
@@ -128,6 +138,8 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
             heads = min(heads, SECTION_HEADS_OF_GRADIENTS)
         in_order = min(SECTION_HEADS_OF_GRADIENTS, plan.times_in_order * room // read)
         section = min(max(room // read, in_order, 1), heads) * parts
+        if plan.is_level:
+            section = min(max(SECTION_HEADS_OF_LEVEL // group, 1), batch * shape.num_heads_kv)
         most = max(m * plan.tile_m * group, n * plan.tile_n + shape.seqlen_q, of_keys * parts, 2 * bounds)
     else:
         room = max(min(SECTION_BYTES // (shape.seqlen_k * plan.section_row_bytes), SECTION_HEADS // group), 1)
