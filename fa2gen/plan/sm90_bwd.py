@@ -238,8 +238,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             why = "dropout in a window above head dim 64, which leaves too few registers"
         elif self.left_edge and len(self.tile_tables) > 2:  # a tree spills 16 bytes
             why = "a mask of more than two tensors in a window, which leaves too few registers"
-        elif self.has_score:
-            why = "scores of an expression"
+        elif self.has_score and self.head_dim <= HEAD_DIM_IN_L2:
+            why = "scores of an expression up to head dim 64"
         elif self.has_allow and self.deterministic:
             why = "a mask of an expression, and sums in an order"
         if why:
@@ -255,6 +255,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def keeps_in_l2(self) -> bool:
         return self.lags_dq and self.head_dim <= HEAD_DIM_IN_L2 and not self.varlen and not self.left_edge
+
+    @property
+    def weighs_behind_dp(self) -> bool:
+        """Whether P of scores waits for dP, so that the other warpgroup, which starts behind that, starts early."""
+        return self.lags_dq and self.has_score
 
     @property
     def keeps_pace(self) -> bool:

@@ -359,7 +359,7 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
         slices = 2 if plan.has_dq_rest else 1
         wanted = [(s + dkv + slices * dq, [0, 1] + [0] * slices), (s + dp + dkv, [1, 0, 0])]
     elif plan.lags_dq:
-        wanted = [(s + dp + 2 * dkv + dq, [1, 0, 2, 1, 0])]
+        wanted = [(s + dp + 2 * dkv + dq, [*([] if plan.weighs_behind_dp else [1]), 0, 2, 1, 0])]
     elif plan.has_dq_rest:
         wanted = [(s + dp + 2 * dkv + 2 * dq, [1, 0, 0, 1, 0])]
     else:
