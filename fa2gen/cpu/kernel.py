@@ -137,7 +137,8 @@ def run_kernel(
     library = build_library(plan, sanitize=run_options.sanitize, rendered=rendered)
     counts: Mapping[str, Count] = {}
     started = time.perf_counter()
-    follows = False  # a kernel that was launched
+    before = ""  # the kernel that was launched last
+    prepares = {entry.symbol for entry in plan.prepare_entries}
     for entry, grid in zip(plan.entry_points, launch.grids, strict=True):
         if 0 in grid:
             continue
@@ -155,10 +156,14 @@ def run_kernel(
             stats=run_options.stats,
             time_limit=run_options.time_limit,
             kernel="" if entry.symbol == plan.name else entry.symbol,
-            awaited=tuple(scratch.name for scratch in plan.scratch) if entry.starts_early and follows else (),
+            awaited=tuple(
+                scratch.name
+                for scratch in plan.scratch
+                if entry.starts_early and before and (before not in prepares or scratch.name in plan.prepared_scratch)
+            ),
         )
         found = run(library, job, memories)
-        follows = True
+        before = entry.symbol
         if entry.symbol == plan.name:
             counts = found
     seconds = time.perf_counter() - started

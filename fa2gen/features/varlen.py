@@ -1,9 +1,11 @@
 """Ragged batches: sequences packed one behind the other, whose lengths the host never sees.
 
-`<kernel>_prepare` reads the lengths on the device, and writes a table of sequences and lists of them, longest first;
-the other kernels take their work from the lists and look a sequence's place up in the table. SM90's forward blocks make
-the table of a few sequences for themselves, and that kernel is not launched. Rows that no sequence covers are entries
-of the table too, of queries without keys or keys without queries: so padding is defined.
+`<kernel>_prepare` reads the lengths on the device, and writes a table of sequences and a list of their blocks, longest
+first; the main kernel takes its work from the list. Forward it lists blocks of queries, and a sequence's rows are
+looked up in the table; SM90's forward blocks make the table of a few sequences for themselves, and that kernel is not
+launched. For gradients it lists blocks of keys with all that a block needs, which so waits for memory once; blocks of
+queries have places that bounds alone decide (`first_block_of`), so that row statistics need not wait for it. Rows that
+no sequence covers are entries too, of queries without keys or keys without queries: so padding is defined.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from fa2gen.spec import Direction
 
 __all__ = ["ENTRY_NUMBERS", "VARLEN"]
 
-ENTRY_NUMBERS = 8  # of the table, a sequence: lengths, first rows, places in the lists, heads taken together, spare
+ENTRY_NUMBERS = 8  # a sequence's in the table: lengths, first rows, places of its blocks, heads taken together, itself
 
 
-def _varlen(*lists: str) -> Feature:
-    """With a list of blocks of queries, "m", and of keys, "n"."""
-    tables = ("sequences", "num_blocks", *(f"{of}_list" for of in lists))
+def _varlen(listed: str) -> Feature:
+    """With a list of blocks of queries, "m", or of keys, "n"."""
+    tables = ("sequences", "num_blocks", f"{listed}_list")
     return Feature(
         "varlen",
         rooms={"seqlen": "ragged"},
@@ -37,4 +39,4 @@ def _varlen(*lists: str) -> Feature:
     )
 
 
-VARLEN: dict[Direction, Feature] = {"fwd": _varlen("m"), "bwd": _varlen("m", "n")}
+VARLEN: dict[Direction, Feature] = {"fwd": _varlen("m"), "bwd": _varlen("n")}

@@ -565,7 +565,7 @@ class KernelPlan:
 
     @property
     def lists_keys(self) -> bool:
-        """Whether blocks of keys are listed, beside those of queries."""
+        """Whether blocks of keys are listed, and not those of queries."""
         return any(scratch.name == "n_list" for scratch in self.scratch)
 
     @property
@@ -579,13 +579,19 @@ class KernelPlan:
         return bool(self.tile_tables) or any(feature.prepare for feature in self.features)
 
     @property
+    def prepared_scratch(self) -> frozenset[str]:
+        """What those kernels write."""
+        prepared = (scratch.name for feature in self.features if feature.prepare for scratch in feature.scratch)
+        return frozenset(prepared) | {"tile_bounds"}
+
+    @property
     def prepare_entries(self) -> tuple[EntryPoint, ...]:
         """The kernels that run before the others, where features have some."""
         bounds = EntryPoint(f"{self.name}_bounds", self.bound_threads, 0, (), "tile bounds")
         found = (bounds,) if self.tile_tables else ()
         if not any(feature.prepare for feature in self.features):
             return found
-        shared_bytes = 16 + 4 * PREPARE_LENGTHS * (1 + self.lists_keys)  # two counters, and a number a kind
+        shared_bytes = 16 + 4 * PREPARE_LENGTHS  # two numbers, and one a kind
         return (*found, EntryPoint(f"{self.name}_prepare", PREPARE_THREADS, shared_bytes, (), "one"))
 
     @property

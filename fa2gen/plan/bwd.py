@@ -67,6 +67,11 @@ class BackwardPlan(KernelPlan):
         return SECTION_BYTES_OF_WINDOWS if self._walks_windows else super().section_bytes
 
     @property
+    def block_seqlen(self) -> str:
+        """C++: the lengths of the sequence that a block of queries or keys is of."""
+        return "block.seqlen" if self.varlen else "seqlen_of(p, block.bidb)"
+
+    @property
     def sections_of_groups(self) -> int:
         return SECTIONS_OF_GROUPS_IN_WINDOWS if self._walks_windows else super().sections_of_groups
 

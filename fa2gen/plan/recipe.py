@@ -248,9 +248,9 @@ def memory(plan: KernelPlan) -> dict[str, str]:
     blocks = f"num_m_blocks * num_heads{'' if plan.varlen else ' * batch'}"
     counts = {
         "sequences": f"{ENTRY_NUMBERS} * (3 * batch + 2)",  # and the gaps between them, of queries and of keys
-        "num_blocks": "2",
+        "num_blocks": "1",
         "m_list": "num_m_blocks",
-        "n_list": "num_n_blocks",
+        "n_list": f"{ENTRY_NUMBERS} * num_n_blocks",
         "tile_counter": "2" if plan.own_sequences else "1",  # and one of blocks that have left
         "lse_log2": f"{blocks} * {plan.tiling.tile_m}",
         "dpsum": f"{blocks} * {plan.tiling.tile_m}",

@@ -27,7 +27,8 @@ FETCHED_BYTES = 4  # a tile's number, from the warp that fetched it to others th
 COPYING_SPLITS = ((56, 224), (40, 232))
 # Of a batch whose table blocks make: with gaps 97 entries, which every default tiling has room for.
 OWN_SEQUENCES = 48
-OWN_ROW_BYTES, OWN_ORDER_BYTES = 16, 8  # of an entry
+OWN_ROW_BYTES, OWN_KEY_BYTES, OWN_ORDER_BYTES = 16, 4, 8  # of an entry
+OWN_KEYS_AT_ONCE = 4  # by a vector load
 VISIT_SLOT_BYTES = 16  # a block of keys, what is seen of it, and the same of the next: one vector load
 MESSAGE_BYTES = 16
 NUM_MESSAGES = 8
@@ -268,6 +269,7 @@ class Sm90FwdPlan(Sm90Plan):
         messages = (Region("messages", MESSAGE_BYTES, NUM_MESSAGES, label="messages"),) if self.has_scout else ()
         own_table = (
             Region("own_rows", OWN_ROW_BYTES, 2 * own_sequences + 1, label="table"),
+            Region("own_keys", OWN_KEY_BYTES, align_up(2 * own_sequences + 1, OWN_KEYS_AT_ONCE), label="keys"),
             Region("own_order", OWN_ORDER_BYTES, 2 * own_sequences + 2, label="order"),
         )
         fetched = (Region("fetched", FETCHED_BYTES, 2, label="fetched"),) if self.paged else ()  # in turn
@@ -311,12 +313,16 @@ class Sm90FwdPlan(Sm90Plan):
         if not self.varlen or self.copies_rows:
             return 0
         left = ARCHES["sm90"].shared_memory_per_block - self._memory(self.num_q_stages, self.o_aliases_q).bytes
-        left -= OWN_ROW_BYTES + 2 * OWN_ORDER_BYTES
-        return max(min(OWN_SEQUENCES, left // (2 * OWN_ROW_BYTES + 2 * OWN_ORDER_BYTES)), 0)
+        left -= OWN_ROW_BYTES + OWN_KEYS_AT_ONCE * OWN_KEY_BYTES + 2 * OWN_ORDER_BYTES
+        return max(min(OWN_SEQUENCES, left // (2 * (OWN_ROW_BYTES + OWN_KEY_BYTES + OWN_ORDER_BYTES))), 0)
 
     @property
     def own_row_bytes(self) -> int:
         return OWN_ROW_BYTES
+
+    @property
+    def own_key_bytes(self) -> int:
+        return OWN_KEY_BYTES
 
     @property
     def own_order_bytes(self) -> int:

@@ -1137,7 +1137,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d64_causal_s
     for (int lanes = 1; lanes < 32; lanes *= 2) {
         sink_sum += shfl_xor(sink_sum, lanes);
     }
-    // One number a warp, by head: where blocks are listed, their places differ from run to run, and these may not.
+    // One number a warp, by head.
     int const blocks_per_head = static_cast<int>(gridDim.x) / (p.num_heads_kv * p.num_heads_per_kv);
     int const place = bidh * blocks_per_head + bidb * p.num_m_blocks + m_block;
     if (thread % 32 == 0) {

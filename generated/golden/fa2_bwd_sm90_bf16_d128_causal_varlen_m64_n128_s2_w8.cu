@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, ragged batches
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  130 Threads,  182 Arithmetic,  210 Shared memory,
-//             248 Global memory,  324 mbarriers,  368 TMA,  416 Bulk copies,  438 Fences,  450 Fragments,
-//             464 Registers,  472 Registers of a warpgroup,  484 wgmma,  602 Entries,  737 What is visible,
-//             786 Softmax and its gradient,  897 Pipelines,  940 Loads,  989 Matrix products, 1027 Staging,
-//            1090 Producer, 1166 Consumer, 1290 Kernels, 1292 Prepare, 1629 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  129 Threads,  186 Arithmetic,  219 Shared memory,
+//             257 Global memory,  333 mbarriers,  377 TMA,  425 Bulk copies,  447 Fences,  459 Fragments,
+//             473 Registers,  481 Registers of a warpgroup,  493 wgmma,  611 Entries,  776 What is visible,
+//             825 Softmax and its gradient,  949 Pipelines,  992 Loads, 1041 Matrix products, 1079 Staging,
+//            1142 Producer, 1218 Consumer, 1342 Kernels, 1344 Prepare, 1688 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -107,7 +107,6 @@ struct Params {
     int* dq_sums;
     int* sequences;
     int* num_blocks;
-    int* m_list;
     int* n_list;
     int64_t o_batch_stride;
     int64_t o_row_stride;
@@ -150,6 +149,11 @@ __device__ __forceinline__ int shfl_from(int value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
 
+// A bit a lane.
+__device__ __forceinline__ uint32_t ballot(bool holds) {
+    return __ballot_sync(0xffffffffu, holds);
+}
+
 __device__ __forceinline__ void sync_warp() {
     __syncwarp();
 }
@@ -185,6 +189,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// The place of the lowest bit that is set; of 0, -1.
+__device__ __forceinline__ int lowest_bit(uint32_t bits) {
+    return __ffs(static_cast<int>(bits)) - 1;
 }
 
 // By 32 bits and more it gives 0, which C++'s << does not promise.
@@ -653,6 +662,12 @@ __device__ __forceinline__ EntryRows rows_of_entry(Params const& p, int entry) {
     return {q, keys};
 }
 
+// The place of a sequence's first block of queries, among all of a head: behind those that the sequences and gaps before it may
+// have, each of which may end in one that is not full. The gap before a sequence has places from one less on.
+__device__ __forceinline__ int first_block_of(int first_q, int sequence) {
+    return first_q / kTileM + 2 * sequence + 1;
+}
+
 // Heads whose tiles are taken together, so that what they read of so many rows stays in L2.
 __device__ __forceinline__ int heads_together(int rows_in_l2, int rows, int heads_of_a_read, int num_heads) {
     return min(max(rows_in_l2 / max(rows, 1), 1), num_heads / heads_of_a_read) * heads_of_a_read;
@@ -666,14 +681,8 @@ struct Seqlen {
     int k;
     int first_q;
     int first_k;
-    int first_m_block;  // of a head, in the list of blocks: for gradients alone
+    int first_m_block;  // its place among all of a head: for gradients alone
 };
-
-__device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
-    int places[4];
-    load_global_int4(places, p.sequences + kSequenceNumbers * bidb);
-    return {places[0], places[1], places[2], places[3], load_global_int(p.sequences + kSequenceNumbers * bidb + 4)};
-}
 
 __device__ __forceinline__ int num_query_blocks(Params const&, Seqlen const& s) {
     return (s.q + kTileM - 1) / kTileM;
@@ -714,24 +723,54 @@ struct QueryBlock {
     int bidh;
     int bidb;
     int index;
+    Seqlen seqlen;
 };
 
 __device__ __forceinline__ int query_block_index(Params const& p, Seqlen const& s, int, int bidh, int m_block) {
     return bidh * p.num_m_blocks + s.first_m_block + m_block;
 }
 
+// How many sequences have their first block at a place or before it. A warp asks 32 of them at once: up to 32 sequences take
+// one trip to memory, 1024 two. Of bounds that fall it finds some number of sequences that there may be.
+__device__ __forceinline__ int sequences_up_to(Params const& p, int place) {
+    int begin = 0;
+    int end = p.num_sequences;
+    while (begin < end) {
+        int const step = (end - begin + 31) / 32;
+        int const sequence = begin + (lane_id() + 1) * step - 1;
+        bool is_up_to = false;
+        if (sequence < end) {
+            Rows const q = rows_of(p.cu_seqlens_q, nullptr, p.seqlen_q, p.num_sequences, sequence);
+            is_up_to = first_block_of(q.begin, sequence) <= place;
+        }
+        uint32_t const behind = ~ballot(is_up_to);
+        begin += step * (behind == 0 ? 32 : lowest_bit(behind));
+        end = min(end, begin + step - 1);
+    }
+    return begin;
+}
+
 // Numbers go round all heads of a block of queries, as the main kernel does within the longest sequences, its first. No block:
-// m_block < 0.
+// m_block < 0. Bounds alone decide, so that no kernel has to have ended before.
 __device__ __forceinline__ QueryBlock query_block_at(Params const& p, int block_index) {
     int const num_heads = p.num_heads_kv * p.num_heads_per_kv;
     int const place = block_index / num_heads;
     int const bidh = block_index % num_heads;
-    int const num_blocks = load_global_int(p.num_blocks);
-    int const bidb = load_global_int(p.m_list + place);  // asked for at once
-    if (place >= num_blocks) {
-        return {-1, bidh, 0, 0};
+    int const found = sequences_up_to(p, place);
+    // The last sequence up to there has the place, or the gap behind that.
+    int entry = p.num_sequences + found;
+    if (found > 0) {
+        Rows const q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, found - 1);
+        int const num_blocks = (q.end - q.begin + kTileM - 1) / kTileM;
+        entry = place < first_block_of(q.begin, found - 1) + num_blocks ? found - 1 : entry;
     }
-    return {place - seqlen_of(p, bidb).first_m_block, bidh, bidb, bidh * p.num_m_blocks + place};
+    EntryRows const rows = rows_of_entry(p, entry);
+    int const is_gap = entry >= p.num_sequences;
+    Seqlen const s = {rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin,
+                      first_block_of(rows.q.begin, found - 1) + is_gap};
+    int const m_block = place - s.first_m_block;
+    bool const exists = m_block >= 0 && m_block < num_query_blocks(p, s);
+    return {exists ? m_block : -1, bidh, entry, bidh * p.num_m_blocks + place, s};
 }
 
 // What is visible: causal, aligned to the bottom right: key j to row i iff j <= i + seqlen_k - seqlen_q -------------------
@@ -836,26 +875,39 @@ struct KeyBlock {
     int n_block;
     int head_kv;
     int bidb;
+    Seqlen seqlen;
 };
 
-// The sequence of a block of threads, or -1: it has no block of keys. Both numbers are asked for at once.
-__device__ __forceinline__ int sequence_at(Params const& p, int index) {
-    int const num_blocks = load_global_int(p.num_blocks + 1);
-    int const bidb = load_global_int(p.n_list + index / p.num_heads_kv);
-    return index < num_blocks * p.num_heads_kv ? bidb : -1;
+// Where the list has the numbers of a block of threads: lengths of its sequence and their first rows, first places of it in the
+// lists, heads taken together, entry.
+__device__ __forceinline__ int const* listed_key_block(Params const& p, int place) {
+    return p.n_list + static_cast<int64_t>(kSequenceNumbers) * place;
+}
+
+// Whether a block of threads has a block of keys. Its numbers are on the way to L1 meanwhile, where all roles ask for them.
+__device__ __forceinline__ bool has_key_block(Params const& p, int index) {
+    prefetch_global(listed_key_block(p, index / p.num_heads_kv));
+    return index < load_global_int(p.num_blocks) * p.num_heads_kv;
 }
 
 __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
-    int const bidb = load_global_int(p.n_list + index / p.num_heads_kv);
-    int const* const row = p.sequences + kSequenceNumbers * bidb;
-    int const num_n_blocks = (load_global_int(row + 1) + kTileN - 1) / kTileN;
+    int const place = index / p.num_heads_kv;
+    int const* const row = listed_key_block(p, place);
+    int rows[4];
     int places[4];
+    load_global_int4(rows, row);
     load_global_int4(places, row + 4);
+    int const bidb = places[3];
+    Seqlen const s = {rows[0], rows[1], rows[2], rows[3], places[0]};
+    if (places[2] == p.num_heads_kv) {  // most blocks of short sequences: divisions are a part of their time
+        return {place - places[1], index - p.num_heads_kv * place, bidb, s};
+    }
+    int const num_n_blocks = (s.k + kTileN - 1) / kTileN;
     int const of_sequence = index - p.num_heads_kv * places[1];
     int const first_head = of_sequence / (places[2] * num_n_blocks) * places[2];
     int const width = min(places[2], p.num_heads_kv - first_head);
     int const within = of_sequence % (places[2] * num_n_blocks);
-    return {within / width, first_head + within % width, bidb};
+    return {within / width, first_head + within % width, bidb, s};
 }
 
 // The steps of a block of keys: all query heads that share it, one after the other, and of each the blocks of queries that see
@@ -1093,7 +1145,7 @@ __device__ __forceinline__ void produce(
     TileMaps const& maps_q, CUtensorMap const& map_k, CUtensorMap const& map_v, TileMaps const& maps_dout,
     Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    Seqlen const s = seqlen_of(p, block.bidb);
+    Seqlen const s = block.seqlen;
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
@@ -1126,7 +1178,7 @@ __device__ __forceinline__ void produce(
 __device__ __forceinline__ void write_dq(
     Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    Seqlen const s = seqlen_of(p, block.bidb);
+    Seqlen const s = block.seqlen;
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     uint32_t phase = 0;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
@@ -1178,7 +1230,7 @@ __device__ __forceinline__ void consume(
     CUtensorMap const& map_dk, CUtensorMap const& map_dv, Params const& p, uint32_t smem, Barriers const& barriers,
     int warpgroup, int warp) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    Seqlen const s = seqlen_of(p, block.bidb);
+    Seqlen const s = block.seqlen;
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     int const warp_key = 64 * warpgroup + 16 * warp;  // of the block
     int const key = block.n_block * kTileN + warp_key + lane_id() / 4;
@@ -1289,12 +1341,13 @@ __device__ __forceinline__ void consume(
 
 // Kernels -------------------------------------------------------------------------------------------------------------
 
-// Prepare: from the lengths of sequences to a table of them, and lists of the entries that blocks are of ----------------------
+// Prepare: from the lengths of sequences to a table of them, and a list of the entries that blocks are of ---------------------
 //
-// The entry with the most blocks comes first in a list, as often as it has blocks. Which of them a place stands for, and of
+// The entry with the most blocks comes first in the list, as often as it has blocks. Which of them a place stands for, and of
 // which head, is for the order of tiles to say: the blocks of an entry, round as many heads as L2 holds what they read of.
 
 constexpr int kPrepareThreads = 1024;
+constexpr int kListedTile = kTileN;  // blocks of keys are listed
 constexpr int kNumLengths = 1024;  // kinds of entries, by how many blocks they have
 
 // In shared memory, an int for each kind: how many blocks its entries have, then where the next of them is listed.
@@ -1325,8 +1378,8 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
 
 // Counts the blocks of a warp's entries, one a lane. Bounds that do not rise make sequences overlap: where the list has no
 // places left, rows become none.
-__device__ __forceinline__ void count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Kinds const& kinds) {
-    int const num_blocks = min((rows.end - rows.begin + tile - 1) / tile, capacity + 1);
+__device__ __forceinline__ void count_blocks(Rows& rows, int capacity, uint32_t taken, Kinds const& kinds) {
+    int const num_blocks = min((rows.end - rows.begin + kListedTile - 1) / kListedTile, capacity + 1);
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = min(shfl_from(up_to_here, 31), capacity + 1);
     int before = 0;
@@ -1363,47 +1416,54 @@ __device__ __forceinline__ int place_kinds(Kinds const& kinds) {
     return shfl_from(up_to_here, 31);
 }
 
-// Lists the blocks of a warp's entries; `entry` is this lane's, and has so many. Returns its first place.
-__device__ __forceinline__ int list_blocks(int entry, int num_blocks, Kinds const& kinds, int* list) {
-    int const lane = lane_id();
-    int place = 0;
-    if (num_blocks > 0) {
-        place = fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks);
-    }
+// Takes places in a list for the blocks of this lane's entry. Returns the first.
+__device__ __forceinline__ int place_blocks(int num_blocks, Kinds const& kinds) {
+    return num_blocks > 0 ? fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks) : 0;
+}
+
+// Lists the blocks of a warp's entries, one entry a lane: as often as it has blocks, from its first place on, all that a block
+// of threads is to know of it.
+__device__ __forceinline__ void list_blocks(
+    int const (&numbers)[kSequenceNumbers], int num_blocks, int place, int* list) {
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = shfl_from(up_to_here, 31);
     for (int first = 0; first < of_warp; first += 32) {
-        int const index = first + lane;
+        int const index = first + lane_id();
         int owner = 0;  // the lane whose entry has this block: as many lanes have all of theirs before it
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) {
             owner += shfl_from(up_to_here, owner + step - 1) <= index ? step : 0;
         }
         int const to_place = shfl_from(place - (up_to_here - num_blocks), owner);
-        if (index < of_warp) {
-            store_global_int(list + to_place + index, entry - lane + owner);
+        int* const listed = list + static_cast<int64_t>(kSequenceNumbers) * (to_place + index);
+#pragma unroll
+        for (int i = 0; i < kSequenceNumbers; i += 4) {
+            int some[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                some[j] = shfl_from(numbers[i + j], owner);
+            }
+            if (index < of_warp) {
+                store_global_int4(listed + i, some[0], some[1], some[2], some[3]);
+            }
         }
     }
-    return place;
 }
 
 extern "C" __global__ void __launch_bounds__(kPrepareThreads)
 fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
-    uint32_t const taken = smem;  // places of both lists
-    Kinds const m_kinds = kinds_in(smem + 16, p.seqlen_q / kTileM + 1);
-    Kinds const n_kinds = kinds_in(m_kinds.places + 4 * kNumLengths, p.seqlen_k / kTileN + 1);
+    uint32_t const taken = smem;  // places of the list
+    Kinds const kinds = kinds_in(smem + 16, p.seqlen_k / kListedTile + 1);
+    uint32_t const falls = smem + 4;  // whether bounds of queries do, somewhere
     int const num_entries = 3 * p.num_sequences + 2;
     griddepcontrol_launch_dependents();
     if (thread < 2) {
         store_shared_int(taken + 4 * thread, 0);
     }
-    for (int kind = thread; kind < m_kinds.count; kind += kPrepareThreads) {
-        store_shared_int(m_kinds.places + 4 * kind, 0);
-    }
-    for (int kind = thread; kind < n_kinds.count; kind += kPrepareThreads) {
-        store_shared_int(n_kinds.places + 4 * kind, 0);
+    for (int kind = thread; kind < kinds.count; kind += kPrepareThreads) {
+        store_shared_int(kinds.places + 4 * kind, 0);
     }
     sync_block();
 
@@ -1411,8 +1471,11 @@ fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constan
     for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
         int const entry = first + lane_id();
         EntryRows rows = rows_of_entry(p, entry);
-        count_blocks(rows.q, kTileM, p.num_m_blocks, taken, m_kinds);
-        count_blocks(rows.keys, kTileN, p.num_n_blocks, taken + 4, n_kinds);
+        count_blocks(rows.keys, p.num_n_blocks, taken, kinds);
+        if (entry < p.num_sequences && p.cu_seqlens_q != nullptr &&
+            load_global_int(p.cu_seqlens_q + entry) > load_global_int(p.cu_seqlens_q + entry + 1)) {
+            store_shared_int(falls, 1);
+        }
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
             store_global_int4(row, rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin);
@@ -1421,15 +1484,9 @@ fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constan
     sync_block();
 
     if (warp_id() == 0) {
-        int const num_blocks = place_kinds(m_kinds);
+        int const num_blocks = place_kinds(kinds);
         if (lane_id() == 0) {
             store_global_int(p.num_blocks, num_blocks);
-        }
-    }
-    if (warp_id() == 1) {
-        int const num_blocks = place_kinds(n_kinds);
-        if (lane_id() == 0) {
-            store_global_int(p.num_blocks + 1, num_blocks);
         }
     }
     sync_block();
@@ -1441,13 +1498,15 @@ fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare(const __grid_constan
         if (entry < num_entries) {
             load_global_int4(lengths, row);
         }
-        int const m_place = list_blocks(entry, (lengths[0] + kTileM - 1) / kTileM, m_kinds, p.m_list);
-        int const n_place = list_blocks(entry, (lengths[1] + kTileN - 1) / kTileN, n_kinds, p.n_list);
+        int const num_blocks = (lengths[1] + kListedTile - 1) / kListedTile;
+        int const place = place_blocks(num_blocks, kinds);
+        // Sequences that overlap would add to sums of the same places, and wait for turns that do not come: none has queries.
+        lengths[0] = load_shared_int(falls) != 0 ? 0 : lengths[0];
         int const rows_in_l2 = 32768 / p.num_heads_per_kv * min(p.num_heads_per_kv, 2);
         int const together = heads_together(rows_in_l2, lengths[0], 1, p.num_heads_kv);
-        if (entry < num_entries) {
-            store_global_int4(row + 4, m_place, n_place, together, 0);
-        }
+        int const numbers[kSequenceNumbers] = {
+            lengths[0], lengths[1], lengths[2], lengths[3], first_block_of(lengths[2], entry), place, together, entry};
+        list_blocks(numbers, num_blocks, place, p.n_list);
     }
 }
 
@@ -1464,15 +1523,15 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
     constexpr float kLog2E = 1.44269504088896341f;
-    griddepcontrol_wait();
     QueryBlock const block = query_block_at(p, query_block_number());
     if (block.m_block < 0) {
+        griddepcontrol_wait();
         return;
     }
     int const m_block = block.m_block;
     int const bidh = block.bidh;
     int const bidb = block.bidb;
-    Seqlen const s = seqlen_of(p, bidb);
+    Seqlen const s = block.seqlen;
     int const thread = static_cast<int>(threadIdx.x);
     int const chunk = thread % kLanesPerRow;
     int64_t const of_head = lse_of_head(p, s, bidh, bidb);
@@ -1531,6 +1590,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     for (int i = 4 * thread; i < end; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
+    griddepcontrol_wait();  // the main kernel waits for this grid alone, and has its work from the one before
 }
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8(
@@ -1539,7 +1599,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
     const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv,
     const __grid_constant__ Params p) {
     griddepcontrol_wait();
-    int const bidb = sequence_at(p, static_cast<int>(blockIdx.x));
+    bool const has_block = has_key_block(p, static_cast<int>(blockIdx.x));
     uint32_t const smem = shared_memory_base();
     Barriers const barriers = {smem + kSmemBarriers};
     int const warp = warp_id();
@@ -1554,10 +1614,9 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
         barriers.init();
         fence_mbarrier_init();
     }
-    if (bidb < 0) {
+    if (!has_block) {
         return;
     }
-    prefetch_global(p.sequences + kSequenceNumbers * bidb);  // every role reads it
     sync_block();
 
     if (warp < 4) {
@@ -1581,8 +1640,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
-    griddepcontrol_wait();
     QueryBlock const block = query_block_at(p, query_block_number());
+    griddepcontrol_wait();
     if (block.m_block < 0) {
         return;
     }
@@ -1616,7 +1675,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
     fence_proxy_async();
     sync_block();
     if (warp == 0 && elect_one()) {
-        Box const box = query_box(seqlen_of(p, block.bidb), block.m_block * kTileM, block.bidb);
+        Box const box = query_box(block.seqlen, block.m_block * kTileM, block.bidb);
 #pragma unroll
         for (int panel = 0; panel < kNumPanels; ++panel) {
             store_box(map_dq, smem + panel * kQPanelBytes, panel * kPanelColumns, box, block.bidh);
@@ -1632,7 +1691,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
 //   fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_prepare
-//     grid (1, 1, 1), 1024 threads, 8208 bytes of dynamic shared memory
+//     grid (1, 1, 1), 1024 threads, 4112 bytes of dynamic shared memory
 //   fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_preprocess
 //     grid (num_m_blocks * num_heads, 1, 1), 128 threads, 0 bytes of dynamic shared memory
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
@@ -1663,8 +1722,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_causal_
 //   dq_acc: num_m_blocks * num_heads * 8192
 //   dq_sums: num_m_blocks * num_heads
 //   sequences: 8 * (3 * batch + 2)
-//   num_blocks: 2
-//   m_list: num_m_blocks
-//   n_list: num_n_blocks
+//   num_blocks: 1
+//   n_list: 8 * num_n_blocks
 
 }  // namespace fa2gen::fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8

@@ -9,7 +9,7 @@
 //   contents   26 Problem and tiling,  102 Threads,  137 Arithmetic,  171 Shared memory,  207 Global memory,
 //             249 cp.async,  268 Fragments,  283 Registers,  292 mma,  304 Entries,  399 What is visible,
 //             449 Online softmax,  725 Pipeline,  783 Matrix products,  866 Epilogue,  954 Kernel,  956 Prepare,
-//            1182 Launch
+//            1186 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -373,7 +373,7 @@ struct Seqlen {
     int k;
     int first_q;
     int first_k;
-    int first_m_block;  // of a head, in the list of blocks: for gradients alone
+    int first_m_block;  // its place among all of a head: for gradients alone
 };
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
@@ -953,12 +953,13 @@ __device__ __forceinline__ void finish(
 
 // Kernel --------------------------------------------------------------------------------------------------------------
 
-// Prepare: from the lengths of sequences to a table of them, and lists of the entries that blocks are of ----------------------
+// Prepare: from the lengths of sequences to a table of them, and a list of the entries that blocks are of ---------------------
 //
-// The entry with the most blocks comes first in a list, as often as it has blocks. Which of them a place stands for, and of
+// The entry with the most blocks comes first in the list, as often as it has blocks. Which of them a place stands for, and of
 // which head, is for the order of tiles to say: the blocks of an entry, round as many heads as L2 holds what they read of.
 
 constexpr int kPrepareThreads = 1024;
+constexpr int kListedTile = kTileM;  // blocks of queries are listed
 constexpr int kNumLengths = 1024;  // kinds of entries, by how many blocks they have
 
 // In shared memory, an int for each kind: how many blocks its entries have, then where the next of them is listed.
@@ -989,8 +990,8 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
 
 // Counts the blocks of a warp's entries, one a lane. Bounds that do not rise make sequences overlap: where the list has no
 // places left, rows become none.
-__device__ __forceinline__ void count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Kinds const& kinds) {
-    int const num_blocks = min((rows.end - rows.begin + tile - 1) / tile, capacity + 1);
+__device__ __forceinline__ void count_blocks(Rows& rows, int capacity, uint32_t taken, Kinds const& kinds) {
+    int const num_blocks = min((rows.end - rows.begin + kListedTile - 1) / kListedTile, capacity + 1);
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = min(shfl_from(up_to_here, 31), capacity + 1);
     int before = 0;
@@ -1027,42 +1028,43 @@ __device__ __forceinline__ int place_kinds(Kinds const& kinds) {
     return shfl_from(up_to_here, 31);
 }
 
-// Lists the blocks of a warp's entries; `entry` is this lane's, and has so many. Returns its first place.
-__device__ __forceinline__ int list_blocks(int entry, int num_blocks, Kinds const& kinds, int* list) {
-    int const lane = lane_id();
-    int place = 0;
-    if (num_blocks > 0) {
-        place = fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks);
-    }
+// Takes places in a list for the blocks of this lane's entry. Returns the first.
+__device__ __forceinline__ int place_blocks(int num_blocks, Kinds const& kinds) {
+    return num_blocks > 0 ? fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks) : 0;
+}
+
+// Lists the blocks of a warp's entries, one entry a lane: as often as it has blocks, from its first place on, the entry.
+__device__ __forceinline__ void list_blocks(
+    int entry, int num_blocks, int place, int* list) {
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = shfl_from(up_to_here, 31);
     for (int first = 0; first < of_warp; first += 32) {
-        int const index = first + lane;
+        int const index = first + lane_id();
         int owner = 0;  // the lane whose entry has this block: as many lanes have all of theirs before it
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) {
             owner += shfl_from(up_to_here, owner + step - 1) <= index ? step : 0;
         }
         int const to_place = shfl_from(place - (up_to_here - num_blocks), owner);
+        int const listed = shfl_from(entry, owner);
         if (index < of_warp) {
-            store_global_int(list + to_place + index, entry - lane + owner);
+            store_global_int(list + to_place + index, listed);
         }
     }
-    return place;
 }
 
 extern "C" __global__ void __launch_bounds__(kPrepareThreads)
 fa2_fwd_sm80_fp16_d64_varlen_paged_m128_n64_s2_w4_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
-    uint32_t const taken = smem;  // places of both lists
-    Kinds const m_kinds = kinds_in(smem + 16, p.seqlen_q / kTileM + 1);
+    uint32_t const taken = smem;  // places of the list
+    Kinds const kinds = kinds_in(smem + 16, p.seqlen_q / kListedTile + 1);
     int const num_entries = 2 * p.num_sequences + 1;
     if (thread < 2) {
         store_shared_int(taken + 4 * thread, 0);
     }
-    for (int kind = thread; kind < m_kinds.count; kind += kPrepareThreads) {
-        store_shared_int(m_kinds.places + 4 * kind, 0);
+    for (int kind = thread; kind < kinds.count; kind += kPrepareThreads) {
+        store_shared_int(kinds.places + 4 * kind, 0);
     }
     sync_block();
 
@@ -1070,7 +1072,7 @@ fa2_fwd_sm80_fp16_d64_varlen_paged_m128_n64_s2_w4_prepare(const __grid_constant_
     for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
         int const entry = first + lane_id();
         EntryRows rows = rows_of_entry(p, entry);
-        count_blocks(rows.q, kTileM, p.num_m_blocks, taken, m_kinds);
+        count_blocks(rows.q, p.num_m_blocks, taken, kinds);
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
             store_global_int4(row, rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin);
@@ -1079,7 +1081,7 @@ fa2_fwd_sm80_fp16_d64_varlen_paged_m128_n64_s2_w4_prepare(const __grid_constant_
     sync_block();
 
     if (warp_id() == 0) {
-        int const num_blocks = place_kinds(m_kinds);
+        int const num_blocks = place_kinds(kinds);
         if (lane_id() == 0) {
             store_global_int(p.num_blocks, num_blocks);
         }
@@ -1093,9 +1095,11 @@ fa2_fwd_sm80_fp16_d64_varlen_paged_m128_n64_s2_w4_prepare(const __grid_constant_
         if (entry < num_entries) {
             load_global_int4(lengths, row);
         }
-        int const m_place = list_blocks(entry, (lengths[0] + kTileM - 1) / kTileM, m_kinds, p.m_list);
+        int const num_blocks = (lengths[0] + kListedTile - 1) / kListedTile;
+        int const place = place_blocks(num_blocks, kinds);
+        list_blocks(entry, num_blocks, place, p.m_list);
         if (entry < num_entries) {
-            store_global_int(row + 4, m_place);
+            store_global_int(row + 4, place);
         }
     }
 }
@@ -1197,7 +1201,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 2) fa2_fwd_sm80_fp16_d
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   sequences: 8 * (3 * batch + 2)
-//   num_blocks: 2
+//   num_blocks: 1
 //   m_list: num_m_blocks
 
 }  // namespace fa2gen::fa2_fwd_sm80_fp16_d64_varlen_paged_m128_n64_s2_w4

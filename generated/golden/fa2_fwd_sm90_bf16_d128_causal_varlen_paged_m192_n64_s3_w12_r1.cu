@@ -5,12 +5,12 @@
 // Rendered by fa2gen from sm90/fwd.cu.j2; edit the template or the spec, not this file.
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches, pages
 //   tiling   192 query rows x 64 keys, 3 stages, 12 mma warps, 128-byte panels
-//   launch   512 threads, 199096 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,  106 Threads,  167 Arithmetic,  210 Shared memory,
-//             253 Global memory,  294 mbarriers,  338 TMA,  386 Fences,  393 Fragments,  401 Registers,
-//             409 Registers of a warpgroup,  421 wgmma,  521 Entries,  590 A block's own table,  733 What is visible,
-//             785 Online softmax,  957 Pipelines,  998 Loads, 1143 Matrix products, 1170 Epilogue, 1217 Producer,
-//            1310 Consumer, 1463 Kernel, 1465 Prepare, 1651 Launch
+//   launch   512 threads, 199496 bytes of dynamic shared memory
+//   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  168 Arithmetic,  211 Shared memory,
+//             254 Global memory,  295 mbarriers,  339 TMA,  387 Fences,  394 Fragments,  402 Registers,
+//             410 Registers of a warpgroup,  422 wgmma,  522 Entries,  591 A block's own table,  753 What is visible,
+//             805 Online softmax,  980 Pipelines, 1021 Loads, 1166 Matrix products, 1193 Epilogue, 1240 Producer,
+//            1333 Consumer, 1486 Kernel, 1488 Prepare, 1678 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -66,8 +66,9 @@ constexpr uint32_t kSmemO = 147456;
 constexpr uint32_t kSmemBarriers = 196608;
 constexpr uint32_t kSmemTileSlots = 196720;
 constexpr uint32_t kSmemOwnRows = 196752;
-constexpr uint32_t kSmemOwnOrder = 198304;
-constexpr uint32_t kSmemFetched = 199088;
+constexpr uint32_t kSmemOwnKeys = 198304;
+constexpr uint32_t kSmemOwnOrder = 198704;
+constexpr uint32_t kSmemFetched = 199488;
 
 // Matrix descriptors: swizzle and stride between groups of 8 rows; for V also the step to the next panel of columns.
 constexpr uint32_t kDescHi = 0x40000040u;
@@ -608,15 +609,29 @@ __device__ __forceinline__ uint32_t own_order(int entry) {
     return shared_memory_base() + kSmemOwnOrder + 8 * entry;
 }
 
+// Of an entry: its blocks, and behind them what ranks it among those of as many; no two have the same, and who has more comes
+// first. Entries to the next multiple of 4 that there are not have 0: they are read 4 at a time.
+__device__ __forceinline__ uint32_t own_key(int entry) {
+    return shared_memory_base() + kSmemOwnKeys + 4 * entry;
+}
+
+constexpr int kRankBits = 7;  // 2 * kOwnSequences + 1 entries, and at most 2^25 blocks
+
 __device__ __forceinline__ int own_blocks(int entry) {
     return (load_shared_int(own_row(entry)) + kTileM - 1) / kTileM;
 }
 
 __device__ __forceinline__ void measure_own_entry(Params const& p, int entry) {
-    if (entry <= 2 * p.num_sequences) {
+    int const last = 2 * p.num_sequences;
+    uint32_t key = 0;
+    if (entry <= last) {
         EntryRows const rows = rows_of_entry(p, entry);
-        store_shared_int4(own_row(entry), rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin,
-                          rows.keys.begin);
+        int const num_rows = rows.q.end - rows.q.begin;
+        store_shared_int4(own_row(entry), num_rows, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin);
+        key = static_cast<uint32_t>((num_rows + kTileM - 1) / kTileM) << kRankBits | static_cast<uint32_t>(last - entry);
+    }
+    if (entry <= (last | 3)) {
+        store_shared_int(own_key(entry), static_cast<int>(key));
     }
 }
 
@@ -625,16 +640,21 @@ __device__ __forceinline__ void measure_own_entry(Params const& p, int entry) {
 __device__ __forceinline__ void place_own_entry(Params const& p, int entry) {
     int const last = 2 * p.num_sequences;
     if (entry <= last) {
-        int const blocks = own_blocks(entry);
+        uint32_t const key = load_shared_int(own_key(entry));
         uint32_t place = 0;
         uint32_t all = 0;
-        for (int other = 0; other <= last; ++other) {
-            int const of_other = own_blocks(other);
-            place += of_other > blocks || (of_other == blocks && other < entry) ? of_other : 0;
-            all += of_other;
+        for (int first = 0; first <= last; first += 4) {
+            int keys[4];
+            load_shared_int4(keys, own_key(first));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                uint32_t const other = keys[i];
+                place += other > key ? other >> kRankBits : 0;
+                all += other >> kRankBits;
+            }
         }
-        int const keys = load_shared_int(own_row(entry) + 4);
-        int const together = heads_together(65536, keys, p.num_heads_per_kv, p.num_heads);
+        int const num_keys = load_shared_int(own_row(entry) + 4);
+        int const together = heads_together(65536, num_keys, p.num_heads_per_kv, p.num_heads);
         store_shared_int2(own_order(entry), static_cast<int>(place), together);
         if (entry == last) {
             store_shared_int(own_order(last + 1), static_cast<int>(min(all, static_cast<uint32_t>(p.num_m_blocks))));
@@ -701,7 +721,7 @@ struct Seqlen {
     int k;
     int first_q;
     int first_k;
-    int first_m_block;  // of a head, in the list of blocks: for gradients alone
+    int first_m_block;  // its place among all of a head: for gradients alone
 };
 
 __device__ __forceinline__ Seqlen seqlen_of(Params const& p, int bidb) {
@@ -947,6 +967,9 @@ __device__ __forceinline__ Tile tile_at(Params const& p, int index) {
     load_entry(row, p, bidb);
     auto const [place, together] = order_of(p, bidb);
     int const num_m_blocks = (row[0] + kTileM - 1) / kTileM;
+    if (together == p.num_heads) {  // most tiles of short sequences: divisions are a part of their time
+        return {num_m_blocks - 1 - (at - place), index - p.num_heads * at, bidb};
+    }
     int const of_sequence = index - p.num_heads * place;
     int const first_head = of_sequence / (together * num_m_blocks) * together;
     int const width = min(together, p.num_heads - first_head);
@@ -1462,12 +1485,13 @@ __device__ __forceinline__ void consume(
 
 // Kernel --------------------------------------------------------------------------------------------------------------
 
-// Prepare: from the lengths of sequences to a table of them, and lists of the entries that blocks are of ----------------------
+// Prepare: from the lengths of sequences to a table of them, and a list of the entries that blocks are of ---------------------
 //
-// The entry with the most blocks comes first in a list, as often as it has blocks. Which of them a place stands for, and of
+// The entry with the most blocks comes first in the list, as often as it has blocks. Which of them a place stands for, and of
 // which head, is for the order of tiles to say: the blocks of an entry, round as many heads as L2 holds what they read of.
 
 constexpr int kPrepareThreads = 1024;
+constexpr int kListedTile = kTileM;  // blocks of queries are listed
 constexpr int kNumLengths = 1024;  // kinds of entries, by how many blocks they have
 
 // In shared memory, an int for each kind: how many blocks its entries have, then where the next of them is listed.
@@ -1498,8 +1522,8 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
 
 // Counts the blocks of a warp's entries, one a lane. Bounds that do not rise make sequences overlap: where the list has no
 // places left, rows become none.
-__device__ __forceinline__ void count_blocks(Rows& rows, int tile, int capacity, uint32_t taken, Kinds const& kinds) {
-    int const num_blocks = min((rows.end - rows.begin + tile - 1) / tile, capacity + 1);
+__device__ __forceinline__ void count_blocks(Rows& rows, int capacity, uint32_t taken, Kinds const& kinds) {
+    int const num_blocks = min((rows.end - rows.begin + kListedTile - 1) / kListedTile, capacity + 1);
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = min(shfl_from(up_to_here, 31), capacity + 1);
     int before = 0;
@@ -1536,43 +1560,44 @@ __device__ __forceinline__ int place_kinds(Kinds const& kinds) {
     return shfl_from(up_to_here, 31);
 }
 
-// Lists the blocks of a warp's entries; `entry` is this lane's, and has so many. Returns its first place.
-__device__ __forceinline__ int list_blocks(int entry, int num_blocks, Kinds const& kinds, int* list) {
-    int const lane = lane_id();
-    int place = 0;
-    if (num_blocks > 0) {
-        place = fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks);
-    }
+// Takes places in a list for the blocks of this lane's entry. Returns the first.
+__device__ __forceinline__ int place_blocks(int num_blocks, Kinds const& kinds) {
+    return num_blocks > 0 ? fetch_add_shared(kinds.places + 4 * ((num_blocks - 1) >> kinds.shift), num_blocks) : 0;
+}
+
+// Lists the blocks of a warp's entries, one entry a lane: as often as it has blocks, from its first place on, the entry.
+__device__ __forceinline__ void list_blocks(
+    int entry, int num_blocks, int place, int* list) {
     int const up_to_here = sum_of_lanes(num_blocks);
     int const of_warp = shfl_from(up_to_here, 31);
     for (int first = 0; first < of_warp; first += 32) {
-        int const index = first + lane;
+        int const index = first + lane_id();
         int owner = 0;  // the lane whose entry has this block: as many lanes have all of theirs before it
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) {
             owner += shfl_from(up_to_here, owner + step - 1) <= index ? step : 0;
         }
         int const to_place = shfl_from(place - (up_to_here - num_blocks), owner);
+        int const listed = shfl_from(entry, owner);
         if (index < of_warp) {
-            store_global_int(list + to_place + index, entry - lane + owner);
+            store_global_int(list + to_place + index, listed);
         }
     }
-    return place;
 }
 
 extern "C" __global__ void __launch_bounds__(kPrepareThreads)
 fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_prepare(const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     int const thread = static_cast<int>(threadIdx.x);
-    uint32_t const taken = smem;  // places of both lists
-    Kinds const m_kinds = kinds_in(smem + 16, p.seqlen_q / kTileM + 1);
+    uint32_t const taken = smem;  // places of the list
+    Kinds const kinds = kinds_in(smem + 16, p.seqlen_q / kListedTile + 1);
     int const num_entries = 2 * p.num_sequences + 1;
     griddepcontrol_launch_dependents();
     if (thread < 2) {
         store_shared_int(taken + 4 * thread, 0);
     }
-    for (int kind = thread; kind < m_kinds.count; kind += kPrepareThreads) {
-        store_shared_int(m_kinds.places + 4 * kind, 0);
+    for (int kind = thread; kind < kinds.count; kind += kPrepareThreads) {
+        store_shared_int(kinds.places + 4 * kind, 0);
     }
     sync_block();
 
@@ -1580,7 +1605,7 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_prepare(const __gr
     for (int first = 32 * warp_id(); first < num_entries; first += kPrepareThreads) {
         int const entry = first + lane_id();
         EntryRows rows = rows_of_entry(p, entry);
-        count_blocks(rows.q, kTileM, p.num_m_blocks, taken, m_kinds);
+        count_blocks(rows.q, p.num_m_blocks, taken, kinds);
         if (entry < num_entries) {
             int* const row = p.sequences + kSequenceNumbers * entry;
             store_global_int4(row, rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin);
@@ -1589,7 +1614,7 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_prepare(const __gr
     sync_block();
 
     if (warp_id() == 0) {
-        int const num_blocks = place_kinds(m_kinds);
+        int const num_blocks = place_kinds(kinds);
         if (lane_id() == 0) {
             store_global_int(p.num_blocks, num_blocks);
         }
@@ -1603,10 +1628,12 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_prepare(const __gr
         if (entry < num_entries) {
             load_global_int4(lengths, row);
         }
-        int const m_place = list_blocks(entry, (lengths[0] + kTileM - 1) / kTileM, m_kinds, p.m_list);
+        int const num_blocks = (lengths[0] + kListedTile - 1) / kListedTile;
+        int const place = place_blocks(num_blocks, kinds);
+        list_blocks(entry, num_blocks, place, p.m_list);
         int const together = heads_together(65536, lengths[1], p.num_heads_per_kv, p.num_heads);
         if (entry < num_entries) {
-            store_global_int4(row + 4, m_place, 0, together, 0);
+            store_global_int4(row + 4, place, 0, together, 0);
         }
     }
 }
@@ -1655,9 +1682,9 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1(
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_prepare
 //     grid (tables, 1, 1), 1024 threads, 4112 bytes of dynamic shared memory
 //   fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1
-//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 199096 bytes of dynamic shared memory
+//     grid (min(num_tiles, num_sms), 1, 1), 512 threads, 199496 bytes of dynamic shared memory
 //     maps of q, k, v, o
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 199096
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 199496
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1 behind another of these: it then starts early
 // Tensor maps: tiled, (head_dim, 2^30, heads, 2^31, 2^31), 16-bit elements, zeros outside, on 64 bytes
 //   steps in bytes: of a row, of a head, 2^34 - that of a row, of a row
@@ -1681,7 +1708,7 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1(
 // Device memory beside the tensors, in 4-byte numbers:
 //   tile_counter: 2; all zeros before the first launch, and left so
 //   sequences: tables * (8 * (3 * batch + 2))
-//   num_blocks: tables * (2)
+//   num_blocks: tables * (1)
 //   m_list: tables * (num_m_blocks)
 
 }  // namespace fa2gen::fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1

@@ -16,8 +16,9 @@ from fa2gen.spec import KernelSpec
 class Fault:
     """`old`, which is in the kernel's text `count` times, becomes `new`.
 
-    schedules  how many it may take to see it.
-    message    words of the KernelFault that it must be seen by; "" where a wrong result will do.
+    schedules   how many it may take to see it.
+    message     words of the KernelFault that it must be seen by; "" where a wrong result will do.
+    time_limit  seconds of a run: few where the fault is seen by a loop that does not end.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Fault:
     schedules: int = 1
     count: int = 1
     message: str = ""
+    time_limit: float = 20.0
 
     def __str__(self) -> str:
         """For a test's id: architecture and head dim tell the kernels of a table apart."""
@@ -49,7 +51,7 @@ def symptom(
     rendered = seeded(fault)
     for sizes in shapes:
         try:
-            verdict, *_ = run(fault.kernel, sizes, rendered=rendered, seed=seed, time_limit=20.0, **options)
+            verdict, *_ = run(fault.kernel, sizes, rendered=rendered, seed=seed, time_limit=fault.time_limit, **options)
         except (KernelFault, AssertionError) as error:
             return str(error)
         if not verdict.ok:

@@ -100,8 +100,10 @@ FAULTS = [
     Fault("no-sink-is-nan", BACKWARD, f"sees_keys ? {TERM} : 0.0f;", f"{TERM};"),
     Fault("sums-of-one-batch", BACKWARD, "+ bidb * p.num_m_blocks + m_block", "+ m_block"),
     Fault("sums-of-three-warps", BACKWARD, "(warps[2] + warps[3])", "warps[2]"),
-    Fault("places-that-no-block-has", PACKED_BACKWARD, "store_global_float(p.sink_sums + i, 0.0f);", ""),
-    Fault("places-of-other-sequences", PACKED_BACKWARD, "s.first_q / kTileM + bidb + m_block", "m_block"),
+    Fault("places-that-no-block-has", PACKED_BACKWARD, "+ threadIdx.x / 32, 0.0f);", "+ threadIdx.x / 32, kInfinity);"),
+    Fault(
+        "places-of-other-sequences", PACKED_BACKWARD, "place = block.index;", "place = bidh * p.num_m_blocks + m_block;"
+    ),
     Fault(
         "no-wait-for-the-sums",
         BACKWARD,

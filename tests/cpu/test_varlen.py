@@ -107,6 +107,12 @@ def test_who_makes_the_table_changes_nothing(own_sequences):
     assert verdict.ok, verdict
 
 
+def test_more_sequences_than_a_warp_asks_for_at_once():
+    """Gradients' blocks of queries look theirs up among the bounds: of 38 in two steps."""
+    verdict, _ = run(SM80_BACKWARD, Shape(36, 70, 20, 1, 1))
+    assert verdict.ok, verdict
+
+
 @pytest.mark.parametrize("bounds", [[0, 40, 0, 40], [40, 30, 7, 0], [-5, 2**31 - 1, -(2**31), 9]], ids=str)
 def test_bounds_that_make_no_sense_stay_within_memory(bounds):
     """The machine would say what is read or written outside, and that a launch never ends."""
@@ -139,7 +145,10 @@ FAULTS = [
     Fault("first-key-forgotten", SM80, "return s.first_k * row_stride;", "return 0;"),
     Fault("lse-of-the-batch", SM90, "p.seqlen_q + s.first_q;", "p.seqlen_q;"),
     Fault("gaps-are-not-listed", SM90, "num_entries = 2 * p.num_sequences + 1;", "num_entries = p.num_sequences;"),
-    Fault("gaps-of-keys-are-not-listed", SM90_BACKWARD, "num_entries = 3 * p.num_sequences + 2;", "num_entries = 9;"),
+    Fault("gaps-of-keys-are-not-listed", SM90_BACKWARD, "entry <= 3 * p.num_sequences + 1", "entry < 0"),
+    Fault("sequence-of-the-next-block", SM80_BACKWARD, "sequence) <= place;", "sequence) < place;"),
+    Fault("gaps-from-their-sequence-on", SM80_BACKWARD, "found - 1) + is_gap}", "found - 1)}"),
+    Fault("statistics-wait-for-nobody", SM90_BACKWARD, "griddepcontrol_wait();  // the main", "// the main"),
     Fault("statistics-of-another-sequence", SM80_BACKWARD, "+ s.first_m_block + m_block;", "+ m_block;"),
     Fault(
         "counter-begins-late",
@@ -163,7 +172,7 @@ OWN_FAULTS = [
     Fault(
         "gaps-have-no-row",
         SM90,
-        "if (entry <= 2 * p.num_sequences) {\n        EntryRows",
+        "if (entry <= last) {\n        EntryRows",
         "if (entry < p.num_sequences) {\n        EntryRows",
     ),
     Fault(
@@ -172,12 +181,13 @@ OWN_FAULTS = [
         "measure_own_entry(p, thread);\n        sync_block();",
         "measure_own_entry(p, thread);",
         schedules=8,
+        time_limit=2.0,
     ),
     Fault(
         "all-but-the-last",
         SM90,
-        "for (int other = 0; other <= last; ++other)",
-        "for (int other = 0; other < last; ++other)",
+        "for (int first = 0; first <= last; first += 4)",
+        "for (int first = 0; first < last - 4; first += 4)",
     ),
 ]
 

@@ -178,9 +178,9 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     scratch = {"tile_counter": counters, "lse_log2": rows, "dpsum": rows, "tile_bounds": 2 * bounds}
     scratch |= {
         "sequences": 8 * (3 * shape.batch + 2) * tables,
-        "num_blocks": 2 * tables,
+        "num_blocks": tables,
         "m_list": m * tables,
-        "n_list": n,
+        "n_list": 8 * n,
     }
     if plan.problem.direction == "bwd":
         scratch["dq_acc"] = of_queries * plan.dq_block_floats
