@@ -101,6 +101,7 @@ FIRST_ROWS_OF_RAGGED = 4096  # causal
 # blocks of keys, 512 to 16k 1.04, 1.04, 1.02, 1.013, 1.008, 1.014; d = 112, 8k 1.012, but 96 0.993; 256 blocks of 8k
 # and 1k 0.89, 0.98; 32:8 heads, 8k 0.993 (H200).
 LEAST_HEAD_DIM_OF_LEVEL = 112
+LEAST_HEAD_DIM_OF_WIDE_LEVEL = 256  # where P passes: others were not timed
 FIRST_KEY_BLOCKS = 2048
 
 
@@ -286,7 +287,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def is_level(self) -> bool:
         if self.varlen or super().walks_sections:
             return False
-        return self.passes_p or (self.lags_dq and self.head_dim >= LEAST_HEAD_DIM_OF_LEVEL)
+        if self.passes_p:
+            return self.head_dim >= LEAST_HEAD_DIM_OF_WIDE_LEVEL
+        return self.lags_dq and self.head_dim >= LEAST_HEAD_DIM_OF_LEVEL
 
     @property
     def walks_sections(self) -> bool:
