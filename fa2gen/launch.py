@@ -22,6 +22,7 @@ from fa2gen.plan import KernelPlan, fits, make_plan, recipe
 from fa2gen.spec import KernelSpec
 
 __all__ = [
+    "DECODING_ROWS",
     "MAX_GRID_YZ",
     "MAX_SEQLEN",
     "MAX_STRIDE_BYTES",
@@ -307,13 +308,25 @@ def with_packed_heads(plan: KernelPlan, shape: AnyShape, num_sms: int) -> Kernel
 
 
 def suits_decoding(
-    arch: ArchName, batch: int, queries: int, heads: int, heads_kv: int, num_sms: int, *, may_pack: bool = True
+    arch: ArchName,
+    batch: int,
+    queries: int,
+    heads: int,
+    heads_kv: int,
+    num_sms: int,
+    *,
+    few_rows: int = DECODING_ROWS,
+    may_pack: bool = True,
 ) -> bool:
     """Whether a call over a cache is for kernels of decoding, which split keys over the device and multiply few rows at
-    once, or for those of prefill; `may_pack`: whether those may have the heads of a group as rows."""
+    once, or for those of prefill.
+
+    few_rows  that are always for decoding.
+    may_pack  whether kernels of prefill may have the heads of a group as rows.
+    """
     group = heads // heads_kv
     rows, items = queries * group, batch * heads_kv
-    if rows <= DECODING_ROWS:
+    if rows <= few_rows:
         return True
     tiles = batch * heads * ceil_div(queries, PREFILL_ROWS)
     if may_pack and arch == "sm90" and group in PACKED_GROUPS:

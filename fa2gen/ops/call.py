@@ -722,13 +722,11 @@ def choose(
     return selection.plan, selection.target
 
 
-def calls_for_decoding(
-    device: int, batch: int, queries: int, heads: int, heads_kv: int, *, may_pack: bool = True
-) -> bool:
+def calls_for_decoding(device: int, batch: int, queries: int, heads: int, heads_kv: int, **more: Any) -> bool:
     """`fa2gen.launch.suits_decoding` of a call on a device."""
     on = device_at(device)
     arch = kernel_arch(on, _family(None, None))[0]
-    return suits_decoding(arch, batch, queries, heads, heads_kv, on.num_sms, may_pack=may_pack)
+    return suits_decoding(arch, batch, queries, heads, heads_kv, on.num_sms, **more)
 
 
 def kernel_for_rows(problem: Problem, device: int, seqlen_k: int, rows: int) -> Kernel:

@@ -59,7 +59,7 @@ SECTION_HEADS_OF_DOCUMENTS = 16
 SECTION_HEADS_OF_GRADIENTS = 16
 
 # Full masks, of heads of queries, however much they read: then few blocks that run at a time add to dQ of one head.
-# d = 256 16k 1.03 times head by head, 8k 1.005 and 1.012, 4k 1.00; 2 and 4 heads at 16k 1.015, 1.02 (H200).
+# d = 128, 16k: 1.014 times head by head, of 4 and 16 heads 1.00 and 1.013 (H200).
 SECTION_HEADS_OF_LEVEL = 8
 
 # Of grouped gradients a single head of K and V, with all that its group reads, may fill those 32 MiB: then sections are

@@ -99,9 +99,9 @@ FIRST_ROWS_OF_RAGGED = 4096  # causal
 # Full masks from head dim 112 on: blocks of keys of 8 heads start together, and the first share is stored whatever the
 # length, unless few blocks follow those of the first wave, which come all at once, or heads share keys: d = 128, 2048
 # blocks of keys, 512 to 16k 1.04, 1.04, 1.02, 1.013, 1.008, 1.014; d = 112, 8k 1.012, but 96 0.993; 256 blocks of 8k
-# and 1k 0.89, 0.98; 32:8 heads, 8k 0.993 (H200).
+# and 1k 0.89, 0.98; 32:8 heads, 8k 0.993. Sections alone at d = 256 0.98 (32:8 heads) to 1.03 (16k), mostly 1.00
+# (H200).
 LEAST_HEAD_DIM_OF_LEVEL = 112
-LEAST_HEAD_DIM_OF_WIDE_LEVEL = 256  # where P passes: others were not timed
 FIRST_KEY_BLOCKS = 2048
 
 
@@ -285,11 +285,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def is_level(self) -> bool:
-        if self.varlen or super().walks_sections:
-            return False
-        if self.passes_p:
-            return self.head_dim >= LEAST_HEAD_DIM_OF_WIDE_LEVEL
-        return self.lags_dq and self.head_dim >= LEAST_HEAD_DIM_OF_LEVEL
+        may_be = not self.varlen and not super().walks_sections
+        return may_be and self.lags_dq and self.head_dim >= LEAST_HEAD_DIM_OF_LEVEL
 
     @property
     def walks_sections(self) -> bool:
@@ -705,7 +702,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             return ""
         if self.left_edge:
             return "1"
-        if self.is_level and self.lags_dq:
+        if self.is_level:
             many = f"num_key_blocks / {FIRST_KEY_BLOCKS} * (1 / num_heads_per_kv)"  # 0 with groups
             return f"min({FIRST_ROWS} / max(seqlen_q, 1) + {many}, 1)"
         rows, walked = FIRST_ROWS, "seqlen_q"

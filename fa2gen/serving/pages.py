@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.launch import DECODING_ROWS
 from fa2gen.ops.arguments import Modified, whole
 from fa2gen.ops.call import calls_for_decoding
 from fa2gen.ops.flash_kvcache import run_cached
@@ -94,8 +95,11 @@ def _is_short(given: Paged, most: int, num_splits: int) -> bool:
     batch = given.cu_seqlens_q.shape[0] - 1
     is_short = rows <= SHORT_ROWS
     if not num_splits and q.is_cuda and k.dtype not in CACHE_DTYPES and k.shape[2]:
+        # Several queries of each are laid out anew for kernels of decoding, by a dozen kernels of torch; prefill's take
+        # them as they are.
         sizes = (q.get_device(), batch, most, q.shape[1], k.shape[2])
-        is_short = calls_for_decoding(*sizes, may_pack=given.s_aux is None)
+        few_rows = 0 if most > 1 else DECODING_ROWS
+        is_short = calls_for_decoding(*sizes, few_rows=few_rows, may_pack=given.s_aux is None)
     return bool(is_short and q.shape[0] == most * batch)
 
 

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 80 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230224 bytes of dynamic shared memory
-//   contents   32 Problem and tiling,   53 Shared memory,  120 Threads,  164 Arithmetic,  192 Shared memory,
-//             207 Global memory,  241 mbarriers,  281 TMA,  318 Bulk copies,  327 Fences,  334 Fragments,
-//             355 Registers,  364 Registers of a warpgroup,  376 wgmma,  545 What is visible,
-//             593 Softmax and its gradient,  702 Pipelines,  747 Loads,  796 Matrix products,  839 Staging,
-//             903 Producer,  937 Consumers, 1145 Kernels, 1291 Launch
+//   contents   32 Problem and tiling,   53 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
+//             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
+//             353 Registers,  362 Registers of a warpgroup,  374 wgmma,  543 What is visible,
+//             591 Softmax and its gradient,  696 Pipelines,  741 Loads,  790 Matrix products,  833 Staging,
+//             897 Producer,  931 Consumers, 1139 Kernels, 1285 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -111,8 +111,6 @@ struct Params {
     int num_heads_per_kv;
     int num_m_blocks;
     int num_n_blocks;
-    int num_batch_heads_kv;
-    int heads_per_section;
     float softmax_scale;
     float softmax_scale_log2;
 };
@@ -647,7 +645,7 @@ __device__ __forceinline__ void score_gradients(
     }
 }
 
-// Order of blocks: round all heads of a section, so that few blocks that run at a time add to one head's dQ.
+// Order of blocks: head by head, so that neighbours share Q, dO and dQ in L2.
 struct KeyBlock {
     int n_block;
     int head_kv;
@@ -655,12 +653,8 @@ struct KeyBlock {
 };
 
 __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
-    int const section_blocks = p.heads_per_section * p.num_n_blocks;
-    int const first_batch_head = index / section_blocks * p.heads_per_section;
-    int const width = min(p.heads_per_section, p.num_batch_heads_kv - first_batch_head);
-    int const within = index % section_blocks;
-    int const batch_head = first_batch_head + within % width;
-    return {within / width, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv};
+    int const batch_head = index / p.num_n_blocks;
+    return {index % p.num_n_blocks, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv};
 }
 
 // The steps of a block of keys: all query heads that share it, one after the other, and of each the blocks of queries that see
@@ -1311,8 +1305,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80
 //   num_heads_per_kv = num_heads / num_heads_kv
 //   num_m_blocks = (seqlen_q + 63) / 64
 //   num_n_blocks = (seqlen_k + 79) / 80
-//   num_batch_heads_kv = batch * num_heads_kv
-//   heads_per_section = min(max(1, 8 / num_heads_per_kv), batch * num_heads_kv)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 64

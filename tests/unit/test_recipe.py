@@ -112,7 +112,7 @@ def stores_first(plan: KernelPlan, shape: AnyShape) -> int:
     """Whether whoever comes first to a block of queries stores its dQ."""
     if plan.left_edge:
         return 1
-    if plan.is_level and plan.lags_dq and shape.num_heads == shape.num_heads_kv:
+    if plan.is_level and shape.num_heads == shape.num_heads_kv:
         of_keys = blocks(plan, shape)[1] * shape.batch * shape.num_heads_kv
         return int(shape.seqlen_q <= FIRST_ROWS or of_keys >= FIRST_KEY_BLOCKS)
     if plan.mask == "full" or plan.varlen:
