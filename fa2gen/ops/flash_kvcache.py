@@ -12,8 +12,8 @@ from fa2gen.errors import InvalidInput
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
 from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, sinks, whole, window_sides
 from fa2gen.ops.autograd import is_plain, wants_gradient
+from fa2gen.ops.forward_only import refuse_gradients
 from fa2gen.ops.kvcache import cached_cuda, read_out
-from fa2gen.ops.kvcache_operator import refuse_gradients
 from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
 from fa2gen.options import Expression, Options

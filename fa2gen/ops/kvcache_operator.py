@@ -7,20 +7,19 @@ over all rows of the caches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fa2gen.errors import UnsupportedProblem
-from fa2gen.ops.autograd import wants_gradient
+from fa2gen.ops.forward_only import forward_only
 from fa2gen.ops.kvcache import cached_cuda
 from fa2gen.ops.kvcache_reference import cached_reference
 from fa2gen.ops.validate import validate_options
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
 from fa2gen.options import Options, expression_said
 
-__all__ = ["CACHE_SCHEMAS", "cache_kernels", "refuse_gradients"]
+__all__ = ["CACHE_SCHEMAS", "cache_kernels"]
 
 _PLACES = ("cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table")
 _ANGLES = ("rotary_cos", "rotary_sin")
@@ -46,15 +45,6 @@ def _schema(name: str) -> str:
 
 
 CACHE_SCHEMAS = {name: _schema(name) for name in _TENSORS}
-
-
-def refuse_gradients(*tensors: Any) -> None:
-    """Raise UnsupportedProblem where a gradient would be asked for; what is no tensor is not looked at."""
-    if torch.is_grad_enabled() and wants_gradient(*(x for x in tensors if isinstance(x, Tensor))):
-        raise UnsupportedProblem(
-            "attention over a cache has no gradient, and an input requires one: call it under torch.no_grad(), or "
-            "flash_attn_func of the keys for training"
-        )
 
 
 def _called(implementation: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -89,26 +79,6 @@ def _fake(given: Cached, options: Options, _: bool, num_splits: int) -> tuple[Te
     return given.q.new_empty(given.q.shape), lse
 
 
-def _autograd(name: str) -> Callable[..., Any]:
-    """Nothing but a refusal, then what is below autograd."""
-    operator = getattr(torch.ops.fa2gen, name).default
-
-    def kernel(keyset: Any, *arguments: Any, **named: Any) -> Any:
-        lists = (x for x in (*arguments, *named.values()) if isinstance(x, list | tuple))
-        refuse_gradients(*arguments, *named.values(), *(x for of in lists for x in of))
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **named)
-
-    return kernel
-
-
-def _refuse_vmap(*_: Any) -> NoReturn:
-    raise UnsupportedProblem(
-        "torch.func.vmap over a cache is not built: what is mapped over is a longer batch, q.flatten(0, 1), with "
-        "cache_batch_idx or block_table saying where each sequence's keys are"
-    )
-
-
 def _flops(name: str) -> Callable[..., int]:
     def flops(*arguments: Any, **_: Any) -> int:
         given = Cached(**dict(zip(_TENSORS[name], arguments, strict=False)))
@@ -120,11 +90,14 @@ def _flops(name: str) -> Callable[..., int]:
 
 def cache_kernels(name: str) -> Mapping[str, Callable[..., Any]]:
     """Dispatch key, or kind of rule -> what an operator has for it."""
-    return {
+    kernels = {
         "CPU": _called(cached_reference, name),
         "CUDA": _called(cached_cuda, name),
         "fake": _called(_fake, name),
-        "Autograd": _autograd(name),
-        "vmap": _refuse_vmap,
         "flops": _flops(name),
     }
+    instead = (
+        "a cache is not built: what is mapped over is a longer batch, q.flatten(0, 1), with cache_batch_idx or "
+        "block_table saying where each sequence's keys are"
+    )
+    return forward_only(name, kernels, instead)

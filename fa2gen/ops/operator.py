@@ -118,7 +118,7 @@ def attention(
                 f"precise gradients beside {' and '.join(beside)} are not built; there are those of causal masks, "
                 "windows, grouped heads and ragged batches: leave out one or the other"
             )
-        return _run_precisely(q, k, v, said, lengths)
+        return run_any(q, k, v, said, (None, ()), lengths=lengths, precise=True)
     if arch is None and tiling is None:
         return run_any(q, k, v, said, (expression, tensors), s_aux, dropout_p, lengths=lengths)
     refuse_non_tensors(q=q, k=k, v=v)
@@ -141,16 +141,9 @@ def attention(
     return forward_cuda(*autocasted(q, k, v), options, arch, tiling)
 
 
-def _run_precisely(q: Tensor, k: Tensor, v: Tensor, said: tuple[Any, ...], lengths: Lengths) -> tuple[Tensor, Tensor]:
-    """`run_any` within `PreciseAttention`, where a gradient may be asked for."""
-    refuse_non_tensors(q=q, k=k, v=v)
-    ragged = any(x is not None for x in lengths)
-    if not ragged and (q.is_nested or k.is_nested or v.is_nested):
-        packed, lengths = packed_jagged(q, k, v)
-        out, lse = _run_precisely(*packed, said, lengths)
-        return jagged_like(q, out), lse
-    refuse_tensor_kinds("qkv", (q, k, v))
-    options = options_of(q, *said)._replace(varlen=ragged)
+def _run_precisely(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: Options) -> tuple[Tensor, Tensor]:
+    """`run`, or `run_ragged`, within `PreciseAttention`, where a gradient may be asked for."""
+    ragged = options.varlen
     q, k, v = autocasted(q, k, v)
     if not (torch.is_grad_enabled() and wants_gradient(q, k, v)):
         return run_ragged(q, k, v, lengths, options) if ragged else run(q, k, v, options)
@@ -168,22 +161,25 @@ def run_any(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
     lengths: Lengths = NO_LENGTHS,
+    precise: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of dense or nested tensors, or with lengths of packed ones; `said` are the arguments of `options_of`,
-    of which none is checked yet."""
+    of which none is checked yet. Precise ones have neither an expression nor s_aux nor dropout."""
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
         refuse_non_tensors(q=q, k=k, v=v)
     expression, tensors = given
-    if any(x is not None for x in lengths):
-        refuse_tensor_kinds("qkv", (q, k, v))
-        options = options_of(q, *said)._replace(varlen=True, expression=expression)
-        return run_ragged(q, k, v, lengths, options, None, s_aux, tensors, dropout_p)
-    if q.is_nested or k.is_nested or v.is_nested:
+    ragged = any(x is not None for x in lengths)
+    if not ragged and (q.is_nested or k.is_nested or v.is_nested):
         packed, lengths = packed_jagged(q, k, v)
-        options = options_of(packed[0], *said)._replace(varlen=True, expression=expression)
-        out, lse = run_ragged(*packed, lengths, options, s_aux=s_aux, tensors=tensors, dropout_p=dropout_p)
+        out, lse = run_any(*packed, said, given, s_aux, dropout_p, None, lengths, precise)
         return jagged_like(q, out), lse
-    options = options_of(q, *said)._replace(expression=expression)
+    if ragged or precise:
+        refuse_tensor_kinds("qkv", (q, k, v))
+    options = options_of(q, *said)._replace(varlen=ragged, expression=expression)
+    if precise:
+        return _run_precisely(q, k, v, lengths, options)
+    if ragged:
+        return run_ragged(q, k, v, lengths, options, None, s_aux, tensors, dropout_p)
     if s_aux is not None or tensors or dropout_p:
         return run_general(q, k, v, NO_LENGTHS, options, None, s_aux, dropout_p, rng_state, tensors)
     return run(q, k, v, options)

@@ -7,15 +7,14 @@ over all rows that the pages of a sequence hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fa2gen.errors import UnsupportedProblem
 from fa2gen.ops.arguments import named
 from fa2gen.ops.autograd import is_plain
-from fa2gen.ops.kvcache_operator import refuse_gradients
+from fa2gen.ops.forward_only import forward_only, refuse_gradients
 from fa2gen.ops.paged import checked_paged, paged_cuda, paged_reference
 from fa2gen.ops.validate import out_shape
 from fa2gen.ops.validate_cache import Paged
@@ -84,22 +83,6 @@ def _fake(given: Paged, tensors: Sequence[Tensor], options: Options) -> tuple[Te
     return q.new_empty(out_shape(q, given.v)), q.new_empty((q.shape[-2], rows), dtype=torch.float32)
 
 
-def _autograd(keyset: Any, *arguments: Any, **others: Any) -> Any:
-    """Nothing but a refusal, then what is below autograd."""
-    count = len(Paged._fields)
-    refuse_gradients(*arguments[:count], *arguments[count])
-    operator = getattr(torch.ops.fa2gen, _NAME).default
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **others)
-
-
-def _refuse_vmap(*_: Any) -> NoReturn:
-    raise UnsupportedProblem(
-        "torch.func.vmap over pages is not built; what is mapped over is a longer ragged batch: put the queries one "
-        "behind the other, join their cu_seqlens_q, each with the totals before it added, and stack the tables"
-    )
-
-
 def _flops(*arguments: Any, **_: Any) -> int:
     given = Paged(*arguments[: len(Paged._fields)])
     q = given.q
@@ -109,11 +92,14 @@ def _flops(*arguments: Any, **_: Any) -> int:
 
 def paged_kernels() -> Mapping[str, Callable[..., Any]]:
     """Dispatch key, or kind of rule -> what the operator has for it."""
-    return {
+    kernels = {
         "CPU": _called(paged_reference),
         "CUDA": _called(paged_cuda),
         "fake": _called(_fake),
-        "Autograd": _autograd,
-        "vmap": _refuse_vmap,
         "flops": _flops,
     }
+    instead = (
+        "pages is not built; what is mapped over is a longer ragged batch: put the queries one behind the other, join "
+        "their cu_seqlens_q, each with the totals before it added, and stack the tables"
+    )
+    return forward_only(_NAME, kernels, instead)

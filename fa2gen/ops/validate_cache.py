@@ -243,16 +243,17 @@ def validate_paged(given: Paged) -> int:
     _validate_rows(q, {"k": k, "v": v})
     if q.stride(-1) != 1 and q.numel() > 0:
         raise InvalidInput(f"q has strides {tuple(q.stride())}; the last must be 1: pass q.contiguous()")
-    validate_table(table, q)
-    if table.shape[0] < batch:
-        raise InvalidInput(f"block_table has {table.shape[0]} rows, and there are {batch} sequences: one for each")
+    validate_table(table, q, batch)
     if given.s_aux is not None:
         validate_sinks(given.s_aux, q)
     return batch
 
 
-def validate_table(table: Tensor, q: Tensor) -> None:
-    """Raise InvalidInput unless a table of pages can be of a call with these queries."""
+def validate_table(table: Tensor, q: Tensor, sequences: int = 0) -> None:
+    """Raise InvalidInput unless a table of pages can be of a call with these queries.
+
+    sequences  that have the first rows, one each.
+    """
     if table.dtype != torch.int32:
         raise InvalidInput(f"block_table is {table.dtype}; kernels take torch.int32: block_table.to(torch.int32)")
     if table.device != q.device:
@@ -261,6 +262,8 @@ def validate_table(table: Tensor, q: Tensor) -> None:
         raise InvalidInput(f"block_table has shape {tuple(table.shape)}; it must be (batch, pages of a sequence)")
     if table.stride(1) != 1 and table.shape[1] > 1:
         raise InvalidInput(f"block_table has strides {tuple(table.stride())}; the last must be 1: .contiguous()")
+    if table.shape[0] < sequences:
+        raise InvalidInput(f"block_table has {table.shape[0]} rows, and there are {sequences} sequences: one for each")
 
 
 def _validate_place(given: Cached) -> None:

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.errors import InvalidInput
 from fa2gen.ops.autograd import is_plain
 from fa2gen.ops.call import Call, contiguous, dense, kernel_for_rows, launch_with_scratch, prepared
+from fa2gen.ops.forward_only import forward_only, refuse_gradients
 from fa2gen.ops.kvcache_reference import keys_of
 from fa2gen.ops.validate import DTYPES
 from fa2gen.ops.validate_cache import Cached, cache_dtype_of, capacity_of, validate_cached
@@ -63,6 +64,7 @@ def widen(given: Narrow, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     shows. By the operator where others look at the call.
     """
     if is_plain(given.k, given.v, given.seqlens) and all(x is None or type(x) is Tensor for x in given[3:]):
+        refuse_gradients(*given)
         return _widen_cuda(given, rows, dtype)
     try:
         k, v = getattr(torch.ops.fa2gen, _NAME).default(*given, rows, dtype)
@@ -171,24 +173,12 @@ def _fake(given: Narrow, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return _results(given, rows, dtype)
 
 
-def _autograd(keyset: Any, *arguments: Any) -> Any:
-    """Numbers of 8 bits have no gradient, nor have their scales."""
-    operator = getattr(torch.ops.fa2gen, _NAME).default
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-
-def _refuse_vmap(*_: Any) -> NoReturn:
-    raise UnsupportedProblem("torch.func.vmap over pages is not built; what is mapped over is a longer batch")
-
-
 def widen_kernels() -> Mapping[str, Callable[..., Any]]:
     """Dispatch key, or kind of rule -> what the operator has for it."""
-    return {
+    kernels = {
         "CPU": _called(_widen_reference),
         "CUDA": _called(_widen_cuda),
         "fake": _called(_fake),
-        "Autograd": _autograd,
-        "vmap": _refuse_vmap,
         "flops": lambda *_, **__: 0,
     }
+    return forward_only(_NAME, kernels, "pages is not built; what is mapped over is a longer batch")

@@ -113,10 +113,7 @@ def _validate_eight_bits(given: Paged, scales: tuple[Tensor | None, Tensor | Non
         )
     batch = validate_lengths(q, given.lengths, {"q": (q, given.cu_seqlens_q)})
     validate_heads(q.shape[1], k.shape[2])
-    validate_table(given.block_table, q)
-    if given.block_table.shape[0] < batch:
-        rows = given.block_table.shape[0]
-        raise InvalidInput(f"block_table has {rows} rows, and there are {batch} sequences: one for each")
+    validate_table(given.block_table, q, batch)
     for name, x in zip(("k_descale", "v_descale"), scales, strict=True):
         if x is not None and (tuple(x.shape) != (batch, k.shape[2]) or x.device != q.device):
             raise InvalidInput(f"{name} is {describe(x)}; it must be {(batch, k.shape[2])} on {q.device}")

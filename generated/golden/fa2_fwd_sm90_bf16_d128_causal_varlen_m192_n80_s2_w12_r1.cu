@@ -1517,7 +1517,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_fwd_sm90_bf16_d
     if (warp < 4) {
         setmaxnreg_dec_32();
         if (warp == 0) {
-            griddepcontrol_wait();  // for the table and the lists
+            griddepcontrol_wait();  // for the table and the list
             produce(map_q, {map_k, map_k}, {map_v, map_v}, p, smem, barriers);
         }
     } else {

@@ -1528,7 +1528,7 @@ fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1(
     if (warp < 4) {
         setmaxnreg_dec_32();
         if (warp < kNumLoadWarps) {
-            griddepcontrol_wait();  // for the table and the lists
+            griddepcontrol_wait();  // for the table and the list
             produce(map_q, p, smem, barriers, warp);
         }
     } else {
