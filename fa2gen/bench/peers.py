@@ -71,7 +71,6 @@ Forward = Callable[[Point, Any, Any, Any], Call]
 """As Prepare, of the forward pass alone, and its call returns out itself."""
 
 
-_OF_A_USERS_CALL = "host time is that of what a user calls, which runs the device's own family here"
 MATH_MATRICES = {"fwd": 2, "bwd": 4}
 
 
@@ -83,9 +82,10 @@ class Missing(Exception):
 class Contestant:
     """One implementation.
 
-    context  is entered around calls: which backend torch may pick.
-    specs    of ours: the kernels that it is made of, one for each problem, where it is not the selector's choice.
-    agrees   whether its results are the others'.
+    context     is entered around calls: which backend torch may pick.
+    specs       of ours: the kernels that it is made of, one for each problem, where it is not the selector's choice.
+    agrees      whether its results are the others'.
+    stands_for  whether a point is one that it is there for: at others it is not missed.
     """
 
     name: str
@@ -93,6 +93,7 @@ class Contestant:
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     specs: tuple[KernelSpec, ...] = ()
     agrees: bool = True
+    stands_for: Callable[[Point], bool] = lambda _: True
 
 
 def is_ours(name: str) -> bool:
@@ -252,7 +253,7 @@ def _fa2gen(arch: ArchName, deterministic: bool, direction: Direction, _: Path |
         if point.direction == "fwd" and arch == native and not point.expression:
             return _by_autograd(_called)(point, q, k, v, dout)
         if point.preset == "host":
-            raise Missing(_OF_A_USERS_CALL)
+            raise Missing("host time is that of what a user calls, which runs the device's own family here")
         point = replace(point, deterministic=deterministic)
         return _launched(point, _selected(point, arch), q, k, v, dout)
 
@@ -395,9 +396,9 @@ def _like_o(q: Any, v: Any) -> Any:
 def _dense(*_: Any) -> Contestant:
     """In place of a ragged launch of ours dense ones, into parts of the same results; over pages a cache without."""
     torch = import_module("torch")
-    arch = _native()
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
+        arch = _native()
         if point.page_size:
             plain = replace(point, page_size=0)
             if point.cache_dtype != SAME:
@@ -405,10 +406,6 @@ def _dense(*_: Any) -> Contestant:
                 k, v = (x.to(q.dtype) * said["k_descale"].to(q.dtype)[:, None, :, None] for x in (k, v))
                 plain = replace(plain, cache_dtype=SAME)
             return _fa2gen(arch, False, point.direction, None).prepare(plain, q, k, v, dout)
-        if not point.lengths:
-            raise Missing("it stands for ragged batches and pages alone")
-        if point.preset == "host":
-            raise Missing(_OF_A_USERS_CALL)
         _refuse_expression(point, "a call for each sequence")
         results = (_like_o(q, v),) if point.direction == "fwd" else tuple(torch.empty_like(x) for x in (q, k, v))
         calls = [
@@ -417,33 +414,31 @@ def _dense(*_: Any) -> Contestant:
         ]
         return lambda: ([call() for call in calls], results)[1]
 
-    return Contestant(DENSE, prepare)
+    return Contestant(
+        DENSE, prepare, stands_for=lambda point: bool(point.lengths or point.page_size) and point.preset != "host"
+    )
 
 
 def _plain(*_: Any) -> Contestant:
     """Causal where a mask is an expression's: images are a causal text."""
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
-        if not point.workload:
-            raise Missing("it is measured beside expressions, in preset flex")
         plain = replace(point, workload="", causal=True)
         return _launched(plain, _selected(plain, _native()), q, k, v, dout)
 
-    return Contestant(PLAIN, prepare, agrees=False)
+    return Contestant(PLAIN, prepare, agrees=False, stands_for=lambda point: bool(point.workload))
 
 
 def _of_documents(*_: Any) -> Contestant:
     """What a user of ragged batches calls, the same documents packed as sequences."""
 
     def prepare(point: Point, q: Any, k: Any, v: Any, dout: Any) -> Call:
-        if point.workload != "documents":
-            raise Missing("it stands for documents alone, in preset flex")
         lengths = tuple(length for entry in range(point.batch) for length in documents_of(entry, point.seqlen))
         packed = replace(point, workload="", batch=len(lengths), seqlen=max(lengths), lengths=lengths)
         call = _launched(packed, _selected(packed, _native()), *(x.flatten(0, 1) for x in (q, k, v, dout)))
         return lambda: tuple(x.unflatten(0, (point.batch, point.seqlen)) for x in call())
 
-    return Contestant(VARLEN, prepare)
+    return Contestant(VARLEN, prepare, stands_for=lambda point: point.workload == "documents")
 
 
 def _window(point: Point) -> tuple[int, int] | None:

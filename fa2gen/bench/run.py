@@ -61,6 +61,9 @@ class Bench:
             "matmul_8192_bf16_tflops": [self._matmul()],
             "clocks_under_load": [provenance.clocks()],
         }
+        for one in self.contestants:
+            if not any(map(one.stands_for, points)):
+                self.missing[one.name] = "it stands for none of these points"
         for point in points:
             row = self._measure(point, seconds)
             self._rows.append(row)
@@ -120,6 +123,8 @@ class Bench:
         calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {}
         truth = None
         for one in sorted(self.contestants, key=lambda one: is_ours(one.name)):  # it is ours that has to prove itself
+            if not one.stands_for(point):
+                continue
             try:
                 peers.refuse_caches(one.name, bool(point.tokens or point.page_size))
                 with one.context():

@@ -144,7 +144,7 @@ def bench(
     mine = [] if specs else [f"fa2gen-{arch}" for arch in asked.arches] or list(peers.OURS)
     if asked.fields.get("deterministic") and not asked.sources:
         mine += [name + peers.DETERMINISTIC for name in mine]
-    if any(point.lengths or point.page_size for point in points):
+    if any(point.lengths or point.page_size for point in points) and preset != "host":  # whose calls are users'
         mine.append(peers.DENSE)
     if of_flex := any(point.workload for point in points):
         mine += [peers.PLAIN, peers.VARLEN]

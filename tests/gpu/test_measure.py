@@ -40,14 +40,17 @@ def test_bench(direction):
     [("decode", "decode", "same"), ("prefill", "fwd", "same"), ("prefill", "fwd", "e4m3")],
 )
 def test_bench_over_pages(preset, direction, cache_dtype):
-    """Keys in pages beside the same keys in order: both give the same numbers, and standard attention is not asked."""
+    """Keys in pages beside the same keys in order: both give the same numbers, and standard attention is not asked. At
+    points without pages nobody misses what stands for them."""
     found, missing = peers.find(["fa2gen-sm90", peers.DENSE, "math"])
     points = preset_points(preset, direction=direction)
     paged = next(point for point in points if point.page_size and point.cache_dtype == cache_dtype)
+    points = [paged, *[point for point in points if not point.page_size][:1]]
     run = Bench(found, missing, "fa2gen bench")
-    for row in run.rows([paged], seconds=0.05):
-        assert row["tflops"].keys() == {"fa2gen-sm90", peers.DENSE} and min(row["tflops"].values()) > 0
-    assert run.result()["provenance"]["missing"].keys() == {f"math at {paged}"}
+    for point, row in zip(points, run.rows(points, seconds=0.05), strict=True):
+        assert row["tflops"].keys() == {"fa2gen-sm90", *[peers.DENSE] * (point is paged)}
+        assert min(row["tflops"].values()) > 0
+    assert run.result()["provenance"]["missing"].keys() == {f"math at {point}" for point in points}
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,16 @@ def test_missing_peers_are_named_with_the_reason(tmp_path):
     assert missing["fa3"].startswith("fa3.so does not load") and "flash_attn.cute" in missing["fa4"]
 
 
+def test_what_stands_for_some_points_says_for_which():
+    """It is missed at no other: of 33 points over caches 27 had a note that `fa2gen-dense` stands for pages."""
+    pytest.importorskip("torch")
+    found, _ = peers.find([peers.DENSE, peers.PLAIN, peers.VARLEN])
+    taken = {one.name: {p.preset for n in PRESETS for p in preset_points(n) if one.stands_for(p)} for one in found}
+    assert taken == {peers.DENSE: {"varlen", "decode", "prefill"}, peers.PLAIN: {"flex"}, peers.VARLEN: {"flex"}}
+    dense, *_ = found
+    assert all(dense.stands_for(point) == bool(point.page_size) for point in preset_points("decode"))
+
+
 @pytest.fixture
 def libraries(monkeypatch):
     """FlashAttention-3 and -4 stand in, with the calls that theirs take, on the CPU."""
