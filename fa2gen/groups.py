@@ -7,12 +7,14 @@ K and V there are then too few blocks for a device, or the longest ones end alon
 A block takes one head after the other, or all at a block of queries before it goes on to the next (`heads_abreast`).
 Where neighbours have all kinds of lengths, they are then at the same blocks of queries at the same time.
 
-And a block of threads takes one block of keys, or where there are many, one after the other (`keys_in_turn`).
+A block of threads takes one block of keys, or where there are many, one after the other (`keys_in_turn`). And several
+take each of those in the last wave, for parts of the queries (`tail_parts`), where they are too few to fill it.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from fa2gen.launch import heads_per_section
 from fa2gen.layout import ceil_div
@@ -21,9 +23,11 @@ from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.spec import KernelSpec
 
-__all__ = ["abreast_of", "parts_of", "turns_of", "walk_of", "with_groups"]
+__all__ = ["WHOLE", "Walk", "abreast_of", "parts_of", "tail_of", "turns_of", "walk_of", "with_groups"]
 
 MOST_PARTS = 32  # a Tiling's
+TAIL_PARTS = (1, 2, 3, 4, 8)  # each is a kernel of its own; 5 to 7 gain up to 2% more
+LEAST_GAIN = 0.02  # of all waves' time
 # Where there are blocks enough, more parts move more heads' Q, dO and dQ through L2 at a time (32:1 heads of 64, 8k: 8
 # parts 1.02 of FlashAttention-3, 16 0.98).
 PARTS_IN_L2 = 8
@@ -33,6 +37,7 @@ FEW_WAVES = 2.0
 # read again, of which 800 rows are as long whatever the head dim (H100, 64 rows a step).
 ROWS_OF_BLOCK = 96
 ROWS_OF_PART = 800
+ROWS_OF_TAIL_PART = 750
 
 # Packed documents of a mean length of 512 to 1057 keys, 64:8 heads of 128: totals of 4k to 32k 1.31, 1.35, 1.21, 1.12
 # times one head after the other. Dense batches, whose blocks set out and end together, 0.89 to 1.01 (H100).
@@ -47,18 +52,60 @@ MOST_ROWS_IN_TURN = {32: 4096, 48: 16384, 64: 16384, 72: 16384, 80: 16384, 88: 4
 LEAST_WAVES_OF_TURNS = 4
 
 
-def with_groups(plan: KernelPlan, parts: int, abreast: bool = False, in_turn: bool = False) -> KernelPlan:
-    """The plan of the same kernel with groups in so many parts, and their heads abreast, or blocks of keys in turn, if
-    they are not so anyway."""
+class Walk(NamedTuple):
+    """What `with_groups` takes."""
+
+    parts: int = 1
+    abreast: bool = False
+    in_turn: bool = False
+    tail: int = 1
+
+
+WHOLE = Walk()
+
+
+def with_groups(
+    plan: KernelPlan, parts: int = 1, abreast: bool = False, in_turn: bool = False, tail: int = 1
+) -> KernelPlan:
+    """The plan of the same kernel with groups, or the last blocks of keys, in so many parts, and heads of groups
+    abreast, or blocks of keys in turn, if they are not so anyway."""
     abreast, in_turn = abreast or bool(plan.tiling.heads_abreast), in_turn or bool(plan.tiling.keys_in_turn)
-    found = {"group_parts": parts, "heads_abreast": int(abreast), "keys_in_turn": int(in_turn)}
+    found = {"group_parts": parts, "heads_abreast": int(abreast), "keys_in_turn": int(in_turn), "tail_parts": tail}
     return make_plan(KernelSpec(problem=plan.problem, tiling=plan.tiling.model_copy(update=found)))
 
 
-def walk_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> tuple[int, bool, bool]:
-    """What `with_groups` takes for these sizes; (1, False, False) where the plan may stay as it is."""
+def walk_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> Walk:
+    """What `with_groups` takes for these sizes; WHOLE where the plan may stay as it is."""
     parts = parts_of(plan, shape, options, num_sms)
-    return parts, abreast_of(plan, shape), parts == 1 and turns_of(plan, shape, num_sms)
+    abreast = abreast_of(plan, shape)
+    if parts > 1:
+        return Walk(parts, abreast)
+    in_turn = turns_of(plan, shape, num_sms)
+    return Walk(1, abreast, in_turn, 1 if in_turn else tail_of(plan, shape, options, num_sms))
+
+
+def tail_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> int:
+    """How many parts of the last wave's blocks of keys take the least time in a model of what runs when; 1 where that
+    saves little. Where blocks of keys walk fewer queries the later they come, the last ones fill what others leave,
+    unless one wave has them all.
+    """
+    if not isinstance(plan, BackwardPlan) or not plan.can_split_tail or 0 in shape:
+        return 1
+    rows = _rows_walked(shape.seqlen_q, plan.tile_n, options) * (shape.num_heads // shape.num_heads_kv)
+    blocks = ceil_div(shape.seqlen_k, plan.tile_n) * shape.batch * shape.num_heads_kv
+    is_even = not options.causal and options.window_left < 0
+    if blocks > num_sms and not is_even:
+        return 1
+    last = (blocks - 1) % num_sms + 1
+
+    def time(parts: int) -> float:  # of the last wave, in walks of the longest block of keys in one part
+        each = (ROWS_OF_BLOCK if parts == 1 else ROWS_OF_TAIL_PART) / rows
+        if is_even:
+            return ceil_div(last * parts, num_sms) * (1 / parts + each)
+        return max(last * parts / num_sms, 1) * each + max(1 / parts, last / num_sms / 2)
+
+    best = min(TAIL_PARTS, key=time)
+    return best if time(1) - time(best) >= LEAST_GAIN * ceil_div(blocks, num_sms) else 1
 
 
 def turns_of(plan: KernelPlan, shape: Shape, num_sms: int) -> bool:

@@ -624,6 +624,15 @@ class Tiling(_Fields):
             "must divide them."
         ),
     ] = 1
+    tail_parts: Annotated[
+        int,
+        Range(1, 1, 8),
+        Shown("e", optional=True, phrase="last blocks of keys in {} parts"),
+        Field(
+            description="Of a gradient: blocks of threads that share the queries of each block of keys of the last "
+            "wave, so that they fill it."
+        ),
+    ] = 1
     page_rows: Annotated[
         Literal[0, 1],
         Shown("p", optional=True, phrase="pages row by row"),

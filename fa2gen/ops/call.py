@@ -35,7 +35,7 @@ from fa2gen import env
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
-from fa2gen.groups import walk_of, with_groups
+from fa2gen.groups import WHOLE, Walk, walk_of, with_groups
 from fa2gen.launch import (
     page_strides,
     pages_refusal,
@@ -164,12 +164,12 @@ class _Chosen:
         self.plan, self.target, self.device = plan, target, device
         self.num_sms = device_at(device).num_sms
         self._kernel: Kernel | None = None
-        self._of_groups: dict[tuple[int, bool, bool], _Chosen] = {}
+        self._of_groups: dict[Walk, _Chosen] = {}
 
     def of_groups(self, shape: Shape, options: Options) -> _Chosen:
         """The same with groups of heads as these sizes want them; itself where that can not be had here."""
         groups = walk_of(self.plan, shape, options, self.num_sms)
-        if groups == (1, False, False):
+        if groups == WHOLE:
             return self
         if groups not in self._of_groups:
             chosen = _Chosen(with_groups(self.plan, *groups), self.target, self.device)

@@ -122,9 +122,9 @@ class EntryPoint:
 
     grid          its blocks of threads: "persistent", one an SM or fewer, for tiles or for blocks of keys; "tiles",
                   (m block, head, batch); one for each block of queries, or of keys and part of a group, of all heads;
-                  "groups", one for each block of keys; "one"; or "parts", one an SM that has a part of the keys; "new
-                  rows", as many as have 8 columns of rows to append; "wide rows", for K and for V as many as have some
-                  of a sequence's to widen. A grid without blocks is not launched.
+                  "groups", one for each block of keys; "tail", for each that has parts; "one"; or "parts", one an SM
+                  that has a part of the keys; "new rows", as many as have 8 columns of rows to append; "wide rows", for
+                  K and for V as many as have some of a sequence's to widen. A grid without blocks is not launched.
     starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
                   executes griddepcontrol.wait before it uses what that one writes.
     """
@@ -140,6 +140,7 @@ class EntryPoint:
         "query blocks",
         "key blocks",
         "groups",
+        "tail",
         "one",
         "tile bounds",
         "parts",
@@ -797,6 +798,8 @@ class KernelPlan:
         if self.tiling.group_parts > 1:
             detail = f"{self.tiling.group_parts} parts given; only gradients are sums over a group: 1"
             yield BrokenRule("groups", detail)
+        if self.tiling.tail_parts > 1:
+            yield BrokenRule("tail", f"{self.tiling.tail_parts} parts given; only sm90's gradients have them: 1")
 
     def lag_rule(self) -> Iterator[BrokenRule]:
         """The rule that a dQ of the step before breaks, here where there is none."""

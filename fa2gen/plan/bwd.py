@@ -84,26 +84,45 @@ class BackwardPlan(KernelPlan):
         """Whether two warps, whose 32 keys get random bits together, draw half of them each, for both."""
         return False
 
-    # Groups in parts: each block of keys then has as many blocks of threads, which leave their sums in memory
+    # Parts: groups in parts, or the last blocks of keys; as many blocks of threads then leave their sums in memory
 
     @property
     def splits_groups(self) -> bool:
         return self.tiling.group_parts > 1
 
     @property
+    def splits_tail(self) -> bool:
+        """Whether blocks of keys beyond the last full wave have several blocks of threads, for parts of the queries."""
+        return self.tiling.tail_parts > 1
+
+    @property
+    def num_parts(self) -> int:
+        return max(self.tiling.group_parts, self.tiling.tail_parts)
+
+    @property
+    def has_parts(self) -> bool:
+        return self.num_parts > 1
+
+    @property
+    def walked_blocks(self) -> str:
+        """C++: the blocks of queries that a block of threads walks."""
+        visited = "query_blocks(p, s, block.n_block * kTileN)"
+        return f"blocks_of_part({visited}, block.part)" if self.splits_tail else visited
+
+    @property
     def key_heads(self) -> str:
         """C++: the heads of K and V that blocks of keys count, those of each part for themselves."""
-        return "(kGroupParts * p.num_heads_kv)" if self.splits_groups else "p.num_heads_kv"
+        return "(kParts * p.num_heads_kv)" if self.splits_groups else "p.num_heads_kv"
 
     @property
     def head_kv(self) -> str:
         """C++: where a block's head of K and V is in the tensors."""
-        return "block.head_kv / kGroupParts" if self.splits_groups else "block.head_kv"
+        return "block.head_kv / kParts" if self.splits_groups else "block.head_kv"
 
     @property
     def heads_of_key_block(self) -> str:
         """C++: how many query heads a block of keys walks."""
-        return "(p.num_heads_per_kv / kGroupParts)" if self.splits_groups else "p.num_heads_per_kv"
+        return "(p.num_heads_per_kv / kParts)" if self.splits_groups else "p.num_heads_per_kv"
 
     @property
     def sum_threads(self) -> int:
@@ -132,6 +151,11 @@ class BackwardPlan(KernelPlan):
         return not self.has_score and not self.has_allow
 
     @property
+    def can_split_tail(self) -> bool:
+        """Whether the last blocks of keys may have parts."""
+        return False
+
+    @property
     def can_go_abreast(self) -> bool:
         """Whether heads abreast may be worth it, and were tried."""
         return False
@@ -144,6 +168,12 @@ class BackwardPlan(KernelPlan):
     def groups_rule(self) -> Iterator[BrokenRule]:
         if self.splits_groups and not self.can_split_groups:
             yield BrokenRule("groups", f"{self.tiling.group_parts} parts given; {self.unsplit_groups}: 1")
+        if self.splits_tail and not self.can_split_tail:
+            yield BrokenRule(
+                "tail",
+                f"{self.tiling.tail_parts} parts given; needs sm90, a dense batch without expression, groups in one "
+                "part, blocks of keys not in turn, and not 64 keys split by products: 1",
+            )
 
     @property
     def unsplit_groups(self) -> str:
@@ -180,7 +210,7 @@ class BackwardPlan(KernelPlan):
     @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
         """None of it needs to be initialised."""
-        names = ("lse_log2", "dpsum", "dq_acc", *(("dkv_parts",) if self.splits_groups else ()))
+        names = ("lse_log2", "dpsum", "dq_acc", *(("dkv_parts",) if self.has_parts else ()))
         firsts = (Scratch("dq_sums", "int*"),) if self.stores_first else ()
         return (*(Scratch(name, "float*") for name in names), *firsts, *super().scratch)
 
@@ -204,7 +234,8 @@ class BackwardPlan(KernelPlan):
     def sizes(self) -> tuple[str, ...]:
         both = ("num_heads_kv", "num_heads_per_kv", "num_m_blocks", "num_n_blocks")
         firsts = ("stores_first",) if self.stores_first else ()
+        tail = ("num_whole_blocks",) if self.splits_tail else ()
         if self.varlen:
             return ("seqlen_q", "seqlen_k", *both, *firsts)
         sections = ("num_batch_heads_kv", "heads_per_section") if self.walks_sections else ()
-        return ("seqlen_q", "seqlen_k", "num_heads", *both, *sections, *firsts)
+        return ("seqlen_q", "seqlen_k", "num_heads", *both, *sections, *firsts, *tail)

@@ -147,6 +147,8 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "least_section": f"max(1, min({SECTION_HEADS_OF_GRADIENTS}, {plan.times_in_order} * section_bytes / ({read})))",
         "section_heads_kv": f"max({fewest}, min({SECTION_BYTES} / ({read}), {SECTION_HEADS} / num_heads_per_kv))",
         "heads_per_section": section,
+        "num_whole_blocks": "max(num_key_blocks - 1, 0) / num_sms * num_sms",
+        "num_tail_blocks": "num_key_blocks - num_whole_blocks",
         **({"stores_first": first} if isinstance(plan, BackwardPlan) and (first := plan.stores_first) else {}),
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
     }
@@ -225,6 +227,13 @@ def _of_parts(plan: KernelPlan) -> str:
     return f" * {plan.tiling.group_parts}" if plan.tiling.group_parts > 1 else ""
 
 
+def _blocks_of_keys(plan: KernelPlan) -> str:
+    """How many blocks of threads the main kernel of gradients has."""
+    if plan.tiling.tail_parts > 1:
+        return f"num_whole_blocks + num_tail_blocks * {plan.tiling.tail_parts}"
+    return f"num_n_blocks * num_heads_kv{'' if plan.varlen else ' * batch'}{_of_parts(plan)}"
+
+
 def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
     """Formulas of a kernel's grid; `num_sms` is the device's number of multiprocessors."""
     of_batch, batch = ("", "1") if plan.varlen else (" * batch", "batch")
@@ -233,8 +242,9 @@ def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
         "persistent key blocks": ("min(num_key_blocks, num_sms)", "1", "1"),
         "tiles": ("num_m_blocks", "num_heads", batch),
         "query blocks": (f"num_m_blocks * num_heads{of_batch}", "1", "1"),
-        "key blocks": (f"num_n_blocks * num_heads_kv{of_batch}{_of_parts(plan)}", "1", "1"),
+        "key blocks": (_blocks_of_keys(plan), "1", "1"),
         "groups": (f"num_n_blocks * num_heads_kv{of_batch}", "1", "1"),
+        "tail": ("num_tail_blocks", "1", "1"),
         "one": ("tables" if plan.own_sequences else "1", "1", "1"),
         "tile bounds": (f"(num_bounds + {plan.bound_warps - 1}) / {plan.bound_warps}", "1", "1"),
         "parts": ("num_blocks", "1", "1"),
@@ -264,7 +274,8 @@ def memory(plan: KernelPlan) -> dict[str, str]:
         counts["dq_sums"] = counts["dq_turns"] = f"{blocks}{shares}"
         counts["dq_acc"] = f"{blocks} * {plan.dq_block_floats}"
         keys = f"num_n_blocks * num_heads_kv{'' if plan.varlen else ' * batch'}"
-        counts["dkv_parts"] = f"{keys} * {plan.tiling.group_parts * plan.part_floats}"
+        parted = "num_tail_blocks" if plan.splits_tail else keys
+        counts["dkv_parts"] = f"{parted} * {plan.num_parts * plan.part_floats}"
         counts["sink_sums"] = f"{blocks} * {plan.preprocess_warps}"
     if plan.own_sequences:
         counts |= {scratch.name: f"tables * ({counts[scratch.name]})" for scratch in VARLEN["fwd"].scratch}
@@ -287,8 +298,7 @@ def limits(plan: KernelPlan) -> dict[str, str]:
     found = {"queries": "seqlen_q", "keys": "seqlen_k", "tiles": f"num_m_blocks * {of_batch}num_heads + num_sms"}
     if plan.problem.direction == "bwd":
         rows = f"num_m_blocks * {plan.tiling.tile_m} * num_heads_per_kv"
-        keys = f"num_n_blocks * {of_batch}num_heads_kv{_of_parts(plan)}"
-        found |= {"blocks of keys": keys, "query rows of a group of heads": rows}
+        found |= {"blocks of keys": _blocks_of_keys(plan), "query rows of a group of heads": rows}
         found["keys and queries"] = f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"
     return found | ({"bounds of tiles": "2 * num_bounds"} if plan.tile_tables else {})
 
@@ -484,6 +494,8 @@ def _boxes(tensor_maps: list[TensorMapPlan]) -> Iterator[str]:
         if tensor_map.of_groups:
             rows = f"min(group, {rows}) x {rows} / min(group, {rows})"
         kind = (tensor_map.box_cols, rows, tensor_map.swizzle_bytes)
-        kinds.setdefault(kind, []).append(tensor_map.argument.removeprefix("map_"))
+        name = tensor_map.argument.removeprefix("map_")
+        if name not in kinds.setdefault(kind, []):
+            kinds[kind].append(name)
     for (columns, rows, span), names in kinds.items():
         yield f"{', '.join(names)}: box {columns} x {rows} x 1 x 1, swizzle {span} bytes"

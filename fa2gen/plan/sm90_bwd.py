@@ -175,7 +175,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         order were not tried. Nor with an expression, dropout or gradients in fp32."""
         if not self.lags_dq or self.shares_dq or self.varlen or self.dropout or self.deterministic:
             return False
-        if self.tiling.heads_abreast or self.splits_groups or self.partial or len(self.widths) > 1:
+        if self.tiling.heads_abreast or self.has_parts or self.partial or len(self.widths) > 1:
             return False
         if self.has_allow or self.swaps_dq != self.holds_v:
             return False
@@ -183,6 +183,13 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             return False
         memory = self._memory(self.stages_dq, is_persistent=True)
         return memory.bytes <= ARCHES["sm90"].shared_memory_per_block
+
+    @property
+    def can_split_tail(self) -> bool:
+        """Where the host knows which blocks of keys are the last; expressions' kernels were not tried."""
+        if self.varlen or self.has_score or self.has_allow or self.splits_products:
+            return False
+        return not self.splits_groups and not self.is_persistent
 
     def turns_rule(self) -> Iterator[BrokenRule]:
         if self.is_persistent and not self.can_take_turns:
@@ -843,12 +850,18 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def _groups_entries(self) -> tuple[EntryPoint, ...]:
-        if not self.splits_groups:
+        if not self.has_parts:
             return ()
         shared_bytes = 0 if self.partial else self.k_tile.bytes + self.v_tile.bytes
-        return (
-            EntryPoint(self.groups_name, self.num_mma_threads, shared_bytes, self.stored_maps, "groups", STARTS_EARLY),
+        of_parts = EntryPoint(
+            self.groups_name,
+            self.num_mma_threads,
+            shared_bytes,
+            self.stored_maps,
+            "tail" if self.splits_tail else "groups",
+            STARTS_EARLY,
         )
+        return (of_parts,)
 
     @cached_property
     def scratch(self) -> tuple[Scratch, ...]:

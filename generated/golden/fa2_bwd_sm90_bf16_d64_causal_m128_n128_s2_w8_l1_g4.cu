@@ -704,9 +704,9 @@ __device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*va
     }
 }
 
-// Parts of a group of heads: a block of keys is summed by kGroupParts blocks, each for as many heads of the group ------------
+// Parts of a group of heads: a block of keys is summed by kParts blocks, each for as many heads of the group ------------------
 
-constexpr int kGroupParts = 4;
+constexpr int kParts = 4;
 constexpr int kSumThreads = 256;  // that share dK, or dV, of a block
 constexpr int kNumSums = 32;  // of each of them
 constexpr int kDkFloats = 8192;  // of one part; dV's follow
@@ -725,14 +725,14 @@ __device__ __forceinline__ void leave_part(float* part, float const* acc, int co
     }
 }
 
-// What all parts of a group left in the same place, the first of them at `part`, always in their order.
+// What all parts left in the same place, the first of them at `part`, always in their order.
 __device__ __forceinline__ void sum_parts(float* acc, float const* part, int count) {
 #pragma unroll
     for (int i = 0; i < count; i += 4) {
         float sum[4];
         load_global_float4(sum, part + i * kSumThreads);
 #pragma unroll
-        for (int other = 1; other < kGroupParts; ++other) {
+        for (int other = 1; other < kParts; ++other) {
             float r[4];
             load_global_float4(r, part + i * kSumThreads + other * kPartFloats);
 #pragma unroll
@@ -761,7 +761,7 @@ __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
     int const width = min(p.heads_per_section, p.num_batch_heads_kv - first_batch_head);
     int const within = index % section_blocks;
     int const batch_head = first_batch_head + within % width;
-    return {within / width, batch_head % (kGroupParts * p.num_heads_kv), batch_head / (kGroupParts * p.num_heads_kv)};
+    return {within / width, batch_head % (kParts * p.num_heads_kv), batch_head / (kParts * p.num_heads_kv)};
 }
 
 // The steps of a block of keys: all query heads that share it, one after the other, and of each the blocks of queries that see
@@ -795,9 +795,9 @@ struct QueryWalk {
 __device__ __forceinline__ QueryWalk start_walk(
     Params const& p, Seqlen const& s, KeyBlock const& block, BlockRange const& blocks) {
     int const m_block = blocks.begin;
-    int const bidh = block.head_kv * (p.num_heads_per_kv / kGroupParts);
+    int const bidh = block.head_kv * (p.num_heads_per_kv / kParts);
     return {m_block, bidh, query_block_index(p, s, block.bidb, bidh, m_block),
-            (blocks.end - blocks.begin) * (p.num_heads_per_kv / kGroupParts)};
+            (blocks.end - blocks.begin) * (p.num_heads_per_kv / kParts)};
 }
 
 // Pipelines -----------------------------------------------------------------------------------------------------------
@@ -881,7 +881,7 @@ __device__ __forceinline__ void load_key_block(CUtensorMap const& map, uint32_t 
     if (elect_one()) {
         mbarrier_arrive_expect_tx(full, kKvBytes);
         Box const box = key_box(s, block.n_block * kTileN, block.bidb);
-        load_tile({map, map}, tile, kKvPanelBytes, full, box, block.head_kv / kGroupParts);
+        load_tile({map, map}, tile, kKvPanelBytes, full, box, block.head_kv / kParts);
     }
 }
 
@@ -979,7 +979,7 @@ __device__ __forceinline__ void store_rows(
     if (elect_one()) {
 #pragma unroll
         for (int panel = 0; panel < kNumPanels; ++panel) {
-            store_box(map, rows + panel * kKvPanelBytes, panel * kPanelColumns, box, block.head_kv / kGroupParts);
+            store_box(map, rows + panel * kKvPanelBytes, panel * kPanelColumns, box, block.head_kv / kParts);
         }
         tma_store_commit();
     }
@@ -1408,7 +1408,7 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d64_causal_m
 extern "C" __global__ void __launch_bounds__(kNumMmaThreads) fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4_groups(
     const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv, const __grid_constant__ Params p) {
     griddepcontrol_wait();
-    int const index = kGroupParts * static_cast<int>(blockIdx.x);
+    int const index = kParts * static_cast<int>(blockIdx.x);
     finish_parts(map_dk, map_dv, p, shared_memory_base(), index, warp_id() / 4, warp_id() % 4);
 }
 

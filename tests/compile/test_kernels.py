@@ -94,6 +94,18 @@ def kernels() -> dict[str, bool]:
         with_groups(make_plan(default("sm90", head_dim, mask, "bwd", varlen=True)), 1, abreast=True).spec
         for head_dim, mask in ((128, "causal"), (256, "full"))
     ]
+    features += [  # as few blocks of keys run, or the last of many
+        with_groups(make_plan(default("sm90", head_dim, mask, "bwd", **more)), tail=3).spec
+        for head_dim, mask, more in (
+            (64, "full", {}),
+            (128, "causal", {}),
+            (128, "full", {"dropout": True}),
+            (160, "window", {}),
+            (192, "full", {"partial": True}),
+            (256, "full", {}),
+            (256, "causal", {"deterministic": True}),
+        )
+    ]
     features += [  # as many blocks of keys run
         with_groups(make_plan(default("sm90", head_dim, mask, "bwd", dtype=dtype)), 1, in_turn=True).spec
         for head_dim in (64, 96)
@@ -324,7 +336,7 @@ def check_early_starts(plan: Any, sass: Sass) -> None:
         return next(i for i, line in enumerate(code) if line.startswith(opcodes))
 
     kernels = [sass.kernel(entry.symbol) for entry in plan.entry_points]
-    of_parts = [kernels.pop()] if plan.splits_groups else []
+    of_parts = [kernels.pop()] if plan.has_parts else []
     *prepare, before, main, behind = kernels
     for code in (*prepare, before, main):
         assert code.count(LAUNCH_DEPENDENTS) == 1
@@ -465,10 +477,10 @@ def test_kernel(name, compiled, tmp_path):
     assert report.notes == (), "C75xx: wgmma was serialised or setmaxnreg ignored; or a warning"
     assert report.shared_memory_bytes == plan.shared_memory_bytes
     assert set(report.registers_of) == {entry.symbol for entry in plan.entry_points}
-    assert max(report.registers_of.values()) == report.registers == report.registers_of[name]
+    assert max(report.registers_of.values()) == report.registers <= 255
     # All of a block's registers at its launch, and of as many blocks as are to share an SM.
     per_thread = ARCHES[plan.arch].registers_per_sm // (plan.num_threads * plan.min_ctas_per_sm)
-    assert report.registers <= min(per_thread // 8 * 8, 255)
+    assert report.registers_of[name] <= per_thread // 8 * 8
     assert report.compile_seconds < 30
     if disassembler() is None:
         pytest.skip("compiled as it should; needs nvdisasm to read its SASS (pip install nvidia-cuda-nvdisasm)")

@@ -1,4 +1,5 @@
-"""Gradients with groups of heads in parts: the sums of all parts, in an order that never changes."""
+"""Gradients with groups of heads, or the last blocks of keys, in parts: the sums of all, in an order that never
+changes."""
 
 from __future__ import annotations
 
@@ -23,6 +24,17 @@ KERNELS = (
     "fa2_bwd_sm80_bf16_d72_v40_causal_varlen_det_m64_n64_s2_w8_h1_g2",
 )
 SHAPES = (Shape(1, 140, 203, 8, 2), Shape(1, 133, 60, 4, 1))
+TAIL = "fa2_bwd_sm90_bf16_d72_m64_n128_s2_w8_l1_e2"
+TAIL_PASSING = "fa2_bwd_sm90_fp16_d256_m64_n80_s2_w8_e3"
+TAILS = (  # of 4 multiprocessors: blocks of keys beyond the fourth; a wave that is full; fewer queries than parts
+    (TAIL, Shape(1, 300, 700, 2, 1)),
+    (TAIL, Shape(2, 140, 203, 4, 2)),
+    (TAIL_PASSING, Shape(1, 200, 420, 1, 1)),
+    (TAIL_PASSING, Shape(1, 100, 500, 2, 1)),
+    ("fa2_bwd_sm90_bf16_d128_v64_sink_drop_m64_n128_s2_w8_l1_e4", Shape(1, 250, 300, 2, 2)),
+    ("fa2_bwd_sm90_bf16_d64_causal_det_m128_n128_s2_w8_l1_e2", Shape(1, 300, 300, 4, 2)),
+    ("fa2_bwd_sm90_bf16_d192_window_partial_m64_n96_s2_w8_e3", Shape(1, 300, 350, 1, 1)),
+)
 
 
 def run(name: str, shape: Shape, rendered=None, **how):
@@ -41,15 +53,35 @@ def test_gradients(name):
     assert all(x.equal(y) for x, y in zip(first, again, strict=True)), "dK and dV are sums in one order"
 
 
+@pytest.mark.parametrize(("name", "shape"), TAILS, ids=str)
+def test_the_last_blocks_of_keys(name, shape):
+    verdict, _ = run(name, shape)
+    assert verdict.ok, str(verdict)
+
+
+TAIL_FAULTS = (
+    Fault("queries-of-two-parts", TAIL, "all.begin + count * part / kParts", "all.begin"),
+    Fault("queries-of-no-part", TAIL, "count * (part + 1) / kParts", "count * part / kParts"),
+    Fault("a-block-of-keys-too-late", TAIL, "p.num_whole_blocks + beyond / kParts", "p.num_whole_blocks + beyond"),
+    Fault("a-part-is-stored", TAIL, "int>(blockIdx.x) >= p.num_whole_blocks", "int>(blockIdx.x) > p.num_whole_blocks"),
+    Fault("dv-over-dk", TAIL_PASSING, "leave_part(part + kDkFloats", "leave_part(part"),
+)
+
+
+@pytest.mark.parametrize("fault", TAIL_FAULTS, ids=str)
+def test_a_fault_in_the_tail_is_seen(fault):
+    assert symptom(run, fault, [shape for name, shape in TAILS if name == fault.kernel][:1], 0), "no run shows it"
+
+
 FAULTS = (
-    Fault("a-part-left-out", BY_KEYS, "other < kGroupParts", "other < kGroupParts - 1"),
+    Fault("a-part-left-out", BY_KEYS, "other < kParts", "other < kParts - 1"),
     Fault(
         "parts-of-one-head",
         BY_KEYS,
-        "block.head_kv * (p.num_heads_per_kv / kGroupParts)",
-        "block.head_kv / kGroupParts",
+        "block.head_kv * (p.num_heads_per_kv / kParts)",
+        "block.head_kv / kParts",
     ),
-    Fault("keys-of-a-part", BY_KEYS, "block.head_kv / kGroupParts", "block.head_kv % 2", count=2),
+    Fault("keys-of-a-part", BY_KEYS, "block.head_kv / kParts", "block.head_kv % 2", count=2),
     Fault("sums-not-awaited", BY_KEYS, "griddepcontrol_wait();\n    int const index", "int const index"),
     Fault(
         "a-part-over-another",

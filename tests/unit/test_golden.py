@@ -45,7 +45,7 @@ NAMES = (
     "fa2_bwd_sm90_bf16_d128_causal_partial_m64_n128_s2_w8_l1",
     "fa2_bwd_sm90_bf16_d192_v128_causal_m48_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d256_m64_n64_s2_w8",
-    "fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8",
+    "fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2",
     "fa2_bwd_sm90_fp16_d64_m128_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d64_causal_m128_n128_s2_w8_l1_g4",
     f"fa2_decode_sm80_bf16_d128_causal_sink_{CAP}_m16_n32_s2_w4",

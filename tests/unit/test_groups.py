@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from fa2gen.errors import InfeasibleSpec, InvalidInput
-from fa2gen.groups import MOST_ROWS_IN_TURN, abreast_of, parts_of, turns_of, walk_of, with_groups
+from fa2gen.groups import MOST_ROWS_IN_TURN, abreast_of, parts_of, tail_of, turns_of, walk_of, with_groups
 from fa2gen.launch import launch_of
 from fa2gen.options import Options, Shape
 from fa2gen.plan import default_tiling, make_plan
@@ -113,7 +113,8 @@ def test_blocks_of_keys_come_in_turn_where_it_was_measured():
         for batch, seqlen in ((32, 512), (8, 2048), (4, 4096), (1, 16384)):
             shape = Shape(batch, seqlen, seqlen, 32, 32)
             found = walk_of(plan, shape, Options(causal=mask == "causal"), SMS)
-            assert found == (1, False, turns_of(plan, shape, SMS)) == (1, False, seqlen <= most)
+            assert found.in_turn == turns_of(plan, shape, SMS) == (seqlen <= most)
+            assert found.parts == 1 and not found.abreast
         assert not turns_of(plan, Shape(1, 2048, 2048, 32, 32), SMS), "fewer than four blocks a multiprocessor"
         assert not turns_of(plan, Shape(8, 4096, 4096, 64, 8), SMS), "eight heads a walk"
     short = Shape(8, 2048, 2048, 32, 32)
@@ -137,6 +138,55 @@ def test_blocks_of_keys_come_in_turn_where_it_was_measured():
         (Problem(direction="bwd", head_dim=64, dropout=True), "needs lag, a dense batch without dropout"),
     ):
         tiling = default_tiling(problem, "sm90").model_copy(update={"keys_in_turn": 1})
+        with pytest.raises(InfeasibleSpec, match=why):
+            make_plan(KernelSpec(problem=problem, tiling=tiling))
+
+
+# What was the fastest of 1, 2, 3, 4, 6, 8 parts of the last wave on an H100, or within 3% of it.
+@pytest.mark.parametrize(
+    ("head_dim", "mask", "sizes", "fastest"),
+    [
+        (64, "causal", (1, 4096, 2), (3,)),
+        (64, "causal", (1, 4096, 4), (2,)),
+        (64, "causal", (2, 8192, 1), (2,)),
+        (64, "full", (1, 4096, 2), (2,)),
+        (64, "full", (1, 1024, 8), (1, 2)),
+        (64, "full", (1, 4096, 4), (1,)),
+        (128, "causal", (1, 4096, 2), (3,)),
+        (128, "causal", (1, 4096, 4), (2,)),
+        (128, "causal", (1, 512, 16), (1,)),
+        (128, "full", (2, 8192, 1), (1,)),
+        (128, "full", (2, 8192, 16), (1, 3)),
+        (128, "full", (8, 2048, 16), (1,)),
+        (192, "full", (2, 8192, 10), (3, 5, 8)),
+        (256, "causal", (1, 4096, 2), (2, 3)),
+        (256, "causal", (1, 2048, 8), (1,)),
+        (256, "full", (2, 8192, 1), (3,)),
+        (256, "full", (2, 8192, 8), (2, 3, 5, 8)),
+        (256, "full", (1, 16384, 8), (2, 8)),
+        (256, "full", (8, 2048, 8), (1, 3)),
+    ],
+)
+def test_the_tail_is_the_fastest_measured(head_dim, mask, sizes, fastest):
+    batch, seqlen, heads = sizes
+    shape = Shape(batch, seqlen, seqlen, heads, heads)
+    assert tail_of(plan_for(head_dim, mask=mask), shape, Options(causal=mask == "causal"), SMS) in fastest
+
+
+def test_the_tail_is_what_a_wave_lacks():
+    """No block of threads without a block of keys, whatever the number of those."""
+    plan, options = with_groups(plan_for(128, mask="full"), tail=3), Options()
+    for heads, whole in ((1, 0), (32, 0), (33, 0), (34, 132), (66, 132), (67, 264)):
+        launch = launch_of(plan, Shape(1, 512, 512, heads, heads), options, SMS)
+        assert launch.values["num_whole_blocks"] == whole
+        assert launch.grids[1] == (whole + 3 * (4 * heads - whole), 1, 1)
+    for problem, why in (
+        (Problem(head_dim=64), "only sm90's gradients have them: 1"),
+        (Problem(direction="bwd", head_dim=64, varlen=True), "needs sm90, a dense batch"),
+        (Problem(direction="bwd", head_dim=64, score="2 * s"), "needs sm90, a dense batch without expression"),
+        (Problem(direction="bwd", head_dim=192, dropout=True), "not 64 keys split by products"),
+    ):
+        tiling = default_tiling(problem, "sm90").model_copy(update={"tail_parts": 2})
         with pytest.raises(InfeasibleSpec, match=why):
             make_plan(KernelSpec(problem=problem, tiling=tiling))
 

@@ -58,6 +58,7 @@ PLANS = [
 GRADIENTS = [plan for plan in PLANS if plan.problem.direction == "bwd"]
 PLANS += [with_groups(plan, 2) for plan in GRADIENTS if plan.can_split_groups]
 PLANS += [with_groups(plan, 1, in_turn=True) for plan in GRADIENTS if plan.can_take_turns]
+PLANS += [with_groups(plan, tail=3) for plan in GRADIENTS if plan.can_split_tail]
 each_plan = pytest.mark.parametrize("plan", PLANS, ids=[plan.name for plan in PLANS])
 NUM_SMS = 132
 
@@ -126,7 +127,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     """Grids, values and scratch of a call, and the most that its kernels count."""
     m, n = blocks(plan, shape)
     batch = 1 if plan.varlen else shape.batch
-    group, parts = shape.num_heads // shape.num_heads_kv, plan.tiling.group_parts
+    group, parts, tail = shape.num_heads // shape.num_heads_kv, plan.tiling.group_parts, plan.tiling.tail_parts
     of_queries, of_keys = m * batch * shape.num_heads, n * batch * shape.num_heads_kv
     page = getattr(shape, "page_size", 0)
     bounds = sum(3 * (699 // table.tile + 1) for table in plan.tile_tables)
@@ -140,11 +141,14 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         section = min(max(room // read, in_order, 1), heads) * parts
         if plan.is_level:
             section = min(max(SECTION_HEADS_OF_LEVEL // group, 1), batch * shape.num_heads_kv)
-        most = max(m * plan.tile_m * group, n * plan.tile_n + shape.seqlen_q, of_keys * parts, 2 * bounds)
+        whole = (of_keys - 1) // NUM_SMS * NUM_SMS if tail > 1 else of_keys
+        of_threads = whole * parts + (of_keys - whole) * tail
+        most = max(m * plan.tile_m * group, n * plan.tile_n + shape.seqlen_q, of_threads, 2 * bounds)
     else:
         room = max(min(SECTION_BYTES // (shape.seqlen_k * plan.section_row_bytes), SECTION_HEADS // group), 1)
         room = max(room, plan.least_section_heads // group)
         section = min(room * group, batch * shape.num_heads)
+        whole = of_threads = 0
         most = max(shape.seqlen_q, shape.seqlen_k)
     values = {
         **shape._asdict(),
@@ -155,6 +159,8 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         "num_batch_heads": batch * shape.num_heads,
         "num_batch_heads_kv": batch * shape.num_heads_kv * parts,
         "num_key_blocks": of_keys * parts,
+        "num_whole_blocks": whole,
+        "num_tail_blocks": of_keys - whole,
         "num_sequences": shape.batch,
         "box_rows": math.gcd(page, plan.tile_n),
         "tile_pages": plan.tile_n // max(page, 1),
@@ -168,7 +174,8 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
         "persistent key blocks": (min(of_keys * parts, NUM_SMS), 1, 1),
         "tiles": (m, shape.num_heads, batch),
         "query blocks": (of_queries, 1, 1),
-        "key blocks": (of_keys * parts, 1, 1),
+        "key blocks": (of_threads, 1, 1),
+        "tail": (of_keys - whole, 1, 1),
         "groups": (of_keys, 1, 1),
         "one": (tables, 1, 1),
         "tile bounds": (-(-bounds // plan.bound_warps), 1, 1),
@@ -185,7 +192,7 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     if plan.problem.direction == "bwd":
         scratch["dq_acc"] = of_queries * plan.dq_block_floats
         scratch["dq_sums"] = scratch["dq_turns"] = of_queries * plan.num_dq_shares
-        scratch["dkv_parts"] = of_keys * parts * plan.part_floats
+        scratch["dkv_parts"] = (of_keys * parts if tail == 1 else (of_keys - whole) * tail) * plan.part_floats
         scratch["sink_sums"] = of_queries * plan.preprocess_warps
     return [grids[entry.grid] for entry in plan.entry_points], values, scratch, max(most, of_queries + NUM_SMS)
 

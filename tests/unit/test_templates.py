@@ -150,6 +150,10 @@ def plans() -> list[KernelPlan]:
         problem = Problem(direction="bwd", head_dim=d, head_dim_v=d - 8, varlen=varlen, partial=partial)
         tiling = default_tiling(problem, arch).model_copy(update={"group_parts": 2, "heads_abreast": int(varlen)})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
+    for d, mask in ((72, "full"), (128, "causal"), (256, "full")):
+        problem = Problem(direction="bwd", head_dim=d, mask=mask)
+        tiling = default_tiling(problem, "sm90").model_copy(update={"tail_parts": 3})
+        specs.append(KernelSpec(problem=problem, tiling=tiling))
     unrounded = Problem(direction="bwd", head_dim=72, partial=True)
     for arch in ("sm80", "sm90"):  # however warpgroups split the work
         of_keys = {t.tile_n: t for t in feasible_tilings(unrounded, arch)}

@@ -1,4 +1,4 @@
-// fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8
+// fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2
 // SPDX-License-Identifier: BSD-3-Clause
 // Copyright (c) 2026, the fa2gen authors
 //
@@ -6,22 +6,23 @@
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 80 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230224 bytes of dynamic shared memory
-//   contents   32 Problem and tiling,   53 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
-//             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
-//             353 Registers,  362 Registers of a warpgroup,  374 wgmma,  543 What is visible,
-//             591 Softmax and its gradient,  696 Pipelines,  741 Loads,  790 Matrix products,  833 Staging,
-//             897 Producer,  931 Consumers, 1139 Kernels, 1285 Launch
+//   contents   33 Problem and tiling,   54 Shared memory,  121 Threads,  165 Arithmetic,  193 Shared memory,
+//             208 Global memory,  242 mbarriers,  282 TMA,  319 Bulk copies,  328 Fences,  335 Fragments,
+//             356 Registers,  365 Registers of a warpgroup,  377 wgmma,  546 What is visible,
+//             594 Softmax and its gradient,  651 Parts,  760 Pipelines,  805 Loads,  854 Matrix products,
+//             897 Staging,  961 Producer,  995 Consumers, 1228 Kernels, 1382 Launch
 //
-// Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
+// Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in four kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
 // use what it wrote.
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
 //   main         dK and dV of 80 keys a block; dQ is the sum of what all blocks of keys add to it, in fp32
 //   postprocess  dQ scaled, rounded and put into rows
+//   groups       dK and dV of the last blocks of keys: sums of what 2 blocks, each of some queries, have summed
 // In the main kernel one mma warpgroup makes S, P and dV, the other dP, dS and dK: dK and dV do not both fit one's registers.
 // P and dS go through shared memory, dQ's columns are shared.
 
-namespace fa2gen::fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8 {
+namespace fa2gen::fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -98,6 +99,7 @@ struct Params {
     float* lse_log2;
     float* dpsum;
     float* dq_acc;
+    float* dkv_parts;
     int64_t o_batch_stride;
     int64_t o_row_stride;
     int64_t o_head_stride;
@@ -111,6 +113,7 @@ struct Params {
     int num_heads_per_kv;
     int num_m_blocks;
     int num_n_blocks;
+    int num_whole_blocks;
     float softmax_scale;
     float softmax_scale_log2;
 };
@@ -645,16 +648,77 @@ __device__ __forceinline__ void score_gradients(
     }
 }
 
+// Parts: a block of keys beyond the last full wave is summed by kParts blocks, each for as many blocks of queries -------------
+
+constexpr int kParts = 2;
+constexpr int kSumThreads = 128;  // that share dK, or dV, of a block
+constexpr int kNumSums = 160;  // of each of them
+constexpr int kDkFloats = 20480;  // of one part; dV's follow
+constexpr int kPartFloats = 40960;
+
+// Where the sums of block `index` begin for a thread, in register order: [register / 4][thread][register % 4].
+__device__ __forceinline__ float* part_of_thread(Params const& p, int index, int thread) {
+    return p.dkv_parts + static_cast<int64_t>(index - p.num_whole_blocks) * kPartFloats + 4 * thread;
+}
+
+// What a thread has summed of dK or dV, beside what other threads have: `part` is where its first four numbers lie.
+__device__ __forceinline__ void leave_part(float* part, float const* acc, int count) {
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+        store_global_float4(part + i * kSumThreads, acc[i], acc[i + 1], acc[i + 2], acc[i + 3]);
+    }
+}
+
+// What all parts left in the same place, the first of them at `part`, always in their order.
+__device__ __forceinline__ void sum_parts(float* acc, float const* part, int count) {
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+        float sum[4];
+        load_global_float4(sum, part + i * kSumThreads);
+#pragma unroll
+        for (int other = 1; other < kParts; ++other) {
+            float r[4];
+            load_global_float4(r, part + i * kSumThreads + other * kPartFloats);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                sum[j] += r[j];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            acc[i + j] = sum[j];
+        }
+    }
+}
+
+// Whether this block of threads has a part of a block of keys.
+__device__ __forceinline__ bool is_in_tail(Params const& p) {
+    return static_cast<int>(blockIdx.x) >= p.num_whole_blocks;
+}
+
+// Of the blocks of queries that see a block of keys, those of a part, or all.
+__device__ __forceinline__ BlockRange blocks_of_part(BlockRange const& all, int part) {
+    if (part < 0) {
+        return all;
+    }
+    int const count = all.end - all.begin;
+    return {all.begin + count * part / kParts, all.begin_full, all.end_full, all.begin + count * (part + 1) / kParts};
+}
+
 // Order of blocks: head by head, so that neighbours share Q, dO and dQ in L2.
 struct KeyBlock {
     int n_block;
     int head_kv;
     int bidb;
+    int part;  // of the queries; -1: all of them
 };
 
 __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
+    int const beyond = index - p.num_whole_blocks;
+    int const part = beyond < 0 ? -1 : beyond % kParts;
+    index = beyond < 0 ? index : p.num_whole_blocks + beyond / kParts;
     int const batch_head = index / p.num_n_blocks;
-    return {index % p.num_n_blocks, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv};
+    return {index % p.num_n_blocks, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv, part};
 }
 
 // The steps of a block of keys: all query heads that share it, one after the other, and of each the blocks of queries that see
@@ -901,7 +965,7 @@ __device__ __forceinline__ void produce(
     Params const& p, uint32_t smem, Barriers const& barriers) {
     KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
     Seqlen const s = seqlen_of(p, block.bidb);
-    BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
+    BlockRange const blocks = blocks_of_part(query_blocks(p, s, block.n_block * kTileN), block.part);
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
     bool has_kv = false;
@@ -940,7 +1004,7 @@ struct Work {
 __device__ __forceinline__ Work work_of_block(Params const& p, int index) {
     KeyBlock const block = key_block_at(p, index);
     Seqlen const s = seqlen_of(p, block.bidb);
-    return {block, s, query_blocks(p, s, block.n_block * kTileN)};
+    return {block, s, blocks_of_part(query_blocks(p, s, block.n_block * kTileN), block.part)};
 }
 
 __device__ __forceinline__ void clear(float (&acc)[kNumPanels][kNumAccPanel]) {
@@ -1053,6 +1117,11 @@ __device__ __forceinline__ void consume_dv(
         parity ^= 1;
         dq_acc += static_cast<int64_t>(walk.next(p, work.blocks)) * kDqBlockFloats;
     }
+    if (is_in_tail(p)) {
+        float* const part = part_of_thread(p, static_cast<int>(blockIdx.x), 32 * warp + lane_id());
+        leave_part(part + kDkFloats, acc_dv[0], kNumSums);
+        return;
+    }
     finish(map_dv, acc_dv, smem + kSmemV, 1.0f, work, kFirstMmaWarps, warp);
 }
 
@@ -1123,6 +1192,10 @@ __device__ __forceinline__ void consume_dk(
         parity ^= 1;
         dq_acc += static_cast<int64_t>(walk.next(p, work.blocks)) * kDqBlockFloats;
     }
+    if (is_in_tail(p)) {
+        leave_part(part_of_thread(p, static_cast<int>(blockIdx.x), 32 * warp + lane_id()), acc_dk[0], kNumSums);
+        return;
+    }
     finish(map_dk, acc_dk, smem + kSmemK, p.softmax_scale, work, kSecondMmaWarps, warp);
 }
 
@@ -1136,6 +1209,22 @@ __device__ __forceinline__ void consume(
     }
 }
 
+// dK and dV of the block of keys of all parts, the first of which was block `index`.
+__device__ __forceinline__ void finish_parts(
+    CUtensorMap const& map_dk, CUtensorMap const& map_dv, Params const& p, uint32_t smem, int index, int warpgroup, int warp) {
+    Work const work = work_of_block(p, index);
+    float const* const part = part_of_thread(p, index, 32 * warp + lane_id());
+    if (warpgroup == 0) {
+        float acc_dv[kNumPanels][kNumAccPanel];
+        sum_parts(acc_dv[0], part + kDkFloats, kNumSums);
+        finish(map_dv, acc_dv, smem + kSmemV, 1.0f, work, kFirstMmaWarps, warp);
+    } else {
+        float acc_dk[kNumPanels][kNumAccPanel];
+        sum_parts(acc_dk[0], part, kNumSums);
+        finish(map_dk, acc_dk, smem + kSmemK, p.softmax_scale, work, kSecondMmaWarps, warp);
+    }
+}
+
 // Kernels -------------------------------------------------------------------------------------------------------------
 
 // Which block of queries a block of threads takes, before the main kernel and after it: the last one first. That one begins
@@ -1145,7 +1234,7 @@ __device__ __forceinline__ int query_block_number() {
 }
 
 // Row statistics of one block of queries, and zeros for its dQ. 32 lanes share a row, 16 bytes each.
-extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_preprocess(
+extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2_preprocess(
     const __grid_constant__ Params p) {
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
@@ -1212,7 +1301,7 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8(
+extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2(
     const __grid_constant__ CUtensorMap map_q, const __grid_constant__ CUtensorMap map_k,
     const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_dout,
     const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv,
@@ -1247,7 +1336,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
 }
 
 // One block of queries of dQ: from sums in register order to rows, through shared memory.
-extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_postprocess(
+extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2_postprocess(
     const __grid_constant__ CUtensorMap map_dq, const __grid_constant__ Params p) {
     uint32_t const smem = shared_memory_base();
     QueryBlock const block = query_block_at(p, query_block_number());
@@ -1282,21 +1371,34 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80
     }
 }
 
+// One block of keys of dK and dV: from what each part has summed to rows.
+extern "C" __global__ void __launch_bounds__(kNumMmaThreads) fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2_groups(
+    const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv, const __grid_constant__ Params p) {
+    griddepcontrol_wait();
+    int const index = p.num_whole_blocks + kParts * static_cast<int>(blockIdx.x);
+    finish_parts(map_dk, map_dv, p, shared_memory_base(), index, warp_id() / 4, warp_id() % 4);
+}
+
 // Launch --------------------------------------------------------------------------------------------------------------
 // Compile with nvcc -std=c++17 -arch=sm_90a -cubin, or with NVRTC.
-// `fa2gen render fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8 --with-host` adds a launcher in C++.
+// `fa2gen render fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2 --with-host` adds a launcher in C++.
 //
 // Kernels, one after the other on one stream; each takes tensor maps, then Params, by value:
-//   fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_preprocess
+//   fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2_preprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
-//   fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8
-//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 230224 bytes of dynamic shared memory
+//   fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2
+//     grid (num_whole_blocks + num_tail_blocks * 2, 1, 1), 384 threads, 230224 bytes of dynamic shared memory
 //     maps of q, k, v, dout, dk, dv
 //     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 230224
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
-//   fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_postprocess
+//   fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2_postprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 32768 bytes of dynamic shared memory
 //     maps of dq
+//     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
+//   fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2_groups
+//     grid (num_tail_blocks, 1, 1), 256 threads, 81920 bytes of dynamic shared memory
+//     maps of dk, dv
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 81920
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
 // Tensor maps: tiled, (head_dim, seqlen, heads, batch), 16-bit elements, zeros outside, on 64 bytes
 //   q, dout, dq: box 64 x 64 x 1 x 1, swizzle 128 bytes
@@ -1305,10 +1407,14 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80
 //   num_heads_per_kv = num_heads / num_heads_kv
 //   num_m_blocks = (seqlen_q + 63) / 64
 //   num_n_blocks = (seqlen_k + 79) / 80
+//   num_key_blocks = num_n_blocks * batch * num_heads_kv
+//   num_whole_blocks = max(num_key_blocks - 1, 0) / num_sms * num_sms
+//   num_tail_blocks = num_key_blocks - num_whole_blocks
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
 //   lse_log2: num_m_blocks * num_heads * batch * 64
 //   dpsum: num_m_blocks * num_heads * batch * 64
 //   dq_acc: num_m_blocks * num_heads * batch * 16384
+//   dkv_parts: num_tail_blocks * 81920
 
-}  // namespace fa2gen::fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8
+}  // namespace fa2gen::fa2_bwd_sm90_bf16_d256_m64_n80_s2_w8_e2
