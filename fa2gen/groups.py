@@ -87,22 +87,21 @@ def walk_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> W
 def tail_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> int:
     """How many parts of the last wave's blocks of keys take the least time in a model of what runs when; 1 where that
     saves little. Where blocks of keys walk fewer queries the later they come, the last ones fill what others leave,
-    unless one wave has them all.
+    unless one wave has them all. Windows of more waves were not tried.
     """
     if not isinstance(plan, BackwardPlan) or not plan.can_split_tail or 0 in shape:
         return 1
     rows = _rows_walked(shape.seqlen_q, plan.tile_n, options) * (shape.num_heads // shape.num_heads_kv)
     blocks = ceil_div(shape.seqlen_k, plan.tile_n) * shape.batch * shape.num_heads_kv
-    is_even = not options.causal and options.window_left < 0
-    if blocks > num_sms and not is_even:
+    if blocks > num_sms and plan.mask != "full":
         return 1
     last = (blocks - 1) % num_sms + 1
 
     def time(parts: int) -> float:  # of the last wave, in walks of the longest block of keys in one part
         each = (ROWS_OF_BLOCK if parts == 1 else ROWS_OF_TAIL_PART) / rows
-        if is_even:
-            return ceil_div(last * parts, num_sms) * (1 / parts + each)
-        return max(last * parts / num_sms, 1) * each + max(1 / parts, last / num_sms / 2)
+        if options.causal and options.window_left < 0:
+            return max(last * parts / num_sms, 1) * each + max(1 / parts, last / num_sms / 2)
+        return ceil_div(last * parts, num_sms) * (1 / parts + each)
 
     best = min(TAIL_PARTS, key=time)
     return best if time(1) - time(best) >= LEAST_GAIN * ceil_div(blocks, num_sms) else 1
