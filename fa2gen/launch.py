@@ -22,7 +22,6 @@ from fa2gen.plan import KernelPlan, fits, make_plan, recipe
 from fa2gen.spec import KernelSpec
 
 __all__ = [
-    "DECODING_ROWS",
     "MAX_GRID_YZ",
     "MAX_SEQLEN",
     "MAX_STRIDE_BYTES",
@@ -61,6 +60,11 @@ DECODING_ROWS = 32  # that kernels of decoding have at once
 # 256 rows of 16 110 and 82. By SM80 kernels 64 rows 215 and 913, 256 rows 812 and 943; 2048 rows of 16 items 830 and
 # 464.
 PREFILL_PAYS: dict[ArchName, int] = {"sm90": 24, "sm80": 72}
+# Keys of a sequence times rounds of prefill's tiles, from which few sequences' queries are worth being laid out anew for
+# decoding, and how many multiprocessors a head of K and V must have in each round. Microseconds of 1, 2, 4 and 8
+# sequences of 2 queries, 32 heads of 128 over 8, in a graph (H100): 4k keys by decoding 52, 70, 85, 110, by prefill 47,
+# 49, 56, 70; 32k keys 108, 157, 244, 419 and 293, 288, 296, 412.
+LAID_OUT_KEYS, LAID_OUT_SMS = 8192, 4
 MAX_GRID_YZ = 65_535
 MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bits
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
@@ -315,23 +319,26 @@ def suits_decoding(
     heads_kv: int,
     num_sms: int,
     *,
-    few_rows: int = DECODING_ROWS,
     may_pack: bool = True,
+    laid_out_keys: int | None = None,
 ) -> bool:
     """Whether a call over a cache is for kernels of decoding, which split keys over the device and multiply few rows at
     once, or for those of prefill.
 
-    few_rows  that are always for decoding.
-    may_pack  whether kernels of prefill may have the heads of a group as rows.
+    may_pack       whether kernels of prefill may have the heads of a group as rows.
+    laid_out_keys  the most keys of a sequence, where queries must be laid out anew for decoding, and only for it.
     """
     group = heads // heads_kv
     rows, items = queries * group, batch * heads_kv
-    if rows <= few_rows:
-        return True
     tiles = batch * heads * ceil_div(queries, PREFILL_ROWS)
     if may_pack and arch == "sm90" and group in PACKED_GROUPS:
         tiles = min(tiles, items * ceil_div(rows, PREFILL_ROWS))
-    return rows * items < PREFILL_PAYS[arch] * num_sms * ceil_div(tiles, num_sms)
+    rounds = ceil_div(tiles, num_sms)
+    few_keys = laid_out_keys is not None and laid_out_keys * rounds < LAID_OUT_KEYS
+    many_items = laid_out_keys is not None and LAID_OUT_SMS * items > num_sms * rounds
+    if arch == "sm90" and (few_keys or many_items):  # SM80's prefill takes several times as long
+        return False
+    return rows <= DECODING_ROWS or rows * items < PREFILL_PAYS[arch] * num_sms * rounds
 
 
 def pages_refusal(plan: KernelPlan, shape: AnyShape, strides: Mapping[str, Sequence[int]]) -> str | None:

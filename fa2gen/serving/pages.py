@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.launch import DECODING_ROWS
 from fa2gen.ops.arguments import Modified, whole
 from fa2gen.ops.call import calls_for_decoding
 from fa2gen.ops.flash_kvcache import run_cached
@@ -57,7 +56,7 @@ def attend(
     if out is not None:
         _validate_out(out, given)
     place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
-    if most and _is_short(given, most, num_splits):
+    if most and _is_short(given, most, most_keys, num_splits):
         groups = _Groups(given, most, one_each=True) if most > 1 else None
         found, lse = _decoded(given, options, expression, most, groups, num_splits, scales, place)
     elif given.k.dtype in CACHE_DTYPES:
@@ -86,7 +85,7 @@ def refuse(**named: Any) -> None:
             raise UnsupportedProblem(f"{name} is not built; nearest: {nearest}")
 
 
-def _is_short(given: Paged, most: int, num_splits: int) -> bool:
+def _is_short(given: Paged, most: int, most_keys: Any, num_splits: int) -> bool:
     """Whether kernels of decoding are to read the pages: with fixed parts whatever else is in the batch."""
     q, k, v = given[:3]
     if q.dim() != 3 or k.dim() != 4 or v.shape != k.shape or given.cu_seqlens_q is None or given.seqused_k is None:
@@ -98,8 +97,8 @@ def _is_short(given: Paged, most: int, num_splits: int) -> bool:
         # Several queries of each are laid out anew for kernels of decoding, by a dozen kernels of torch; prefill's take
         # them as they are.
         sizes = (q.get_device(), batch, most, q.shape[1], k.shape[2])
-        few_rows = 0 if most > 1 else DECODING_ROWS
-        is_short = calls_for_decoding(*sizes, few_rows=few_rows, may_pack=given.s_aux is None)
+        keys = _most_keys(given, most_keys) if most > 1 else None
+        is_short = calls_for_decoding(*sizes, may_pack=given.s_aux is None, laid_out_keys=keys)
     return bool(is_short and q.shape[0] == most * batch)
 
 
@@ -120,9 +119,14 @@ def _validate_eight_bits(given: Paged, scales: tuple[Tensor | None, Tensor | Non
     return batch
 
 
+def _most_keys(given: Paged, most_keys: Any) -> int:
+    """Of a sequence, at least 1 and at most what its pages hold, which it is where nothing is said."""
+    return given.capacity if most_keys is None else min(max(_number("max_seqlen_k", most_keys), 1), given.capacity)
+
+
 def _wide_rows(given: Paged, most_keys: Any) -> int:
     """Room for the keys of each sequence, of few kinds: at most a fifth more than whole tiles."""
-    most = min(max(_number("max_seqlen_k", most_keys), 1), given.capacity) if most_keys is not None else given.capacity
+    most = _most_keys(given, most_keys)
     step = _WIDE_ROWS << max((most // _WIDE_ROWS).bit_length() - 3, 0)
     return -(-most // step) * step
 

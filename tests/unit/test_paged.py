@@ -104,6 +104,20 @@ def test_few_queries_or_few_sequences_suit_decoding(arch):
     assert suits_decoding(arch, 16, 16, *sizes, may_pack=False) and suits_decoding(arch, 16, 16, 28, 4, 132)
 
 
+def test_queries_are_laid_out_anew_only_for_few_sequences_of_many_keys():
+    """It takes a dozen small kernels, longer than prefill's reading of short sequences, or of so many that they fill
+    the device; without packed heads those fill it several times over. SM80's prefill has no such reading."""
+    heads = (32, 8, 132)
+
+    def pays(batch: int, keys: int, arch: str = "sm90", **more: bool) -> bool:
+        return suits_decoding(arch, batch, 2, *heads, laid_out_keys=keys, **more)
+
+    assert pays(1, 32768) and pays(4, 32768) and not pays(8, 32768) and not pays(64, 32768)
+    assert pays(1, 8192) and not pays(1, 4096) and not pays(16, 4096)
+    assert pays(16, 4096, may_pack=False) and pays(16, 4096, arch="sm80")
+    assert not suits_decoding("sm90", 4, 64, *heads, laid_out_keys=32768)  # many rows are prefill's as they are
+
+
 def test_it_is_one_operator_under_compile():
     q, k, v, table, *_ = batch()
 
