@@ -60,7 +60,7 @@ DECODING_ROWS = 32  # that kernels of decoding have at once
 # 256 rows of 16 110 and 82. By SM80 kernels 64 rows 215 and 913, 256 rows 812 and 943; 2048 rows of 16 items 830 and
 # 464.
 PREFILL_PAYS: dict[ArchName, int] = {"sm90": 24, "sm80": 72}
-# Keys of a sequence times rounds of prefill's tiles, from which few sequences' queries are worth being laid out anew for
+# Keys of a sequence times rounds of prefill's tiles, from which few sequences' queries are worth laying out anew for
 # decoding, and how many multiprocessors a head of K and V must have in each round. Microseconds of 1, 2, 4 and 8
 # sequences of 2 queries, 32 heads of 128 over 8, in a graph (H100): 4k keys by decoding 52, 70, 85, 110, by prefill 47,
 # 49, 56, 70; 32k keys 108, 157, 244, 419 and 293, 288, 296, 412.
