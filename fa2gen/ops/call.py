@@ -68,6 +68,7 @@ __all__ = [
     "Call",
     "Gradients",
     "Layout",
+    "address_of",
     "aligned",
     "are_aligned",
     "backward_cuda",
@@ -98,6 +99,7 @@ __all__ = [
     "room_of_stream",
     "scaled",
     "scratch_for",
+    "signature_of",
     "sizes_of",
     "strides_of",
     "types_of",
@@ -456,6 +458,16 @@ def _first(
 def remembered(key: tuple[Any, ...]) -> Call | None:
     """What calls with this signature share, if there was one."""
     return _calls.get(key)
+
+
+def signature_of(x: Tensor | None) -> Any:
+    """What of a tensor is part of a call's signature."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
+
+
+def address_of(x: Tensor | None) -> int:
+    """Of a tensor's first element; 0: there is none."""
+    return 0 if x is None else x.data_ptr()
 
 
 def prepared(key: tuple[Any, ...], prepare: Callable[..., Call], *arguments: Any) -> Call:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fa2gen.ops.call import (
     AnyOptions,
     Call,
+    address_of,
     aligned,
     contiguous,
     cut,
@@ -31,6 +32,7 @@ from fa2gen.ops.call import (
     remember_kind,
     room_for,
     scaled,
+    signature_of,
     sizes_of,
     strides_of,
     types_of,
@@ -82,7 +84,7 @@ def forward_general(
     tensors = [x.contiguous() for x in tensors]  # Inductor pads rows of its own
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
-    key = (*map(_kind, (q, k, v, *lengths, s_aux, rng_state, *tensors)), options, keys, arch, tiling)
+    key = (*map(signature_of, (q, k, v, *lengths, s_aux, rng_state, *tensors)), options, keys, arch, tiling)
     call = prepared(
         key, _prepare, key, q, k, v, lengths, s_aux, rng_state, tensors, Options(*options), keys, arch, tiling
     )
@@ -97,7 +99,7 @@ def forward_general(
         lse.copy_(s_aux[:, None].expand_as(lse)) if s_aux is not None else lse.fill_(-math.inf)
         return out, lse
     at = [x.data_ptr() for x in (q, k, v, out, lse)]
-    if call.launch is None or any(address & 15 for address in (*at, _address(rng_state))):
+    if call.launch is None or any(address & 15 for address in (*at, address_of(rng_state))):
         options, room = scaled(options, q), room_for(out)
         q, k, v = (aligned(x) for x in (q, k, v))
         rng_state = _on_16_bytes(rng_state)
@@ -105,7 +107,7 @@ def forward_general(
         forward_general(q, k, v, *lengths, *further, options, max_keys, arch, tiling, (room, lse))
         return cut(room, out), lse
     addresses = (x.data_ptr() for x in (s_aux, rng_state, *tensors) if x is not None)
-    others = (*(map(_address, lengths) if ragged else ()), *addresses)
+    others = (*(map(address_of, lengths) if ragged else ()), *addresses)
     takes = call.launch.scratch_bytes or call.launch.cleared_bytes
     launch = launch_cleared if call.launch.scratch_cleared or not takes else launch_with_scratch
     launch(call, q, (*at, *others))
@@ -150,7 +152,7 @@ def backward_general(
         dlse = dlse.contiguous()
     first = (dout, q, k, v, out, lse, dlse)
     keys = None if max_keys is None else 1 << (max_keys - 1).bit_length()  # few kinds
-    key = (*map(_kind, (*first, *lengths, s_aux, rng_state, *tensors)), options, keys)
+    key = (*map(signature_of, (*first, *lengths, s_aux, rng_state, *tensors)), options, keys)
     call = prepared(key, _prepare_backward, key, *first, lengths, s_aux, rng_state, tensors, Options(*options), keys)
     sinks = 0 if s_aux is None else s_aux.shape[0]
     gradients = into or (
@@ -171,8 +173,8 @@ def backward_general(
         return gradients
     dq, dk, dv, ds_aux, dtensors = gradients
     at = [x.data_ptr() for x in (q, k, v, out, dout, dq, dk, dv, lse)]
-    at.append(_address(dlse))
-    if call.launch is None or any(address & 15 for address in (*at, _address(rng_state))):
+    at.append(address_of(dlse))
+    if call.launch is None or any(address & 15 for address in (*at, address_of(rng_state))):
         options, rooms = scaled(options, q), (room_for(dq), room_for(dk), room_for(dv), ds_aux, dtensors)
         q, k, v, dout, out = (aligned(x) for x in (q, k, v, dout, out))
         lse, dlse, rng_state = (_on_16_bytes(x) for x in (lse, dlse, rng_state))
@@ -181,7 +183,7 @@ def backward_general(
         return cut(rooms[0], dq), cut(rooms[1], dk), cut(rooms[2], dv), ds_aux, dtensors
     of_sink = () if s_aux is None else (s_aux.data_ptr(), ds_aux.data_ptr())
     addresses = (x.data_ptr() for x in (rng_state, *tensors, *dtensors) if x is not None)
-    launch_with_scratch(call, q, (*at, *(map(_address, lengths) if ragged else ()), *of_sink, *addresses))
+    launch_with_scratch(call, q, (*at, *(map(address_of, lengths) if ragged else ()), *of_sink, *addresses))
     return gradients
 
 
@@ -203,15 +205,6 @@ def _keys_of_none(k: Tensor, v: Tensor, lengths: Lengths) -> tuple[Tensor, Tenso
 
 def _on_16_bytes(x: Tensor | None) -> Tensor | None:
     return x if x is None or not x.data_ptr() & 15 else x.clone()
-
-
-def _kind(x: Tensor | None) -> Any:
-    """What of a tensor is part of a call's signature."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 # Once for each signature ------------------------------------------------------------------------------------------

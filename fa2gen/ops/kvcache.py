@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from fa2gen.ops.call import (
     prepared,
     remembered,
     room_of_stream,
+    signature_of,
 )
 from fa2gen.ops.paged import paged_cuda
 from fa2gen.ops.validate import DTYPES, validate_options
@@ -56,7 +57,7 @@ def cached_cuda(
     Raises as `fa2gen.ops.call.forward_cuda` does.
     """
     q, tensors = given.q, given.tensors
-    kinds = [None if x is None else _kind(x) for x in (*given[:-1], *tensors)]
+    kinds = [None if x is None else signature_of(x) for x in (*given[:-1], *tensors)]
     key = (*kinds, options, interleaved, num_splits)
     call = cast(_CachedCall, prepared(key, _prepare, _PLACES, given, options, interleaved, num_splits))
     out = call.new_out(q) if into is None else into
@@ -107,8 +108,8 @@ def read_out(
     key = (
         q.shape, k_cache.shape, v_cache.shape, q.stride(), k_cache.stride(), v_cache.stride(),
         q.dtype, k_cache.dtype, v_cache.dtype, q.get_device(), k_cache.get_device(), v_cache.get_device(),
-        None if seqlens is None else _kind(seqlens), None if table is None else _kind(table),
-        None if batch_idx is None else _kind(batch_idx), None if leftpad is None else _kind(leftpad),
+        None if seqlens is None else signature_of(seqlens), None if table is None else signature_of(table),
+        None if batch_idx is None else signature_of(batch_idx), None if leftpad is None else signature_of(leftpad),
         options, interleaved, num_splits,
     )  # fmt: skip
     if (call := remembered(key)) is None:
@@ -147,11 +148,6 @@ def _over_pages(given: Cached, options: Options, interleaved: bool, out: Tensor)
     pages = Paged(q, given.k_cache, given.v_cache, table, seqused_k=keys, s_aux=given.s_aux)
     paged_cuda(pages, (), options, into=(out, lse))
     return lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1).contiguous()
-
-
-def _kind(x: Tensor) -> tuple[Any, ...]:
-    """What of a tensor is part of a call's signature."""
-    return x.shape, x.stride(), x.dtype, x.get_device()
 
 
 @dataclass(slots=True)

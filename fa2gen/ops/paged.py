@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from fa2gen.errors import InvalidInput
 from fa2gen.ops.call import (
     Call,
+    address_of,
     aligned,
     are_aligned,
     contiguous,
@@ -24,6 +24,7 @@ from fa2gen.ops.call import (
     kernel_for_pages,
     launch_with_scratch,
     prepared,
+    signature_of,
 )
 from fa2gen.ops.validate import DTYPES, out_shape, validate_expression, validate_options
 from fa2gen.ops.validate_cache import Paged, validate_paged
@@ -49,7 +50,7 @@ def paged_cuda(
     `fa2gen.ops.call.forward_cuda` does.
     """
     keys = None if max_keys is None else 1 << max(max_keys - 1, 0).bit_length()  # few kinds
-    key = ("paged", *map(_kind, (*given, *tensors)), options, keys)
+    key = ("paged", *map(signature_of, (*given, *tensors)), options, keys)
     call = prepared(key, _prepare, given, tensors, options, keys)
     q = given.q
     out, lse = into or call.new_results(q)
@@ -62,7 +63,7 @@ def paged_cuda(
         paged_cuda(given._replace(q=aligned(q)), tensors, options, max_keys, (room, lse))
         out.copy_(room)
         return out, lse
-    operands = {name: 0 if x is None else x.data_ptr() for name, x in given._asdict().items()}
+    operands = {name: address_of(x) for name, x in given._asdict().items()}
     if (operands["k"] | operands["v"]) & 15:
         raise InvalidInput(
             "pages lie on an address that is no multiple of 16 bytes, and are never copied: begin a slice of a cache "
@@ -100,11 +101,6 @@ def checked_paged(given: Paged, tensors: Sequence[Tensor], options: Options) -> 
     validate_options(options)
     validate_expression(given.q, given.k.flatten(0, 1), sequences, tensors, options)
     return sequences
-
-
-def _kind(x: Tensor | None) -> Any:
-    """What of a tensor is part of a call's signature."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
 
 
 def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: int | None) -> Call:

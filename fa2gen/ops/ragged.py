@@ -18,6 +18,7 @@ from fa2gen.ops.call import (
     AnyOptions,
     Call,
     Gradients,
+    address_of,
     aligned,
     chosen_for,
     contiguous,
@@ -34,6 +35,7 @@ from fa2gen.ops.call import (
     room_for,
     scaled,
     scratch_for,
+    signature_of,
     strides_of,
 )
 from fa2gen.ops.validate import Lengths, out_dtype, validate_options, validate_ragged, validate_ragged_backward
@@ -86,7 +88,7 @@ def forward_ragged(
         q, k, v = (aligned(x) for x in (q, k, v))
         forward_ragged(q, k, v, *lengths, options, max_keys, (room, lse))
         return cut(room, out), lse
-    at = (q_at, k_at, v_at, out.data_ptr(), lse.data_ptr(), *map(_address, lengths))
+    at = (q_at, k_at, v_at, out.data_ptr(), lse.data_ptr(), *map(address_of, lengths))
     launch_with_scratch(call, q, at)
     return out, lse
 
@@ -124,11 +126,12 @@ def _find(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths, options: AnyOptions
     if bounds_q is not None:
         kind_q = kind_k = (bounds_q.shape, bounds_q.stride(), bounds_q.dtype, bounds_q.get_device())
     if bounds_k is not bounds_q:
-        kind_k = _kind(bounds_k)
+        kind_k = signature_of(bounds_k)
     key = (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(),
         q.dtype, k.dtype, v.dtype, q.get_device(), k.get_device(), v.get_device(), kind_q, kind_k,
-        None if used_q is None else _kind(used_q), None if used_k is None else _kind(used_k), options, bits,
+        None if used_q is None else signature_of(used_q), None if used_k is None else signature_of(used_k),
+        options, bits,
     )  # fmt: skip
     return remembered(key) or made(key, _prepare, key, q, k, v, lengths, options, bits)
 
@@ -164,7 +167,7 @@ def backward_ragged(
     if dlse is not None:
         dlse = dlse.contiguous()
     bits = None if max_keys is None else (max_keys - 1).bit_length()
-    kind_q, kind_k, kind_used_q, kind_used_k = map(_kind, lengths)
+    kind_q, kind_k, kind_used_q, kind_used_k = map(signature_of, lengths)
     key = (
         dout.shape, q.shape, k.shape, v.shape, out.shape, lse.shape, None if dlse is None else dlse.shape,
         kind_q, kind_k, kind_used_q, kind_used_k,
@@ -180,7 +183,7 @@ def backward_ragged(
             gradient.zero_()
         return dq, dk, dv
     q_at, k_at, v_at, out_at, dout_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), dout.data_ptr()
-    dq_at, dk_at, dv_at, lse_at, dlse_at = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr(), _address(dlse)
+    dq_at, dk_at, dv_at, lse_at, dlse_at = dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), lse.data_ptr(), address_of(dlse)
     at = (q_at, k_at, v_at, out_at, dout_at, dq_at, dk_at, dv_at, lse_at, dlse_at)
     all_bits = q_at | k_at | v_at | out_at | dout_at | dq_at | dk_at | dv_at | lse_at | dlse_at
     if call.launch is None or all_bits & 15:
@@ -189,7 +192,7 @@ def backward_ragged(
         lse, dlse = (x if x is None or not x.data_ptr() & 15 else x.clone() for x in (lse, dlse))
         backward_ragged(dout, q, k, v, out, lse, dlse, *lengths, options, max_keys, rooms)
         return cut(rooms[0], dq), cut(rooms[1], dk), cut(rooms[2], dv)
-    launch_with_scratch(call, q, (*at, *map(_address, lengths)))
+    launch_with_scratch(call, q, (*at, *map(address_of, lengths)))
     return dq, dk, dv
 
 
@@ -202,15 +205,6 @@ def are_plain(lengths: tuple[Any, ...]) -> bool:
         and (used_q is None or type(used_q) is Tensor)
         and (used_k is None or type(used_k) is Tensor)
     )
-
-
-def _kind(x: Tensor | None) -> Any:
-    """What of a tensor of lengths is part of a call's signature."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.get_device())
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 # Once for each signature ------------------------------------------------------------------------------------------

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput
 from fa2gen.ops.autograd import is_plain
-from fa2gen.ops.call import Call, contiguous, dense, kernel_for_rows, launch_with_scratch, prepared
+from fa2gen.ops.call import (
+    Call,
+    address_of,
+    contiguous,
+    dense,
+    kernel_for_rows,
+    launch_with_scratch,
+    prepared,
+    signature_of,
+)
 from fa2gen.ops.forward_only import forward_only, refuse_gradients
 from fa2gen.ops.kvcache_reference import keys_of
 from fa2gen.ops.validate import DTYPES
@@ -93,8 +102,7 @@ def _results(given: Narrow, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _widen_cuda(given: Narrow, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    kinds = (None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in given)
-    call = prepared((_NAME, *kinds, rows, dtype), _prepare, given, rows, dtype)
+    call = prepared((_NAME, *map(signature_of, given), rows, dtype), _prepare, given, rows, dtype)
     k, v = _results(given, rows, dtype)
     if call.launch is None:  # no sequence
         return k, v
@@ -103,7 +111,7 @@ def _widen_cuda(given: Narrow, rows: int, dtype: torch.dtype) -> tuple[Tensor, T
             "pages lie on an address that is no multiple of 16 bytes, and are never copied: begin a slice of a cache "
             "on a multiple of 16 elements"
         )
-    at = {name: 0 if x is None else x.data_ptr() for name, x in given._asdict().items()}
+    at = {name: address_of(x) for name, x in given._asdict().items()}
     at |= {"cache_seqlens": at["seqlens"], "k_wide": k.data_ptr(), "v_wide": v.data_ptr()}
     launch_with_scratch(call, k, tuple(at.get(name, 0) for name in call.operands))
     return k, v
