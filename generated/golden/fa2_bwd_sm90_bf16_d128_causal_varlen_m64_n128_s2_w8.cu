@@ -878,8 +878,8 @@ struct KeyBlock {
     Seqlen seqlen;
 };
 
-// Where the list has the numbers of a block of threads: lengths of its sequence and their first rows, its first block of queries
-// and first place in the list, heads taken together, entry.
+// Where the list has the numbers of a block of threads: lengths of its sequence and their first rows, its first block of
+// queries and first place in the list, heads taken together, entry.
 __device__ __forceinline__ int const* listed_key_block(Params const& p, int place) {
     return p.n_list + static_cast<int64_t>(kSequenceNumbers) * place;
 }
