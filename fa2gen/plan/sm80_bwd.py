@@ -149,6 +149,27 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
             return REGISTERS_BESIDE_TILES + REGISTERS_OF_LEARNING
         return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if more else 0)
 
+    # What a thread would rather compute again than keep, where registers for it are missing
+
+    @property
+    def finds_k_columns_late(self) -> bool:
+        """Whether a thread computes where its columns of K are before each dQ. Kept, that spills 8 to 20 bytes with
+        heads abreast, and for sm_90 16 under full masks at head dims 113 to 128 and in ragged batches at 97 to 112, 8
+        in deterministic windows there and in ragged ones up to 64."""
+        if self.tiling.heads_abreast:
+            return True
+        if self.varlen and self.left_edge and self.head_dim <= 64:
+            return True
+        if 96 < self.head_dim <= 112:
+            return self.varlen or (self.left_edge and self.deterministic)
+        return self.mask == "full" and 112 < self.head_dim <= 128
+
+    @property
+    def finds_rows_late(self) -> bool:
+        """Whether a thread adds up where its rows of Q are before each dK: in ragged windows at head dims 65 to 80 that
+        would spill 8 bytes for sm_90, and its columns of K, found late, 8 for sm_80."""
+        return self.varlen and self.left_edge and 64 < self.head_dim <= 80
+
     @property
     def sum_threads(self) -> int:
         return self.num_threads

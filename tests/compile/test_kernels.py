@@ -517,9 +517,18 @@ def test_a_ragged_batch_has_the_loops_of_a_dense_one(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        default("sm80", head_dim, mask, direction).name
-        for direction in ("fwd", "bwd")
-        for head_dim, mask in turns((8, 64, 80, 112, 128, 160, 192, 224, 256), ("causal", "window"))
+        *(
+            default("sm80", head_dim, mask, direction).name
+            for direction in ("fwd", "bwd")
+            for head_dim, mask in turns((8, 64, 80, 112, 128, 160, 192, 224, 256), ("causal", "window"))
+        ),
+        *(default("sm80", head_dim, "full", "bwd").name for head_dim in (64, 120, 128, 192, 256)),
+        # What is found late there (fa2gen/plan/sm80_bwd.py).
+        default("sm80", 112, "window", "bwd", deterministic=True).name,
+        *(
+            default("sm80", head_dim, mask, "bwd", varlen=True).name
+            for head_dim, mask in ((64, "window"), (80, "window"), (112, "causal"), (128, "full"))
+        ),
     ],
 )
 def test_sm80_kernels_for_hopper(name):
