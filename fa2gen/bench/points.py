@@ -233,6 +233,16 @@ def _gqa(dtype: DType) -> list[Point]:
     ]
 
 
+def _sharded(dtype: DType) -> list[Point]:
+    """Few heads of one long sequence, as each of several GPUs has that share a model's heads."""
+    return [
+        _point("sharded", head_dim, dtype, causal, seqlen, batch=1, heads=heads)
+        for head_dim in (64, 128, 256)
+        for causal in (False, True)
+        for heads, seqlen in ((2, 4096), (4, 4096), (2, 8192), (1, 16_384))
+    ]
+
+
 def _window(dtype: DType) -> list[Point]:
     """Sliding windows of current models: 1024 and 4096 keys, and gpt-oss's 128 with 64/8 heads of 64."""
     return [
@@ -361,6 +371,7 @@ PRESETS: dict[str, Callable[[DType], list[Point]]] = {
     "paper": _paper,
     "odd": _odd,
     "gqa": _gqa,
+    "sharded": _sharded,
     "window": _window,
     "varlen": _varlen,
     "mla": _mla,

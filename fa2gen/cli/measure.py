@@ -87,7 +87,7 @@ def _need_gpu(what: str) -> None:
 def bench(
     asked: Asked,
     preset: Annotated[
-        Literal["paper", "odd", "gqa", "window", "varlen", "mla", "decode", "prefill", "flex", "host"],
+        Literal["paper", "odd", "gqa", "sharded", "window", "varlen", "mla", "decode", "prefill", "flex", "host"],
         typer.Option(help="Which points."),
     ] = "paper",
     seqlen: Seqlens = None,

@@ -80,7 +80,7 @@ def test_backward_points_are_the_forward_ones():
         assert [replace(point, direction="bwd") for point in forward] == backward
         assert [point.flops for point in backward] == [2.5 * point.flops for point in forward]
         assert {point.problem.direction for point in backward} == {"bwd"}
-    with pytest.raises(InvalidInput, match="forward only; bwd has paper, odd, gqa, window"):
+    with pytest.raises(InvalidInput, match="forward only; bwd has paper, odd, gqa, sharded, window"):
         preset_points("host", direction="bwd")
     assert {point.direction for point in preset_points("host")} == {"fwd", "decode"}
 
