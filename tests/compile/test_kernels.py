@@ -529,6 +529,13 @@ def test_a_ragged_batch_has_the_loops_of_a_dense_one(tmp_path):
             default("sm80", head_dim, mask, "bwd", varlen=True).name
             for head_dim, mask in ((64, "window"), (80, "window"), (112, "causal"), (128, "full"))
         ),
+        # What Hopper's shared memory has room for.
+        *(
+            KernelSpec(
+                problem=problem, tiling=default_tiling(problem, "sm80", ARCHES["sm90"].shared_memory_per_block)
+            ).name
+            for problem in (Problem(head_dim=head_dim) for head_dim in (64, 128, 256))
+        ),
     ],
 )
 def test_sm80_kernels_for_hopper(name):
