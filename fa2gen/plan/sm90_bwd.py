@@ -270,6 +270,13 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return self.lags_dq and self.has_score
 
     @property
+    def starts_dv_early(self) -> bool:
+        """Whether dV is issued before dS goes to shared memory, rather than behind dQ. H100, times behind: 64 causal
+        1.00 to 1.04, full 1.01 to 1.04 (512 to 16k), 32 1.02, 48 1.01; 72 0.99, 80 to 112 0.93 to 0.99, 128 0.95 to
+        0.99; with dropout at 64 0.98 to 0.99, and beside masks of expressions it spills 8 bytes."""
+        return self.lags_dq and max(self.head_dim, self.head_dim_v) <= 64 and not (self.dropout or self.has_allow)
+
+    @property
     def keeps_pace(self) -> bool:
         """Whether the first warpgroup waits for the second one's dP of the step before, as that does for its: the
         second then stays half a step behind."""

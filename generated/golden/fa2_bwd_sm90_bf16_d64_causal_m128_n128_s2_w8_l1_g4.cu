@@ -10,7 +10,7 @@
 //             216 Global memory,  275 mbarriers,  319 TMA,  366 Bulk copies,  388 Fences,  400 Fragments,
 //             414 Registers,  422 Registers of a warpgroup,  434 wgmma,  611 What is visible,
 //             660 Softmax and its gradient,  707 Parts of a group of heads,  803 Pipelines,  852 Loads,
-//             901 Matrix products,  938 Staging, 1001 Producer, 1080 Consumer, 1250 Kernels, 1415 Launch
+//             901 Matrix products,  938 Staging, 1001 Producer, 1080 Consumer, 1252 Kernels, 1417 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in four kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1179,6 +1179,11 @@ __device__ __forceinline__ void consume(
         score_gradients(&acc_dp, &acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
         pack(&ds_tile, &acc_dp);
 
+        // dV under dS's way to shared memory: its P is in registers.
+        wgmma_fence();
+        gemm_dkv(acc_dv, p_tile, dout_tile);
+        wgmma_commit();
+
         // dS to all warpgroups. Who writes a stage waits until their products of two steps ago have read it.
         int const ds_stage = step % 2;
         mbarrier_wait(barriers.ds_empty(ds_stage), (step / 2 & 1) ^ 1);
@@ -1197,24 +1202,21 @@ __device__ __forceinline__ void consume(
         gemm_dq(acc_dq, ds_before, k_panel);
         wgmma_commit();
         wgmma_fence();
-        gemm_dkv(acc_dv, p_tile, dout_tile);
-        wgmma_commit();
-        wgmma_fence();
         gemm_dkv(acc_dk, ds_tile, q_tile);
         wgmma_commit();
 
-        // dQ to shared memory under dV and dK: each warp its own registers, in their order.
         wgmma_wait_2();
+        wgmma_touch(acc_dv);
+        wgmma_touch_a(p_tile);
+        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
+        dout_state.advance(kNumDoutStages);
+        // dQ to shared memory under dK: each warp its own registers, in their order.
+        wgmma_wait_1();
         wgmma_touch(acc_dq);
         if (step > 0) {
             mbarrier_arrive_if(barriers.ds_empty(ds_stage ^ 1), leader);
             hand_over(acc_dq);
         }
-        wgmma_wait_1();
-        wgmma_touch(acc_dv);
-        wgmma_touch_a(p_tile);
-        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-        dout_state.advance(kNumDoutStages);
         wgmma_wait_0();
         wgmma_touch(acc_dk);
         wgmma_touch_a(ds_tile);

@@ -10,7 +10,7 @@
 //             232 Global memory,  295 mbarriers,  339 TMA,  386 Bulk copies,  408 Fences,  420 Fragments,
 //             434 Registers,  442 Registers of a warpgroup,  454 wgmma,  631 What is visible,
 //             677 Softmax and its gradient,  772 Pipelines,  823 Loads,  872 Matrix products,  909 Staging,
-//             985 Producer, 1090 Consumer, 1293 Kernels, 1456 Launch
+//             985 Producer, 1090 Consumer, 1295 Kernels, 1458 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1236,6 +1236,11 @@ __device__ __forceinline__ void consume(
         score_gradients(&acc_dp, &acc_s, smem + kSmemDpsum + dout_state.stage * kStatisticsBytes);
         pack(&ds_tile, &acc_dp);
 
+        // dV under dS's way to shared memory: its P is in registers.
+        wgmma_fence();
+        gemm_dkv(acc_dv, p_tile, dout_tile);
+        wgmma_commit();
+
         // dS to all warpgroups. Who writes a stage waits until their products of two steps ago have read it.
         int const ds_stage = step % 2;
         mbarrier_wait(barriers.ds_empty(ds_stage), (step / 2 & 1) ^ 1);
@@ -1254,14 +1259,16 @@ __device__ __forceinline__ void consume(
         gemm_dq(acc_dq, ds_before, k_before);
         wgmma_commit();
         wgmma_fence();
-        gemm_dkv(acc_dv, p_tile, dout_tile);
-        wgmma_commit();
-        wgmma_fence();
         gemm_dkv(acc_dk, ds_tile, q_tile);
         wgmma_commit();
 
-        // dQ to shared memory under dV and dK: each warp its own registers, in their order.
         wgmma_wait_2();
+        wgmma_touch(acc_dv);
+        wgmma_touch_a(p_tile);
+        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
+        dout_state.advance(kNumDoutStages);
+        // dQ to shared memory under dK: each warp its own registers, in their order.
+        wgmma_wait_1();
         wgmma_touch(acc_dq);
         if (step > first_step) {
             mbarrier_arrive_if(barriers.ds_empty(ds_stage ^ 1), leader);
@@ -1270,11 +1277,6 @@ __device__ __forceinline__ void consume(
             }
             hand_over(acc_dq);
         }
-        wgmma_wait_1();
-        wgmma_touch(acc_dv);
-        wgmma_touch_a(p_tile);
-        mbarrier_arrive_if(barriers.dout_empty(dout_state.stage), leader);
-        dout_state.advance(kNumDoutStages);
         wgmma_wait_0();
         wgmma_touch(acc_dk);
         wgmma_touch_a(ds_tile);

@@ -68,7 +68,7 @@ FAULTS = (
         schedules=4,
     ),
     Fault("dq-of-this-step", LAGGING, "(ds_stage ^ 1) * (kDsBytes", "ds_stage * (kDsBytes", schedules=4),
-    Fault("no-wait-for-lagging-dq", LAGGING, "wgmma_wait_2();\n        wgmma_touch(acc_dq);", ""),
+    Fault("no-wait-for-lagging-dq", LAGGING, "wgmma_wait_1();\n        wgmma_touch(acc_dq);", ""),
     Fault("no-dq-of-the-last-step", LAGGING, "int const last = step - 1;", "int const last = step;"),
     Fault("one-half-of-dq", LAGGING, "kDqBlockFloats + warpgroup * kShareFloats", "kDqBlockFloats + kShareFloats"),
     Fault("no-wait-for-lagging-dk", LAGGING, DK_DONE, "wgmma_touch(acc_dk);"),
