@@ -96,13 +96,13 @@ FIRST_ROWS = 512
 FIRST_ROWS_OF_CAUSAL, FIRST_ROWS_OF_NARROW = 8192, 16384  # up to head dim 64
 FIRST_ROWS_OF_RAGGED = 4096  # causal
 
-# Full masks from head dim 112 on: blocks of keys of 8 heads start together, and the first share is stored whatever the
-# length, unless few blocks follow those of the first wave, which come all at once, or heads share keys: d = 128, 2048
-# blocks of keys, 512 to 16k 1.04, 1.04, 1.02, 1.013, 1.008, 1.014; d = 112, 8k 1.012, but 96 0.993; 256 blocks of 8k
-# and 1k 0.89, 0.98; 32:8 heads, 8k 0.993. Sections alone at d = 256 0.98 (32:8 heads) to 1.03 (16k), mostly 1.00
-# (H200).
+# Full masks from head dim 112 on: blocks of keys of 8 heads start together, and the first share is stored up to so many
+# rows, unless few blocks follow those of the first wave, which come all at once, or heads share keys: d = 128, 2048
+# blocks of keys, 512 to 8k 1.04, 1.04, 1.02, 1.013, 1.008 (H100: 2k to 8k 1.03, 1.013, 1.004); d = 112, 8k 1.012, but
+# 96 0.993; 256 blocks of 8k and 1k 0.89, 0.98; 32:8 heads, 8k 0.993. 16k 1.014, but on an H100 0.80 to 0.95 from run
+# to run, 0.64 at d = 120, 32k 0.6. Sections alone at d = 256 0.98 (32:8 heads) to 1.03 (16k), mostly 1.00 (H200).
 LEAST_HEAD_DIM_OF_LEVEL = 112
-FIRST_KEY_BLOCKS = 2048
+FIRST_KEY_BLOCKS, FIRST_ROWS_OF_LEVEL = 2048, 8192
 
 
 class DqSlice(NamedTuple):
@@ -717,7 +717,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if self.left_edge:
             return "1"
         if self.is_level:
-            many = f"num_key_blocks / {FIRST_KEY_BLOCKS} * (1 / num_heads_per_kv)"  # 0 with groups
+            short = f"min({FIRST_ROWS_OF_LEVEL} / max(seqlen_q, 1), 1)"
+            many = f"num_key_blocks / {FIRST_KEY_BLOCKS} * {short} * (1 / num_heads_per_kv)"  # 0 with groups
             return f"min({FIRST_ROWS} / max(seqlen_q, 1) + {many}, 1)"
         rows, walked = FIRST_ROWS, "seqlen_q"
         if self.mask == "causal" and self.varlen:

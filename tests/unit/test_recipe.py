@@ -20,6 +20,7 @@ from fa2gen.plan.sm90_bwd import (
     FIRST_KEY_BLOCKS,
     FIRST_ROWS,
     FIRST_ROWS_OF_CAUSAL,
+    FIRST_ROWS_OF_LEVEL,
     FIRST_ROWS_OF_NARROW,
     FIRST_ROWS_OF_RAGGED,
 )
@@ -115,7 +116,8 @@ def stores_first(plan: KernelPlan, shape: AnyShape) -> int:
         return 1
     if plan.is_level and shape.num_heads == shape.num_heads_kv:
         of_keys = blocks(plan, shape)[1] * shape.batch * shape.num_heads_kv
-        return int(shape.seqlen_q <= FIRST_ROWS or of_keys >= FIRST_KEY_BLOCKS)
+        many = of_keys >= FIRST_KEY_BLOCKS and shape.seqlen_q <= FIRST_ROWS_OF_LEVEL
+        return int(shape.seqlen_q <= FIRST_ROWS or many)
     if plan.mask == "full" or plan.varlen:
         most = FIRST_ROWS if plan.mask == "full" else FIRST_ROWS_OF_RAGGED
         return int(shape.seqlen_q <= most * (shape.batch if plan.varlen else 1))
