@@ -384,8 +384,10 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
     moved = 2 if plan.has_allow or plan.shares_draws else int(one)
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
     for loop in loops:
-        if plan.is_persistent and sum(line.startswith("HGMMA") for line in loop) != wanted[0][0]:
-            continue  # of the loop over blocks of keys, which has the last step's dQ beside
+        # Of the loop over blocks of keys, which has the last step's dQ beside, or with other warps' code in between.
+        products = sum(line.startswith("HGMMA") for line in loop)
+        if plan.is_persistent and (products != wanted[0][0] or any(line.startswith(adds) for line in loop)):
+            continue
         # No stage is released by an arrival that may overtake loads of row statistics from it: their use comes first,
         # by a product or by a store of what was made of them.
         uses = ("HGMMA", "STSM", "LDS", "SYNCS.ARRIVE")
