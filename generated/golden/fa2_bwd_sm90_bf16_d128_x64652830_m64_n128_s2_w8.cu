@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, full mask, keys of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  173 Arithmetic,  206 Shared memory,
-//             227 Global memory,  286 mbarriers,  330 TMA,  372 Bulk copies,  394 Fences,  406 Fragments,
-//             420 Registers,  428 Registers of a warpgroup,  440 wgmma,  617 What is visible,  663 Expressions,
-//             678 What an expression hides,  743 Softmax and its gradient,  884 Pipelines,  927 Loads,
-//             976 Matrix products, 1014 Staging, 1077 Producer, 1157 Consumer, 1289 Kernels, 1453 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  126 Threads,  175 Arithmetic,  208 Shared memory,
+//             229 Global memory,  288 mbarriers,  332 TMA,  374 Bulk copies,  396 Fences,  408 Fragments,
+//             422 Registers,  430 Registers of a warpgroup,  442 wgmma,  619 What is visible,  665 Expressions,
+//             680 What an expression hides,  745 Softmax and its gradient,  891 Pipelines,  934 Loads,
+//             983 Matrix products, 1021 Staging, 1084 Producer, 1164 Consumer, 1296 Kernels, 1460 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -114,6 +114,8 @@ struct Params {
     int num_heads_per_kv;
     int num_m_blocks;
     int num_n_blocks;
+    int num_batch_heads_kv;
+    int heads_per_section;
     int stores_first;
     int number_0;
     int number_1;
@@ -787,7 +789,8 @@ __device__ __forceinline__ void pack(uint32_t (*packed)[kNumP], float const (*va
     }
 }
 
-// Order of blocks: head by head, so that neighbours share Q, dO and dQ in L2.
+// Order of blocks: the first keys, which most queries see, first, so that the last blocks to start are the short ones; within
+// sections of heads whose Q, dO and dQ fit in L2 together.
 struct KeyBlock {
     int n_block;
     int head_kv;
@@ -795,8 +798,12 @@ struct KeyBlock {
 };
 
 __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
-    int const batch_head = index / p.num_n_blocks;
-    return {index % p.num_n_blocks, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv};
+    int const section_blocks = p.heads_per_section * p.num_n_blocks;
+    int const first_batch_head = index / section_blocks * p.heads_per_section;
+    int const width = min(p.heads_per_section, p.num_batch_heads_kv - first_batch_head);
+    int const within = index % section_blocks;
+    int const batch_head = first_batch_head + within % width;
+    return {within / width, batch_head % p.num_heads_kv, batch_head / p.num_heads_kv};
 }
 
 // The steps of a block of keys: all query heads that share it, one after the other, and of each the blocks of queries that see
@@ -1474,6 +1481,9 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_x646528
 //   num_heads_per_kv = num_heads / num_heads_kv
 //   num_m_blocks = (seqlen_q + 63) / 64
 //   num_n_blocks = (seqlen_k + 127) / 128
+//   num_batch_heads_kv = batch * num_heads_kv
+//   section_bytes = 33554432 * min(num_heads_per_kv, 2)
+//   heads_per_section = min(max(1, section_bytes / (num_heads_per_kv * seqlen_q * 1024)), min(batch * num_heads_kv, 16))
 //   stores_first = min(512 / max(seqlen_q, 1), 1)
 //   softmax_scale_log2 = softmax_scale * 1.4426950408889634
 // Device memory beside the tensors, in 4-byte numbers:
