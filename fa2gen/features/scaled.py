@@ -25,6 +25,6 @@ SCALED = Feature(
         Operand("k_wide", "wide", out=True, optional=True),
         Operand("v_wide", "wide", of_v=True, out=True, optional=True),
     ),
-    params=tuple(Param(name, "int") for name in _NUMBERS),
+    params=tuple(Param(name, "int") for name in (*_NUMBERS, "num_wide_blocks")),
     formulas={name: name for name in _NUMBERS},
 )

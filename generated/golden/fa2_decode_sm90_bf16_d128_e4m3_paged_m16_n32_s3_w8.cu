@@ -6,9 +6,9 @@
 //   problem  decode, head dim 128, bf16, full mask, e4m3 caches, pages
 //   tiling   16 query rows x 32 keys, 3 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 208944 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,  162 Threads,  193 Arithmetic,  268 Shared memory,  315 Global memory,
-//             391 cp.async,  416 Fragments,  431 Registers,  446 mma,  475 What is visible,  529 Online softmax,
-//             961 Loads, 1132 Matrix products, 1243 Putting together, 1656 Append, 1791 Widen, 1870 Kernel,
+//   contents   27 Problem and tiling,  163 Threads,  194 Arithmetic,  269 Shared memory,  316 Global memory,
+//             392 cp.async,  417 Fragments,  432 Registers,  447 mma,  476 What is visible,  530 Online softmax,
+//             962 Loads, 1133 Matrix products, 1244 Putting together, 1657 Append, 1792 Widen, 1870 Kernel,
 //            1914 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
@@ -154,6 +154,7 @@ struct Params {
     int v_scale_batch;
     int v_scale_head;
     int seqlen_wide;
+    int num_wide_blocks;
     float softmax_scale;
     float softmax_scale_log2;
     float inverse_group;
@@ -1812,9 +1813,8 @@ extern "C" __global__ void __launch_bounds__(kAppendThreads)
     fa2_decode_sm90_bf16_d128_e4m3_paged_m16_n32_s3_w8_widen(const __grid_constant__ Params p) {
     bool const is_value = blockIdx.y != 0;
     int const token_chunks = p.num_heads_kv * kRowChunks;
-    int const blocks = (p.seqlen_wide * token_chunks + kWideChunks * kAppendThreads - 1) / (kWideChunks * kAppendThreads);
-    int const bidb = static_cast<int>(blockIdx.x) / blocks;
-    int const first = (static_cast<int>(blockIdx.x) - bidb * blocks) * kWideChunks * kAppendThreads;
+    int const bidb = static_cast<int>(blockIdx.x) / p.num_wide_blocks;
+    int const first = (static_cast<int>(blockIdx.x) - bidb * p.num_wide_blocks) * kWideChunks * kAppendThreads;
     int const keys = keys_before(p, bidb);
     int const end = min(keys, p.seqlen_wide) * token_chunks;
     if (first >= end) {

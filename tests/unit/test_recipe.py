@@ -199,6 +199,9 @@ def expected(plan: KernelPlan, shape: AnyShape) -> tuple[Any, dict[str, int], di
     return [grids[entry.grid] for entry in plan.entry_points], values, scratch, max(most, of_queries + NUM_SMS)
 
 
+OF_SIZES = {"num_sequences", "num_wide_blocks"}  # what features add to Params without a formula of their own
+
+
 def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[str, Any], dict[str, int], int]:
     """The same over a cache. Each block leaves two parts at most, or with fixed parts each has a place of its own."""
     group = shape.num_heads // shape.num_heads_kv
@@ -240,7 +243,8 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
     scratch = {"parts": slots * plan.tile_m * plan.head_dim, "part_sums": 2 * slots * plan.tile_m}
     scratch["counters"] = units if fixed else grid
     wide = plan.head_dim // 8 * shape.seqlen_wide * shape.num_heads_kv
-    of_wide = (shape.batch * -(-wide // 1024), 2, 1)
+    values["num_wide_blocks"] = -(-wide // 1024)
+    of_wide = (shape.batch * values["num_wide_blocks"], 2, 1)
     grids = [(-(-new // plan.entry_points[0].num_threads), 1, 1), *([of_wide] if plan.has_8_bits else []), (grid, 1, 1)]
     units = units * (1 + ends + min(each, 1)) + 64 * NUM_SMS
     most = max(units, 2 * (shape.seqlen_k + unit), new, m * plan.tile_m << 9)
@@ -250,7 +254,7 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
 @each_plan
 def test_launches_by_their_definition(plan: KernelPlan):
     options = sized(plan, examples_of(plan.problem)[0])._replace(softmax_scale=0.1)
-    of_features = {param.name for feature in plan.features for param in feature.params} - {"num_sequences"}
+    of_features = {param.name for feature in plan.features for param in feature.params} - OF_SIZES
     fitting = 0
     by_definition = expected_of_cache if plan.problem.direction == "decode" else expected
     for shape in caches() if has_cache(plan) else shapes():
@@ -277,7 +281,7 @@ def test_launches_by_their_definition(plan: KernelPlan):
 def test_what_features_add_to_params(plan: KernelPlan):
     """Of every example, over lengths on both sides of every limit."""
     added = {param.name for feature in plan.features for param in feature.params}
-    assert recipe.of_features(plan).keys() == added - {"num_sequences"}
+    assert recipe.of_features(plan).keys() == added - OF_SIZES
     for example in examples_of(plan.problem):
         for sizes in (Shape(1, q, k, 4, 1) for q in (1, 40, 5000) for k in (1, 47, 48, 129, 5000)):
             scales = {"k_scale_batch": 4, "k_scale_head": 1, "v_scale_batch": 0, "v_scale_head": 2, "seqlen_wide": 5}
