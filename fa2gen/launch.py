@@ -26,7 +26,9 @@ __all__ = [
     "MAX_SEQLEN",
     "MAX_STRIDE_BYTES",
     "RAGGED_ROWS",
+    "TILES_OF_FEW",
     "Launch",
+    "for_few_queries",
     "heads_per_section",
     "launch_of",
     "launches_of",
@@ -54,12 +56,15 @@ PACKED_GROUPS = (1, 2, 4, 8, 16)  # 16 rows of a warp are whole queries of so ma
 PACKED_ROUNDS = 0.95
 PREFILL_ROWS = 128  # of a tile, the least by which prefill is counted
 DECODING_ROWS = 32  # that kernels of decoding have at once
-# Rows of an item (a sequence's queries and the heads that share K and V) times items, a multiprocessor and round of
-# prefill's tiles, from which its kernels are the quicker ones. Microseconds by decoding and by prefill, 32 heads of 128
-# over 8, 8k keys, H200: 64 rows of 128 items 217 and 146, 256 rows of them 812 and 290; 64 rows of 32 items 74 and 82;
-# 256 rows of 16 110 and 82. By SM80 kernels 64 rows 215 and 913, 256 rows 812 and 943; 2048 rows of 16 items 830 and
-# 464.
-PREFILL_PAYS: dict[ArchName, int] = {"sm90": 24, "sm80": 72}
+# Kernels of prefill are the quicker ones on SM90 from so many rows of an item (a sequence's queries and the heads that
+# share K and V), and 32, times items, times head dim, and 24, on, a multiprocessor and round of prefill's tiles; and of
+# more rows than decoding reads keys for at once. Microseconds of decoding, of prefill, 8k keys, sequences x queries,
+# H100: 32 heads of 128 over 8, 1 x 64 54 and 76, 1 x 96 90 and 76, 2 x 32 65 and 78, 2 x 64 90 and 79, 4 x 16 83 and
+# 84, 4 x 32 104 and 84, 8 x 12 140 and 119; heads of 64, 4 x 32 58 and 67, 4 x 48 77 and 67, 8 x 16 78 and 73; 16 heads
+# of 256 over 4, 1 x 64 82 and 104, 1 x 128 125 and 103, 4 x 16 95 and 110, 4 x 32 147 and 110. By SM80 kernels rows
+# times items alone count: of head dim 128, 64 rows of 128 items took 215 and 913, 256 rows 812 and 943, 2048 rows of 16
+# items 830 and 464 (H200).
+PREFILL_PAYS, SM80_PREFILL_PAYS = 3700, 72
 # Keys of a sequence times rounds of prefill's tiles, from which few sequences' queries are worth laying out anew for
 # decoding, and how many multiprocessors a head of K and V must have in each round. Microseconds of 1, 2, 4 and 8
 # sequences of 2 queries, 32 heads of 128 over 8, in a graph (H100): 4k keys by decoding 52, 70, 85, 110, by prefill 47,
@@ -311,12 +316,79 @@ def with_packed_heads(plan: KernelPlan, shape: AnyShape, num_sms: int) -> Kernel
     return make_plan(spec) if fits(spec) else plan
 
 
+class _Tile(NamedTuple):
+    """One by which few queries over pages may be multiplied.
+
+    microseconds  over 8k keys, causal, where one, two, ... of its warpgroups have rows.
+    """
+
+    tile_m: int
+    tile_n: int
+    num_stages: int
+    microseconds: tuple[float, ...]
+
+    def spec(self, plan: KernelPlan, packs_heads: bool) -> KernelSpec:
+        """Of a plan's problem."""
+        changes = {"tile_m": self.tile_m, "tile_n": self.tile_n, "num_stages": self.num_stages}
+        changes |= {"num_mma_warps": self.tile_m // 16, "pack_heads": int(packs_heads)}
+        return KernelSpec(problem=plan.problem, tiling=plan.tiling.model_copy(update=changes))
+
+
+FEW_QUERIES = 128  # of a sequence, at most
+# Microseconds in which 8k keys and values of one head of 128 come from memory, and what that is multiplied with for a
+# tile that would not be in step with another that reads the same ones, as they have not as many rows.
+KEYS_IN_MEMORY, OUT_OF_STEP = 1.7, 1.3
+# By head dim, as timed on an H100: microseconds of the tiles for many queries, and others.
+TILES_OF_FEW: dict[int, tuple[tuple[float, ...], tuple[_Tile, ...]]] = {
+    64: ((64, 90, 103, 115), (_Tile(64, 128, 4, (62,)), _Tile(128, 160, 2, (80, 87)))),
+    96: ((74, 96, 125), (_Tile(64, 128, 2, (70,)), _Tile(128, 128, 2, (80, 93)))),
+    128: ((83, 105, 140), (_Tile(64, 128, 2, (76,)), _Tile(128, 128, 2, (77, 101)))),
+    256: ((122, 163), (_Tile(64, 96, 2, (106,)),)),
+}
+
+
+def for_few_queries(plan: KernelPlan, shape: CacheShape, num_sms: int) -> KernelPlan:
+    """`with_packed_heads` of sequences that all have as many queries; of few, with the tile that is done soonest: one
+    of 192 rows has idle warpgroups, or a second of its kind has, which then are not in step, and both read the keys
+    from memory (8 sequences of 64 queries over 8k, 32 heads of 128 over 8, 175 us, with tiles of 128 rows 132)."""
+    usual = with_packed_heads(plan, shape, num_sms)
+    if 0 in (shape.batch, shape.seqlen_q, shape.num_heads, shape.num_heads_kv) or plan.arch != "sm90":
+        return usual
+    queries, group = ceil_div(shape.seqlen_q, shape.batch), shape.num_heads // shape.num_heads_kv
+    if plan.head_dim not in TILES_OF_FEW or queries > FEW_QUERIES or shape.seqlen_q * group >= RAGGED_ROWS:
+        return usual
+    if plan.head_dim_v != plan.head_dim or plan.problem.has_expression:
+        return usual
+    microseconds, tiles = TILES_OF_FEW[plan.head_dim]
+    from_memory = KEYS_IN_MEMORY * plan.head_dim / 128 * shape.batch * shape.num_heads_kv
+
+    def takes(tile_m: int, microseconds: Sequence[float], packs_heads: bool, out_of_step: float = 1) -> float:
+        rows, heads = (queries * group, shape.num_heads_kv) if packs_heads else (queries, shape.num_heads)
+        rounds = ceil_div(shape.batch * heads * ceil_div(rows, tile_m), num_sms)
+        in_step = rows <= tile_m or ceil_div((rows - 1) % tile_m + 1, 64) == tile_m // 64
+        used = min(ceil_div(rows, 64), tile_m // 64)
+        return max(rounds * microseconds[used - 1], from_memory * (1 if in_step else out_of_step))
+
+    ways = [
+        (takes(tile.tile_m, tile.microseconds, packs, OUT_OF_STEP), packs, tile)
+        for packs in (False, True)[: 1 + (group in PACKED_GROUPS)]
+        for tile in tiles
+        if fits(tile.spec(plan, packs))
+    ]
+    least, packs, tile = min(ways)
+    if least > PACKED_ROUNDS * takes(plan.tile_m, microseconds, usual.packs_heads):
+        return usual
+    found = make_plan(tile.spec(plan, packs))
+    return found if reads_pages_quickly(found, shape) else usual
+
+
 def suits_decoding(
     arch: ArchName,
     batch: int,
     queries: int,
     heads: int,
     heads_kv: int,
+    head_dim: int,
     num_sms: int,
     *,
     may_pack: bool = True,
@@ -338,7 +410,12 @@ def suits_decoding(
     many_items = laid_out_keys is not None and LAID_OUT_SMS * items > num_sms * rounds
     if arch == "sm90" and (few_keys or many_items):  # SM80's prefill takes several times as long
         return False
-    return rows <= DECODING_ROWS or rows * items < PREFILL_PAYS[arch] * num_sms * rounds
+    if arch == "sm80":
+        are_few = rows * items < SM80_PREFILL_PAYS * num_sms * rounds
+    else:
+        at_once = rows <= recipe.ROWS_AT_ONCE * DECODING_ROWS
+        are_few = at_once and (rows + 32) * items * (head_dim + 24) < PREFILL_PAYS * num_sms * rounds
+    return rows <= DECODING_ROWS or are_few
 
 
 def pages_refusal(plan: KernelPlan, shape: AnyShape, strides: Mapping[str, Sequence[int]]) -> str | None:

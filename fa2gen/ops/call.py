@@ -37,6 +37,7 @@ from fa2gen.errors import InvalidInput, StoreError
 from fa2gen.gpus import device_at
 from fa2gen.groups import WHOLE, Walk, walk_of, with_groups
 from fa2gen.launch import (
+    for_few_queries,
     page_strides,
     pages_refusal,
     reads_pages_quickly,
@@ -734,11 +735,13 @@ def choose(
     return selection.plan, selection.target
 
 
-def calls_for_decoding(device: int, batch: int, queries: int, heads: int, heads_kv: int, **more: Any) -> bool:
+def calls_for_decoding(
+    device: int, batch: int, queries: int, heads: int, heads_kv: int, head_dim: int, **more: Any
+) -> bool:
     """`fa2gen.launch.suits_decoding` of a call on a device."""
     on = device_at(device)
     arch = kernel_arch(on, _family(None, None))[0]
-    return suits_decoding(arch, batch, queries, heads, heads_kv, on.num_sms, **more)
+    return suits_decoding(arch, batch, queries, heads, heads_kv, head_dim, on.num_sms, **more)
 
 
 def kernel_for_rows(problem: Problem, device: int, seqlen_k: int, rows: int) -> Kernel:
@@ -750,10 +753,13 @@ def kernel_for_rows(problem: Problem, device: int, seqlen_k: int, rows: int) -> 
 
 
 def kernel_for_pages(
-    problem: Problem, device: int, seqlen_k: int, shape: CacheShape, strides: Mapping[str, Strides]
+    problem: Problem, device: int, seqlen_k: int, shape: CacheShape, strides: Mapping[str, Strides], is_even: bool
 ) -> Kernel:
     """The kernel of a ragged batch over pages, loaded on the device: what copies row by row, where TMA can not read
-    pages of this size, or as far apart, or would be slow."""
+    pages of this size, or as far apart, or would be slow.
+
+    is_even  whether all sequences have as many queries.
+    """
     on = device_at(device)
     plan, target = choose(problem, on, None, None, seqlen_k)
     steps_of = {name: page_strides(shape, steps) for name, steps in strides.items()}
@@ -763,7 +769,8 @@ def kernel_for_pages(
             plan, target = choose(problem, on, "sm80", None, seqlen_k)
         else:
             plan = copying
-    return _kernel(with_packed_heads(plan, shape, on.num_sms), target, device)
+    suited = for_few_queries if is_even and not plan.tiling.page_rows else with_packed_heads
+    return _kernel(suited(plan, shape, on.num_sms), target, device)
 
 
 def _family(arch: str | None, tiling: Tiling | None) -> ArchName | None:

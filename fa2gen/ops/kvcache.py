@@ -249,7 +249,7 @@ def _prepare(
     rows = seqlen_q * (num_heads // max(k_cache.shape[2], 1))
     of_call = {"device": q.get_device(), "out": contiguous(q.shape), "lse": contiguous((batch, num_heads, seqlen_q))}
     if _may_be_prefill(given, num_splits) and not calls_for_decoding(
-        q.get_device(), batch, seqlen_q, num_heads, k_cache.shape[2], may_pack=given.s_aux is None
+        q.get_device(), batch, seqlen_q, num_heads, k_cache.shape[2], head_dim, may_pack=given.s_aux is None
     ):
         return _CachedCall(**of_call, num_rows=0, launch=None, misaligned=False, over_pages=True)
     kernel = kernel_for_rows(problem, q.get_device(), capacity, rows)

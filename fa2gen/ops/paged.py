@@ -124,7 +124,7 @@ def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: in
     problem = options.problem("fwd", q.shape[-1], DTYPES[q.dtype], v.shape[-1], paged=True)
     caches = {"k": k.stride()[:3], "v": v.stride()[:3]}
     longest = given.capacity if keys is None else min(keys, given.capacity)
-    kernel = kernel_for_pages(problem, q.get_device(), longest, shape, caches)
+    kernel = kernel_for_pages(problem, q.get_device(), longest, shape, caches, given.cu_seqlens_q is None)
     empty = 0 in (sequences, total_q, num_heads)
     launch = None
     if not empty and are_aligned(rows.shape, rows.stride()):

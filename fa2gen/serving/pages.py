@@ -96,7 +96,7 @@ def _is_short(given: Paged, most: int, most_keys: Any, num_splits: int) -> bool:
     if not num_splits and q.is_cuda and k.dtype not in CACHE_DTYPES and k.shape[2]:
         # Several queries of each are laid out anew for kernels of decoding, by a dozen kernels of torch; prefill's take
         # them as they are.
-        sizes = (q.get_device(), batch, most, q.shape[1], k.shape[2])
+        sizes = (q.get_device(), batch, most, q.shape[1], k.shape[2], q.shape[2])
         keys = _most_keys(given, most_keys) if most > 1 else None
         is_short = calls_for_decoding(*sizes, may_pack=given.s_aux is None, laid_out_keys=keys)
     return bool(is_short and q.shape[0] == most * batch)

@@ -26,6 +26,7 @@ from fa2gen.catalog import catalogue, tuned_rows
 from fa2gen.compile import Compiled, compile_kernel
 from fa2gen.expression.examples import EXAMPLES
 from fa2gen.groups import with_groups
+from fa2gen.launch import TILES_OF_FEW
 from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.report.sass import disassembler
 from fa2gen.select import default_tiling, served_by
@@ -173,6 +174,11 @@ def kernels() -> dict[str, bool]:
         default(arch, head_dim, mask, varlen=True, paged=True)
         for arch, mask, head_dims in (("sm80", "window", (64, 72, 112, 160, 256)), ("sm90", "causal", (64, 128, 256)))
         for head_dim in head_dims
+    ]
+    paged += [
+        tile.spec(make_plan(default("sm90", head_dim, "causal", varlen=True, paged=True)), bool(number))
+        for head_dim, (_, tiles) in TILES_OF_FEW.items()
+        for number, tile in enumerate(tiles)
     ]
     paged.append(default("sm90", 64, "full", varlen=True, paged=True, allow="document[b, i] == document[b, j]"))
     row_by_row = [

@@ -12,7 +12,7 @@ from fa2gen import cases
 from fa2gen.cases_cached import gathered
 from fa2gen.cpu import RunOptions, run_kernel
 from fa2gen.errors import InvalidInput
-from fa2gen.launch import row_by_row
+from fa2gen.launch import TILES_OF_FEW, row_by_row
 from fa2gen.options import Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import best_spec
@@ -86,6 +86,7 @@ def test_pages_give_the_bits_of_packed_keys(spec):
         by_rows("window", 24, head_dim_v=72),
         packed(by_rows("causal", 192)),
         packed(kernel("sm90", "window", 24, head_dim_v=72)),
+        TILES_OF_FEW[64][1][0].spec(make_plan(kernel("sm90")), True),
     ],
     ids=lambda spec: spec.name,
 )

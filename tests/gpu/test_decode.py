@@ -106,7 +106,8 @@ def test_calls_against_the_reference(page, new, options, interleaved):
 def test_many_queries(page, new, said):
     """More than decoding kernels are quick at. Lengths of 0, beyond the cache, and such that an append is dropped."""
     batch, heads, heads_kv, head_dim, rows, seqlen_q = 4, 8, 2, 64, 960, 200
-    assert not calls_for_decoding(torch.cuda.current_device(), batch, seqlen_q, heads, heads_kv, may_pack=False)
+    device = torch.cuda.current_device()
+    assert not calls_for_decoding(device, batch, seqlen_q, heads, heads_kv, head_dim, may_pack=False)
     said = said | {"cache_seqlens": torch.tensor([958, 0, 2000, 170], dtype=torch.int32), "return_softmax_lse": True}
     entries = batch * (rows // page if page else 1)
     caches = [random(entries, page or rows, heads_kv, head_dim) for _ in range(2)]

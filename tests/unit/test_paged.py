@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fa2gen
-from fa2gen.launch import suits_decoding, with_packed_heads
+from fa2gen.launch import for_few_queries, suits_decoding, with_packed_heads
 from fa2gen.options import CacheShape
 from fa2gen.plan import KernelPlan, make_plan
 from fa2gen.select import best_spec
@@ -96,18 +96,18 @@ def test_heads_of_a_group_share_tiles_where_queries_are_few():
 def test_few_queries_or_few_sequences_suit_decoding(arch):
     """One token never gets a kernel that does not split keys, and prompts that fill the device never one that reads the
     keys for each 32 rows anew."""
-    sizes = (32, 8, 132)
+    sizes = (32, 8, 128, 132)
     assert all(suits_decoding(arch, batch, 1, *sizes) for batch in (1, 16, 1000))
     assert suits_decoding(arch, 1, 64, *sizes) and suits_decoding(arch, 4, 16, *sizes)
     assert not suits_decoding(arch, 1, 8192, *sizes) and not suits_decoding(arch, 16, 512, *sizes)
     assert suits_decoding(arch, 16, 16, *sizes) == (arch == "sm80")  # where heads of a group have tiles of their own
-    assert suits_decoding(arch, 16, 16, *sizes, may_pack=False) and suits_decoding(arch, 16, 16, 28, 4, 132)
+    assert suits_decoding(arch, 16, 16, *sizes, may_pack=False) and suits_decoding(arch, 16, 16, 28, 4, 128, 132)
 
 
 def test_queries_are_laid_out_anew_only_for_few_sequences_of_many_keys():
     """It takes a dozen small kernels, longer than prefill's reading of short sequences, or of so many that they fill
     the device; without packed heads those fill it several times over. SM80's prefill has no such reading."""
-    heads = (32, 8, 132)
+    heads = (32, 8, 128, 132)
 
     def pays(batch: int, keys: int, arch: str = "sm90", **more: bool) -> bool:
         return suits_decoding(arch, batch, 2, *heads, laid_out_keys=keys, **more)
@@ -116,6 +116,31 @@ def test_queries_are_laid_out_anew_only_for_few_sequences_of_many_keys():
     assert pays(1, 8192) and not pays(1, 4096) and not pays(16, 4096)
     assert pays(16, 4096, may_pack=False) and pays(16, 4096, arch="sm80")
     assert not suits_decoding("sm90", 4, 64, *heads, laid_out_keys=32768)  # many rows are prefill's as they are
+
+
+def test_few_queries_of_each_have_tiles_that_they_fill():
+    """As they are timed: one of 64 rows where that leaves no warpgroup idle, one of 128 where 192 would leave a second
+    one of a sequence with few; none where reading keys takes as long, nor for long or other queries."""
+    problem = Problem(head_dim=128, mask="causal", varlen=True, paged=True)
+    plan = make_plan(best_spec(problem, "sm90"))
+
+    def tile(batch: int, queries: int, heads: int = 32, heads_kv: int = 8, plan: KernelPlan = plan) -> tuple[int, bool]:
+        shape = CacheShape(batch, batch * queries, 8192, heads, heads_kv, entries=1, page_size=8192)
+        chosen = for_few_queries(plan, shape, 132)
+        return chosen.tile_m, chosen.packs_heads
+
+    assert tile(2, 64) == tile(1, 128) == tile(2, 128) == (64, False)
+    assert tile(4, 32, 64) == (64, True)
+    assert tile(8, 64) == tile(16, 64) == tile(32, 64) == (128, True)
+    assert tile(8, 32) == tile(8, 96) == (192, True) and tile(4, 128) == tile(8, 128) == tile(1, 1024) == (192, False)
+    sinks = make_plan(best_spec(problem.model_copy(update={"sink": True}), "sm90"))
+    assert tile(2, 64, 28, 4) == tile(2, 64, plan=sinks) == (64, False)  # groups of 7, and heads that can not be packed
+    sizes = {d: make_plan(best_spec(problem.model_copy(update={"head_dim": d}), "sm90")) for d in (64, 192, 256)}
+    assert tile(2, 128, plan=sizes[64]) == tile(2, 64, 16, 4, sizes[256]) == (64, False)
+    assert tile(16, 48, 16, 4, sizes[256])[0] == 128 and tile(8, 48) == (192, True)  # in pairs not in step
+    assert tile(2, 64, plan=sizes[192]) == (128, False)  # not timed
+    capped = problem.model_copy(update={"score": "cap * tanh(s / cap)", "inputs": "cap: float"})
+    assert tile(2, 64, plan=make_plan(best_spec(capped, "sm90")))[0] != 64
 
 
 def test_it_is_one_operator_under_compile():
