@@ -17,6 +17,7 @@ from fa2gen.launch import launch_of, page_strides, pages_apart, pages_refusal, r
 from fa2gen.layout import ELEMENT_BYTES, NUMBER_BYTES
 from fa2gen.options import AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, TensorMapPlan, make_plan
+from fa2gen.plan.bwd import BackwardPlan
 from fa2gen.render import Rendered
 from fa2gen.spec import KernelSpec
 
@@ -139,6 +140,14 @@ def run_kernel(
     started = time.perf_counter()
     before = ""  # the kernel that was launched last
     prepares = {entry.symbol for entry in plan.prepare_entries}
+    finds_early = isinstance(plan, BackwardPlan) and plan.finds_block_early
+
+    def is_awaited(scratch: str) -> bool:
+        if before in prepares:
+            return scratch in plan.prepared_scratch
+        # The kernel before has awaited those that write it.
+        return not (finds_early and scratch in plan.prepared_scratch)
+
     for entry, grid in zip(plan.entry_points, launch.grids, strict=True):
         if 0 in grid:
             continue
@@ -157,9 +166,7 @@ def run_kernel(
             time_limit=run_options.time_limit,
             kernel="" if entry.symbol == plan.name else entry.symbol,
             awaited=tuple(
-                scratch.name
-                for scratch in plan.scratch
-                if entry.starts_early and before and (before not in prepares or scratch.name in plan.prepared_scratch)
+                scratch.name for scratch in plan.scratch if entry.starts_early and before and is_awaited(scratch.name)
             ),
         )
         found = run(library, job, memories)

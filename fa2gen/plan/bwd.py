@@ -61,6 +61,11 @@ class BackwardPlan(KernelPlan):
         return False
 
     @property
+    def finds_block_early(self) -> bool:
+        """Whether the main kernel asks for its block of keys before the kernel of row statistics has ended."""
+        return False
+
+    @property
     def section_bytes(self) -> int:
         if self.tiling.heads_abreast:
             return SECTION_BYTES_ABREAST

@@ -73,6 +73,11 @@ SCORE_SPAN = 64  # bytes a row of P and dS then: whole panels of 32 keys, so tha
 # is the same, and its griddepcontrol instructions then do nothing.
 STARTS_EARLY = True
 
+# Blocks of 128 threads that 132 multiprocessors hold at most: these run beside the kernel that lists blocks of keys.
+# That the main kernel finds its list complete as it starts, and asks once for all roles, is 1.009 and 1.011 times as
+# fast (ragged, 32 of 512 keys, d = 128, causal and full; one of the two alone 1.001 and 1.004, 1.004 and 1.006; H100).
+FIRST_WAVE_BLOCKS = 2112
+
 # Up to this head dim what a kernel loads, and the sums of dQ, are the last to leave L2 (d = 64, 16k: causal 1.018, keys
 # in turn 1.035, full 1.009; 8k 1.00, full 1.012, 4k 0.996; d = 128, 8k 1.003, full 1.00; H100).
 HEAD_DIM_IN_L2 = 64
@@ -324,6 +329,27 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return "passing" if self.passes_p else "products" if self.splits_products else "keys"
 
     # Threads and registers
+
+    @property
+    def finds_block_early(self) -> bool:
+        """Of a ragged batch: whether a block of threads asks for its block of keys as it starts, for all of its roles,
+        and not when the kernel of row statistics has ended: that lets it start when the list is complete."""
+        return self.varlen and self.splits_keys and not self.problem.has_expression
+
+    @property
+    def block_parameter(self) -> str:
+        """C++: by which roles are told their block of keys, if they are."""
+        return ", KeyBlock const& block" if self.finds_block_early else ""
+
+    @property
+    def block_argument(self) -> str:
+        """C++: what is given for it."""
+        return ", block" if self.finds_block_early else ""
+
+    @property
+    def first_wave_blocks(self) -> int:
+        """Of the kernel of row statistics, at most, which run as it starts."""
+        return FIRST_WAVE_BLOCKS
 
     @property
     def num_mma_threads(self) -> int:

@@ -7,10 +7,10 @@
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
 //   contents   33 Problem and tiling,   55 Shared memory,  129 Threads,  186 Arithmetic,  219 Shared memory,
-//             257 Global memory,  333 mbarriers,  377 TMA,  425 Bulk copies,  447 Fences,  459 Fragments,
-//             473 Registers,  481 Registers of a warpgroup,  493 wgmma,  611 Entries,  776 What is visible,
-//             825 Softmax and its gradient,  949 Pipelines,  992 Loads, 1041 Matrix products, 1079 Staging,
-//            1142 Producer, 1218 Consumer, 1342 Kernels, 1344 Prepare, 1688 Launch
+//             257 Global memory,  341 mbarriers,  385 TMA,  433 Bulk copies,  455 Fences,  467 Fragments,
+//             481 Registers,  489 Registers of a warpgroup,  501 wgmma,  619 Entries,  786 What is visible,
+//             835 Softmax and its gradient,  970 Pipelines, 1013 Loads, 1062 Matrix products, 1100 Staging,
+//            1163 Producer, 1237 Consumer, 1360 Kernels, 1362 Prepare, 1719 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -263,14 +263,22 @@ __device__ __forceinline__ int load_global_int(int const* address) {
     return value;
 }
 
-// Asks for what lies there, which a load is to find in L1 later on.
-__device__ __forceinline__ void prefetch_global(void const* address) {
-    asm volatile("prefetch.global.L1 [%0];" :: "l"(address) : "memory");
-}
-
 // 16 bytes; the address is a multiple of 16.
 __device__ __forceinline__ void load_global_int4(int (&r)[4], int const* address) {
     asm volatile("ld.global.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(address) : "memory");
+}
+
+// What another thread has written, from L2: lines in L1 may be older.
+__device__ __forceinline__ int load_l2_int(int const* address) {
+    int value;
+    asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_l2_int4(int (&r)[4], int const* address) {
+    asm volatile("ld.global.cg.v4.s32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(address) : "memory");
 }
 
@@ -730,42 +738,44 @@ __device__ __forceinline__ int query_block_index(Params const& p, Seqlen const& 
     return bidh * p.num_m_blocks + s.first_m_block + m_block;
 }
 
-// How many sequences have their first block at a place or before it. A warp asks 32 of them at once: up to 32 sequences take
-// one trip to memory, 1024 two. Of bounds that fall it finds some number of sequences that there may be.
-__device__ __forceinline__ int sequences_up_to(Params const& p, int place) {
-    int begin = 0;
-    int end = p.num_sequences;
-    while (begin < end) {
-        int const step = (end - begin + 31) / 32;
-        int const sequence = begin + (lane_id() + 1) * step - 1;
-        bool is_up_to = false;
-        if (sequence < end) {
-            Rows const q = rows_of(p.cu_seqlens_q, nullptr, p.seqlen_q, p.num_sequences, sequence);
-            is_up_to = first_block_of(q.begin, sequence) <= place;
-        }
-        uint32_t const behind = ~ballot(is_up_to);
-        begin += step * (behind == 0 ? 32 : lowest_bit(behind));
-        end = min(end, begin + step - 1);
-    }
-    return begin;
-}
-
 // Numbers go round all heads of a block of queries, as the main kernel does within the longest sequences, its first. No block:
 // m_block < 0. Bounds alone decide, so that no kernel has to have ended before.
+//
+// The last sequence whose first block has a place, or one before it, has the place, or the gap behind it has. A warp asks
+// 32 sequences at once, for their rows too: up to 32 take one trip to memory, 1024 two. Of bounds that fall it finds some one.
 __device__ __forceinline__ QueryBlock query_block_at(Params const& p, int block_index) {
     int const num_heads = p.num_heads_kv * p.num_heads_per_kv;
     int const place = block_index / num_heads;
     int const bidh = block_index % num_heads;
-    int const found = sequences_up_to(p, place);
-    // The last sequence up to there has the place, or the gap behind that.
-    int entry = p.num_sequences + found;
-    if (found > 0) {
-        Rows const q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, found - 1);
-        int const num_blocks = (q.end - q.begin + kTileM - 1) / kTileM;
-        entry = place < first_block_of(q.begin, found - 1) + num_blocks ? found - 1 : entry;
+    EntryRows rows = {};  // of the last sequence that was found so far
+    int found = 0;        // how many there are up to that
+    for (int end = p.num_sequences; found < end;) {
+        int const step = (end - found + 31) / 32;
+        int const sequence = found + (lane_id() + 1) * step - 1;
+        Rows q = {0, 0};
+        Rows keys = {0, 0};
+        bool is_up_to = false;
+        if (sequence < end) {
+            q = rows_of(p.cu_seqlens_q, p.seqused_q, p.seqlen_q, p.num_sequences, sequence);
+            keys = rows_of(p.cu_seqlens_k, p.seqused_k, p.seqlen_k, p.num_sequences, sequence);
+            is_up_to = first_block_of(q.begin, sequence) <= place;
+        }
+        uint32_t const behind = ~ballot(is_up_to);
+        int const num_up_to = behind == 0 ? 32 : lowest_bit(behind);
+        if (num_up_to > 0) {
+            int const last = num_up_to - 1;
+            rows.q = {shfl_from(q.begin, last), shfl_from(q.end, last)};
+            rows.keys = {shfl_from(keys.begin, last), shfl_from(keys.end, last)};
+        }
+        found += step * num_up_to;
+        end = min(end, found + step - 1);
     }
-    EntryRows const rows = rows_of_entry(p, entry);
-    int const is_gap = entry >= p.num_sequences;
+    int const num_blocks = (rows.q.end - rows.q.begin + kTileM - 1) / kTileM;
+    bool const is_gap = found == 0 || place >= first_block_of(rows.q.begin, found - 1) + num_blocks;
+    int const entry = is_gap ? p.num_sequences + found : found - 1;
+    if (is_gap) {
+        rows = rows_of_entry(p, entry);
+    }
     Seqlen const s = {rows.q.end - rows.q.begin, rows.keys.end - rows.keys.begin, rows.q.begin, rows.keys.begin,
                       first_block_of(rows.q.begin, found - 1) + is_gap};
     int const m_block = place - s.first_m_block;
@@ -884,19 +894,16 @@ __device__ __forceinline__ int const* listed_key_block(Params const& p, int plac
     return p.n_list + static_cast<int64_t>(kSequenceNumbers) * place;
 }
 
-// Whether a block of threads has a block of keys. Its numbers are on the way to L1 meanwhile, where all roles ask for them.
-__device__ __forceinline__ bool has_key_block(Params const& p, int index) {
-    prefetch_global(listed_key_block(p, index / p.num_heads_kv));
-    return index < load_global_int(p.num_blocks) * p.num_heads_kv;
-}
-
-__device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
-    int const place = index / p.num_heads_kv;
-    int const* const row = listed_key_block(p, place);
+// Those numbers, as they are listed. Behind the last block they say nothing.
+struct ListedBlock {
     int rows[4];
     int places[4];
-    load_global_int4(rows, row);
-    load_global_int4(places, row + 4);
+};
+
+__device__ __forceinline__ KeyBlock key_block_of(Params const& p, ListedBlock const& listed, int index) {
+    int const place = index / p.num_heads_kv;
+    int const (&rows)[4] = listed.rows;
+    int const (&places)[4] = listed.places;
     int const bidb = places[3];
     Seqlen const s = {rows[0], rows[1], rows[2], rows[3], places[0]};
     if (places[2] == p.num_heads_kv) {  // most blocks of short sequences: divisions are a part of their time
@@ -908,6 +915,20 @@ __device__ __forceinline__ KeyBlock key_block_at(Params const& p, int index) {
     int const width = min(places[2], p.num_heads_kv - first_head);
     int const within = of_sequence % (places[2] * num_n_blocks);
     return {within / width, first_head + within % width, bidb, s};
+}
+
+// For kernels that wait for no other before they ask, but start when the one that lists has ended: the list is in L2 then,
+// and L1 may have what it was before. Both questions are on their way at once.
+__device__ __forceinline__ ListedBlock listed_block(Params const& p, int index) {
+    int const* const row = listed_key_block(p, index / p.num_heads_kv);
+    ListedBlock listed;
+    load_l2_int4(listed.rows, row);
+    load_l2_int4(listed.places, row + 4);
+    return listed;
+}
+
+__device__ __forceinline__ bool is_listed(Params const& p, int index) {
+    return index < load_l2_int(p.num_blocks) * p.num_heads_kv;
 }
 
 // The steps of a block of keys: all query heads that share it, one after the other, and of each the blocks of queries that see
@@ -1143,8 +1164,7 @@ __device__ __forceinline__ void hand_over_dq(
 
 __device__ __forceinline__ void produce(
     TileMaps const& maps_q, CUtensorMap const& map_k, CUtensorMap const& map_v, TileMaps const& maps_dout,
-    Params const& p, uint32_t smem, Barriers const& barriers) {
-    KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
+    Params const& p, uint32_t smem, Barriers const& barriers, KeyBlock const& block) {
     Seqlen const s = block.seqlen;
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     PipelineState q_state = {0, 0};
@@ -1176,8 +1196,7 @@ __device__ __forceinline__ void produce(
 // Adds dQ of one block of queries after the other to the sums in global memory. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
 __device__ __forceinline__ void write_dq(
-    Params const& p, uint32_t smem, Barriers const& barriers) {
-    KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
+    Params const& p, uint32_t smem, Barriers const& barriers, KeyBlock const& block) {
     Seqlen const s = block.seqlen;
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     uint32_t phase = 0;
@@ -1228,8 +1247,7 @@ __device__ __forceinline__ void finish(
 
 __device__ __forceinline__ void consume(
     CUtensorMap const& map_dk, CUtensorMap const& map_dv, Params const& p, uint32_t smem, Barriers const& barriers,
-    int warpgroup, int warp) {
-    KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
+    int warpgroup, int warp, KeyBlock const& block) {
     Seqlen const s = block.seqlen;
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     int const warp_key = 64 * warpgroup + 16 * warp;  // of the block
@@ -1516,10 +1534,19 @@ __device__ __forceinline__ int query_block_number() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }
 
+// Lets blocks of the main kernel start. They ask for their block of keys at once, which the kernel before this one lists.
+__device__ __forceinline__ void start_main_kernel() {
+    griddepcontrol_wait();
+    griddepcontrol_launch_dependents();  // acts when all blocks have said so, or have ended
+}
+
 // Row statistics of one block of queries, and whether there are sums of its dQ. 16 lanes share a row, 16 bytes each.
 extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_preprocess(
     const __grid_constant__ Params p) {
-    griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
+    bool const is_of_first_wave = blockIdx.x < 2112;  // beside the kernel before, which these do not await yet
+    if (!is_of_first_wave) {
+        start_main_kernel();
+    }
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
     constexpr float kLog2E = 1.44269504088896341f;
@@ -1590,7 +1617,9 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     for (int i = 4 * thread; i < end; i += 4 * kThreads) {
         store_global_float4(dq_acc + i, 0.0f, 0.0f, 0.0f, 0.0f);
     }
-    griddepcontrol_wait();  // the main kernel waits for this grid alone, and has its work from the one before
+    if (is_of_first_wave) {
+        start_main_kernel();
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8(
@@ -1598,8 +1627,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
     const __grid_constant__ CUtensorMap map_v, const __grid_constant__ CUtensorMap map_dout,
     const __grid_constant__ CUtensorMap map_dk, const __grid_constant__ CUtensorMap map_dv,
     const __grid_constant__ Params p) {
-    griddepcontrol_wait();
-    bool const has_block = has_key_block(p, static_cast<int>(blockIdx.x));
+    ListedBlock const listed = listed_block(p, static_cast<int>(blockIdx.x));  // on its way while barriers are made
+    bool const has_block = is_listed(p, static_cast<int>(blockIdx.x));
     uint32_t const smem = shared_memory_base();
     Barriers const barriers = {smem + kSmemBarriers};
     int const warp = warp_id();
@@ -1615,24 +1644,26 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
         fence_mbarrier_init();
     }
     if (!has_block) {
+        griddepcontrol_wait();
         return;
     }
     sync_block();
+    KeyBlock const block = key_block_of(p, listed, static_cast<int>(blockIdx.x));
 
     if (warp < 4) {
         setmaxnreg_dec_24();
         if (warp == 0) {
-            produce({map_q, map_q}, map_k, map_v, {map_dout, map_dout}, p, smem, barriers);
+            produce({map_q, map_q}, map_k, map_v, {map_dout, map_dout}, p, smem, barriers, block);
             griddepcontrol_launch_dependents();  // takes effect when the last blocks have issued their loads
         }
         if (warp == 1 && elect_one()) {
             griddepcontrol_wait();
-            write_dq(p, smem, barriers);
+            write_dq(p, smem, barriers, block);
         }
     } else {
         setmaxnreg_inc_240();
         griddepcontrol_wait();  // here in every block: the postprocess kernel waits for this grid alone
-        consume(map_dk, map_dv, p, smem, barriers, warp / 4 - 1, warp % 4);
+        consume(map_dk, map_dv, p, smem, barriers, warp / 4 - 1, warp % 4, block);
     }
 }
 

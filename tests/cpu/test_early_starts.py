@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fa2gen.cpu import KernelFault
+from fa2gen.plan import make_plan
+from fa2gen.render import render
+from fa2gen.spec import KernelSpec
 from tests.cpu.faults import Fault, seeded
 from tests.cpu.test_backward import RAGGED, run
 
@@ -50,6 +55,15 @@ FAULTS = (
 def test_a_missing_wait_is_seen(fault):
     with pytest.raises(KernelFault, match=fault.message):
         run(fault.kernel, RAGGED, rendered=seeded(fault))
+
+
+def test_a_main_kernel_that_finds_its_blocks_early_starts_behind_their_list():
+    """It does not wait for the kernel that lists them: the one between has, in each thread that lets it start."""
+    plan = make_plan(KernelSpec.from_name("fa2_bwd_sm90_bf16_d128_causal_varlen_m64_n128_s2_w8_l1"))
+    text = render(plan).source
+    statistics = text[text.index("start_main_kernel() {") : text.index(f" {plan.name}(")]
+    before = re.findall(r"(.*)\n *griddepcontrol_launch_dependents\(\)", statistics)
+    assert plan.finds_block_early and before == [f"    {WAIT}"]
 
 
 def test_plain_launches_need_no_wait(monkeypatch):

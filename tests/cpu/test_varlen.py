@@ -148,7 +148,12 @@ FAULTS = [
     Fault("gaps-of-keys-are-not-listed", SM90_BACKWARD, "entry <= 3 * p.num_sequences + 1", "entry < 0"),
     Fault("sequence-of-the-next-block", SM80_BACKWARD, "sequence) <= place;", "sequence) < place;"),
     Fault("gaps-from-their-sequence-on", SM80_BACKWARD, "found - 1) + is_gap}", "found - 1)}"),
-    Fault("statistics-wait-for-nobody", SM90_BACKWARD, "griddepcontrol_wait();  // the main", "// the main"),
+    Fault(
+        "statistics-wait-for-nobody",
+        SM90_BACKWARD,
+        "griddepcontrol_wait();\n    griddepcontrol_launch",
+        "griddepcontrol_launch",
+    ),
     Fault("statistics-of-another-sequence", SM80_BACKWARD, "+ s.first_m_block + m_block;", "+ m_block;"),
     Fault(
         "counter-begins-late",
