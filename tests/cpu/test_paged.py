@@ -139,12 +139,30 @@ FAULTS = [
     Fault("rows behind the end", by_rows().name, "at != kNoKey ? source_bytes : 0", "source_bytes"),
     Fault(
         "a fence behind copies",
-        by_rows().name,
+        by_rows(head_dim=256).name,
         "parity);\n    fence_proxy_async();",
         "parity);",
         message="no fence.proxy.async of the reader",
     ),
-    Fault("copies that arrive", by_rows().name, "cp_async_mbarrier_arrive(full);", "mbarrier_arrive(full);"),
+    Fault(
+        "copies that arrive", by_rows(head_dim=256).name, "cp_async_mbarrier_arrive(full);", "mbarrier_arrive(full);"
+    ),
+    Fault(
+        "a fence of who copied",
+        by_rows().name,
+        "fence_proxy_async();  // copies",
+        "// copies",
+        message="no fence.proxy.async behind it",
+    ),
+    Fault(
+        "copies that are waited for",
+        by_rows().name,
+        "cp_async_wait_1();\n                publish",
+        "publish",
+        schedules=30,
+    ),
+    Fault("the last copies of a tile", by_rows().name, "cp_async_wait_0();\n", ""),
+    Fault("a block behind", by_rows().name, "filling = stage;", "filling = state.stage;"),
     Fault(
         "a stage whose copies may begin", by_rows().name, "mbarrier_wait(empty, state.phase ^ 1);\n#pragma", "#pragma"
     ),
