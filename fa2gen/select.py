@@ -37,6 +37,10 @@ __all__ = [
 TYPICAL_SEQLEN = 4096
 """Keys that a caller who does not say how many is taken to have."""
 
+KEYS_OF_DOCUMENTS = 2048
+"""So many at most are taken to be a document's, whatever the sequence has: tiles see their own document's alone (8 of
+8k, head dim 128: 64 keys a block 1.004 to 1.02 times 80, which 8k without documents has; H100)."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -133,6 +137,9 @@ def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> It
     What is written or tuned for the problem itself comes before what is for the one that it is tuned as.
     """
     known = _known_as(problem)
+    default = default_tiling(problem, arch, device.shared_memory_per_block)
+    if problem.direction == "fwd" and make_plan(KernelSpec(problem=problem, tiling=default)).knows_alike:
+        seqlen = min(seqlen, KEYS_OF_DOCUMENTS)
     for named in known:
         if (written := users_tilings().get((named, arch))) is not None:
             reason = f"a spec in FA2GEN_SPECS names this tiling for {arch}"
@@ -147,7 +154,6 @@ def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> It
     for named in known:
         if (written := written_tilings().get((named, arch))) is not None:
             yield Choice("specs", written, f"specs/ names this tiling for {arch}", _misfit(problem, written, device))
-    default = default_tiling(problem, arch, device.shared_memory_per_block)
     yield Choice("default", default, f"default tiling for {problem.head_dims_text} on {arch}")
 
 

@@ -453,6 +453,11 @@ class KernelPlan:
         return False
 
     @property
+    def knows_alike(self) -> bool:
+        """Whether it finds such blocks."""
+        return self.has_allow and self.allow.alike
+
+    @property
     def seen_bits(self) -> int:
         """Of what a forward kernel knows of a block of keys and `seen_rows` queries."""
         return 4 if self.allow.alike else 3
@@ -526,7 +531,7 @@ class KernelPlan:
     @property
     def least_section_heads(self) -> int:
         """How many of Q's heads a forward kernel walks together, however long they are."""
-        return SECTION_HEADS_OF_DOCUMENTS if self.has_allow and self.allow.alike else 1
+        return SECTION_HEADS_OF_DOCUMENTS if self.knows_alike else 1
 
     @property
     def section_bytes(self) -> int:

@@ -10,8 +10,8 @@
 //             223 Global memory,  258 mbarriers,  302 TMA,  344 Fences,  351 Fragments,  359 Registers,
 //             367 Registers of a warpgroup,  379 wgmma,  510 What is visible,  539 Expressions,  561 Bounds of tiles,
 //             648 What an expression hides,  804 Online softmax,  975 Pipelines, 1020 Loads, 1088 Visits,
-//            1176 Matrix products, 1203 Epilogue, 1250 Producer, 1299 Consumer, 1498 Kernel, 1500 Find bounds,
-//            1649 Launch
+//            1176 Matrix products, 1203 Epilogue, 1250 Producer, 1299 Consumer, 1501 Kernel, 1503 Find bounds,
+//            1652 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1453,15 +1453,18 @@ __device__ __forceinline__ void consume(
             // Blocks that need a mask may lie between others. A row may have seen nothing before: its maximum is -inf then, and
             // rises where all see all.
             bits = bits_of_following();
-            while ((bits & kSeesAny) != 0) {
-                if (bits == kSeesAll) {
+            while (true) {
+                while (bits == kSeesAll) {
                     multiply(false);
                     accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
-                } else {
-                    multiply(true);
-                    hide_unseen(acc_s, visible);
-                    accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
+                    bits = ahead;
                 }
+                if ((bits & kSeesAny) == 0) {
+                    break;
+                }
+                multiply(true);
+                hide_unseen(acc_s, visible);
+                accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
                 bits = ahead;
             }
             is_one = following != 0;

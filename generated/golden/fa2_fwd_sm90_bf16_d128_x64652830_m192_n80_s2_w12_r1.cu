@@ -10,7 +10,7 @@
 //             210 Global memory,  224 mbarriers,  268 TMA,  310 Fences,  317 Fragments,  325 Registers,
 //             333 Registers of a warpgroup,  345 wgmma,  473 What is visible,  502 Expressions,
 //             517 What an expression hides,  667 Online softmax,  838 Pipelines,  883 Loads,  951 Visits,
-//            1039 Matrix products, 1066 Epilogue, 1113 Producer, 1162 Consumer, 1361 Kernel, 1394 Launch
+//            1039 Matrix products, 1066 Epilogue, 1113 Producer, 1162 Consumer, 1364 Kernel, 1397 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1316,15 +1316,18 @@ __device__ __forceinline__ void consume(
             // Blocks that need a mask may lie between others. A row may have seen nothing before: its maximum is -inf then, and
             // rises where all see all.
             bits = bits_of_following();
-            while ((bits & kSeesAny) != 0) {
-                if (bits == kSeesAll) {
+            while (true) {
+                while (bits == kSeesAll) {
                     multiply(false);
                     accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
-                } else {
-                    multiply(true);
-                    hide_unseen(acc_s, visible);
-                    accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
+                    bits = ahead;
                 }
+                if ((bits & kSeesAny) == 0) {
+                    break;
+                }
+                multiply(true);
+                hide_unseen(acc_s, visible);
+                accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
                 bits = ahead;
             }
             is_one = following != 0;
