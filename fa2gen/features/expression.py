@@ -229,7 +229,7 @@ def score_code(
         head=head,
         finite=score.is_finite,
         looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
-        of_distance=of_distance,
+        of_distance=_is_of_distance(slope) if slope else of_distance,
         bound=f"{program.bound!r}f" if math.isfinite(program.bound) else "",
         slope=_function(cap, "slope") if cap.results else (),
     )

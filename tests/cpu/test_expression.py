@@ -249,6 +249,7 @@ FAULTS = [
     *(Fault("rows-too-low", name, "n / 2 % 2 * 8;", "n / 2 % 2 * 4;") for name in POSITIONS.values()),
     Fault("another-origin", POSITIONS["sm90"], "static_cast<float>(row - column);", "static_cast<float>(row);"),
     Fault("another-entry", kernel("sm90", score=ALIBI).name, "with_values(p, bidb, bidh,", "with_values(p, 0, bidh,"),
+    Fault("another-diagonal", kernel("sm90", "bwd", score=ALIBI).name, "float>(right - down)", "float>(right)"),
     Fault("few-keys-count", GENTLE, "kFaint = -40.0f", "kFaint = 4.0f"),
     Fault("a-row-forgotten", kernel("sm90", score=ALIBI).name, "base[row] -= row_terms[row];", ""),
     Fault("another-place", kernel("sm80", score=BIAS).name, "p.input_0_last_3 + 1)", "p.input_0_last_3)"),
