@@ -24,7 +24,7 @@ from torch import Tensor
 from fa2gen.expression import evaluate, parse
 from fa2gen.expression.evaluate import evaluate_tree
 from fa2gen.features import key_range
-from fa2gen.features.dropout import DROP_DIGITS, DROP_STEPS, OWN_DIGITS, keep_steps
+from fa2gen.features.dropout import DROP_ROTATIONS, DROP_STEPS, LAST_ROTATION, keep_steps
 from fa2gen.features.expression import named_values
 from fa2gen.options import Expression, Options
 from fa2gen.spec import anonymous, names_of, program_of, text_of
@@ -139,33 +139,29 @@ def dropout_keep(
     rng_state  128 random bits: (2,) int64, or (4,) int32.
     rows       first and past the last; cols and sequences likewise. A dense batch's sequences are its entries.
 
-    What kernels compute, bit by bit: Philox4x32 with 7 rounds gives 8 binary digits to each of 16 elements, those of a
-    unit of 16 queries and 32 keys that agree in the query modulo 8 and in key / 2 modulo 4. Its first digits are the
-    element's own, and the last those of the other key's of two.
+    What kernels compute, bit by bit: Philox4x32 with 7 rounds gives 4 binary digits to each of 32 elements, those of a
+    unit of 16 queries and 64 keys that agree in the query modulo 8 and in key / 2 modulo 4. Behind them stand 8 digits
+    that are sums of other elements' (fa2gen.features.dropout).
     """
     starts = [word & _WORD for word in rng_state.cpu().view(torch.int32).tolist()]
     (i0, i1), (j0, j1) = rows, cols
-    row_units, key_units = (range(i0 // 16, -(-i1 // 16)), range(j0 // 32, -(-j1 // 32)))
+    row_units, key_units = (range(i0 // 16, -(-i1 // 16)), range(j0 // 64, -(-j1 // 64)))
     of_row, of_key = (8 * row_units.start, 8 * row_units.stop), (4 * key_units.start, 4 * key_units.stop)
     axes = [
         torch.arange(*bounds, device=rng_state.device) + start & _WORD
         for bounds, start in zip((of_row, of_key, (0, num_heads), sequences), starts, strict=True)
     ]
     row, column, head, sequence = (x.permute(3, 2, 0, 1) for x in torch.meshgrid(*axes, indexing="ij"))
-    halves = [half for word in _philox([row, column, head, sequence]) for half in (word & 0xFFFF, word >> 16)]
-
-    def numbers(digits: list[Tensor]) -> Tensor:
-        """(..., 16) of digits, the last first, which are bits of half words."""
-        places = torch.arange(16, device=rng_state.device)
-        return sum((x.unsqueeze(-1) >> places & 1) << i for i, x in enumerate(digits))
-
-    own, last = numbers(halves), numbers(halves[: DROP_DIGITS - OWN_DIGITS])
+    words = _philox([row, column, head, sequence])
+    once, again = ([_rotate_left(*x) for x in zip(words, turns, strict=True)] for turns in DROP_ROTATIONS)
+    sums = [once[i] ^ again[(i + 1) % 4] ^ again[(i + 2) % 4] for i in range(4)]
+    digits = [*(_rotate_left(x, LAST_ROTATION) for x in sums), *sums, *words]  # the last first
+    places = torch.arange(32, device=rng_state.device)
+    found = sum((x.unsqueeze(-1) >> places & 1) << i for i, x in enumerate(digits))
     # (..., 8 rows of each unit, 4 pairs of keys of each, key % 2, key / 8, row / 8)
-    own, last = (x.unflatten(-1, (2, 4, 2)) for x in (own, last))
-    found = (own << (DROP_DIGITS - OWN_DIGITS)) + last.flip(-3)
-    found = found.unflatten(2, (len(row_units), 8)).unflatten(4, (len(key_units), 4))
+    found = found.unflatten(-1, (2, 8, 2)).unflatten(2, (len(row_units), 8)).unflatten(4, (len(key_units), 4))
     found = found.permute(0, 1, 2, 8, 3, 4, 7, 5, 6).flatten(5, 8).flatten(2, 4)
-    return found[:, :, i0 % 16 :, j0 % 32 :][:, :, : i1 - i0, : j1 - j0] >= DROP_STEPS - keep_steps(dropout_p)
+    return found[:, :, i0 % 16 :, j0 % 64 :][:, :, : i1 - i0, : j1 - j0] >= DROP_STEPS - keep_steps(dropout_p)
 
 
 def dropout_mask(
@@ -177,6 +173,10 @@ def dropout_mask(
 
 
 _WORD = 0xFFFFFFFF
+
+
+def _rotate_left(word: Tensor, bits: int) -> Tensor:
+    return (word << bits | word >> (32 - bits)) & _WORD
 
 
 def _philox(counter: list[Tensor], key: tuple[int, int] = (0, 0), rounds: int = 7) -> list[Tensor]:

@@ -12,11 +12,25 @@ import math
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param
 
-__all__ = ["DROPOUT", "DROP_DIGITS", "DROP_STEPS", "OWN_DIGITS", "keep_steps"]
+__all__ = [
+    "DROPOUT",
+    "DROP_DIGITS",
+    "DROP_ROTATIONS",
+    "DROP_STEPS",
+    "INDEPENDENT_ELEMENTS",
+    "LAST_ROTATION",
+    "keep_steps",
+]
 
-DROP_DIGITS = 12  # of an element's random number; the last are its neighbour's: see templates/common/dropout.cuh.j2
-OWN_DIGITS = 8
+DROP_DIGITS = 12  # of an element's random number, of which 4 are its own: see templates/common/dropout.cuh.j2
 DROP_STEPS = 1 << DROP_DIGITS  # what is dropped is a multiple of 1 / DROP_STEPS of all
+
+
+# How far a call's four words are rotated, once and again, for the sums of bits that are the second four digits, and how
+# far those are for the last four. Found by a search: 8 digits of any INDEPENDENT_ELEMENTS elements are independent.
+DROP_ROTATIONS = ((5, 19, 28, 26), (25, 3, 9, 4))
+LAST_ROTATION = 11
+INDEPENDENT_ELEMENTS = 3
 
 
 def keep_steps(dropout_p: float) -> int:

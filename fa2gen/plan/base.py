@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
-from fa2gen.features.dropout import DROP_DIGITS, OWN_DIGITS
+from fa2gen.features.dropout import DROP_ROTATIONS, INDEPENDENT_ELEMENTS, LAST_ROTATION
 from fa2gen.features.expression import (
     AllowCode,
     InputGradientCode,
@@ -35,7 +35,7 @@ __all__ = ["WARP_THREADS", "BrokenRule", "EntryPoint", "KernelPlan", "TensorMapP
 WARP_THREADS = 32
 PREPARE_THREADS = 1024
 BOUND_WARPS = 8  # of a block that finds least and greatest numbers of tiles, each of one
-DROPOUT_KEYS = 32  # of a unit of random bits: see templates/common/dropout.cuh.j2
+DROPOUT_KEYS = 32  # half of a unit of random bits: see templates/common/dropout.cuh.j2
 
 # Of entries, by how many blocks they have, in shared memory. With 128 rows a block, in batches of more than 131,072
 # rows those that differ by a block are one kind.
@@ -335,15 +335,9 @@ class KernelPlan:
         """Whether O, or dQ, dK and dV, are stored in fp32, from registers."""
         return self.problem.partial
 
-    @property
-    def neighbour_digits(self) -> range:
-        """The last binary digits of the numbers that decide what is dropped: digits of another's."""
-        return range(DROP_DIGITS - OWN_DIGITS)
-
-    @property
-    def own_digits(self) -> tuple[tuple[int, int], ...]:
-        """(digit that is drawn, of the number) of the others."""
-        return tuple((i, i + len(self.neighbour_digits)) for i in range(OWN_DIGITS))
+    drop_rotations = DROP_ROTATIONS
+    last_rotation = LAST_ROTATION
+    independent_elements = INDEPENDENT_ELEMENTS
 
     @property
     def gradient_scale(self) -> str:
@@ -830,7 +824,7 @@ class KernelPlan:
     def dropout_rule(self) -> Iterator[BrokenRule]:
         """The rule that a forward kernel's blocks of keys break, if units of dropout do not fill them."""
         if self.dropout and self.tile_n % DROPOUT_KEYS:
-            detail = f"tile_n {self.tile_n}; random bits are drawn for {DROPOUT_KEYS} keys at once: a multiple of that"
+            detail = f"tile_n {self.tile_n}; random bits are drawn by {DROPOUT_KEYS} keys: a multiple of that"
             yield BrokenRule("dropout", detail)
 
 

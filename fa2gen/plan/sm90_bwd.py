@@ -599,13 +599,13 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return self.dropout and self.splits_keys
 
     @property
-    def kept_warp_bytes(self) -> int:
-        """What a warp draws for a block of queries: a bit an element."""
-        return WARP_BYTES * ceil_div(self.num_acc_s, 32)
+    def kept_warpgroup_bytes(self) -> int:
+        """What a warpgroup draws for a block of queries: a bit an element."""
+        return 4 * WARP_BYTES * ceil_div(self.num_acc_s, 32)
 
     @property
     def kept_bytes(self) -> int:
-        return self.kept_warp_bytes * self.num_mma_warps
+        return self.kept_warpgroup_bytes * self.num_mma_warpgroups
 
     @cached_property
     def barriers(self) -> Barriers:

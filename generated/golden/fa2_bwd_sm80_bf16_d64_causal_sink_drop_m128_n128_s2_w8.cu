@@ -6,10 +6,10 @@
 //   problem  bwd, head dim 64, bf16, causal mask, attention sinks, dropout
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 165888 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  230 Shared memory,  255 Global memory,
-//             300 cp.async,  319 Fragments,  341 Registers,  350 mma,  407 What is visible,
-//             613 Softmax and its gradient,  674 Dropout,  800 Matrix products,  933 Registers to shared memory,
-//            1063 Kernels, 1313 Launch
+//   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  222 Shared memory,  247 Global memory,
+//             292 cp.async,  311 Fragments,  333 Registers,  342 mma,  399 What is visible,
+//             605 Softmax and its gradient,  666 Dropout,  802 Matrix products,  935 Registers to shared memory,
+//            1065 Kernels, 1312 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -217,14 +217,6 @@ __device__ __forceinline__ uint32_t pack_relu_bf16(float low, float high) {
 __device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed) {
     values[0] = __builtin_bit_cast(float, packed << 16);
     values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
-}
-
-// Four of the eight bytes of `low` and `high`, as the digits of `selector` number them, the last one first; of a digit with 8
-// added 8 times the byte's sign.
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
-    uint32_t bytes;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
-    return bytes;
 }
 
 // Shared memory -------------------------------------------------------------------------------------------------------
@@ -672,9 +664,10 @@ __device__ __forceinline__ void pack_kept(uint32_t (*packed)[kNumP], float const
 }
 
 // Dropout -------------------------------------------------------------------------------------------------------------
-// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for the 16 elements of a unit of 16
-// queries and 32 keys that a lane holds in S. Its 128 bits are 8 digits of 16 numbers: bit 8 * (key % 2) + key / 8 * 2 +
-// row / 8 of each half word is one number's. The comparison with a threshold is made digit by digit, of 32 numbers at once.
+// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for the 32 elements of a unit of 16
+// queries and 64 keys that a lane holds in S: bit 16 * (key % 2) + key / 8 * 2 + row / 8 of each of its four words is one's
+// own, the first four digits of its number. The others are sums of such bits of other elements, below. The comparison with a
+// threshold is made digit by digit, of 32 numbers at once.
 
 // Where the counters of a head begin: 128 random bits, and its place. The cipher's key is 0, so that those of its rounds are
 // constants: in registers they would be 14, more than dK and dV leave.
@@ -692,7 +685,7 @@ __device__ __forceinline__ RandomState random_state(Params const& p, int bidh, i
             static_cast<uint32_t>(bits[3]) + bidb};
 }
 
-// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 32 * key_unit.
+// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 64 * key_unit.
 __device__ __forceinline__ void draw(uint32_t (&words)[4], RandomState const& state, int row_unit, int key_unit, int lane) {
     words[0] = state.row + 8 * row_unit + lane / 4;
     words[1] = state.key + 4 * key_unit + lane % 4;
@@ -716,65 +709,74 @@ __device__ __forceinline__ uint32_t majority(uint32_t a, uint32_t b, uint32_t c)
     return (a & b) | (a & c) | (b & c);
 }
 
-// Which of 32 elements are kept: bytes 0 and 2 are those of `first`, of even and of odd keys, and 1 and 3 those of `second`. A
-// digit that is above the threshold's decides for, one below it against, and an equal one leaves it to the digits behind, so
-// that each step is a majority. The last digits are the neighbour's last, the other of two keys: what those say changes places.
-__device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&first)[4], uint32_t const (&second)[4]) {
-    uint32_t digits[8];
+// Which of 32 elements are kept. A digit that is above the threshold's decides for, one below it against, and an equal one
+// leaves it to the digits behind, so that each step is a majority. One element of 16 asks digits behind its own four, which
+// are each the sum of three bits of other elements, and one of 256 the last four, which are the second four of another. So
+// 8 digits of any 3 elements are independent, and 12 of any two but those (tests/unit/test_dropout.py).
+__device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&words)[4]) {
+    uint32_t once[4];
+    uint32_t again[4];
+    once[0] = rotate_left(words[0], 5);
+    again[0] = rotate_left(words[0], 25);
+    once[1] = rotate_left(words[1], 19);
+    again[1] = rotate_left(words[1], 3);
+    once[2] = rotate_left(words[2], 28);
+    again[2] = rotate_left(words[2], 9);
+    once[3] = rotate_left(words[3], 26);
+    again[3] = rotate_left(words[3], 4);
+    uint32_t sums[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        digits[2 * i] = permute_bytes(first[i], second[i], 0x5140u);
-        digits[2 * i + 1] = permute_bytes(first[i], second[i], 0x7362u);
+        sums[i] = once[i] ^ again[(i + 1) % 4] ^ again[(i + 2) % 4];
     }
     uint32_t kept = 0;
-    kept = majority(kept, digits[0], p.keep_digit_0);
-    kept = majority(kept, digits[1], p.keep_digit_1);
-    kept = majority(kept, digits[2], p.keep_digit_2);
-    kept = majority(kept, digits[3], p.keep_digit_3);
-    kept = permute_bytes(kept, 0, 0x1032u);
-    kept = majority(kept, digits[0], p.keep_digit_4);
-    kept = majority(kept, digits[1], p.keep_digit_5);
-    kept = majority(kept, digits[2], p.keep_digit_6);
-    kept = majority(kept, digits[3], p.keep_digit_7);
-    kept = majority(kept, digits[4], p.keep_digit_8);
-    kept = majority(kept, digits[5], p.keep_digit_9);
-    kept = majority(kept, digits[6], p.keep_digit_10);
-    kept = majority(kept, digits[7], p.keep_digit_11);
+    kept = majority(kept, sums[0], p.keep_digit_0);
+    kept = majority(kept, sums[1], p.keep_digit_1);
+    kept = majority(kept, sums[2], p.keep_digit_2);
+    kept = majority(kept, sums[3], p.keep_digit_3);
+    kept = rotate_left(kept, 11);
+    kept = majority(kept, sums[0], p.keep_digit_4);
+    kept = majority(kept, sums[1], p.keep_digit_5);
+    kept = majority(kept, sums[2], p.keep_digit_6);
+    kept = majority(kept, sums[3], p.keep_digit_7);
+    kept = majority(kept, words[0], p.keep_digit_8);
+    kept = majority(kept, words[1], p.keep_digit_9);
+    kept = majority(kept, words[2], p.keep_digit_10);
+    kept = majority(kept, words[3], p.keep_digit_11);
     return kept;
 }
 
 constexpr int kNumKeepWords = (kNumAccS + 31) / 32;
 
-// Of 16 keys from first_key on and as many queries as a warp has, the first a multiple of 16. Half of a unit's keys are this
-// warp's: of two units' numbers those of this half are made one, and a matrix of 8 x 8 half words is transposed.
+// Where the numbers of a warp's 16 keys are in a word, and where those of a block's 16 queries go.
+__device__ __forceinline__ uint32_t quarter_of(uint32_t word, int first_key, int unit) {
+    return rotate_left(word, 32 + 4 * unit - first_key / 4 % 16) & 0x000f000fu << 4 * unit;
+}
+
+// Of a warp's keys from first_key on, and as many queries as it has, the first a multiple of 16. Each 16 keys are a quarter
+// of a unit's: of four units' bits those of one quarter are made one word, and a matrix of 8 x 8 half words is transposed.
 __device__ __forceinline__ void draw_kept(
-    uint32_t (&kept)[kNumKeepWords], Params const& p, RandomState const& state, int first_key, int first_query, int lane) {
-    int const half = first_key / 16 % 2;
-    int const row_unit = first_query / 16;
-    uint32_t const own = 0x0f0f0f0fu << 4 * half;
+    uint32_t (*kept)[kNumKeepWords], Params const& p, RandomState const& state, int first_key, int first_query, int lane) {
+    static_assert(64 % (16 * kNumRowTiles) == 0, "a warp's keys are of one unit");
 #pragma unroll
     for (int i = 0; i < kNumKeepWords; ++i) {  // 64 queries
-        uint32_t words[2][4] = {};
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            int const unit = 4 * i + 2 * j;  // this and the next
-            uint32_t other[4];
-            if (8 * unit + 8 < kNumAccS) {
-                draw(words[j], state, row_unit + unit + half, first_key / 32, lane);
-                draw(other, state, row_unit + unit + 1 - half, first_key / 32, lane);
-            } else if (8 * unit < kNumAccS) {
-                draw(other, state, row_unit + unit, first_key / 32, lane);
-            }
+        for (int unit = 0; unit < 4; ++unit) {
+            if (32 * i + 8 * unit < kNumAccS) {
+                uint32_t words[4];
+                draw(words, state, first_query / 16 + 4 * i + unit, first_key / 64, lane);
+                uint32_t const word = compare(p, words);
 #pragma unroll
-            for (int word = 0; word < 4; ++word) {
-                if (8 * unit + 8 < kNumAccS) {
-                    words[j][word] = (words[j][word] & own) | (rotate_left(other[word], 4 + 24 * half) & ~own);
-                } else if (8 * unit < kNumAccS) {
-                    words[j][word] = other[word] >> 4 * half;
+                for (int tile = 0; tile < kNumRowTiles; ++tile) {
+                    uint32_t const quarter = quarter_of(word, first_key + 16 * tile, unit);
+                    kept[tile][i] = unit == 0 ? quarter : kept[tile][i] | quarter;
                 }
             }
         }
-        kept[i] = transpose_halves(compare(p, words[0], words[1]));
+#pragma unroll
+        for (int tile = 0; tile < kNumRowTiles; ++tile) {
+            kept[tile][i] = transpose_halves(kept[tile][i]);
+        }
     }
 }
 
@@ -1208,11 +1210,8 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm80_bf16_d
             uint32_t const stage = pipeline.acquire(p, s, blocks, walk);
             // Before S, as a bit an element: with it the words of several calls spill 40 bytes (d = 96).
             uint32_t kept[kNumRowTiles][kNumKeepWords];
-#pragma unroll
-            for (int tile = 0; tile < kNumRowTiles; ++tile) {
-                draw_kept(kept[tile], p, random_state(p, walk.bidh, block.bidb), block_key + warp_key + 16 * tile,
-                          walk.m_block * kTileM + warp_query, recompute(lane));
-            }
+            draw_kept(kept, p, random_state(p, walk.bidh, block.bidb), block_key + warp_key,
+                      walk.m_block * kTileM + warp_query, recompute(lane));
             float acc_s[kNumRowTiles][kNumAccS];
             uint32_t p_tile[kNumRowTiles][kNumP];
             gemm_s(acc_s, recompute(k_lane), stage + q_lane);

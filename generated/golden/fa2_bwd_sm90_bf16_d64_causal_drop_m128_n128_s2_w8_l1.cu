@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 64, bf16, causal mask, dropout
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 202912 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  142 Threads,  186 Arithmetic,  254 Shared memory,
-//             285 Global memory,  350 mbarriers,  394 TMA,  441 Bulk copies,  463 Fences,  475 Fragments,
-//             496 Registers,  511 Registers of a warpgroup,  523 wgmma,  706 What is visible,
-//             755 Softmax and its gradient,  814 Dropout,  989 Pipelines, 1038 Loads, 1087 Matrix products,
-//            1124 Staging, 1187 Producer, 1266 Consumer, 1438 Kernels, 1598 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  142 Threads,  186 Arithmetic,  246 Shared memory,
+//             277 Global memory,  342 mbarriers,  386 TMA,  433 Bulk copies,  455 Fences,  467 Fragments,
+//             488 Registers,  503 Registers of a warpgroup,  515 wgmma,  698 What is visible,
+//             747 Softmax and its gradient,  806 Dropout,  996 Pipelines, 1045 Loads, 1094 Matrix products,
+//            1131 Staging, 1194 Producer, 1273 Consumer, 1443 Kernels, 1603 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -66,7 +66,7 @@ constexpr uint32_t kQReadBytes = 16384;
 constexpr uint32_t kKvBytes = 16384;
 constexpr uint32_t kDsBytes = 32768;
 constexpr uint32_t kStatisticsBytes = 512;
-constexpr uint32_t kKeptWarpBytes = 256;
+constexpr uint32_t kKeptWarpgroupBytes = 1024;
 constexpr uint32_t kKeptBytes = 2048;
 
 constexpr uint32_t kSmemK = 0;
@@ -243,14 +243,6 @@ __device__ __forceinline__ void unpack_bf16(float (&values)[2], uint32_t packed)
     values[1] = __builtin_bit_cast(float, packed & 0xffff0000u);
 }
 
-// Four of the eight bytes of `low` and `high`, as the digits of `selector` number them, the last one first; of a digit with 8
-// added 8 times the byte's sign.
-__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
-    uint32_t bytes;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
-    return bytes;
-}
-
 // Shared memory -------------------------------------------------------------------------------------------------------
 
 extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -260,10 +252,10 @@ __device__ __forceinline__ uint32_t shared_memory_base() {
     return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
 }
 
-__device__ __forceinline__ int load_shared_int(uint32_t address) {
-    int value;
-    asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
-    return value;
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_shared_int4(int (&r)[4], uint32_t address) {
+    asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
 __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {
@@ -641,7 +633,7 @@ __device__ __forceinline__ void wgmma_m64n64k16_ss_km(
 // Barrier 0 is sync_block's.
 enum NamedBarrier : int {
     kAllMmaWarps = 1,
-    kFirstWarpPair = 2,
+    kFirstWarpgroup = 2,
 };
 
 // Sequences: every batch entry has the same lengths.
@@ -812,9 +804,10 @@ __device__ __forceinline__ void pack_kept(uint32_t (*packed)[kNumP], float const
 }
 
 // Dropout -------------------------------------------------------------------------------------------------------------
-// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for the 16 elements of a unit of 16
-// queries and 32 keys that a lane holds in S. Its 128 bits are 8 digits of 16 numbers: bit 8 * (key % 2) + key / 8 * 2 +
-// row / 8 of each half word is one number's. The comparison with a threshold is made digit by digit, of 32 numbers at once.
+// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for the 32 elements of a unit of 16
+// queries and 64 keys that a lane holds in S: bit 16 * (key % 2) + key / 8 * 2 + row / 8 of each of its four words is one's
+// own, the first four digits of its number. The others are sums of such bits of other elements, below. The comparison with a
+// threshold is made digit by digit, of 32 numbers at once.
 
 // Where the counters of a head begin: 128 random bits, and its place. The cipher's key is 0, so that those of its rounds are
 // constants: in registers they would be 14, more than dK and dV leave.
@@ -832,7 +825,7 @@ __device__ __forceinline__ RandomState random_state(Params const& p, int bidh, i
             static_cast<uint32_t>(bits[3]) + bidb};
 }
 
-// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 32 * key_unit.
+// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 64 * key_unit.
 __device__ __forceinline__ void draw(uint32_t (&words)[4], RandomState const& state, int row_unit, int key_unit, int lane) {
     words[0] = state.row + 8 * row_unit + lane / 4;
     words[1] = state.key + 4 * key_unit + lane % 4;
@@ -856,61 +849,75 @@ __device__ __forceinline__ uint32_t majority(uint32_t a, uint32_t b, uint32_t c)
     return (a & b) | (a & c) | (b & c);
 }
 
-// Which of 32 elements are kept: bytes 0 and 2 are those of `first`, of even and of odd keys, and 1 and 3 those of `second`. A
-// digit that is above the threshold's decides for, one below it against, and an equal one leaves it to the digits behind, so
-// that each step is a majority. The last digits are the neighbour's last, the other of two keys: what those say changes places.
-__device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&first)[4], uint32_t const (&second)[4]) {
-    uint32_t digits[8];
+// Which of 32 elements are kept. A digit that is above the threshold's decides for, one below it against, and an equal one
+// leaves it to the digits behind, so that each step is a majority. One element of 16 asks digits behind its own four, which
+// are each the sum of three bits of other elements, and one of 256 the last four, which are the second four of another. So
+// 8 digits of any 3 elements are independent, and 12 of any two but those (tests/unit/test_dropout.py).
+__device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&words)[4]) {
+    uint32_t once[4];
+    uint32_t again[4];
+    once[0] = rotate_left(words[0], 5);
+    again[0] = rotate_left(words[0], 25);
+    once[1] = rotate_left(words[1], 19);
+    again[1] = rotate_left(words[1], 3);
+    once[2] = rotate_left(words[2], 28);
+    again[2] = rotate_left(words[2], 9);
+    once[3] = rotate_left(words[3], 26);
+    again[3] = rotate_left(words[3], 4);
+    uint32_t sums[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        digits[2 * i] = permute_bytes(first[i], second[i], 0x5140u);
-        digits[2 * i + 1] = permute_bytes(first[i], second[i], 0x7362u);
+        sums[i] = once[i] ^ again[(i + 1) % 4] ^ again[(i + 2) % 4];
     }
     uint32_t kept = 0;
-    kept = majority(kept, digits[0], p.keep_digit_0);
-    kept = majority(kept, digits[1], p.keep_digit_1);
-    kept = majority(kept, digits[2], p.keep_digit_2);
-    kept = majority(kept, digits[3], p.keep_digit_3);
-    kept = permute_bytes(kept, 0, 0x1032u);
-    kept = majority(kept, digits[0], p.keep_digit_4);
-    kept = majority(kept, digits[1], p.keep_digit_5);
-    kept = majority(kept, digits[2], p.keep_digit_6);
-    kept = majority(kept, digits[3], p.keep_digit_7);
-    kept = majority(kept, digits[4], p.keep_digit_8);
-    kept = majority(kept, digits[5], p.keep_digit_9);
-    kept = majority(kept, digits[6], p.keep_digit_10);
-    kept = majority(kept, digits[7], p.keep_digit_11);
+    kept = majority(kept, sums[0], p.keep_digit_0);
+    kept = majority(kept, sums[1], p.keep_digit_1);
+    kept = majority(kept, sums[2], p.keep_digit_2);
+    kept = majority(kept, sums[3], p.keep_digit_3);
+    kept = rotate_left(kept, 11);
+    kept = majority(kept, sums[0], p.keep_digit_4);
+    kept = majority(kept, sums[1], p.keep_digit_5);
+    kept = majority(kept, sums[2], p.keep_digit_6);
+    kept = majority(kept, sums[3], p.keep_digit_7);
+    kept = majority(kept, words[0], p.keep_digit_8);
+    kept = majority(kept, words[1], p.keep_digit_9);
+    kept = majority(kept, words[2], p.keep_digit_10);
+    kept = majority(kept, words[3], p.keep_digit_11);
     return kept;
 }
 
 constexpr int kNumKeepWords = (kNumAccS + 31) / 32;
 
-// Of 16 keys from first_key on, and of the 16 that make 32 with them, and of every other 16 of as many queries as a warp has,
-// the first a multiple of 16: from the second 16 on by the warp of the second half of the keys. In words as draw_kept's, in
-// which half of the bits are the other warp's: a matrix of 8 x 8 half words is transposed.
-__device__ __forceinline__ void draw_half(
-    Params const& p, RandomState const& state, int first_key, int first_query, int lane, uint32_t words_of_lane) {
-    int const row_unit = first_query / 16 + first_key / 16 % 2;
+// Where the numbers of a warp's 16 keys are in a word, and where those of a block's 16 queries go.
+__device__ __forceinline__ uint32_t quarter_of(uint32_t word, int first_key, int unit) {
+    return rotate_left(word, 32 + 4 * unit - first_key / 4 % 16) & 0x000f000fu << 4 * unit;
+}
+
+// Of the 64 keys of a warpgroup, from first_key on, and every fourth 16 of as many queries as a warp has, from this warp's on.
+// A quarter of a word is each warp's: a matrix of 8 x 8 half words is transposed.
+__device__ __forceinline__ void draw_quarter(
+    Params const& p, RandomState const& state, int first_key, int first_query, int warp, int lane, uint32_t words_of_lane) {
 #pragma unroll
     for (int i = 0; i < kNumKeepWords; ++i) {  // 64 queries
-        uint32_t first[4];
-        uint32_t second[4] = {0, 0, 0, 0};
-        draw(first, state, row_unit + 4 * i, first_key / 32, lane);
-        if (32 * i + 16 < kNumAccS) {
-            draw(second, state, row_unit + 4 * i + 2, first_key / 32, lane);
+        if (kTileM % 64 == 0 || 64 * i + 16 * warp < kTileM) {
+            uint32_t words[4];
+            draw(words, state, first_query / 16 + 4 * i + warp, first_key / 64, lane);
+            store_shared_32(words_of_lane + 512 * i, transpose_halves(compare(p, words)));
         }
-        store_shared_32(words_of_lane + 128 * i, transpose_halves(compare(p, first, second)));
     }
 }
 
-// The bits of a warp's own keys, of its words and the other warp's, where they are those of the other half of the queries.
-__device__ __forceinline__ void join_halves(
-    uint32_t (&kept)[kNumKeepWords], uint32_t words_of_lane, uint32_t other_words, int half) {
-    uint32_t const own = 0x0f0f0f0fu << 4 * half;
+// The bits of a warp's own keys, of the words of all four.
+__device__ __forceinline__ void join_quarters(uint32_t (&kept)[kNumKeepWords], uint32_t words_of_lane, int first_key) {
 #pragma unroll
     for (int i = 0; i < kNumKeepWords; ++i) {
-        uint32_t const other = rotate_left(static_cast<uint32_t>(load_shared_int(other_words + 128 * i)), 4 + 24 * half);
-        kept[i] = (static_cast<uint32_t>(load_shared_int(words_of_lane + 128 * i)) & own) | (other & ~own);
+        int words[4];
+        load_shared_int4(words, words_of_lane + 512 * i);
+        kept[i] = 0;
+#pragma unroll
+        for (int unit = 0; unit < 4; ++unit) {
+            kept[i] |= quarter_of(static_cast<uint32_t>(words[unit]), first_key, unit);
+        }
     }
 }
 
@@ -1328,14 +1335,13 @@ __device__ __forceinline__ void consume(
 
     QueryWalk walk = start_walk(p, s, block, blocks);
     // What the next block of queries drops is drawn under dV and dK of this one: so long no S nor dP is in registers. By way of
-    // shared memory, for the other warp of 32 keys too, and as ptxas moves what has no such effect behind the products.
-    int const mma_warp = 4 * warpgroup + warp;
-    auto drawn = [&](int by, int stage) {
-        return smem + kSmemKept + stage * kKeptBytes + by * kKeptWarpBytes + 4 * recompute(lane_id());
+    // shared memory, for the other warps of 64 keys too, and as ptxas moves what has no such effect behind the products.
+    auto drawn = [&](int stage) {
+        return smem + kSmemKept + stage * kKeptBytes + warpgroup * kKeptWarpgroupBytes + 16 * recompute(lane_id());
     };
     auto draw = [&](int stage) {
-        draw_half(p, random_state(p, walk.bidh, block.bidb), block.n_block * kTileN + warp_key, walk.m_block * kTileM,
-                  recompute(lane_id()), drawn(mma_warp, stage));
+        draw_quarter(p, random_state(p, walk.bidh, block.bidb), block.n_block * kTileN + 64 * warpgroup,
+                     walk.m_block * kTileM, warp, recompute(lane_id()), drawn(stage) + 4 * warp);
     };
     draw(0);
     if (walk.remaining > 0) {
@@ -1363,9 +1369,8 @@ __device__ __forceinline__ void consume(
         wgmma_commit();
 
         uint32_t kept[kNumKeepWords];
-        named_barrier_sync(kFirstWarpPair + mma_warp / 2, 64);
-        int const kept_stage = step % 2;
-        join_halves(kept, drawn(mma_warp, kept_stage), drawn(mma_warp ^ 1, kept_stage), warp % 2);
+        named_barrier_sync(kFirstWarpgroup + warpgroup, 128);
+        join_quarters(kept, drawn(step % 2), warp_key);
         // P under dP.
         wgmma_wait_1();
         wgmma_touch(acc_s);

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 64, bf16, window mask, attention sinks, dropout
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  180 Shared memory,  199 Global memory,
-//             221 cp.async,  240 Fragments,  255 Registers,  264 mma,  300 d - window_left <= j <= d + window_right,
-//             377 Online softmax,  536 Dropout,  708 Pipeline,  766 Matrix products,  849 Epilogue,  941 Kernel,
-//            1024 Launch
+//   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  186 Shared memory,  205 Global memory,
+//             227 cp.async,  246 Fragments,  261 Registers,  270 mma,  306 d - window_left <= j <= d + window_right,
+//             383 Online softmax,  542 Dropout,  722 Pipeline,  780 Matrix products,  863 Epilogue,  955 Kernel,
+//            1038 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -160,6 +160,12 @@ __device__ __forceinline__ uint32_t shift_left(uint32_t value, int bits) {
 __device__ __forceinline__ void multiply_wide(uint32_t (&halves)[2], uint32_t a, uint32_t b) {
     asm("{ .reg .b64 product; mul.wide.u32 product, %2, %3; mov.b64 {%0, %1}, product; }"
         : "=r"(halves[0]), "=r"(halves[1]) : "r"(a), "r"(b));
+}
+
+__device__ __forceinline__ uint32_t rotate_left(uint32_t value, int bits) {
+    uint32_t rotated;
+    asm("shf.l.wrap.b32 %0, %1, %1, %2;" : "=r"(rotated) : "r"(value), "r"(bits));
+    return rotated;
 }
 
 // Two fp32 values rounded to bf16 in one register, `low` in the lower half.
@@ -534,9 +540,10 @@ __device__ __forceinline__ void online_softmax_tiles(
 }
 
 // Dropout -------------------------------------------------------------------------------------------------------------
-// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for the 16 elements of a unit of 16
-// queries and 32 keys that a lane holds in S. Its 128 bits are 8 digits of 16 numbers: bit 8 * (key % 2) + key / 8 * 2 +
-// row / 8 of each half word is one number's. The comparison with a threshold is made digit by digit, of 32 numbers at once.
+// Philox4x32 with 7 rounds (Salmon et al., 2011: the fewest that pass every test), a call for the 32 elements of a unit of 16
+// queries and 64 keys that a lane holds in S: bit 16 * (key % 2) + key / 8 * 2 + row / 8 of each of its four words is one's
+// own, the first four digits of its number. The others are sums of such bits of other elements, below. The comparison with a
+// threshold is made digit by digit, of 32 numbers at once.
 
 // Where the counters of a head begin: 128 random bits, and its place. The cipher's key is 0, so that those of its rounds are
 // constants: in registers they would be 14, more than dK and dV leave.
@@ -554,7 +561,7 @@ __device__ __forceinline__ RandomState random_state(Params const& p, int bidh, i
             static_cast<uint32_t>(bits[3]) + bidb};
 }
 
-// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 32 * key_unit.
+// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 64 * key_unit.
 __device__ __forceinline__ void draw(uint32_t (&words)[4], RandomState const& state, int row_unit, int key_unit, int lane) {
     words[0] = state.row + 8 * row_unit + lane / 4;
     words[1] = state.key + 4 * key_unit + lane % 4;
@@ -578,45 +585,52 @@ __device__ __forceinline__ uint32_t majority(uint32_t a, uint32_t b, uint32_t c)
     return (a & b) | (a & c) | (b & c);
 }
 
-// Which of 32 elements are kept: bytes 0 and 2 are those of `first`, of even and of odd keys, and 1 and 3 those of `second`. A
-// digit that is above the threshold's decides for, one below it against, and an equal one leaves it to the digits behind, so
-// that each step is a majority. The last digits are the neighbour's last, the other of two keys: what those say changes places.
-__device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&first)[4], uint32_t const (&second)[4]) {
-    uint32_t digits[8];
+// Which of 32 elements are kept. A digit that is above the threshold's decides for, one below it against, and an equal one
+// leaves it to the digits behind, so that each step is a majority. One element of 16 asks digits behind its own four, which
+// are each the sum of three bits of other elements, and one of 256 the last four, which are the second four of another. So
+// 8 digits of any 3 elements are independent, and 12 of any two but those (tests/unit/test_dropout.py).
+__device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&words)[4]) {
+    uint32_t once[4];
+    uint32_t again[4];
+    once[0] = rotate_left(words[0], 5);
+    again[0] = rotate_left(words[0], 25);
+    once[1] = rotate_left(words[1], 19);
+    again[1] = rotate_left(words[1], 3);
+    once[2] = rotate_left(words[2], 28);
+    again[2] = rotate_left(words[2], 9);
+    once[3] = rotate_left(words[3], 26);
+    again[3] = rotate_left(words[3], 4);
+    uint32_t sums[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        digits[2 * i] = permute_bytes(first[i], second[i], 0x5140u);
-        digits[2 * i + 1] = permute_bytes(first[i], second[i], 0x7362u);
+        sums[i] = once[i] ^ again[(i + 1) % 4] ^ again[(i + 2) % 4];
     }
     uint32_t kept = 0;
-    kept = majority(kept, digits[0], p.keep_digit_0);
-    kept = majority(kept, digits[1], p.keep_digit_1);
-    kept = majority(kept, digits[2], p.keep_digit_2);
-    kept = majority(kept, digits[3], p.keep_digit_3);
-    kept = permute_bytes(kept, 0, 0x1032u);
-    kept = majority(kept, digits[0], p.keep_digit_4);
-    kept = majority(kept, digits[1], p.keep_digit_5);
-    kept = majority(kept, digits[2], p.keep_digit_6);
-    kept = majority(kept, digits[3], p.keep_digit_7);
-    kept = majority(kept, digits[4], p.keep_digit_8);
-    kept = majority(kept, digits[5], p.keep_digit_9);
-    kept = majority(kept, digits[6], p.keep_digit_10);
-    kept = majority(kept, digits[7], p.keep_digit_11);
+    kept = majority(kept, sums[0], p.keep_digit_0);
+    kept = majority(kept, sums[1], p.keep_digit_1);
+    kept = majority(kept, sums[2], p.keep_digit_2);
+    kept = majority(kept, sums[3], p.keep_digit_3);
+    kept = rotate_left(kept, 11);
+    kept = majority(kept, sums[0], p.keep_digit_4);
+    kept = majority(kept, sums[1], p.keep_digit_5);
+    kept = majority(kept, sums[2], p.keep_digit_6);
+    kept = majority(kept, sums[3], p.keep_digit_7);
+    kept = majority(kept, words[0], p.keep_digit_8);
+    kept = majority(kept, words[1], p.keep_digit_9);
+    kept = majority(kept, words[2], p.keep_digit_10);
+    kept = majority(kept, words[3], p.keep_digit_11);
     return kept;
 }
 
 constexpr int kNumKeepWords = (kNumAccS + 31) / 32;
 
-// Of 16 rows from first_row on and the 64 keys of a block's word i, the block's first a multiple of 32.
+// Of 16 rows from first_row on, the 64 keys of a block's word i. The first of a block that begins 32 keys behind a multiple of
+// 64 are those from that on.
 __device__ __forceinline__ uint32_t draw_word(
     Params const& p, RandomState const& state, int first_row, int first_key, int i, int lane) {
-    uint32_t first[4];
-    uint32_t second[4] = {0, 0, 0, 0};
-    draw(first, state, first_row / 16, first_key / 32 + 2 * i, lane);
-    if (32 * i + 16 < kNumAccS) {
-        draw(second, state, first_row / 16, first_key / 32 + 2 * i + 1, lane);
-    }
-    return compare(p, first, second);
+    uint32_t words[4];
+    draw(words, state, first_row / 16, first_key / 64 + i, lane);
+    return compare(p, words);
 }
 
 __device__ __forceinline__ void draw_kept(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 
 from fa2gen import UnsupportedProblem
-from fa2gen.features.dropout import DROP_STEPS, keep_steps
+from fa2gen.features.dropout import DROP_ROTATIONS, DROP_STEPS, INDEPENDENT_ELEMENTS, LAST_ROTATION, keep_steps
 from fa2gen.ops import attention, flash_attn_func, flash_attn_kvpacked_func, flash_attn_varlen_func
 from fa2gen.reference import _philox, dropout_keep
 
@@ -66,6 +67,45 @@ def test_philox_by_its_known_answers():
 
 def test_keep_steps():
     assert [keep_steps(p) for p in (0.5, 0.25, 1e-9, 1 - 1e-9)] == [2048, 3072, DROP_STEPS - 1, 1]
+
+
+def rank(rows):
+    """Of bits, each row's in one number."""
+    by_length = {}
+    for row in rows:
+        while row and row.bit_length() in by_length:
+            row ^= by_length[row.bit_length()]
+        if row:
+            by_length[row.bit_length()] = row
+    return len(by_length)
+
+
+def test_numbers_of_one_call_are_independent():
+    """If its bits are: 8 digits of any INDEPENDENT_ELEMENTS elements, and 12 of any two, but where the last four of one
+    are the other's second four."""
+
+    def digits(element):
+        """Each as the bits that it is the sum of, the first first."""
+
+        def drawn(word, turns):
+            return 1 << 32 * word + (element - turns) % 32
+
+        def sums(turns):
+            once, again = DROP_ROTATIONS
+            return [
+                drawn(i, turns + once[i])
+                ^ drawn((i + 1) % 4, turns + again[(i + 1) % 4])
+                ^ drawn((i + 2) % 4, turns + again[(i + 2) % 4])
+                for i in range(4)
+            ]
+
+        return [*(drawn(i, 0) for i in range(4)), *sums(0), *sums(LAST_ROTATION)]
+
+    of = [digits(element) for element in range(32)]  # by symmetry one of the elements may be the first
+    for others in itertools.combinations(range(1, 32), INDEPENDENT_ELEMENTS - 1):
+        assert rank(x for i in (0, *others) for x in of[i][:8]) == 8 * INDEPENDENT_ELEMENTS
+    alike = {i for i in range(1, 32) if rank(of[0] + of[i]) < 24}
+    assert alike == {LAST_ROTATION, 32 - LAST_ROTATION}
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
