@@ -86,7 +86,7 @@ class BackwardPlan(KernelPlan):
 
     @property
     def shares_draws(self) -> bool:
-        """Whether two warps, whose 32 keys get random bits together, draw half of them each, for both."""
+        """Whether four warps, whose 64 keys get random bits together, draw a quarter of them each, for all."""
         return False
 
     # Parts: groups in parts, or the last blocks of keys; as many blocks of threads then leave their sums in memory

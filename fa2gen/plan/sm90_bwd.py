@@ -596,7 +596,7 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def shares_draws(self) -> bool:
-        return self.dropout and self.splits_keys
+        return self.dropout
 
     @property
     def kept_warpgroup_bytes(self) -> int:
@@ -687,7 +687,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 *((Region("dq", dq_bytes, label="dQ"),) if stages_dq else ()),
                 Region("lse", self.statistics_bytes, self.num_stages, label="LSE"),
                 Region("dpsum", self.statistics_bytes, self.num_dout_stages, label="dPsum"),
-                *((Region("kept", self.kept_bytes, 2 if self.lags_dq else 1),) if self.shares_draws else ()),
+                *(
+                    (Region("kept", self.kept_bytes, 2 if self.lags_dq or self.splits_products else 1),)
+                    if self.shares_draws
+                    else ()
+                ),
                 *slots,
                 self._barriers(stages_dq, is_persistent).region,
             )

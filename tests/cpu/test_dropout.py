@@ -103,7 +103,6 @@ SM80_FORWARD = kernel("sm80", "fwd")
 CAPPED_FORWARD, CAPPED = kernel("sm90", "fwd", "full", **CAP), kernel("sm90", "bwd", **CAP)
 QUERIES = "walk.m_block * kTileM"
 DRAW_FORWARD = "draw_kept(kept, p, random_state(p, tile.bidh, tile.bidb), row, n_block * kTileN, lane_id());"
-DRAW = "work.block.n_block * kTileN + 16 * warp, walk"
 OF_STATE = "static_cast<uint32_t>(bits[{}]) + {}"
 FAULTS = [
     Fault("heads-drop-the-same", FORWARD, OF_STATE.format(2, "bidh"), "static_cast<uint32_t>(bits[2])"),
@@ -128,11 +127,9 @@ FAULTS = [
     Fault("bits-of-the-block-before", CAPPED_FORWARD, f"{DRAW_FORWARD}\n                wgmma_wait_0", "wgmma_wait_0"),
     Fault("row-of-the-warp", SM80_FORWARD, "drop_thread / 32 * kNumRowTiles * 16 + 16 * i", "16 * i"),
     Fault("keys-of-the-first-quarter", BACKWARD, "first_key / 4 % 16", "0"),
-    Fault(
-        "units-in-the-wrong-place", PRODUCTS, "first_query / 16 + 4 * i + unit", "first_query / 16 + 4 * i + 3 - unit"
-    ),
+    Fault("units-in-the-wrong-place", SM80, "first_query / 16 + 4 * i + unit", "first_query / 16 + 4 * i + 3 - unit"),
     Fault("not-transposed", BACKWARD, "transpose_halves(compare(p, words))", "compare(p, words)"),
-    Fault("not-transposed-either", PRODUCTS, "transpose_halves(kept[tile][i])", "kept[tile][i]"),
+    Fault("not-transposed-either", SM80, "transpose_halves(kept[tile][i])", "kept[tile][i]"),
     Fault("a-quarter-four-times", BACKWARD, "static_cast<uint32_t>(words[unit])", "static_cast<uint32_t>(words[0])"),
     Fault("keys-of-the-first-warpgroup", BACKWARD, "block.n_block * kTileN + 64 * warpgroup", "block.n_block * kTileN"),
     Fault(
@@ -164,7 +161,7 @@ FAULTS = [
     ),
     Fault("dv-is-not-scaled", BACKWARD, "kSmemV, p.keep_scale, s", "kSmemV, 1.0f, s"),
     Fault("head-of-the-first-step", BACKWARD, "random_state(p, walk.bidh,", "random_state(p, block.head_kv,"),
-    Fault("keys-of-the-first-warp", PRODUCTS, DRAW, "work.block.n_block * kTileN, walk", count=2),
+    Fault("keys-of-the-first-warp", PRODUCTS, "words_of_lane, 16 * warp)", "words_of_lane, 0)"),
     Fault(
         "keys-of-the-first-tile",
         SM80,
