@@ -321,8 +321,8 @@ def check_sm90(plan: Any, sass: Sass) -> None:
         assert moves <= most, f"{moves} R2UR in the loop"
     if (plan.head_dim, plan.head_dim_v, plan.tile_n) == (128, 128, 128):
         # 585 with descriptor arithmetic in bytes instead of 16-byte units. Behind branches the loop holds what a block
-        # does whose maximum has risen (24), and the 64 subtractions of one whose scores are large. Random bits: 232.
-        assert min(map(len, loops)) <= 550 + 25 * plan.tiling.lazy_rescale + 235 * plan.dropout
+        # does whose maximum has risen (24), and the 64 subtractions of one whose scores are large. Random bits: 185.
+        assert min(map(len, loops)) <= 550 + 25 * plan.tiling.lazy_rescale + 190 * plan.dropout
 
 
 ARRIVES = r"ATOM\S*\.STRONG\.GPU"
