@@ -335,6 +335,7 @@ class KernelPlan:
         """Whether O, or dQ, dK and dV, are stored in fp32, from registers."""
         return self.problem.partial
 
+    drop_digits = (range(4), range(4, 8), range(8, 12))  # the last first, and the words' own behind them
     drop_rotations = DROP_ROTATIONS
     last_rotation = LAST_ROTATION
     independent_elements = INDEPENDENT_ELEMENTS

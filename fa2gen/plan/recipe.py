@@ -149,6 +149,7 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "heads_per_section": section,
         "num_whole_blocks": "max(num_key_blocks - 1, 0) / num_sms * num_sms",
         "num_tail_blocks": "num_key_blocks - num_whole_blocks",
+        "some_rows": "max(seqlen_q, 1)",
         **({"stores_first": first} if isinstance(plan, BackwardPlan) and (first := plan.stores_first) else {}),
         "softmax_scale_log2": f"softmax_scale * {math.log2(math.e)!r}",
     }

@@ -749,9 +749,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if self.left_edge:
             return "1"
         if self.is_level:
-            short = f"min({FIRST_ROWS_OF_LEVEL} / max(seqlen_q, 1), 1)"
-            many = f"num_key_blocks / {FIRST_KEY_BLOCKS} * {short} * (1 / num_heads_per_kv)"  # 0 with groups
-            return f"min({FIRST_ROWS} / max(seqlen_q, 1) + {many}, 1)"
+            many = f"min(num_key_blocks / {FIRST_KEY_BLOCKS}, {FIRST_ROWS_OF_LEVEL} / some_rows)"
+            return f"min({FIRST_ROWS} / some_rows + min({many}, 1 / num_heads_per_kv), 1)"  # 0 with groups
         rows, walked = FIRST_ROWS, "seqlen_q"
         if self.mask == "causal" and self.varlen:
             rows = FIRST_ROWS_OF_RAGGED

@@ -135,6 +135,10 @@ def plans() -> list[KernelPlan]:
     for problem, heads in itertools.product(by_rows, (0, 1)):
         tiling = default_tiling(problem, "sm90").model_copy(update={"page_rows": 1, "pack_heads": heads})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
+    dropped = Problem(head_dim=64, dropout=True)
+    for arch in ("sm80", "sm90"):  # blocks of 32 keys more than whole units of random bits
+        tiling = default_tiling(dropped, arch).model_copy(update={"tile_n": 96})
+        specs.append(KernelSpec(problem=dropped, tiling=tiling))
     by_distance = Problem(head_dim=64, mask="causal", score="s - slope[h] * abs(i + seqlen_k - seqlen_q - j)")
     tiling = default_tiling(by_distance, "sm90").model_copy(update={"lazy_rescale": 0})
     specs.append(KernelSpec(problem=by_distance, tiling=tiling))
