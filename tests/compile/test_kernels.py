@@ -344,16 +344,23 @@ def check_early_starts(plan: Any, sass: Sass) -> None:
     kernels = [sass.kernel(entry.symbol) for entry in plan.entry_points]
     of_parts = [kernels.pop()] if plan.has_parts else []
     *prepare, before, main, behind = kernels
+    early = plan.finds_block_early
     for code in (*prepare, before, main):
-        assert code.count(LAUNCH_DEPENDENTS) == 1
+        assert code.count(LAUNCH_DEPENDENTS) == (2 if early and code is before else 1)
     for code in (behind, *of_parts):
         assert LAUNCH_DEPENDENTS not in code
         # A ragged batch's bounds are the caller's: the sums of dQ come in whole vectors.
         assert first(code, WAIT_FOR_GRID) < first(code, "LDG.E.128" if code is behind and plan.varlen else "LDG")
     assert all(WAIT_FOR_GRID not in code for code in (*prepare, *(() if plan.varlen else (before,))))
-    # Row statistics wait for the lists that the main kernel needs, behind all that they do.
-    assert not plan.varlen or before[::-1].index(WAIT_FOR_GRID) < first(before[::-1], "STG", "LDG")
-    assert first(before, LAUNCH_DEPENDENTS) < first(before, "LDG")
+    # Row statistics wait for the lists that the main kernel needs: before they let one start that asks at once, and
+    # otherwise behind all that they do.
+    if early:
+        grids = [line for line in before if line in (WAIT_FOR_GRID, LAUNCH_DEPENDENTS)]
+        # Blocks without queries wait and end, which lets the main kernel start, too.
+        assert grids == [*[WAIT_FOR_GRID, LAUNCH_DEPENDENTS] * 2, WAIT_FOR_GRID]
+    else:
+        assert not plan.varlen or before[::-1].index(WAIT_FOR_GRID) < first(before[::-1], "STG", "LDG")
+        assert first(before, LAUNCH_DEPENDENTS) < first(before, "LDG")
     # The mma warps, the producer behind its load of K, and the thread that adds dQ; a peeled loop may have another.
     assert main.count(WAIT_FOR_GRID) >= 2 + plan.writes_dq
     assert WAIT_FOR_GRID in main[first(main, "UTMALDG") : first(main, "UBLKCP")]
