@@ -7,6 +7,7 @@ gradient each, an operand of its shape in fp32, to which the elements of dS add.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import textwrap
@@ -197,6 +198,7 @@ def is_capped(problem: Problem) -> bool:
     return of_score and not looks_up and math.isfinite(problem.program.bound)
 
 
+@functools.lru_cache(maxsize=256)  # plans of all tilings of a problem ask for the same
 def score_code(
     program: Program,
     direction: Direction,
@@ -338,6 +340,7 @@ class AllowCode:
     alike: bool
 
 
+@functools.lru_cache(maxsize=256)
 def allow_code(program: Program, asks_alike: bool = False) -> AllowCode:
     """The code of a program's mask.
 
