@@ -92,7 +92,7 @@ def tail_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> i
     if not isinstance(plan, BackwardPlan) or not plan.can_split_tail or 0 in shape:
         return 1
     rows = _rows_walked(shape.seqlen_q, plan.tile_n, options) * (shape.num_heads // shape.num_heads_kv)
-    blocks = ceil_div(shape.seqlen_k, plan.tile_n) * shape.batch * shape.num_heads_kv
+    blocks = _blocks_of_keys(plan, shape)
     if blocks > num_sms and plan.mask != "full":
         return 1
     last = (blocks - 1) % num_sms + 1
@@ -112,7 +112,7 @@ def turns_of(plan: KernelPlan, shape: Shape, num_sms: int) -> bool:
     if not isinstance(plan, BackwardPlan) or not plan.can_take_turns or plan.mask == "window" or 0 in shape:
         return False
     rows = shape.seqlen_q * (shape.num_heads // shape.num_heads_kv)
-    blocks = ceil_div(shape.seqlen_k, plan.tile_n) * shape.batch * shape.num_heads_kv
+    blocks = _blocks_of_keys(plan, shape)
     return rows <= MOST_ROWS_IN_TURN.get(plan.head_dim, 0) and blocks >= LEAST_WAVES_OF_TURNS * num_sms
 
 
@@ -153,6 +153,11 @@ def parts_of(plan: KernelPlan, shape: Shape, options: Options, num_sms: int) -> 
 
     divisors = (parts for parts in range(1, min(group, MOST_PARTS) + 1) if group % parts == 0)
     return min((parts for parts in divisors if parts <= PARTS_IN_L2 or waves * parts <= FEW_WAVES), key=time)
+
+
+def _blocks_of_keys(plan: KernelPlan, shape: Shape) -> int:
+    """Of a dense batch."""
+    return ceil_div(shape.seqlen_k, plan.tile_n) * shape.batch * shape.num_heads_kv
 
 
 def _rows_walked(queries: int, tile_n: int, options: Options) -> int:
