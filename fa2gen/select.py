@@ -138,7 +138,8 @@ def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> It
     """
     known = _known_as(problem)
     default = default_tiling(problem, arch, device.shared_memory_per_block)
-    if problem.direction == "fwd" and make_plan(KernelSpec(problem=problem, tiling=default)).knows_alike:
+    is_masked = problem.direction == "fwd" and problem.allow  # no other needs its plan here
+    if is_masked and make_plan(KernelSpec(problem=problem, tiling=default)).knows_alike:
         seqlen = min(seqlen, KEYS_OF_DOCUMENTS)
     for named in known:
         if (written := users_tilings().get((named, arch))) is not None:
