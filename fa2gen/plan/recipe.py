@@ -189,7 +189,7 @@ def _decoding_sizes(plan: KernelPlan) -> dict[str, str]:
         "item_units": f"{ITEM_UNITS} * (1 - fixed_parts) * min(batch * num_heads_kv * row_rounds / (num_runs + 1), 1)",
         "runs_of_each": "num_runs / max(num_heads_kv * row_rounds, 1)",
         "are_nearly_all": "min(20 * runs_of_each * num_heads_kv * row_rounds / (19 * max(num_runs, 1)), 1)",
-        "item_runs": "runs_of_each * are_nearly_all * (1 - fixed_parts) * (1 / max(batch, 1))",
+        "item_runs": "runs_of_each * are_nearly_all * (1 - fixed_parts) * (1 / entry_sequences)",
         "run_reciprocal": f"{2**31 - 1} / max(num_runs, 1)",
         "num_new_chunks": f"{plan.problem.head_dim // 8} * batch"
         " * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)",

@@ -8,8 +8,8 @@
 //   launch   128 threads, 139808 bytes of dynamic shared memory
 //   contents   27 Problem and tiling,  145 Threads,  176 Arithmetic,  223 Shared memory,  265 Global memory,
 //             330 cp.async,  349 Fragments,  364 Registers,  379 mma,  408 What is visible,  464 Online softmax,
-//             602 Expressions,  617 Scores of an expression,  879 Loads, 1045 Matrix products, 1128 Putting together,
-//            1565 Append, 1683 Kernel, 1727 Launch
+//             602 Expressions,  617 Scores of an expression,  882 Loads, 1048 Matrix products, 1131 Putting together,
+//            1568 Append, 1686 Kernel, 1730 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -646,9 +646,10 @@ __device__ __forceinline__ int quotient(int a, int b, int reciprocal) {
 // Order of work: all items lie one behind the other, in units of 2^p.unit_shift tiles of keys, and each block takes as long
 // a run of units as the others. An item is one head of K and V of one sequence, with kTileM of its rows; one that several
 // blocks share is in parts, which the last to finish puts together. Where there are more items than blocks, each has
-// p.item_units behind its keys, for what its end takes (32 sequences of 200 to 32k keys: 239 us, 246 without, H100). The
-// items of a sequence alone are each shared by p.item_runs blocks, if those are nearly all, so that none has keys of two (1
-// x 64k: 104 us, 108 where they are cut anywhere; 20,000 keys: 43 and 46; H100).
+// p.item_units behind its keys, for what its end takes (32 sequences of 200 to 32k keys: 239 us, 246 without, H100). They
+// lie head by head, in each sequence by sequence; and if nearly all blocks are as many for each head, p.item_runs, none has
+// keys of two heads, and those of all heads of a row are read at about the same time (1 x 64k: 104 us, 108 where items are
+// cut anywhere; 16 x 8k: 191.5 us, 194.7 sequence by sequence; H100).
 //
 // With p.fixed_parts each unit is a part, wherever it is computed: what a sequence gives depends on nothing but itself and on
 // the length of units.
@@ -660,8 +661,8 @@ __device__ __forceinline__ int num_units(Params const& p, int bidb) {
     return max(((tiles.end - 1) >> p.unit_shift) + 1 - (tiles.begin >> p.unit_shift) + p.item_units, 1);
 }
 
-// Shared memory has where sequences begin, in units of one head and tile of rows, and where the last one ends; beyond
-// kLayoutEntries of them, p.entry_sequences share one entry. `Work` lies behind them.
+// Shared memory has where sequences begin, in units of one head and tile of rows, and where the last one ends, or the blocks
+// that these have; beyond kLayoutEntries of them, p.entry_sequences share one entry. `Work` lies behind them.
 constexpr int kWorkAt = kLayoutEntries + 1;
 
 __device__ __forceinline__ int heads_and_tiles(Params const& p) {
@@ -748,12 +749,15 @@ struct Item {
 };
 
 __device__ __forceinline__ Item item_at(Params const& p, uint32_t layout, int unit) {
-    int const width = heads_and_tiles(p);
+    int const of_each = load_shared_int(layout + 4 * p.num_entries);
+    int const index = unit / of_each;
+    int const begin = index * of_each;
+    int const within = unit - begin;
     int low = 0;
     int high = p.num_entries - 1;
     while (low < high) {
         int const middle = (low + high + 1) / 2;
-        if (load_shared_int(layout + 4 * middle) * width <= unit) {
+        if (load_shared_int(layout + 4 * middle) <= within) {
             low = middle;
         } else {
             high = middle - 1;
@@ -763,15 +767,14 @@ __device__ __forceinline__ Item item_at(Params const& p, uint32_t layout, int un
     int first = load_shared_int(layout + 4 * low);
     int units = load_shared_int(layout + 4 * low + 4) - first;
     if (p.entry_sequences > 1) {
-        for (units = num_units(p, bidb); (first + units) * width <= unit; units = num_units(p, bidb)) {
+        for (units = num_units(p, bidb); first + units <= within; units = num_units(p, bidb)) {
             first += units;
             ++bidb;
         }
     }
-    int const index = (unit - first * width) / units;
     int const head_kv = quotient(index, p.row_rounds, p.round_reciprocal);
     int const m_block = (index - head_kv * p.row_rounds) * p.rows_at_once + run_of_block(p).row_tile;
-    return {bidb, head_kv, m_block, first * width + index * units, units};
+    return {bidb, head_kv, m_block, begin + first, units};
 }
 
 // A part of an item: units [begin, end).
@@ -1762,7 +1765,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_decode_sm80_bf1
 //   item_units = 3 * (1 - fixed_parts) * min(batch * num_heads_kv * row_rounds / (num_runs + 1), 1)
 //   runs_of_each = num_runs / max(num_heads_kv * row_rounds, 1)
 //   are_nearly_all = min(20 * runs_of_each * num_heads_kv * row_rounds / (19 * max(num_runs, 1)), 1)
-//   item_runs = runs_of_each * are_nearly_all * (1 - fixed_parts) * (1 / max(batch, 1))
+//   item_runs = runs_of_each * are_nearly_all * (1 - fixed_parts) * (1 / entry_sequences)
 //   run_reciprocal = 2147483647 / max(num_runs, 1)
 //   num_new_chunks = 16 * batch * (2 * seqlen_new * num_heads_kv + min(rotary_dim, 1) * seqlen_q * num_heads)
 //   num_slots = fixed_parts * num_units + (1 - fixed_parts) * 2 * num_blocks

@@ -162,12 +162,14 @@ def test_every_shape_of_kernel(arch, head_dim, fields, wide):
     assert verdict.ok, verdict
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("num_sms", [4, 7])
-def test_items_of_a_sequence_alone(num_sms):
-    """Of two heads, by as many blocks each, or three and a half: lengths around those that blocks share evenly."""
+def test_items_of_two_heads(batch, num_sms):
+    """By as many blocks each, or three and a half: lengths around those that blocks share evenly."""
     for keys, options in ((1, {}), (255, {}), (257, {}), (1300, {"window_left": 700, "window_right": 3})):
         problem = Problem(direction="decode", head_dim=64, mask="window" if options else "full")
-        verdict, _ = run(best_spec(problem, "sm90").name, Shape(1, 2, keys, 4, 2), Options(**options), num_sms=num_sms)
+        name, shape = best_spec(problem, "sm90").name, Shape(batch, 2, keys, 4, 2)
+        verdict, _ = run(name, shape, Options(**options), num_sms=num_sms)
         assert verdict.ok, (keys, verdict)
 
 
@@ -399,6 +401,18 @@ FAULTS = [
         "slots + behind, slots};",
         "slots, slots};",
         schedules=12,
+    ),
+    Fault(
+        "all heads have the first one's units",
+        DENSE,
+        "{bidb, head_kv, m_block, begin + first, units};",
+        "{bidb, head_kv, m_block, first, units};",
+    ),
+    Fault(
+        "heads that share a block",
+        DENSE,
+        "end = (end + per_block - 1) / per_block * per_block;",
+        "end = (end + per_block - 1) / per_block * per_block + 1;",
     ),
     Fault(
         "all blocks have the first rows",

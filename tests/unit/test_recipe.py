@@ -217,8 +217,9 @@ def expected_of_cache(plan: KernelPlan, shape: CacheShape) -> tuple[Any, dict[st
     at_once = m if m <= min(8, grid) else 1
     runs, items = grid // at_once, shape.batch * shape.num_heads_kv * (m // at_once)
     ends = 3 * (not fixed and items > runs)
-    each = runs // items if shape.batch == 1 and not fixed else 0
-    each *= each * items >= 0.95 * runs  # a sequence alone, whose items take nearly all blocks
+    heads = shape.num_heads_kv * (m // at_once)
+    each = runs // heads if shape.batch <= 1024 and not fixed else 0
+    each *= each * heads >= 0.95 * runs  # as many blocks for each head, which are nearly all
     values = {
         **shape._asdict(),
         "num_sequences": shape.batch,
