@@ -791,7 +791,7 @@ class KernelPlan:
     def lazy_rescale_rule(self) -> Iterator[BrokenRule]:
         """The rule that lazy rescaling breaks, here where there is no running maximum or a cheap one."""
         if self.tiling.lazy_rescale:
-            yield BrokenRule("lazy rescale", "1 given; only sm90's forward kernels have it: 0")
+            yield BrokenRule("lazy rescale", "1 given; only kernels of the forward pass have it: 0")
 
     def groups_rule(self) -> Iterator[BrokenRule]:
         """The rule that groups of heads in parts break, here where nothing is summed over a group."""

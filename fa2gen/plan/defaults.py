@@ -33,6 +33,7 @@ class _Row:
     from_bytes  least shared memory of a block on the device that they are for.
     uneven      whether they are for masks whose blocks hold different amounts of work; None: for all.
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
+    ragged      whether they are for ragged batches; None: for all.
     expression  whether they are for scores or masks of an expression; None: for all.
     lagging     tilings with dQ a step later, which come first.
     abreast     tilings with heads abreast, which come first in ragged batches.
@@ -49,6 +50,7 @@ class _Row:
     from_bytes: int = 0
     uneven: bool | None = None
     left_edge: bool | None = None
+    ragged: bool | None = None
     expression: bool | None = None
     tensors: bool | None = None
     tables: bool | None = None
@@ -82,6 +84,7 @@ class _Family:
             and shared_memory_limit >= row.from_bytes
             and row.uneven in (None, uneven)
             and row.left_edge in (None, left_edge)
+            and row.ragged in (None, problem.varlen)
             and row.expression in (None, problem.has_expression)
             and row.tensors in (None, any(x.is_tensor for x in problem.program.inputs))
             and row.tables in (None, bool(problem.program.tile_bounds))
@@ -145,10 +148,25 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     ("sm80", "fwd"): _Family(
         (
             # Full masks on an SM with room for another stage (H100), of the rows below, 512 to 16k: 64 1.010 to 1.025,
-            # 128 1.009 to 1.042. Causal and at 48, 80, 96 and 120 0.99 to 1.00; ragged 0.99 and 0.95.
+            # 128 1.009 to 1.042. At 48, 80, 96 and 120 0.99 to 1.00; ragged 0.99 and 0.95. Causal 1.00, but with lazy
+            # rescale 64 keys spill 4 bytes there at 104 and 128 (sm_90); 2k, 8k 1.005, 1.02, 512 0.98.
             *(
-                _Row(d, (shape,), head_dims=(d, d), uneven=False, expression=False, dropout=False, from_bytes=200 << 10)
-                for d, shape in ((64, (128, 64, 3, 4)), (128, (128, 48, 2, 4)))
+                _Row(
+                    d,
+                    (shape,),
+                    head_dims=(d, d),
+                    uneven=uneven,
+                    left_edge=False,
+                    ragged=False,
+                    expression=False,
+                    dropout=False,
+                    from_bytes=200 << 10,
+                )
+                for d, shape, uneven in (
+                    (64, (128, 64, 3, 4), False),
+                    (104, (128, 48, 2, 4), True),
+                    (128, (128, 48, 2, 4), None),
+                )
             ),
             # With a bias 32 rows a warp spill 14 registers at 64.
             _Row(160, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4)), tensors=True),
@@ -169,6 +187,7 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             _Row(256, ((128, 64, 1, 8), (64, 64, 1, 4), (64, 32, 1, 4))),
         ),
         _least_padding,
+        lazy_rescale=1,
     ),
     # The most queries and keys whose accumulators fit eight warps.
     ("sm80", "bwd"): _Family(

@@ -52,7 +52,16 @@ class Sm80Plan(KernelPlan):
 
 @dataclass(frozen=True)
 class Sm80RowsPlan(Sm80Plan):
-    """Each warp holds S, P and O of num_row_tiles times 16 rows, for the keys of a tile."""
+    """Each warp holds S, P and O of num_row_tiles times 16 rows, for the keys of a tile; or warps share them."""
+
+    @property
+    def num_column_warps(self) -> int:
+        """Warps of the same rows: each makes S and P of its share of the keys, and its columns of O."""
+        return 1
+
+    @property
+    def shares_rows(self) -> bool:
+        return self.num_column_warps > 1
 
     @property
     def num_row_tiles(self) -> int:
@@ -62,12 +71,12 @@ class Sm80RowsPlan(Sm80Plan):
     @property
     def num_acc_s(self) -> int:
         """fp32 registers of 16 rows of S in one thread."""
-        return self.tile_n // 2
+        return self.tile_n // self.num_column_warps // 2
 
     @property
     def num_acc_o(self) -> int:
         """fp32 registers of 16 rows of O in one thread."""
-        return self.head_dim_v // 2
+        return self.head_dim_v // self.num_column_warps // 2
 
     @property
     def num_p(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from fa2gen.layout import CHUNK_BYTES
 from fa2gen.plan.base import WARP_THREADS, BrokenRule, EntryPoint
 from fa2gen.plan.memory import Region, SharedMemory, Stages
 from fa2gen.plan.sm80 import MMA_ROWS, SWIZZLE_ROWS, Sm80RowsPlan
@@ -19,6 +20,7 @@ REGISTERS_OF_DROPOUT = 17
 # Of S, O and Q in registers together, with 16 for the statistics of each 16 rows: above it, Q is read from shared
 # memory for every block of keys (d = 80 with 32 rows a warp, and d = 256 with 16, would spill).
 REGISTERS_WITH_Q = 208
+WARP_BYTES = WARP_THREADS * CHUNK_BYTES  # 16 of each lane
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,26 @@ class Sm80FwdPlan(Sm80RowsPlan):
     # Threads and registers
 
     @property
+    def num_column_warps(self) -> int:
+        """Two, of 32 rows, where one could hold no more than 16 rows of O: each fragment of K and V then serves two
+        products, where a warp alone would have one of it, and read shared memory for longer than it multiplies."""
+        narrow = self.head_dim_v <= 160 or self.head_dim_v % (2 * MMA_ROWS)
+        uneven = self.num_mma_warps % 2 or self.tile_n % (2 * MMA_ROWS) or self.tile_m != MMA_ROWS * self.num_mma_warps
+        whole_rows = self.has_score or self.has_allow or self.dropout or self.partial
+        return 1 if narrow or uneven or whole_rows or self.num_stages > 1 else 2
+
+    @property
     def rows_per_warp(self) -> int:
-        return self.tile_m // self.num_mma_warps
+        return self.tile_m * self.num_column_warps // self.num_mma_warps
 
     @property
     def num_row_tiles(self) -> int:
         return self.rows_per_warp // MMA_ROWS
+
+    @property
+    def keys_per_warp(self) -> int:
+        """Of a block of keys, those of a warp's S and P."""
+        return self.tile_n // self.num_column_warps
 
     @property
     def num_accumulators(self) -> int:
@@ -67,7 +83,8 @@ class Sm80FwdPlan(Sm80RowsPlan):
 
     @property
     def num_k_steps_pv(self) -> int:
-        return self.tile_n // 16
+        """Of O, for the keys of one warp's P."""
+        return self.keys_per_warp // 16
 
     # Shared memory
 
@@ -77,7 +94,16 @@ class Sm80FwdPlan(Sm80RowsPlan):
         k, v = Region("k", self.k_tile.bytes, label="K"), Region("v", self.v_tile.bytes, label="V")
         o = [] if self.partial else [Region("o", self.o_tile.bytes, label="O", in_place_of="q")]
         q = Region("q", max(self.q_tile.bytes, *(region.bytes for region in o), 0), label="Q")
-        return SharedMemory((q, *o, Stages(self.num_stages, (k, v))))
+        shared = []
+        if self.shares_rows:
+            p = self.num_mma_warps * self.warp_p_bytes
+            shared = [Region("p", p, label="P"), Region("row_statistics", self.num_mma_warps * WARP_BYTES)]
+        return SharedMemory((q, *o, Stages(self.num_stages, (k, v)), *shared))
+
+    @property
+    def warp_p_bytes(self) -> int:
+        """Of P for the other warp of its rows: registers of all lanes, 16 bytes each, one after the other."""
+        return self.num_row_tiles * self.num_p // 4 * WARP_BYTES
 
     @property
     def stage_bytes(self) -> int:
@@ -89,6 +115,11 @@ class Sm80FwdPlan(Sm80RowsPlan):
     def store_rows(self) -> int:
         """Panel rows that one warp stores at once."""
         return WARP_THREADS // self.chunks_per_panel_row
+
+    @property
+    def stored_rows(self) -> int:
+        """Rows of O that one warp stores."""
+        return self.rows_per_warp // self.num_column_warps
 
     @property
     def num_pending_groups(self) -> int:
@@ -119,6 +150,9 @@ class Sm80FwdPlan(Sm80RowsPlan):
     def sizes(self) -> tuple[str, ...]:
         heads = () if self.varlen else ("num_heads",)
         return ("seqlen_q", "seqlen_k", *heads, "num_heads_per_kv", *(("num_m_blocks",) if self.uneven else ()))
+
+    def lazy_rescale_rule(self) -> Iterator[BrokenRule]:
+        return iter(())
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.tile_m % (MMA_ROWS * self.num_mma_warps):

@@ -24,6 +24,7 @@ from typing import cast
 
 from fa2gen.layout import align_up
 from fa2gen.plan import KernelPlan
+from fa2gen.plan.sm80_fwd import Sm80FwdPlan
 from fa2gen.plan.sm90_fwd import Sm90FwdPlan
 from fa2gen.tune.rates import (
     EX2_PER_CYCLE,
@@ -88,7 +89,8 @@ def _block_cycles_sm80(plan: KernelPlan) -> float:
     mma = mma_sync_cycles(tile_m, tile_n, d) + mma_sync_cycles(tile_m, tile_n, dv)
     softmax = tile_m * tile_n / EX2_PER_CYCLE
     softmax += plan.num_mma_warps / 4 * (tile_m / plan.num_mma_warps / 16) * (INSTRUCTIONS_PER_SCORE * tile_n + dv) / 2
-    smem = (plan.num_mma_warps + 1) * 2 * tile_n * (d + dv) / SMEM_BYTES_PER_CYCLE
+    readers = plan.num_mma_warps // cast(Sm80FwdPlan, plan).num_column_warps
+    smem = (readers + 1) * 2 * tile_n * (d + dv) / SMEM_BYTES_PER_CYCLE
     return (CYCLES_PER_BLOCK + max(mma + 0.6 / plan.min_ctas_per_sm * softmax, smem)) * _ring(plan.num_stages)
 
 

@@ -16,6 +16,7 @@ RAGGED = "fa2_fwd_sm90_bf16_d72_m64_n64_s2_w4"  # 16 columns of its second panel
 ALIAS = "fa2_fwd_sm90_bf16_d256_causal_m128_n64_s2_w8"  # O takes the place of Q
 SINGLE = "fa2_fwd_sm80_bf16_d128_causal_m64_n64_s1_w4"
 RING = "fa2_fwd_sm80_bf16_d128_causal_m64_n64_s3_w4"
+PAIRS = "fa2_fwd_sm80_bf16_d192_causal_m64_n32_s1_w4"  # two warps have the same rows
 
 # Ragged, two batches, GQA, several tiles for each block; then rows that see no key.
 SHAPES = ((2, 300, 395, 2, 1), (1, 500, 90, 2, 1))
@@ -292,6 +293,34 @@ FAULTS = (
     Fault("diagonal-off-by-one", SINGLE, "row + 1 + (s.k", "row + (s.k"),
     Fault("no-guard-for-empty-rows", SINGLE, "no_key = row_max[tile][row] == -kInfinity;", "no_key = false;"),
     Fault("no-rescale", SINGLE, "rescale_o(acc_o[i], correction[i]);", ""),
+    # SM80: pairs of warps
+    Fault(
+        "pair-not-met", PAIRS, "    sync_pair(thread);\n    load_shared_float4", "    load_shared_float4", schedules=8
+    ),
+    Fault("pair-of-another-row", PAIRS, "1 + thread / kPairThreads, kPairThreads", "1, kPairThreads", schedules=8),
+    Fault("own-maxima-twice", PAIRS, "places + (thread ^ 32) * 16", "places + thread * 16"),
+    Fault("sums-of-one-warp", PAIRS, "row_sum[i / 2][i % 2] += others[i];", ""),
+    Fault("p-not-left", PAIRS, "            leave_p(p_tile, recompute(thread));\n", ""),
+    Fault("own-p-twice", PAIRS, "place_of_p(thread ^ 32)", "place_of_p(thread)"),
+    Fault("keys-of-the-other-warp", PAIRS, "(thread / 32 % 2 ^ 1) * kWarpKeys", "thread / 32 % 2 * kWarpKeys"),
+    Fault("s-of-the-first-keys", PAIRS, " + column_warp * kWarpKeys * kPanelRowBytes", ""),
+    Fault("mask-of-the-first-keys", PAIRS, "n_block * kTileN + column_warp * kWarpKeys", "n_block * kTileN"),
+    Fault(
+        "columns-of-the-first-warp",
+        PAIRS,
+        "column_step(lane_offset_row_major(lane), column_warp, ",
+        "column_step(lane_offset_row_major(lane), 0, ",
+    ),
+    Fault(
+        "o-staged-by-the-first-warp", PAIRS, "lane % 4 * 4, column_warp, kQPanelBytes", "lane % 4 * 4, 0, kQPanelBytes"
+    ),
+    Fault(
+        "store-before-pair-is-ready",
+        PAIRS,
+        "    sync_pair(thread);\n    int const stored",
+        "    int const stored",
+        schedules=8,
+    ),
 )
 
 HARMLESS = (
@@ -336,4 +365,4 @@ def test_harmless_change_passes(machine, change):
 def test_there_are_enough():
     ids = [str(fault) for fault in FAULTS]
     assert len(ids) == len(set(ids)) >= 40
-    assert {fault.kernel for fault in FAULTS} == {SM90, RAGGED, ALIAS, SINGLE, RING}
+    assert {fault.kernel for fault in FAULTS} == {SM90, RAGGED, ALIAS, SINGLE, RING, PAIRS}

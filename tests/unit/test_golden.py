@@ -52,6 +52,7 @@ NAMES = (
     "fa2_decode_sm90_bf16_d128_e4m3_paged_m16_n32_s3_w8",
     "fa2_decode_sm90_bf16_d256_window_paged_m16_n16_s3_w4",
     "fa2_fwd_sm80_bf16_d128_causal_m128_n64_s1_w4",
+    "fa2_fwd_sm80_bf16_d256_causal_m64_n64_s1_w4_r1",
     "fa2_fwd_sm80_bf16_d64_window_sink_drop_m128_n64_s2_w4",
     "fa2_fwd_sm80_fp16_d64_m128_n64_s2_w4",
     "fa2_fwd_sm80_fp16_d64_varlen_paged_m128_n64_s2_w4",

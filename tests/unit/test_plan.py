@@ -158,6 +158,9 @@ def regions(plan: Any) -> Iterator[tuple[str, int, int, int]]:
         for stage in range(plan.num_stages):
             yield f"k {stage}", plan.memory.offsets["k"] + stage * plan.stage_bytes, k, 8 * plan.k_tile.span
             yield f"v {stage}", plan.memory.offsets["v"] + stage * plan.stage_bytes, v, 8 * plan.v_tile.span
+        if plan.shares_rows:  # of each lane's P, two elements a register; and 4 numbers of each lane
+            yield "p", plan.memory.offsets["p"], 4 * plan.num_threads * plan.num_row_tiles * plan.num_p, 16
+            yield "row statistics", plan.memory.offsets["row_statistics"], 16 * plan.num_threads, 16
         return
     for stage in range(plan.num_q_stages):
         alone = not plan.o_aliases_q
@@ -365,7 +368,8 @@ def test_addresses_fit_a_descriptor():
 def test_every_warp_owns_whole_row_tiles():
     for plan in SM80:
         assert (
-            plan.num_mma_warps * plan.rows_per_warp == plan.tile_m and plan.rows_per_warp == 16 * plan.num_row_tiles > 0
+            plan.num_mma_warps * plan.rows_per_warp == plan.tile_m * plan.num_column_warps
+            and plan.rows_per_warp == 16 * plan.num_row_tiles > 0
         )
         threads = plan.num_threads
         assert plan.num_row_tiles * plan.num_acc_s * threads == plan.tile_m * plan.tile_n
@@ -405,10 +409,10 @@ def test_stores_read_every_row_of_the_warp_once(plan):
     chunks = plan.chunks_per_panel_row
     rows = [
         (first + lane // chunks, lane % chunks)
-        for first in range(0, plan.rows_per_warp, plan.store_rows)
+        for first in range(0, plan.stored_rows, plan.store_rows)
         for lane in range(32)
     ]
-    assert sorted(rows) == list(itertools.product(range(plan.rows_per_warp), range(chunks)))
+    assert sorted(rows) == list(itertools.product(range(plan.stored_rows), range(chunks)))
 
 
 @pytest.mark.parametrize("plan", few(SM80), ids=by_name)
@@ -430,7 +434,8 @@ def test_ldmatrix_addresses_of_a_step_are_one_register_and_constants(plan):
 
 
 def shared_memory_needed(spec: KernelSpec) -> int:
-    """The least that a kernel can do with: one Q, all stages of K and V, on sm90 their barriers and tile slot."""
+    """The least that a kernel can do with: one Q, all stages of K and V; on sm90 their barriers and tile slot, on sm80
+    what warps of the same rows pass each other."""
     span = spec.tiling.swizzle_bytes
     row = ceil_div(spec.problem.head_dim * ELEMENT, span) * span
     kv = row * spec.tiling.tile_n
@@ -438,7 +443,11 @@ def shared_memory_needed(spec: KernelSpec) -> int:
         kv = ceil_div(kv, 1024) * 1024
         barriers = 8 * 2 * (1 + 2 * spec.tiling.num_stages) + 16
         return ceil_div(row * spec.tiling.tile_m, 1024) * 1024 + 2 * spec.tiling.num_stages * kv + barriers
-    return row * spec.tiling.tile_m + 2 * spec.tiling.num_stages * kv
+    tiling = spec.tiling
+    in_pairs = spec.problem.head_dim in (192, 224, 256) and tiling.num_stages == 1 and tiling.tile_n % 32 == 0
+    in_pairs = in_pairs and tiling.num_mma_warps % 2 == 0 and tiling.tile_m == 16 * tiling.num_mma_warps
+    shared = ELEMENT * tiling.tile_m * tiling.tile_n + 16 * 32 * tiling.num_mma_warps if in_pairs else 0
+    return row * tiling.tile_m + 2 * tiling.num_stages * kv + shared
 
 
 def random_spec(rng: random.Random, arch: str) -> KernelSpec:
