@@ -57,7 +57,7 @@ def test_enumeration_is_brute_force(head_dim):
     assert set(found) == expected
 
 
-@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 144, 256])
+@pytest.mark.parametrize("head_dim", [64, 144, 256])  # one of each way to split the work
 def test_backward_enumeration_is_brute_force(head_dim):
     problem = Problem(direction="bwd", head_dim=head_dim)
     sizes = (range(48, 129, 16), range(16, 257, 16), range(1, 5), (4, 8, 12), (128, 64, 32))
