@@ -149,10 +149,10 @@ def dropout_keep(
     of_row, of_key = (8 * row_units.start, 8 * row_units.stop), (4 * key_units.start, 4 * key_units.stop)
     axes = [
         torch.arange(*bounds, device=rng_state.device) + start & _WORD
-        for bounds, start in zip((of_row, of_key, (0, num_heads), sequences), starts, strict=True)
+        for bounds, start in zip(((0, num_heads), sequences, of_row, of_key), starts, strict=True)
     ]
-    row, column, head, sequence = (x.permute(3, 2, 0, 1) for x in torch.meshgrid(*axes, indexing="ij"))
-    words = _philox([row, column, head, sequence])
+    head, sequence, row, column = (x.transpose(0, 1) for x in torch.meshgrid(*axes, indexing="ij"))
+    words = _philox([head, row, sequence, column])  # (sequences, num_heads, rows, keys) each
     once, again = ([_rotate_left(*x) for x in zip(words, turns, strict=True)] for turns in DROP_ROTATIONS)
     sums = [once[i] ^ again[(i + 1) % 4] ^ again[(i + 2) % 4] for i in range(4)]
     digits = [*(_rotate_left(x, LAST_ROTATION) for x in sums), *sums, *words]  # the last first

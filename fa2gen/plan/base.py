@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES
 from fa2gen.features import Feature, Param, Scratch, features_of, rooms_of
 from fa2gen.features.attention import OPERANDS, Operand
-from fa2gen.features.dropout import DROP_ROTATIONS, INDEPENDENT_ELEMENTS, LAST_ROTATION
+from fa2gen.features.dropout import DROP_DIGITS, DROP_ROTATIONS, INDEPENDENT_ELEMENTS, LAST_ROTATION
 from fa2gen.features.expression import (
     AllowCode,
     InputGradientCode,
@@ -335,7 +335,7 @@ class KernelPlan:
         """Whether O, or dQ, dK and dV, are stored in fp32, from registers."""
         return self.problem.partial
 
-    drop_digits = (range(4), range(4, 8), range(8, 12))  # the last first, and the words' own behind them
+    drop_digits = tuple(range(i, i + 4) for i in range(0, DROP_DIGITS, 4))  # the last first, behind them the words' own
     drop_rotations = DROP_ROTATIONS
     last_rotation = LAST_ROTATION
     independent_elements = INDEPENDENT_ELEMENTS

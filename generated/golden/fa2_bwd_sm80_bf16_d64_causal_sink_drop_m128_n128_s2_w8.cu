@@ -8,8 +8,8 @@
 //   launch   256 threads, 165888 bytes of dynamic shared memory
 //   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  222 Shared memory,  247 Global memory,
 //             292 cp.async,  311 Fragments,  333 Registers,  342 mma,  399 What is visible,
-//             605 Softmax and its gradient,  666 Dropout,  802 Matrix products,  935 Registers to shared memory,
-//            1065 Kernels, 1312 Launch
+//             605 Softmax and its gradient,  666 Dropout,  834 Matrix products,  967 Registers to shared memory,
+//            1097 Kernels, 1344 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -670,36 +670,67 @@ __device__ __forceinline__ void pack_kept(uint32_t (*packed)[kNumP], float const
 // threshold is made digit by digit, of 32 numbers at once.
 
 // Where the counters of a head begin: 128 random bits, and its place. The cipher's key is 0, so that those of its rounds are
-// constants: in registers they would be 14, more than dK and dV leave.
+// constants. Of the head and the sequence there are the products of the first round.
 struct RandomState {
+    uint32_t of_head[2];
+    uint32_t of_sequence[2];
     uint32_t row;
     uint32_t key;
-    uint32_t head;
-    uint32_t sequence;
 };
 
 __device__ __forceinline__ RandomState random_state(Params const& p, int bidh, int bidb) {
     int bits[4];
     load_global_int4(bits, p.rng_state);
-    return {static_cast<uint32_t>(bits[0]), static_cast<uint32_t>(bits[1]), static_cast<uint32_t>(bits[2]) + bidh,
-            static_cast<uint32_t>(bits[3]) + bidb};
+    RandomState state;
+    multiply_wide(state.of_head, static_cast<uint32_t>(bits[0]) + bidh, 0xd2511f53u);
+    multiply_wide(state.of_sequence, static_cast<uint32_t>(bits[1]) + bidb, 0xcd9e8d57u);
+    state.row = static_cast<uint32_t>(bits[2]);
+    state.key = static_cast<uint32_t>(bits[3]);
+    return state;
 }
 
-// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 64 * key_unit.
-__device__ __forceinline__ void draw(uint32_t (&words)[4], RandomState const& state, int row_unit, int key_unit, int lane) {
-    words[0] = state.row + 8 * row_unit + lane / 4;
-    words[1] = state.key + 4 * key_unit + lane % 4;
-    words[2] = state.head;
-    words[3] = state.sequence;
+constexpr uint32_t kRound0 = 0x9e3779b9u;
+constexpr uint32_t kRound1 = 0xbb67ae85u;
+
+// What three rounds make of a unit's queries, or of its keys, to which they come apart: so a walk along keys makes that of its
+// queries once, and one along queries that of its keys (of 14 products of a call 10 are left).
+struct Half {
+    uint32_t words[3];
+};
+
+// Of the unit whose first query is 16 * row_unit.
+__device__ __forceinline__ Half half_of_rows(RandomState const& state, int row_unit, int lane) {
+    uint32_t second[2];
+    uint32_t third[2];
+    multiply_wide(second, state.of_sequence[1] ^ (state.row + 8 * row_unit + lane / 4), 0xd2511f53u);
+    multiply_wide(third, second[1] ^ state.of_head[0] ^ kRound1, 0xcd9e8d57u);
+    return {third[1], third[0], second[0]};
+}
+
+// Of the unit whose first key is 64 * key_unit.
+__device__ __forceinline__ Half half_of_keys(RandomState const& state, int key_unit, int lane) {
+    uint32_t second[2];
+    uint32_t third[2];
+    multiply_wide(second, state.of_head[1] ^ (state.key + 4 * key_unit + lane % 4), 0xcd9e8d57u);
+    multiply_wide(third, second[1] ^ state.of_sequence[0] ^ kRound0, 0xd2511f53u);
+    return {third[1], third[0], second[0]};
+}
+
+// From a counter to random bits: the rounds behind.
+__device__ __forceinline__ void draw(uint32_t (&words)[4], Half const& of_rows, Half const& of_keys) {
+    words[0] = of_rows.words[0] ^ of_keys.words[2] ^ 2 * kRound0;
+    words[1] = of_rows.words[1];
+    words[2] = of_keys.words[0] ^ of_rows.words[2] ^ 2 * kRound1;
+    words[3] = of_keys.words[1];
 #pragma unroll
-    for (uint32_t round = 0; round < 7; ++round) {
+    for (uint32_t round = 3; round < 7; ++round) {
         uint32_t first[2];
         uint32_t second[2];
         multiply_wide(first, words[0], 0xd2511f53u);
         multiply_wide(second, words[2], 0xcd9e8d57u);
-        words[0] = second[1] ^ words[1] ^ round * 0x9e3779b9u;
+        words[0] = second[1] ^ words[1] ^ round * kRound0;
         words[1] = second[0];
-        words[2] = first[1] ^ words[3] ^ round * 0xbb67ae85u;
+        words[2] = first[1] ^ words[3] ^ round * kRound1;
         words[3] = first[0];
     }
 }
@@ -758,13 +789,14 @@ __device__ __forceinline__ uint32_t quarter_of(uint32_t word, int first_key, int
 __device__ __forceinline__ void draw_kept(
     uint32_t (*kept)[kNumKeepWords], Params const& p, RandomState const& state, int first_key, int first_query, int lane) {
     static_assert(64 % (16 * kNumRowTiles) == 0, "a warp's keys are of one unit");
+    Half const of_keys = half_of_keys(state, first_key / 64, lane);
 #pragma unroll
     for (int i = 0; i < kNumKeepWords; ++i) {  // 64 queries
 #pragma unroll
         for (int unit = 0; unit < 4; ++unit) {
             if (32 * i + 8 * unit < kNumAccS) {
                 uint32_t words[4];
-                draw(words, state, first_query / 16 + 4 * i + unit, first_key / 64, lane);
+                draw(words, half_of_rows(state, first_query / 16 + 4 * i + unit, lane), of_keys);
                 uint32_t const word = compare(p, words);
 #pragma unroll
                 for (int tile = 0; tile < kNumRowTiles; ++tile) {

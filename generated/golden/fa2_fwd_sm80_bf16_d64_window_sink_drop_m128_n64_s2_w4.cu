@@ -8,8 +8,8 @@
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  186 Shared memory,  205 Global memory,
 //             227 cp.async,  246 Fragments,  261 Registers,  270 mma,  306 d - window_left <= j <= d + window_right,
-//             383 Online softmax,  542 Dropout,  722 Pipeline,  780 Matrix products,  863 Epilogue,  955 Kernel,
-//            1038 Launch
+//             383 Online softmax,  542 Dropout,  754 Pipeline,  812 Matrix products,  895 Epilogue,  987 Kernel,
+//            1070 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -546,36 +546,67 @@ __device__ __forceinline__ void online_softmax_tiles(
 // threshold is made digit by digit, of 32 numbers at once.
 
 // Where the counters of a head begin: 128 random bits, and its place. The cipher's key is 0, so that those of its rounds are
-// constants: in registers they would be 14, more than dK and dV leave.
+// constants. Of the head and the sequence there are the products of the first round.
 struct RandomState {
+    uint32_t of_head[2];
+    uint32_t of_sequence[2];
     uint32_t row;
     uint32_t key;
-    uint32_t head;
-    uint32_t sequence;
 };
 
 __device__ __forceinline__ RandomState random_state(Params const& p, int bidh, int bidb) {
     int bits[4];
     load_global_int4(bits, p.rng_state);
-    return {static_cast<uint32_t>(bits[0]), static_cast<uint32_t>(bits[1]), static_cast<uint32_t>(bits[2]) + bidh,
-            static_cast<uint32_t>(bits[3]) + bidb};
+    RandomState state;
+    multiply_wide(state.of_head, static_cast<uint32_t>(bits[0]) + bidh, 0xd2511f53u);
+    multiply_wide(state.of_sequence, static_cast<uint32_t>(bits[1]) + bidb, 0xcd9e8d57u);
+    state.row = static_cast<uint32_t>(bits[2]);
+    state.key = static_cast<uint32_t>(bits[3]);
+    return state;
 }
 
-// From a counter to random bits: of the unit whose first query is 16 * row_unit, and first key 64 * key_unit.
-__device__ __forceinline__ void draw(uint32_t (&words)[4], RandomState const& state, int row_unit, int key_unit, int lane) {
-    words[0] = state.row + 8 * row_unit + lane / 4;
-    words[1] = state.key + 4 * key_unit + lane % 4;
-    words[2] = state.head;
-    words[3] = state.sequence;
+constexpr uint32_t kRound0 = 0x9e3779b9u;
+constexpr uint32_t kRound1 = 0xbb67ae85u;
+
+// What three rounds make of a unit's queries, or of its keys, to which they come apart: so a walk along keys makes that of its
+// queries once, and one along queries that of its keys (of 14 products of a call 10 are left).
+struct Half {
+    uint32_t words[3];
+};
+
+// Of the unit whose first query is 16 * row_unit.
+__device__ __forceinline__ Half half_of_rows(RandomState const& state, int row_unit, int lane) {
+    uint32_t second[2];
+    uint32_t third[2];
+    multiply_wide(second, state.of_sequence[1] ^ (state.row + 8 * row_unit + lane / 4), 0xd2511f53u);
+    multiply_wide(third, second[1] ^ state.of_head[0] ^ kRound1, 0xcd9e8d57u);
+    return {third[1], third[0], second[0]};
+}
+
+// Of the unit whose first key is 64 * key_unit.
+__device__ __forceinline__ Half half_of_keys(RandomState const& state, int key_unit, int lane) {
+    uint32_t second[2];
+    uint32_t third[2];
+    multiply_wide(second, state.of_head[1] ^ (state.key + 4 * key_unit + lane % 4), 0xcd9e8d57u);
+    multiply_wide(third, second[1] ^ state.of_sequence[0] ^ kRound0, 0xd2511f53u);
+    return {third[1], third[0], second[0]};
+}
+
+// From a counter to random bits: the rounds behind.
+__device__ __forceinline__ void draw(uint32_t (&words)[4], Half const& of_rows, Half const& of_keys) {
+    words[0] = of_rows.words[0] ^ of_keys.words[2] ^ 2 * kRound0;
+    words[1] = of_rows.words[1];
+    words[2] = of_keys.words[0] ^ of_rows.words[2] ^ 2 * kRound1;
+    words[3] = of_keys.words[1];
 #pragma unroll
-    for (uint32_t round = 0; round < 7; ++round) {
+    for (uint32_t round = 3; round < 7; ++round) {
         uint32_t first[2];
         uint32_t second[2];
         multiply_wide(first, words[0], 0xd2511f53u);
         multiply_wide(second, words[2], 0xcd9e8d57u);
-        words[0] = second[1] ^ words[1] ^ round * 0x9e3779b9u;
+        words[0] = second[1] ^ words[1] ^ round * kRound0;
         words[1] = second[0];
-        words[2] = first[1] ^ words[3] ^ round * 0xbb67ae85u;
+        words[2] = first[1] ^ words[3] ^ round * kRound1;
         words[3] = first[0];
     }
 }
@@ -624,20 +655,21 @@ __device__ __forceinline__ uint32_t compare(Params const& p, uint32_t const (&wo
 
 constexpr int kNumKeepWords = (kNumAccS + 31) / 32;
 
-// Of 16 rows from first_row on, the 64 keys of a block's word i. The first of a block that begins 32 keys behind a multiple of
+// Of 16 rows, the 64 keys of a block's word i. The first of a block that begins 32 keys behind a multiple of
 // 64 are those from that on.
 __device__ __forceinline__ uint32_t draw_word(
-    Params const& p, RandomState const& state, int first_row, int first_key, int i, int lane) {
+    Params const& p, RandomState const& state, Half const& of_rows, int first_key, int i, int lane) {
     uint32_t words[4];
-    draw(words, state, first_row / 16, first_key / 64 + i, lane);
+    draw(words, of_rows, half_of_keys(state, first_key / 64 + i, lane));
     return compare(p, words);
 }
 
 __device__ __forceinline__ void draw_kept(
     uint32_t (&kept)[kNumKeepWords], Params const& p, RandomState const& state, int first_row, int first_key, int lane) {
+    Half const of_rows = half_of_rows(state, first_row / 16, lane);
 #pragma unroll
     for (int i = 0; i < kNumKeepWords; ++i) {
-        kept[i] = draw_word(p, state, first_row, first_key, i, lane);
+        kept[i] = draw_word(p, state, of_rows, first_key, i, lane);
     }
 }
 

@@ -105,9 +105,11 @@ QUERIES = "walk.m_block * kTileM"
 DRAW_FORWARD = "draw_kept(kept, p, random_state(p, tile.bidh, tile.bidb), row, n_block * kTileN, lane_id());"
 OF_STATE = "static_cast<uint32_t>(bits[{}]) + {}"
 FAULTS = [
-    Fault("heads-drop-the-same", FORWARD, OF_STATE.format(2, "bidh"), "static_cast<uint32_t>(bits[2])"),
-    Fault("batches-drop-the-same", FORWARD, OF_STATE.format(3, "bidb"), "static_cast<uint32_t>(bits[3])"),
-    Fault("rounds-without-keys", FORWARD, "^ round * 0x9e3779b9u", ""),
+    Fault("heads-drop-the-same", FORWARD, OF_STATE.format(0, "bidh"), "static_cast<uint32_t>(bits[0])"),
+    Fault("batches-drop-the-same", FORWARD, OF_STATE.format(1, "bidb"), "static_cast<uint32_t>(bits[1])"),
+    Fault("rounds-without-keys", FORWARD, "^ round * kRound0", ""),
+    Fault("first-rounds-without-keys", FORWARD, "^ state.of_sequence[0] ^ kRound0", "^ state.of_sequence[0]"),
+    Fault("words-of-two-rounds-before", FORWARD, "^ of_rows.words[2]", ""),
     Fault("sums-of-the-own-word", FORWARD, "rotate_left(words[2], 28)", "words[2]"),
     Fault("sums-of-one-word-less", FORWARD, " ^ again[(i + 2) % 4]", ""),
     Fault("last-digits-of-the-own-sums", FORWARD, "kept = rotate_left(kept, 11);", ""),
@@ -131,7 +133,12 @@ FAULTS = [
     Fault("not-transposed", BACKWARD, "transpose_halves(compare(p, words))", "compare(p, words)"),
     Fault("not-transposed-either", SM80, "transpose_halves(kept[tile][i])", "kept[tile][i]"),
     Fault("a-quarter-four-times", BACKWARD, "static_cast<uint32_t>(words[unit])", "static_cast<uint32_t>(words[0])"),
-    Fault("keys-of-the-first-warpgroup", BACKWARD, "block.n_block * kTileN + 64 * warpgroup", "block.n_block * kTileN"),
+    Fault(
+        "keys-of-the-first-warpgroup",
+        BACKWARD,
+        "block.n_block * (kTileN / 64) + warpgroup",
+        "block.n_block * (kTileN / 64)",
+    ),
     Fault(
         "nobody-waits-for-the-other-quarters",
         BACKWARD,
