@@ -295,12 +295,14 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
     limit = shared_memory_limit or ARCHES[arch].shared_memory_per_block
     family = _FAMILIES[arch, problem.direction]
     row = family.row(problem, limit)
-    # Of masks 0.82 of plain with lag, 0.84 without (images, d = 128, 8k, H100), and of documents beside a causal mask
-    # 0.88 and 0.89 of a ragged batch at 8k, 0.90 and 0.97 at 2k, where no zeros are written then (H200).
+    # Masks have lag: documents at 8k 0.908 of a ragged batch, 0.875 without, at 2k 0.96, 0.97, images of plain 0.878,
+    # 0.874 and 0.838, 0.83 (d = 128; documents in 8k at 96 1.025 times; H100). Beside a score that was not measured.
     # Of scores a cap 0.88 of plain with lag, 0.83 without (d = 128, 8k, H200), ALiBi 0.91, 0.90, at 2k 0.955, 0.943
     # (H100); those that look tensors up at positions were not measured, and a head's cap that learns spills with it.
     tensors = [x for x in problem.program.inputs if x.is_tensor]
-    looks_up = problem.allow or problem.learned or any({*x.axes} - {"b", "h", "hk"} for x in tensors)
+    looks_up = problem.learned or (
+        problem.score and (problem.allow or any({*x.axes} - {"b", "h", "hk"} for x in tensors))
+    )
     lagging = () if looks_up and problem.head_dim > 64 else row.lagging
     ways: tuple[tuple[tuple[Shape, ...], dict[str, Any]], ...] = (
         (row.abreast if problem.varlen else (), {"heads_abreast": 1}),

@@ -32,7 +32,8 @@ from fa2gen.ptx import Wgmma
 __all__ = ["Sm90BwdPlan"]
 
 FLOAT_BYTES = 4
-BLOCK_SLOT_BYTES = 16
+BLOCK_SLOT_BYTES = VISIT_SLOT_BYTES = 16
+NUM_VISIT_SLOTS = 4  # as far as the producer may be ahead of who adds dQ
 NUM_KEY_STAGES = 2
 SWIZZLE_ATOM_BYTES = 1024
 WARP_BYTES = 128  # of a word of each lane
@@ -150,13 +151,6 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return self.splits_keys and (self.head_dim > 64 or self.shares_dq)
 
     @property
-    def register_split(self) -> tuple[int, int]:
-        # Who adds dQ looks its blocks up, too: of a tree 28 bytes spill.
-        if len(self.tile_tables) > 2 and self.splits_keys and not self.lags_dq:
-            return (40, 232)
-        return super().register_split
-
-    @property
     def shares_dq(self) -> bool:
         """The same of the one panel that there is: each warpgroup takes its part of the queries."""
         return self.splits_keys and self.head_dim <= 64 and self.tile_m != self.tile_n
@@ -249,8 +243,6 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             why = f"{self.tile_m} queries and {sums} registers of dK and dV, which leave too few"
         elif self.swaps_dq and self.dropout and self.left_edge:  # 16 bytes spill
             why = "dropout in a window above head dim 64, which leaves too few registers"
-        elif self.left_edge and len(self.tile_tables) > 2:  # a tree spills 16 bytes
-            why = "a mask of more than two tensors in a window, which leaves too few registers"
         elif self.has_score and self.head_dim <= HEAD_DIM_IN_L2:
             why = "scores of an expression up to head dim 64"
         elif self.has_allow and self.deterministic:
@@ -635,6 +627,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                 *ring("dout", self.num_dout_stages, empty=warps),
                 *of_scores,
                 *self._dq_barriers(stages_dq),
+                *(
+                    ring("visit", NUM_VISIT_SLOTS, empty=str(self.num_dq_shares))
+                    if self._tells_writers(stages_dq)
+                    else ()
+                ),
             )
         )
 
@@ -693,6 +690,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
                     else ()
                 ),
                 *slots,
+                *(
+                    (Region("visit_slots", VISIT_SLOT_BYTES, NUM_VISIT_SLOTS, label="visits"),)
+                    if self._tells_writers(stages_dq)
+                    else ()
+                ),
                 self._barriers(stages_dq, is_persistent).region,
             )
         )
@@ -742,9 +744,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
 
     @property
     def stores_first(self) -> str:
-        """Not where the order is kept: there whose turn is the first stores; nor beside lag where who adds looks blocks
-        up, too, and has no registers for it (documents spill 80 bytes)."""
-        if not self.stages_dq or self.deterministic or (self.lags_dq and self.has_allow):
+        """Not where the order is kept: there whose turn is the first stores."""
+        if not self.stages_dq or self.deterministic:
             return ""
         if self.left_edge:
             return "1"
@@ -807,6 +808,23 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def writes_dq(self) -> bool:
         """Whether a thread of the producer warpgroup stands between these warps and global memory."""
         return self.stages_dq or self.deterministic
+
+    @property
+    def tells_writers(self) -> bool:
+        """Whether the producer tells these threads which blocks of queries come, where it has to look that up."""
+        return self._tells_writers(self.stages_dq)
+
+    def _tells_writers(self, stages_dq: bool) -> bool:
+        return self.has_allow and (stages_dq or self.deterministic)
+
+    @property
+    def num_visit_slots(self) -> int:
+        """Of what it tells."""
+        return NUM_VISIT_SLOTS
+
+    @property
+    def visit_slot_bytes(self) -> int:
+        return VISIT_SLOT_BYTES
 
     # Launch
 

@@ -5,12 +5,12 @@
 // Rendered by fa2gen from sm90/bwd.cu.j2; edit the template or the spec, not this file.
 //   problem  bwd, head dim 128, bf16, full mask, keys of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
-//   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  126 Threads,  175 Arithmetic,  208 Shared memory,
-//             229 Global memory,  288 mbarriers,  332 TMA,  374 Bulk copies,  396 Fences,  408 Fragments,
-//             422 Registers,  430 Registers of a warpgroup,  442 wgmma,  619 What is visible,  665 Expressions,
-//             680 What an expression hides,  745 Softmax and its gradient,  891 Pipelines,  934 Loads,
-//             983 Matrix products, 1021 Staging, 1084 Producer, 1164 Consumer, 1296 Kernels, 1460 Launch
+//   launch   384 threads, 197856 bytes of dynamic shared memory
+//   contents   33 Problem and tiling,   55 Shared memory,  127 Threads,  176 Arithmetic,  209 Shared memory,
+//             242 Global memory,  301 mbarriers,  345 TMA,  387 Bulk copies,  409 Fences,  421 Fragments,
+//             435 Registers,  443 Registers of a warpgroup,  455 wgmma,  632 What is visible,  678 Expressions,
+//             693 What an expression hides,  758 Softmax and its gradient,  904 Pipelines,  953 Loads, 1002 Visits,
+//            1031 Matrix products, 1069 Staging, 1132 Producer, 1213 Consumer, 1345 Kernels, 1509 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -75,7 +75,8 @@ constexpr uint32_t kSmemDs = 131072;
 constexpr uint32_t kSmemDq = 163840;
 constexpr uint32_t kSmemLse = 196608;
 constexpr uint32_t kSmemDpsum = 197120;
-constexpr uint32_t kSmemBarriers = 197632;
+constexpr uint32_t kSmemVisitSlots = 197632;
+constexpr uint32_t kSmemBarriers = 197696;
 
 // Matrix descriptors: swizzle and stride between groups of 8 rows; for tiles whose columns are the result's also the step to
 // the next panel of columns.
@@ -212,6 +213,18 @@ extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 // The address of the block's dynamic shared memory; the widest swizzle needs it on a 1024-byte boundary.
 __device__ __forceinline__ uint32_t shared_memory_base() {
     return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared_memory));
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void store_shared_int4(uint32_t address, int r0, int r1, int r2, int r3) {
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+// 16 bytes; the address is a multiple of 16.
+__device__ __forceinline__ void load_shared_int4(int (&r)[4], uint32_t address) {
+    asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 
 // 8 bytes; the address is a multiple of 8.
@@ -916,6 +929,8 @@ struct Barriers {
     __device__ __forceinline__ uint32_t dout_empty(int stage) const { return base + 64 + 8 * stage; }
     __device__ __forceinline__ uint32_t dq_full() const { return base + 80; }
     __device__ __forceinline__ uint32_t dq_empty() const { return base + 88; }
+    __device__ __forceinline__ uint32_t visit_full(int stage) const { return base + 96 + 8 * stage; }
+    __device__ __forceinline__ uint32_t visit_empty(int stage) const { return base + 128 + 8 * stage; }
 
     __device__ __forceinline__ void init() const {
         mbarrier_init(k_full(), 1);
@@ -928,6 +943,10 @@ struct Barriers {
         }
         mbarrier_init(dq_full(), 8);
         mbarrier_init(dq_empty(), 1);
+        for (int stage = 0; stage < 4; ++stage) {
+            mbarrier_init(visit_full(stage), 1);
+            mbarrier_init(visit_empty(stage), 1);
+        }
     }
 };
 
@@ -978,6 +997,35 @@ __device__ __forceinline__ void load_query_block(
         bulk_load(rows, statistics, kStatisticsBytes, full);
     }
     state.advance(num_stages);
+}
+
+// Visits: the blocks of queries that are walked, from the producer, which looks them up, to those who add dQ ----------
+
+constexpr int kNumVisits = 4;
+
+struct QueryVisit {
+    int query_block;  // over all heads; behind the last -1
+    int m_block;
+};
+
+__device__ __forceinline__ void send_query_visit(
+    uint32_t smem, Barriers const& barriers, PipelineState& state, int query_block, int m_block) {
+    mbarrier_wait(barriers.visit_empty(state.stage), state.phase ^ 1);
+    if (elect_one()) {
+        store_shared_int4(smem + kSmemVisitSlots + 16 * state.stage, query_block, m_block, 0, 0);
+        mbarrier_arrive(barriers.visit_full(state.stage));
+    }
+    state.advance(kNumVisits);
+}
+
+// The arrival depends on what was read: it can not overtake the load.
+__device__ __forceinline__ QueryVisit receive_query_visit(uint32_t smem, Barriers const& barriers, PipelineState& state) {
+    mbarrier_wait(barriers.visit_full(state.stage), state.phase);
+    int slot[4];
+    load_shared_int4(slot, smem + kSmemVisitSlots + 16 * state.stage);
+    mbarrier_arrive_if(barriers.visit_empty(state.stage), slot[2] == 0);
+    state.advance(kNumVisits);
+    return {slot[0], slot[1]};
 }
 
 // Matrix products -----------------------------------------------------------------------------------------------------
@@ -1091,6 +1139,7 @@ __device__ __forceinline__ void produce(
     BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     PipelineState q_state = {0, 0};
     PipelineState dout_state = {0, 0};
+    PipelineState visits = {0, 0};
     bool has_kv = false;
     for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
         auto load = [&](TileMaps const& maps, uint32_t tiles, float const* statistics, uint32_t rows, uint32_t full,
@@ -1112,21 +1161,21 @@ __device__ __forceinline__ void produce(
         }
         load(maps_dout, kSmemDout, p.dpsum, kSmemDpsum, barriers.dout_full(dout_state.stage),
              barriers.dout_empty(dout_state.stage), dout_state, kNumDoutStages);
+        send_query_visit(smem, barriers, visits, walk.query_block, walk.m_block);
     }
+    send_query_visit(smem, barriers, visits, -1, 0);
 }
 
 // Adds dQ of one block of queries after the other to the sums in global memory. Under the
 // next block's products: they need shared memory's copy gone, and not yet the sums complete.
 __device__ __forceinline__ void write_dq(
     Params const& p, uint32_t smem, Barriers const& barriers) {
-    KeyBlock const block = key_block_at(p, static_cast<int>(blockIdx.x));
-    Seqlen const s = seqlen_of(p, block.bidb);
-    BlockRange const blocks = query_blocks(p, s, block.n_block * kTileN);
     uint32_t phase = 0;
-    bool const leader = elect_one();
-    for (QueryWalk walk = start_walk(p, s, block, blocks); walk.remaining > 0; walk.next(p, blocks)) {
-        if (!leader) {
-            continue;
+    PipelineState visits = {0, 0};
+    while (true) {
+        QueryVisit const walk = receive_query_visit(smem, barriers, visits);
+        if (walk.query_block < 0) {
+            break;
         }
         int* const sums = p.dq_sums + walk.query_block;
         int found = p.stores_first ? load_global_acquire(sums) : kAreSums;  // while dQ is made
@@ -1400,7 +1449,7 @@ extern "C" __global__ void __launch_bounds__(kNumThreads, 1) fa2_bwd_sm90_bf16_d
             produce({map_q, map_q}, map_k, map_v, {map_dout, map_dout}, p, smem, barriers);
             griddepcontrol_launch_dependents();  // takes effect when the last blocks have issued their loads
         }
-        if (warp == 1) {
+        if (warp == 1 && elect_one()) {
             griddepcontrol_wait();
             write_dq(p, smem, barriers);
         }
@@ -1465,9 +1514,9 @@ extern "C" __global__ void __launch_bounds__(256) fa2_bwd_sm90_bf16_d128_x646528
 //   fa2_bwd_sm90_bf16_d128_x64652830_m64_n128_s2_w8_preprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 128 threads, 0 bytes of dynamic shared memory
 //   fa2_bwd_sm90_bf16_d128_x64652830_m64_n128_s2_w8
-//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 197728 bytes of dynamic shared memory
+//     grid (num_n_blocks * num_heads_kv * batch, 1, 1), 384 threads, 197856 bytes of dynamic shared memory
 //     maps of q, k, v, dout, dk, dv
-//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 197728
+//     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 197856
 //     may have CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 1: it then starts early
 //   fa2_bwd_sm90_bf16_d128_x64652830_m64_n128_s2_w8_postprocess
 //     grid (num_m_blocks * num_heads * batch, 1, 1), 256 threads, 16384 bytes of dynamic shared memory

@@ -402,7 +402,8 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
     for loop in loops:
         # Of the loop over blocks of keys, which has the last step's dQ beside, or with other warps' code in between.
         products = sum(line.startswith("HGMMA") for line in loop)
-        if plan.is_persistent and (products != wanted[0][0] or any(line.startswith(adds) for line in loop)):
+        is_other = products != wanted[0][0] or any(line.startswith(adds) for line in loop)
+        if (plan.is_persistent or plan.tells_writers) and is_other:
             continue
         # No stage is released by an arrival that may overtake loads of row statistics from it: their use comes first,
         # by a product or by a store of what was made of them.

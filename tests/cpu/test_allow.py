@@ -138,6 +138,13 @@ FAULTS = [
         for name in NAMES.values()
     ),
     *(Fault("another-block", NAMES[arch, "fwd"], "ahead + 32 - lane", "ahead + 31 - lane") for arch in ARCHES),
+    Fault(
+        "told-of-another-block",
+        NAMES["sm90", "bwd"],
+        "state.stage, query_block, m_block",
+        "state.stage, query_block / 2 * 2, m_block",
+    ),
+    Fault("told-too-early", NAMES["sm90", "bwd"], "mbarrier_wait(barriers.visit_full(state.stage), state.phase);", ""),
     *(Fault("walk-too-far", NAMES[arch, "bwd"], "lowest_bit(any) : known", "known : known") for arch in ARCHES),
     Fault("alike-for-another-row", TWO_DOCUMENTS, "int const i = row + 8 * half;", "int const i = row;"),
     Fault("alike-where-all-see", TWO_DOCUMENTS, "allowed ? 0xffffffffu : 0;", "0xffffffffu;"),
