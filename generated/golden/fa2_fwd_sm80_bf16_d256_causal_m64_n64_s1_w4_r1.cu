@@ -458,7 +458,7 @@ __device__ __forceinline__ void add_sums_of_pair(float (&row_sum)[kNumRowTiles][
 }
 
 // The softmax of a block: P in place of S, O and the sums in terms of the same maxima. While no maximum of the pair
-// rises by more than 2^8, the old ones serve as well: P is then at most 256, which bf16 and fp32 sums hold, and the final
+// rises by more than 2^8, the old ones serve as well: P is then at most 256, which 16 bits and fp32 sums hold, and the final
 // division takes the factor out again. Each thread looks at its own scores: quads make their maxima when one has risen.
 __device__ __forceinline__ void online_softmax_tiles(
     float (&acc_s)[kNumRowTiles][kNumAccS], float (&acc_o)[kNumRowTiles][kNumAccO], float (&row_max)[kNumRowTiles][2],

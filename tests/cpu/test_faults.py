@@ -16,7 +16,7 @@ RAGGED = "fa2_fwd_sm90_bf16_d72_m64_n64_s2_w4"  # 16 columns of its second panel
 ALIAS = "fa2_fwd_sm90_bf16_d256_causal_m128_n64_s2_w8"  # O takes the place of Q
 SINGLE = "fa2_fwd_sm80_bf16_d128_causal_m64_n64_s1_w4"
 RING = "fa2_fwd_sm80_bf16_d128_causal_m64_n64_s3_w4"
-PAIRS = "fa2_fwd_sm80_bf16_d192_causal_m64_n32_s1_w4"  # two warps have the same rows
+PAIRS = "fa2_fwd_sm80_bf16_d192_causal_m64_n32_s1_w4_r1"  # two warps have the same rows
 
 # Ragged, two batches, GQA, several tiles for each block; then rows that see no key.
 SHAPES = ((2, 300, 395, 2, 1), (1, 500, 90, 2, 1))

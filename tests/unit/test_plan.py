@@ -434,8 +434,7 @@ def test_ldmatrix_addresses_of_a_step_are_one_register_and_constants(plan):
 
 
 def shared_memory_needed(spec: KernelSpec) -> int:
-    """The least that a kernel can do with: one Q, all stages of K and V; on sm90 their barriers and tile slot, on sm80
-    what warps of the same rows pass each other."""
+    """The least that a kernel can do with: one Q, all stages of K and V, on sm90 their barriers and tile slot."""
     span = spec.tiling.swizzle_bytes
     row = ceil_div(spec.problem.head_dim * ELEMENT, span) * span
     kv = row * spec.tiling.tile_n
@@ -443,11 +442,7 @@ def shared_memory_needed(spec: KernelSpec) -> int:
         kv = ceil_div(kv, 1024) * 1024
         barriers = 8 * 2 * (1 + 2 * spec.tiling.num_stages) + 16
         return ceil_div(row * spec.tiling.tile_m, 1024) * 1024 + 2 * spec.tiling.num_stages * kv + barriers
-    tiling = spec.tiling
-    in_pairs = spec.problem.head_dim in (192, 224, 256) and tiling.num_stages == 1 and tiling.tile_n % 32 == 0
-    in_pairs = in_pairs and tiling.num_mma_warps % 2 == 0 and tiling.tile_m == 16 * tiling.num_mma_warps
-    shared = ELEMENT * tiling.tile_m * tiling.tile_n + 16 * 32 * tiling.num_mma_warps if in_pairs else 0
-    return row * tiling.tile_m + 2 * tiling.num_stages * kv + shared
+    return row * spec.tiling.tile_m + 2 * spec.tiling.num_stages * kv
 
 
 def random_spec(rng: random.Random, arch: str) -> KernelSpec:
