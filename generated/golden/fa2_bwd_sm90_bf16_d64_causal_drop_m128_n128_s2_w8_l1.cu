@@ -10,7 +10,7 @@
 //             277 Global memory,  342 mbarriers,  386 TMA,  433 Bulk copies,  455 Fences,  467 Fragments,
 //             488 Registers,  503 Registers of a warpgroup,  515 wgmma,  698 What is visible,
 //             747 Softmax and its gradient,  806 Dropout, 1028 Pipelines, 1077 Loads, 1126 Matrix products,
-//            1163 Staging, 1226 Producer, 1305 Consumer, 1476 Kernels, 1636 Launch
+//            1163 Staging, 1226 Producer, 1305 Consumer, 1483 Kernels, 1643 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -1371,9 +1371,16 @@ __device__ __forceinline__ void consume(
     auto drawn = [&](int stage) {
         return smem + kSmemKept + stage * kKeptBytes + warpgroup * kKeptWarpgroupBytes + 16 * recompute(lane_id());
     };
+    int const key_unit = block.n_block * (kTileN / 64) + warpgroup;
+    int drawn_head = walk.bidh;
+    RandomState random = random_state(p, drawn_head, block.bidb);
+    Half of_keys = half_of_keys(random, key_unit, lane_id());
     auto draw = [&](int stage) {
-        RandomState const random = random_state(p, walk.bidh, block.bidb);
-        Half const of_keys = half_of_keys(random, block.n_block * (kTileN / 64) + warpgroup, lane_id());
+        if (walk.bidh != drawn_head) {
+            drawn_head = walk.bidh;
+            random = random_state(p, drawn_head, block.bidb);
+            of_keys = half_of_keys(random, key_unit, lane_id());
+        }
         draw_quarter(p, random, of_keys, walk.m_block * kTileM, warp, recompute(lane_id()), drawn(stage) + 4 * warp);
     };
     draw(0);

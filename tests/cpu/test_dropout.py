@@ -99,7 +99,7 @@ FORWARD, BACKWARD, SM80, PRODUCTS = (
     kernel("sm80", "bwd"),
     kernel("sm90", "bwd", head_dim=192),
 )
-SM80_FORWARD = kernel("sm80", "fwd")
+SM80_FORWARD, FULL = kernel("sm80", "fwd"), kernel("sm90", "bwd", "full")
 CAPPED_FORWARD, CAPPED = kernel("sm90", "fwd", "full", **CAP), kernel("sm90", "bwd", **CAP)
 QUERIES = "walk.m_block * kTileM"
 DRAW_FORWARD = "draw_kept(kept, p, random_state(p, tile.bidh, tile.bidb), row, n_block * kTileN, lane_id());"
@@ -167,7 +167,8 @@ FAULTS = [
         "kSmemK, p.softmax_scale, s",
     ),
     Fault("dv-is-not-scaled", BACKWARD, "kSmemV, p.keep_scale, s", "kSmemV, 1.0f, s"),
-    Fault("head-of-the-first-step", BACKWARD, "random_state(p, walk.bidh,", "random_state(p, block.head_kv,"),
+    Fault("head-of-the-first-step", BACKWARD, "walk.bidh != drawn_head", "false"),
+    Fault("head-of-the-first-step-anew", FULL, "random_state(p, walk.bidh,", "random_state(p, block.head_kv,"),
     Fault("keys-of-the-first-warp", PRODUCTS, "words_of_lane, 16 * warp)", "words_of_lane, 0)"),
     Fault(
         "keys-of-the-first-tile",
