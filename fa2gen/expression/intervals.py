@@ -14,7 +14,7 @@ from fa2gen.expression.hoist import KEY, QUERY, level_of
 from fa2gen.expression.simplify import FALSE, TRUE, add, multiply, negate, simplify
 from fa2gen.expression.tree import Node, const, make, name, walk
 
-__all__ = ["TILE", "Bounds", "Filter", "any_and_all", "bounds", "keys_alike", "position_axis"]
+__all__ = ["TILE", "Bounds", "Filter", "alike", "any_and_all", "bounds", "position_axis"]
 
 Bounds = tuple[Node | None, Node | None]
 Filter = tuple[str, int]
@@ -41,15 +41,16 @@ def any_and_all(condition: Node) -> tuple[Node, Node]:
     return simplify(may or TRUE), simplify(must or FALSE)
 
 
-def keys_alike(condition: Node, asked: Set[Node]) -> Node:
-    """Whether a query sees all keys of a tile if it sees one: where the condition tells keys apart by tensors alone,
-    and each has one number in the tile. False where that is not known.
+def alike(condition: Node, asked: Set[Node], position: Node) -> Node:
+    """Whether a query sees all keys of a tile if it sees one, or a key is seen by all queries: where the condition
+    tells those positions apart by tensors alone, and each has one number in the tile. False where that is not known.
 
-    asked  the least and greatest numbers that there are.
+    asked     the least and greatest numbers that there are.
+    position  KEY or QUERY.
     """
     found: list[Node] = []
     for node in walk(condition):
-        if KEY not in node.args:
+        if position not in node.args:
             continue
         ends = _numbers(node) if position_axis(node) is not None else ()
         if not ends or not asked >= set(ends):

@@ -13,9 +13,19 @@ from fa2gen.expression.cuda import Statements, bound_name, statements
 from fa2gen.expression.derive import derivative
 from fa2gen.expression.evaluate import evaluate_on_numbers, evaluate_tree
 from fa2gen.expression.grammar import FUNCTIONS, NAMES, TYPES
-from fa2gen.expression.hoist import SCALE, Level, factored, level_of, lowered, lowered_by_rows, without_signs
+from fa2gen.expression.hoist import (
+    KEY,
+    QUERY,
+    SCALE,
+    Level,
+    factored,
+    level_of,
+    lowered,
+    lowered_by_rows,
+    without_signs,
+)
 from fa2gen.expression.infer import infer
-from fa2gen.expression.intervals import Filter, any_and_all, bounds, keys_alike
+from fa2gen.expression.intervals import Filter, alike, any_and_all, bounds
 from fa2gen.expression.ranges import range_of
 from fa2gen.expression.read import Text, parsed, read
 from fa2gen.expression.simplify import ACC, TRUE, multiply, simplify
@@ -343,7 +353,8 @@ def emit(
     allow     "allow": whether a key is seen.
     blocks    "any" and "all": whether some and whether all keys of a tile may be seen, i0..i1 and j0..j1 inclusive; of
               tensors by the functions `Program.tile_bounds` names, of the tile that begins at their first argument.
-              "alike": whether a query that sees one of them sees all.
+              "keys_alike": whether a query that sees one of them sees all; "queries_alike": whether a key that one sees
+              is seen by all.
     inputs    of the same gradients "by_0" and so on, the other factors, and "index_0_0" and so on, their places.
 
     causal    whether only keys matter that a causal mask shows.
@@ -393,7 +404,8 @@ def _results(program: Program, what: str, tokens: Collection[str], causal: bool 
             return {"allow": tree}
         some, every = any_and_all(tree)
         asked = {node for node in walk(some, every) if node.op in ("lowest", "highest")}
-        return {"any": some, "all": every, "alike": keys_alike(tree, asked)}
+        sides = {"keys_alike": alike(tree, asked, KEY), "queries_alike": alike(tree, asked, QUERY)}
+        return {"any": some, "all": every, **sides}
     of_acc = multiply((ACC, SCALE))
     gradients = program.gradients(tokens)
     if what == "inputs":

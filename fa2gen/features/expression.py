@@ -331,7 +331,8 @@ class AllowCode:
 
     formula  what it is, in words; lines of a comment.
     element  of a function that says whether a query sees a key; tile of one that says whether some query of a tile
-             sees some of its keys, and whether all see all; and, if `alike`, whether a query sees all or none.
+             sees some of its keys, and whether all see all; and, if `alike`, whether each query sees all or none, and
+             whether all queries see the same.
     """
 
     formula: tuple[str, ...]
@@ -347,11 +348,12 @@ def allow_code(program: Program, asks_alike: bool = False) -> AllowCode:
     asks_alike  whether a kernel has use for blocks whose keys are alike.
     """
     of_tile = emit(program, "blocks")
-    alike = asks_alike and of_tile.results["alike"] != "false"
+    sides = ("keys_alike", "queries_alike")
+    alike = asks_alike and any(of_tile.results[side] != "false" for side in sides)
     return AllowCode(
         formula=_comment(program, "allow"),
         element=_function(emit(program, "allow"), "allow"),
-        tile=_function(of_tile, "any", "all", *(["alike"] if alike else [])),
+        tile=_function(of_tile, "any", "all", *(sides if alike else ())),
         alike=alike,
     )
 
@@ -475,7 +477,7 @@ def _function(code: Code, *results: str, head: tuple[tuple[str, str, str], ...] 
             kept.append(statement)
     returned = f"{{{', '.join(values)}}}" if len(values) > 1 else values[0]
     if len(returned) > _COLUMNS:
-        kinds = ("bool" if name in ("any", "all", "alike") else "float" for name in results)
+        kinds = ("bool" if name in ("any", "all", "keys_alike", "queries_alike") else "float" for name in results)
         of_results = (f"{kind} const {name} = {x};" for kind, name, x in zip(kinds, results, values, strict=True))
         return (*reversed(kept), *of_results, f"return {{{', '.join(results)}}};")
     return (*reversed(kept), f"return {returned};")

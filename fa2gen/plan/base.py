@@ -453,9 +453,14 @@ class KernelPlan:
         return self.has_allow and self.allow.alike
 
     @property
+    def asks_ahead(self) -> bool:
+        """Whether a warp of its own asks what is seen of such blocks, for those who multiply."""
+        return False
+
+    @property
     def seen_bits(self) -> int:
         """Of what a forward kernel knows of a block of keys and `seen_rows` queries."""
-        return 4 if self.allow.alike else 3
+        return 5 if self.allow.alike else 3
 
     @property
     def seen_rows(self) -> int:

@@ -138,6 +138,24 @@ class Sm90FwdPlan(Sm90Plan):
         return self.has_allow and not self.paged
 
     @property
+    def asks_ahead(self) -> bool:
+        return self.has_scout and self.knows_alike and self.answer_words * self.num_mma_warpgroups <= WARP_THREADS
+
+    @property
+    def asked_words(self) -> int:
+        """Of 32 rows, or 32 keys of a block, each: what the scout finds for a warpgroup."""
+        return max(ROWS_PER_WARPGROUP, self.tile_n) // WARP_THREADS + bool(self.tile_n % WARP_THREADS)
+
+    @property
+    def answer_words(self) -> int:
+        """As they are stored: three behind a 0, which says that they were read."""
+        return 4 * ceil_div(self.asked_words, 3)
+
+    @property
+    def _answer_bytes(self) -> int:
+        return 4 * self.answer_words * self.num_mma_warpgroups if self.asks_ahead else 0
+
+    @property
     def full_arrivals(self) -> int:
         """At the barrier of a stage of K or V: of one lane, which TMA's bytes follow, or of who copies."""
         lanes = 1 if self.publishes_copies else WARP_THREADS
@@ -243,11 +261,11 @@ class Sm90FwdPlan(Sm90Plan):
 
     @property
     def visit_slot_bytes(self) -> int:
-        return VISIT_SLOT_BYTES
+        return VISIT_SLOT_BYTES + self._answer_bytes
 
     @property
     def message_bytes(self) -> int:
-        return MESSAGE_BYTES
+        return MESSAGE_BYTES + self._answer_bytes
 
     @property
     def num_messages(self) -> int:
@@ -274,8 +292,10 @@ class Sm90FwdPlan(Sm90Plan):
     def _memory(self, num_q_stages: int, o_aliases_q: bool, own_sequences: int = 0) -> SharedMemory:
         o_bytes = align_up(self.o_tile.bytes, 1024) * (not self.partial)
         # For the block that each stage of K is, where a tile does not visit all.
-        visits = (Region("visit_slots", VISIT_SLOT_BYTES, self.num_stages, label="visits"),) if self.has_allow else ()
-        messages = (Region("messages", MESSAGE_BYTES, NUM_MESSAGES, label="messages"),) if self.has_scout else ()
+        visits = (
+            (Region("visit_slots", self.visit_slot_bytes, self.num_stages, label="visits"),) if self.has_allow else ()
+        )
+        messages = (Region("messages", self.message_bytes, NUM_MESSAGES, label="messages"),) if self.has_scout else ()
         own_table = (
             Region("own_rows", OWN_ROW_BYTES, 2 * own_sequences + 1, label="table"),
             Region("own_keys", OWN_KEY_BYTES, align_up(2 * own_sequences + 1, OWN_KEYS_AT_ONCE), label="keys"),

@@ -146,8 +146,12 @@ FAULTS = [
     ),
     Fault("told-too-early", NAMES["sm90", "bwd"], "mbarrier_wait(barriers.visit_full(state.stage), state.phase);", ""),
     *(Fault("walk-too-far", NAMES[arch, "bwd"], "lowest_bit(any) : known", "known : known") for arch in ARCHES),
-    Fault("alike-for-another-row", TWO_DOCUMENTS, "int const i = row + 8 * half;", "int const i = row;"),
-    Fault("alike-where-all-see", TWO_DOCUMENTS, "allowed ? 0xffffffffu : 0;", "0xffffffffu;"),
+    Fault("alike-for-another-row", TWO_DOCUMENTS, "of_both >> 8 * half & 1", "of_both & 1"),
+    Fault(
+        "alike-where-all-see", TWO_DOCUMENTS, "& 1) != 0 ? 0xffffffffu : 0;", "& 1) != 0 ? 0xffffffffu : 0xffffffffu;"
+    ),
+    Fault("alike-for-other-columns", TWO_DOCUMENTS, "[n % 3 + 1]) >> 2 * (lane_id() % 4);", "[n % 3 + 1]);"),
+    Fault("answers-of-another-warpgroup", TWO_DOCUMENTS, "answers + 4 * kAnswerWords * warpgroup", "answers"),
     Fault("greatest-unknown", DOCUMENTS["sm90"], "highest = max(highest, x);", "", count=2),
     Fault("least-unknown", DOCUMENTS["sm80"], "lowest = min(lowest, x);", "", count=2),
 ]

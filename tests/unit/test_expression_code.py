@@ -200,7 +200,7 @@ extern "C" int blocks_%(index)d(void const* params, int b, int h, int i0, int i1
     (void)p, (void)hk, (void)seqlen_q, (void)seqlen_k;
     int found = 0;
     { %(block_lines)s
-      found += (%(any)s ? 1 : 0) + (%(all)s ? 2 : 0) + (%(alike)s ? 4 : 0); }
+      found += (%(any)s ? 1 : 0) + (%(all)s ? 2 : 0) + (%(keys_alike)s ? 4 : 0) + (%(queries_alike)s ? 8 : 0); }
     return found;
 }
 """
@@ -320,6 +320,7 @@ def test_no_tile_is_skipped_or_left_unmasked_that_must_not_be(index):
         assert found & 1 or not inside.any(), f"{where} is skipped, and some see a key"
         assert not found & 2 or inside.all(), f"{where} has no mask, and some do not see a key"
         assert not found & 4 or (inside == inside[:, :1]).all(), f"{where}: some query sees some of the keys, not all"
+        assert not found & 8 or (inside == inside[:1]).all(), f"{where}: some queries see other keys"
     del kept
 
 

@@ -82,6 +82,10 @@ def plans() -> list[KernelPlan]:
         for varlen in (False, True)
     ]
     modified += [Problem(head_dim=64, mask=m, varlen=m == "window", partial=True) for m in ("full", "window")]
+    modified += [  # blocks of one document, looked up by a warp of its own, or over pages
+        Problem(head_dim=128, allow="document[b, i] == document[b, j]", varlen=paged, paged=paged)
+        for paged in (False, True)
+    ]
     modified += [Problem(direction="bwd", head_dim=256, varlen=True)]  # P passes, and places are read again
     modified += [
         Problem(head_dim=d, varlen=True, paged=True, allow=a) for d in (64, 128) for a in ("", "j % 3 != i % 2")
