@@ -57,19 +57,20 @@ PACKED_ROUNDS = 0.95
 PREFILL_ROWS = 128  # of a tile, the least by which prefill is counted
 DECODING_ROWS = 32  # that kernels of decoding have at once
 # Kernels of prefill are the quicker ones on SM90 from so many rows of an item (a sequence's queries and the heads that
-# share K and V), and 32, times items, times head dim, and 24, on, a multiprocessor and round of prefill's tiles; and of
+# share K and V), and 40, times items, times head dim, and 24, on, a multiprocessor and round of prefill's tiles; and of
 # more rows than decoding reads keys for at once. Microseconds of decoding, of prefill, 8k keys, sequences x queries,
 # H100: 32 heads of 128 over 8, 1 x 64 54 and 76, 1 x 96 90 and 76, 2 x 32 65 and 78, 2 x 64 90 and 79, 4 x 16 83 and
 # 84, 4 x 32 104 and 84, 8 x 12 140 and 119; heads of 64, 4 x 32 58 and 67, 4 x 48 77 and 67, 8 x 16 78 and 73; 16 heads
-# of 256 over 4, 1 x 64 82 and 104, 1 x 128 125 and 103, 4 x 16 95 and 110, 4 x 32 147 and 110. By SM80 kernels rows
-# times items alone count: of head dim 128, 64 rows of 128 items took 215 and 913, 256 rows 812 and 943, 2048 rows of 16
-# items 830 and 464 (H200).
-PREFILL_PAYS, SM80_PREFILL_PAYS = 3700, 72
+# of 256 over 4, 1 x 64 82 and 104, 1 x 128 125 and 103, 4 x 16 95 and 110, 4 x 32 147 and 110; of 128 over 32k keys, 2
+# x 48 245 and 267, but 290 by prefill as they are in a ragged batch, where laying out is to be paid. By SM80 kernels
+# rows times items alone count: of head dim 128, 64 rows of 128 items took 215 and 913, 256 rows 812 and 943, 2048 rows
+# of 16 items 830 and 464 (H200).
+PREFILL_PAYS, SM80_PREFILL_PAYS = 4350, 72
 # Keys of a sequence times rounds of prefill's tiles, from which few sequences' queries are worth laying out anew for
-# decoding, and how many multiprocessors a head of K and V must have in each round. Microseconds of 1, 2, 4 and 8
-# sequences of 2 queries, 32 heads of 128 over 8, in a graph (H100): 4k keys by decoding 52, 70, 85, 110, by prefill 47,
-# 49, 56, 70; 32k keys 108, 157, 244, 419 and 293, 288, 296, 412.
-LAID_OUT_KEYS, LAID_OUT_SMS = 8192, 4
+# decoding, how many multiprocessors a head of K and V must have in each round, and what PREFILL_PAYS is for them.
+# Microseconds of 1, 2, 4 and 8 sequences of 2 queries, 32 heads of 128 over 8, in a graph (H100): 4k keys by decoding
+# 52, 70, 85, 110, by prefill 47, 49, 56, 70; 32k keys 108, 157, 244, 419 and 293, 288, 296, 412.
+LAID_OUT_KEYS, LAID_OUT_SMS, LAID_OUT_PAYS = 8192, 4, 4000
 MAX_GRID_YZ = 65_535
 MAX_SEQLEN = 2**31 - 512  # a kernel rounds lengths up to whole tiles, in 32 bits
 MAX_STRIDE_BYTES = 2**40 - 1  # of a tensor map
@@ -414,7 +415,8 @@ def suits_decoding(
         are_few = rows * items < SM80_PREFILL_PAYS * num_sms * rounds
     else:
         at_once = rows <= recipe.ROWS_AT_ONCE * DECODING_ROWS
-        are_few = at_once and (rows + 32) * items * (head_dim + 24) < PREFILL_PAYS * num_sms * rounds
+        pays = PREFILL_PAYS if laid_out_keys is None else LAID_OUT_PAYS
+        are_few = at_once and (rows + 40) * items * (head_dim + 24) < pays * num_sms * rounds
     return rows <= DECODING_ROWS or are_few
 
 

@@ -6,10 +6,10 @@
 //   problem  decode, head dim 256, bf16, window mask, pages
 //   tiling   16 query rows x 16 keys, 3 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 210976 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,  154 Threads,  185 Arithmetic,  225 Shared memory,  267 Global memory,
-//             333 cp.async,  358 Fragments,  373 Registers,  388 mma,  418 d - window_left <= j <= d + window_right,
-//             495 Online softmax,  930 Loads, 1070 Matrix products, 1146 Putting together, 1559 Append, 1677 Kernel,
-//            1721 Launch
+//   contents   28 Problem and tiling,  156 Threads,  187 Arithmetic,  227 Shared memory,  269 Global memory,
+//             335 cp.async,  373 Fragments,  388 Registers,  403 mma,  433 d - window_left <= j <= d + window_right,
+//             510 Online softmax,  945 Loads, 1095 Matrix products, 1171 Putting together, 1584 Append, 1702 Kernel,
+//            1746 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -21,6 +21,7 @@ namespace fa2gen::fa2_decode_sm90_bf16_d256_window_paged_m16_n16_s3_w4 {
 
 using uint32_t = unsigned int;
 using int64_t = long long;
+using uint64_t = unsigned long long;
 
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 
@@ -65,6 +66,7 @@ constexpr int kTileRowChunks = 32;  // of 16 bytes
 constexpr int kQueryChunks = 4;  // of Q's tile, that a thread copies
 constexpr uint32_t kNoShare = 0xffffffffu;
 constexpr int kLayoutEntries = 1024;
+constexpr int kStreamedTiles = 10240;
 
 constexpr uint32_t kSmemQ = 0;
 constexpr uint32_t kSmemStages = 8192;
@@ -332,11 +334,24 @@ __device__ __forceinline__ void load_global_float2(float (&r)[2], float const* a
 
 // cp.async ------------------------------------------------------------------------------------------------------------
 
-// 16 bytes from global to shared memory, past L1; both addresses are multiples of 16. Reads the first `source_bytes` (0 or 16)
-// of them and fills the rest with zeros: with 0 the source is not touched.
-__device__ __forceinline__ void cp_async_16(uint32_t destination, void const* source, int source_bytes) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                 :: "r"(destination), "l"(source), "r"(source_bytes) : "memory");
+// The same, with what L2 is to do with what it fetches.
+__device__ __forceinline__ void cp_async_16_as(uint32_t destination, void const* source, int source_bytes, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;"
+                 :: "r"(destination), "l"(source), "r"(source_bytes), "l"(policy) : "memory");
+}
+
+// It keeps that as any other data.
+__device__ __forceinline__ uint64_t evict_normal() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// That leaves first.
+__device__ __forceinline__ uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
 }
 
 // The same of 4 bytes, by way of L1; both addresses are multiples of 4.
@@ -998,6 +1013,15 @@ __device__ __forceinline__ int first_of_warp(int begin, int warp) {
     return begin + (warp + kNumWarps - begin % kNumWarps) % kNumWarps;
 }
 
+// What L2 is to do with keys and values. Where they are few, up to kStreamedTiles tiles of all heads, they leave it first, in
+// place of what was there before and may have to be written to memory for them: 16 x 1k 35.0 us and 38.3, 1 x 8k 24.3 and
+// 25.9, 4 x 8k 60.2 and 63.3, but 16 x 8k 198 and 192 (H100, L2 full of what was written; else 0.98 to 1.01). Blocks that
+// share keys keep them.
+__device__ __forceinline__ uint64_t policy_of_keys(Params const& p, Work const& work) {
+    bool const leave = heads_and_tiles(p) * p.rows_at_once == p.num_heads_kv && work.total << p.unit_shift <= kStreamedTiles;
+    return leave ? evict_first() : evict_normal();
+}
+
 // A warp's own tiles of K and V, in a ring of kNumStages stages, in the order of its block's work: while one part ends the
 // tiles of the next are on their way. No other warp has a part in it.
 struct WarpTiles {
@@ -1040,6 +1064,7 @@ struct WarpTiles {
         int const chunk = lane % kKvPanelChunks;
         if (any_lane(next < end)) {
             LaneRows const rows = rows_of_lane(p, keys, tile_keys(p, keys, next, stages + stage, lane), lane_row);
+            uint64_t const policy = policy_of_keys(p, work_of(layout));
             unsigned char const* const k_head =
                 static_cast<unsigned char const*>(p.k) + kCacheBytes * (head_kv * p.k_head_stride + kChunkColumns * chunk);
             unsigned char const* const v_head =
@@ -1055,8 +1080,8 @@ struct WarpTiles {
                     uint32_t const to = stages + stage + chunk_offset(row, panel, chunk, kKvPanelBytes);
                     int const of_head = panel * kPanelColumns + kChunkColumns * chunk < kHeadDim ? bytes : 0;
                     int const of_panel = panel * kPanelColumns * kCacheBytes;
-                    cp_async_16(to, k_head + kCacheBytes * at.k + of_panel, of_head);
-                    cp_async_16(to + kKvBytes, v_head + kCacheBytes * at.v + of_panel, of_head);
+                    cp_async_16_as(to, k_head + kCacheBytes * at.k + of_panel, of_head, policy);
+                    cp_async_16_as(to + kKvBytes, v_head + kCacheBytes * at.v + of_panel, of_head, policy);
                 }
             }
             ask_keys(p, s, keys, next + kNumStages * kNumWarps, end, stages + stage, lane);

@@ -99,6 +99,7 @@ def test_few_queries_or_few_sequences_suit_decoding(arch):
     sizes = (32, 8, 128, 132)
     assert all(suits_decoding(arch, batch, 1, *sizes) for batch in (1, 16, 1000))
     assert suits_decoding(arch, 1, 64, *sizes) and suits_decoding(arch, 4, 16, *sizes)
+    assert suits_decoding(arch, 2, 48, *sizes)
     assert not suits_decoding(arch, 1, 8192, *sizes) and not suits_decoding(arch, 16, 512, *sizes)
     assert suits_decoding(arch, 16, 16, *sizes) == (arch == "sm80")  # where heads of a group have tiles of their own
     assert suits_decoding(arch, 16, 16, *sizes, may_pack=False) and suits_decoding(arch, 16, 16, 28, 4, 128, 132)
