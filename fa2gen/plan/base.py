@@ -774,6 +774,11 @@ class KernelPlan:
         rows of a table, each of which would have to repeat what must hold before it."""
         raise NotImplementedError
 
+    @property
+    def shared_memory_available(self) -> int:
+        """Bytes that a block may have."""
+        return ARCHES[self.tiling.arch].shared_memory_per_block
+
     def common_rules(self, registers: str) -> Iterator[BrokenRule]:
         """Those that every kernel may break; `registers` is what the estimate consists of."""
         # Switches first: they refuse 35 of 36 of the 21,000 plans that a tuner's search asks, at a tenth of the cost.
@@ -783,7 +788,7 @@ class KernelPlan:
         yield from self.pages_rule()
         yield from self.abreast_rule()
         yield from self.turns_rule()
-        available = ARCHES[self.tiling.arch].shared_memory_per_block
+        available = self.shared_memory_available
         if self.memory.bytes > available:
             detail = f"{bytes_text(self.memory.bytes)} needed ({self.memory.text}), {bytes_text(available)} available"
             yield BrokenRule("shared memory", detail)

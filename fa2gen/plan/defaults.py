@@ -198,6 +198,17 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             ),  # 2: spills, sm_90
             _Row(112, _BY_128_KEYS),
             _Row(128, _BY_128_KEYS, abreast=_BY_128_KEYS[:1]),  # else 8 bytes spill, of where a head's walk ends
+            # Two stages of 256, 214,016 bytes, where a block may have as many (Hopper).
+            _Row(
+                256,
+                ((64, 64, 2, 8), (64, 64, 1, 8)),
+                head_dims=(256, 256),
+                left_edge=False,
+                ragged=False,
+                expression=False,
+                dropout=False,
+                from_bytes=214_016,
+            ),
             _Row(256, ((64, 64, 2, 8), (64, 64, 1, 8), (32, 64, 1, 8), (32, 32, 1, 4))),
         ),
         _least_padding,
