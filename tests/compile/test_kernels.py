@@ -397,7 +397,7 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
     # Addresses and descriptors stay uniform; but for the parity of a step where turns need uniform registers too, and
     # for the numbers of an expression that says what is hidden, or of tensors that learn, and where counters begin.
     one = (plan.passes_p and plan.deterministic) or bool(plan.learned)
-    moved = 2 if plan.has_allow or plan.shares_draws else int(one)
+    moved = 3 if plan.keeps_draws_of_keys else 2 if plan.has_allow or plan.shares_draws else int(one)
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
     for loop in loops:
         # Of the loop over blocks of keys, which has the last step's dQ beside, or with other warps' code in between.

@@ -143,6 +143,8 @@ def plans() -> list[KernelPlan]:
     for arch in ("sm80", "sm90"):  # blocks of 32 keys more than whole units of random bits
         tiling = default_tiling(dropped, arch).model_copy(update={"tile_n": 96})
         specs.append(KernelSpec(problem=dropped, tiling=tiling))
+    dropped = Problem(direction="bwd", head_dim=64, mask="causal", dropout=True)
+    specs.append(KernelSpec(problem=dropped, tiling=default_tiling(dropped, "sm90")))
     by_distance = Problem(head_dim=64, mask="causal", score="s - slope[h] * abs(i + seqlen_k - seqlen_q - j)")
     tiling = default_tiling(by_distance, "sm90").model_copy(update={"lazy_rescale": 0})
     specs.append(KernelSpec(problem=by_distance, tiling=tiling))
