@@ -25,6 +25,7 @@ __all__ = [
     "level_of",
     "lowered",
     "lowered_by_rows",
+    "rise_of",
     "without_signs",
 ]
 
@@ -108,6 +109,35 @@ def _distributed(term: Node) -> tuple[Node, ...]:
     of_columns = [part for part in sums[0].args if level_of(part) == "column"]
     of_rows = [part for part in sums[0].args if part not in of_columns]
     return multiply((*others, add(of_rows))), multiply((*others, add(of_columns)))
+
+
+def rise_of(score: Node) -> Node | None:
+    """What a score rises by from one query to the next, and falls by from one key to the next, where it is a product
+    and such a term of positions: a number of the head. Else None."""
+    terms = _terms(_operations(score))
+    of_places = [_by_places(term) for term in terms if term is not ACC]
+    if len(of_places) != len(terms) - 1 or any(term is None for term in of_places):
+        return None
+    by_query, by_key = (add(found) for found in zip(*(term for term in of_places if term), strict=True))
+    return by_query if add((by_query, by_key)).number == 0 and by_query.number != 0 else None
+
+
+def _by_places(term: Node) -> tuple[Node, Node] | None:
+    """A term's derivatives by the query's position and the key's where they are numbers of the head."""
+    if level_of(term) == "head":
+        return const(0.0), const(0.0)
+    if term in (_FLOAT_QUERY, _FLOAT_KEY):
+        return const(float(term is _FLOAT_QUERY)), const(float(term is _FLOAT_KEY))
+    if term.op not in ("+", "*"):
+        return None
+    others = [part for part in term.args if level_of(part) == "head"]
+    parts = [_by_places(part) for part in term.args if level_of(part) != "head"]
+    if any(part is None for part in parts) or (term.op == "*" and len(parts) != 1):
+        return None
+    by_query, by_key = (list(found) for found in zip(*(part for part in parts if part), strict=True))
+    if term.op == "+":
+        return add(by_query), add(by_key)
+    return multiply((*others, *by_query)), multiply((*others, *by_key))
 
 
 def without_signs(root: Node) -> Node:

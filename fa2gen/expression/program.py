@@ -22,6 +22,7 @@ from fa2gen.expression.hoist import (
     level_of,
     lowered,
     lowered_by_rows,
+    rise_of,
     without_signs,
 )
 from fa2gen.expression.infer import infer
@@ -338,7 +339,7 @@ def evaluate(program: Program, what: Literal["score", "allow"], torch: Any, valu
 
 def emit(
     program: Program,
-    what: Literal["score", "score by rows", "score of rows", "cap", "gradient", "allow", "blocks", "inputs"],
+    what: Literal["score", "score by rows", "score of rows", "cap", "rise", "gradient", "allow", "blocks", "inputs"],
     tokens: Collection[str] = (),
     causal: bool = False,
 ) -> Code:
@@ -348,6 +349,8 @@ def emit(
     score by rows  the same, and "of_row", the term of the score that all keys of a query share.
     score of rows  the same, with a factor that is the same for all heads, as rows of several are in a tile.
     cap       "slope" where the score is tanh(slope * acc), with a slope of the head; else nothing.
+    rise      "rise" where the score rises by the same from one query to the next and falls so from one key to the next,
+              for all of a head, and changes by no more: by how much; else nothing.
     gradient  these two, "weight", the derivative of the score by s, and of `Program.gradients` of the tokens "by_0" and
               so on, the factors of those that may depend on s.
     allow     "allow": whether a key is seen.
@@ -416,6 +419,9 @@ def _results(program: Program, what: str, tokens: Collection[str], causal: bool 
     score = of_acc if program.score_tree is None else simplify(substitute(program.score_tree, {_S: of_acc}))
     score = without_signs(score) if causal else score
     factor, rest, shared = factored(score, of_all_heads=what == "score of rows")
+    if what == "rise":
+        rise = rise_of(rest)
+        return {} if rise is None else {"rise": rise}
     if what == "cap":
         slope = _slope_of_tanh(rest)
         return {} if slope is None else {"slope": slope}

@@ -173,6 +173,9 @@ class ScoreCode:
     finite   whether scores are finite wherever products of Q and K are.
     looks_up whether tensors are read for each element.
     of_distance  whether positions, as floats, count by their difference alone.
+    is_sum   whether a score is its product and what does not depend on it, so that its derivative by the product is 1.
+    rise     of a function that gives what scores rise by from one query to the next, and fall by from one key to the
+             next; () where that is not one number for all of a head, or positions change them in another way, too.
     bound    how far from 0 scores may be, in C++, where that is known.
     slope    of a function that gives c where the score is tanh(c * product); () where it is anything else.
     """
@@ -186,6 +189,8 @@ class ScoreCode:
     finite: bool
     looks_up: bool
     of_distance: bool
+    is_sum: bool
+    rise: tuple[str, ...]
     bound: str
     slope: tuple[str, ...]
 
@@ -220,18 +225,21 @@ def score_code(
     has_row = parts.results.get("of_row", "0.0f") != "0.0f"
     slope = emit(program, "gradient", learned, causal=causal) if direction == "bwd" else None
     cap = emit(program, "cap")
+    rise = emit(program, "rise", causal=causal)
     head = _head(slope or parts)
     of_tensors = (f"by_{n}" for n, found in enumerate(program.gradients(learned)) if not found.of_s)
     return ScoreCode(
         formulas=_comment(program, "score", "d score / d s"),
         factor=_function(score, "factor"),
-        forward=_function(parts, "score", head=head),
+        forward=_function(slope or parts, "score", head=head),
         backward=_function(slope, "score", "weight", *of_tensors, head=head) if slope else (),
         of_row=_function(parts, "of_row", head=head) if has_row else (),
         head=head,
         finite=score.is_finite,
         looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
         of_distance=_is_of_distance(slope) if slope else of_distance,
+        is_sum=slope is not None and slope.is_one,
+        rise=_function(rise, "rise") if rise.results else (),
         bound=f"{program.bound!r}f" if math.isfinite(program.bound) else "",
         slope=_function(cap, "slope") if cap.results else (),
     )

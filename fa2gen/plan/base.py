@@ -368,6 +368,18 @@ class KernelPlan:
         return score_code(*of, causal=causal, by_rows=self.shifts_rows)
 
     @property
+    def starts_at_terms(self) -> bool:
+        """Whether a backward kernel's products of Q and K start at what scores have beside, for a block's first query,
+        and row statistics have the rest: what scores rise by from there on."""
+        return False
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a backward kernel keeps weights, P times what scores change by with products, beside P. Else they are
+        P, and hidden scores -inf."""
+        return self.problem.direction == "bwd" and self.has_score and not self.starts_at_terms
+
+    @property
     def shifts_rows(self) -> bool:
         """Whether its softmax takes terms of a score that all keys of a row share."""
         return False
@@ -501,7 +513,7 @@ class KernelPlan:
     @property
     def hidden(self) -> str:
         """What a backward kernel has in the place of what a mask hides: of a score, or of the weight that it became."""
-        return "0.0f" if self.has_score else "-kInfinity"
+        return "0.0f" if self.weighs else "-kInfinity"
 
     @property
     def has_griddepcontrol(self) -> bool:

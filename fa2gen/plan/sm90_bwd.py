@@ -262,6 +262,11 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         return self.lags_dq and self.head_dim <= HEAD_DIM_IN_L2 and not self.varlen and not self.left_edge
 
     @property
+    def starts_at_terms(self) -> bool:
+        has_terms = self.has_score and self.score.is_sum and bool(self.score.rise)
+        return has_terms and self.lags_dq and self.swaps_dq and not self.dropout
+
+    @property
     def weighs_behind_dp(self) -> bool:
         """Whether P of scores waits for dP, so that the other warpgroup, which starts behind that, starts early."""
         return self.lags_dq and self.has_score

@@ -692,7 +692,7 @@ __device__ __forceinline__ void sum_parts(float* acc, float const* part, int cou
 }
 
 // Whether this block of threads has a part of a block of keys.
-__device__ __forceinline__ bool is_in_tail(Params const& p) {
+__device__ __forceinline__ bool has_part(Params const& p) {
     return static_cast<int>(blockIdx.x) >= p.num_whole_blocks;
 }
 
@@ -1117,7 +1117,7 @@ __device__ __forceinline__ void consume_dv(
         parity ^= 1;
         dq_acc += static_cast<int64_t>(walk.next(p, work.blocks)) * kDqBlockFloats;
     }
-    if (is_in_tail(p)) {
+    if (has_part(p)) {
         float* const part = part_of_thread(p, static_cast<int>(blockIdx.x), 32 * warp + lane_id());
         leave_part(part + kDkFloats, acc_dv[0], kNumSums);
         return;
@@ -1192,7 +1192,7 @@ __device__ __forceinline__ void consume_dk(
         parity ^= 1;
         dq_acc += static_cast<int64_t>(walk.next(p, work.blocks)) * kDqBlockFloats;
     }
-    if (is_in_tail(p)) {
+    if (has_part(p)) {
         leave_part(part_of_thread(p, static_cast<int>(blockIdx.x), 32 * warp + lane_id()), acc_dk[0], kNumSums);
         return;
     }

@@ -9,8 +9,8 @@
 //   contents   34 Problem and tiling,   56 Shared memory,  127 Threads,  167 Arithmetic,  195 Shared memory,
 //             216 Global memory,  275 mbarriers,  319 TMA,  366 Bulk copies,  388 Fences,  400 Fragments,
 //             414 Registers,  422 Registers of a warpgroup,  434 wgmma,  611 What is visible,
-//             660 Softmax and its gradient,  707 Parts of a group of heads,  803 Pipelines,  852 Loads,
-//             901 Matrix products,  938 Staging, 1001 Producer, 1080 Consumer, 1252 Kernels, 1417 Launch
+//             660 Softmax and its gradient,  707 Parts of a group of heads,  808 Pipelines,  857 Loads,
+//             906 Matrix products,  943 Staging, 1006 Producer, 1085 Consumer, 1260 Kernels, 1425 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in four kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -747,6 +747,11 @@ __device__ __forceinline__ void sum_parts(float* acc, float const* part, int cou
     }
 }
 
+// Whether this block of threads has a part of a block of keys: each has.
+__device__ __forceinline__ bool has_part(Params const&) {
+    return true;
+}
+
 // Order of blocks: the first keys, which most queries see, first, so that the last blocks to start are the short ones; within
 // sections of heads whose Q, dO and dQ fit in L2 together.
 struct KeyBlock {
@@ -1228,9 +1233,12 @@ __device__ __forceinline__ void consume(
     }
 
     flush();
-    float* const part = part_of_thread(p, static_cast<int>(blockIdx.x), 128 * warpgroup + 32 * warp + lane_id());
-    leave_part(part, acc_dk, kNumSums);
-    leave_part(part + kDkFloats, acc_dv, kNumSums);
+    if (has_part(p)) {
+        float* const part = part_of_thread(p, static_cast<int>(blockIdx.x), 128 * warpgroup + 32 * warp + lane_id());
+        leave_part(part, acc_dk, kNumSums);
+        leave_part(part + kDkFloats, acc_dv, kNumSums);
+        return;
+    }
 }
 
 // dK and dV of the block of keys of all parts, the first of which was block `index`.

@@ -232,6 +232,7 @@ POSITIONS = {arch: kernel(arch, score="s - abs(i - j) / 8 + h / 4", mask="full")
 LEARNING_BIAS = kernel("sm80", "bwd", score=BIAS, learned="bias").name
 LEARNING_ROWS = kernel("sm90", "bwd", score="s * row[b, i] + column[h, j]", learned="row, column").name
 LEARNING_FAR = kernel("sm90", "bwd", score="s + far[h, max(i - j, 9)]", learned="far").name
+STARTING = kernel("sm90", "bwd", 128, score=ALIBI).name
 GENTLE = kernel("sm90", head_dim=128, score="s - slope[b, h] / 64 * abs(i + seqlen_k - seqlen_q - j)").name
 FAULTS = [
     *(
@@ -250,6 +251,9 @@ FAULTS = [
     Fault("another-origin", POSITIONS["sm90"], "static_cast<float>(row - column);", "static_cast<float>(row);"),
     Fault("another-entry", kernel("sm90", score=ALIBI).name, "with_values(p, bidb, bidh,", "with_values(p, 0, bidh,"),
     Fault("another-diagonal", kernel("sm90", "bwd", score=ALIBI).name, "float>(right - down)", "float>(right)"),
+    Fault("one-term-for-two-keys", STARTING, "first_query - key - 8 * row)", "first_query - key)"),
+    Fault("terms-left-out", STARTING, "/*adds=*/true", "/*adds=*/false"),
+    Fault("rows-that-do-not-rise", STARTING, "lse_log2 -= rise * static_cast<float>(row_of_block);", ""),
     Fault("few-keys-count", GENTLE, "kFaint = -40.0f", "kFaint = 4.0f"),
     Fault("a-row-forgotten", kernel("sm90", score=ALIBI).name, "base[row] -= row_terms[row];", ""),
     Fault("another-place", kernel("sm80", score=BIAS).name, "p.input_0_last_3 + 1)", "p.input_0_last_3)"),

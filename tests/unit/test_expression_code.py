@@ -463,6 +463,26 @@ def test_what_keys_share_is_left_to_the_softmax(score, element, has_row):
 
 
 @pytest.mark.parametrize(
+    ("score", "rise"),
+    [
+        ("s - slope[h] * abs(i + seqlen_k - seqlen_q - j)", "-load_input_0(p, h) * reciprocal_approx(p.softmax_scale)"),
+        ("s + 2 * i - h - 2 * j", "2.0f * reciprocal_approx(p.softmax_scale)"),
+        ("s - slope[h] * (j - i) + row[i]", None),
+        ("s - slope[h] * abs(i - j)", None),
+        ("s + i - 2 * j", None),
+        ("s - slope[h] * (i - j) ** 2", None),
+        ("2 * s - slope[h] * (i - j)", "-0.5f * load_input_0(p, h) * reciprocal_approx(p.softmax_scale)"),
+        ("tanh(s) - (i - j)", None),
+        ("s / 4 + h", None),
+    ],
+)
+def test_what_scores_rise_by_with_each_query(score, rise):
+    """Where that is all that positions do, products start at it: else gradients would be another score's."""
+    made = score_code(parse(score), "bwd", causal=True).rise
+    assert made == (() if rise is None else (f"return {rise};",))
+
+
+@pytest.mark.parametrize(
     ("score", "expected"),
     [
         ("cap * tanh(s / cap)", 1.0),

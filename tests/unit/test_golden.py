@@ -27,6 +27,9 @@ REFRESH = "python -m tests.unit.test_golden --write"
 SINKS = Problem(head_dim=128, allow="j <= i and (i - j < window or j < sinks)").words[-1]
 IMAGES = Problem(head_dim=128, allow="j <= i or image[b, i] == image[b, j] and image[b, i] > 0").words[-1]
 CAP = Problem(head_dim=128, score="cap * tanh(s / cap)").words[-1]
+ALIBI = Problem(
+    direction="bwd", head_dim=128, mask="causal", score="s - slope[h] * abs(i + seqlen_k - seqlen_q - j)"
+).words[-1]
 BIAS = Problem(direction="bwd", head_dim=128, score="s + bias[b, h, i, j]", learned="bias").words[-1]
 NAMES = (
     "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
@@ -37,6 +40,7 @@ NAMES = (
     "fa2_bwd_sm90_bf16_d96_causal_m64_n128_s2_w8_l1_t1",
     "fa2_bwd_sm90_bf16_d128_causal_m64_n128_s2_w8_l1",
     f"fa2_bwd_sm90_bf16_d128_causal_{CAP}_m64_n128_s2_w8",
+    f"fa2_bwd_sm90_bf16_d128_causal_{ALIBI}_m64_n128_s2_w8_l1",
     f"fa2_bwd_sm90_bf16_d128_{SINKS}_m64_n128_s2_w8",
     f"fa2_bwd_sm90_bf16_d128_{BIAS}_m48_n128_s2_w8",
     "fa2_bwd_sm90_bf16_d128_det_m80_n128_s2_w8",
