@@ -310,10 +310,9 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
     # 0.874 and 0.838, 0.83 (d = 128; documents in 8k at 96 1.025 times; H100). Beside a score that was not measured.
     # Of scores a cap 0.88 of plain with lag, 0.83 without (d = 128, 8k, H200), ALiBi 0.91, 0.90, at 2k 0.955, 0.943
     # (H100); those that look tensors up at positions were not measured, and a head's cap that learns spills with it.
-    tensors = [x for x in problem.program.inputs if x.is_tensor]
-    looks_up = problem.learned or (
-        problem.score and (problem.allow or any({*x.axes} - {"b", "h", "hk"} for x in tensors))
-    )
+    program = problem.program
+    of_positions = any({*x.axes} - {"b", "h", "hk"} for x in program.inputs if x.is_tensor)
+    looks_up = problem.learned or (program.score_tree is not None and (problem.allow or of_positions))
     lagging = () if looks_up and problem.head_dim > 64 else row.lagging
     ways: tuple[tuple[tuple[Shape, ...], dict[str, Any]], ...] = (
         (row.abreast if problem.varlen else (), {"heads_abreast": 1}),
