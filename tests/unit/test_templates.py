@@ -62,7 +62,8 @@ def plans() -> list[KernelPlan]:
         Problem(direction="bwd", head_dim=192, mask="window", score="cap * tanh(s / cap)", allow="(i - j) % 3 < width"),
     ]
     modified += [
-        Problem(direction=direction, head_dim=64, score="s + slope[b, h] * (j - i)") for direction in ("fwd", "bwd")
+        Problem(direction=direction, head_dim=d, score="s + slope[b, h] * (j - i)")
+        for direction, d in (("fwd", 64), ("bwd", 64), ("bwd", 128))  # of these the last starts products at terms
     ]
     modified += [
         Problem(direction=direction, head_dim=64, score="where(kind[j] == 2, s, s + bias[h, i, j])")
