@@ -124,8 +124,6 @@ def plan(asked: Asked, as_json: AsJson = False) -> None:
 
 
 def _plan_row(plan: KernelPlan) -> dict[str, Any]:
-    from fa2gen.arch import ARCHES
-
     return {
         **plan.spec.row(),
         **plan.tiling.model_dump(),
@@ -133,7 +131,7 @@ def _plan_row(plan: KernelPlan) -> dict[str, Any]:
         # Of a thread that multiplies; what ptxas makes of it is in `fa2gen build`.
         "register_estimate": getattr(plan, "register_estimate", None),
         "shared_memory_bytes": plan.shared_memory_bytes,
-        "shared_memory_limit": ARCHES[plan.tiling.arch].shared_memory_per_block,
+        "shared_memory_limit": plan.shared_memory_available,
     }
 
 
