@@ -116,7 +116,7 @@ def rise_of(score: Node) -> Node | None:
     and such a term of positions: a number of the head. Else None."""
     terms = _terms(_operations(score))
     of_places = [_by_places(term) for term in terms if term is not ACC]
-    if len(of_places) != len(terms) - 1 or any(term is None for term in of_places):
+    if not of_places or len(of_places) != len(terms) - 1 or any(term is None for term in of_places):
         return None
     by_query, by_key = (add(found) for found in zip(*(term for term in of_places if term), strict=True))
     return by_query if add((by_query, by_key)).number == 0 and by_query.number != 0 else None

@@ -8,8 +8,8 @@
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  186 Shared memory,  205 Global memory,
 //             227 cp.async,  246 Fragments,  261 Registers,  270 mma,  306 d - window_left <= j <= d + window_right,
-//             383 Online softmax,  542 Dropout,  754 Pipeline,  812 Matrix products,  895 Epilogue,  987 Kernel,
-//            1070 Launch
+//             383 Online softmax,  542 Dropout,  754 Pipeline,  812 Matrix products,  895 Epilogue,  989 Kernel,
+//            1072 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -953,8 +953,10 @@ __device__ __forceinline__ void mask_scores(
     int const row = first_row + thread / 32 * kNumRowTiles * 16 + thread % 32 / 4;
 #pragma unroll
     for (int i = 0; i < kNumRowTiles; ++i) {
-        int const ends[2] = {key_end(p, s, row + 16 * i), key_end(p, s, row + 16 * i + 8)};
-        int const begins[2] = {key_begin(p, s, row + 16 * i), key_begin(p, s, row + 16 * i + 8)};
+        // Rows behind the last query see what it does: their maxima, of zeros, are asked, too, whether one has risen.
+        int const rows[2] = {min(row + 16 * i, s.q - 1), min(row + 16 * i + 8, s.q - 1)};
+        int const begins[2] = {key_begin(p, s, rows[0]), key_begin(p, s, rows[1])};
+        int const ends[2] = {key_end(p, s, rows[0]), key_end(p, s, rows[1])};
         apply_mask(acc_s[i], begins, ends, first_key);
     }
 }

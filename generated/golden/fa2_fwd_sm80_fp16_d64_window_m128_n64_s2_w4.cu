@@ -8,7 +8,7 @@
 //   launch   128 threads, 49152 bytes of dynamic shared memory
 //   contents   25 Problem and tiling,   94 Threads,  116 Arithmetic,  150 Shared memory,  169 Global memory,
 //             181 cp.async,  200 Fragments,  215 Registers,  224 mma,  260 d - window_left <= j <= d + window_right,
-//             337 Online softmax,  546 Pipeline,  604 Matrix products,  687 Epilogue,  776 Kernel,  854 Launch
+//             337 Online softmax,  546 Pipeline,  604 Matrix products,  687 Epilogue,  778 Kernel,  856 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -745,8 +745,10 @@ __device__ __forceinline__ void mask_scores(
     int const row = first_row + thread / 32 * kNumRowTiles * 16 + thread % 32 / 4;
 #pragma unroll
     for (int i = 0; i < kNumRowTiles; ++i) {
-        int const ends[2] = {key_end(p, s, row + 16 * i), key_end(p, s, row + 16 * i + 8)};
-        int const begins[2] = {key_begin(p, s, row + 16 * i), key_begin(p, s, row + 16 * i + 8)};
+        // Rows behind the last query see what it does: their maxima, of zeros, are asked, too, whether one has risen.
+        int const rows[2] = {min(row + 16 * i, s.q - 1), min(row + 16 * i + 8, s.q - 1)};
+        int const begins[2] = {key_begin(p, s, rows[0]), key_begin(p, s, rows[1])};
+        int const ends[2] = {key_end(p, s, rows[0]), key_end(p, s, rows[1])};
         apply_mask(acc_s[i], begins, ends, first_key);
     }
 }
