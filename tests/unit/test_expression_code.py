@@ -474,6 +474,7 @@ def test_what_keys_share_is_left_to_the_softmax(score, element, has_row):
         ("2 * s - slope[h] * (i - j)", "-0.5f * load_input_0(p, h) * reciprocal_approx(p.softmax_scale)"),
         ("tanh(s) - (i - j)", None),
         ("s / 4 + h", None),
+        ("2 * s", None),
     ],
 )
 def test_what_scores_rise_by_with_each_query(score, rise):
