@@ -146,9 +146,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
             return REGISTERS_BESIDE_TILES + REGISTERS_OF_LENGTHS * lengths
         more = wide and (self.has_score or (self.varlen and not self.tiling.heads_abreast))
         more = more or (head_dim <= 64 and bool(self.tile_tables))  # documents with 128 x 128 spill 8 bytes
-        plain = not (self.deterministic or self.partial or self.sink)
-        if self.head_dim > 192 and self.num_stages == 2 and self.mask == "full" and not plain:  # 256 spills 16 to 36
-            more = True
+        more = more or (self._has_wide_ring and self.mask == "full" and not self._ends_plainly)  # 256 spills 16 to 36
         if self.learned and self.score.looks_up and 64 < head_dim <= 80:  # a bias at 72, 64 x 128, spills 16, ragged 36
             return REGISTERS_BESIDE_TILES + REGISTERS_OF_LEARNING
         return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if more else 0)
@@ -159,10 +157,19 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         each other spill nothing. Full masks at head dim 128 1.011; at 256 1.00, but two stages spill 16 bytes without
         (H100)."""
         widths = {self.head_dim, self.head_dim_v}
-        special = self.has_score or self.has_allow or self.dropout or self.varlen or self.left_edge
-        if special or self.deterministic or self.partial or self.sink or self.splits_groups:
+        special = self.has_score or self.has_allow or self.dropout or self.varlen or self.splits_groups
+        if special or self.mask != "full" or not self._ends_plainly:
             return False
-        return self.mask == "full" and (widths == {128} or (widths == {256} and self.num_stages == 2))
+        return widths == {128} or (widths == {256} and self._has_wide_ring)
+
+    @property
+    def _has_wide_ring(self) -> bool:
+        """Whether Q and dO have two stages above head dim 192, which take more shared memory than 8.0 has."""
+        return self.num_stages == 2 and self.head_dim > 192
+
+    @property
+    def _ends_plainly(self) -> bool:
+        return not (self.deterministic or self.partial or self.sink)
 
     # What a thread would rather compute again than keep, where registers for it are missing
 
@@ -171,7 +178,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         """Whether a thread computes where its columns of K are before each dQ. Kept, that spills 8 to 20 bytes with
         heads abreast, and for sm_90 16 under full masks at head dims 113 to 128 and in ragged batches at 97 to 112, 8
         in deterministic windows there and in ragged ones up to 64."""
-        if self.tiling.heads_abreast or (self.num_stages == 2 and self.head_dim > 192):
+        if self.tiling.heads_abreast or self._has_wide_ring:
             return True
         if self.varlen and self.left_edge and self.head_dim <= 64:
             return True
