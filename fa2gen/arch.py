@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,22 +20,28 @@ class Arch:
     """
 
     name: ArchName
-    targets: tuple[str, ...]
-    """What NVRTC can compile its kernels for; cubins of the first are used wherever they load."""
-    shared_memory_per_block: int
-    """Bytes of dynamic shared memory one block can ask for (CUDA C++ Programming Guide, technical specifications)."""
+    targets: Mapping[str, int]
+    """What NVRTC can compile its kernels for, cubins of the first are used wherever they load; and bytes of dynamic
+    shared memory that one block can ask for there (CUDA C++ Programming Guide, technical specifications)."""
     registers_per_sm: int
     max_registers_per_thread: int
 
     @property
     def target(self) -> str:
         """NVRTC's `arch` option."""
-        return self.targets[0]
+        return next(iter(self.targets))
+
+    @property
+    def shared_memory_per_block(self) -> int:
+        """Of a block on the first target."""
+        return self.targets[self.target]
 
 
 ARCHES: dict[ArchName, Arch] = {
-    # 163 KiB of the 164 KiB of an A100 SM: one KiB per block is reserved by the driver.
-    "sm80": Arch("sm80", ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90"), 166_912, 65_536, 255),
+    # 163 KiB of the 164 KiB of an A100 SM, 99 of 100 on 8.6 and 8.9: one KiB per block is reserved by the driver.
+    "sm80": Arch(
+        "sm80", {"sm_80": 166_912, "sm_86": 101_376, "sm_87": 166_912, "sm_89": 101_376, "sm_90": 232_448}, 65_536, 255
+    ),
     # 227 KiB of the 228 KiB of an H100/H200 SM. wgmma and setmaxnreg exist only on the architecture-specific target.
-    "sm90": Arch("sm90", ("sm_90a",), 232_448, 65_536, 255),
+    "sm90": Arch("sm90", {"sm_90a": 232_448}, 65_536, 255),
 }

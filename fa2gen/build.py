@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fa2gen import env
+from fa2gen.arch import ARCHES
 from fa2gen.compile import Unit, plan_unit
 from fa2gen.errors import Fa2GenError, InvalidInput, StoreError
 from fa2gen.plan import make_plan
@@ -104,7 +105,8 @@ def build(
 def _build_one(spec: KernelSpec, out: Path | None, target: str | None, store: Store) -> BuildResult:
     blank = BuildResult(spec)
     try:
-        plan = make_plan(spec)
+        arch = ARCHES[spec.tiling.arch]
+        plan = make_plan(spec, arch.targets.get(target or arch.target))
         unit = plan_unit(plan, target)
         # A family's own target needs no mention; a second one for the same kernel lies beside it.
         folder = out and out / (unit.name if unit.target == plan.target else f"{unit.name}-{unit.target}")

@@ -286,8 +286,9 @@ def _load(spec: KernelSpec, device: int) -> Kernel:
     from fa2gen.select import kernel_arch
     from fa2gen.store import Store
 
-    plan = make_plan(spec)
-    _, target = kernel_arch(current_device(), spec.tiling.arch)
+    on = current_device()
+    _, target = kernel_arch(on, spec.tiling.arch)
+    plan = make_plan(spec, on.shared_memory_per_block)
     return Kernel(plan, Store().get_or_compile(plan, target).cubin, device)
 
 

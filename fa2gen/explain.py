@@ -158,7 +158,7 @@ def _alternatives(
         spec = KernelSpec.from_name(row.runner_up)
         ratio = sum(a / b for a, b in zip(row.tflops_runner_up, row.tflops, strict=True)) / len(row.tflops)
         yield alternative(spec, "runner-up", f"measured: {ratio:.3f} of the speed")
-    for tiling in prune(problem, tilings(problem, arch), [seqlen], SHOWN_PREDICTIONS):
+    for tiling in prune(problem, tilings(problem, arch, device.shared_memory_per_block), [seqlen], SHOWN_PREDICTIONS):
         spec = KernelSpec(problem=problem, tiling=tiling)
         if spec.name not in seen:
             yield alternative(spec, "cost model", "not measured here" if row is None else "not better in `fa2gen tune`")

@@ -37,6 +37,8 @@ app = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 NAME = "fa2_fwd_sm90_bf16_d128_m128_n128_s2_w8"
 
+Target = Annotated[str | None, typer.Option(help="NVRTC target, e.g. sm_90 for sm80 kernels on an H100.")]
+
 
 # Looking: render, plan, list, spec-schema
 
@@ -87,24 +89,30 @@ def render(
         f"fa2gen plan {NAME}",
         "fa2gen plan --head-dim 128 --direction bwd",
         "fa2gen plan --arch sm80 --head-dim 64 --json",
+        "fa2gen plan --arch sm80 --head-dim 256 --target sm_86",
         "fa2gen plan my.toml",
     ),
 )
 @takes_kernels("typical")
-def plan(asked: Asked, as_json: AsJson = False) -> None:
+def plan(asked: Asked, target: Target = None, as_json: AsJson = False) -> None:
+    from fa2gen.arch import ARCHES
     from fa2gen.plan import feasible_tilings, make_plan
     from fa2gen.spec import KernelSpec
 
+    wanted = [(one, one.kernel()) for one in asked.wanted()]
+    if target is not None:
+        _check_target(target, [chosen for _, chosen in wanted])
     rows = []
-    for one in asked.wanted():
-        chosen = one.kernel()
+    for one, chosen in wanted:
+        arch = ARCHES[chosen.tiling.arch]
+        limit = arch.targets[target or arch.target]
         specs = [chosen]
         if one.spec is None:
-            fits = feasible_tilings(chosen.problem, chosen.tiling.arch)
+            fits = feasible_tilings(chosen.problem, arch.name, limit)
             others = (KernelSpec(problem=chosen.problem, tiling=tiling) for tiling in fits)
             specs = list(dict.fromkeys((chosen, *others)))
             note(f"{chosen.problem.text}: {count_text(len(specs), 'tiling')} fit; the first is the default")
-        rows += [_plan_row(make_plan(spec)) for spec in specs]
+        rows += [_plan_row(make_plan(spec, limit)) for spec in specs]
     if as_json:
         print_json(rows)
         return
@@ -198,7 +206,7 @@ def build(
     asked: Asked,
     out: Annotated[Path | None, typer.Option(help="Also put the kernels into this folder.", show_default=False)] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Kernels compiled at once. Default: the cores.")] = None,
-    target: Annotated[str | None, typer.Option(help="NVRTC target, e.g. sm_90 for sm80 kernels on an H100.")] = None,
+    target: Target = None,
     as_json: AsJson = False,
 ) -> None:
     from fa2gen.build import build as build_all

@@ -730,7 +730,8 @@ def choose(
     """The kernel of a problem with so many keys, and the NVRTC target to build it for."""
     family = _family(arch, tiling)
     if tiling is not None:
-        return make_plan(KernelSpec(problem=problem, tiling=tiling)), kernel_arch(device, family)[1]
+        spec = KernelSpec(problem=problem, tiling=tiling)
+        return make_plan(spec, device.shared_memory_per_block), kernel_arch(device, family)[1]
     selection = select(problem, device, family, seqlen_k)
     return selection.plan, selection.target
 

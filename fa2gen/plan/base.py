@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -203,6 +203,9 @@ class KernelPlan:
 
     # Each (arch, direction) says these of itself.
     template: str = ""
+
+    # Bytes that a block may have where the kernel is to run, None: on any device of its family.
+    shared_memory_limit: int | None = field(default=None, compare=False, repr=False)
 
     @property
     def problem(self) -> Problem:
@@ -789,6 +792,11 @@ class KernelPlan:
     @property
     def shared_memory_available(self) -> int:
         """Bytes that a block may have."""
+        return min(self.most_shared_memory, self.shared_memory_limit or self.most_shared_memory)
+
+    @property
+    def most_shared_memory(self) -> int:
+        """That, on the device of its family that has the most of those that are asked for."""
         return ARCHES[self.tiling.arch].shared_memory_per_block
 
     def common_rules(self, registers: str) -> Iterator[BrokenRule]:
@@ -803,6 +811,8 @@ class KernelPlan:
         available = self.shared_memory_available
         if self.memory.bytes > available:
             detail = f"{bytes_text(self.memory.bytes)} needed ({self.memory.text}), {bytes_text(available)} available"
+            if self.memory.bytes <= self.most_shared_memory:
+                detail += f" ({bytes_text(self.most_shared_memory)} on other devices)"
             yield BrokenRule("shared memory", detail)
         if self.register_estimate > self.registers_available:
             yield BrokenRule(

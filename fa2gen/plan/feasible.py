@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from fa2gen.arch import ArchName
+from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InfeasibleSpec
 from fa2gen.plan.base import BrokenRule, KernelPlan
 from fa2gen.plan.decode import DecodePlan
@@ -52,26 +52,30 @@ _GRIDS: dict[tuple[str, str], _Grid] = {
 _SWIZZLES: tuple[Literal[128, 64, 32], ...] = (128, 64, 32)
 
 
-def plan_of(spec: KernelSpec) -> KernelPlan:
+def plan_of(spec: KernelSpec, shared_memory_limit: int | None = None) -> KernelPlan:
     """The plan, feasible or not."""
-    return _PLANS[spec.tiling.arch, spec.problem.direction](spec)
+    return _PLANS[spec.tiling.arch, spec.problem.direction](spec, shared_memory_limit=shared_memory_limit)
 
 
-def make_plan(spec: KernelSpec) -> KernelPlan:
-    """The plan of a spec. Raises InfeasibleSpec with all broken rules, their numbers and the nearest that fits."""
-    plan = plan_of(spec)
+def make_plan(spec: KernelSpec, shared_memory_limit: int | None = None) -> KernelPlan:
+    """The plan of a spec. Raises InfeasibleSpec with all broken rules, their numbers and the nearest that fits.
+
+    shared_memory_limit  bytes that one block may have where the kernel is to run; None: where that is not known, as
+                         many as on any device of the family.
+    """
+    plan = plan_of(spec, shared_memory_limit)
     broken = plan.broken_rules()
     if broken:
         raise InfeasibleSpec(_explain(plan, broken))
     return plan
 
 
-def fits(spec: KernelSpec) -> bool:
+def fits(spec: KernelSpec, shared_memory_limit: int | None = None) -> bool:
     """Whether make_plan accepts the spec, without the search for the nearest that it does when it refuses (0.1 s)."""
-    return next(plan_of(spec).rules(), None) is None
+    return next(plan_of(spec, shared_memory_limit).rules(), None) is None
 
 
-def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
+def feasible_tilings(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Iterator[Tiling]:
     """Every feasible tiling of a small grid, for `fa2gen plan`, error messages and tuning."""
     grid = _GRIDS[arch, problem.direction]
     for warps in grid.warps:
@@ -87,13 +91,13 @@ def feasible_tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
                             num_mma_warps=warps,
                             swizzle_bytes=span,
                         )
-                        if fits(KernelSpec(problem=problem, tiling=tiling)):
+                        if fits(KernelSpec(problem=problem, tiling=tiling), shared_memory_limit):
                             yield tiling
 
 
-def _nearest(spec: KernelSpec) -> Tiling | None:
+def _nearest(plan: KernelPlan) -> Tiling | None:
     """The feasible tiling that changes the fewest fields, and those the least."""
-    asked = spec.tiling
+    asked = plan.tiling
 
     def distance(tiling: Tiling) -> tuple[int, float]:
         changes = [
@@ -102,13 +106,14 @@ def _nearest(spec: KernelSpec) -> Tiling | None:
         ]
         return sum(change > 0 for change in changes), sum(changes)
 
-    return min(feasible_tilings(spec.problem, asked.arch), key=distance, default=None)
+    limit = plan.shared_memory_limit or ARCHES[asked.arch].shared_memory_per_block
+    return min(feasible_tilings(plan.problem, asked.arch, limit), key=distance, default=None)
 
 
 def _explain(plan: KernelPlan, broken: tuple[BrokenRule, ...]) -> str:
     asked = plan.tiling
     rows = [(rule.rule, rule.detail) for rule in broken]
-    nearest = _nearest(plan.spec)
+    nearest = _nearest(plan)
     command = f"List every fit: fa2gen plan {plan.problem.options} --arch {plan.arch}"
     if nearest is None:
         rows.append(("nearest", f"none of the usual tilings fits. {command}"))

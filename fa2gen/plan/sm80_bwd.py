@@ -227,7 +227,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         )
 
     @property
-    def shared_memory_available(self) -> int:
+    def most_shared_memory(self) -> int:
         """On 9.0, which runs these kernels on request: more than 8.0 has, for which defaults have other tilings."""
         return ARCHES["sm90"].shared_memory_per_block
 

@@ -96,7 +96,8 @@ def tune(
     """
     end = clock() + budget
     for problem in todo:  # all of them now: compilers then work ahead of the timing
-        search.runner.build_ahead(candidates(problem, arch, search.seqlens, search.keep))
+        limit = search.runner.shared_memory_limit
+        search.runner.build_ahead(candidates(problem, arch, search.seqlens, search.keep, limit))
     for number, problem in enumerate(todo):
         started = clock()
         if started >= end:

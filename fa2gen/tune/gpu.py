@@ -55,6 +55,7 @@ class GpuRunner:
         self._device = current_device()
         _, self._target = kernel_arch(self._device, arch)
         self.circumstances = (self._device.name, str(versions()["nvrtc"]), PROTOCOL)
+        self.shared_memory_limit = self._device.shared_memory_per_block
         self._store = store or Store()
         # The thread that times gets a core of its own.
         self._pool = ThreadPoolExecutor(jobs or max(1, env.jobs() - 1), thread_name_prefix="fa2gen-compile")

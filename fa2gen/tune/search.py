@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fa2gen.arch import ArchName
+from fa2gen.arch import ARCHES, ArchName
 from fa2gen.catalog import tuned_rows, written_tilings
 from fa2gen.compile import ResourceReport
 from fa2gen.errors import Fa2GenError
-from fa2gen.plan import default_tiling
+from fa2gen.plan import default_tiling, fits
 from fa2gen.spec import KernelSpec, Problem
 from fa2gen.tune.cost import prune
 from fa2gen.tune.journal import Journal, key_of
@@ -69,6 +69,10 @@ class Runner(Protocol):
     @property
     def circumstances(self) -> Sequence[str]:
         """GPU, compiler and protocol: what measurements must share to be compared."""
+
+    @property
+    def shared_memory_limit(self) -> int | None:
+        """Bytes that a block may have on it; None: what its family has."""
 
     def build_ahead(self, specs: Sequence[KernelSpec]) -> None:
         """Start compiling these, in this order, without waiting."""
@@ -121,13 +125,20 @@ class Progress:
     ratio: float
 
 
-def candidates(problem: Problem, arch: ArchName, seqlens: Sequence[int], keep: int) -> list[KernelSpec]:
-    """What will be timed: the tiling in use without tuning, what won for the other dtype, the model's best `keep`."""
-    default = written_tilings().get((problem, arch)) or default_tiling(problem, arch)
+def candidates(
+    problem: Problem, arch: ArchName, seqlens: Sequence[int], keep: int, shared_memory_limit: int | None = None
+) -> list[KernelSpec]:
+    """What will be timed: the tiling in use without tuning, what won for the other dtype, the model's best `keep`.
+
+    shared_memory_limit  bytes that a block may have on the device; None: those of the architecture.
+    """
+    limit = shared_memory_limit or ARCHES[arch].shared_memory_per_block
+    default = written_tilings().get((problem, arch)) or default_tiling(problem, arch, limit)
     sibling = problem.model_copy(update={"dtype": "fp16" if problem.dtype == "bf16" else "bf16"})
     known = [row.spec.tiling for row in tuned_rows().get((sibling, arch), ())]
-    pruned = prune(problem, tilings(problem, arch), seqlens, keep)
-    return [KernelSpec(problem=problem, tiling=tiling) for tiling in dict.fromkeys((default, *known, *pruned))]
+    pruned = prune(problem, tilings(problem, arch, limit), seqlens, keep)
+    specs = (KernelSpec(problem=problem, tiling=tiling) for tiling in dict.fromkeys((default, *known, *pruned)))
+    return [spec for spec in specs if spec.tiling not in known or fits(spec, limit)]
 
 
 class Search:
@@ -155,7 +166,7 @@ class Search:
 
         Raises Fa2GenError where the default itself does not build, is wrong or fails.
         """
-        specs = candidates(problem, arch, self.seqlens, self.keep)
+        specs = candidates(problem, arch, self.seqlens, self.keep, self.runner.shared_memory_limit)
         dropped: dict[str, str] = {}
         try:
             default = self._accepted(specs[0])

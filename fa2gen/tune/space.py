@@ -29,11 +29,14 @@ def settings(tiling: Tiling) -> tuple[Any, ...]:
     return tuple(getattr(tiling, name) for name in switches())
 
 
-def tilings(problem: Problem, arch: ArchName) -> Iterator[Tiling]:
-    """Every candidate of a problem, each once. What a switch makes infeasible is left out."""
+def tilings(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Iterator[Tiling]:
+    """Every candidate of a problem, each once. What a switch makes infeasible is left out.
+
+    shared_memory_limit  as of `make_plan`.
+    """
     names = switches()
-    for tiling in feasible_tilings(problem, arch):
+    for tiling in feasible_tilings(problem, arch, shared_memory_limit):
         for values in product(*names.values()):
             varied = tiling.model_copy(update=dict(zip(names, values, strict=True)))
-            if fits(KernelSpec(problem=problem, tiling=varied)):
+            if fits(KernelSpec(problem=problem, tiling=varied), shared_memory_limit):
                 yield varied

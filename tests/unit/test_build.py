@@ -60,7 +60,7 @@ class Plan:
         return {"sm80": "sm_80", "sm90": "sm_90a"}[self.spec.tiling.arch]
 
 
-def make_plan(spec: KernelSpec) -> Any:
+def make_plan(spec: KernelSpec, shared_memory_limit: int | None = None) -> Any:
     if spec.problem.head_dim == 256:
         raise InfeasibleSpec(f"{spec.name} does not fit")
     return Plan(spec)

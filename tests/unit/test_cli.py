@@ -329,6 +329,16 @@ def test_plan_says_why_not():
     assert len(fa2(*backward.split(), "--json").json) > 1  # what it says can be typed
 
 
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_shared_memory_of_the_target_is_the_limit(command, cache):
+    name = "fa2_bwd_sm80_bf16_d256_m64_n64_s2_w8"
+    refused = fa2(command, name).stderr
+    assert f"{name} does not fit sm80\n  shared memory  214,016 B needed" in refused
+    assert "166,912 B available (232,448 B on other devices)" in refused and "nearest" in refused
+    (row,) = fa2("plan", name, "--target", "sm_90", "--json").json
+    assert (row["shared_memory_bytes"], row["shared_memory_limit"]) == (214_016, 232_448)
+
+
 # build, list, cache
 
 

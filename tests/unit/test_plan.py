@@ -14,7 +14,7 @@ import pytest
 from fa2gen.arch import ARCHES
 from fa2gen.errors import InfeasibleSpec
 from fa2gen.layout import Panels, ceil_div, swizzle
-from fa2gen.plan import KernelPlan, feasible_tilings, make_plan
+from fa2gen.plan import KernelPlan, feasible_tilings, fits, make_plan
 from fa2gen.plan.base import Param
 from fa2gen.select import default_tiling
 from fa2gen.spec import KernelSpec, Problem, Tiling
@@ -544,6 +544,27 @@ def test_the_nearest_tiling_is_feasible(arch):
         assert f"fa2gen plan --head-dim {spec.problem.head_dim} --arch {arch}" in broken["nearest"]
         followed += 1
     assert followed > 10
+
+
+def test_a_target_refuses_what_only_another_has_room_for():
+    """SM80 gradients at head dim 256 with two stages: on 9.0, not on an A100, where only the driver would say so."""
+    spec = KernelSpec.from_name("fa2_bwd_sm80_bf16_d256_m64_n64_s2_w8")
+    assert make_plan(spec) == make_plan(spec, ARCHES["sm80"].targets["sm_90"])
+    for target, of_block, smallest in (("sm_80", 166_912, 147_968), ("sm_86", 101_376, 73_984)):
+        limit = ARCHES["sm80"].targets[target]
+        assert limit == of_block and not fits(spec, limit)
+        with pytest.raises(InfeasibleSpec) as refused:
+            make_plan(spec, limit)
+        broken = rules(str(refused.value))
+        assert broken.keys() == {"shared memory", "nearest"}
+        assert "214,016 B needed" in broken["shared memory"]
+        assert broken["shared memory"].endswith(f"{limit:,} B available (232,448 B on other devices)")
+        assert f"({smallest:,} B)" in broken["nearest"]
+        needed = [
+            make_plan(KernelSpec(problem=spec.problem, tiling=tiling)).shared_memory_bytes
+            for tiling in feasible_tilings(spec.problem, "sm80", limit)
+        ]
+        assert smallest in needed and max(needed) <= limit
 
 
 @pytest.mark.parametrize("arch", ARCHES)

@@ -97,6 +97,18 @@ def test_candidates_are_feasible_and_begin_with_the_default(head_dim, mask, dire
         make_plan(spec)
 
 
+@pytest.mark.parametrize("limit", [101_376, 166_912, 232_448])
+def test_candidates_fit_the_device(known, limit):
+    problem = Problem(direction="bwd", head_dim=256)
+    sibling = problem.model_copy(update={"dtype": "fp16"})
+    wide = KernelSpec.from_name("fa2_bwd_sm80_fp16_d256_m64_n64_s2_w8")
+    known.tuned[sibling, "sm80"] = (SimpleNamespace(spec=wide),)
+    specs = candidates(problem, "sm80", SEQLENS, 12, limit)
+    assert specs[0].tiling == default_tiling(problem, "sm80", limit) and len(specs) > 1
+    assert max(make_plan(spec).shared_memory_bytes for spec in specs) <= limit
+    assert (wide.tiling in {spec.tiling for spec in specs}) == (limit == 232_448)
+
+
 def test_what_is_known_is_tried_first(known):
     """The tiling of specs/ is what the others are compared with; then comes what won for the other dtype."""
     written, won = (Tiling(arch="sm90", tile_m=128, tile_n=tile_n, num_mma_warps=8) for tile_n in (32, 48))
@@ -289,6 +301,7 @@ class FakeRunner:
         self.speed, self.kill_at = speed, kill_at
         self.wrong, self.spills, self.hangs = set(wrong), set(spills), set(hangs)
         self.circumstances = ("NVIDIA H200", "13.0.88", "fake")
+        self.shared_memory_limit = None
         self.calls = []
         self.ahead = []
 
