@@ -37,7 +37,7 @@ class Sm80FwdPlan(Sm80RowsPlan):
         products, where a warp alone would have one of it, and read shared memory for longer than it multiplies."""
         narrow = self.head_dim_v <= 160 or self.head_dim_v % (2 * MMA_ROWS)
         uneven = self.num_mma_warps % 2 or self.tile_n % (2 * MMA_ROWS) or self.tile_m != MMA_ROWS * self.num_mma_warps
-        whole_rows = self.has_score or self.has_allow or self.dropout or self.partial or not self.tiling.lazy_rescale
+        whole_rows = self.has_score or self.has_allow or self.dropout or not self.tiling.lazy_rescale
         return 1 if narrow or uneven or whole_rows or self.num_stages > 1 else 2
 
     @property

@@ -29,6 +29,7 @@ PRODUCTS, PASSING = ({"tile_m": 64, "tile_n": keys, "lag": 0} for keys in (64, 8
 ORDERED = {"direction": "bwd", "deterministic": True}  # sums of dQ are the same bits
 KERNELS = [
     spec_of("sm80", head_dim=64, **RAGGED),
+    spec_of("sm80", head_dim=256, mask="causal", varlen=True),  # warps in pairs
     spec_of("sm90", head_dim=64, mask="causal"),
     spec_of("sm90", head_dim=72, head_dim_v=40, **RAGGED),
     spec_of("sm80", parts=2, head_dim=72, head_dim_v=104, mask="causal", **ORDERED),

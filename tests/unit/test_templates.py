@@ -82,7 +82,10 @@ def plans() -> list[KernelPlan]:
         for direction in ("fwd", "bwd")
         for varlen in (False, True)
     ]
-    modified += [Problem(head_dim=64, mask=m, varlen=m == "window", partial=True) for m in ("full", "window")]
+    modified += [  # at 256 by warps in pairs
+        Problem(head_dim=d, mask=m, varlen=m == "window", partial=True)
+        for d, m in ((64, "full"), (64, "window"), (256, "full"))
+    ]
     modified += [  # blocks of one document, looked up by a warp of its own, or over pages
         Problem(head_dim=128, allow="document[b, i] == document[b, j]", varlen=paged, paged=paged)
         for paged in (False, True)
