@@ -171,12 +171,12 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     def can_take_turns(self) -> bool:
         """Whether there is room for a second K, and for a second V unless that is held in registers, and for a warp's
         rows of dK in the place of its share of dQ. In dense batches, whose number of blocks the host knows; sums in
-        order were not tried. Nor with an expression, dropout or gradients in fp32."""
+        order were not tried. Nor with a mask of an expression, tensors that learn, dropout or gradients in fp32."""
         if not self.lags_dq or self.shares_dq or self.varlen or self.dropout or self.deterministic:
             return False
         if self.tiling.heads_abreast or self.has_parts or self.partial or len(self.widths) > 1:
             return False
-        if self.has_allow or self.swaps_dq != self.holds_v:
+        if self.has_allow or self.learned or self.swaps_dq != self.holds_v:
             return False
         if self.dq_place_bytes % SWIZZLE_ATOM_BYTES or self.dq_place_bytes < self.warp_rows_bytes:
             return False
@@ -194,8 +194,9 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
         if self.is_persistent and not self.can_take_turns:
             yield BrokenRule(
                 "keys in turn",
-                "1 given; needs lag, a dense batch without dropout or expression, sums in no order, rounded gradients, "
-                "groups in one part, and room for two K, for two V unless that is in registers, and for "
+                "1 given; needs lag, a dense batch without dropout, mask of an expression or tensors that learn, sums "
+                "in no order, rounded gradients, groups in one part, and room for two K, for two V unless that is in "
+                "registers, and for "
                 f"{self.warp_rows_bytes:,} bytes of a warp's rows of dK in its {self.dq_place_bytes:,} of dQ, a "
                 f"multiple of {SWIZZLE_ATOM_BYTES:,}: 0",
             )

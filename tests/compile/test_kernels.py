@@ -116,6 +116,10 @@ def kernels() -> dict[str, bool]:
         for mask, dtype in (("full", "bf16"), ("causal", "fp16"), ("window", "bf16"))
     ]
     features += [
+        with_groups(make_plan(default("sm90", head_dim, "causal", "bwd", score=score)), 1, in_turn=True).spec
+        for head_dim, score in ((72, "cap * tanh(s / cap)"), (96, "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)"))
+    ]
+    features += [
         default(arch, head_dim, mask, "bwd", dropout=True, **more)
         for arch in ARCHES
         for head_dim, mask, more in (
@@ -395,8 +399,9 @@ def check_sm90_bwd(plan: Any, sass: Sass) -> None:
     else:
         wanted = [(s + dp + 2 * dkv + dq, [1, 0, 1, 1, 0])]
     # Addresses and descriptors stay uniform; but for the parity of a step where turns need uniform registers too, and
-    # for the numbers of an expression that says what is hidden, or of tensors that learn, and where counters begin.
-    one = (plan.passes_p and plan.deterministic) or bool(plan.learned)
+    # for the numbers of an expression that says what is hidden, or of tensors that learn, and where counters begin, and
+    # for where a head's number is, of a block of keys that shared memory names.
+    one = (plan.passes_p and plan.deterministic) or bool(plan.learned) or (plan.is_persistent and plan.starts_at_terms)
     moved = 3 if plan.keeps_draws_of_keys else 2 if plan.has_allow or plan.shares_draws else int(one)
     loops = [loop for loop in sass.loops() if any(line.startswith("HGMMA") for line in loop)]
     for loop in loops:

@@ -94,6 +94,15 @@ def test_tensors(score, arch, direction, head_dim, mask, varlen):
     assert verdict.ok, verdict
 
 
+@pytest.mark.parametrize(("head_dim", "score"), [(72, "s + table[h, i - j]"), (96, ALIBI), (96, SOFTCAP)])
+def test_blocks_of_keys_in_turn(head_dim, score):
+    """As large batches run them: each has keys, and the warpgroups a pace, of its own."""
+    plan = make_plan(kernel("sm90", "bwd", head_dim, score=score))
+    tiling = plan.tiling.model_copy(update={"lag": 1, "keys_in_turn": 1})
+    verdict, _ = run(KernelSpec(problem=plan.problem, tiling=tiling).name, Shape(2, 150, 331, 2, 2))
+    assert verdict.ok, verdict
+
+
 def test_keys_too_far_away_to_count():
     """Their exponentials are left out, but not a NaN among them."""
     spec = kernel("sm90", "fwd", 64, "causal", ALIBI)
@@ -233,7 +242,9 @@ LEARNING_BIAS = kernel("sm80", "bwd", score=BIAS, learned="bias").name
 LEARNING_ROWS = kernel("sm90", "bwd", score="s * row[b, i] + column[h, j]", learned="row, column").name
 LEARNING_FAR = kernel("sm90", "bwd", score="s + far[h, max(i - j, 9)]", learned="far").name
 STARTING = kernel("sm90", "bwd", 128, score=ALIBI).name
+TURNS = f"{kernel('sm90', 'bwd', 96, score=ALIBI).name}_t1"
 GENTLE = kernel("sm90", head_dim=128, score="s - slope[b, h] / 64 * abs(i + seqlen_k - seqlen_q - j)").name
+OF_STEP = ");\n        Seqlen const s = seqlen_of(p, block.bidb);\n        int const key"
 FAULTS = [
     *(
         Fault("another-scale", name, "finalize_softmax(row_max", "finalize_softmax(row_sum")
@@ -253,6 +264,7 @@ FAULTS = [
     Fault("another-diagonal", kernel("sm90", "bwd", score=ALIBI).name, "float>(right - down)", "float>(right)"),
     Fault("one-term-for-two-keys", STARTING, "first_query - key - 8 * row)", "first_query - key)"),
     Fault("terms-left-out", STARTING, "/*adds=*/true", "/*adds=*/false"),
+    Fault("terms-of-another-block", TURNS, f"k_state.stage{OF_STEP}", f"k_state.stage ^ 1{OF_STEP}"),
     Fault("rows-that-do-not-rise", STARTING, "lse_log2 -= rise * static_cast<float>(row_of_block);", ""),
     Fault("few-keys-count", GENTLE, "kFaint = -40.0f", "kFaint = 4.0f"),
     Fault("a-row-forgotten", kernel("sm90", score=ALIBI).name, "base[row] -= row_terms[row];", ""),

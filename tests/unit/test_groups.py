@@ -129,6 +129,8 @@ def test_blocks_of_keys_come_in_turn_where_it_was_measured():
         make_plan(best_spec(Problem(head_dim=64), "sm90")),
     ):
         assert not turns_of(other, short, SMS), other.name
+    for score in ("cap * tanh(s / cap)", "s - slope[h] * abs(i + seqlen_k - seqlen_q - j)"):
+        assert turns_of(plan_for(96, score=score), short, SMS)
     chosen = with_groups(plan_for(64), 1, in_turn=True)
     assert chosen.name == f"{plan_for(64).name}_t1"
     assert launch_of(chosen, short, Options(causal=True), SMS).grids[1] == (SMS, 1, 1)
@@ -136,6 +138,8 @@ def test_blocks_of_keys_come_in_turn_where_it_was_measured():
         (Problem(head_dim=64), "only sm90's gradients whose dQ lags have it: 0"),
         (Problem(direction="bwd", head_dim=128), "needs lag, a dense batch without dropout"),
         (Problem(direction="bwd", head_dim=64, dropout=True), "needs lag, a dense batch without dropout"),
+        (Problem(direction="bwd", head_dim=96, allow="j % 3 < i"), "without dropout, mask of an expression"),
+        (Problem(direction="bwd", head_dim=96, score="s * gain[h]", learned="gain"), "or tensors that learn"),
     ):
         tiling = default_tiling(problem, "sm90").model_copy(update={"keys_in_turn": 1})
         with pytest.raises(InfeasibleSpec, match=why):

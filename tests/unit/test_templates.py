@@ -172,8 +172,8 @@ def plans() -> list[KernelPlan]:
     for arch in ("sm80", "sm90"):  # however warpgroups split the work
         of_keys = {t.tile_n: t for t in feasible_tilings(unrounded, arch)}
         specs += [KernelSpec(problem=unrounded, tiling=tiling) for tiling in of_keys.values()]
-    for d, mask in ((32, "full"), (64, "window"), (96, "causal")):
-        problem = Problem(direction="bwd", head_dim=d, mask=mask)
+    for d, mask, score in ((32, "full", ""), (64, "window", ""), (96, "causal", ""), (96, "causal", "3 * tanh(s / 3)")):
+        problem = Problem(direction="bwd", head_dim=d, mask=mask, score=score)
         tiling = default_tiling(problem, "sm90").model_copy(update={"keys_in_turn": 1})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
     cached = problems_of(direction="decode", head_dim=[8, 72, 128, 256], sink=False, cache_dtype="same")
