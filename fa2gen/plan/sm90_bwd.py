@@ -43,6 +43,7 @@ WARP_BYTES = 128  # of a word of each lane
 REGISTERS_BESIDE_TILES = 12
 # Of an expression's values (a cap at d = 64, 128 x 128: 92 bytes spill), and of a key's second edge beside them (56).
 REGISTERS_OF_SCORE = 8
+REGISTERS_OF_TERMS = 4  # at which products start, up to head dim 64 (at 104, with V in registers: 16 bytes spill)
 REGISTERS_OF_LOOKING_UP = 16  # a tensor's numbers, for each element (a bias at d = 128, 64 x 128: 124 bytes spill)
 REGISTERS_OF_SCORE_AND_LEFT_EDGE = 16
 # At d = 64 a bias with 112 queries spills 60, one that learns, in a window, 11 with 96; a cap with documents 6.
@@ -244,8 +245,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
             why = f"{self.tile_m} queries and {sums} registers of dK and dV, which leave too few"
         elif self.swaps_dq and self.dropout and self.left_edge:  # 16 bytes spill
             why = "dropout in a window above head dim 64, which leaves too few registers"
-        elif self.has_score and self.head_dim <= HEAD_DIM_IN_L2:
-            why = "scores of an expression up to head dim 64"
+        elif self.has_score and self.head_dim <= HEAD_DIM_IN_L2 and not self.starts_at_terms:
+            why = "scores of an expression up to head dim 64 other than a product, a bias of the distance beside it"
         elif self.has_allow and self.deterministic:
             why = "a mask of an expression, and sums in an order"
         if why:
@@ -265,12 +266,15 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def starts_at_terms(self) -> bool:
         has_terms = self.has_score and self.score.is_sum and bool(self.score.rise)
-        return has_terms and self.lags_dq and self.swaps_dq and not self.dropout
+        return has_terms and self.lags_dq and not self.dropout
 
     @property
     def weighs_behind_dp(self) -> bool:
-        """Whether P of scores waits for dP, so that the other warpgroup, which starts behind that, starts early."""
-        return self.lags_dq and self.has_score
+        """Whether P of scores waits for dP, so that the other warpgroup, which starts behind that, starts early. Where
+        products start at terms P comes under dP (times behind, 2k and 8k, causal ALiBi, H100: 64 1.01, 1.03, 72 1.01,
+        1.01, 80 1.02, 1.03, 96 1.02, 1.03; 112 1.00, 0.99, 128 1.01, 1.00, in another run 1.01, 0.94)."""
+        is_as_plain = self.starts_at_terms and self.head_dim < LEAST_HEAD_DIM_OF_LEVEL
+        return self.lags_dq and self.has_score and not is_as_plain
 
     @property
     def starts_dv_early(self) -> bool:
@@ -407,6 +411,8 @@ class Sm90BwdPlan(Sm90Plan, BackwardPlan):
     @property
     def registers_beside_tiles(self) -> int:
         of_score = REGISTERS_OF_SCORE_AND_LEFT_EDGE if self.left_edge else REGISTERS_OF_SCORE
+        if self.starts_at_terms and not self.left_edge and self.head_dim <= 64:
+            of_score = REGISTERS_OF_TERMS
         of_allow = REGISTERS_OF_ALLOW if self.has_allow else 0
         looks_up = self.has_score and self.score.looks_up and not self.splits_products
         of_tensors = REGISTERS_OF_LOOKING_UP if looks_up else 0

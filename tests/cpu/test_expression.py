@@ -84,6 +84,7 @@ BIAS = "s + bias[b, h, i, j]"
     ("score", "arch", "direction", "head_dim", "mask", "varlen"),
     [
         *((ALIBI, arch, direction, 128, "causal", False) for arch in ARCHES for direction in ("fwd", "bwd")),
+        (ALIBI, "sm90", "bwd", 64, "causal", True),
         *((BIAS, arch, direction, 64, "full", direction == "fwd") for arch in ARCHES for direction in ("fwd", "bwd")),
         *(("s + table[h, abs(i - j)]", arch, "bwd", 64, "window", True) for arch in ARCHES),
         *(("where(kind[b, j] == 2, 0.5 * s, s)", arch, "fwd", 72, "full", False) for arch in ARCHES),
@@ -94,7 +95,7 @@ def test_tensors(score, arch, direction, head_dim, mask, varlen):
     assert verdict.ok, verdict
 
 
-@pytest.mark.parametrize(("head_dim", "score"), [(72, "s + table[h, i - j]"), (96, ALIBI), (96, SOFTCAP)])
+@pytest.mark.parametrize(("head_dim", "score"), [(72, "s + table[h, i - j]"), (64, ALIBI), (96, ALIBI), (96, SOFTCAP)])
 def test_blocks_of_keys_in_turn(head_dim, score):
     """As large batches run them: each has keys, and the warpgroups a pace, of its own."""
     plan = make_plan(kernel("sm90", "bwd", head_dim, score=score))
@@ -261,7 +262,12 @@ FAULTS = [
     *(Fault("rows-too-low", name, "n / 2 % 2 * 8;", "n / 2 % 2 * 4;") for name in POSITIONS.values()),
     Fault("another-origin", POSITIONS["sm90"], "static_cast<float>(row - column);", "static_cast<float>(row);"),
     Fault("another-entry", kernel("sm90", score=ALIBI).name, "with_values(p, bidb, bidh,", "with_values(p, 0, bidh,"),
-    Fault("another-diagonal", kernel("sm90", "bwd", score=ALIBI).name, "float>(right - down)", "float>(right)"),
+    Fault(
+        "another-diagonal",
+        kernel("sm90", "bwd", mask="full", score=ALIBI).name,
+        "float>(right - down)",
+        "float>(right)",
+    ),
     Fault("one-term-for-two-keys", STARTING, "first_query - key - 8 * row)", "first_query - key)"),
     Fault("terms-left-out", STARTING, "/*adds=*/true", "/*adds=*/false"),
     Fault("terms-of-another-block", TURNS, f"k_state.stage{OF_STEP}", f"k_state.stage ^ 1{OF_STEP}"),
