@@ -11,12 +11,12 @@ import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.catalog import TunedRow, tuned_rows, users_tilings, written_tilings
 from fa2gen.errors import InfeasibleSpec, UnsupportedProblem
-from fa2gen.plan import KernelPlan, default_tiling, fits, make_plan
+from fa2gen.plan import KernelPlan, default_tiling, fits, is_apart, make_plan
 from fa2gen.spec import NO_EXPRESSION, KernelSpec, Problem, Tiling
 
 __all__ = [
@@ -136,7 +136,7 @@ def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> It
 
     What is written or tuned for the problem itself comes before what is for the one that it is tuned as.
     """
-    known = _known_as(problem)
+    known = _known_as(problem, arch)
     default = default_tiling(problem, arch, device.shared_memory_per_block)
     is_masked = problem.direction == "fwd" and problem.allow  # no other needs its plan here
     if is_masked and make_plan(KernelSpec(problem=problem, tiling=default)).knows_alike:
@@ -158,20 +158,22 @@ def choices(problem: Problem, device: Device, arch: ArchName, seqlen: int) -> It
     yield Choice("default", default, f"default tiling for {problem.head_dims_text} on {arch}")
 
 
-def _known_as(problem: Problem) -> tuple[Problem, ...]:
+def _known_as(problem: Problem, arch: ArchName) -> tuple[Problem, ...]:
     """The problem itself, and the one that it is tuned as."""
-    return tuple(dict.fromkeys((problem, _as_tuned(problem))))
+    return tuple(dict.fromkeys((problem, _as_tuned(problem, arch))))
 
 
 def _rows(problem: Problem, arch: ArchName) -> list[TunedRow]:
-    return [row for named in _known_as(problem) for row in tuned_rows().get((named, arch), ())]
+    return [row for named in _known_as(problem, arch) for row in tuned_rows().get((named, arch), ())]
 
 
-def _as_tuned(problem: Problem) -> Problem:
+def _as_tuned(problem: Problem, arch: ArchName) -> Problem:
     """The problem whose measured tilings serve this one: what keeps an order of additions, looks up lengths, adds to a
     row's sum at its end, stores it unrounded, is done to every score, or finds a block of keys elsewhere costs every
-    tiling alike."""
-    plain = {"deterministic": False, "varlen": False, "sink": False, "partial": False, **NO_EXPRESSION}
+    tiling alike, but for expressions that have tilings of their own."""
+    plain: dict[str, Any] = {"deterministic": False, "varlen": False, "sink": False, "partial": False}
+    if not is_apart(problem, arch):
+        plain |= NO_EXPRESSION
     if problem.direction != "decode":
         plain["paged"] = False
     return problem.model_copy(update=plain)
@@ -185,7 +187,7 @@ def served_by(row: TunedRow) -> Iterator[KernelSpec]:
     for varlen, sink, deterministic in itertools.product((False, True), (False, True), orders):
         problem = of.model_copy(update={"varlen": varlen, "sink": sink, "deterministic": deterministic})
         spec = KernelSpec(problem=problem, tiling=row.spec.tiling)
-        if problem != of and _as_tuned(problem) == of and fits(spec):
+        if problem != of and _as_tuned(problem, row.spec.tiling.arch) == of and fits(spec):
             yield spec
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NoReturn
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.expression import Code, Input, Program, TileBound, emit
 from fa2gen.expression.hoist import LEVELS
+from fa2gen.expression.tree import walk
 from fa2gen.features.attention import Operand
 from fa2gen.features.base import Feature, Param, Scratch
 from fa2gen.options import Expression, Options, Shape
@@ -38,6 +39,7 @@ __all__ = [
     "named_values",
     "refuse_dropout",
     "refuse_order",
+    "scatters",
     "score_code",
     "shapes_of",
     "tile_tables",
@@ -171,7 +173,7 @@ class ScoreCode:
     formulas in words: what it is, and its derivative.
     head     (type, name, value) of what is the same for all of a head and read from memory: made once, before any loop.
     finite   whether scores are finite wherever products of Q and K are.
-    looks_up whether tensors are read for each element.
+    looks_up the tensors that are read for each element.
     of_distance  whether positions, as floats, count by their difference alone.
     is_sum   whether a score is its product and what does not depend on it, so that its derivative by the product is 1.
     rise     of a function that gives what scores rise by from one query to the next, and fall by from one key to the
@@ -187,7 +189,7 @@ class ScoreCode:
     of_row: tuple[str, ...]
     head: tuple[tuple[str, str, str], ...]
     finite: bool
-    looks_up: bool
+    looks_up: tuple[Input, ...]
     of_distance: bool
     is_sum: bool
     rise: tuple[str, ...]
@@ -201,6 +203,14 @@ def is_capped(problem: Problem) -> bool:
     of_score = bool(problem.score) and not problem.allow and problem.dtype == "bf16"
     looks_up = any({*x.axes} - {"b", "h", "hk"} for x in problem.program.inputs if x.is_tensor)
     return of_score and not looks_up and math.isfinite(problem.program.bound)
+
+
+def scatters(problem: Problem) -> bool:
+    """Whether elements of a score look numbers up that lie apart: one for each pair of a query and a key, or those at a
+    place that another tensor says. What neighbours have by distance alone lies together."""
+    looked_up = score_code(problem.program, "fwd").looks_up if problem.score else ()
+    of_pairs = any({"i", "j"} <= {*x.axes} for x in looked_up)
+    return of_pairs or any(node.op == "tensor" for x in looked_up for places in x.indices for node in walk(*places))
 
 
 @functools.lru_cache(maxsize=256)  # plans of all tilings of a problem ask for the same
@@ -227,6 +237,7 @@ def score_code(
     cap = emit(program, "cap")
     rise = emit(program, "rise", causal=causal)
     head = _head(slope or parts)
+    of_element = _words(*score.levels["element"], score.results["score"])
     of_tensors = (f"by_{n}" for n, found in enumerate(program.gradients(learned)) if not found.of_s)
     return ScoreCode(
         formulas=_comment(program, "score", "d score / d s"),
@@ -236,7 +247,7 @@ def score_code(
         of_row=_function(parts, "of_row", head=head) if has_row else (),
         head=head,
         finite=score.is_finite,
-        looks_up="load_" in " ".join([*score.levels["element"], score.results["score"]]),
+        looks_up=tuple(x for x in program.inputs if f"load_{x.token}" in of_element),
         of_distance=_is_of_distance(slope) if slope else of_distance,
         is_sum=slope is not None and slope.is_one,
         rise=_function(rise, "rise") if rise.results else (),

@@ -7,7 +7,16 @@ all fields of the plan. One module for each (arch, direction), as there is one s
 from __future__ import annotations
 
 from fa2gen.plan.base import KernelPlan, TensorMapPlan
-from fa2gen.plan.defaults import default_tiling, tiling_for_rows
+from fa2gen.plan.defaults import default_tiling, is_apart, tiling_for_rows
 from fa2gen.plan.feasible import feasible_tilings, fits, make_plan
 
-__all__ = ["KernelPlan", "TensorMapPlan", "default_tiling", "feasible_tilings", "fits", "make_plan", "tiling_for_rows"]
+__all__ = [
+    "KernelPlan",
+    "TensorMapPlan",
+    "default_tiling",
+    "feasible_tilings",
+    "fits",
+    "is_apart",
+    "make_plan",
+    "tiling_for_rows",
+]

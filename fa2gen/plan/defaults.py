@@ -13,13 +13,13 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InfeasibleSpec
 from fa2gen.features import features_of
-from fa2gen.features.expression import score_code
+from fa2gen.features.expression import scatters, score_code
 from fa2gen.layout import align_up
 from fa2gen.plan.base import bytes_text
 from fa2gen.plan.feasible import plan_of
 from fa2gen.spec import SAME, Direction, KernelSpec, Problem, Tiling
 
-__all__ = ["default_tiling", "tiling_for_rows"]
+__all__ = ["default_tiling", "is_apart", "tiling_for_rows"]
 
 Span = Literal[128, 64, 32]
 Shape = tuple[int, int, int, int]  # tile_m, tile_n, num_stages, num_mma_warps
@@ -40,6 +40,8 @@ class _Row:
     tensors     whether they are for expressions of tensors; None: for all.
     tables      whether they are for masks of tensors that tiles are passed by for; None: for all.
     distance    whether they are only for scores that positions change by their distance alone.
+    scattered   whether they are only for scores that look up numbers that lie apart (`scatters`).
+    apart       whether their problems take no tiling that was tuned for plain kernels.
     head_dims   the only pair of Q's and V's that they are for; None: for all.
     eight_bits  whether they are for caches of 8-bit numbers.
     dropout     whether they are for dropout without an expression; None: for all.
@@ -55,6 +57,8 @@ class _Row:
     tensors: bool | None = None
     tables: bool | None = None
     distance: bool = False
+    scattered: bool = False
+    apart: bool = False
     head_dims: tuple[int, int] | None = None
     lagging: tuple[Shape, ...] = ()
     abreast: tuple[Shape, ...] = ()
@@ -92,6 +96,7 @@ class _Family:
                 not row.distance
                 or (problem.program.score_tree is not None and score_code(problem.program, "fwd").of_distance)
             )
+            and (not row.scattered or scatters(problem))
             and row.head_dims in (None, problem.head_dims)
             and row.eight_bits == (problem.cache_dtype != SAME)
             and row.dropout in (None, problem.dropout and not problem.has_expression)
@@ -137,6 +142,7 @@ _LAGGING: tuple[Shape, ...] = ((128, 128, 2, 8), (64, 128, 2, 8))
 _WIDE_LAGGING: tuple[Shape, ...] = ((128, 128, 2, 8), (80, 128, 2, 8), (64, 128, 2, 8))
 _PASSING = ((64, 96, 2, 8), (64, 80, 2, 8))  # of gradients: as many keys as the registers hold
 
+_OF_DOCUMENTS = (*((192, 64, stages, 12) for stages in (3, 2)), (128, 112, 2, 8), (128, 64, 2, 8))
 _BY_128_KEYS = ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4))
 _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     ("sm80", "decode"): _DECODING,
@@ -220,10 +226,24 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
         (
             # 1.01 times 80 keys, which fit, at 8k (784 full and 737 causal); 1.04 times (128, 128, 2, 8) (H100).
             _Row(192, ((192, 64, 2, 12), (128, 64, 2, 8), (128, 48, 2, 8)), head_dims=(192, 128), left_edge=False),
+            # Scattered numbers, of each element, take registers: tilings that spill none, but for a bias within a cap
+            # from 80 to 96 (times those of plain kernels, causal and full, 2k and 8k, H100: a dense bias at 64 1.26,
+            # 1.37, 1.22, 1.22, 128 0.95, 1.26, 1.19, 1.21, T5's buckets 1.00, 1.02, 0.98, 1.01; 1.03, 1.09, 0.97, 1).
+            _Row(96, tuple((192, 64, stages, 12) for stages in (4, 3, 2)), scattered=True, apart=True),
+            _Row(112, ((128, 80, 3, 8), *((128, keys, 2, 8) for keys in (80, 64, 48, 32))), scattered=True, apart=True),
+            _Row(
+                128,
+                ((128, 96, 3, 8), *((128, keys, 2, 8) for keys in (96, 80, 64, 48, 32))),
+                scattered=True,
+                apart=True,
+            ),
             # Documents: the blocks at their edges need a mask, so that short ones waste less (d = 128, 8k: 0.76 of a
-            # ragged batch's speed with 64 keys, 0.70 with 80; images the same; H100).
+            # ragged batch's speed with 64 keys, 0.70 with 80; images the same; at 96 1.07 and 1.12 times the tiling of
+            # plain kernels, at 64 and 72 that is the faster; H100).
             _Row(64, ((192, 96, 4, 12), (192, 80, 4, 12), (192, 64, 4, 12)), tables=True),
-            _Row(128, (*((192, 64, stages, 12) for stages in (3, 2)), (128, 112, 2, 8), (128, 64, 2, 8)), tables=True),
+            _Row(72, _OF_DOCUMENTS, tables=True),
+            _Row(96, ((192, 64, 4, 12), *_OF_DOCUMENTS), tables=True, apart=True),
+            _Row(128, _OF_DOCUMENTS, tables=True),
             _Row(160, tuple((128, keys, 2, 8) for keys in (112, 96, 80, 64)), tables=True),
             # One warpgroup: a bias in a window, whose keys are passed by.
             _Row(256, (*((128, keys, 2, 8) for keys in (64, 48, 32)), (64, 48, 2, 4)), tables=True),
@@ -295,6 +315,11 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
 }
 
 
+def is_apart(problem: Problem, arch: ArchName) -> bool:
+    """Whether a problem takes no tiling that was tuned for plain kernels, as they have not the registers for it."""
+    return _FAMILIES[arch, problem.direction].row(problem, ARCHES[arch].shared_memory_per_block).apart
+
+
 def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | None = None) -> Tiling:
     """The best tiling known for a problem without measuring.
 
@@ -307,13 +332,16 @@ def default_tiling(problem: Problem, arch: ArchName, shared_memory_limit: int | 
     family = _FAMILIES[arch, problem.direction]
     row = family.row(problem, limit)
     # Masks have lag: documents at 8k 0.908 of a ragged batch, 0.875 without, at 2k 0.96, 0.97, images of plain 0.878,
-    # 0.874 and 0.838, 0.83 (d = 128; documents in 8k at 96 1.025 times; H100). Beside a score that was not measured.
-    # Of scores a cap 0.88 of plain with lag, 0.83 without (d = 128, 8k, H200), ALiBi 0.91, 0.90, at 2k 0.955, 0.943
-    # (H100); those that look tensors up at positions were not measured, and a head's cap that learns spills with it.
+    # 0.874 and 0.838, 0.83 (d = 128; documents in 8k at 72 to 112 1.01 to 1.03 times, 2k 0.99; H100). Beside a score
+    # that was not measured. Of scores a cap 0.88 of plain with lag, 0.83 without (d = 128, 8k, H200), ALiBi 1.01 to
+    # 1.10 times, 2k and 8k (H100); those that look tensors up at positions were not measured, and a head's cap that
+    # learns spills with it.
     program = problem.program
     of_positions = any({*x.axes} - {"b", "h", "hk"} for x in program.inputs if x.is_tensor)
     looks_up = problem.learned or (program.score_tree is not None and (problem.allow or of_positions))
     lagging = () if looks_up and problem.head_dim > 64 else row.lagging
+    if problem.allow and problem.head_dim <= 64 and (problem.varlen or problem.mask == "window"):
+        lagging = ()  # documents, 2k, 8k: 0.97, 0.99 in a window, 0.97, 1.00 ragged, grouped 1.03, 1.025 (H100)
     ways: tuple[tuple[tuple[Shape, ...], dict[str, Any]], ...] = (
         (row.abreast if problem.varlen else (), {"heads_abreast": 1}),
         (lagging, {"lag": 1}),

@@ -117,7 +117,7 @@ def kernels() -> dict[str, bool]:
     ]
     features += [
         with_groups(make_plan(default("sm90", head_dim, "causal", "bwd", score=score)), 1, in_turn=True).spec
-        for head_dim, score in ((72, "cap * tanh(s / cap)"), (96, "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)"))
+        for head_dim, score in ((96, "cap * tanh(s / cap)"), (64, "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)"))
     ]
     features += [
         default(arch, head_dim, mask, "bwd", dropout=True, **more)
@@ -134,6 +134,8 @@ def kernels() -> dict[str, bool]:
         for mask, head_dims, expression in (
             ("causal", (64, 256), {"score": "cap * tanh(s / cap)"}),
             ("causal", (64, 128, 256), {"score": "s - slope[b, h] * abs(i + seqlen_k - seqlen_q - j)"}),
+            ("causal", (64, 72), {"score": "cap * tanh((s + bias[b, h, i, j]) / cap)"}),
+            ("causal", (64, 128), {"score": "s + bias[h, bucket[j - i + seqlen_q - 1]]"}),
             ("full", (64, 256), {"allow": "j <= i and (i - j < window or j < sinks)"}),
             ("causal", (64, 128), {"allow": "document[b, i] == document[b, j]"}),  # numbers of a block's keys
         )
