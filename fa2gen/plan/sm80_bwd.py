@@ -61,6 +61,11 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         return self.num_mma_warps * self.keys_per_warp // self.tile_n
 
     @property
+    def has_peers(self) -> bool:
+        """Whether warps read each other's P and dS for dV and dK; else P stays in registers."""
+        return self.num_peers > 1
+
+    @property
     def queries_per_warp(self) -> int:
         return self.tile_m // self.num_peers
 
@@ -147,6 +152,7 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
         more = wide and (self.has_score or (self.varlen and not self.tiling.heads_abreast))
         more = more or (head_dim <= 64 and bool(self.tile_tables))  # documents with 128 x 128 spill 8 bytes
         more = more or (self._has_wide_ring and self.mask == "full" and not self._ends_plainly)  # 256 spills 16 to 36
+        more = more or (self.partial and not self.has_peers)  # in parts, at 64, where these end 272 bytes spill
         if self.learned and self.score.looks_up and 64 < head_dim <= 80:  # a bias at 72, 64 x 128, spills 16, ragged 36
             return REGISTERS_BESIDE_TILES + REGISTERS_OF_LEARNING
         return REGISTERS_BESIDE_TILES + (REGISTERS_OF_LENGTHS if more else 0)
@@ -154,13 +160,13 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     @property
     def multiplies_dp_early(self) -> bool:
         """Whether dP comes before P, whose exponentials are then made under it: where that gains, and P and dP beside
-        each other spill nothing. Full masks at head dim 128 1.011; at 256 1.00, but two stages spill 16 bytes without
-        (H100)."""
+        each other spill nothing. Full masks at head dim 128 1.011, at 64 without peers 1.014; at 256 1.00, but two
+        stages spill 16 bytes without (H100)."""
         widths = {self.head_dim, self.head_dim_v}
         special = self.has_score or self.has_allow or self.dropout or self.varlen or self.splits_groups
         if special or self.mask != "full" or not self._ends_plainly:
             return False
-        return widths == {128} or (widths == {256} and self._has_wide_ring)
+        return widths == {128} or (widths == {256} and self._has_wide_ring) or (widths == {64} and not self.has_peers)
 
     @property
     def _has_wide_ring(self) -> bool:
@@ -184,13 +190,19 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
             return True
         if 96 < self.head_dim <= 112:
             return self.varlen or (self.left_edge and self.deterministic)
-        return self.mask == "full" and 112 < self.head_dim <= 128
+        return self.mask == "full" and 112 < self.head_dim <= 128 and not self.finds_ds_late
 
     @property
     def finds_rows_late(self) -> bool:
         """Whether a thread adds up where its rows of Q are before each dK: in ragged windows at head dims 65 to 80 that
         would spill 8 bytes for sm_90, and its columns of K, found late, 8 for sm_80."""
         return self.varlen and self.left_edge and 64 < self.head_dim <= 80
+
+    @property
+    def finds_ds_late(self) -> bool:
+        """Whether a thread computes where its rows of dS are before each dQ: with statistics kept once 32 bytes would
+        else spill at head dim 128 for sm_90, 40 for sm_80; with columns of K found late instead 0 and 52."""
+        return self.keeps_statistics_once and self.has_peers
 
     @property
     def sum_threads(self) -> int:
@@ -209,22 +221,43 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
     @cached_property
     def memory(self) -> SharedMemory:
         """dK and dV take the places of K and V; a stage is one block of queries."""
-        statistics = FLOAT_BYTES * self.tile_m
+        size = FLOAT_BYTES * self.tile_m
+        statistics = (Region("lse", size, label="LSE"), Region("dpsum", size, label="dPsum"))
+        once = statistics if self.keeps_statistics_once else ()
         stage = (
             Region("q", self.q_tile.bytes, label="Q"),
             Region("dout", self.o_tile.bytes, label="dO"),
-            Region("lse", statistics, label="LSE"),
-            Region("dpsum", statistics, label="dPsum"),
+            *(() if once else statistics),
         )
         return SharedMemory(
             (
                 Region("k", self.k_tile.bytes, label="K"),
                 Region("v", self.v_tile.bytes, label="V"),
-                Region("p", self.p_tile.bytes, label="P"),
+                *((Region("p", self.p_tile.bytes, label="P"),) if self.has_peers else ()),
                 Region("ds", self.p_tile.bytes, label="dS"),
                 Stages(self.num_stages, stage),
+                *once,
             )
         )
+
+    @property
+    def keeps_statistics_once(self) -> bool:
+        """Whether LSE and dPsum have one stage beside two of Q and dO, so that no register says where they are: without
+        peers 1.02 to 1.03 at head dim 64, where else 24 to 44 bytes spill for sm_80; with dP before P at 128 1.037
+        (H100). At 256, and under causal masks at 128, it is 0.94 to 0.99."""
+        if self.num_stages == 1 or self.has_allow:  # whose next block may be none
+            return False
+        return not self.has_peers or (self.multiplies_dp_early and self.head_dim == 128)
+
+    @property
+    def lse_at(self) -> str:
+        """C++ of the address of a block's LSE."""
+        return "smem + kSmemLse" if self.keeps_statistics_once else "stage + kStageLse"
+
+    @property
+    def dpsum_at(self) -> str:
+        """C++ of the address of a block's dPsum."""
+        return "smem + kSmemDpsum" if self.keeps_statistics_once else "stage + kStageDpsum"
 
     @property
     def most_shared_memory(self) -> int:
@@ -233,7 +266,8 @@ class Sm80BwdPlan(Sm80Plan, BackwardPlan):
 
     @property
     def stage_bytes(self) -> int:
-        return self.q_tile.bytes + self.o_tile.bytes + 2 * FLOAT_BYTES * self.tile_m
+        statistics = 0 if self.keeps_statistics_once else 2 * FLOAT_BYTES * self.tile_m
+        return self.q_tile.bytes + self.o_tile.bytes + statistics
 
     # The dQ accumulator in global memory: for each block of queries one run for each warp, of its registers in the
     # order [register][lane], so that every addition of a warp is one line.

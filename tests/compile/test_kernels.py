@@ -565,7 +565,8 @@ def test_a_ragged_batch_has_the_loops_of_a_dense_one(tmp_path):
                 *(Problem(head_dim=head_dim) for head_dim in (64, 128, 256)),
                 *(Problem(head_dim=head_dim, mask="causal") for head_dim in (104, 128, 256)),
                 Problem(head_dim=128, mask="causal", varlen=True),
-                *(Problem(direction="bwd", head_dim=256, mask=mask) for mask in ("full", "causal")),
+                *(Problem(direction="bwd", head_dim=d, mask=mask) for d in (64, 256) for mask in ("full", "causal")),
+                *(Problem(direction="bwd", head_dim=d, mask=mask) for d, mask in ((32, "full"), (48, "causal"))),
                 Problem(direction="bwd", head_dim=256, mask="causal", deterministic=True),
             )
         ),

@@ -58,6 +58,8 @@ SM80_TILINGS = (
     "fa2_bwd_sm80_fp16_d8_m128_n32_s2_w8_z32",
     "fa2_bwd_sm80_bf16_d200_m32_n64_s1_w8_z64",
     "fa2_bwd_sm80_bf16_d248_causal_m32_n32_s1_w4",
+    "fa2_bwd_sm80_bf16_d64_m32_n128_s2_w4",
+    "fa2_bwd_sm80_fp16_d128_m64_n128_s2_w8",
 )
 ALL_TILINGS = (*TILINGS, *SM80_TILINGS)
 

@@ -10,6 +10,8 @@ from tests.cpu.test_backward import run
 DOUBLE = "fa2_bwd_sm80_bf16_d64_causal_m64_n64_s2_w4"  # two peers
 SINGLE = "fa2_bwd_sm80_bf16_d72_causal_m64_n64_s1_w8_z64"  # four peers that share columns unevenly
 
+ALONE = "fa2_bwd_sm80_bf16_d64_causal_m32_n128_s2_w4"  # warps without peers, and one stage of row statistics
+
 # Ragged, GQA, several blocks each way; then two batches, and rows that see no key.
 SHAPES = ((1, 110, 150, 4, 2), (2, 150, 60, 2, 1))
 
@@ -40,6 +42,21 @@ FAULTS = (
         "            gemm_dkv_peers",
         8,
     ),
+    Fault(
+        "ds-not-published",
+        ALONE,
+        "            sync_block();\n            pipeline.release",
+        "            pipeline.release",
+        8,
+    ),
+    Fault(
+        "statistics-loaded-too-early",
+        ALONE,
+        "            sync_block();\n            pipeline.release(p, s, blocks, walk);\n",
+        "            pipeline.release(p, s, blocks, walk);\n            sync_block();\n",
+        8,
+    ),
+    Fault("statistics-of-the-first-block", ALONE, "            loads.load_statistics(p, next);\n", ""),
     Fault("dk-put-over-k-in-use", SINGLE, "    sync_block();\n    finish(p,", "    finish(p,", 8),
     Fault(
         "rows-stored-before-they-are-there",

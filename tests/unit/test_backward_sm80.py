@@ -57,17 +57,20 @@ def test_shared_memory(name):
     parts = [
         (plan.memory.offsets["k"], plan.k_tile.bytes),
         (plan.memory.offsets["v"], plan.v_tile.bytes),
-        (plan.memory.offsets["p"], plan.p_tile.bytes),
+        *([(plan.memory.offsets["p"], plan.p_tile.bytes)] if plan.has_peers else []),
         (plan.memory.offsets["ds"], plan.p_tile.bytes),
     ]
+    statistics = ("lse", "dpsum")
     for stage in range(plan.num_stages):
         first = plan.memory.offsets["stages"] + stage * plan.stage_bytes
         parts += [
             (first, plan.q_tile.bytes),
             (first + plan.memory.in_stage["dout"], plan.o_tile.bytes),
-            (first + plan.memory.in_stage["lse"], 4 * plan.tile_m),
-            (first + plan.memory.in_stage["dpsum"], 4 * plan.tile_m),
         ]
+        if not plan.keeps_statistics_once:
+            parts += [(first + plan.memory.in_stage[name], 4 * plan.tile_m) for name in statistics]
+    if plan.keeps_statistics_once:
+        parts += [(plan.memory.offsets[name], 4 * plan.tile_m) for name in statistics]
     end = 0
     for begin, size in parts:
         assert begin == end and begin % 128 == 0, "bits 4 to 6 of a base would change a swizzle"

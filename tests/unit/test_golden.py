@@ -33,6 +33,7 @@ ALIBI = Problem(
 BIAS = Problem(direction="bwd", head_dim=128, score="s + bias[b, h, i, j]", learned="bias").words[-1]
 NAMES = (
     "fa2_bwd_sm80_bf16_d128_causal_m64_n128_s2_w8",
+    "fa2_bwd_sm80_bf16_d64_m32_n128_s2_w4",
     "fa2_bwd_sm80_bf16_d64_causal_sink_drop_m128_n128_s2_w8",
     "fa2_bwd_sm80_fp16_d256_det_m64_n64_s1_w8",
     "fa2_bwd_sm90_bf16_d64_causal_drop_m128_n128_s2_w8_l1",
