@@ -39,7 +39,7 @@ __all__ = [
     "named_values",
     "refuse_dropout",
     "refuse_order",
-    "scatters",
+    "scattered",
     "score_code",
     "shapes_of",
     "tile_tables",
@@ -205,12 +205,14 @@ def is_capped(problem: Problem) -> bool:
     return of_score and not looks_up and math.isfinite(problem.program.bound)
 
 
-def scatters(problem: Problem) -> bool:
-    """Whether elements of a score look numbers up that lie apart: one for each pair of a query and a key, or those at a
-    place that another tensor says. What neighbours have by distance alone lies together."""
+def scattered(problem: Problem) -> Literal["pairs", "places", ""]:
+    """Which numbers elements of a score look up that lie apart: one for each pair of a query and a key, or else those
+    at a place that another tensor says. What neighbours have by distance alone lies together: ""."""
     looked_up = score_code(problem.program, "fwd").looks_up if problem.score else ()
-    of_pairs = any({"i", "j"} <= {*x.axes} for x in looked_up)
-    return of_pairs or any(node.op == "tensor" for x in looked_up for places in x.indices for node in walk(*places))
+    if any({"i", "j"} <= {*x.axes} for x in looked_up):
+        return "pairs"
+    of_places = any(node.op == "tensor" for x in looked_up for places in x.indices for node in walk(*places))
+    return "places" if of_places else ""
 
 
 @functools.lru_cache(maxsize=256)  # plans of all tilings of a problem ask for the same

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fa2gen.arch import ARCHES, ArchName
 from fa2gen.errors import InfeasibleSpec
 from fa2gen.features import features_of
-from fa2gen.features.expression import scatters, score_code
+from fa2gen.features.expression import scattered, score_code
 from fa2gen.layout import align_up
 from fa2gen.plan.base import bytes_text
 from fa2gen.plan.feasible import plan_of
@@ -30,6 +30,7 @@ class _Row:
     """Tilings for some problems, in order of preference.
 
     head_dim    the largest that they are for, of Q and K or of V and O.
+    from_head_dim  the least, of the larger of the two.
     from_bytes  least shared memory of a block on the device that they are for.
     uneven      whether they are for masks whose blocks hold different amounts of work; None: for all.
     left_edge   whether they are for masks that hide keys before those that a query sees; None: for all.
@@ -40,7 +41,7 @@ class _Row:
     tensors     whether they are for expressions of tensors; None: for all.
     tables      whether they are for masks of tensors that tiles are passed by for; None: for all.
     distance    whether they are only for scores that positions change by their distance alone.
-    scattered   whether they are only for scores that look up numbers that lie apart (`scatters`).
+    scattered   the only scores that they are for, by the numbers that these look up (`scattered`); "": for all.
     apart       whether their problems take no tiling that was tuned for plain kernels.
     head_dims   the only pair of Q's and V's that they are for; None: for all.
     eight_bits  whether they are for caches of 8-bit numbers.
@@ -50,6 +51,7 @@ class _Row:
 
     head_dim: int
     shapes: tuple[Shape, ...]
+    from_head_dim: int = 0
     from_bytes: int = 0
     uneven: bool | None = None
     left_edge: bool | None = None
@@ -58,7 +60,7 @@ class _Row:
     tensors: bool | None = None
     tables: bool | None = None
     distance: bool = False
-    scattered: bool = False
+    scattered: Literal["pairs", "places", ""] = ""
     apart: bool = False
     head_dims: tuple[int, int] | None = None
     lagging: tuple[Shape, ...] = ()
@@ -86,7 +88,7 @@ class _Family:
         return next(
             row
             for row in self.rows
-            if max(problem.head_dims) <= row.head_dim
+            if row.from_head_dim <= max(problem.head_dims) <= row.head_dim
             and shared_memory_limit >= row.from_bytes
             and row.uneven in (None, uneven)
             and row.left_edge in (None, left_edge)
@@ -98,7 +100,7 @@ class _Family:
                 not row.distance
                 or (problem.program.score_tree is not None and score_code(problem.program, "fwd").of_distance)
             )
-            and (not row.scattered or scatters(problem))
+            and row.scattered in ("", scattered(problem))
             and row.head_dims in (None, problem.head_dims)
             and row.eight_bits == (problem.cache_dtype != SAME)
             and row.dropout in (None, problem.dropout and not problem.has_expression)
@@ -145,6 +147,9 @@ _LAGGING: tuple[Shape, ...] = ((128, 128, 2, 8), (64, 128, 2, 8))
 _WIDE_LAGGING: tuple[Shape, ...] = ((128, 128, 2, 8), (80, 128, 2, 8), (64, 128, 2, 8))
 _PASSING = ((64, 96, 2, 8), (64, 80, 2, 8))  # of gradients: as many keys as the registers hold
 
+_THREE_BY_64 = tuple((192, 64, stages, 12) for stages in (4, 3, 2))  # warpgroups, by keys
+_TWO_BY_80 = ((128, 80, 3, 8), *((128, keys, 2, 8) for keys in (80, 64, 48, 32)))
+_TWO_BY_96 = ((128, 96, 3, 8), (128, 96, 2, 8), *_TWO_BY_80[1:])
 _OF_DOCUMENTS = (*((192, 64, stages, 12) for stages in (3, 2)), (128, 112, 2, 8), (128, 64, 2, 8))
 _BY_128_KEYS = ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4))
 _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
@@ -246,16 +251,15 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             # 1.01 times 80 keys, which fit, at 8k (784 full and 737 causal); 1.04 times (128, 128, 2, 8) (H100).
             _Row(192, ((192, 64, 2, 12), (128, 64, 2, 8), (128, 48, 2, 8)), head_dims=(192, 128), left_edge=False),
             # Scattered numbers, of each element, take registers: tilings that spill none, but for a bias within a cap
-            # from 80 to 96 (times those of plain kernels, causal and full, 2k and 8k, H100: a dense bias at 64 1.26,
-            # 1.37, 1.22, 1.22, 128 0.95, 1.26, 1.19, 1.21, T5's buckets 1.00, 1.02, 0.98, 1.01; 1.03, 1.09, 0.97, 1).
-            _Row(96, tuple((192, 64, stages, 12) for stages in (4, 3, 2)), scattered=True, apart=True),
-            _Row(112, ((128, 80, 3, 8), *((128, keys, 2, 8) for keys in (80, 64, 48, 32))), scattered=True, apart=True),
-            _Row(
-                128,
-                ((128, 96, 3, 8), *((128, keys, 2, 8) for keys in (96, 80, 64, 48, 32))),
-                scattered=True,
-                apart=True,
-            ),
+            # from 80 to 96 (times those of plain kernels, 2k and 8k, H100: a dense bias at 64 causal 1.25, 1.38, full
+            # 1.22, 1.23, 128 0.95, 1.27, 1.19, 1.20; T5's buckets, causal, 64 1.00, 1.02, 96 1.04, 1.02, 128 1.03,
+            # 1.12, but full 0.98, 1.01 and 0.97, 1.00, causal at 40 0.95, 0.98; both at 104 0.97 to 1.00).
+            _Row(96, _THREE_BY_64, scattered="pairs", apart=True),
+            _Row(96, _THREE_BY_64, from_head_dim=64, uneven=True, scattered="places", apart=True),
+            _Row(112, _TWO_BY_80, from_head_dim=112, scattered="pairs", apart=True),
+            _Row(112, _TWO_BY_80, from_head_dim=112, uneven=True, scattered="places", apart=True),
+            _Row(128, _TWO_BY_96, from_head_dim=112, scattered="pairs", apart=True),
+            _Row(128, _TWO_BY_96, from_head_dim=112, uneven=True, scattered="places", apart=True),
             # Documents: the blocks at their edges need a mask, so that short ones waste less (d = 128, 8k: 0.76 of a
             # ragged batch's speed with 64 keys, 0.70 with 80; images the same; at 96 1.07 and 1.12 times the tiling of
             # plain kernels, at 64 and 72 that is the faster; H100).

@@ -10,7 +10,7 @@ from fa2gen import catalog
 from fa2gen.catalog import TunedRow
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.explain import KNOWN_DEVICES
-from fa2gen.plan import make_plan
+from fa2gen.plan import is_apart, make_plan
 from fa2gen.select import Device, choices, default_tiling, forget, select, seqlen_bounds, served_by
 from fa2gen.spec import KernelSpec, Problem, Tiling
 from fa2gen.testing import problems
@@ -219,5 +219,10 @@ def test_scores_that_look_up_scattered_numbers_have_tilings_of_their_own(rows):
 
     for score in ("cap * tanh(s / cap)", "s - slope[h] * (i - j)", "s + bias[b, j]", "s + r[h, abs(i - j)]"):
         assert is_tuned(score), score
+    full = plain.model_copy(update={"mask": "full", "score": "s + bias[h, bucket[i - j]]"})
+    assert [is_apart(problem, "sm90") for problem in (full, full.model_copy(update={"mask": "causal"}))] == [
+        False,
+        True,
+    ]
     for score in ("s + bias[b, h, i, j]", "s + bias[h, bucket[i - j]]", "s + bias[h, place[i, j]]"):
         assert not is_tuned(score), score
