@@ -138,6 +138,7 @@ def make(
         rows = tuple((first, end, 0, end_k - first_k) for first, end, first_k, end_k in rows)
         least = 1 if spec.tiling.arch == "sm80" else 128 // spec.tiling.swizzle_bytes
         sizes, cached = paged_tensors(problem, shape, [row[3] for row in rows], least, dtype, seed, device)
+        sizes = sizes._replace(key_parts=1 + 2 * spec.tiling.split_keys)
         del tensors["cu_seqlens_k"], tensors["seqused_k"]
         tensors |= cached
     place = device if large else "cpu"

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 from fa2gen.arch import ArchName
 from fa2gen.errors import InvalidInput
 from fa2gen.features import MASKS
-from fa2gen.layout import CHUNK_BYTES, ELEMENT_BYTES, ceil_div
-from fa2gen.options import AnyShape, CacheShape, Options, Shape
+from fa2gen.layout import CHUNK_BYTES, ELEMENT_BYTES, NUMBER_BYTES, ceil_div
+from fa2gen.options import MAX_KEY_PARTS, AnyShape, CacheShape, Options, Shape
 from fa2gen.plan import KernelPlan, fits, make_plan, recipe
 from fa2gen.spec import KernelSpec
 
@@ -55,16 +55,18 @@ PACKED_GROUPS = (1, 2, 4, 8, 16)  # 16 rows of a warp are whole queries of so ma
 # many 1.00 to 1.03 (pages of 16, H100).
 PACKED_ROUNDS = 0.95
 PREFILL_ROWS = 128  # of a tile, the least by which prefill is counted
-DECODING_ROWS = 32  # that kernels of decoding have at once
-# Kernels of prefill are the quicker ones on SM90 from so many rows of an item (a sequence's queries and the heads that
-# share K and V), and 40, times items, times head dim, and 24, on, a multiprocessor and round of prefill's tiles; and of
-# more rows than decoding reads keys for at once. Microseconds of decoding, of prefill, 8k keys, sequences x queries,
-# H100: 32 heads of 128 over 8, 1 x 64 54 and 76, 1 x 96 90 and 76, 2 x 32 65 and 78, 2 x 64 90 and 79, 4 x 16 83 and
-# 84, 4 x 32 104 and 84, 8 x 12 140 and 119; heads of 64, 4 x 32 58 and 67, 4 x 48 77 and 67, 8 x 16 78 and 73; 16 heads
-# of 256 over 4, 1 x 64 82 and 104, 1 x 128 125 and 103, 4 x 16 95 and 110, 4 x 32 147 and 110; of 128 over 32k keys, 2
-# x 48 245 and 267, but 290 by prefill as they are in a ragged batch, where laying out is to be paid. By SM80 kernels
-# rows times items alone count: of head dim 128, 64 rows of 128 items took 215 and 913, 256 rows 812 and 943, 2048 rows
-# of 16 items 830 and 464 (H200).
+# That kernels of decoding have at once. Of more, kernels of prefill with keys in parts are the quicker ones.
+# Microseconds of decoding, of prefill, 8k keys, sequences x queries, 32 heads of 128 over 8, H100: 1 x 8 30 and 28, 4 x
+# 8 65 and 65, 16 x 8 193 and 193, 1 x 16 33 and 27, 4 x 16 77 and 66, 1 x 64 55 and 36, 2 x 64 92 and 51.
+DECODING_ROWS = 32
+# Where keys are not in parts, kernels of prefill are the quicker ones on SM90 from so many rows of an item (a
+# sequence's queries and the heads that share K and V), and 40, times items, times head dim, and 24, on, a
+# multiprocessor and round of prefill's tiles; and of more rows than decoding reads keys for at once. Microseconds of
+# decoding, of prefill, 8k keys, sequences x queries, H100: 32 heads of 128 over 8, 1 x 64 54 and 76, 1 x 96 90 and 76,
+# 2 x 32 65 and 78, 2 x 64 90 and 79, 4 x 16 83 and 84, 4 x 32 104 and 84, 8 x 12 140 and 119; heads of 64, 4 x 32 58
+# and 67, 4 x 48 77 and 67, 8 x 16 78 and 73; 16 heads of 256 over 4, 1 x 64 82 and 104, 1 x 128 125 and 103, 4 x 16 95
+# and 110, 4 x 32 147 and 110. By SM80 kernels rows times items alone count: of head dim 128, 64 rows of 128 items took
+# 215 and 913, 256 rows 812 and 943, 2048 rows of 16 items 830 and 464 (H200).
 PREFILL_PAYS, SM80_PREFILL_PAYS = 4350, 72
 # Keys of a sequence times rounds of prefill's tiles, from which few sequences' queries are worth laying out anew for
 # decoding, how many multiprocessors a head of K and V must have in each round, and what PREFILL_PAYS is for them.
@@ -328,10 +330,10 @@ class _Tile(NamedTuple):
     num_stages: int
     microseconds: tuple[float, ...]
 
-    def spec(self, plan: KernelPlan, packs_heads: bool) -> KernelSpec:
+    def spec(self, plan: KernelPlan, packs_heads: bool, splits_keys: bool = False) -> KernelSpec:
         """Of a plan's problem."""
         changes = {"tile_m": self.tile_m, "tile_n": self.tile_n, "num_stages": self.num_stages}
-        changes |= {"num_mma_warps": self.tile_m // 16, "pack_heads": int(packs_heads)}
+        changes |= {"num_mma_warps": self.tile_m // 16, "pack_heads": int(packs_heads), "split_keys": int(splits_keys)}
         return KernelSpec(problem=plan.problem, tiling=plan.tiling.model_copy(update=changes))
 
 
@@ -339,6 +341,9 @@ FEW_QUERIES = 128  # of a sequence, at most
 # Microseconds in which 8k keys and values of one head of 128 come from memory, and what that is multiplied with for a
 # tile that would not be in step with another that reads the same ones, as they have not as many rows.
 KEYS_IN_MEMORY, OUT_OF_STEP = 1.7, 1.3
+# Microseconds that parts of keys take beside what their products do: each, and all to be put together, of which so many
+# bytes are written and read in one; the least keys of a part, and how many each query has where queries are many.
+PART, MERGE, MERGED_BYTES, KEYS_OF_A_PART, KEYS_OF_A_QUERY = 2, 4, 2.5e6, 256, 4
 # By head dim, as timed on an H100: microseconds of the tiles for many queries, and others.
 TILES_OF_FEW: dict[int, tuple[tuple[float, ...], tuple[_Tile, ...]]] = {
     64: ((64, 90, 103, 115), (_Tile(64, 128, 4, (62,)), _Tile(128, 160, 2, (80, 87)))),
@@ -348,39 +353,69 @@ TILES_OF_FEW: dict[int, tuple[tuple[float, ...], tuple[_Tile, ...]]] = {
 }
 
 
-def for_few_queries(plan: KernelPlan, shape: CacheShape, num_sms: int) -> KernelPlan:
-    """`with_packed_heads` of sequences that all have as many queries; of few, with the tile that is done soonest: one
-    of 192 rows has idle warpgroups, or a second of its kind has, which then are not in step, and both read the keys
-    from memory (8 sequences of 64 queries over 8k, 32 heads of 128 over 8, 175 us, with tiles of 128 rows 132)."""
+def for_few_queries(
+    plan: KernelPlan, shape: CacheShape, num_sms: int, keys: int | None = None
+) -> tuple[KernelPlan, CacheShape]:
+    """`with_packed_heads` of sequences that all have as many queries, and the shape that it is launched with; of few
+    queries, with the tile that is done soonest: one of 192 rows has idle warpgroups, or a second of its kind has, which
+    then are not in step, and both read the keys from memory (8 sequences of 64 queries over 8k, 32 heads of 128 over 8,
+    175 us, with tiles of 128 rows 132). And its keys in parts, where tiles alone do not fill the device.
+
+    keys  of a sequence, about; by default as many as it can have.
+    """
     usual = with_packed_heads(plan, shape, num_sms)
     if 0 in (shape.batch, shape.seqlen_q, shape.num_heads, shape.num_heads_kv) or plan.arch != "sm90":
-        return usual
+        return usual, shape
     queries, group = ceil_div(shape.seqlen_q, shape.batch), shape.num_heads // shape.num_heads_kv
-    if plan.head_dim not in TILES_OF_FEW or queries > FEW_QUERIES or shape.seqlen_q * group >= RAGGED_ROWS:
-        return usual
-    if plan.head_dim_v != plan.head_dim or plan.problem.has_expression:
-        return usual
-    microseconds, tiles = TILES_OF_FEW[plan.head_dim]
-    from_memory = KEYS_IN_MEMORY * plan.head_dim / 128 * shape.batch * shape.num_heads_kv
+    keys = shape.seqlen_k if keys is None else keys
+    are_few = queries <= FEW_QUERIES
+    if not are_few and KEYS_OF_A_QUERY * queries > keys:
+        return usual, shape
+    if shape.seqlen_q * group >= RAGGED_ROWS or plan.problem.has_expression:
+        return usual, shape
+    like_128 = tuple(plan.head_dim / 128 * time for time in TILES_OF_FEW[128][0])
+    microseconds, tiles = TILES_OF_FEW.get(plan.head_dim, (like_128, ()))
+    if plan.head_dim_v != plan.head_dim or plan.tiling.page_rows:
+        tiles = ()
+    times_8k = keys / 8192
+    from_memory = KEYS_IN_MEMORY * plan.head_dim / 128 * shape.batch * shape.num_heads_kv * times_8k
+    part_bytes = NUMBER_BYTES * shape.seqlen_q * shape.num_heads * plan.head_dim_v
+    own = _Tile(plan.tile_m, plan.tile_n, plan.num_stages, tuple(microseconds))
 
-    def takes(tile_m: int, microseconds: Sequence[float], packs_heads: bool, out_of_step: float = 1) -> float:
+    def busy(tile: _Tile, packs_heads: bool, parts: int = 1) -> float:
         rows, heads = (queries * group, shape.num_heads_kv) if packs_heads else (queries, shape.num_heads)
-        rounds = ceil_div(shape.batch * heads * ceil_div(rows, tile_m), num_sms)
-        in_step = rows <= tile_m or ceil_div((rows - 1) % tile_m + 1, 64) == tile_m // 64
-        used = min(ceil_div(rows, 64), tile_m // 64)
-        return max(rounds * microseconds[used - 1], from_memory * (1 if in_step else out_of_step))
+        rounds = ceil_div(shape.batch * heads * ceil_div(rows, tile.tile_m) * parts, num_sms)
+        used = min(ceil_div(rows, 64), tile.tile_m // 64, len(tile.microseconds))
+        return rounds * (tile.microseconds[used - 1] * times_8k / parts + PART * (parts > 1))
 
-    ways = [
-        (takes(tile.tile_m, tile.microseconds, packs, OUT_OF_STEP), packs, tile)
-        for packs in (False, True)[: 1 + (group in PACKED_GROUPS)]
-        for tile in tiles
-        if fits(tile.spec(plan, packs))
+    def takes(tile: _Tile, packs_heads: bool, out_of_step: float = 1) -> float:
+        rows = queries * group if packs_heads else queries
+        in_step = rows <= tile.tile_m or ceil_div((rows - 1) % tile.tile_m + 1, 64) == tile.tile_m // 64
+        return max(busy(tile, packs_heads), from_memory * (1 if in_step else out_of_step))
+
+    def takes_in_parts(tile: _Tile, packs_heads: bool, parts: int) -> float:
+        products = busy(tile, packs_heads, parts)
+        merge = (MERGE + parts * part_bytes / MERGED_BYTES) if parts > 1 else 0
+        return max(products, from_memory) + products / 3 + merge
+
+    both = (False, True)[: 1 + (group in PACKED_GROUPS and not plan.sink)]
+    chosen, packs = own, usual.packs_heads
+    ways = [(takes(x, pack, OUT_OF_STEP), pack, x) for pack in both for x in tiles if fits(x.spec(plan, pack))]
+    if are_few and ways and min(ways)[0] <= PACKED_ROUNDS * takes(own, usual.packs_heads):
+        _, packs, chosen = min(ways)
+    most = min(MAX_KEY_PARTS, keys // KEYS_OF_A_PART)
+    split = [
+        (takes_in_parts(x, pack, parts), pack, parts, x)
+        for pack in both
+        for x in (*tiles, own)
+        if most > 1 and fits(x.spec(plan, pack, True))
+        for parts in range(2, most + 1)
     ]
-    least, packs, tile = min(ways)
-    if least > PACKED_ROUNDS * takes(plan.tile_m, microseconds, usual.packs_heads):
-        return usual
-    found = make_plan(tile.spec(plan, packs))
-    return found if reads_pages_quickly(found, shape) else usual
+    parts = 1
+    if split and min(split)[0] <= PACKED_ROUNDS * takes_in_parts(chosen, packs, 1):
+        _, packs, parts, chosen = min(split)
+    found = make_plan(chosen.spec(plan, packs, parts > 1))
+    return (found, shape._replace(key_parts=parts)) if reads_pages_quickly(found, shape) else (usual, shape)
 
 
 def suits_decoding(
@@ -398,15 +433,14 @@ def suits_decoding(
     """Whether a call over a cache is for kernels of decoding, which split keys over the device and multiply few rows at
     once, or for those of prefill.
 
-    may_pack       whether kernels of prefill may have the heads of a group as rows.
+    may_pack       whether kernels of prefill may have the heads of a group as rows, and keys in parts.
     laid_out_keys  the most keys of a sequence, where queries must be laid out anew for decoding, and only for it.
     """
     group = heads // heads_kv
     rows, items = queries * group, batch * heads_kv
-    tiles = batch * heads * ceil_div(queries, PREFILL_ROWS)
     if may_pack and arch == "sm90" and group in PACKED_GROUPS:
-        tiles = min(tiles, items * ceil_div(rows, PREFILL_ROWS))
-    rounds = ceil_div(tiles, num_sms)
+        return rows <= DECODING_ROWS and laid_out_keys is None
+    rounds = ceil_div(batch * heads * ceil_div(queries, PREFILL_ROWS), num_sms)
     few_keys = laid_out_keys is not None and laid_out_keys * rounds < LAID_OUT_KEYS
     many_items = laid_out_keys is not None and LAID_OUT_SMS * items > num_sms * rounds
     if arch == "sm90" and (few_keys or many_items):  # SM80's prefill takes several times as long

@@ -62,6 +62,7 @@ class CacheShape(NamedTuple):
     k_scale_batch from the scale of one sequence's 8-bit keys to the next, and k_scale_head from one head's; of values
                   v_scale_batch and v_scale_head.
     seqlen_wide   rows of each sequence's 8-bit keys that are to be written in 16 bits, and of its values.
+    key_parts     of each tile's keys, where a kernel of prefill has them in parts; at most MAX_KEY_PARTS.
     """
 
     batch: int
@@ -84,6 +85,11 @@ class CacheShape(NamedTuple):
     v_scale_batch: int = 0
     v_scale_head: int = 0
     seqlen_wide: int = 0
+    key_parts: int = 1
+
+
+MAX_KEY_PARTS = 32
+"""One for each lane of the warp that puts a row's parts together."""
 
 
 def split_shift(num_splits: int, seqlen_k: int) -> int:

@@ -649,6 +649,14 @@ class Tiling(_Fields):
             "a sequence fill a tile. Groups of 1, 2, 4, 8 or 16 heads."
         ),
     ] = 0
+    split_keys: Annotated[
+        Literal[0, 1],
+        Shown("k", optional=True, phrase="keys in parts"),
+        Field(
+            description="1: over pages, sm90's tiles have their keys in parts, each a block of threads', which a "
+            "kernel of its own puts together, so that few queries over many keys fill a device."
+        ),
+    ] = 0
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

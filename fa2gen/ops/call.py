@@ -755,9 +755,9 @@ def kernel_for_rows(problem: Problem, device: int, seqlen_k: int, rows: int) -> 
 
 def kernel_for_pages(
     problem: Problem, device: int, seqlen_k: int, shape: CacheShape, strides: Mapping[str, Strides], is_even: bool
-) -> Kernel:
-    """The kernel of a ragged batch over pages, loaded on the device: what copies row by row, where TMA can not read
-    pages of this size, or as far apart, or would be slow.
+) -> tuple[Kernel, CacheShape]:
+    """The kernel of a ragged batch over pages, loaded on the device, and the shape that it is launched with: what
+    copies row by row, where TMA can not read pages of this size, or as far apart, or would be slow.
 
     is_even  whether all sequences have as many queries.
     """
@@ -770,8 +770,11 @@ def kernel_for_pages(
             plan, target = choose(problem, on, "sm80", None, seqlen_k)
         else:
             plan = copying
-    suited = for_few_queries if is_even and not plan.tiling.page_rows else with_packed_heads
-    return _kernel(suited(plan, shape, on.num_sms), target, device)
+    if is_even:
+        plan, shape = for_few_queries(plan, shape, on.num_sms, seqlen_k)
+    else:
+        plan = with_packed_heads(plan, shape, on.num_sms)
+    return _kernel(plan, target, device), shape
 
 
 def _family(arch: str | None, tiling: Tiling | None) -> ArchName | None:

@@ -108,7 +108,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     softmax_scale, causal, window_size  as in `flash_attn_func`, over the keys that are there.
     rotary_interleaved  whether pairs are neighbouring columns, or else half of rotary_dim apart.
     num_splits          0: the keys of all sequences are dealt out evenly to the device, the same way each time; of many
-                        queries and sequences they are not split at all, and read by kernels of prefill. n: a sequence's
+                        queries they are read by kernels of prefill, and split where sequences are few. n: a sequence's
                         are in at most n parts, which depend on the cache's size alone, so that no row's bits depend on
                         the batch; up to 256.
     return_softmax_lse  return (out, lse), lse (batch, heads, seqlen_q) fp32.

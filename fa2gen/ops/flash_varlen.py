@@ -345,13 +345,15 @@ def over_pages(
     expression: Modified = (None, ()),
     max_keys: Any = None,
     into: tuple[Tensor, Tensor] | None = None,
+    are_even: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a ragged batch over pages, whose scores become what the expression says; `into` if given."""
+    """(out, lse) of a ragged batch over pages, whose scores become what the expression says; `into` if given, and
+    `are_even` as `paged_cuda` takes it."""
     found, tensors = expression
     if found:
         found = found._replace(shapes=tuple(tuple(x.shape) for x in tensors))
     longest = None if torch.compiler.is_compiling() else _longest("max_seqlen_k", max_keys)
-    return run_paged(given, tensors, options._replace(expression=found), longest, into)
+    return run_paged(given, tensors, options._replace(expression=found), longest, into, are_even)
 
 
 def _longest(name: str, given: Any) -> int | None:

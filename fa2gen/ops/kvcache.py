@@ -62,7 +62,8 @@ def cached_cuda(
     call = cast(_CachedCall, prepared(key, _prepare, _PLACES, given, options, interleaved, num_splits))
     out = call.new_out(q) if into is None else into
     if call.over_pages:
-        return out, _over_pages(given, Options(*options), interleaved, out)
+        lse = _over_pages(given, Options(*options), interleaved, out)
+        return out, lse.unflatten(1, (q.shape[0], q.shape[1])).transpose(0, 1).contiguous()
     launch = call.launch
     if launch is None and not call.misaligned:  # no query, or no place for a key
         out.zero_()
@@ -130,11 +131,16 @@ def read_out(
             launch(call.pick(at), scratch, stream, counters)  # type: ignore[attr-defined]
             return out
     given = Cached(q, k_cache, v_cache, None, None, None, None, seqlens, batch_idx, leftpad, table)
+    if call.over_pages:  # type: ignore[attr-defined]
+        out = call.new_out(q)
+        _over_pages(given, Options(*options), interleaved, out)
+        return out
     return cached_cuda(given, options, interleaved, num_splits)[0]
 
 
 def _over_pages(given: Cached, options: Options, interleaved: bool, out: Tensor) -> Tensor:
-    """`cached_cuda` by a kernel of prefill, for which a cache without a table has a page for each entry: lse."""
+    """`cached_cuda` by a kernel of prefill, for which a cache without a table has a page for each entry: lse (heads,
+    batch * seqlen_q)."""
     q, keys, table = given.q, given.cache_seqlens, given.block_table
     batch, seqlen_q, num_heads, _ = q.shape
     if given.k is not None and keys is not None:
@@ -147,7 +153,7 @@ def _over_pages(given: Cached, options: Options, interleaved: bool, out: Tensor)
     lse = q.new_empty((num_heads, batch * seqlen_q), dtype=torch.float32)
     pages = Paged(q, given.k_cache, given.v_cache, table, seqused_k=keys, s_aux=given.s_aux)
     paged_cuda(pages, (), options, into=(out, lse))
-    return lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1).contiguous()
+    return lse
 
 
 @dataclass(slots=True)
@@ -249,7 +255,8 @@ def _prepare(
     rows = seqlen_q * (num_heads // max(k_cache.shape[2], 1))
     of_call = {"device": q.get_device(), "out": contiguous(q.shape), "lse": contiguous((batch, num_heads, seqlen_q))}
     if _may_be_prefill(given, num_splits) and not calls_for_decoding(
-        q.get_device(), batch, seqlen_q, num_heads, k_cache.shape[2], head_dim, may_pack=given.s_aux is None
+        *(q.get_device(), batch, seqlen_q, num_heads, k_cache.shape[2], head_dim),
+        may_pack=given.s_aux is None and not reduced.expression,
     ):
         return _CachedCall(**of_call, num_rows=0, launch=None, misaligned=False, over_pages=True)
     kernel = kernel_for_rows(problem, q.get_device(), capacity, rows)

@@ -40,18 +40,20 @@ def paged_cuda(
     options: Options,
     max_keys: int | None = None,
     into: tuple[Tensor, Tensor] | None = None,
+    are_even: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
 
     tensors   that the expression of the options names, in the order of its inputs.
-    max_keys  of the longest sequence, if that is known: it decides which kernel is the quickest, nothing else.
+    max_keys  of the longest sequence, if that is known: it decides which kernel is the quickest, nothing else; and so
+              does are_even, whether all sequences have as many queries, as they have where no cu_seqlens_q are given.
 
     out like q, with v's head dim; lse (heads, total_q) fp32; both contiguous. Raises as
     `fa2gen.ops.call.forward_cuda` does.
     """
     keys = None if max_keys is None else 1 << max(max_keys - 1, 0).bit_length()  # few kinds
-    key = ("paged", *map(signature_of, (*given, *tensors)), options, keys)
-    call = prepared(key, _prepare, given, tensors, options, keys)
+    key = ("paged", *map(signature_of, (*given, *tensors)), options, keys, are_even)
+    call = prepared(key, _prepare, given, tensors, options, keys, are_even)
     q = given.q
     out, lse = into or call.new_results(q)
     if call.launch is None and not call.misaligned:  # no query
@@ -60,7 +62,7 @@ def paged_cuda(
         return out, lse
     if call.launch is None or q.data_ptr() & 15 or out.data_ptr() & 15:
         room = call.new_out(q)
-        paged_cuda(given._replace(q=aligned(q)), tensors, options, max_keys, (room, lse))
+        paged_cuda(given._replace(q=aligned(q)), tensors, options, max_keys, (room, lse), are_even)
         out.copy_(room)
         return out, lse
     operands = {name: address_of(x) for name, x in given._asdict().items()}
@@ -103,7 +105,7 @@ def checked_paged(given: Paged, tensors: Sequence[Tensor], options: Options) -> 
     return sequences
 
 
-def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: int | None) -> Call:
+def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: int | None, are_even: bool) -> Call:
     """Validate a signature; choose, load and pack its kernel."""
     sequences = checked_paged(given, tensors, options)
     q, k, v, table = given[:4]
@@ -124,7 +126,8 @@ def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: in
     problem = options.problem("fwd", q.shape[-1], DTYPES[q.dtype], v.shape[-1], paged=True)
     caches = {"k": k.stride()[:3], "v": v.stride()[:3]}
     longest = given.capacity if keys is None else min(keys, given.capacity)
-    kernel = kernel_for_pages(problem, q.get_device(), longest, shape, caches, given.cu_seqlens_q is None)
+    are_even = are_even or given.cu_seqlens_q is None
+    kernel, shape = kernel_for_pages(problem, q.get_device(), longest, shape, caches, are_even)
     empty = 0 in (sequences, total_q, num_heads)
     launch = None
     if not empty and are_aligned(rows.shape, rows.stride()):

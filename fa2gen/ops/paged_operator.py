@@ -39,12 +39,13 @@ def run_paged(
     options: Options,
     max_keys: int | None = None,
     into: tuple[Tensor, Tensor] | None = None,
+    are_even: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of options with a scale, by the operator where others look at the call; see `paged_cuda`."""
     others = (*given[3:], *tensors)
     if is_plain(given.q, given.k, given.v) and all(x is None or type(x) is Tensor for x in others):
         refuse_gradients(*given, *tensors)
-        return paged_cuda(given, tensors, options, max_keys, into)
+        return paged_cuda(given, tensors, options, max_keys, into, are_even)
     said = named(options)
     try:
         found = getattr(torch.ops.fa2gen, _NAME).default(

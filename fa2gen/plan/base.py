@@ -124,7 +124,8 @@ class EntryPoint:
                   (m block, head, batch); one for each block of queries, or of keys and part of a group, of all heads;
                   "groups", one for each block of keys; "tail", for each that has parts; "one"; or "parts", one an SM
                   that has a part of the keys; "new rows", as many as have 8 columns of rows to append; "wide rows", for
-                  K and for V as many as have some of a sequence's to widen. A grid without blocks is not launched.
+                  K and for V as many as have some of a sequence's to widen; "result rows", a warp for each row of O.
+                  A grid without blocks is not launched.
     starts_early  programmatic dependent launch: its blocks may start before the kernel before it has ended, and it
                   executes griddepcontrol.wait before it uses what that one writes.
     """
@@ -146,6 +147,7 @@ class EntryPoint:
         "parts",
         "new rows",
         "wide rows",
+        "result rows",
     ]
     starts_early: bool = False
 
@@ -298,6 +300,11 @@ class KernelPlan:
     def packs_heads(self) -> bool:
         """Whether rows of queries are of all heads that share K and V."""
         return bool(self.tiling.pack_heads)
+
+    @property
+    def has_key_parts(self) -> bool:
+        """Whether a tile's keys are in parts, whose results wait in memory for a kernel that puts them together."""
+        return bool(self.tiling.split_keys)
 
     @property
     def diagonal(self) -> str:
@@ -841,7 +848,7 @@ class KernelPlan:
 
     def pages_rule(self) -> Iterator[BrokenRule]:
         """The rules that what is for pages breaks, here where there are none, or another way to them."""
-        for name in ("page_rows", "pack_heads"):
+        for name in ("page_rows", "pack_heads", "split_keys"):
             if getattr(self.tiling, name):
                 yield BrokenRule(name, "1 given; only sm90's forward kernels over pages have it: 0")
 

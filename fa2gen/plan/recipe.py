@@ -14,7 +14,7 @@ from fa2gen.features import Param
 from fa2gen.features.attention import Operand
 from fa2gen.features.varlen import ENTRY_NUMBERS, VARLEN
 from fa2gen.layout import ELEMENT_BYTES
-from fa2gen.options import SPLIT_KEYS
+from fa2gen.options import MAX_KEY_PARTS, SPLIT_KEYS
 from fa2gen.plan.base import (
     SECTION_BYTES,
     SECTION_HEADS,
@@ -133,7 +133,8 @@ def _sizes(plan: KernelPlan) -> dict[str, str]:
         "num_heads_per_kv": "num_heads / num_heads_kv",
         "num_m_blocks": _blocks(plan, "seqlen_q", tiling.tile_m),
         "num_n_blocks": _blocks(plan, "seqlen_k", tiling.tile_n),
-        "num_tiles": f"num_m_blocks * {of_batch}num_heads",
+        "num_tiles": f"num_m_blocks * {of_batch}num_heads{' * key_parts' if plan.has_key_parts else ''}",
+        "num_rows": "seqlen_q * num_heads",
         "num_batch_heads": f"{of_batch}num_heads",
         "num_batch_heads_kv": f"{of_batch}num_heads_kv{of_parts}",
         "num_key_blocks": f"num_n_blocks * {of_batch}num_heads_kv{of_parts}",
@@ -251,6 +252,7 @@ def grid(plan: KernelPlan, entry: EntryPoint) -> tuple[str, str, str]:
         "parts": ("num_blocks", "1", "1"),
         "new rows": (f"(num_new_chunks + {entry.num_threads - 1}) / {entry.num_threads}", "1", "1"),
         "wide rows": ("batch * num_wide_blocks", "2", "1"),
+        "result rows": (f"(num_rows + {entry.num_threads // 32 - 1}) / {entry.num_threads // 32}", "1", "1"),
     }[entry.grid]
 
 
@@ -269,6 +271,8 @@ def memory(plan: KernelPlan) -> dict[str, str]:
         "parts": f"num_slots * {plan.tiling.tile_m * plan.problem.head_dim}",
         "part_sums": f"num_slots * {2 * plan.tiling.tile_m}",
         "counters": "fixed_parts * num_units + (1 - fixed_parts) * num_blocks",
+        "o_parts": f"key_parts * num_rows * {plan.vo.head_dim}",
+        "lse_parts": "key_parts * num_rows",
     }
     if isinstance(plan, BackwardPlan):
         shares = f" * {plan.num_dq_shares}" if plan.num_dq_shares > 1 else ""
@@ -295,12 +299,14 @@ def limits(plan: KernelPlan) -> dict[str, str]:
             **of_wide,
             "512ths of rows of a head of K and V": f"num_m_blocks * {plan.tiling.tile_m << 9}",  # rows are below 2^22
         }
-    of_batch = "" if plan.varlen else "batch * "
-    found = {"queries": "seqlen_q", "keys": "seqlen_k", "tiles": f"num_m_blocks * {of_batch}num_heads + num_sms"}
+    of_batch, parts = "" if plan.varlen else "batch * ", " * key_parts" if plan.has_key_parts else ""
+    found = {"queries": "seqlen_q", "keys": "seqlen_k", "tiles": f"num_m_blocks * {of_batch}num_heads{parts} + num_sms"}
     if plan.problem.direction == "bwd":
         rows = f"num_m_blocks * {plan.tiling.tile_m} * num_heads_per_kv"
         found |= {"blocks of keys": _blocks_of_keys(plan), "query rows of a group of heads": rows}
         found["keys and queries"] = f"num_n_blocks * {plan.tiling.tile_n} + seqlen_q"
+    if plan.has_key_parts:
+        found["rows of all heads"] = "num_rows + num_sms"
     return found | ({"bounds of tiles": "2 * num_bounds"} if plan.tile_tables else {})
 
 
@@ -463,6 +469,8 @@ def lines(plan: KernelPlan) -> Iterator[str]:
         yield "Of a call over pages, beside batch, seqlen_q (of all sequences) and heads:"
         yield "  seqlen_k: the most keys that a sequence can have, those of all pages of a table's row"
         yield "  page_size, entries: rows of a page, and pages; table_stride: numbers from one row to the next"
+        if plan.has_key_parts:
+            yield f"  key_parts: of each tile's keys, 1 to {MAX_KEY_PARTS}"
         if any(tensor_map.of_pages for tensor_map in maps(plan)):
             yield "  Params has k_page_stride, the rows from one page of k to the next; and v_page_stride"
     if plan.packs_heads:

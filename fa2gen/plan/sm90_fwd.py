@@ -32,6 +32,7 @@ OWN_KEYS_AT_ONCE = 4  # by a vector load
 VISIT_SLOT_BYTES = 16  # a block of keys, what is seen of it, and the same of the next: one vector load
 MESSAGE_BYTES = 16
 NUM_MESSAGES = 8
+MERGE_WARPS = 8
 
 # Registers that a thread needs beside S, O and P: addresses, row statistics, loop state. With 160 registers 28 separate
 # the tilings that compile clean (head dim 144 with 80 keys, 72 with 128) from those that spill (128 with 96, 80 with
@@ -88,6 +89,21 @@ class Sm90FwdPlan(Sm90Plan):
     def small_tanh(self) -> SmallTanh:
         """Of arguments near 0."""
         return SMALL_TANH
+
+    @property
+    def stores_sums(self) -> bool:
+        """Whether O is stored in fp32, from registers."""
+        return self.partial or self.has_key_parts
+
+    @property
+    def merge_name(self) -> str:
+        """Of the kernel that puts parts together."""
+        return f"{self.name}_merge"
+
+    @property
+    def merge_warps(self) -> int:
+        """Of one of its blocks, each of which has a row."""
+        return MERGE_WARPS
 
     # Threads and registers
 
@@ -290,7 +306,7 @@ class Sm90FwdPlan(Sm90Plan):
         return Barriers(sum(declared, ring("message", NUM_MESSAGES, empty="1") if self.has_scout else ()))
 
     def _memory(self, num_q_stages: int, o_aliases_q: bool, own_sequences: int = 0) -> SharedMemory:
-        o_bytes = align_up(self.o_tile.bytes, 1024) * (not self.partial)
+        o_bytes = align_up(self.o_tile.bytes, 1024) * (not self.stores_sums)
         # For the block that each stage of K is, where a tile does not visit all.
         visits = (
             (Region("visit_slots", self.visit_slot_bytes, self.num_stages, label="visits"),) if self.has_allow else ()
@@ -377,23 +393,25 @@ class Sm90FwdPlan(Sm90Plan):
         return (
             TensorMapPlan("q", columns, self.tile_m, span, of_groups=self.packs_heads),
             *(replace(found, of_pages=self.paged) for found in streamed if not self.copies_rows),
-            *([] if self.partial else [TensorMapPlan("o", columns, WARP_ROWS, span, of_groups=self.packs_heads)]),
+            *([] if self.stores_sums else [TensorMapPlan("o", columns, WARP_ROWS, span, of_groups=self.packs_heads)]),
         )
 
     @cached_property
     def entry_points(self) -> tuple[EntryPoint, ...]:
         shared, early = self.shared_memory_bytes, self.is_prepared
         main = EntryPoint(self.name, self.num_threads, shared, self.tensor_maps, "persistent", early)
-        return (*self.prepare_entries, main)
+        merge = EntryPoint(self.merge_name, WARP_THREADS * MERGE_WARPS, 0, (), "result rows", starts_early=True)
+        return (*self.prepare_entries, main, *([merge] if self.has_key_parts else []))
 
     @cached_property
     def scratch(self) -> tuple[Scratch, ...]:
+        parts = (Scratch("o_parts", "float*"), Scratch("lse_parts", "float*")) if self.has_key_parts else ()
         # A kernel that runs before clears it, if one always does: memory of any content will do there.
-        return (Scratch("tile_counter", "int*", cleared=self.varlen or not self.is_prepared), *super().scratch)
+        return (Scratch("tile_counter", "int*", cleared=self.varlen or not self.is_prepared), *super().scratch, *parts)
 
     @property
     def strided_tensors(self) -> tuple[str, ...]:
-        return (*(("k", "v") if self.copies_rows else ()), *(("o",) if self.partial else ()))
+        return (*(("k", "v") if self.copies_rows else ()), *(("o",) if self.stores_sums else ()))
 
     @cached_property
     def params(self) -> tuple[Param, ...]:
@@ -408,7 +426,8 @@ class Sm90FwdPlan(Sm90Plan):
         boxes = ("box_rows", "tile_pages", "tile_rows") if self.paged and not self.copies_rows else ()
         group = ("group",) if self.packs_heads else ()
         heads = ("num_heads", "num_heads_per_kv", *group)
-        return ("seqlen_q", "seqlen_k", *heads, "num_m_blocks", *tiles, *sections, *boxes)
+        parts = ("key_parts",) if self.has_key_parts else ()
+        return ("seqlen_q", "seqlen_k", *heads, "num_m_blocks", *tiles, *sections, *boxes, *parts)
 
     def pages_rule(self) -> Iterator[BrokenRule]:
         if not self.paged:
@@ -418,6 +437,9 @@ class Sm90FwdPlan(Sm90Plan):
         if self.paged and self.packs_heads and (self.sink or self.problem.has_expression):
             by_head = "sinks" if self.sink else "an expression"
             yield BrokenRule("pack_heads", f"1 given; {by_head} may be each head's own: 0")
+        if self.paged and self.has_key_parts and (self.partial or self.has_allow):
+            instead = "partial results are to be merged with others" if self.partial else "an expression hides blocks"
+            yield BrokenRule("split_keys", f"1 given; {instead}: 0")
 
     def rules(self) -> Iterator[BrokenRule]:
         if self.num_mma_warps not in (4, 8, 12, 16):

@@ -56,7 +56,7 @@ def attend(
     if out is not None:
         _validate_out(out, given)
     place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
-    if most and _is_short(given, most, most_keys, num_splits):
+    if most and _is_short(given, most, most_keys, num_splits, expression):
         groups = _Groups(given, most, one_each=True) if most > 1 else None
         found, lse = _decoded(given, options, expression, most, groups, num_splits, scales, place)
     elif given.k.dtype in CACHE_DTYPES:
@@ -74,7 +74,9 @@ def attend(
     else:
         rows, heads = given.q.shape[0], given.q.shape[-2]
         into = None if place is None else (place, place.new_empty((heads, rows), dtype=torch.float32))
-        found, lse = over_pages(given, options, expression, most_keys, into)
+        # With a number of parts a row's bits are not to depend on its batch.
+        are_even = not num_splits and given.cu_seqlens_q is not None and rows == most * (len(given.cu_seqlens_q) - 1)
+        found, lse = over_pages(given, options, expression, most_keys, into, are_even)
     return (found if out is None or place is not None else out.copy_(found)), lse
 
 
@@ -85,7 +87,7 @@ def refuse(**named: Any) -> None:
             raise UnsupportedProblem(f"{name} is not built; nearest: {nearest}")
 
 
-def _is_short(given: Paged, most: int, most_keys: Any, num_splits: int) -> bool:
+def _is_short(given: Paged, most: int, most_keys: Any, num_splits: int, expression: Modified) -> bool:
     """Whether kernels of decoding are to read the pages: with fixed parts whatever else is in the batch."""
     q, k, v = given[:3]
     if q.dim() != 3 or k.dim() != 4 or v.shape != k.shape or given.cu_seqlens_q is None or given.seqused_k is None:
@@ -98,7 +100,8 @@ def _is_short(given: Paged, most: int, most_keys: Any, num_splits: int) -> bool:
         # them as they are.
         sizes = (q.get_device(), batch, most, q.shape[1], k.shape[2], q.shape[2])
         keys = _most_keys(given, most_keys) if most > 1 else None
-        is_short = calls_for_decoding(*sizes, may_pack=given.s_aux is None, laid_out_keys=keys)
+        is_plain = given.s_aux is None and not expression[0]
+        is_short = calls_for_decoding(*sizes, may_pack=is_plain, laid_out_keys=keys)
     return bool(is_short and q.shape[0] == most * batch)
 
 

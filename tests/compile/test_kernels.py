@@ -189,6 +189,11 @@ def kernels() -> dict[str, bool]:
         for head_dim, (_, tiles) in TILES_OF_FEW.items()
         for number, tile in enumerate(tiles)
     ]
+    paged += [
+        KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"split_keys": 1, "pack_heads": heads}))
+        for head_dim, mask, heads in turns((64, 96, 128, 192, 256), ("window", "full", "causal"), (0, 1))
+        for spec in (default("sm90", head_dim, mask, varlen=True, paged=True),)
+    ]
     paged.append(default("sm90", 64, "full", varlen=True, paged=True, allow="document[b, i] == document[b, j]"))
     row_by_row = [
         KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"page_rows": 1, "pack_heads": heads}))
@@ -307,7 +312,7 @@ def main_loops(plan: Any, sass: Sass) -> list[tuple[str, ...]]:
 
 
 def check_sm90(plan: Any, sass: Sass) -> None:
-    for opcode in ("HGMMA", "UTMALDG", "STG" if plan.partial else "UTMASTG", "SYNCS", "USETMAXREG"):
+    for opcode in ("HGMMA", "UTMALDG", "STG" if plan.stores_sums else "UTMASTG", "SYNCS", "USETMAXREG"):
         assert sass.opcodes[opcode], f"no {opcode}: {sass.opcodes.most_common(12)}"
     loops = main_loops(plan, sass)
     edges = 1 if plan.has_allow else plan.right_edge + plan.left_edge

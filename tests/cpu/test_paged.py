@@ -13,7 +13,7 @@ from fa2gen.cases_cached import gathered
 from fa2gen.cpu import RunOptions, run_kernel
 from fa2gen.errors import InvalidInput
 from fa2gen.launch import TILES_OF_FEW, row_by_row
-from fa2gen.options import Options, Shape
+from fa2gen.options import MAX_KEY_PARTS, Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.select import best_spec
 from fa2gen.spec import KernelSpec, Mask, Problem
@@ -51,9 +51,14 @@ def run(name: str, shape: Shape, options: Options | None = None, rendered=None, 
     return cases.verdict(case), case
 
 
-def packed(spec: KernelSpec) -> KernelSpec:
+def packed(spec: KernelSpec, **more: int) -> KernelSpec:
     """With heads of a group as rows."""
-    return KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"pack_heads": 1}))
+    return KernelSpec(problem=spec.problem, tiling=spec.tiling.model_copy(update={"pack_heads": 1} | more))
+
+
+def in_parts(spec: KernelSpec) -> KernelSpec:
+    """With each tile's keys in parts."""
+    return packed(spec, pack_heads=spec.tiling.pack_heads, split_keys=1)
 
 
 @pytest.mark.parametrize("spec", [kernel("sm80"), kernel("sm90"), by_rows()], ids=lambda spec: spec.name)
@@ -93,6 +98,36 @@ def test_pages_give_the_bits_of_packed_keys(spec):
 def test_every_shape_of_kernel(spec):
     verdict, _ = run(spec.name, SHAPES[64])
     assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        in_parts(packed(kernel("sm90", "causal"))),
+        in_parts(packed(by_rows("window", 24, head_dim_v=72))),
+        in_parts(kernel("sm90", "window", 192, sink=True)),
+    ],
+    ids=lambda spec: spec.name,
+)
+def test_keys_in_parts(spec):
+    """Any number of parts, more than there are blocks of keys, gives a right answer, whoever is first the same; and one
+    part the bits of the kernel without."""
+    whole = make_plan(packed(spec, pack_heads=spec.tiling.pack_heads, split_keys=0))
+    case = cases.make(spec, SHAPES[64])
+    for parts in (1, 2, MAX_KEY_PARTS):
+        found = []
+        for seed in range(1 + (parts == 2)):
+            for name in ("o", "lse"):
+                case.tensors[name].fill_(torch.nan)
+            sized = case.shape._replace(key_parts=parts)
+            run_kernel(make_plan(spec), case.tensors, case.options, shape=sized, run_options=RunOptions(seed=seed))
+            verdict = cases.verdict(case)
+            assert verdict.ok and cases.written_outside(case) is None, (parts, verdict)
+            found.append([case.tensors[name].clone() for name in ("o", "lse")])
+        if parts == 1:
+            run_kernel(whole, case.tensors, case.options, shape=case.shape)
+            found.append([case.tensors[name] for name in ("o", "lse")])
+        assert all(torch.equal(x, y) for x, y in zip(found[0], found[-1], strict=True))
 
 
 def test_pages_that_TMA_can_not_read_are_refused():
@@ -172,6 +207,14 @@ FAULTS = [
         "a query's box", packed(kernel("sm90")).name, "kRaggedRows - (s.q - row) / group", "kRaggedRows - (s.q - row)"
     ),
     Fault("rows of a group", packed(kernel("sm90")).name, "q.end * p.group}", "q.end}"),
+    Fault("blocks of a part", in_parts(kernel("sm90")).name, "(part < with_more ? 1 : 0)", "1"),
+    Fault("behind a part", in_parts(kernel("sm90")).name, "min(max(block, of_tile.begin), of_tile.end)", "block"),
+    Fault("which part a tile is", in_parts(kernel("sm90")).name, "slot[2], slot[3]}", "slot[2], 0}"),
+    Fault("a part's place", in_parts(kernel("sm90")).name, "tile.part) * p.num_heads", "tile.part)"),
+    Fault("a part's weight", in_parts(kernel("sm90")).name, "share * reciprocal_approx(sum)", "reciprocal_approx(sum)"),
+    Fault("a part's sum", in_parts(kernel("sm90")).name, "sum += shfl_xor(sum, step)", "sum += 0.0f"),
+    Fault("a sink of one part", in_parts(kernel("sm90", sink=True)).name, "tile.part > 0 ? -kInfinity : ", ""),
+    Fault("a row's head in O", in_parts(packed(kernel("sm90"))).name, "queries = p.seqlen_q / p.group", "queries = 1"),
     Fault(
         "lengths that are given one by one",
         kernel("sm80").name,

@@ -167,7 +167,7 @@ MOST_FILES = 8
 MORE_FILES = {
     "head_dim": 12,
     "head_dim_v": 10,
-    "dtype": 24,
+    "dtype": 25,
     "direction": 12,
     "deterministic": 16,
     "varlen": 25,

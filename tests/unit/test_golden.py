@@ -67,6 +67,7 @@ NAMES = (
     "fa2_fwd_sm90_bf16_d128_causal_varlen_m192_n80_s2_w12_r1",
     "fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1",
     "fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m192_n64_s3_w12_r1_p1_q1",
+    "fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m128_n128_s2_w8_r1_q1_k1",
     "fa2_fwd_sm90_bf16_d128_causal_partial_m192_n80_s2_w12_r1",
     f"fa2_fwd_sm90_bf16_d128_causal_{CAP}_m192_n80_s2_w12_r1",
     f"fa2_fwd_sm90_bf16_d128_{IMAGES}_m128_n112_s2_w8_r1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -98,24 +99,25 @@ def test_few_queries_or_few_sequences_suit_decoding(arch):
     keys for each 32 rows anew."""
     sizes = (32, 8, 128, 132)
     assert all(suits_decoding(arch, batch, 1, *sizes) for batch in (1, 16, 1000))
-    assert suits_decoding(arch, 1, 64, *sizes) and suits_decoding(arch, 4, 16, *sizes)
-    assert suits_decoding(arch, 2, 48, *sizes)
+    assert suits_decoding(arch, 1, 8, *sizes) and suits_decoding(arch, 16, 8, *sizes)
     assert not suits_decoding(arch, 1, 8192, *sizes) and not suits_decoding(arch, 16, 512, *sizes)
-    assert suits_decoding(arch, 16, 16, *sizes) == (arch == "sm80")  # where heads of a group have tiles of their own
-    assert suits_decoding(arch, 16, 16, *sizes, may_pack=False) and suits_decoding(arch, 16, 16, 28, 4, 128, 132)
+    # Where heads of a group have tiles of their own, and keys are in parts, a few dozen queries are prefill's.
+    for batch, queries in ((1, 64), (4, 16), (2, 48), (16, 16)):
+        assert suits_decoding(arch, batch, queries, *sizes) == (arch == "sm80")
+        assert suits_decoding(arch, batch, queries, *sizes, may_pack=False)
+    assert suits_decoding(arch, 16, 16, 28, 4, 128, 132)
 
 
-def test_queries_are_laid_out_anew_only_for_few_sequences_of_many_keys():
-    """It takes a dozen small kernels, longer than prefill's reading of short sequences, or of so many that they fill
-    the device; without packed heads those fill it several times over. SM80's prefill has no such reading."""
+def test_queries_are_laid_out_anew_only_where_prefill_does_not_split_keys():
+    """It takes a dozen small kernels, longer than prefill's reading in parts. SM80's prefill has no such reading, and
+    heads that can not be packed fill the device several times over."""
     heads = (32, 8, 128, 132)
 
     def pays(batch: int, keys: int, arch: str = "sm90", **more: bool) -> bool:
         return suits_decoding(arch, batch, 2, *heads, laid_out_keys=keys, **more)
 
-    assert pays(1, 32768) and pays(4, 32768) and not pays(8, 32768) and not pays(64, 32768)
-    assert pays(1, 8192) and not pays(1, 4096) and not pays(16, 4096)
-    assert pays(16, 4096, may_pack=False) and pays(16, 4096, arch="sm80")
+    assert not pays(1, 32768) and not pays(64, 4096)
+    assert pays(16, 4096, may_pack=False) and pays(16, 4096, arch="sm80") and not pays(1, 4096, may_pack=False)
     assert not suits_decoding("sm90", 4, 64, *heads, laid_out_keys=32768)  # many rows are prefill's as they are
 
 
@@ -127,7 +129,8 @@ def test_few_queries_of_each_have_tiles_that_they_fill():
 
     def tile(batch: int, queries: int, heads: int = 32, heads_kv: int = 8, plan: KernelPlan = plan) -> tuple[int, bool]:
         shape = CacheShape(batch, batch * queries, 8192, heads, heads_kv, entries=1, page_size=8192)
-        chosen = for_few_queries(plan, shape, 132)
+        chosen, sized = for_few_queries(plan, shape, 132, keys=200)  # too few to have parts
+        assert sized == shape and not chosen.has_key_parts
         return chosen.tile_m, chosen.packs_heads
 
     assert tile(2, 64) == tile(1, 128) == tile(2, 128) == (64, False)
@@ -142,6 +145,30 @@ def test_few_queries_of_each_have_tiles_that_they_fill():
     assert tile(2, 64, plan=sizes[192]) == (128, False)  # not timed
     capped = problem.model_copy(update={"score": "cap * tanh(s / cap)", "inputs": "cap: float"})
     assert tile(2, 64, plan=make_plan(best_spec(capped, "sm90")))[0] != 64
+
+
+def test_of_few_sequences_keys_are_in_parts_that_fill_the_device():
+    """So many blocks of threads that few multiprocessors are idle in the last round; none of many sequences, of few
+    keys, or where an expression hides blocks."""
+    problem = Problem(head_dim=128, mask="causal", varlen=True, paged=True)
+
+    def work(batch: int, queries: int, keys: int, heads: int = 32, heads_kv: int = 8, arch: str = "sm90", **of: Any):
+        plan = make_plan(best_spec(problem.model_copy(update=of), arch))
+        shape = CacheShape(batch, batch * queries, keys, heads, heads_kv, entries=batch, page_size=keys)
+        chosen, sized = for_few_queries(plan, shape, 132)
+        assert chosen.has_key_parts == (sized.key_parts > 1)
+        rows, heads = (queries * heads // heads_kv, heads_kv) if chosen.packs_heads else (queries, heads)
+        return batch * heads * -(-rows // chosen.tile_m) * sized.key_parts, sized.key_parts
+
+    calls = [(2, 48, 32768), (1, 128, 8192), (1, 32, 65536), (4, 24, 16384), (1, 17, 8192), (1, 256, 32768)]
+    for call in [*calls, (1, 64, 8192, 28, 4)]:
+        blocks, parts = work(*call)
+        assert parts > 1 and blocks / 132 > 0.7 * -(-blocks // 132), call
+    assert work(2, 48, 32768, head_dim=80)[1] > 1 and work(2, 48, 32768, sink=True)[1] > 1
+    for call in ((16, 64, 8192), (8, 64, 8192), (1, 64, 256), (1, 8192, 8192)):
+        assert work(*call)[1] == 1, call
+    capped = {"score": "cap * tanh(s / cap)", "inputs": "cap: float"}
+    assert work(2, 48, 32768, arch="sm80")[1] == 1 == work(2, 48, 32768, **capped)[1]
 
 
 def test_it_is_one_operator_under_compile():

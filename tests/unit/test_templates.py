@@ -143,6 +143,10 @@ def plans() -> list[KernelPlan]:
     for problem, heads in itertools.product(by_rows, (0, 1)):
         tiling = default_tiling(problem, "sm90").model_copy(update={"page_rows": 1, "pack_heads": heads})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
+    for mask, more in (("full", {"pack_heads": 1}), ("causal", {"page_rows": 1}), ("window", {})):
+        problem = Problem(head_dim=64, head_dim_v=72, mask=mask, sink=not more, varlen=True, paged=True)
+        tiling = default_tiling(problem, "sm90").model_copy(update={"split_keys": 1, **more})
+        specs.append(KernelSpec(problem=problem, tiling=tiling))
     dropped = Problem(head_dim=64, dropout=True)
     for arch in ("sm80", "sm90"):  # blocks of 32 keys more than whole units of random bits
         tiling = default_tiling(dropped, arch).model_copy(update={"tile_n": 96})
