@@ -10,7 +10,7 @@
 //             210 Global memory,  224 mbarriers,  268 TMA,  310 Fences,  317 Fragments,  325 Registers,
 //             333 Registers of a warpgroup,  345 wgmma,  473 What is visible,  502 Expressions,
 //             517 What an expression hides,  667 Online softmax,  838 Pipelines,  883 Loads,  951 Visits,
-//            1041 Matrix products, 1068 Epilogue, 1115 Producer, 1164 Consumer, 1367 Kernel, 1400 Launch
+//            1041 Matrix products, 1068 Epilogue, 1115 Producer, 1164 Consumer, 1371 Kernel, 1404 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1195,7 +1195,9 @@ __device__ __forceinline__ void consume(
     };
     // As soon as the last block's S is there: the next Q comes under its softmax. The warp was together for that product, and
     // before: every lane has read the slot.
-    auto release_q_after_last = [&]() { mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader && following == 0); };
+    auto release_q_after = [&](bool is_last) {
+        mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader && is_last);
+    };
 
     while (true) {
         mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);
@@ -1247,11 +1249,12 @@ __device__ __forceinline__ void consume(
             release_q();
         }
         // Runs of blocks that this warpgroup sees.
+        bool is_begun = false;  // until then O is 0
         while (is_one) {
             if ((bits & kSeesAny) == 0) {
                 acquire_k();
                 skip(1);
-                release_q_after_last();
+                release_q_after(following == 0);
                 bits = bits_of_following();
                 is_one = following != 0;
                 continue;
@@ -1276,12 +1279,13 @@ __device__ __forceinline__ void consume(
             look();
             wgmma_wait_0();
             wgmma_touch(acc_s);
-            release_q_after_last();
+            release_q_after(following == 0);
             release_k(leader);
             hide_unseen(acc_s, visible);
-            if (online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2)) {
+            if (online_softmax_masked(acc_s, row_max, row_sum, correction, p.softmax_scale_log2) && is_begun) {
                 rescale_o(acc_o, correction);
             }
+            is_begun = true;
             pack_p(p_tile, acc_s);
 
             uint32_t ahead = 0;  // this warpgroup's bits of the block that follows
@@ -1300,7 +1304,7 @@ __device__ __forceinline__ void consume(
                 }
                 wgmma_wait_1();
                 wgmma_touch(acc_s);
-                release_q_after_last();
+                release_q_after(following == 0);
                 ahead = static_cast<uint32_t>(keep(static_cast<int>(bits_of_following())));  // long before it is asked
             };
             // K is released by an arrival that depends on the row sums (which are never -0, nor any NaN of that pattern): it

@@ -9,7 +9,7 @@
 //   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  129 Arithmetic,  167 Shared memory,
 //             188 Global memory,  202 mbarriers,  246 TMA,  288 Fences,  295 Fragments,  303 Registers,
 //             311 Registers of a warpgroup,  323 wgmma,  449 What is visible,  501 Online softmax,  664 Pipelines,
-//             705 Loads,  788 Matrix products,  815 Epilogue,  862 Producer,  913 Consumer, 1066 Kernel, 1097 Launch
+//             705 Loads,  788 Matrix products,  815 Epilogue,  862 Producer,  913 Consumer, 1073 Kernel, 1104 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -939,7 +939,11 @@ __device__ __forceinline__ void consume(
     auto release_q = [&]() {
         sync_warp();  // every lane has read the slot; where O lies over Q, its store has read it
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
-        q_state.advance(kNumQStages);
+    };
+    // As soon as the last block's S is there: the next Q comes under its softmax. The warp was together for that product, and
+    // before: every lane has read the slot.
+    auto release_q_after = [&](bool is_last) {
+        mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader && is_last);
     };
 
     while (true) {
@@ -988,6 +992,7 @@ __device__ __forceinline__ void consume(
             wgmma_commit();
             wgmma_wait_0();
             wgmma_touch(acc_s);
+            release_q_after(n_block == blocks.begin);
             release_k(leader);
             if (n_block >= blocks.end_full) {
                 apply_mask(acc_s, ends, n_block * kTileN);
@@ -1008,6 +1013,7 @@ __device__ __forceinline__ void consume(
                 wgmma_commit();
                 wgmma_wait_1();
                 wgmma_touch(acc_s);
+                release_q_after(n_block == blocks.begin);
             };
             // K is released by an arrival that depends on the row sums (which are never -0, nor any NaN of that pattern): it
             // can not be issued before the exponentials, and the wait behind it neither. Left to itself ptxas waits for P V
@@ -1032,7 +1038,6 @@ __device__ __forceinline__ void consume(
                 multiply();
                 accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
             }
-            release_q();
 
             // The last block's P.
             mbarrier_wait(barriers.v_full(v_state.stage), v_state.phase);
@@ -1047,6 +1052,8 @@ __device__ __forceinline__ void consume(
         else {
             release_q();
         }
+
+        q_state.advance(kNumQStages);
 
         float inverse_sum[2];
         float lse[2];

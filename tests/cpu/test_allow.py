@@ -130,7 +130,7 @@ FAULTS = [
     Fault(
         "runs-begin-anew",
         SKIPPING,
-        "correction, p.softmax_scale_log2)) {",
+        "correction, p.softmax_scale_log2) && is_begun) {",
         "correction, p.softmax_scale_log2) && false) {",
     ),
     *(
@@ -152,7 +152,12 @@ FAULTS = [
     ),
     Fault("alike-for-other-columns", TWO_DOCUMENTS, "[n % 3 + 1]) >> 2 * (lane_id() % 4);", "[n % 3 + 1]);"),
     Fault("answers-of-another-warpgroup", TWO_DOCUMENTS, "answers + 4 * kAnswerWords * warpgroup", "answers"),
-    Fault("queries-released-before-the-last-block", TWO_DOCUMENTS, "leader && following == 0);", "leader);"),
+    Fault(
+        "queries-released-before-the-last-block",
+        TWO_DOCUMENTS,
+        "release_q_after(following == 0);\n                ahead",
+        "release_q_after(true);\n                ahead",
+    ),
     Fault("greatest-unknown", DOCUMENTS["sm90"], "highest = max(highest, x);", "", count=2),
     Fault("least-unknown", DOCUMENTS["sm80"], "lowest = min(lowest, x);", "", count=2),
 ]

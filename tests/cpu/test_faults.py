@@ -13,6 +13,7 @@ from tests.cpu.faults import Fault, symptom
 
 SM90 = "fa2_fwd_sm90_bf16_d128_causal_m128_n64_s2_w8"
 RAGGED = "fa2_fwd_sm90_bf16_d72_m64_n64_s2_w4"  # 16 columns of its second panel are loaded
+ONE_Q = "fa2_fwd_sm90_bf16_d128_causal_m192_n64_s3_w12_r1"  # the next tile's Q waits for this one's
 ALIAS = "fa2_fwd_sm90_bf16_d256_causal_m128_n64_s2_w8"  # O takes the place of Q
 SINGLE = "fa2_fwd_sm80_bf16_d128_causal_m64_n64_s1_w4"
 RING = "fa2_fwd_sm80_bf16_d128_causal_m64_n64_s3_w4"
@@ -84,6 +85,12 @@ FAULTS = (
     ),
     Fault("no-wait-for-q", SM90, "mbarrier_wait(barriers.q_full(q_state.stage), q_state.phase);", ""),
     Fault("q-overwritten-early", SM90, "mbarrier_wait(barriers.q_empty(state.stage), state.phase ^ 1);", ""),
+    Fault(
+        "q-released-before-the-last-block",
+        ONE_Q,
+        "release_q_after(n_block == blocks.begin);\n            };",
+        "release_q_after(true);\n            };",
+    ),
     Fault("kv-overwritten-early", SM90, "mbarrier_wait(empty, state.phase ^ 1);", ""),
     Fault("producer-parity", SM90, "mbarrier_wait(empty, state.phase ^ 1);", "mbarrier_wait(empty, state.phase);"),
     Fault(
@@ -365,4 +372,4 @@ def test_harmless_change_passes(machine, change):
 def test_there_are_enough():
     ids = [str(fault) for fault in FAULTS]
     assert len(ids) == len(set(ids)) >= 40
-    assert {fault.kernel for fault in FAULTS} == {SM90, RAGGED, ALIAS, SINGLE, RING, PAIRS}
+    assert {fault.kernel for fault in FAULTS} == {SM90, RAGGED, ONE_Q, ALIAS, SINGLE, RING, PAIRS}
