@@ -555,7 +555,7 @@ def test_a_batch_shares_its_budget_and_writes_as_it_goes(tmp_path):
 
     todo = problems(
         direction="fwd",
-        head_dim=[40, 80],
+        head_dim=[232, 240],
         dtype="bf16",
         mask=["full", "causal"],
         varlen=False,
@@ -583,7 +583,7 @@ def test_a_batch_without_budget_measures_nothing(tmp_path):
 
 def test_one_problems_failure_is_its_own(tmp_path):
     todo = problems(
-        direction="fwd", head_dim=[72, 80], dtype="bf16", mask="causal", sink=False, dropout=False, partial=False
+        direction="fwd", head_dim=[232, 240], dtype="bf16", mask="causal", sink=False, dropout=False, partial=False
     )
     wrong = {candidates(todo[0], "sm90", SEQLENS, 8)[0].name}
     outcomes = list(batch.tune(search(FakeRunner(favourite, wrong=wrong), keep=8), todo, "sm90", 1e9, ORIGIN, tmp_path))
