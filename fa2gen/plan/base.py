@@ -36,6 +36,7 @@ WARP_THREADS = 32
 PREPARE_THREADS = 1024
 BOUND_WARPS = 8  # of a block that finds least and greatest numbers of tiles, each of one
 DROPOUT_KEYS = 32  # half of a unit of random bits: see templates/common/dropout.cuh.j2
+SWITCHES_OF_PAGES = ("page_rows", "pack_heads", "split_keys")  # fields of a tiling that are 0 where there are none
 
 # Of entries, by how many blocks they have, in shared memory. With 128 rows a block, in batches of more than 131,072
 # rows those that differ by a block are one kind.
@@ -848,7 +849,7 @@ class KernelPlan:
 
     def pages_rule(self) -> Iterator[BrokenRule]:
         """The rules that what is for pages breaks, here where there are none, or another way to them."""
-        for name in ("page_rows", "pack_heads", "split_keys"):
+        for name in SWITCHES_OF_PAGES:
             if getattr(self.tiling, name):
                 yield BrokenRule(name, "1 given; only sm90's forward kernels over pages have it: 0")
 

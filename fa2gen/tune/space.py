@@ -12,6 +12,7 @@ from typing import Any
 
 from fa2gen.arch import ArchName
 from fa2gen.plan import feasible_tilings, fits
+from fa2gen.plan.base import SWITCHES_OF_PAGES
 from fa2gen.spec import KernelSpec, Problem, Tiling, declared
 
 __all__ = ["settings", "switches", "tilings"]
@@ -35,6 +36,8 @@ def tilings(problem: Problem, arch: ArchName, shared_memory_limit: int | None = 
     shared_memory_limit  as of `make_plan`.
     """
     names = switches()
+    if not problem.paged:
+        names |= dict.fromkeys(SWITCHES_OF_PAGES, (0,))
     for tiling in feasible_tilings(problem, arch, shared_memory_limit):
         for values in product(*names.values()):
             varied = tiling.model_copy(update=dict(zip(names, values, strict=True)))
