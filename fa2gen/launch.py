@@ -337,6 +337,12 @@ class _Tile(NamedTuple):
         return KernelSpec(problem=plan.problem, tiling=plan.tiling.model_copy(update=changes))
 
 
+@functools.lru_cache(maxsize=1024)  # calls of every new length ask for the same (2 ms)
+def _has_room(tile: _Tile, plan: KernelPlan, packs_heads: bool, splits_keys: bool = False) -> bool:
+    """Whether a tile's spec of a plan's problem is feasible."""
+    return fits(tile.spec(plan, packs_heads, splits_keys))
+
+
 FEW_QUERIES = 128  # of a sequence, at most
 # Microseconds in which 8k keys and values of one head of 128 come from memory, and what that is multiplied with for a
 # tile that would not be in step with another that reads the same ones, as they have not as many rows.
@@ -400,7 +406,7 @@ def for_few_queries(
 
     both = (False, True)[: 1 + (group in PACKED_GROUPS and not plan.sink)]
     chosen, packs = own, usual.packs_heads
-    ways = [(takes(x, pack, OUT_OF_STEP), pack, x) for pack in both for x in tiles if fits(x.spec(plan, pack))]
+    ways = [(takes(x, pack, OUT_OF_STEP), pack, x) for pack in both for x in tiles if _has_room(x, plan, pack)]
     if are_few and ways and min(ways)[0] <= PACKED_ROUNDS * takes(own, usual.packs_heads):
         _, packs, chosen = min(ways)
     most = min(MAX_KEY_PARTS, keys // KEYS_OF_A_PART)
@@ -408,7 +414,7 @@ def for_few_queries(
         (takes_in_parts(x, pack, parts), pack, parts, x)
         for pack in both
         for x in (*tiles, own)
-        if most > 1 and fits(x.spec(plan, pack, True))
+        if most > 1 and _has_room(x, plan, pack, True)
         for parts in range(2, most + 1)
     ]
     parts = 1
