@@ -254,10 +254,9 @@ def _prepare(
     problem = reduced.problem("decode", head_dim, DTYPES[q.dtype], paged=table is not None, cache_dtype=cache_dtype)
     rows = seqlen_q * (num_heads // max(k_cache.shape[2], 1))
     of_call = {"device": q.get_device(), "out": contiguous(q.shape), "lse": contiguous((batch, num_heads, seqlen_q))}
-    if _may_be_prefill(given, num_splits) and not calls_for_decoding(
-        *(q.get_device(), batch, seqlen_q, num_heads, k_cache.shape[2], head_dim),
-        may_pack=given.s_aux is None and not reduced.expression,
-    ):
+    sizes = (q.get_device(), batch, seqlen_q, num_heads, k_cache.shape[2], head_dim)
+    is_plain = given.s_aux is None and not reduced.expression
+    if _may_be_prefill(given, num_splits) and not calls_for_decoding(*sizes, may_pack=is_plain):
         return _CachedCall(**of_call, num_rows=0, launch=None, misaligned=False, over_pages=True)
     kernel = kernel_for_rows(problem, q.get_device(), capacity, rows)
     inputs = {name: x for name in _INPUTS if (x := getattr(given, name)) is not None}

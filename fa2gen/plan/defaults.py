@@ -150,7 +150,7 @@ _PASSING = ((64, 96, 2, 8), (64, 80, 2, 8))  # of gradients: as many keys as the
 _THREE_BY_64 = tuple((192, 64, stages, 12) for stages in (4, 3, 2))  # warpgroups, by keys
 _TWO_BY_80 = ((128, 80, 3, 8), *((128, keys, 2, 8) for keys in (80, 64, 48, 32)))
 _TWO_BY_96 = ((128, 96, 3, 8), (128, 96, 2, 8), *_TWO_BY_80[1:])
-_OF_DOCUMENTS = (*((192, 64, stages, 12) for stages in (3, 2)), (128, 112, 2, 8), (128, 64, 2, 8))
+_OF_DOCUMENTS = (*_THREE_BY_64[1:], (128, 112, 2, 8), (128, 64, 2, 8))
 _BY_128_KEYS = ((64, 128, 2, 8), (64, 128, 1, 8), (64, 64, 2, 8), (64, 64, 1, 8), (32, 32, 1, 4))
 _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
     ("sm80", "decode"): _DECODING,
@@ -265,7 +265,7 @@ _FAMILIES: dict[tuple[ArchName, Direction], _Family] = {
             # plain kernels, at 64 and 72 that is the faster; H100).
             _Row(64, ((192, 96, 4, 12), (192, 80, 4, 12), (192, 64, 4, 12)), tables=True),
             _Row(72, _OF_DOCUMENTS, tables=True),
-            _Row(96, ((192, 64, 4, 12), *_OF_DOCUMENTS), tables=True, apart=True),
+            _Row(96, (_THREE_BY_64[0], *_OF_DOCUMENTS), tables=True, apart=True),
             _Row(128, _OF_DOCUMENTS, tables=True),
             _Row(160, tuple((128, keys, 2, 8) for keys in (112, 96, 80, 64)), tables=True),
             # One warpgroup: a bias in a window, whose keys are passed by.
