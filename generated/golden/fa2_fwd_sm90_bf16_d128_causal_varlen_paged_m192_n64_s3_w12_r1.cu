@@ -10,7 +10,7 @@
 //             254 Global memory,  295 mbarriers,  339 TMA,  387 Fences,  394 Fragments,  402 Registers,
 //             410 Registers of a warpgroup,  422 wgmma,  522 Entries,  591 A block's own table,  753 What is visible,
 //             805 Online softmax,  980 Pipelines, 1021 Loads, 1166 Matrix products, 1193 Epilogue, 1240 Producer,
-//            1333 Consumer, 1486 Kernel, 1488 Prepare, 1678 Launch
+//            1335 Consumer, 1495 Kernel, 1497 Prepare, 1687 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1237,7 +1237,7 @@ __device__ __forceinline__ void store_lse(
     }
 }
 
-// Producer: 4 warps. Even ones load K, odd ones V, each through a ring of its own; the first loads Q, too --------------------
+// Producer: 4 warps. Even ones load K, odd ones V, each through a ring of its own; the second loads Q, too -------------------
 
 constexpr int kNumLoadWarps = 4;
 
@@ -1298,7 +1298,7 @@ __device__ __forceinline__ void produce(
             }
         };
 
-        // K first: where Q has one stage, the last tile still holds it.
+        // Q by a warp of V: where it has one stage, the last tile still holds it, and K is not to wait behind it.
         // Warps of V run a block behind those of K, as the mma warps use them: all meet where none waits for another's block.
         int const meeting = min(blocks.begin + (is_v ? 1 : 0), blocks.end - 1);
         int const fetching = min(blocks.begin + kFetchAhead, blocks.end - 1);
@@ -1311,14 +1311,14 @@ __device__ __forceinline__ void produce(
             }
             load(n_block);
         };
+        if (warp == 1) {
+            load_q(map_q, smem, barriers, q_state, s, tile);
+        }
         if (blocks.begin < blocks.end) {
             load_next(blocks.end - 1);
         } else {
             fetch();
             take_fetched();
-        }
-        if (warp == 0) {
-            load_q(map_q, smem, barriers, q_state, s, tile);
         }
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
             load_next(n_block);
@@ -1326,6 +1326,8 @@ __device__ __forceinline__ void produce(
     }
     if (warp == 0) {
         leave_counter(p);
+    }
+    if (warp == 1) {
         load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0});
     }
 }
@@ -1359,7 +1361,11 @@ __device__ __forceinline__ void consume(
     auto release_q = [&]() {
         sync_warp();  // every lane has read the slot; where O lies over Q, its store has read it
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
-        q_state.advance(kNumQStages);
+    };
+    // As soon as the last block's S is there: the next Q comes under its softmax. The warp was together for that product, and
+    // before: every lane has read the slot.
+    auto release_q_after = [&](bool is_last) {
+        mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader && is_last);
     };
 
     while (true) {
@@ -1408,6 +1414,7 @@ __device__ __forceinline__ void consume(
             wgmma_commit();
             wgmma_wait_0();
             wgmma_touch(acc_s);
+            release_q_after(n_block == blocks.begin);
             release_k(leader);
             if (n_block >= blocks.end_full) {
                 apply_mask(acc_s, ends, n_block * kTileN);
@@ -1428,6 +1435,7 @@ __device__ __forceinline__ void consume(
                 wgmma_commit();
                 wgmma_wait_1();
                 wgmma_touch(acc_s);
+                release_q_after(n_block == blocks.begin);
             };
             // K is released by an arrival that depends on the row sums (which are never -0, nor any NaN of that pattern): it
             // can not be issued before the exponentials, and the wait behind it neither. Left to itself ptxas waits for P V
@@ -1452,7 +1460,6 @@ __device__ __forceinline__ void consume(
                 multiply();
                 accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
             }
-            release_q();
 
             // The last block's P.
             mbarrier_wait(barriers.v_full(v_state.stage), v_state.phase);
@@ -1467,6 +1474,8 @@ __device__ __forceinline__ void consume(
         else {
             release_q();
         }
+
+        q_state.advance(kNumQStages);
 
         float inverse_sum[2];
         float lse[2];

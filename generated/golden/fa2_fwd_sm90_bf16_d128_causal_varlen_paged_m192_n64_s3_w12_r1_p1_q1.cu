@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  168 Arithmetic,  206 Shared memory,
 //             244 Global memory,  277 mbarriers,  321 cp.async,  345 TMA,  393 Fences,  400 Fragments,  408 Registers,
 //             422 Registers of a warpgroup,  434 wgmma,  534 Entries,  632 What is visible,  684 Online softmax,
-//             858 Pipelines,  899 Loads, 1037 Matrix products, 1064 Epilogue, 1113 Producer, 1233 Consumer,
-//            1386 Kernel, 1388 Prepare, 1569 Launch
+//             858 Pipelines,  899 Loads, 1037 Matrix products, 1064 Epilogue, 1113 Producer, 1232 Consumer,
+//            1392 Kernel, 1394 Prepare, 1575 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1110,7 +1110,7 @@ __device__ __forceinline__ void store_lse(
     }
 }
 
-// Producer: 4 warps. Even ones load K, odd ones V, each through a ring of its own; the first loads Q, too --------------------
+// Producer: 4 warps. Even ones load K, odd ones V, each through a ring of its own; the second loads Q, too -------------------
 
 constexpr int kNumLoadWarps = 4;
 
@@ -1197,7 +1197,7 @@ __device__ __forceinline__ void produce(
             filling = stage;
         };
 
-        // K first: where Q has one stage, the last tile still holds it.
+        // Q by a warp of V: where it has one stage, the last tile still holds it, and K is not to wait behind it.
         // Warps of V run a block behind those of K, as the mma warps use them: all meet where none waits for another's block.
         int const meeting = min(blocks.begin + (is_v ? 1 : 0), blocks.end - 1);
         int const fetching = min(blocks.begin + kFetchAhead, blocks.end - 1);
@@ -1210,22 +1210,21 @@ __device__ __forceinline__ void produce(
             }
             load(n_block);
         };
+        if (warp == 1) {
+            load_q(map_q, smem, barriers, q_state, s, tile, p.group);
+        }
         if (blocks.begin < blocks.end) {
             load_next(blocks.end - 1);
         } else {
             fetch();
             take_fetched();
         }
-        if (warp == 0) {
-            publish_last();  // where Q has one stage, it waits for the tile before
-            load_q(map_q, smem, barriers, q_state, s, tile, p.group);
-        }
         for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
             load_next(n_block);
         }
         publish_last();  // the next tile's may wait for other warps, and those for this block
     }
-    if (warp == 0) {
+    if (warp == 1) {
         load_q(map_q, smem, barriers, q_state, {}, {-1, 0, 0}, p.group);
     }
 }
@@ -1259,7 +1258,11 @@ __device__ __forceinline__ void consume(
     auto release_q = [&]() {
         sync_warp();  // every lane has read the slot; where O lies over Q, its store has read it
         mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader);
-        q_state.advance(kNumQStages);
+    };
+    // As soon as the last block's S is there: the next Q comes under its softmax. The warp was together for that product, and
+    // before: every lane has read the slot.
+    auto release_q_after = [&](bool is_last) {
+        mbarrier_arrive_if(barriers.q_empty(q_state.stage), leader && is_last);
     };
 
     while (true) {
@@ -1308,6 +1311,7 @@ __device__ __forceinline__ void consume(
             wgmma_commit();
             wgmma_wait_0();
             wgmma_touch(acc_s);
+            release_q_after(n_block == blocks.begin);
             release_k(leader);
             if (n_block >= blocks.end_full) {
                 apply_mask(acc_s, ends, n_block * kTileN);
@@ -1328,6 +1332,7 @@ __device__ __forceinline__ void consume(
                 wgmma_commit();
                 wgmma_wait_1();
                 wgmma_touch(acc_s);
+                release_q_after(n_block == blocks.begin);
             };
             // K is released by an arrival that depends on the row sums (which are never -0, nor any NaN of that pattern): it
             // can not be issued before the exponentials, and the wait behind it neither. Left to itself ptxas waits for P V
@@ -1352,7 +1357,6 @@ __device__ __forceinline__ void consume(
                 multiply();
                 accumulate(online_softmax(acc_s, row_max, row_sum, correction, p.softmax_scale_log2));
             }
-            release_q();
 
             // The last block's P.
             mbarrier_wait(barriers.v_full(v_state.stage), v_state.phase);
@@ -1367,6 +1371,8 @@ __device__ __forceinline__ void consume(
         else {
             release_q();
         }
+
+        q_state.advance(kNumQStages);
 
         float inverse_sum[2];
         float lse[2];

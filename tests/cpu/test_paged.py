@@ -168,6 +168,18 @@ FAULTS = [
         "int part) {\n    if (part",
         schedules=3,
     ),
+    Fault(
+        "a tile's Q that its last block needs",
+        kernel("sm90", head_dim=128).name,
+        "release_q_after(n_block == blocks.begin);\n            };",
+        "release_q_after(true);\n            };",
+    ),
+    Fault(
+        "who loads Q",
+        kernel("sm90", head_dim=128).name,
+        "if (warp == 1) {\n            load_q",
+        "if (is_v) {\n            load_q",
+    ),
     Fault("a row's lane", by_rows().name, "places.at[begin / 32], row, ", "places.at[begin / 32], 0, "),
     Fault("a row's swizzle", by_rows().name, "(lane_chunk ^ row_swizzle(row) << 4)", "lane_chunk"),
     Fault("a part of a block", by_rows().name, "int const part = warp / 2;", "int const part = warp % 2;"),
