@@ -143,6 +143,9 @@ def plans() -> list[KernelPlan]:
     for problem, heads in itertools.product(by_rows, (0, 1)):
         tiling = default_tiling(problem, "sm90").model_copy(update={"page_rows": 1, "pack_heads": heads})
         specs.append(KernelSpec(problem=problem, tiling=tiling))
+    one_q = Problem(head_dim=128, mask="causal", varlen=True, paged=True)  # a warp of V loads Q of one stage
+    tiling = default_tiling(one_q, "sm90").model_copy(update={"tile_n": 64, "num_stages": 3})
+    specs.append(KernelSpec(problem=one_q, tiling=tiling))
     for mask, more in (("full", {"pack_heads": 1}), ("causal", {"page_rows": 1}), ("window", {})):
         problem = Problem(head_dim=64, head_dim_v=72, mask=mask, sink=not more, varlen=True, paged=True)
         tiling = default_tiling(problem, "sm90").model_copy(update={"split_keys": 1, **more})
