@@ -407,6 +407,7 @@ FAULTS = [
         DENSE,
         "{bidb, head_kv, m_block, begin + first, units};",
         "{bidb, head_kv, m_block, first, units};",
+        time_limit=2.0,
     ),
     Fault(
         "heads that share a block",
