@@ -601,27 +601,43 @@ def test_the_table_has_every_field():
     assert {*SHOWN, "bench", "report"} == {*OF_KERNELS}
 
 
-@pytest.mark.parametrize("field", Problem.model_fields)
-@pytest.mark.parametrize("command", SHOWN)
-def test_every_command_takes_and_shows_every_field(quick, cache, command, field):
-    """By option; and by a kernel's name, by a spec file or by one on standard input, which take turns."""
+def values_of(field: str) -> dict[str, Any]:
+    """What a problem is given that has this field: itself, what it needs, and a direction that has it."""
     values = {"head_dim": 64, field: VALUES[field], **NEEDS.get(field, {})}
     if only := declared(Problem)[field].only_for:
         values["direction"] = only.directions[0]
+    return values
+
+
+@pytest.mark.parametrize("field", Problem.model_fields)
+@pytest.mark.parametrize("command", SHOWN)
+def test_every_command_takes_and_shows_every_field(quick, cache, command, field):
+    values = values_of(field)
     options = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in values.items()]
-    extra = EXTRA.get(command, ("--json",))
-    done = fa2(command, *options, "--arch", "sm90", *extra)
+    done = fa2(command, *options, "--arch", "sm90", *EXTRA.get(command, ("--json",)))
     assert done.status == ExitStatus.DONE, done.stderr
     problems = SHOWN[command](done)
     assert problems and all(getattr(problem, name) == value for problem in problems for name, value in values.items())
 
+
+@pytest.mark.parametrize(
+    ("command", "source", "field"),
+    zip(
+        itertools.cycle(SHOWN),
+        itertools.cycle(("name", "file", "standard input")),
+        itertools.chain.from_iterable(itertools.repeat(field, 3) for field in Problem.model_fields),
+        strict=False,
+    ),
+)
+def test_every_field_comes_by_a_name_and_a_spec_as_by_options(quick, cache, command, source, field):
+    values = values_of(field)
     problem = Problem(**values)
     toml = "schema = 1\n[problem]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
     path = cache.parent / "my.toml"
     path.write_text(toml)
-    sources = ((best_spec(problem, "sm90").name, None), (str(path), None), ("-", toml))
-    source, given = sources[([*SHOWN].index(command) + [*Problem.model_fields].index(field)) % 3]
-    done = fa2(command, source, *extra, given=given)
+    said = {"name": best_spec(problem, "sm90").name, "file": str(path), "standard input": "-"}[source]
+    given = toml if said == "-" else None
+    done = fa2(command, said, *EXTRA.get(command, ("--json",)), given=given)
     assert done.status == ExitStatus.DONE, done.stderr
     assert {*SHOWN[command](done)} == {problem}
 

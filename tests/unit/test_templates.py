@@ -17,7 +17,7 @@ from fa2gen.catalog import catalogue
 from fa2gen.plan import KernelPlan, feasible_tilings, fits, make_plan
 from fa2gen.render import LAUNCHER, Rendered, render, render_launcher
 from fa2gen.select import default_tiling
-from fa2gen.spec import KernelSpec, Mask, Problem, Tiling
+from fa2gen.spec import DType, KernelSpec, Mask, Problem, Tiling
 from fa2gen.testing import problems as problems_of
 
 TEMPLATES = Path(data_dir("templates"))
@@ -40,10 +40,11 @@ def plans() -> list[KernelPlan]:
     """The catalogue, every default, and one tiling of each kind that has a branch of its own in some template."""
     shape = {"arch", "tile_m", "tile_n", "num_stages", "num_mma_warps", "swizzle_bytes"}
     switches = {field: get_args(info.annotation) for field, info in Tiling.model_fields.items() if field not in shape}
-    problems = [  # every head dim with every mask, and these with both dtypes
-        Problem(head_dim=d, dtype=("bf16", "fp16")[(d // 8 + i) % 2], mask=m)
-        for d in range(8, 257, 8)
-        for i, m in enumerate(get_args(Mask))
+    problems = [  # every head dim; masks and dtypes take turns
+        Problem(head_dim=d, dtype=dtype, mask=mask)
+        for d, dtype, mask in zip(
+            range(8, 257, 8), itertools.cycle(get_args(DType)), itertools.cycle(get_args(Mask)), strict=False
+        )
     ]
     specs = [*catalogue()]
     backward = [problem.model_copy(update={"direction": "bwd"}) for problem in problems]
