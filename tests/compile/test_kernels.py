@@ -84,7 +84,7 @@ def kernels() -> dict[str, bool]:
         for feature, head_dims in (
             ("varlen", (16, 64, 80, 112, 192, 256, 128)),  # of 256 the full mask, which spilled
             ("sink", (64, 112, 128, 256)),  # a row's end and two small kernels have more to do, and loops no more
-            ("dropout", (8, 72, 128, 144, 200, 256)),  # random bits are drawn beside all accumulators
+            ("dropout", (8, 40, 72, 128, 144, 168, 200, 256)),  # random bits are drawn beside all accumulators
         )
         for head_dim, mask in turns(head_dims, ("causal", "window", "full"))
     ]
