@@ -621,15 +621,11 @@ def test_every_command_takes_and_shows_every_field(quick, cache, command, field)
 
 
 @pytest.mark.parametrize(
-    ("command", "source", "field"),
-    zip(
-        itertools.cycle(SHOWN),
-        itertools.cycle(("name", "file", "standard input")),
-        itertools.chain.from_iterable(itertools.repeat(field, 3) for field in Problem.model_fields),
-        strict=False,
-    ),
+    ("field_and_source", "command"),
+    [*zip(itertools.product(Problem.model_fields, ("name", "file", "standard input")), itertools.cycle(SHOWN))],
 )
-def test_every_field_comes_by_a_name_and_a_spec_as_by_options(quick, cache, command, source, field):
+def test_every_field_comes_by_a_name_and_a_spec_as_by_options(quick, cache, field_and_source, command):
+    field, source = field_and_source
     values = values_of(field)
     problem = Problem(**values)
     toml = "schema = 1\n[problem]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
