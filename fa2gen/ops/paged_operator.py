@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fa2gen.ops.arguments import named
 from fa2gen.ops.autograd import is_plain
-from fa2gen.ops.forward_only import forward_only, refuse_gradients
+from fa2gen.ops.forward_only import asks_gradient, forward_only
 from fa2gen.ops.paged import checked_paged, paged_cuda, paged_reference
 from fa2gen.ops.validate import out_shape
 from fa2gen.ops.validate_cache import Paged
@@ -43,8 +43,8 @@ def run_paged(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of options with a scale, by the operator where others look at the call; see `paged_cuda`."""
     others = (*given[3:], *tensors)
-    if is_plain(given.q, given.k, given.v) and all(x is None or type(x) is Tensor for x in others):
-        refuse_gradients(*given, *tensors)
+    plain = is_plain(given.q, given.k, given.v) and all(x is None or type(x) is Tensor for x in others)
+    if plain and not asks_gradient(*given, *tensors):
         return paged_cuda(given, tensors, options, max_keys, into, are_even)
     said = named(options)
     try:

@@ -28,7 +28,7 @@ from fa2gen.ops.call import (
     prepared,
     signature_of,
 )
-from fa2gen.ops.forward_only import forward_only, refuse_gradients
+from fa2gen.ops.forward_only import asks_gradient, forward_only
 from fa2gen.ops.kvcache_reference import keys_of
 from fa2gen.ops.validate import DTYPES
 from fa2gen.ops.validate_cache import Cached, cache_dtype_of, capacity_of, validate_cached
@@ -72,8 +72,8 @@ def widen(given: Narrow, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     Rows behind a sequence's keys are of any content. Of a sequence with more keys than rows all are NaN, so that it
     shows. By the operator where others look at the call.
     """
-    if is_plain(given.k, given.v, given.seqlens) and all(x is None or type(x) is Tensor for x in given[3:]):
-        refuse_gradients(*given)
+    plain = is_plain(given.k, given.v, given.seqlens) and all(x is None or type(x) is Tensor for x in given[3:])
+    if plain and not asks_gradient(*given):
         return _widen_cuda(given, rows, dtype)
     try:
         k, v = getattr(torch.ops.fa2gen, _NAME).default(*given, rows, dtype)

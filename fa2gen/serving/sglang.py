@@ -59,15 +59,17 @@ def flash_attn_with_kvcache(
     its s_aux.
 
     cu_seqlens_k_new  is not looked at without k, as in FlashAttention-3.
+    rotary_seqlens    may be cache_seqlens itself, and is not looked at without rotary_cos.
     num_splits        as in `fa2gen.flash_attn_with_kvcache`, where kernels of decoding read the cache.
     descales          of 8-bit tensors; they are not looked at otherwise.
     scheduler_metadata, pack_gqa, sm_margin and ver are taken, and change nothing.
 
     Raises InvalidInput, or UnsupportedProblem for qv, rotary_seqlens, and what packed queries do not go with.
     """
+    turns_elsewhere = rotary_cos is not None and rotary_seqlens is not None and rotary_seqlens is not cache_seqlens
     refuse(
         qv=(qv is not None, _WHOLE),
-        rotary_seqlens=(rotary_seqlens is not None, "cache_seqlens, behind which positions begin"),
+        rotary_seqlens=(turns_elsewhere, "cache_seqlens, behind which positions begin"),
     )
     if cu_seqlens_q is None:
         return flash_kvcache.flash_attn_with_kvcache(

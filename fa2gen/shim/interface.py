@@ -82,9 +82,13 @@ def _flash_attn_varlen_forward(
     leftpad_k: Tensor | None = None,
     seqused_k: Tensor | None = None,
     zero_tensors: bool = False,
+    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, None, Tensor]:
-    """(out, lse, None, rng_state) of packed q, k and v (total, heads, head_dim); lse (heads, total_q)."""
-    _refuse(dropout_p=dropout_p, leftpad_k=leftpad_k)
+    """(out, lse, None, rng_state) of packed q, k and v (total, heads, head_dim); lse (heads, total_q).
+
+    num_splits has come to flash_attn after 2.8.3; more than one is refused, here and there.
+    """
+    _refuse(dropout_p=dropout_p, leftpad_k=leftpad_k, num_splits=num_splits > 1)
     window = (window_size_left, window_size_right)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = (0.0, softmax_scale, causal, window, softcap, alibi_slopes)

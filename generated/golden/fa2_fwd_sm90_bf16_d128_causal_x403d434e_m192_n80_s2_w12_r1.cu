@@ -8,9 +8,9 @@
 //   launch   512 threads, 229504 bytes of dynamic shared memory
 //   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  172 Shared memory,
 //             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
-//             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  509 Expressions,
-//             524 Scores of an expression,  563 Online softmax,  705 Softmax of capped scores,  803 Pipelines,
-//             842 Loads,  905 Matrix products,  932 Epilogue,  979 Producer, 1030 Consumer, 1223 Kernel, 1254 Launch
+//             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Expressions,
+//             523 Scores of an expression,  562 Online softmax,  704 Softmax of capped scores,  826 Pipelines,
+//             865 Loads,  928 Matrix products,  955 Epilogue, 1002 Producer, 1053 Consumer, 1250 Kernel, 1281 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -487,8 +487,7 @@ __device__ __forceinline__ int registers_before(int column) {
 // Sets the scores of keys that a row does not see to -inf. What a thread sees of a row is a run of its registers, made into
 // bits, so that one instruction moves 7 of them into predicates, and only in the blocks that need a mask
 // (d = 128, 128 keys: 26 instructions of 589 fewer than with a comparison an element).
-// Or to 0 what has been made of them.
-__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&ends)[2], int first_key, float hidden) {
+__device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (&ends)[2], int first_key) {
     constexpr int kRegisters = kNumAccS / 2;  // of one row
     int const first_column = first_key + 2 * (lane_id() % 4);
 #pragma unroll
@@ -500,7 +499,7 @@ __device__ __forceinline__ void apply_mask(float (&acc_s)[kNumAccS], int const (
 #pragma unroll
             for (int k = word; k < min(word + 32, kRegisters); ++k) {
                 int const i = k / 2 * 4 + 2 * row + k % 2;
-                acc_s[i] = visible >> (k - word) & 1 ? acc_s[i] : hidden;
+                acc_s[i] = visible >> (k - word) & 1 ? acc_s[i] : -kInfinity;
             }
         }
     }
@@ -705,7 +704,9 @@ __device__ __forceinline__ void finalize_softmax(
 // Softmax of capped scores ---------------------------------------------------------------------------------------------
 //
 // However large Q and K are, scores are at most kMostScore from 0. Where that is an exponent of 2 whose power fp32 and bf16
-// hold, with all sums, exponentials are taken as they are: no maximum is looked for, and nothing is scaled again.
+// hold, with all sums, no maximum is looked for but that of a row's first block, and nothing is scaled again. Without that one, P
+// of a row with a single key is no power of 2: O is then V rounded once more, by as much in all its elements, and the row's
+// gradients, which are 0, become the sum of dO * O times 2^-9.
 
 constexpr float kMostScore = 1.0f;
 constexpr float kMaxExponent = 76.0f;
@@ -722,7 +723,7 @@ __device__ __forceinline__ float tanh_slope(Params const& p, int b, int h, int h
 }
 
 struct Cap {
-    bool is_near;     // whether scores need no maximum
+    bool is_near;     // whether scores need no maxima but the first
     float first_max;  // what a row begins with
     // Of products whose squares are at most `limit`, exponents of 2 are x (first + third x^2).
     float limit;
@@ -737,7 +738,7 @@ __device__ __forceinline__ Cap cap_of(Params const& p, Head const& at, float fac
     float const first = factor * slope;
     // Finite, as sums of squares may be infinite; of slopes whose square is no normal number it is that of a greater one.
     float const limit = is_near ? fminf(kMostSmall * kMostSmall * reciprocal_approx(square), 1e37f) : -1.0f;
-    return {is_near, is_near ? 0.0f : -kInfinity, limit, first, kThird * first * square};
+    return {is_near, is_near ? kInfinity : -kInfinity, limit, first, kThird * first * square};
 }
 
 // Whether all products of the warp are: their squares' sums are, in four chains.
@@ -752,30 +753,52 @@ __device__ __forceinline__ bool are_small(float const (&acc_s)[kNumAccS], Cap co
 }
 
 // The special function unit has exponentials alone then: it is what two functions an element would wait for.
-__device__ __forceinline__ void exponentiate_small(float (&acc_s)[kNumAccS], Cap const& cap) {
-#pragma unroll
-    for (int i = 0; i < kNumAccS; ++i) {
-        float const square = acc_s[i] * acc_s[i];
-        acc_s[i] = exp2_approx(acc_s[i] * fmaf(cap.third, square, cap.first));
-    }
-}
-
-__device__ __forceinline__ void exponentiate_capped(float (&acc_s)[kNumAccS], float factor) {
-#pragma unroll
-    for (int i = 0; i < kNumAccS; ++i) {
-        acc_s[i] = exp2_approx(factor * acc_s[i]);
-    }
-}
-
-__device__ __forceinline__ void add_to_rows(float const (&acc_s)[kNumAccS], float (&row_sum)[2]) {
+__device__ __forceinline__ void exponentiate_small(
+    float (&acc_s)[kNumAccS], float const (&row_max)[2], float (&row_sum)[2], Cap const& cap) {
+    auto exponential = [&](float product, float offset) {
+        return exp2_approx(fmaf(product, fmaf(cap.third, product * product, cap.first), -offset));
+    };
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float sum = row_sum[row];
 #pragma unroll
         for (int i = 2 * row; i < kNumAccS; i += 4) {
+            acc_s[i] = exponential(acc_s[i], row_max[row]);
+            acc_s[i + 1] = exponential(acc_s[i + 1], row_max[row]);
             sum += acc_s[i] + acc_s[i + 1];
         }
         row_sum[row] = sum;
+    }
+}
+
+// Exponents of 2 of scores, and, with `third`, of products whose tanh they are of.
+__device__ __forceinline__ void to_exponents(float (&acc_s)[kNumAccS], float first, float third) {
+#pragma unroll
+    for (int i = 0; i < kNumAccS; ++i) {
+        acc_s[i] *= fmaf(third, acc_s[i] * acc_s[i], first);
+    }
+}
+
+// The least that is taken off exponents: what is left of the greatest is kMaxExponent.
+__device__ __forceinline__ float least_max(float factor) {
+    return kMostScore * factor - kMaxExponent;
+}
+
+// Of rows that have seen no key, and see one now, the maximum of these exponents is taken off all that come.
+__device__ __forceinline__ void begin_rows(float const (&acc_s)[kNumAccS], float (&row_max)[2], float factor) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float const greatest = quad_max(thread_max(acc_s, row, -kInfinity));
+        bool const begins = row_max[row] == kInfinity && greatest > -kInfinity;
+        row_max[row] = begins ? fmaxf(greatest, least_max(factor)) : row_max[row];
+    }
+}
+
+// Rows that see a whole block first do without.
+__device__ __forceinline__ void begin_without(float (&row_max)[2], float factor) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        row_max[row] = row_max[row] == kInfinity ? least_max(factor) : row_max[row];
     }
 }
 
@@ -1110,28 +1133,29 @@ __device__ __forceinline__ void consume(
             wgmma_touch(acc_s);
             release_k(leader);
             // P in place of a block's products, where scores are near 0.
-            auto soften = [&](bool is_masked) {
-                auto hide = [&]() {
-                    if (is_masked) {
-                        apply_mask(acc_s, ends, n_block * kTileN, 0.0f);
-                    }
-                };
+            auto soften = [&]() {
                 if (are_small(acc_s, cap)) {
-                    exponentiate_small(acc_s, cap);
-                    hide();
-                    add_to_rows(acc_s, row_sum);
+                    exponentiate_small(acc_s, row_max, row_sum, cap);
                     return;
                 }
                 modify_scores(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
-                exponentiate_capped(acc_s, factor);
-                hide();
-                add_to_rows(acc_s, row_sum);
+                exponentiate(acc_s, row_max, row_sum, factor);
+            };
+            auto soften_masked = [&]() {
+                bool const is_small = are_small(acc_s, cap);
+                if (!is_small) {
+                    modify_scores(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
+                }
+                to_exponents(acc_s, is_small ? cap.first : factor, is_small ? cap.third : 0.0f);
+                apply_mask(acc_s, ends, n_block * kTileN);
+                begin_rows(acc_s, row_max, factor);
+                exponentiate(acc_s, row_max, row_sum, 1.0f);
             };
             if (cap.is_near) {
-                soften(true);
+                soften_masked();
             } else {
                 modify_scores(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
-                apply_mask(acc_s, ends, n_block * kTileN, -kInfinity);
+                apply_mask(acc_s, ends, n_block * kTileN);
                 online_softmax_masked(acc_s, row_max, row_sum, correction, factor);
             }
             pack_p(p_tile, acc_s);
@@ -1171,18 +1195,21 @@ __device__ __forceinline__ void consume(
             if (cap.is_near) {
                 for (; n_block >= blocks.end_full; --n_block) {
                     multiply(/*is_far=*/false);
-                    soften(true);
+                    soften_masked();
                     accumulate(false);
+                }
+                if (n_block >= blocks.begin_full) {
+                    begin_without(row_max, factor);
                 }
                 for (; n_block >= blocks.begin_full; --n_block) {
                     multiply(/*is_far=*/false);
-                    soften(false);
+                    soften();
                     accumulate(false);
                 }
             }
             for (; n_block >= blocks.end_full; --n_block) {
                 multiply(/*is_far=*/true);
-                apply_mask(acc_s, ends, n_block * kTileN, -kInfinity);
+                apply_mask(acc_s, ends, n_block * kTileN);
                 accumulate(online_softmax_masked(acc_s, row_max, row_sum, correction, factor));
             }
             for (; n_block >= blocks.begin_full; --n_block) {
@@ -1207,7 +1234,7 @@ __device__ __forceinline__ void consume(
 
         float inverse_sum[2];
         float lse[2];
-        finalize_softmax(row_max, row_sum, inverse_sum, lse, factor * 0.693147180559945309f);
+        finalize_softmax(row_max, row_sum, inverse_sum, lse, cap.is_near ? 0.693147180559945309f : factor * 0.693147180559945309f);
         rescale_o(acc_o, inverse_sum);
         store_lse(p, s, lse, row, tile);
 

@@ -1,6 +1,6 @@
-"""Scores of a cap on SM90: exponentials under no maximum, and tanh of small scores as a polynomial.
+"""Scores of a cap on SM90: exponentials under a row's first maximum, and tanh of small scores as a polynomial.
 
-A warp decides for each block of keys which tanh it takes, and the cap of a head whether a maximum is looked for.
+A warp decides for each block of keys which tanh it takes, and the cap of a head whether further maxima are looked for.
 """
 
 from __future__ import annotations
@@ -81,6 +81,17 @@ def test_scores_of_all_sizes(name, cap, gain, change):
     assert verdict.ok, str(verdict)
 
 
+@pytest.mark.parametrize("name", [CAPPED, WINDOW, OF_HEADS])
+def test_a_row_with_one_key_is_its_value(name):
+    """To the bit, as without a cap: else gradients, which are 0 there, would be the noise of dO * O."""
+    spec = KernelSpec.from_name(name)
+    case = cases.make(spec, Shape(1, 70, 70, 2, 1), gain=4.0)
+    if name == OF_HEADS:
+        case.tensors["input_0"].fill_(30.0)
+    run_kernel(make_plan(spec), case.tensors, case.options, run_options=RunOptions())
+    assert torch.equal(case.tensors["o"][:, 0], case.tensors["v"][:, 0].expand(1, 2, 64))
+
+
 @pytest.mark.parametrize("sink", (-torch.inf, 2.0))
 def test_rows_without_keys_have_the_sink_alone(sink):
     (verdict,) = run(
@@ -89,6 +100,7 @@ def test_rows_without_keys_have_the_sink_alone(sink):
     assert verdict.ok, str(verdict)
 
 
+LOW = {"cap": 52.0, "gain": 30.0, "change": from_end_to_end}
 NEAR, SMALL = "kMostScore * factor <= kMaxExponent", "!any_lane(!(most <= cap.limit))"
 FAULTS = (
     (Fault("always-small", CAPPED, SMALL, "true"), {"gain": 30.0}),
@@ -99,10 +111,12 @@ FAULTS = (
     (Fault("third", CAPPED, "kThird * first * square}", "0.0f}"), {"gain": 2.0}),
     (Fault("always-near", CAPPED, NEAR, "true"), {"cap": 1000.0, "gain": 30.0}),
     (
-        Fault("one-beginning", CAPPED, "is_near ? 0.0f : -kInfinity", "0.0f"),
+        Fault("one-beginning", CAPPED, "is_near ? kInfinity : -kInfinity", "kInfinity"),
         {"cap": 1000.0, "gain": 30.0, "change": all_are_low},
     ),
-    (Fault("nothing-hidden", CAPPED, "hide();", "", count=2), {}),
+    (Fault("nothing-hidden", CAPPED, "apply_mask(acc_s, ends, n_block * kTileN);\n                begin", "begin"), {}),
+    (Fault("never-begun", CAPPED, "begin_without(row_max, factor);", ""), {}),
+    (Fault("begun-low", CAPPED, "kMostScore * factor - kMaxExponent", "-kMaxExponent"), LOW),
 )
 
 

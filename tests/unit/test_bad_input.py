@@ -300,7 +300,7 @@ CASES: dict[str, Case] = {
     "kvcache: e4m3 on an A100": Case(InfeasibleSpec, "e4m3|sm80|int8", lambda: default_tiling(Problem(direction="decode", head_dim=64, cache_dtype="e4m3"), "sm80")),
     "kvcache: splits": Case(InvalidInput, "num_splits is 257|256", lambda: cached(num_splits=257)),
     "kvcache: splits of text": Case(InvalidInput, "num_splits must be a whole number|'2'", lambda: cached(num_splits="2")),
-    "kvcache: a gradient": Case(UnsupportedProblem, "has no gradient|torch.no_grad()", lambda: cached(q=t(2, 1, 6, 64).requires_grad_())),
+    "kvcache: a gradient": Case(UnsupportedProblem, "has no gradient|torch.no_grad()", lambda: cached(q=t(2, 1, 6, 64).requires_grad_()).sum().backward()),
     "kvcache: no tensor": Case(InvalidInput, "block_table must be a torch.Tensor|list", lambda: cached(block_table=[[0, 1]])),
     # ragged batches
     "ragged: q of rank 4": Case(InvalidInput, "q has 4 dimensions|with cu_seqlens_q it must have 3|(total_q, heads, head_dim)|q.flatten(0, 1)", lambda: ragged(q=t(2, 5, 6, 64))),

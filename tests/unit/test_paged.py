@@ -192,11 +192,24 @@ def test_opcheck():
         assert set(found.values()) == {"SUCCESS"}
 
 
+def test_inputs_may_require_a_gradient_that_is_not_asked_for():
+    """As in flash_attn: generation outside torch.no_grad() runs, and going backward says what there is not."""
+    q, k, v, table, *_ = batch()
+
+    def attend(q):
+        return fa2gen.flash_attn_varlen_func(q, k, v, BOUNDS, None, seqused_k=USED, block_table=table)
+
+    out = attend(q.detach().requires_grad_())
+    assert torch.equal(out, attend(q))
+    with pytest.raises(fa2gen.UnsupportedProblem, match="no gradient"):
+        out.sum().backward()
+    with pytest.raises(fa2gen.UnsupportedProblem, match="no gradient"):
+        torch.func.grad(lambda q: attend(q).sum())(q)
+
+
 def test_what_is_refused_is_refused_by_name():
     q, k, v, table, *_ = batch()
     refused = fa2gen.UnsupportedProblem
-    with pytest.raises(refused, match="no gradient"):
-        fa2gen.flash_attn_varlen_func(q.requires_grad_(), k, v, BOUNDS, None, seqused_k=USED, block_table=table)
     with pytest.raises(refused, match="dropout over pages"):
         fa2gen.flash_attn_varlen_func(q, k, v, BOUNDS, None, dropout_p=0.1, seqused_k=USED, block_table=table)
     with pytest.raises(refused, match="vmap over pages"):

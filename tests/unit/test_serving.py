@@ -292,8 +292,9 @@ def test_dense_queries_of_sglang_are_those_of_flash_attn():
         sglang.flash_attn_with_kvcache(q, k, v, **given), fa2gen.flash_attn_with_kvcache(q, k, v, **given)
     )
     new = {name: random(2, 3, HEADS_KV, HEAD_DIM, seed=i) for i, name in enumerate("kv")}
+    new |= {f"rotary_{name}": random(60, 16, seed=i) for i, name in enumerate(("cos", "sin"))}
     caches = [[k.clone(), v.clone()] for _ in range(2)]
-    found = sglang.flash_attn_with_kvcache(q, *caches[0], **new, **given)
+    found = sglang.flash_attn_with_kvcache(q, *caches[0], **new, **given, rotary_seqlens=given["cache_seqlens"])
     assert torch.equal(found, fa2gen.flash_attn_with_kvcache(q, *caches[1], **new, **given))
     assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
 
@@ -334,7 +335,9 @@ def test_what_vllm_may_not_ask_is_refused(options, words):
 
 
 @pytest.mark.parametrize(
-    "options", [{"qv": 1}, {"rotary_seqlens": 1}, {"k": 1}, {"rotary_cos": 1}, {"cache_leftpad": 1}], ids=str
+    "options",
+    [{"qv": 1}, {"rotary_seqlens": 1, "rotary_cos": 1}, {"k": 1}, {"rotary_cos": 1}, {"cache_leftpad": 1}],
+    ids=str,
 )
 def test_what_sglang_may_not_ask_is_refused(options):
     batch = Batch((1,), (9,))
