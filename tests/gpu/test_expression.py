@@ -90,6 +90,19 @@ def test_alibi_of_the_function(slopes):
         torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2 * y.abs().max().item())
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_row_with_one_key_has_no_gradient_under_a_cap(head_dim):
+    """Its out is its value: what is left of dP - D are fp32 sums, not how P or out are rounded (0.5 and more)."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, k, v, dout = (
+        torch.randn(2, 300, 4, head_dim, generator=generator, device="cuda").mul_(4).bfloat16() for _ in range(4)
+    )
+    out = fa2gen.flash_attn_func(q.requires_grad_(), k, v, causal=True, softcap=15.0)
+    assert torch.equal(out[:, 0], v[:, 0])
+    (dq,) = torch.autograd.grad(out, q, dout)
+    assert dq[:, 0].abs().max() < 0.01
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_softcap_of_the_function(causal):
     """Against autograd of the formula in fp32; compiled, with the same bits."""
