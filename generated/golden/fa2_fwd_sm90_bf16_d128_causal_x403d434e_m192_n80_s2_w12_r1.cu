@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  172 Shared memory,
 //             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
 //             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Expressions,
-//             523 Scores of an expression,  562 Online softmax,  704 Softmax of capped scores,  826 Pipelines,
-//             865 Loads,  928 Matrix products,  955 Epilogue, 1002 Producer, 1053 Consumer, 1250 Kernel, 1281 Launch
+//             523 Scores of an expression,  562 Online softmax,  704 Softmax of capped scores,  823 Pipelines,
+//             862 Loads,  925 Matrix products,  952 Epilogue,  999 Producer, 1050 Consumer, 1253 Kernel, 1284 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -704,9 +704,9 @@ __device__ __forceinline__ void finalize_softmax(
 // Softmax of capped scores ---------------------------------------------------------------------------------------------
 //
 // However large Q and K are, scores are at most kMostScore from 0. Where that is an exponent of 2 whose power fp32 and bf16
-// hold, with all sums, no maximum is looked for but that of a row's first block, and nothing is scaled again. Without that one, P
-// of a row with a single key is no power of 2: O is then V rounded once more, by as much in all its elements, and the row's
-// gradients, which are 0, become the sum of dO * O times 2^-9.
+// hold, with all sums, exponentials are taken as they are: no maximum is looked for, and nothing is scaled again. But of the first
+// keys of rows that see no whole block: of a row with one key P must be a power of 2. Else O is V rounded once more, all of it
+// alike, and the row's gradients, which are 0, are the sum of dO * O times 2^-9.
 
 constexpr float kMostScore = 1.0f;
 constexpr float kMaxExponent = 76.0f;
@@ -723,8 +723,7 @@ __device__ __forceinline__ float tanh_slope(Params const& p, int b, int h, int h
 }
 
 struct Cap {
-    bool is_near;     // whether scores need no maxima but the first
-    float first_max;  // what a row begins with
+    bool is_near;  // whether scores need no maximum
     // Of products whose squares are at most `limit`, exponents of 2 are x (first + third x^2).
     float limit;
     float first;
@@ -738,7 +737,7 @@ __device__ __forceinline__ Cap cap_of(Params const& p, Head const& at, float fac
     float const first = factor * slope;
     // Finite, as sums of squares may be infinite; of slopes whose square is no normal number it is that of a greater one.
     float const limit = is_near ? fminf(kMostSmall * kMostSmall * reciprocal_approx(square), 1e37f) : -1.0f;
-    return {is_near, is_near ? kInfinity : -kInfinity, limit, first, kThird * first * square};
+    return {is_near, limit, first, kThird * first * square};
 }
 
 // Whether all products of the warp are: their squares' sums are, in four chains.
@@ -753,18 +752,27 @@ __device__ __forceinline__ bool are_small(float const (&acc_s)[kNumAccS], Cap co
 }
 
 // The special function unit has exponentials alone then: it is what two functions an element would wait for.
-__device__ __forceinline__ void exponentiate_small(
-    float (&acc_s)[kNumAccS], float const (&row_max)[2], float (&row_sum)[2], Cap const& cap) {
-    auto exponential = [&](float product, float offset) {
-        return exp2_approx(fmaf(product, fmaf(cap.third, product * product, cap.first), -offset));
-    };
+__device__ __forceinline__ void exponentiate_small(float (&acc_s)[kNumAccS], Cap const& cap) {
+#pragma unroll
+    for (int i = 0; i < kNumAccS; ++i) {
+        float const square = acc_s[i] * acc_s[i];
+        acc_s[i] = exp2_approx(acc_s[i] * fmaf(cap.third, square, cap.first));
+    }
+}
+
+__device__ __forceinline__ void exponentiate_capped(float (&acc_s)[kNumAccS], float factor) {
+#pragma unroll
+    for (int i = 0; i < kNumAccS; ++i) {
+        acc_s[i] = exp2_approx(factor * acc_s[i]);
+    }
+}
+
+__device__ __forceinline__ void add_to_rows(float const (&acc_s)[kNumAccS], float (&row_sum)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float sum = row_sum[row];
 #pragma unroll
         for (int i = 2 * row; i < kNumAccS; i += 4) {
-            acc_s[i] = exponential(acc_s[i], row_max[row]);
-            acc_s[i + 1] = exponential(acc_s[i + 1], row_max[row]);
             sum += acc_s[i] + acc_s[i + 1];
         }
         row_sum[row] = sum;
@@ -779,26 +787,15 @@ __device__ __forceinline__ void to_exponents(float (&acc_s)[kNumAccS], float fir
     }
 }
 
-// The least that is taken off exponents: what is left of the greatest is kMaxExponent.
-__device__ __forceinline__ float least_max(float factor) {
-    return kMostScore * factor - kMaxExponent;
-}
-
-// Of rows that have seen no key, and see one now, the maximum of these exponents is taken off all that come.
+// Of rows that have seen no key, and see one now, the greatest of these exponents is taken off all that come: so much more, by a
+// whole number, where it is low, that sums can not overflow.
 __device__ __forceinline__ void begin_rows(float const (&acc_s)[kNumAccS], float (&row_max)[2], float factor) {
+    float const least = kMostScore * factor - kMaxExponent;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const greatest = quad_max(thread_max(acc_s, row, -kInfinity));
         bool const begins = row_max[row] == kInfinity && greatest > -kInfinity;
-        row_max[row] = begins ? fmaxf(greatest, least_max(factor)) : row_max[row];
-    }
-}
-
-// Rows that see a whole block first do without.
-__device__ __forceinline__ void begin_without(float (&row_max)[2], float factor) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        row_max[row] = row_max[row] == kInfinity ? least_max(factor) : row_max[row];
+        row_max[row] = begins ? greatest + ceilf(fmaxf(least - greatest, 0.0f)) : row_max[row];
     }
 }
 
@@ -1099,7 +1096,9 @@ __device__ __forceinline__ void consume(
         uint32_t const q_rows = q_tiles + q_state.stage * (kQStageBytes / kDescUnit);
 
         Cap const cap = cap_of(p, at, factor);
-        float row_max[2] = {cap.first_max, cap.first_max};
+        bool const is_short = blocks.begin_full >= blocks.end_full;
+        float const first_max = !cap.is_near ? -kInfinity : is_short ? kInfinity : 0.0f;
+        float row_max[2] = {first_max, first_max};
         float row_sum[2] = {0.0f, 0.0f};
         float correction[2];
 #pragma unroll
@@ -1135,11 +1134,13 @@ __device__ __forceinline__ void consume(
             // P in place of a block's products, where scores are near 0.
             auto soften = [&]() {
                 if (are_small(acc_s, cap)) {
-                    exponentiate_small(acc_s, row_max, row_sum, cap);
+                    exponentiate_small(acc_s, cap);
+                    add_to_rows(acc_s, row_sum);
                     return;
                 }
                 modify_scores(p, at, acc_s, row + lane_id() / 4, n_block * kTileN);
-                exponentiate(acc_s, row_max, row_sum, factor);
+                exponentiate_capped(acc_s, factor);
+                add_to_rows(acc_s, row_sum);
             };
             auto soften_masked = [&]() {
                 bool const is_small = are_small(acc_s, cap);
@@ -1148,8 +1149,13 @@ __device__ __forceinline__ void consume(
                 }
                 to_exponents(acc_s, is_small ? cap.first : factor, is_small ? cap.third : 0.0f);
                 apply_mask(acc_s, ends, n_block * kTileN);
-                begin_rows(acc_s, row_max, factor);
-                exponentiate(acc_s, row_max, row_sum, 1.0f);
+                if (is_short) {
+                    begin_rows(acc_s, row_max, factor);
+                    exponentiate(acc_s, row_max, row_sum, 1.0f);
+                } else {
+                    exponentiate_capped(acc_s, 1.0f);
+                    add_to_rows(acc_s, row_sum);
+                }
             };
             if (cap.is_near) {
                 soften_masked();
@@ -1197,9 +1203,6 @@ __device__ __forceinline__ void consume(
                     multiply(/*is_far=*/false);
                     soften_masked();
                     accumulate(false);
-                }
-                if (n_block >= blocks.begin_full) {
-                    begin_without(row_max, factor);
                 }
                 for (; n_block >= blocks.begin_full; --n_block) {
                     multiply(/*is_far=*/false);

@@ -56,6 +56,13 @@ def all_are_low(tensors: dict[str, torch.Tensor]) -> None:
     tensors["k"].abs_().neg_()
 
 
+def first_keys_are_high(tensors: dict[str, torch.Tensor]) -> None:
+    """Of a row's blocks of keys, which come from the last on."""
+    for name in "qk":
+        tensors[name].abs_()
+    tensors["k"][:, 32:] *= -1
+
+
 def one_is_large(tensors: dict[str, torch.Tensor]) -> None:
     """One score of its block and warp is."""
     tensors["q"].mul_(0.1)
@@ -81,15 +88,16 @@ def test_scores_of_all_sizes(name, cap, gain, change):
     assert verdict.ok, str(verdict)
 
 
-@pytest.mark.parametrize("name", [CAPPED, WINDOW, OF_HEADS])
-def test_a_row_with_one_key_is_its_value(name):
+@pytest.mark.parametrize(("name", "rows"), [(CAPPED, 1), (WINDOW, 70)])
+def test_a_row_with_one_key_is_its_value(name, rows):
     """To the bit, as without a cap: else gradients, which are 0 there, would be the noise of dO * O."""
     spec = KernelSpec.from_name(name)
-    case = cases.make(spec, Shape(1, 70, 70, 2, 1), gain=4.0)
-    if name == OF_HEADS:
-        case.tensors["input_0"].fill_(30.0)
-    run_kernel(make_plan(spec), case.tensors, case.options, run_options=RunOptions())
-    assert torch.equal(case.tensors["o"][:, 0], case.tensors["v"][:, 0].expand(1, 2, 64))
+    case = cases.make(spec, Shape(4, 70, 70, 4, 4), gain=4.0)
+    options = case.options._replace(expression=case.options.expression._replace(numbers=(50.0,)))
+    if name == WINDOW:
+        options = options._replace(window_left=0, window_right=0)
+    run_kernel(make_plan(spec), case.tensors, options, run_options=RunOptions())
+    assert torch.equal(case.tensors["o"][:, :rows], case.tensors["v"][:, :rows])
 
 
 @pytest.mark.parametrize("sink", (-torch.inf, 2.0))
@@ -100,7 +108,7 @@ def test_rows_without_keys_have_the_sink_alone(sink):
     assert verdict.ok, str(verdict)
 
 
-LOW = {"cap": 52.0, "gain": 30.0, "change": from_end_to_end}
+LOW = {"cap": 52.0, "gain": 30.0, "change": first_keys_are_high, "shape": Shape(1, 70, 70, 2, 1)}
 NEAR, SMALL = "kMostScore * factor <= kMaxExponent", "!any_lane(!(most <= cap.limit))"
 FAULTS = (
     (Fault("always-small", CAPPED, SMALL, "true"), {"gain": 30.0}),
@@ -111,11 +119,11 @@ FAULTS = (
     (Fault("third", CAPPED, "kThird * first * square}", "0.0f}"), {"gain": 2.0}),
     (Fault("always-near", CAPPED, NEAR, "true"), {"cap": 1000.0, "gain": 30.0}),
     (
-        Fault("one-beginning", CAPPED, "is_near ? kInfinity : -kInfinity", "kInfinity"),
+        Fault("one-beginning", CAPPED, "!cap.is_near ? -kInfinity : ", ""),
         {"cap": 1000.0, "gain": 30.0, "change": all_are_low},
     ),
-    (Fault("nothing-hidden", CAPPED, "apply_mask(acc_s, ends, n_block * kTileN);\n                begin", "begin"), {}),
-    (Fault("never-begun", CAPPED, "begin_without(row_max, factor);", ""), {}),
+    (Fault("nothing-hidden", CAPPED, "apply_mask(acc_s, ends, n_block * kTileN);\n                if", "if"), {}),
+    (Fault("all-short", CAPPED, "blocks.begin_full >= blocks.end_full", "true"), {}),
     (Fault("begun-low", CAPPED, "kMostScore * factor - kMaxExponent", "-kMaxExponent"), LOW),
 )
 
