@@ -93,7 +93,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     """Attention of a few queries of each sequence over a cache of its keys and values, to which new ones may be added.
 
     q (batch, seqlen_q, heads, head_dim). k_cache, v_cache (entries, rows, heads_kv, head_dim), of any strides but the
-    last: they are never copied, and written to in place. Forward only.
+    last: they are never copied, and written to in place. A backward pass through the results is refused, by name.
 
     k, v                (batch, seqlen_new, heads_kv, head_dim): written behind the keys of each sequence, then seen.
                         What a full cache has no place for is dropped.
