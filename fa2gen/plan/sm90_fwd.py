@@ -356,14 +356,6 @@ class Sm90FwdPlan(Sm90Plan):
         """
         return not self.o_aliases_q and (self.has_allow or (self.num_q_stages == 1 and not self.has_key_parts))
 
-    @property
-    def v_loads_q(self) -> bool:
-        """Whether, over pages, a warp of V loads Q: the next tile's K is then there while its Q waits for this one.
-
-        By a warp of K it took 1.002 to 1.015 of the time (head dim 128, H100).
-        """
-        return self.paged and self.releases_q_early and not self.has_allow
-
     @cached_property
     def memory(self) -> SharedMemory:
         return self._memory(self.num_q_stages, self.o_aliases_q, self.own_sequences)

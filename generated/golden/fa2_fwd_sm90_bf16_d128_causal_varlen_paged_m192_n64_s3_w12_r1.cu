@@ -10,7 +10,7 @@
 //             254 Global memory,  295 mbarriers,  339 TMA,  387 Fences,  394 Fragments,  402 Registers,
 //             410 Registers of a warpgroup,  422 wgmma,  522 Entries,  591 A block's own table,  753 What is visible,
 //             805 Online softmax,  980 Pipelines, 1021 Loads, 1166 Matrix products, 1193 Epilogue, 1240 Producer,
-//            1335 Consumer, 1495 Kernel, 1497 Prepare, 1687 Launch
+//            1336 Consumer, 1496 Kernel, 1498 Prepare, 1688 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1298,7 +1298,6 @@ __device__ __forceinline__ void produce(
             }
         };
 
-        // Q by a warp of V: where it has one stage, the last tile still holds it, and K is not to wait behind it.
         // Warps of V run a block behind those of K, as the mma warps use them: all meet where none waits for another's block.
         int const meeting = min(blocks.begin + (is_v ? 1 : 0), blocks.end - 1);
         int const fetching = min(blocks.begin + kFetchAhead, blocks.end - 1);
@@ -1311,6 +1310,8 @@ __device__ __forceinline__ void produce(
             }
             load(n_block);
         };
+        // Not by a warp of K: where Q has one stage, the last tile still holds it, and K is not to wait behind it (head dim 128,
+        // H100: 1.002 to 1.015 of the time).
         if (warp == 1) {
             load_q(map_q, smem, barriers, q_state, s, tile);
         }

@@ -9,8 +9,8 @@
 //   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  168 Arithmetic,  206 Shared memory,
 //             244 Global memory,  277 mbarriers,  321 cp.async,  345 TMA,  393 Fences,  400 Fragments,  408 Registers,
 //             422 Registers of a warpgroup,  434 wgmma,  534 Entries,  632 What is visible,  684 Online softmax,
-//             858 Pipelines,  899 Loads, 1037 Matrix products, 1064 Epilogue, 1113 Producer, 1232 Consumer,
-//            1392 Kernel, 1394 Prepare, 1575 Launch
+//             858 Pipelines,  899 Loads, 1037 Matrix products, 1064 Epilogue, 1113 Producer, 1233 Consumer,
+//            1393 Kernel, 1395 Prepare, 1576 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -1197,7 +1197,6 @@ __device__ __forceinline__ void produce(
             filling = stage;
         };
 
-        // Q by a warp of V: where it has one stage, the last tile still holds it, and K is not to wait behind it.
         // Warps of V run a block behind those of K, as the mma warps use them: all meet where none waits for another's block.
         int const meeting = min(blocks.begin + (is_v ? 1 : 0), blocks.end - 1);
         int const fetching = min(blocks.begin + kFetchAhead, blocks.end - 1);
@@ -1210,6 +1209,8 @@ __device__ __forceinline__ void produce(
             }
             load(n_block);
         };
+        // Not by a warp of K: where Q has one stage, the last tile still holds it, and K is not to wait behind it (head dim 128,
+        // H100: 1.002 to 1.015 of the time).
         if (warp == 1) {
             load_q(map_q, smem, barriers, q_state, s, tile, p.group);
         }
