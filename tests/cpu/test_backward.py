@@ -112,7 +112,9 @@ def kernels():
         for name in every_default()
         if name.split("_")[4] in ("d8", "d64", "d72", "d128", "d136", "d160", "d200", "d256")
     ]
-    rest = [name for name in every_default() if name not in {*quick, *ALL_TILINGS}]
+    # Of each other head dim one family's, in turns.
+    rest = [name for number, name in enumerate(every_default()) if number % 2 == number // 32]
+    rest = [name for name in rest if name not in {*quick, *ALL_TILINGS}]
     return [
         *dict.fromkeys((*ALL_TILINGS, *ONE_STAGE, *quick)),
         *(pytest.param(name, marks=pytest.mark.slow) for name in rest),
@@ -168,7 +170,7 @@ def test_no_schedule_changes_dk_and_dv(name):
         assert torch.equal(dk_again, dk) and torch.equal(dv_again, dv), f"seed {seed}"
 
 
-@pytest.mark.parametrize("name", (TILINGS[1], TILINGS[3], TILINGS[8], SM80_TILINGS[6]))
+@pytest.mark.parametrize("name", (TILINGS[3], SM80_TILINGS[6]))  # others with a window: test_window_backward
 def test_sanitizers_are_silent(name):
     for sizes in (SOME_BLOCKS,) if name in SM80_TILINGS else (RAGGED, NO_KEYS):
         verdict, _ = run(name, sizes, sanitize=True)

@@ -42,8 +42,8 @@ TILINGS = (
 
 
 def kernels():
-    """Each family and head dim with the tilings that specs/ names for it, or with its default. Where full and causal
-    masks share a tiling, they take turns from one head dim to the next, as dtypes do."""
+    """Each family and head dim with the tilings that specs/ names for it; of other head dims one family's default, in
+    turns. Where full and causal masks share a tiling, they take turns from one head dim to the next, as dtypes do."""
     written = collections.defaultdict(dict)
     for spec in (spec for spec in catalogue() if spec.problem.direction == "fwd"):
         if not spec.problem.varlen and spec.problem.mask != "window":
@@ -53,7 +53,9 @@ def kernels():
     names = dict.fromkeys(TILINGS)
     for arch, (turn, head_dim) in itertools.product(ARCHES, enumerate(HEAD_DIMS)):
         both = dict.fromkeys(("full", "causal"))
-        tilings = written[arch, head_dim] or {default_tiling(Problem(head_dim=head_dim), arch): both}
+        tilings = written[arch, head_dim]
+        if not tilings and (arch == "sm80") == (turn % 2 == 0):
+            tilings = {default_tiling(Problem(head_dim=head_dim), arch): both}
         for tiling, masks in tilings.items():
             problem = Problem(head_dim=head_dim, dtype=next(dtypes), mask=[*masks][turn % len(masks)])
             names[KernelSpec(problem=problem, tiling=tiling).name] = None
@@ -77,7 +79,7 @@ def test_no_schedule_changes_the_result(machine, name):
         assert torch.equal(again, out) and torch.equal(lse_again, lse), f"seed {seed}"
 
 
-@pytest.mark.parametrize("name", (TILINGS[0], TILINGS[3], TILINGS[4], TILINGS[7]))
+@pytest.mark.parametrize("name", (TILINGS[0], TILINGS[4], TILINGS[7]))
 def test_sanitizers_are_silent(machine, name):
     for sizes in (RAGGED, NO_KEYS):
         verdict, *_ = machine.run(name, sizes, sanitize=True)

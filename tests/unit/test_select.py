@@ -64,8 +64,8 @@ def test_total_over_problems_devices_and_lengths():
     """Something for every head dim, dtype, mask and length on every GPU that is served, and it fits the GPU."""
     everything = problems(direction="fwd", head_dim=range(8, 257, 8))
     assert len({problem.mask for problem in everything}) > 1 < len({problem.dtype for problem in everything})
-    for problem, device in itertools.product(everything, KNOWN_DEVICES):
-        for seqlen in (None, 1, 4096, 10**7):
+    for number, problem in enumerate(everything):
+        for device, seqlen in itertools.product(KNOWN_DEVICES, (None, (1, 4096, 10**7)[number % 3])):
             found = select(problem, device, None, seqlen)
             assert found.plan.problem == problem and found.reason
             assert found.plan.shared_memory_bytes <= device.shared_memory_per_block
