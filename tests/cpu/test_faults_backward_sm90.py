@@ -263,6 +263,8 @@ FAULTS = (
         "store_global_release(sums",
     ),
     Fault("added-before-it-is-stored", STAGED, "if (p.stores_first) {", "if (false) {"),
+    # By seed 0, which lets a thread run on: others ask again and again, and the time limit must come between.
+    Fault("stored-is-not-told", SMALL, "store_global_release(sums, kAreSums);", "", time_limit=1.0),
     Fault("nothing-stored-is-no-zeros", LAGGING, "r[i] = sums == kAreSums ? r[i] : 0.0f;", ""),
     Fault(
         "rest-of-dq-slice", PANEL, "(kNumMmaWarps - 4 * warpgroup) * kDqSliceFloats", "kNumMmaWarps * kDqSliceFloats"

@@ -30,7 +30,11 @@ int claim_global(int* address) {
     int found = 0;
     __atomic_compare_exchange_n(address, &found, 1, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
     current().unfenced_global_wait |= found != 0;
-    maybe_yield();
+    if (found == 1) {
+        current().fiber.leave();  // still ready: who has it may be behind in this OS thread, or has failed, and callers ask again
+    } else {
+        maybe_yield();
+    }
     return found;
 }
 
