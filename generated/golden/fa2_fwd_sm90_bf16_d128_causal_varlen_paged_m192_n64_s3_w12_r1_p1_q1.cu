@@ -1209,8 +1209,8 @@ __device__ __forceinline__ void produce(
             }
             load(n_block);
         };
-        // Not by a warp of K: where Q has one stage, the last tile still holds it, and K is not to wait behind it (head dim 128,
-        // H100: 1.002 to 1.015 of the time).
+        // Not by a warp of K: where Q has one stage, the last tile still holds it, and K is not to wait behind it (by one of K
+        // 1.002 to 1.015 of the time; head dim 128, H100).
         if (warp == 1) {
             load_q(map_q, smem, barriers, q_state, s, tile, p.group);
         }

@@ -10,7 +10,7 @@
 //             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
 //             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Expressions,
 //             523 Scores of an expression,  562 Online softmax,  704 Softmax of capped scores,  823 Pipelines,
-//             862 Loads,  925 Matrix products,  952 Epilogue,  999 Producer, 1050 Consumer, 1253 Kernel, 1284 Launch
+//             862 Loads,  925 Matrix products,  952 Epilogue,  999 Producer, 1050 Consumer, 1254 Kernel, 1285 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -703,10 +703,10 @@ __device__ __forceinline__ void finalize_softmax(
 
 // Softmax of capped scores ---------------------------------------------------------------------------------------------
 //
-// However large Q and K are, scores are at most kMostScore from 0. Where that is an exponent of 2 whose power fp32 and bf16
-// hold, with all sums, exponentials are taken as they are: no maximum is looked for, and nothing is scaled again. But of the first
-// keys of rows that see no whole block: of a row with one key P must be a power of 2. Else O is V rounded once more, all of it
-// alike, and the row's gradients, which are 0, are the sum of dO * O times 2^-9.
+// However large Q and K are, scores are at most kMostScore from 0. Where that is an exponent of 2 whose power fp32 and
+// bf16 hold, with all sums, exponentials are taken as they are: no maximum is looked for, and nothing is scaled again.
+// But of the first keys of rows that see no whole block: of a row with one key P must be a power of 2. Else O is V rounded
+// once more, all of it alike, and the row's gradients, which are 0, are the sum of dO * O times 2^-9.
 
 constexpr float kMostScore = 1.0f;
 constexpr float kMaxExponent = 76.0f;
@@ -787,8 +787,8 @@ __device__ __forceinline__ void to_exponents(float (&acc_s)[kNumAccS], float fir
     }
 }
 
-// Of rows that have seen no key, and see one now, the greatest of these exponents is taken off all that come: so much more, by a
-// whole number, where it is low, that sums can not overflow.
+// Of rows that have seen no key, and see one now, the greatest of these exponents is taken off all that come: so much more,
+// by a whole number, where it is low, that sums can not overflow.
 __device__ __forceinline__ void begin_rows(float const (&acc_s)[kNumAccS], float (&row_max)[2], float factor) {
     float const least = kMostScore * factor - kMaxExponent;
 #pragma unroll
@@ -1237,7 +1237,8 @@ __device__ __forceinline__ void consume(
 
         float inverse_sum[2];
         float lse[2];
-        finalize_softmax(row_max, row_sum, inverse_sum, lse, cap.is_near ? 0.693147180559945309f : factor * 0.693147180559945309f);
+        finalize_softmax(row_max, row_sum, inverse_sum, lse,
+                         cap.is_near ? 0.693147180559945309f : factor * 0.693147180559945309f);
         rescale_o(acc_o, inverse_sum);
         store_lse(p, s, lse, row, tile);
 
