@@ -88,7 +88,7 @@ def build_source(name: str, rendered: Rendered, *, sanitize: bool = False, other
         *(f"FA2GEN_CPU_ENTRY_AS(fa2gen_cpu_launch_{x}, {space}::{x})" for x in others),
     ]
     source = "\n".join([rendered.source, *entries, ""])
-    # -O2 makes no kernel faster than it takes longer to compile (370 tests of tests/cpu: 313 s, with -O1 272 s).
+    # -O2 takes longer to compile than it saves in runs (370 tests of tests/cpu: 313 s, with -O1 272 s).
     optimize = _SANITIZE if sanitize else (*_FAST, "-O1", "-ffp-contract=off")
     library_key = Key(name, _key(source, *optimize, _machine_key(sanitize)))
     options = (*_COMMON, *_KERNEL_WARNINGS, *optimize, f"-I{_machine_dir()}", "-shared")
