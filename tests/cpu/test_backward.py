@@ -112,8 +112,8 @@ def kernels():
         for name in every_default()
         if name.split("_")[4] in ("d8", "d64", "d72", "d128", "d136", "d160", "d200", "d256")
     ]
-    # Of each other head dim one family's, in turns.
-    rest = [name for number, name in enumerate(every_default()) if number % 2 == number // 32]
+    # Of each other head dim one family's, in turns of two, as masks go by ones.
+    rest = [name for number, name in enumerate(every_default()) if number // 2 % 2 == number // 32]
     rest = [name for name in rest if name not in {*quick, *ALL_TILINGS}]
     return [
         *dict.fromkeys((*ALL_TILINGS, *ONE_STAGE, *quick)),

@@ -54,7 +54,7 @@ def kernels():
     for arch, (turn, head_dim) in itertools.product(ARCHES, enumerate(HEAD_DIMS)):
         both = dict.fromkeys(("full", "causal"))
         tilings = written[arch, head_dim]
-        if not tilings and (arch == "sm80") == (turn % 2 == 0):
+        if not tilings and (arch == "sm80") == (turn // 2 % 2 == 0):  # by twos, as masks go by ones
             tilings = {default_tiling(Problem(head_dim=head_dim), arch): both}
         for tiling, masks in tilings.items():
             problem = Problem(head_dim=head_dim, dtype=next(dtypes), mask=[*masks][turn % len(masks)])
