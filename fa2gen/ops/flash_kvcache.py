@@ -12,7 +12,7 @@ from fa2gen.errors import InvalidInput
 from fa2gen.ops import library  # noqa: F401  (registers the operators)
 from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, sinks, whole, window_sides
 from fa2gen.ops.autograd import is_plain, wants_gradient
-from fa2gen.ops.forward_only import asks_gradient
+from fa2gen.ops.forward_only import is_direct
 from fa2gen.ops.kvcache import cached_cuda, read_out
 from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
@@ -177,8 +177,7 @@ def run_cached(
     given: Cached, options: Options, interleaved: bool, splits: int, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out, lse), by an operator where others look at the call; `into` as in `cached_cuda`."""
-    plain = all(x is None or type(x) is Tensor for x in given.all[3:])
-    if plain and is_plain(given.q, given.k_cache, given.v_cache) and not asks_gradient(*given.all):
+    if is_direct(*given.all):
         return cached_cuda(given, options, interleaved, splits, into)
     score, allow, inputs, numbers = (options.expression or Expression())[:4]
     said = (

@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import UnsupportedProblem
-from fa2gen.ops.autograd import wants_gradient
+from fa2gen.ops.autograd import is_plain, wants_gradient
 
-__all__ = ["asks_gradient", "forward_only"]
+__all__ = ["forward_only", "is_direct"]
 
 
-def asks_gradient(*tensors: Any) -> bool:
-    """Whether one of any of these would be asked for; what is no tensor is not looked at."""
-    return torch.is_grad_enabled() and wants_gradient(*(x for x in tensors if isinstance(x, Tensor)))
+def is_direct(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> bool:
+    """Whether a call may go past its operator: nothing but a kernel would see it (`is_plain`), nor is a gradient asked
+    for."""
+    if not is_plain(q, k, v) or not all(x is None or type(x) is Tensor for x in others):
+        return False
+    return not (torch.is_grad_enabled() and wants_gradient(q, k, v, *(x for x in others if x is not None)))
 
 
 def _refuse(*_: Any) -> NoReturn:
@@ -52,7 +55,7 @@ def forward_only(
             with torch._C._AutoDispatchBelowAutograd():
                 return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **named)
 
-        if not asks_gradient(*tensors):
+        if not (torch.is_grad_enabled() and wants_gradient(*tensors)):
             return run()
         if torch._C._are_functorch_transforms_active():  # torch.func.grad and others, which go backward in any case
             _refuse()

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.ops.arguments import named
-from fa2gen.ops.autograd import is_plain
-from fa2gen.ops.forward_only import asks_gradient, forward_only
+from fa2gen.ops.forward_only import forward_only, is_direct
 from fa2gen.ops.paged import checked_paged, paged_cuda, paged_reference
 from fa2gen.ops.validate import out_shape
 from fa2gen.ops.validate_cache import Paged
@@ -42,9 +41,7 @@ def run_paged(
     are_even: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of options with a scale, by the operator where others look at the call; see `paged_cuda`."""
-    others = (*given[3:], *tensors)
-    plain = is_plain(given.q, given.k, given.v) and all(x is None or type(x) is Tensor for x in others)
-    if plain and not asks_gradient(*given, *tensors):
+    if is_direct(*given, *tensors):
         return paged_cuda(given, tensors, options, max_keys, into, are_even)
     said = named(options)
     try:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
-from fa2gen.ops.autograd import is_plain
 from fa2gen.ops.call import (
     Call,
     address_of,
@@ -28,7 +27,7 @@ from fa2gen.ops.call import (
     prepared,
     signature_of,
 )
-from fa2gen.ops.forward_only import asks_gradient, forward_only
+from fa2gen.ops.forward_only import forward_only, is_direct
 from fa2gen.ops.kvcache_reference import keys_of
 from fa2gen.ops.validate import DTYPES
 from fa2gen.ops.validate_cache import Cached, cache_dtype_of, capacity_of, validate_cached
@@ -72,8 +71,7 @@ def widen(given: Narrow, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     Rows behind a sequence's keys are of any content. Of a sequence with more keys than rows all are NaN, so that it
     shows. By the operator where others look at the call.
     """
-    plain = is_plain(given.k, given.v, given.seqlens) and all(x is None or type(x) is Tensor for x in given[3:])
-    if plain and not asks_gradient(*given):
+    if is_direct(*given):
         return _widen_cuda(given, rows, dtype)
     try:
         k, v = getattr(torch.ops.fa2gen, _NAME).default(*given, rows, dtype)

@@ -509,7 +509,7 @@ class KernelPlan:
     @property
     def softmax_scale(self) -> str:
         """What forward kernels call the factor of scores."""
-        return "factor * 0.693147180559945309f" if self.has_score else "p.softmax_scale"
+        return "factor * kLn2" if self.has_score else "p.softmax_scale"
 
     @property
     def softmax_scale_log2(self) -> str:

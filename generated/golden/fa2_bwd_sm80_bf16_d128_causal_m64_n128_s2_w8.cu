@@ -6,10 +6,10 @@
 //   problem  bwd, head dim 128, bf16, causal mask
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 164864 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
-//             238 cp.async,  257 Fragments,  272 Registers,  281 mma,  338 What is visible,
-//             544 Softmax and its gradient,  591 Matrix products,  724 Registers to shared memory,  854 Kernels,
-//            1055 Launch
+//   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  183 Shared memory,  208 Global memory,
+//             241 cp.async,  260 Fragments,  275 Registers,  284 mma,  341 What is visible,
+//             547 Softmax and its gradient,  594 Matrix products,  727 Registers to shared memory,  857 Kernels,
+//            1057 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -157,6 +157,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -864,7 +867,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d128_causal_
     const __grid_constant__ Params p) {
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,10 +6,10 @@
 //   problem  bwd, head dim 64, bf16, causal mask, attention sinks, dropout
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 165888 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  222 Shared memory,  247 Global memory,
-//             292 cp.async,  311 Fragments,  333 Registers,  342 mma,  399 What is visible,
-//             605 Softmax and its gradient,  666 Dropout,  834 Matrix products,  967 Registers to shared memory,
-//            1097 Kernels, 1344 Launch
+//   contents   29 Problem and tiling,  157 Threads,  176 Arithmetic,  225 Shared memory,  250 Global memory,
+//             295 cp.async,  314 Fragments,  336 Registers,  345 mma,  402 What is visible,
+//             608 Softmax and its gradient,  669 Dropout,  837 Matrix products,  970 Registers to shared memory,
+//            1100 Kernels, 1346 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -174,6 +174,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1107,7 +1110,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d64_causal_s
     const __grid_constant__ Params p) {
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,10 +6,10 @@
 //   problem  bwd, head dim 64, bf16, full mask
 //   tiling   32 query rows x 128 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 65792 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,  137 Threads,  156 Arithmetic,  177 Shared memory,  202 Global memory,
-//             235 cp.async,  254 Fragments,  269 Registers,  278 mma,  335 What is visible,
-//             548 Softmax and its gradient,  595 Matrix products,  707 Registers to shared memory,  837 Kernels,
-//            1035 Launch
+//   contents   29 Problem and tiling,  137 Threads,  156 Arithmetic,  180 Shared memory,  205 Global memory,
+//             238 cp.async,  257 Fragments,  272 Registers,  281 mma,  338 What is visible,
+//             551 Softmax and its gradient,  598 Matrix products,  710 Registers to shared memory,  840 Kernels,
+//            1037 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -154,6 +154,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -847,7 +850,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_bf16_d64_m32_n128
     const __grid_constant__ Params p) {
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,10 +6,10 @@
 //   problem  bwd, head dim 256, fp16, full mask, deterministic
 //   tiling   64 query rows x 64 keys, 1 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 147968 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  180 Shared memory,  205 Global memory,
-//             261 cp.async,  280 Fragments,  295 Registers,  304 mma,  361 What is visible,
-//             567 Softmax and its gradient,  614 Matrix products,  747 Registers to shared memory,  839 Turns,
-//             908 Kernels, 1112 Launch
+//   contents   29 Problem and tiling,  140 Threads,  159 Arithmetic,  183 Shared memory,  208 Global memory,
+//             264 cp.async,  283 Fragments,  298 Registers,  307 mma,  364 What is visible,
+//             570 Softmax and its gradient,  617 Matrix products,  750 Registers to shared memory,  842 Turns,
+//             911 Kernels, 1114 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels that run one after the other:
 //   preprocess   dPsum = rowsum(dO * O) - dLSE and LSE in base 2 for every query, and dQ = 0
@@ -157,6 +157,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -918,7 +921,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm80_fp16_d256_det_m64
     const __grid_constant__ Params p) {
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 32;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

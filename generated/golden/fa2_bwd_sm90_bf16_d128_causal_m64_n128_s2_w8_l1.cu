@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197792 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  168 Arithmetic,  196 Shared memory,
-//             217 Global memory,  276 mbarriers,  320 TMA,  362 Bulk copies,  384 Fences,  396 Fragments,
-//             410 Registers,  418 Registers of a warpgroup,  430 wgmma,  612 What is visible,
-//             661 Softmax and its gradient,  761 Pipelines,  810 Loads,  859 Matrix products,  897 Staging,
-//             960 Producer, 1039 Consumer, 1194 Kernels, 1358 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  168 Arithmetic,  199 Shared memory,
+//             220 Global memory,  279 mbarriers,  323 TMA,  365 Bulk copies,  387 Fences,  399 Fragments,
+//             413 Registers,  421 Registers of a warpgroup,  433 wgmma,  615 What is visible,
+//             664 Softmax and its gradient,  764 Pipelines,  813 Loads,  862 Matrix products,  900 Staging,
+//             963 Producer, 1042 Consumer, 1197 Kernels, 1360 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -166,6 +166,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1205,7 +1208,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, results in fp32
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197792 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   54 Shared memory,  135 Threads,  175 Arithmetic,  203 Shared memory,
-//             224 Global memory,  288 mbarriers,  332 TMA,  366 Bulk copies,  388 Fences,  400 Fragments,
-//             408 Registers,  416 Registers of a warpgroup,  428 wgmma,  605 What is visible,
-//             654 Softmax and its gradient,  754 Pipelines,  803 Loads,  847 Matrix products,  885 Staging,
-//             979 Producer, 1058 Consumer, 1202 Kernels, 1348 Launch
+//   contents   33 Problem and tiling,   54 Shared memory,  135 Threads,  175 Arithmetic,  206 Shared memory,
+//             227 Global memory,  291 mbarriers,  335 TMA,  369 Bulk copies,  391 Fences,  403 Fragments,
+//             411 Registers,  419 Registers of a warpgroup,  431 wgmma,  608 What is visible,
+//             657 Softmax and its gradient,  757 Pipelines,  806 Loads,  850 Matrix products,  888 Staging,
+//             982 Producer, 1061 Consumer, 1205 Kernels, 1350 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -173,6 +173,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1213,7 +1216,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, ragged batches
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  129 Threads,  186 Arithmetic,  219 Shared memory,
-//             257 Global memory,  341 mbarriers,  385 TMA,  433 Bulk copies,  455 Fences,  467 Fragments,
-//             481 Registers,  489 Registers of a warpgroup,  501 wgmma,  619 Entries,  786 What is visible,
-//             835 Softmax and its gradient,  970 Pipelines, 1013 Loads, 1062 Matrix products, 1100 Staging,
-//            1163 Producer, 1237 Consumer, 1360 Kernels, 1362 Prepare, 1719 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  129 Threads,  186 Arithmetic,  222 Shared memory,
+//             260 Global memory,  344 mbarriers,  388 TMA,  436 Bulk copies,  458 Fences,  470 Fragments,
+//             484 Registers,  492 Registers of a warpgroup,  504 wgmma,  622 Entries,  789 What is visible,
+//             838 Softmax and its gradient,  973 Pipelines, 1016 Loads, 1065 Matrix products, 1103 Staging,
+//            1166 Producer, 1240 Consumer, 1363 Kernels, 1365 Prepare, 1721 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -184,6 +184,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1549,7 +1552,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     }
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     if (block.m_block < 0) {
         griddepcontrol_wait();

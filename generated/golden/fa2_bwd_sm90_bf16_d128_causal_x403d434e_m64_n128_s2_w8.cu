@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, scores of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197728 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  168 Arithmetic,  209 Shared memory,
-//             230 Global memory,  289 mbarriers,  333 TMA,  375 Bulk copies,  397 Fences,  409 Fragments,
-//             423 Registers,  431 Registers of a warpgroup,  443 wgmma,  620 What is visible,  672 Expressions,
-//             687 Softmax and its gradient,  734 Scores of an expression,  853 Pipelines,  896 Loads,
-//             945 Matrix products,  983 Staging, 1046 Producer, 1122 Consumer, 1246 Kernels, 1410 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  124 Threads,  168 Arithmetic,  212 Shared memory,
+//             233 Global memory,  292 mbarriers,  336 TMA,  378 Bulk copies,  400 Fences,  412 Fragments,
+//             426 Registers,  434 Registers of a warpgroup,  446 wgmma,  623 What is visible,  675 Expressions,
+//             690 Softmax and its gradient,  737 Scores of an expression,  856 Pipelines,  899 Loads,
+//             948 Matrix products,  986 Staging, 1049 Producer, 1125 Consumer, 1249 Kernels, 1412 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -166,6 +166,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1257,7 +1260,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

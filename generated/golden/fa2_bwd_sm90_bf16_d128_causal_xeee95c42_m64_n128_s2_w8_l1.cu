@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, causal mask, scores of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197792 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  125 Threads,  169 Arithmetic,  203 Shared memory,
-//             224 Global memory,  292 mbarriers,  336 TMA,  378 Bulk copies,  400 Fences,  412 Fragments,
-//             426 Registers,  434 Registers of a warpgroup,  446 wgmma,  628 What is visible,  677 Expressions,
-//             708 Softmax and its gradient,  755 Scores of an expression,  853 Pipelines,  902 Loads,
-//             951 Matrix products,  991 Staging, 1054 Producer, 1133 Consumer, 1289 Kernels, 1457 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  125 Threads,  169 Arithmetic,  206 Shared memory,
+//             227 Global memory,  295 mbarriers,  339 TMA,  381 Bulk copies,  403 Fences,  415 Fragments,
+//             429 Registers,  437 Registers of a warpgroup,  449 wgmma,  631 What is visible,  680 Expressions,
+//             711 Softmax and its gradient,  758 Scores of an expression,  856 Pipelines,  905 Loads,
+//             954 Matrix products,  994 Staging, 1057 Producer, 1136 Consumer, 1292 Kernels, 1459 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -167,6 +167,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1300,7 +1303,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_causal_
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, full mask, deterministic
 //   tiling   80 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230752 bytes of dynamic shared memory
-//   contents   34 Problem and tiling,   56 Shared memory,  120 Threads,  164 Arithmetic,  192 Shared memory,
-//             213 Global memory,  265 mbarriers,  309 TMA,  351 Bulk copies,  373 Fences,  385 Fragments,
-//             399 Registers,  407 Registers of a warpgroup,  419 wgmma,  600 What is visible,
-//             650 Softmax and its gradient,  750 Pipelines,  793 Loads,  842 Matrix products,  880 Staging,
-//             943 Producer,  977 Turns, 1023 Consumer, 1147 Kernels, 1307 Launch
+//   contents   34 Problem and tiling,   56 Shared memory,  120 Threads,  164 Arithmetic,  195 Shared memory,
+//             216 Global memory,  268 mbarriers,  312 TMA,  354 Bulk copies,  376 Fences,  388 Fragments,
+//             402 Registers,  410 Registers of a warpgroup,  422 wgmma,  603 What is visible,
+//             653 Softmax and its gradient,  753 Pipelines,  796 Loads,  845 Matrix products,  883 Staging,
+//             946 Producer,  980 Turns, 1026 Consumer, 1150 Kernels, 1309 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -162,6 +162,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1158,7 +1161,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_det_m80
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, window mask, deterministic
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197824 bytes of dynamic shared memory
-//   contents   34 Problem and tiling,   56 Shared memory,  124 Threads,  168 Arithmetic,  196 Shared memory,
-//             217 Global memory,  269 mbarriers,  313 TMA,  355 Bulk copies,  377 Fences,  389 Fragments,
-//             403 Registers,  411 Registers of a warpgroup,  423 wgmma,  602 d - window_left <= j <= d + window_right,
-//             679 Softmax and its gradient,  779 Pipelines,  832 Loads,  881 Matrix products,  919 Staging,
-//             982 Producer, 1016 Turns, 1072 Consumer, 1229 Kernels, 1389 Launch
+//   contents   34 Problem and tiling,   56 Shared memory,  124 Threads,  168 Arithmetic,  199 Shared memory,
+//             220 Global memory,  272 mbarriers,  316 TMA,  358 Bulk copies,  380 Fences,  392 Fragments,
+//             406 Registers,  414 Registers of a warpgroup,  426 wgmma,  605 d - window_left <= j <= d + window_right,
+//             682 Softmax and its gradient,  782 Pipelines,  835 Loads,  884 Matrix products,  922 Staging,
+//             985 Producer, 1019 Turns, 1075 Consumer, 1232 Kernels, 1391 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -166,6 +166,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1240,7 +1243,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_window_
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,12 +6,12 @@
 //   problem  bwd, head dim 128, bf16, full mask, scores of an expression, gradients of input_0
 //   tiling   48 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 164704 bytes of dynamic shared memory
-//   contents   34 Problem and tiling,   56 Shared memory,  128 Threads,  172 Arithmetic,  206 Shared memory,
-//             227 Global memory,  300 mbarriers,  344 TMA,  386 Bulk copies,  408 Fences,  420 Fragments,
-//             434 Registers,  449 Registers of a warpgroup,  461 wgmma,  636 What is visible,  685 Expressions,
-//             718 Softmax and its gradient,  748 Scores of an expression,  812 Gradients of an expression's tensors,
-//             903 Pipelines,  946 Loads,  995 Matrix products, 1033 Staging, 1096 Producer, 1172 Consumer,
-//            1298 Kernels, 1474 Launch
+//   contents   34 Problem and tiling,   56 Shared memory,  128 Threads,  172 Arithmetic,  209 Shared memory,
+//             230 Global memory,  303 mbarriers,  347 TMA,  389 Bulk copies,  411 Fences,  423 Fragments,
+//             437 Registers,  452 Registers of a warpgroup,  464 wgmma,  639 What is visible,  688 Expressions,
+//             721 Softmax and its gradient,  751 Scores of an expression,  815 Gradients of an expression's tensors,
+//             906 Pipelines,  949 Loads,  998 Matrix products, 1036 Staging, 1099 Producer, 1175 Consumer,
+//            1301 Kernels, 1476 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -170,6 +170,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1319,7 +1322,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_x092143
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     clear(p.dinput_0, kThreads,
           place_in_input_0(p, p.input_0_last_0, p.input_0_last_1, p.input_0_last_2, p.input_0_last_3) + 1);
     QueryBlock const block = query_block_at(p, query_block_number());

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 128, bf16, full mask, keys of an expression
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 197856 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  127 Threads,  176 Arithmetic,  209 Shared memory,
-//             242 Global memory,  301 mbarriers,  345 TMA,  387 Bulk copies,  409 Fences,  421 Fragments,
-//             435 Registers,  443 Registers of a warpgroup,  455 wgmma,  632 What is visible,  678 Expressions,
-//             693 What an expression hides,  758 Softmax and its gradient,  904 Pipelines,  953 Loads, 1002 Visits,
-//            1031 Matrix products, 1069 Staging, 1132 Producer, 1213 Consumer, 1345 Kernels, 1509 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  127 Threads,  176 Arithmetic,  212 Shared memory,
+//             245 Global memory,  304 mbarriers,  348 TMA,  390 Bulk copies,  412 Fences,  424 Fragments,
+//             438 Registers,  446 Registers of a warpgroup,  458 wgmma,  635 What is visible,  681 Expressions,
+//             696 What an expression hides,  761 Softmax and its gradient,  907 Pipelines,  956 Loads, 1005 Visits,
+//            1034 Matrix products, 1072 Staging, 1135 Producer, 1216 Consumer, 1348 Kernels, 1511 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -174,6 +174,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1356,7 +1359,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d128_x646528
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

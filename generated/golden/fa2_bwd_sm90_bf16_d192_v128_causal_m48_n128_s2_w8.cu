@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 192, of V and O 128, bf16, causal mask
 //   tiling   48 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 205664 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   59 Shared memory,  133 Threads,  177 Arithmetic,  205 Shared memory,
-//             226 Global memory,  285 mbarriers,  329 TMA,  371 Bulk copies,  393 Fences,  405 Fragments,
-//             419 Registers,  427 Registers of a warpgroup,  439 wgmma,  677 What is visible,
-//             726 Softmax and its gradient,  826 Pipelines,  869 Loads,  949 Matrix products, 1020 Staging,
-//            1123 Producer, 1206 Consumer, 1349 Kernels, 1513 Launch
+//   contents   33 Problem and tiling,   59 Shared memory,  133 Threads,  177 Arithmetic,  208 Shared memory,
+//             229 Global memory,  288 mbarriers,  332 TMA,  374 Bulk copies,  396 Fences,  408 Fragments,
+//             422 Registers,  430 Registers of a warpgroup,  442 wgmma,  680 What is visible,
+//             729 Softmax and its gradient,  829 Pipelines,  872 Loads,  952 Matrix products, 1023 Staging,
+//            1126 Producer, 1209 Consumer, 1352 Kernels, 1515 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -175,6 +175,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1360,7 +1363,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d192_v128_ca
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 64 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 214128 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   57 Shared memory,  118 Threads,  162 Arithmetic,  190 Shared memory,
-//             205 Global memory,  239 mbarriers,  279 TMA,  316 Bulk copies,  325 Fences,  332 Fragments,
-//             346 Registers of a warpgroup,  358 wgmma,  561 What is visible,  607 Softmax and its gradient,
-//             702 Pipelines,  745 Loads,  794 Matrix products,  831 Staging,  893 Producer,  927 Consumers,
-//            1112 Kernels, 1258 Launch
+//   contents   33 Problem and tiling,   57 Shared memory,  118 Threads,  162 Arithmetic,  193 Shared memory,
+//             208 Global memory,  242 mbarriers,  282 TMA,  319 Bulk copies,  328 Fences,  335 Fragments,
+//             349 Registers of a warpgroup,  361 wgmma,  564 What is visible,  610 Softmax and its gradient,
+//             705 Pipelines,  748 Loads,  797 Matrix products,  834 Staging,  896 Producer,  930 Consumers,
+//            1115 Kernels, 1260 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -160,6 +160,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1123,7 +1126,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n64
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 32;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

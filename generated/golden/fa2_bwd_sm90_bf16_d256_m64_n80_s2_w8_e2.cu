@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 256, bf16, full mask
 //   tiling   64 query rows x 80 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230224 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   54 Shared memory,  121 Threads,  165 Arithmetic,  193 Shared memory,
-//             208 Global memory,  242 mbarriers,  282 TMA,  319 Bulk copies,  328 Fences,  335 Fragments,
-//             356 Registers,  365 Registers of a warpgroup,  377 wgmma,  546 What is visible,
-//             594 Softmax and its gradient,  651 Parts,  760 Pipelines,  805 Loads,  854 Matrix products,
-//             897 Staging,  961 Producer,  995 Consumers, 1228 Kernels, 1382 Launch
+//   contents   33 Problem and tiling,   54 Shared memory,  121 Threads,  165 Arithmetic,  196 Shared memory,
+//             211 Global memory,  245 mbarriers,  285 TMA,  322 Bulk copies,  331 Fences,  338 Fragments,
+//             359 Registers,  368 Registers of a warpgroup,  380 wgmma,  549 What is visible,
+//             597 Softmax and its gradient,  654 Parts,  763 Pipelines,  808 Loads,  857 Matrix products,
+//             900 Staging,  964 Producer,  998 Consumers, 1231 Kernels, 1384 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in four kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -163,6 +163,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1239,7 +1242,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d256_m64_n80
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 32;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 64, bf16, causal mask, dropout
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 202912 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  142 Threads,  186 Arithmetic,  246 Shared memory,
-//             277 Global memory,  342 mbarriers,  386 TMA,  433 Bulk copies,  455 Fences,  467 Fragments,
-//             488 Registers,  503 Registers of a warpgroup,  515 wgmma,  698 What is visible,
-//             747 Softmax and its gradient,  806 Dropout, 1028 Pipelines, 1077 Loads, 1126 Matrix products,
-//            1163 Staging, 1226 Producer, 1305 Consumer, 1483 Kernels, 1643 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  142 Threads,  186 Arithmetic,  249 Shared memory,
+//             280 Global memory,  345 mbarriers,  389 TMA,  436 Bulk copies,  458 Fences,  470 Fragments,
+//             491 Registers,  506 Registers of a warpgroup,  518 wgmma,  701 What is visible,
+//             750 Softmax and its gradient,  809 Dropout, 1031 Pipelines, 1080 Loads, 1129 Matrix products,
+//            1166 Staging, 1229 Producer, 1308 Consumer, 1486 Kernels, 1645 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -184,6 +184,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1494,7 +1497,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d64_causal_d
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

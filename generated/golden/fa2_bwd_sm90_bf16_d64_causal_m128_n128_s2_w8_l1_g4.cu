@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 64, bf16, causal mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 198816 bytes of dynamic shared memory
-//   contents   34 Problem and tiling,   56 Shared memory,  127 Threads,  167 Arithmetic,  195 Shared memory,
-//             216 Global memory,  275 mbarriers,  319 TMA,  366 Bulk copies,  388 Fences,  400 Fragments,
-//             414 Registers,  422 Registers of a warpgroup,  434 wgmma,  611 What is visible,
-//             660 Softmax and its gradient,  707 Parts of a group of heads,  808 Pipelines,  857 Loads,
-//             906 Matrix products,  943 Staging, 1006 Producer, 1085 Consumer, 1260 Kernels, 1425 Launch
+//   contents   34 Problem and tiling,   56 Shared memory,  127 Threads,  167 Arithmetic,  198 Shared memory,
+//             219 Global memory,  278 mbarriers,  322 TMA,  369 Bulk copies,  391 Fences,  403 Fragments,
+//             417 Registers,  425 Registers of a warpgroup,  437 wgmma,  614 What is visible,
+//             663 Softmax and its gradient,  710 Parts of a group of heads,  811 Pipelines,  860 Loads,
+//             909 Matrix products,  946 Staging, 1009 Producer, 1088 Consumer, 1263 Kernels, 1427 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in four kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -165,6 +165,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1271,7 +1274,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d64_causal_m
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 64, bf16, full mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 231648 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  127 Threads,  171 Arithmetic,  199 Shared memory,
-//             232 Global memory,  295 mbarriers,  339 TMA,  386 Bulk copies,  408 Fences,  420 Fragments,
-//             434 Registers,  442 Registers of a warpgroup,  454 wgmma,  631 What is visible,
-//             677 Softmax and its gradient,  772 Pipelines,  823 Loads,  872 Matrix products,  909 Staging,
-//             985 Producer, 1090 Consumer, 1295 Kernels, 1458 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  127 Threads,  171 Arithmetic,  202 Shared memory,
+//             235 Global memory,  298 mbarriers,  342 TMA,  389 Bulk copies,  411 Fences,  423 Fragments,
+//             437 Registers,  445 Registers of a warpgroup,  457 wgmma,  634 What is visible,
+//             680 Softmax and its gradient,  775 Pipelines,  826 Loads,  875 Matrix products,  912 Staging,
+//             988 Producer, 1093 Consumer, 1298 Kernels, 1460 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -169,6 +169,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1306,7 +1309,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d64_m128_n12
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
-    constexpr float kLog2E = 1.44269504088896341f;
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         store_global_int(p.tile_counter, 0);
     }

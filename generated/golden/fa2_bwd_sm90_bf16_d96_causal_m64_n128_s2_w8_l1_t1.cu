@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 96, bf16, causal mask
 //   tiling   64 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 230640 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   56 Shared memory,  130 Threads,  174 Arithmetic,  202 Shared memory,
-//             235 Global memory,  298 mbarriers,  342 TMA,  384 Bulk copies,  406 Fences,  418 Fragments,
-//             439 Registers,  447 Registers of a warpgroup,  459 wgmma,  652 What is visible,
-//             701 Softmax and its gradient,  801 Pipelines,  858 Loads,  907 Matrix products,  971 Staging,
-//            1047 Producer, 1155 Consumer, 1371 Kernels, 1541 Launch
+//   contents   33 Problem and tiling,   56 Shared memory,  130 Threads,  174 Arithmetic,  205 Shared memory,
+//             238 Global memory,  301 mbarriers,  345 TMA,  387 Bulk copies,  409 Fences,  421 Fragments,
+//             442 Registers,  450 Registers of a warpgroup,  462 wgmma,  655 What is visible,
+//             704 Softmax and its gradient,  804 Pipelines,  861 Loads,  910 Matrix products,  974 Staging,
+//            1050 Producer, 1158 Consumer, 1374 Kernels, 1543 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -172,6 +172,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1382,7 +1385,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_bf16_d96_causal_m
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 16;
-    constexpr float kLog2E = 1.44269504088896341f;
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         store_global_int(p.tile_counter, 0);
     }

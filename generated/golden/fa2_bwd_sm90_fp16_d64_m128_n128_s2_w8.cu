@@ -6,11 +6,11 @@
 //   problem  bwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 198752 bytes of dynamic shared memory
-//   contents   33 Problem and tiling,   55 Shared memory,  123 Threads,  167 Arithmetic,  195 Shared memory,
-//             216 Global memory,  275 mbarriers,  319 TMA,  361 Bulk copies,  383 Fences,  395 Fragments,
-//             409 Registers,  417 Registers of a warpgroup,  429 wgmma,  606 What is visible,
-//             652 Softmax and its gradient,  747 Pipelines,  790 Loads,  839 Matrix products,  876 Staging,
-//             939 Producer, 1015 Consumer, 1139 Kernels, 1299 Launch
+//   contents   33 Problem and tiling,   55 Shared memory,  123 Threads,  167 Arithmetic,  198 Shared memory,
+//             219 Global memory,  278 mbarriers,  322 TMA,  364 Bulk copies,  386 Fences,  398 Fragments,
+//             412 Registers,  420 Registers of a warpgroup,  432 wgmma,  609 What is visible,
+//             655 Softmax and its gradient,  750 Pipelines,  793 Loads,  842 Matrix products,  879 Staging,
+//             942 Producer, 1018 Consumer, 1142 Kernels, 1301 Launch
 //
 // Gradients of O = softmax(scale * Q K^T) V (FlashAttention-2, Algorithm 2), in three kernels, one after the other. Blocks
 // of the next one may start under the last of the one before (programmatic dependent launch); they wait for its end before they
@@ -165,6 +165,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1150,7 +1153,6 @@ extern "C" __global__ void __launch_bounds__(128) fa2_bwd_sm90_fp16_d64_m128_n12
     griddepcontrol_launch_dependents();  // acts when all blocks have started: the main kernel's take no place of theirs
     constexpr int kThreads = 128;
     constexpr int kLanesPerRow = 8;
-    constexpr float kLog2E = 1.44269504088896341f;
     QueryBlock const block = query_block_at(p, query_block_number());
     int const m_block = block.m_block;
     int const bidh = block.bidh;

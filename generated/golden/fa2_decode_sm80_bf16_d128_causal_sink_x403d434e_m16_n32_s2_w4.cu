@@ -6,10 +6,10 @@
 //   problem  decode, head dim 128, bf16, causal mask, attention sinks, scores of an expression
 //   tiling   16 query rows x 32 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 139808 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,  145 Threads,  176 Arithmetic,  223 Shared memory,  265 Global memory,
-//             330 cp.async,  349 Fragments,  364 Registers,  379 mma,  408 What is visible,  464 Online softmax,
-//             602 Expressions,  617 Scores of an expression,  882 Loads, 1048 Matrix products, 1131 Putting together,
-//            1568 Append, 1686 Kernel, 1730 Launch
+//   contents   27 Problem and tiling,  145 Threads,  176 Arithmetic,  229 Shared memory,  271 Global memory,
+//             336 cp.async,  355 Fragments,  370 Registers,  385 mma,  414 What is visible,  470 Online softmax,
+//             608 Expressions,  623 Scores of an expression,  888 Loads, 1054 Matrix products, 1137 Putting together,
+//            1572 Append, 1690 Kernel, 1734 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -174,6 +174,12 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1215,7 +1221,6 @@ __device__ __forceinline__ int num_quads(Params const& p, Item const& item) {
 
 // One more exponential in a row's sum, that of the sink, which no row of V stands for.
 __device__ __forceinline__ void with_sink(RowSum& all, float (&o)[4], float sink, float factor) {
-    constexpr float kLog2E = 1.44269504088896341f;
     float const as_score = sink * kLog2E / factor;
     float const max = fmaxf(all.max, as_score);
     float const weight = weight_of(all.max, max, factor);
@@ -1230,7 +1235,6 @@ __device__ __forceinline__ void with_sink(RowSum& all, float (&o)[4], float sink
 // its sink.
 __device__ __forceinline__ void store_row(
     Params const& p, Item const& item, int number, RowSum all, float (&o)[4], int column, float factor) {
-    constexpr float kLn2 = 0.693147180559945309f;
     Row const row = row_at(p, item, number);
     with_sink(all, o, sink_of_head(p, row.head, item.bidb), factor);
     float const inverse = all.sum == 0.0f ? 0.0f : reciprocal_approx(all.sum);
@@ -1239,7 +1243,7 @@ __device__ __forceinline__ void store_row(
                     pack_bf16(o[0] * inverse, o[1] * inverse), pack_bf16(o[2] * inverse, o[3] * inverse));
     if (column == 0) {
         float const log_sum = log2_approx(all.sum) * kLn2;
-        float const scale = factor * 0.693147180559945309f;
+        float const scale = factor * kLn2;
         float const lse = all.sum == 0.0f ? -kInfinity : fmaf(all.max, scale, log_sum);
         int64_t const of_head = (static_cast<int64_t>(item.bidb) * p.num_heads + row.head) * p.seqlen_q;
         store_global_float(p.lse + of_head + row.query, lse);

@@ -6,10 +6,10 @@
 //   problem  decode, head dim 128, bf16, full mask, e4m3 caches, pages
 //   tiling   16 query rows x 32 keys, 3 stages, 8 mma warps, 128-byte panels
 //   launch   256 threads, 208944 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,  163 Threads,  194 Arithmetic,  269 Shared memory,  316 Global memory,
-//             392 cp.async,  417 Fragments,  432 Registers,  447 mma,  476 What is visible,  530 Online softmax,
-//             965 Loads, 1136 Matrix products, 1247 Putting together, 1660 Append, 1795 Widen, 1873 Kernel,
-//            1917 Launch
+//   contents   27 Problem and tiling,  163 Threads,  194 Arithmetic,  272 Shared memory,  319 Global memory,
+//             395 cp.async,  420 Fragments,  435 Registers,  450 mma,  479 What is visible,  533 Online softmax,
+//             968 Loads, 1139 Matrix products, 1250 Putting together, 1662 Append, 1797 Widen, 1875 Kernel,
+//            1919 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -192,6 +192,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1333,7 +1336,6 @@ __device__ __forceinline__ int num_quads(Params const& p, Item const& item) {
 // -inf.
 __device__ __forceinline__ void store_row(
     Params const& p, Item const& item, int number, RowSum all, float (&o)[4], int column, float factor) {
-    constexpr float kLn2 = 0.693147180559945309f;
     Row const row = row_at(p, item, number);
     float const inverse = all.sum == 0.0f ? 0.0f : reciprocal_approx(all.sum) * v_scale(p, item.bidb, item.head_kv);
     int64_t const at = item.bidb * p.o_batch_stride + row.query * p.o_row_stride + row.head * p.o_head_stride + column;

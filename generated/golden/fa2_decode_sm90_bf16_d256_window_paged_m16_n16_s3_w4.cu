@@ -6,10 +6,10 @@
 //   problem  decode, head dim 256, bf16, window mask, pages
 //   tiling   16 query rows x 16 keys, 3 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 210976 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,  156 Threads,  187 Arithmetic,  227 Shared memory,  269 Global memory,
-//             335 cp.async,  364 Fragments,  379 Registers,  394 mma,  424 d - window_left <= j <= d + window_right,
-//             501 Online softmax,  936 Loads, 1086 Matrix products, 1162 Putting together, 1575 Append, 1693 Kernel,
-//            1737 Launch
+//   contents   28 Problem and tiling,  156 Threads,  187 Arithmetic,  230 Shared memory,  272 Global memory,
+//             338 cp.async,  367 Fragments,  382 Registers,  397 mma,  427 d - window_left <= j <= d + window_right,
+//             504 Online softmax,  939 Loads, 1089 Matrix products, 1165 Putting together, 1577 Append, 1695 Kernel,
+//            1739 Launch
 //
 // O = softmax(scale * Q K^T) V for a few queries of each sequence, over a cache of its keys. Reading K and V is what takes
 // the time: the heads of a group are rows of one tile, so that they are read once, and all blocks read about as much (see
@@ -185,6 +185,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -1248,7 +1251,6 @@ __device__ __forceinline__ int num_quads(Params const& p, Item const& item) {
 // -inf.
 __device__ __forceinline__ void store_row(
     Params const& p, Item const& item, int number, RowSum all, float (&o)[4], int column, float factor) {
-    constexpr float kLn2 = 0.693147180559945309f;
     Row const row = row_at(p, item, number);
     float const inverse = all.sum == 0.0f ? 0.0f : reciprocal_approx(all.sum);
     int64_t const at = item.bidb * p.o_batch_stride + row.query * p.o_row_stride + row.head * p.o_head_stride + column;

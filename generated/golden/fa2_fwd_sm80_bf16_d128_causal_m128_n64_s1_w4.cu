@@ -6,9 +6,9 @@
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   128 query rows x 64 keys, 1 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 65536 bytes of dynamic shared memory
-//   contents   25 Problem and tiling,   88 Threads,  110 Arithmetic,  144 Shared memory,  163 Global memory,
-//             175 cp.async,  194 Fragments,  209 Registers,  218 mma,  253 What is visible,  305 Online softmax,
-//             515 Pipeline,  554 Matrix products,  630 Epilogue,  718 Kernel,  793 Launch
+//   contents   25 Problem and tiling,   88 Threads,  110 Arithmetic,  147 Shared memory,  166 Global memory,
+//             178 cp.async,  197 Fragments,  212 Registers,  221 mma,  256 What is visible,  308 Online softmax,
+//             517 Pipeline,  556 Matrix products,  632 Epilogue,  720 Kernel,  795 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -108,6 +108,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -368,7 +371,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 256, bf16, causal mask
 //   tiling   64 query rows x 64 keys, 1 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 108544 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,   94 Threads,  116 Arithmetic,  150 Shared memory,  187 Global memory,
-//             199 cp.async,  218 Fragments,  233 Registers,  242 mma,  277 What is visible,  329 Online softmax,
-//             406 Pairs of warps with the same rows,  577 Pipeline,  616 Matrix products,  709 Epilogue,  805 Kernel,
-//             879 Launch
+//   contents   26 Problem and tiling,   94 Threads,  116 Arithmetic,  153 Shared memory,  190 Global memory,
+//             202 cp.async,  221 Fragments,  236 Registers,  245 mma,  280 What is visible,  332 Online softmax,
+//             408 Pairs of warps with the same rows,  579 Pipeline,  618 Matrix products,  711 Epilogue,  807 Kernel,
+//             881 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 64 query rows a block (FlashAttention-2, Algorithm 1).
 // Two warps, "a pair", own 32 query rows: of a block of keys each has half of the keys for S, the softmax and P, and
@@ -114,6 +114,9 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads)
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -394,7 +397,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 64, bf16, window mask, attention sinks, dropout
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  186 Shared memory,  205 Global memory,
-//             227 cp.async,  246 Fragments,  261 Registers,  270 mma,  306 d - window_left <= j <= d + window_right,
-//             383 Online softmax,  542 Dropout,  754 Pipeline,  812 Matrix products,  895 Epilogue,  989 Kernel,
-//            1072 Launch
+//   contents   26 Problem and tiling,  110 Threads,  132 Arithmetic,  192 Shared memory,  211 Global memory,
+//             233 cp.async,  252 Fragments,  267 Registers,  276 mma,  312 d - window_left <= j <= d + window_right,
+//             389 Online softmax,  546 Dropout,  758 Pipeline,  816 Matrix products,  899 Epilogue,  993 Kernel,
+//            1076 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -130,6 +130,12 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -454,8 +460,6 @@ __device__ __forceinline__ float sink_of_head(Params const& p, int bidh, int) {
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale,
     float sink) {
-    constexpr float kLn2 = 0.693147180559945309f;
-    constexpr float kLog2E = 1.44269504088896341f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,9 +6,9 @@
 //   problem  fwd, head dim 64, fp16, full mask
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   25 Problem and tiling,   89 Threads,  111 Arithmetic,  145 Shared memory,  164 Global memory,
-//             176 cp.async,  195 Fragments,  210 Registers,  219 mma,  254 What is visible,  304 Online softmax,
-//             512 Pipeline,  570 Matrix products,  653 Epilogue,  741 Kernel,  819 Launch
+//   contents   25 Problem and tiling,   89 Threads,  111 Arithmetic,  148 Shared memory,  167 Global memory,
+//             179 cp.async,  198 Fragments,  213 Registers,  222 mma,  257 What is visible,  307 Online softmax,
+//             514 Pipeline,  572 Matrix products,  655 Epilogue,  743 Kernel,  821 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -109,6 +109,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -367,7 +370,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 64, fp16, full mask, ragged batches, pages
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   26 Problem and tiling,  102 Threads,  137 Arithmetic,  171 Shared memory,  207 Global memory,
-//             249 cp.async,  268 Fragments,  283 Registers,  292 mma,  304 Entries,  399 What is visible,
-//             449 Online softmax,  725 Pipeline,  783 Matrix products,  866 Epilogue,  954 Kernel,  956 Prepare,
-//            1186 Launch
+//   contents   26 Problem and tiling,  102 Threads,  137 Arithmetic,  174 Shared memory,  210 Global memory,
+//             252 cp.async,  271 Fragments,  286 Registers,  295 mma,  307 Entries,  402 What is visible,
+//             452 Online softmax,  727 Pipeline,  785 Matrix products,  868 Epilogue,  956 Kernel,  958 Prepare,
+//            1188 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -135,6 +135,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -512,7 +515,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

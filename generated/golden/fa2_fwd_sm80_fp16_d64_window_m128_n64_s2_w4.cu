@@ -6,9 +6,9 @@
 //   problem  fwd, head dim 64, fp16, window mask
 //   tiling   128 query rows x 64 keys, 2 stages, 4 mma warps, 128-byte panels
 //   launch   128 threads, 49152 bytes of dynamic shared memory
-//   contents   25 Problem and tiling,   94 Threads,  116 Arithmetic,  150 Shared memory,  169 Global memory,
-//             181 cp.async,  200 Fragments,  215 Registers,  224 mma,  260 d - window_left <= j <= d + window_right,
-//             337 Online softmax,  546 Pipeline,  604 Matrix products,  687 Epilogue,  778 Kernel,  856 Launch
+//   contents   25 Problem and tiling,   94 Threads,  116 Arithmetic,  153 Shared memory,  172 Global memory,
+//             184 cp.async,  203 Fragments,  218 Registers,  227 mma,  263 d - window_left <= j <= d + window_right,
+//             340 Online softmax,  548 Pipeline,  606 Matrix products,  689 Epilogue,  780 Kernel,  858 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows a block (FlashAttention-2, Algorithm 1).
 // Every warp owns 32 query rows and all keys of a block of keys, so that S, the softmax and P stay in its
@@ -114,6 +114,9 @@ __device__ __forceinline__ void sync_block() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -400,7 +403,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

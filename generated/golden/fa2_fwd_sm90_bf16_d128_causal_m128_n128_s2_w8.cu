@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229504 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  164 Shared memory,
-//             185 Global memory,  199 mbarriers,  243 TMA,  285 Fences,  292 Fragments,  300 Registers of a warpgroup,
-//             312 wgmma,  436 What is visible,  488 Online softmax,  641 Pipelines,  680 Loads,  743 Matrix products,
-//             770 Epilogue,  817 Producer,  868 Consumer, 1021 Kernel, 1052 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  167 Shared memory,
+//             188 Global memory,  202 mbarriers,  246 TMA,  288 Fences,  295 Fragments,  303 Registers of a warpgroup,
+//             315 wgmma,  439 What is visible,  491 Online softmax,  643 Pipelines,  682 Loads,  745 Matrix products,
+//             772 Epilogue,  819 Producer,  870 Consumer, 1023 Kernel, 1054 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -124,6 +124,9 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -608,7 +611,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

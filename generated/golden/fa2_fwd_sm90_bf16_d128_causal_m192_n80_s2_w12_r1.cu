@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 128, bf16, causal mask
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229504 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  164 Shared memory,
-//             185 Global memory,  199 mbarriers,  243 TMA,  285 Fences,  292 Fragments,  300 Registers,
-//             308 Registers of a warpgroup,  320 wgmma,  448 What is visible,  500 Online softmax,  663 Pipelines,
-//             702 Loads,  765 Matrix products,  792 Epilogue,  839 Producer,  890 Consumer, 1043 Kernel, 1074 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  167 Shared memory,
+//             188 Global memory,  202 mbarriers,  246 TMA,  288 Fences,  295 Fragments,  303 Registers,
+//             311 Registers of a warpgroup,  323 wgmma,  451 What is visible,  503 Online softmax,  665 Pipelines,
+//             704 Loads,  767 Matrix products,  794 Epilogue,  841 Producer,  892 Consumer, 1045 Kernel, 1076 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -124,6 +124,9 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -630,7 +633,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 128, bf16, causal mask, results in fp32
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 180352 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  164 Shared memory,
-//             185 Global memory,  204 mbarriers,  248 TMA,  268 Registers,  276 Registers of a warpgroup,  288 wgmma,
-//             421 What is visible,  473 Online softmax,  636 Pipelines,  675 Loads,  733 Matrix products,
-//             760 Epilogue,  803 Producer,  854 Consumer, 1001 Kernel, 1031 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   88 Threads,  126 Arithmetic,  167 Shared memory,
+//             188 Global memory,  207 mbarriers,  251 TMA,  271 Registers,  279 Registers of a warpgroup,  291 wgmma,
+//             424 What is visible,  476 Online softmax,  638 Pipelines,  677 Loads,  735 Matrix products,
+//             762 Epilogue,  805 Producer,  856 Consumer, 1003 Kernel, 1033 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -124,6 +124,9 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -603,7 +606,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 232272 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   97 Threads,  154 Arithmetic,  197 Shared memory,
-//             240 Global memory,  281 mbarriers,  325 TMA,  373 Fences,  380 Fragments,  388 Registers,
-//             396 Registers of a warpgroup,  408 wgmma,  504 Entries,  561 A block's own table,  727 What is visible,
-//             779 Online softmax,  954 Pipelines,  993 Loads, 1064 Matrix products, 1091 Epilogue, 1138 Producer,
-//            1185 Consumer, 1338 Kernel, 1340 Prepare, 1529 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,   97 Threads,  154 Arithmetic,  200 Shared memory,
+//             243 Global memory,  284 mbarriers,  328 TMA,  376 Fences,  383 Fragments,  391 Registers,
+//             399 Registers of a warpgroup,  411 wgmma,  507 Entries,  564 A block's own table,  730 What is visible,
+//             782 Online softmax,  956 Pipelines,  995 Loads, 1066 Matrix products, 1093 Epilogue, 1140 Producer,
+//            1187 Consumer, 1340 Kernel, 1342 Prepare, 1531 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -152,6 +152,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -909,7 +912,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches, pages
 //   tiling   128 query rows x 128 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 199512 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,  111 Threads,  172 Arithmetic,  215 Shared memory,
-//             258 Global memory,  319 mbarriers,  363 TMA,  389 Registers,  397 Registers of a warpgroup,  409 wgmma,
-//             507 Entries,  577 A block's own table,  735 What is visible,  787 Online softmax,  965 Keys in parts,
-//             984 Pipelines, 1023 Loads, 1164 Matrix products, 1191 Epilogue, 1215 Producer, 1311 Consumer,
-//            1456 Kernel, 1458 Prepare, 1716 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,  111 Threads,  172 Arithmetic,  221 Shared memory,
+//             264 Global memory,  325 mbarriers,  369 TMA,  395 Registers,  403 Registers of a warpgroup,  415 wgmma,
+//             513 Entries,  583 A block's own table,  741 What is visible,  793 Online softmax,  970 Keys in parts,
+//             989 Pipelines, 1028 Loads, 1169 Matrix products, 1196 Epilogue, 1220 Producer, 1316 Consumer,
+//            1461 Kernel, 1463 Prepare, 1719 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -170,6 +170,12 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// exp(x) is exp2(x * kLog2E).
+constexpr float kLog2E = 1.44269504088896341f;
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -917,7 +923,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);
@@ -1651,8 +1656,6 @@ constexpr int kQuadsAtOnce = (kRowQuads + 31) / 32;
 // O and LSE of all keys, from those of their parts, in the order of these, whoever was first: each O times exp(its LSE - LSE).
 extern "C" __global__ void __launch_bounds__(32 * kMergeWarps)
 fa2_fwd_sm90_bf16_d128_causal_varlen_paged_m128_n128_s2_w8_r1_q1_k1_merge(const __grid_constant__ Params p) {
-    constexpr float kLog2E = 1.44269504088896341f;
-    constexpr float kLn2 = 0.693147180559945309f;
     griddepcontrol_wait();
     int const lane = lane_id();
     int const num_rows = p.num_heads * p.seqlen_q;

@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches, pages
 //   tiling   192 query rows x 64 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 199496 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  168 Arithmetic,  211 Shared memory,
-//             254 Global memory,  295 mbarriers,  339 TMA,  387 Fences,  394 Fragments,  402 Registers,
-//             410 Registers of a warpgroup,  422 wgmma,  522 Entries,  591 A block's own table,  753 What is visible,
-//             805 Online softmax,  980 Pipelines, 1021 Loads, 1166 Matrix products, 1193 Epilogue, 1240 Producer,
-//            1336 Consumer, 1496 Kernel, 1498 Prepare, 1688 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  168 Arithmetic,  214 Shared memory,
+//             257 Global memory,  298 mbarriers,  342 TMA,  390 Fences,  397 Fragments,  405 Registers,
+//             413 Registers of a warpgroup,  425 wgmma,  525 Entries,  594 A block's own table,  756 What is visible,
+//             808 Online softmax,  982 Pipelines, 1023 Loads, 1168 Matrix products, 1195 Epilogue, 1242 Producer,
+//            1338 Consumer, 1498 Kernel, 1500 Prepare, 1690 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -166,6 +166,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -935,7 +938,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

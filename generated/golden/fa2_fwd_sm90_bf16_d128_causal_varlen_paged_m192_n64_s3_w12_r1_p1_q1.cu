@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, causal mask, ragged batches, pages
 //   tiling   192 query rows x 64 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 196760 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  168 Arithmetic,  206 Shared memory,
-//             244 Global memory,  277 mbarriers,  321 cp.async,  345 TMA,  393 Fences,  400 Fragments,  408 Registers,
-//             422 Registers of a warpgroup,  434 wgmma,  534 Entries,  632 What is visible,  684 Online softmax,
-//             858 Pipelines,  899 Loads, 1037 Matrix products, 1064 Epilogue, 1113 Producer, 1233 Consumer,
-//            1393 Kernel, 1395 Prepare, 1576 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,  107 Threads,  168 Arithmetic,  209 Shared memory,
+//             247 Global memory,  280 mbarriers,  324 cp.async,  348 TMA,  396 Fences,  403 Fragments,  411 Registers,
+//             425 Registers of a warpgroup,  437 wgmma,  537 Entries,  635 What is visible,  687 Online softmax,
+//             860 Pipelines,  901 Loads, 1039 Matrix products, 1066 Epilogue, 1115 Producer, 1235 Consumer,
+//            1395 Kernel, 1397 Prepare, 1578 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -166,6 +166,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -814,7 +817,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, causal mask, scores of an expression
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229504 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  172 Shared memory,
-//             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
-//             316 Registers of a warpgroup,  328 wgmma,  456 What is visible,  508 Expressions,
-//             523 Scores of an expression,  562 Online softmax,  704 Softmax of capped scores,  823 Pipelines,
-//             862 Loads,  925 Matrix products,  952 Epilogue,  999 Producer, 1050 Consumer, 1254 Kernel, 1285 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,   89 Threads,  127 Arithmetic,  175 Shared memory,
+//             196 Global memory,  210 mbarriers,  254 TMA,  296 Fences,  303 Fragments,  311 Registers,
+//             319 Registers of a warpgroup,  331 wgmma,  459 What is visible,  511 Expressions,
+//             526 Scores of an expression,  565 Online softmax,  706 Softmax of capped scores,  825 Pipelines,
+//             864 Loads,  927 Matrix products,  954 Epilogue, 1001 Producer, 1052 Consumer, 1256 Kernel, 1287 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -125,6 +125,9 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -692,7 +695,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);
@@ -1238,7 +1240,7 @@ __device__ __forceinline__ void consume(
         float inverse_sum[2];
         float lse[2];
         finalize_softmax(row_max, row_sum, inverse_sum, lse,
-                         cap.is_near ? 0.693147180559945309f : factor * 0.693147180559945309f);
+                         cap.is_near ? kLn2 : factor * kLn2);
         rescale_o(acc_o, inverse_sum);
         store_lse(p, s, lse, row, tile);
 

@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, window mask
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229504 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   93 Threads,  131 Arithmetic,  169 Shared memory,
-//             190 Global memory,  204 mbarriers,  248 TMA,  290 Fences,  297 Fragments,  305 Registers,
-//             313 Registers of a warpgroup,  325 wgmma,  454 d - window_left <= j <= d + window_right,
-//             531 Online softmax,  694 Pipelines,  733 Loads,  796 Matrix products,  823 Epilogue,  870 Producer,
-//             921 Consumer, 1082 Kernel, 1113 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,   93 Threads,  131 Arithmetic,  172 Shared memory,
+//             193 Global memory,  207 mbarriers,  251 TMA,  293 Fences,  300 Fragments,  308 Registers,
+//             316 Registers of a warpgroup,  328 wgmma,  457 d - window_left <= j <= d + window_right,
+//             534 Online softmax,  696 Pipelines,  735 Loads,  798 Matrix products,  825 Epilogue,  872 Producer,
+//             923 Consumer, 1084 Kernel, 1115 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -129,6 +129,9 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -661,7 +664,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

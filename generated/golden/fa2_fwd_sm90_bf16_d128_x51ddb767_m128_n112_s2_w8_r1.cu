@@ -6,12 +6,12 @@
 //   problem  fwd, head dim 128, bf16, full mask, keys of an expression
 //   tiling   128 query rows x 112 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 213408 bytes of dynamic shared memory
-//   contents   29 Problem and tiling,   47 Shared memory,   96 Threads,  153 Arithmetic,  196 Shared memory,
-//             223 Global memory,  258 mbarriers,  302 TMA,  344 Fences,  351 Fragments,  359 Registers,
-//             367 Registers of a warpgroup,  379 wgmma,  510 What is visible,  539 Expressions,  561 Bounds of tiles,
-//             648 What an expression hides,  804 Online softmax,  975 Pipelines, 1020 Loads, 1088 Visits,
-//            1178 Matrix products, 1205 Epilogue, 1252 Producer, 1301 Consumer, 1508 Kernel, 1510 Find bounds,
-//            1659 Launch
+//   contents   29 Problem and tiling,   47 Shared memory,   96 Threads,  153 Arithmetic,  199 Shared memory,
+//             226 Global memory,  261 mbarriers,  305 TMA,  347 Fences,  354 Fragments,  362 Registers,
+//             370 Registers of a warpgroup,  382 wgmma,  513 What is visible,  542 Expressions,  564 Bounds of tiles,
+//             651 What an expression hides,  807 Online softmax,  977 Pipelines, 1022 Loads, 1090 Visits,
+//            1180 Matrix products, 1207 Epilogue, 1254 Producer, 1303 Consumer, 1510 Kernel, 1512 Find bounds,
+//            1661 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -151,6 +151,9 @@ __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -942,7 +945,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

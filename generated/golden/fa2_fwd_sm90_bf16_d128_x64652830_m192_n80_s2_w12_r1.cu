@@ -6,11 +6,11 @@
 //   problem  fwd, head dim 128, bf16, full mask, keys of an expression
 //   tiling   192 query rows x 80 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 229792 bytes of dynamic shared memory
-//   contents   28 Problem and tiling,   46 Shared memory,   93 Threads,  140 Arithmetic,  183 Shared memory,
-//             210 Global memory,  224 mbarriers,  268 TMA,  310 Fences,  317 Fragments,  325 Registers,
-//             333 Registers of a warpgroup,  345 wgmma,  473 What is visible,  502 Expressions,
-//             517 What an expression hides,  667 Online softmax,  838 Pipelines,  883 Loads,  951 Visits,
-//            1041 Matrix products, 1068 Epilogue, 1115 Producer, 1164 Consumer, 1371 Kernel, 1404 Launch
+//   contents   28 Problem and tiling,   46 Shared memory,   93 Threads,  140 Arithmetic,  186 Shared memory,
+//             213 Global memory,  227 mbarriers,  271 TMA,  313 Fences,  320 Fragments,  328 Registers,
+//             336 Registers of a warpgroup,  348 wgmma,  476 What is visible,  505 Expressions,
+//             520 What an expression hides,  670 Online softmax,  840 Pipelines,  885 Loads,  953 Visits,
+//            1043 Matrix products, 1070 Epilogue, 1117 Producer, 1166 Consumer, 1373 Kernel, 1406 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -138,6 +138,9 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -805,7 +808,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 192, of V and O 128, bf16, causal mask
 //   tiling   192 query rows x 64 keys, 2 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 204896 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  129 Arithmetic,  167 Shared memory,
-//             188 Global memory,  202 mbarriers,  246 TMA,  288 Fences,  295 Fragments,  303 Registers,
-//             311 Registers of a warpgroup,  323 wgmma,  449 What is visible,  501 Online softmax,  664 Pipelines,
-//             705 Loads,  788 Matrix products,  815 Epilogue,  862 Producer,  913 Consumer, 1073 Kernel, 1104 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   91 Threads,  129 Arithmetic,  170 Shared memory,
+//             191 Global memory,  205 mbarriers,  249 TMA,  291 Fences,  298 Fragments,  306 Registers,
+//             314 Registers of a warpgroup,  326 wgmma,  452 What is visible,  504 Online softmax,  666 Pipelines,
+//             707 Loads,  790 Matrix products,  817 Epilogue,  864 Producer,  915 Consumer, 1075 Kernel, 1106 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -127,6 +127,9 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -631,7 +634,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 248, bf16, full mask
 //   tiling   128 query rows x 80 keys, 2 stages, 8 mma warps, 128-byte panels
 //   launch   384 threads, 229472 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  128 Arithmetic,  166 Shared memory,
-//             187 Global memory,  201 mbarriers,  245 TMA,  287 Fences,  294 Fragments,  308 Registers of a warpgroup,
-//             320 wgmma,  465 What is visible,  515 Online softmax,  663 Pipelines,  704 Loads,  767 Matrix products,
-//             794 Epilogue,  842 Producer,  893 Consumer, 1038 Kernel, 1069 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  128 Arithmetic,  169 Shared memory,
+//             190 Global memory,  204 mbarriers,  248 TMA,  290 Fences,  297 Fragments,  311 Registers of a warpgroup,
+//             323 wgmma,  468 What is visible,  518 Online softmax,  665 Pipelines,  706 Loads,  769 Matrix products,
+//             796 Epilogue,  844 Producer,  895 Consumer, 1040 Kernel, 1071 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 128 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 2 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -126,6 +126,9 @@ __device__ __forceinline__ void named_barrier_sync(int barrier, int num_threads)
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -635,7 +638,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);

@@ -6,10 +6,10 @@
 //   problem  fwd, head dim 64, fp16, full mask
 //   tiling   192 query rows x 128 keys, 3 stages, 12 mma warps, 128-byte panels
 //   launch   512 threads, 172192 bytes of dynamic shared memory
-//   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  124 Arithmetic,  162 Shared memory,
-//             183 Global memory,  197 mbarriers,  241 TMA,  283 Fences,  290 Fragments,  298 Registers of a warpgroup,
-//             310 wgmma,  436 What is visible,  486 Online softmax,  634 Pipelines,  675 Loads,  738 Matrix products,
-//             765 Epilogue,  812 Producer,  863 Consumer, 1011 Kernel, 1042 Launch
+//   contents   27 Problem and tiling,   45 Shared memory,   86 Threads,  124 Arithmetic,  165 Shared memory,
+//             186 Global memory,  200 mbarriers,  244 TMA,  286 Fences,  293 Fragments,  301 Registers of a warpgroup,
+//             313 wgmma,  439 What is visible,  489 Online softmax,  636 Pipelines,  677 Loads,  740 Matrix products,
+//             767 Epilogue,  814 Producer,  865 Consumer, 1013 Kernel, 1044 Launch
 //
 // O = softmax(scale * Q K^T) V for one (batch, head) and 192 query rows at a time (FlashAttention-2, Algorithm 1), on
 // 3 mma warpgroups of 64 rows and one producer warp. Blocks stay on their SM and take tiles from a counter, so that the
@@ -122,6 +122,9 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 // Arithmetic ----------------------------------------------------------------------------------------------------------
+
+// log(x) is log2(x) * kLn2.
+constexpr float kLn2 = 0.693147180559945309f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
@@ -606,7 +609,6 @@ __device__ __forceinline__ void pack_p(uint32_t (&p)[kNumP], float const (&acc_s
 // The end of a row: 1 / sum, and the natural logarithm of sum(exp(scale * s)). A row that saw no key gives 0 and -inf.
 __device__ __forceinline__ void finalize_softmax(
     float const (&row_max)[2], float const (&row_sum)[2], float (&inverse_sum)[2], float (&lse)[2], float softmax_scale) {
-    constexpr float kLn2 = 0.693147180559945309f;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         float const sum = quad_sum(row_sum[row]);
