@@ -130,17 +130,15 @@ def parse_spec(data: bytes, name: str) -> list[Wanted]:
     MAX_KERNELS of them.
     """
     table = _toml(data, name)
-    unknown = set(table) - {"schema", "problem", "tiling"}
-    if unknown:
-        raise InvalidInput(
-            f"{name}: unknown table {_shortened(sorted(unknown)[0])}; a spec has schema, [problem] and [[tiling]]"
-        )
+    if unknown := sorted(set(table) - {"schema", "problem", "tiling"}):
+        raise InvalidInput(f"{name}: {_out_of_place(unknown[0])}; a spec has schema, [problem] and [[tiling]]")
     _check_schema(table, name)
     problem, rows = table.get("problem"), table.get("tiling", [])
     if not isinstance(problem, dict):
-        raise InvalidInput(f"{name}: no [problem] table")
+        several = "; [[problem]] is a list of them, and a file has one, whose fields may be lists"
+        raise InvalidInput(f"{name}: no [problem] table{several if isinstance(problem, list) else ''}")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise InvalidInput(f"{name}: tiling is no [[tiling]] row")
+        raise InvalidInput(f"{name}: tilings are rows: write [[tiling]], once for each, where there is tiling")
     choices = {field: value if isinstance(value, list) else [value] for field, value in problem.items()}
     if empty := [field for field, values in choices.items() if not values]:
         raise InvalidInput(f"{name}: [problem] {_shortened(empty[0])} is an empty list")
@@ -158,6 +156,14 @@ def parse_spec(data: bytes, name: str) -> list[Wanted]:
     except Fa2GenError as error:
         raise type(error)(f"{name}: {error}") from None
     return [Wanted(problem, tiling) for tiling in tilings for problem in problems]
+
+
+def _out_of_place(key: str) -> str:
+    """What is wrong with a key beside a spec's tables: a field that its table does not hold, or a name unknown."""
+    for table, model in (("[problem]", Problem), ("[[tiling]]", Tiling)):
+        if key in model.model_fields:
+            return f"{key} stands outside of {table}, whose field it is"
+    return f"unknown table {_shortened(key)}"
 
 
 def spec_schema() -> dict[str, Any]:
@@ -378,7 +384,8 @@ def _toml(data: bytes, name: str) -> dict[str, Any]:
 def _check_schema(table: Mapping[str, Any], name: str) -> None:
     schema = table.get("schema")
     if schema != SCHEMA or not isinstance(schema, int) or isinstance(schema, bool):
-        raise InvalidInput(f"{name}: schema {_shortened(schema)}; this fa2gen reads schema {SCHEMA}")
+        found = "no schema" if schema is None else f"schema {_shortened(schema)}"
+        raise InvalidInput(f"{name}: {found}; this fa2gen reads those that say schema = {SCHEMA}")
 
 
 def _shortened(value: Any) -> str:

@@ -91,10 +91,12 @@ def test_a_tiling_is_never_a_product(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("schema = 1", "schema = 2", "schema 2|reads schema 1"),
-        ("schema = 1", "", "schema None"),
+        ("schema = 1", "schema = 2", "schema 2|schema = 1"),
+        ("schema = 1", "", "no schema|schema = 1"),
         ("schema = 1", "schema = 1\nauthor = 3", "unknown table 'author'|[[tiling]]"),
         ("[problem]", "[problems]", "unknown table 'problems'"),
+        ("schema = 1", "schema = 1\nnum_stages = 2", "num_stages stands outside of [[tiling]]"),
+        ("schema = 1", "schema = 1\nmask = 'full'", "mask stands outside of [problem]"),
         ("head_dim =", "head_dims =", "head_dims|did you mean 'head_dim'"),
         ("head_dim = [64, 128]", "head_dim = 60", "head_dim|multiple of 8|nearest 64"),
         ("head_dim = [64, 128]", "head_dim = '64'", "head_dim|integer|'64'"),
@@ -106,7 +108,7 @@ def test_a_tiling_is_never_a_product(tmp_path):
         ('arch = "sm90"', 'arch = "sm100"', "arch|sm80|sm90"),
         ("head_dim", "head_dim =", "family.toml"),
         ("[[tiling]]", "[tiling]", "family.toml"),
-        ("[problem]", "[[problem]]", "no [problem] table"),
+        ("[problem]", "[[problem]]", "no [problem] table|[[problem]] is a list"),
     ],
 )
 def test_a_mistake_is_named_with_its_file(tmp_path, old, new, words):
@@ -120,6 +122,10 @@ def test_a_mistake_is_named_with_its_file(tmp_path, old, new, words):
 @pytest.mark.parametrize("text", ["", "schema = 1", "schema = 1\n[problem]", "schema = 1\n[[tiling]]"])
 def test_an_incomplete_family_is_refused(text):
     assert error_of(text).startswith("family.toml: ")
+
+
+def test_one_table_of_a_tiling_is_told_from_rows():
+    assert "write [[tiling]]" in error_of("schema = 1\n[problem]\nhead_dim = 64\n[tiling]\ntile_m = 64")
 
 
 def test_without_a_tiling_how_is_left_open():

@@ -697,7 +697,7 @@ def test_a_fault_in_a_spec_is_named_with_its_file(command, tmp_path):
     done = fa2(command, str(path))
     assert (done.status, done.stdout) == (ExitStatus.USAGE, "")
     assert f"InvalidInput: {path}: Problem is not valid:\n  head_dim" in done.stderr and "nearest 104" in done.stderr
-    assert "standard input: schema None" in fa2(command, "-", given="").stderr
+    assert "standard input: no schema" in fa2(command, "-", given="").stderr
 
 
 def test_a_setting_stands_in_every_kernel(quick):
