@@ -12,7 +12,7 @@ from fa2gen.arch import ArchName
 from fa2gen.compile import compiler_version
 from fa2gen.errors import Fa2GenError, InvalidInput
 from fa2gen.expression import emit
-from fa2gen.plan import KernelPlan, make_plan
+from fa2gen.plan import KernelPlan, fits, make_plan
 from fa2gen.plan.memory import Span
 from fa2gen.select import TYPICAL_SEQLEN, Device, Selection, choices, kernel_arch, select
 from fa2gen.spec import KernelSpec, Problem, Tiling, names_of
@@ -155,13 +155,19 @@ def _alternatives(
         except Fa2GenError:  # a row of an older version that no longer fits
             yield Alternative(spec.name, choice.source, choice.refused or "does not fit", None)
     if (row := selection.row) and row.runner_up not in seen:
-        spec = KernelSpec.from_name(row.runner_up)
+        spec = KernelSpec(problem=problem, tiling=KernelSpec.from_name(row.runner_up).tiling)
         ratio = sum(a / b for a, b in zip(row.tflops_runner_up, row.tflops, strict=True)) / len(row.tflops)
-        yield alternative(spec, "runner-up", f"measured: {ratio:.3f} of the speed")
+        if fits(spec):  # where the problem is tuned as another
+            yield alternative(spec, "runner-up", f"measured: {ratio:.3f} of the speed{_measured_as(row.spec, problem)}")
     for tiling in prune(problem, tilings(problem, arch, device.shared_memory_per_block), [seqlen], SHOWN_PREDICTIONS):
         spec = KernelSpec(problem=problem, tiling=tiling)
         if spec.name not in seen:
             yield alternative(spec, "cost model", "not measured here" if row is None else "not better in `fa2gen tune`")
+
+
+def _measured_as(spec: KernelSpec, problem: Problem) -> str:
+    """What a measured row is of, where that is not the problem itself but one that is tuned as it is."""
+    return "" if spec.problem == problem else f", of {spec.problem.text}"
 
 
 def _formulas(problem: Problem) -> dict[str, str]:
@@ -177,7 +183,10 @@ def _formulas(problem: Problem) -> dict[str, str]:
         found["an element"] = ", ".join(filter(None, [found.get("an element"), hidden]))
         if problem.direction != "decode":
             tokens = ", ".join(dict.fromkeys(bound.token for bound in program.tile_bounds))
-            found["a tile"] = "passed by, where positions and numbers say that no query sees a key of it"
+            if emit(program, "blocks").results["any"] == "true":
+                found["a tile"] = "visited whatever it hides: nothing is known of it beforehand"
+            else:
+                found["a tile"] = "passed by, where positions and numbers say that no query sees a key of it"
             if tokens:
                 found["a tile"] += f", or the least and greatest numbers of {tokens} that are found beforehand"
     return found
@@ -229,7 +238,8 @@ def lines(found: Explanation) -> Iterator[tuple[str, str]]:
             for s, a, d, r in zip(m["seqlens"], m["tflops"], m["tflops_default"], m["tflops_runner_up"], strict=True)
         ]
         origin = m["provenance"]
-        yield "measured", f"TFLOP/s at seqlen {', '.join(figures)}; in brackets the default and the runner-up"
+        of = _measured_as(KernelSpec.from_name(m["kernel"]), Problem(**found.problem))
+        yield "measured", f"TFLOP/s at seqlen {', '.join(figures)}; in brackets the default and the runner-up{of}"
         yield (
             "",
             f"best of {m['num_candidates']} on {origin['gpu']}, NVRTC {origin['nvrtc']}, {origin.get('measured', '')}",

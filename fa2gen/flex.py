@@ -57,7 +57,8 @@ def from_flex(
     allow = " and ".join(f"({condition})" for condition in conditions)
     kinds = {name: _kind(x) for name, x in inputs.items()}
     program = parse(score, allow, kinds)  # type: ignore[arg-type]
-    return FlexExpression(program.score, program.allow, inputs)
+    named = {x.name for x in program.inputs}  # `0 * bias[j]` is gone from the text
+    return FlexExpression(program.score, program.allow, {name: x for name, x in inputs.items() if name in named})
 
 
 _BINARY = {
@@ -305,14 +306,19 @@ class _Reader:
         """The name of a captured tensor, its own where that is free."""
         x = x.reshape(1) if x.dim() == 0 else x
         for name, other in self.inputs.items():
-            if other is x or (other.data_ptr() == x.data_ptr() and other.shape == x.shape and other.dtype == x.dtype):
+            if _is_same(other, x):
                 return name
-        own = next((name for name, other in self._captured.items() if other.data_ptr() == x.data_ptr()), "")
+        own = next((name for name, other in self._captured.items() if _is_same(other, x)), "")
         fits = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", own) and own not in NAMES and own not in FUNCTIONS
         names = itertools.chain([own] if fits else [], (f"tensor{count}" for count in itertools.count()))
         name = next(name for name in names if name not in self.inputs)
         self.inputs[name] = x
         return name
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether both are one view of one memory: a row and a column may begin at the same number."""
+    return x is y or all(f(x) == f(y) for f in (Tensor.data_ptr, Tensor.size, Tensor.stride, lambda z: z.dtype))
 
 
 def _captured(function: Callable[..., Tensor]) -> dict[str, Tensor]:

@@ -548,7 +548,7 @@ def anonymous(program: Program) -> Program:
     tokens = {x.name: x.token for x in program.inputs}
 
     def renamed(text: str) -> str:
-        return re.sub(r"[A-Za-z_]\w*", lambda match: tokens.get(match[0], match[0]), text)
+        return re.sub(r"(?<![\w.])[A-Za-z_]\w*", lambda match: tokens.get(match[0], match[0]), text)
 
     types = {tokens[name]: kind for name, kind in dict(program.types).items()}
     return parse(renamed(program.score), renamed(program.allow), types)

@@ -24,8 +24,8 @@ _FUNCTIONS = {
     "sqrt": "sqrt_approx",
     ("abs", "float"): "fabsf",
     ("abs", "int"): "abs",
-    ("min", "float"): "fminf",
-    ("max", "float"): "fmaxf",
+    ("min", "float"): "min_or_nan",
+    ("max", "float"): "max_or_nan",
     ("min", "int"): "min",
     ("max", "int"): "max",
 }
@@ -186,6 +186,8 @@ class _Printer:
         sign = "-" if node.args[0].number == -1 else ""
         # No quotients: IEEE's would be called, a function of its own.
         factors = [self.text(factor, _UNARY) for factor in (node.args[1:] if sign else node.args)]
+        if sign and factors and factors[0].startswith("-"):  # no decrement
+            factors[0] = f"({factors[0]})"
         return sign + (" * ".join(factors) or ("1.0f" if node.type == "float" else "1")), _PRODUCT
 
     def _whole_division(self, node: Node) -> tuple[str, int]:

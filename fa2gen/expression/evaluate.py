@@ -91,9 +91,9 @@ def _pair(op: str, a: Any, b: Any, torch: Any) -> Any:
             return a & b
         case "or":
             return a | b
-        case "min":
-            return torch.minimum(a, b)
-    return torch.maximum(a, b)
+    # As kernels: of equal ones the first, which has the whole gradient; NaN if one is.
+    first = a <= b if op == "min" else b <= a
+    return torch.where(first | a.isnan(), a, b)
 
 
 def evaluate_on_numbers(root: Node, values: Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fa2gen.expression.tree import Type
 
-__all__ = ["CHARACTERS", "FUNCTIONS", "LIMITS", "MAX_POWER", "NAMES", "TYPES", "Limits"]
+__all__ = ["CHARACTERS", "FUNCTIONS", "LIMITS", "MAX_FACTORS", "MAX_POWER", "NAMES", "TYPES", "Limits"]
 
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123
 """What a text may hold at all: no quote, colon, brace, backslash, semicolon or letter beyond ASCII."""
 
 MAX_POWER = 8
+MAX_FACTORS = 64  # of a power of powers
 
 
 class Limits(NamedTuple):

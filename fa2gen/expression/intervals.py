@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Set
 
 from fa2gen.expression.hoist import KEY, QUERY, level_of
-from fa2gen.expression.simplify import FALSE, TRUE, add, multiply, negate, simplify
+from fa2gen.expression.simplify import FALSE, TRUE, add, difference, multiply, negate, simplify
 from fa2gen.expression.tree import Node, const, make, name, walk
 
-__all__ = ["TILE", "Bounds", "Filter", "alike", "any_and_all", "bounds", "position_axis"]
+__all__ = ["TILE", "Bounds", "Filter", "alike", "any_and_all", "bounds", "position_axis", "sides"]
 
 Bounds = tuple[Node | None, Node | None]
 Filter = tuple[str, int]
@@ -264,19 +264,32 @@ def _where(node: Node, condition: Bounds, left: Bounds, right: Bounds) -> Bounds
     return found[0], found[1]
 
 
+def sides(comparison: Node) -> tuple[Node, Node] | None:
+    """Of whole numbers without tensors what depends on positions, and what that is compared with.
+
+    i - j < i has one i less than its own sides. A call's numbers stand alone: `i - j < window` holds for each window of
+    32 bits, where `i - j - window < 0` would exceed them. None of other comparisons, which stay as they are.
+    """
+    left, right = comparison.args
+    if left.type != "int" or _has_tensor(left) or _has_tensor(right):
+        return None
+    apart = difference(left, right)
+    if apart is None:
+        return None
+    terms = apart.args if apart.op == "+" else (apart,)
+    placed = [term for term in terms if level_of(term) != "head"]
+    rest = [term for term in terms if level_of(term) == "head"]
+    zero = const(0)
+    return add([*placed, zero]), negate(add([*rest, zero]))
+
+
 def _compare(node: Node, found: dict[Node, Bounds]) -> Bounds:
     left, right = node.args
     if left.type == "bool":
         return None, None
     a, b = found[left], found[right]
-    if left.type == "int" and not _has_tensor(left) and not _has_tensor(right):
-        # Of the difference: i - j < i has one i less than its sides.
-        difference = add((left, negate(right)))
-        a, zero = (
-            bounds(difference)[difference] if level_of(difference) != "head" else (difference, difference),
-            const(0),
-        )
-        b = zero, zero
+    if apart := sides(node):
+        a, b = (bounds(side)[side] for side in apart)
     (a0, a1), (b0, b1) = a, b
 
     def holds(op: str, x: Node | None, y: Node | None) -> Node | None:

@@ -26,7 +26,7 @@ from fa2gen.expression.hoist import (
     without_signs,
 )
 from fa2gen.expression.infer import infer
-from fa2gen.expression.intervals import Filter, alike, any_and_all, bounds
+from fa2gen.expression.intervals import Filter, alike, any_and_all, bounds, sides
 from fa2gen.expression.ranges import range_of
 from fa2gen.expression.read import Text, parsed, read
 from fa2gen.expression.simplify import ACC, TRUE, multiply, simplify
@@ -177,18 +177,22 @@ class Program:
                 if limit is None and found <= 0:
                     raise InvalidInput(f"{write(node)} divides by {found}; it must be positive")
                 if limit is not None and abs(found) > limit:
-                    raise InvalidInput(f"{write(node)} reaches {found} at these lengths, beyond {limit}")
+                    what = "compares" if node.type == "bool" else "reaches"
+                    raise InvalidInput(f"{write(node)} {what} {found} at these lengths, beyond {limit}")
 
     @functools.cached_property
     def _limits(self) -> tuple[tuple[Node, Node, int | None], ...]:
         """(node, number, limit): which numbers `check` looks at. Each divisor, which has no limit but must be positive,
-        and both ends of each whole number."""
+        and both ends of each whole number, and of what comparisons compare."""
         found: list[tuple[Node, Node, int | None]] = []
         for tree in (simplify(tree) for tree in (self.score_tree, self.allow_tree) if tree is not None):
             known = bounds(tree)
             for node in walk(tree):
                 if node.op in ("//", "%"):
                     found.append((node, node.args[1], None))
+                if node.op in ("<", "<=", "==", "!=") and (apart := sides(node)):
+                    ends = (end for side in apart for end in bounds(side)[side])
+                    found += [(node, end, 2**31 - 1) for end in ends if end is not None]
                 if node.type != "int" or node.op in ("const", "name", "number", "tensor"):
                     continue
                 exact = any(user.op == "float" and node in user.args for user in walk(tree))
@@ -385,6 +389,8 @@ def _quotient(derivative: Node, slope: Node) -> Node | None:
     """
     times, rest = 1.0, list(_factors(derivative))
     for factor in _factors(slope):
+        if factor.number == 0:
+            return None
         if factor.number is not None:
             times /= factor.number
         elif factor in rest:
@@ -444,8 +450,14 @@ def _slope_of_tanh(score: Node) -> Node | None:
     return multiply((const(1.0), *others)) if of_head else None
 
 
+def _is_of_head(node: Node) -> bool:
+    """Whether floats of a tensor make it what it is, the same for all of a head."""
+    return level_of(node) == "head" and any(x.op == "tensor" and x.type == "float" for x in walk(node))
+
+
 def _is_finite(node: Node) -> bool:
-    """Whether an operation keeps finite numbers finite: not of tensors of positions, which may hold -inf."""
+    """Whether an operation keeps finite numbers finite: not of tensors, which may hold -inf, but for those of a head
+    where they are a factor alone, as slopes are."""
     if node.op in ("/", "recip") and level_of(node) != "head":
         return (
             node.op == "recip"
@@ -455,4 +467,6 @@ def _is_finite(node: Node) -> bool:
         )
     if node.op == "tensor" and node.type == "float":
         return level_of(node) == "head"
+    if node.op != "*" and level_of(node) != "head" and any(map(_is_of_head, node.args)):
+        return False
     return node.op not in ("exp2", "log2", "sqrt")

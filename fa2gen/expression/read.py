@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from fa2gen.errors import InvalidInput
-from fa2gen.expression.grammar import CHARACTERS, FUNCTIONS, LIMITS, MAX_POWER, NAMES
-from fa2gen.expression.tree import Node, Type, const, make, name
+from fa2gen.expression.grammar import CHARACTERS, FUNCTIONS, LIMITS, MAX_FACTORS, MAX_POWER, NAMES
+from fa2gen.expression.tree import Node, Type, const, make, name, walk
 from fa2gen.expression.write import as_fp32
 
 __all__ = ["Text", "parsed", "read"]
@@ -228,6 +228,8 @@ class _Reader:
         exponent = self.read(syntax.right).number
         if not isinstance(exponent, int) or not 1 <= exponent <= MAX_POWER:
             self.text.refuse(syntax.right, f"an exponent is a whole number from 1 to {MAX_POWER}; or use exp and log")
+        if (count := exponent * _num_factors(base)) > MAX_FACTORS:
+            self.text.refuse(syntax, f"powers of powers are {count} factors, more than {MAX_FACTORS}")
         return make("*", *[base] * exponent, type=base.type) if exponent > 1 else base
 
     def _whole_division(self, syntax: ast.BinOp, op: str, left: Node, right: Node) -> Node:
@@ -337,6 +339,14 @@ def _leaves(root: Node) -> Iterable[Node]:
     yield root
     for arg in root.args:
         yield from _leaves(arg)
+
+
+def _num_factors(root: Node) -> int:
+    """Of a product, with those of its factors; 1 of all else."""
+    found: dict[Node, int] = {}
+    for node in walk(root):
+        found[node] = sum(found[arg] for arg in node.args) if node.op == "*" else 1
+    return found[root]
 
 
 def _float(node: Node) -> Node:

@@ -13,7 +13,19 @@ from collections.abc import Callable, Iterable
 
 from fa2gen.expression.tree import Node, Type, const, make, name, walk
 
-__all__ = ["ACC", "FALSE", "TRUE", "add", "compared", "multiply", "negate", "reciprocal", "simplify", "where"]
+__all__ = [
+    "ACC",
+    "FALSE",
+    "TRUE",
+    "add",
+    "compared",
+    "difference",
+    "multiply",
+    "negate",
+    "reciprocal",
+    "simplify",
+    "where",
+]
 
 ACC = name("acc", "float")
 """The product of q and k, which a score is made from."""
@@ -168,6 +180,12 @@ def _scaled(rest: Node, factor: int | float) -> Node:
 
 def negate(node: Node) -> Node:
     return multiply((_number(-1, node.type), node))
+
+
+def difference(left: Node, right: Node) -> Node | None:
+    """left - right of whole numbers; None where their constants are further apart than 32 bits tell."""
+    constants = (sum(term.number or 0 for term in _flat("+", (side,))) for side in (left, right))
+    return None if abs(next(constants) - next(constants)) >= 2**31 else add((left, negate(right)))
 
 
 def reciprocal(node: Node) -> Node:

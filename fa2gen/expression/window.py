@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from fa2gen.expression.evaluate import evaluate_on_numbers
 from fa2gen.expression.hoist import KEY, QUERY
 from fa2gen.expression.program import Program, parse
-from fa2gen.expression.simplify import add, negate, simplify
+from fa2gen.expression.simplify import add, difference, negate, simplify
 from fa2gen.expression.tree import Node, const, name, walk
 from fa2gen.expression.write import write
 
@@ -73,7 +73,8 @@ def _limits(condition: Node, numbers: Mapping[str, Any], lengths: tuple[int, int
     less, more = condition.args
     found: dict[str, int] = {}
     for inner in (less.args[0], negate(less.args[0])) if less.op == "abs" else (less,):
-        limit = _limit(add((inner, negate(more))), numbers, lengths)
+        apart = difference(inner, more)
+        limit = None if apart is None else _limit(apart, numbers, lengths)
         if limit is None:
             return None
         side, most = limit
@@ -82,9 +83,9 @@ def _limits(condition: Node, numbers: Mapping[str, Any], lengths: tuple[int, int
     return found if min(found.values()) >= 0 else None
 
 
-def _limit(difference: Node, numbers: Mapping[str, Any], lengths: tuple[int, int] | None) -> tuple[str, int] | None:
+def _limit(apart: Node, numbers: Mapping[str, Any], lengths: tuple[int, int] | None) -> tuple[str, int] | None:
     """Of a difference that must not be positive: the side that it limits, and to what."""
-    terms = set(difference.args if difference.op == "+" else (difference,))
+    terms = set(apart.args if apart.op == "+" else (apart,))
     rest = add([*sorted(terms - _RIGHT - _LEFT, key=write), const(0)])
     if terms >= _RIGHT:
         side, limit = "right", negate(add((rest, _AHEAD)))

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from operator import index
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.expression import parse
-from fa2gen.ops.validate import DTYPES, describe
+from fa2gen.ops.validate import DTYPES, describe, validate_number
 from fa2gen.options import SAID_BY_TENSORS, UNLIMITED, Expression, Options
 from fa2gen.spec import anonymous, text_of
 
@@ -123,7 +123,7 @@ def expression_of(score: Any = "", allow: Any = "", inputs: Mapping[str, Any] | 
         )
     if not score and not allow:
         return _UNMODIFIED
-    numbers = tuple(_number(name, given[name]) for name, rank, _ in kinds if not rank)
+    numbers = tuple(_number(name, given[name], kind) for name, rank, kind in kinds if not rank)
     tensors = tuple(_tensor(name, given[name], rank, kind) for name, rank, kind in kinds if rank)
     return Expression(score, allow, texts, numbers), tensors
 
@@ -133,7 +133,7 @@ def _types(inputs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, x in inputs.items():
         if isinstance(x, Tensor):
             yield name, "float" if x.is_floating_point() else "bool" if x.dtype == torch.bool else "int"
-        elif isinstance(x, float):
+        elif isinstance(x, Real) and not isinstance(x, Integral):
             yield name, "float"
 
 
@@ -154,9 +154,11 @@ def modified(softcap: Any, alibi_slopes: Any) -> Modified:
     return expression_of(f"{capped} - {bias}", inputs={**inputs, "slope": alibi_slopes})
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, value: Any, kind: str) -> float:
     if isinstance(value, bool | Real):
-        return _float(value)
+        number = _float(value)
+        validate_number(name, number, kind)
+        return number
     hint = f": look it up, {name}[h]" if isinstance(value, Tensor) else ""
     raise InvalidInput(f"{name} must be a number, as the expression has it, not {describe(value)}{hint}")
 
@@ -167,7 +169,20 @@ def _tensor(name: str, value: Any, rank: int, kind: str) -> Tensor:
         value = value.reshape(1)
     if not isinstance(value, Tensor) or value.dim() != rank or value.numel() == 0:
         raise InvalidInput(f"{name} must be a tensor of {rank} dimensions, none of them 0, not {describe(value)}")
+    if value.is_complex() or value.layout != torch.strided:
+        raise InvalidInput(f"{name} must be a dense tensor of real numbers, not {describe(value)}, {value.layout}")
+    if kind == "int" and value.dtype == torch.int64 and _exceeds_32_bits(value):
+        raise InvalidInput(f"{name} holds whole numbers beyond 32 bits, of which kernels know no more")
     return value.to(torch.float32 if kind == "float" else torch.int32).contiguous()
+
+
+def _exceeds_32_bits(value: Tensor) -> bool:
+    """Of numbers on the CPU that are there; a GPU's are not asked for, as that would wait for it."""
+    is_traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if not value.is_cpu or type(value) is not Tensor or is_traced or torch._C._functorch.peek_interpreter_stack():
+        return False
+    least, greatest = value.aminmax()
+    return bool(least < -(2**31)) or bool(greatest >= 2**31)
 
 
 OF_SOME_OPERATORS = (*SAID_BY_TENSORS, "expression", "dropout_p", "partial")

@@ -39,6 +39,7 @@ __all__ = [
     "attend_for_ragged_out",
     "attend_generally",
     "is_plain",
+    "learning_of",
     "refuse_tangents",
     "wants_gradient",
 ]
@@ -134,7 +135,7 @@ class GeneralAttention(Attention):
         run: Callable[..., Any] = by_general_operator
         if _is_plain_backward(dout, q, k, v, dlse) and all(x is None or type(x) is Tensor for x in (s_aux, *tensors)):
             run = partial(backward_general, max_keys=ctx.max_keys)
-        options, learns = _learning(ctx.options, ctx.needs_input_grad[10 : 10 + len(tensors)])
+        options, learns = learning_of(ctx.options, ctx.needs_input_grad[10 : 10 + len(tensors)])
         *gradients, dtensors = run(dout, q, k, v, out, lse, dlse, *lengths, s_aux, rng_state, tensors, options)
         dq, dk, dv, ds_aux = gradients
         found = iter(dtensors)
@@ -199,7 +200,7 @@ attend_for_ragged_out = super(torch.autograd.Function, RaggedOutput).apply
 attend_generally = super(torch.autograd.Function, GeneralAttention).apply
 
 
-def _learning(options: Any, wanted: Sequence[bool]) -> tuple[Options, list[bool]]:
+def learning_of(options: Any, wanted: Sequence[bool]) -> tuple[Options, list[bool]]:
     """The options of a backward call in which these tensors of the expression learn, as far as the score depends on
     them; and which do."""
     said = Options(*options)

@@ -98,7 +98,8 @@ def flash_attn_func(  # type: ignore[misc]  # the later overloads leave out what
                        time, and as large as it says.
     softcap            scores are softcap * tanh(s / softcap), before any mask; 0.0: as they are.
     alibi_slopes       (heads,) or (batch, heads): scores are less by slope * |i + seqlen_k - seqlen_q - j|, after any
-                       cap. Not differentiable. LSE is that of these scores.
+                       cap. Differentiable, but not with dropout, nor deterministically. LSE is that of these
+                       scores.
     attention_chunk    query i sees keys of its own chunk alone: those j with j // chunk == d // chunk. 0: no chunks.
     s_aux              attention sinks: (heads,) fp32, fp16 or bf16, one more logit in each row's softmax, neither
                        scaled nor masked, which no value stands for. Differentiable. LSE includes it, so that of a row

@@ -115,6 +115,7 @@ _SCHEMAS = {
 _NUM_TENSORS = {name: schema.partition("->")[0].count("Tensor") for name, schema in _SCHEMAS.items()}
 _RAGGED_NAMES = ("fwd_varlen", "bwd_varlen")
 _GENERAL_NAMES = ("fwd_general", "bwd_general")
+_NUM_GRADIENTS = 4  # of bwd_general before the list: dq, dk, dv, ds_aux
 _OF_GENERAL = ("score", "allow", "inputs", "numbers", "dropout_p", "learned")  # options behind those that all take
 
 
@@ -292,6 +293,7 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
     names = [argument.name for argument in operator._schema.arguments][: _NUM_TENSORS[name]]
 
     general = name in _GENERAL_NAMES
+    ends_in_list = str(operator._schema.returns[-1].type) == "List[Tensor]"
     alone = len(names) - general  # tensors that are no list
 
     def kernel(keyset: Any, *arguments: Any, **named: Any) -> Any:
@@ -314,10 +316,19 @@ def _autograd(name: str, function: type[torch.autograd.Function]) -> Callable[..
                     "partial results, which are not rounded, have no gradient by themselves, and an input requires "
                     "one: detach it, and give out and lse of all keys, out in q's dtype, to torch.ops.fa2gen.bwd"
                 )
+            if ends_in_list:
+                found = apply(function, lambda *flat: _flat(*run(*flat)), *tensors, options, None)
+                return (*found[:_NUM_GRADIENTS], [*found[_NUM_GRADIENTS:]])
             return apply(function, run, *tensors, options, None)  # it is not known how many keys there are at most
         return run(*tensors)
 
     return kernel
+
+
+def _flat(*results: Any) -> tuple[Tensor, ...]:
+    """Gradients without the list that those of an expression's tensors are in, which autograd does not look into."""
+    *alone, of_tensors = results
+    return (*alone, *of_tensors)
 
 
 def _vmap(name: str) -> Callable[..., Any]:

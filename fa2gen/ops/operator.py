@@ -25,7 +25,7 @@ from fa2gen.ops.arguments import (
     sinks,
     window_sides,
 )
-from fa2gen.ops.autograd import attend, attend_generally, is_plain, wants_gradient
+from fa2gen.ops.autograd import attend, attend_generally, is_plain, learning_of, wants_gradient
 from fa2gen.ops.call import AnyOptions, forward_cuda
 from fa2gen.ops.general import forward_general
 from fa2gen.ops.nested import jagged_like, packed_jagged
@@ -253,7 +253,7 @@ def run_general(
     `tensors` are those of an expression."""
     given = options if isinstance(options, Options) else Options(*options)
     if dropout_p:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if torch.is_grad_enabled() and any(learning_of(given, [x.requires_grad for x in tensors])[1]):
             refuse_dropout()  # here, and not in the backward pass
         dropout_p = probability(dropout_p)
         rng_state = new_rng_state(q) if rng_state is None else rng_state

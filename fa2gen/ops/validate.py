@@ -50,6 +50,7 @@ LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 # Kernels hold the scale, and log2(e) times it, in fp32; products of q and k up to 1e8 times the greatest stay finite.
 _MIN_SCALE: float = torch.finfo(torch.float32).tiny
 _MAX_SCALE = 1e30
+_FP32_MAX = torch.finfo(torch.float32).max
 _OTHER = "torch.nn.functional.scaled_dot_product_attention"
 
 
@@ -271,12 +272,20 @@ def out_dtype(q: Tensor, options: Options) -> torch.dtype:
 
 
 def _validate_numbers(expression: Expression) -> None:
-    names = [x.name for x in program_of(*expression[:3]).inputs if not x.is_tensor]
-    if len(expression.numbers) != len(names):
-        raise InvalidInput(f"the expression has {len(names)} numbers, and {len(expression.numbers)} were given")
-    for name, number in zip(names, expression.numbers, strict=True):
-        if isinstance(number, float | int) and not math.isfinite(number):
-            raise InvalidInput(f"{name} of the expression is {number}; it must be finite")
+    known = [x for x in program_of(*expression[:3]).inputs if not x.is_tensor]
+    if len(expression.numbers) != len(known):
+        raise InvalidInput(f"the expression has {len(known)} numbers, and {len(expression.numbers)} were given")
+    for x, number in zip(known, expression.numbers, strict=True):
+        if isinstance(number, float | int):
+            validate_number(x.name, number, x.type)
+
+
+def validate_number(name: str, number: float, kind: str) -> None:
+    """Raise InvalidInput unless a number of an expression, "float" or "int", is one to kernels: of 32 bits."""
+    if not abs(number) <= _FP32_MAX:
+        raise InvalidInput(f"{name} of the expression is {number}; it must be finite in fp32")
+    if kind == "int" and abs(number) >= 2**31:
+        raise InvalidInput(f"{name} of the expression is {number:.0f}; whole numbers are of 32 bits")
 
 
 def _validate_results(

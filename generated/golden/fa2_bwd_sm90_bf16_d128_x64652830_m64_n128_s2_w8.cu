@@ -714,8 +714,8 @@ struct Seen {
 // Of queries i0 to i1 and keys j0 to j1.
 __device__ __forceinline__ Seen seen_between(
     Params const& p, int b, int h, int hk, int seqlen_q, int seqlen_k, int i0, int i1, int j0, int j1) {
-    bool const any = static_cast<bool>((j0 - i1 <= 0) & ((i0 - j1 - p.number_0 < 0) | (j0 - p.number_1 < 0)));
-    bool const all = static_cast<bool>((j1 - i0 <= 0) & ((i1 - j0 - p.number_0 < 0) | (j1 - p.number_1 < 0)));
+    bool const any = static_cast<bool>((j0 - i1 <= 0) & ((i0 - j1 < p.number_0) | (j0 < p.number_1)));
+    bool const all = static_cast<bool>((j1 - i0 <= 0) & ((i1 - j0 < p.number_0) | (j1 < p.number_1)));
     return {any, all};
 }
 

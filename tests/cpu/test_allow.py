@@ -7,7 +7,7 @@ import torch
 
 from fa2gen import cases
 from fa2gen.cpu import RunOptions, run_kernel
-from fa2gen.options import Shape
+from fa2gen.options import Expression, Options, Shape
 from fa2gen.plan import make_plan
 from fa2gen.spec import KernelSpec, Problem, Tiling
 from tests.cpu.faults import Fault, symptom
@@ -39,6 +39,15 @@ HEADS = "h % 2 == 0 and j <= i or j < 9"
 def test_what_an_expression_hides(arch, direction, head_dim, mask, varlen, score, allow):
     spec = kernel(arch, direction, head_dim, mask, score, allow=allow, varlen=varlen)
     verdict, _ = run(spec.name, SHAPE)
+    assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize(("arch", "direction"), [("sm80", "fwd"), ("sm90", "bwd")])
+def test_a_window_without_an_end(arch, direction):
+    """The greatest number of 32 bits, which positions are compared with and nothing is taken from."""
+    spec = kernel(arch, direction, 64, "full", "", allow="j <= i and (i - j < window or j < sinks)")
+    expression = Expression("", spec.problem.allow, spec.problem.inputs, (2.0**31 - 1, 4.0))
+    verdict, _ = run(spec.name, Shape(1, 150, 150, 1, 1), Options(expression=expression))
     assert verdict.ok, verdict
 
 

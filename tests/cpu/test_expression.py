@@ -14,6 +14,7 @@ from fa2gen.cpu import RunOptions, run_kernel
 from fa2gen.features import examples_of
 from fa2gen.options import Options, Shape
 from fa2gen.plan import make_plan
+from fa2gen.reference import Place, attention_backward_tiled
 from fa2gen.select import default_tiling
 from fa2gen.spec import Direction, KernelSpec, Mask, Problem
 from tests.cpu.faults import Fault, symptom
@@ -114,6 +115,39 @@ def test_keys_too_far_away_to_count():
     case.tensors["k"][:, 3] = float("nan")
     run_kernel(make_plan(spec), case.tensors, case.options)
     assert case.tensors["o"].isnan().all()
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_a_head_whose_scores_are_minus_infinity(arch):
+    """As one that is left out by a bias: like a row that sees nothing."""
+    spec = kernel(arch, score="s + bias[h]", mask="full")
+    case = cases.make(spec, SMALL)
+    case.tensors["input_0"][0] = float("-inf")
+    run_kernel(make_plan(spec), case.tensors, case.options)
+    assert case.tensors["lse"][:, 0].isneginf().all() and not case.tensors["o"][:, :, 0].any()
+    assert cases.verdict(case).ok, cases.verdict(case)
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_the_greater_of_a_nan_is_nan(arch):
+    spec = kernel(arch, score="max(s, 0.0)")
+    case = cases.make(spec, SMALL)
+    case.tensors["k"][:, 0] = float("nan")
+    run_kernel(make_plan(spec), case.tensors, case.options)
+    assert case.tensors["o"].isnan().all()
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_what_is_hidden_has_no_derivative(arch):
+    """Where a causal mask hides a key the logarithm has none: it adds nothing to the tensor's gradient."""
+    spec = kernel(arch, "bwd", score="s + gain[h] * log(1 + i - j)", learned="gain")
+    case = cases.make(spec, Shape(1, 70, 70, 2, 1))
+    run_kernel(make_plan(spec), case.tensors, case.options)
+    expected = torch.zeros_like(case.tensors["input_0"])
+    given = (case.tensors[name] for name in ("dout", "q", "k", "v", "o", "lse"))
+    place = Place(tensors=(case.tensors["input_0"],), gradients=(expected,))
+    attention_backward_tiled(*given, dlse=case.tensors.get("dlse"), place=place, **case.options._asdict())
+    assert torch.allclose(case.tensors["dinput_0"], expected, rtol=0.02, atol=0.02)
 
 
 LEARNED = {

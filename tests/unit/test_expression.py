@@ -19,6 +19,7 @@ from fa2gen.errors import InvalidInput
 from fa2gen.expression import emit, parse, tree
 from fa2gen.expression.examples import EXAMPLES
 from fa2gen.expression.grammar import FUNCTIONS, NAMES
+from fa2gen.spec import anonymous
 from tests.expressions import random_condition, random_score
 
 README = Path(__file__).resolve().parents[2] / "fa2gen" / "expression" / "README.md"
@@ -96,6 +97,11 @@ def test_types_follow_from_use(score, allow, types):
     assert dict(parse(score, allow).types) == types
 
 
+def test_a_number_called_as_an_exponent_is_written():
+    program = anonymous(parse("s * 1e-5 + e"))
+    assert program.score == "s * 1e-05 + number_0"
+
+
 def test_inputs_know_their_axes():
     inputs = {given.name: given for given in parse("s + t[b, h, j - i] + u[i] + u[j]", "n > i and v[hk, j] > 2").inputs}
     assert inputs["t"].axes == ("b", "h", "") and inputs["u"].axes == ("",) and inputs["v"].axes == ("hk", "j")
@@ -120,6 +126,7 @@ def test_examples_stand_in_the_readme(name):
     [
         ("sin(s)", 1, "'sin' is no function of the language; they are where, min, max, abs"),
         ("s + exp", 5, "exp is a function: write exp"),
+        ("((s ** 8) ** 8) ** 8", 1, "powers of powers are 512 factors, more than 64"),
         ("s * tanh(s, 2)", 5, "tanh takes 1 argument, not 2"),
         ("min(s)", 1, "min takes 2 to 8 arguments, not 1"),
         ("exp(x=s)", 1, "arguments of exp have no names"),

@@ -165,6 +165,8 @@ float exp2_approx(float x) { return std::exp2(x); }
 float log2_approx(float x) { return std::log2(x); }
 float sqrt_approx(float x) { return std::sqrt(x); }
 float reciprocal_approx(float x) { return 1.0f / x; }
+float min_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b); }
+float max_or_nan(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
 int floor_divide(int a, int b) { return a / b - (a % b < 0); }
 int floor_modulo(int a, int b) { return a % b + (a % b < 0 ? b : 0); }
 static int clamped(int index, int size) { return max(0, min(index, size - 1)); }
@@ -499,6 +501,17 @@ def test_what_scores_rise_by_with_each_query(score, rise):
 )
 def test_how_far_from_0_scores_are(score, expected):
     assert parse(score).bound == expected
+
+
+@pytest.mark.parametrize("allow", ["-1 * -x[i] < y[j]", "-1 * -2.0 * x[i] < y[j]"])
+def test_signs_are_no_decrement(allow):
+    made = emit(parse("", allow, {"x": "float", "y": "float"}), "allow")
+    assert not any("--" in line for lines in made.levels.values() for line in lines)
+
+
+def test_a_score_without_a_slope_has_gradients_of_its_tensors():
+    (gradient,) = parse("where(s > 0, 1.0, 0.0) + bias[h]").gradients(["input_0"])
+    assert gradient.factor.number == 1.0 and not gradient.of_s
 
 
 def test_numbers_lie_in_their_range():

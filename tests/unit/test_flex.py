@@ -136,6 +136,18 @@ def test_texts_read_as_somebody_would_write_them():
     assert made.inputs["SLOPE"] is SLOPE and made.inputs["DOCUMENT"] is DOCUMENT, "gradients reach the user's tensor"
 
 
+def test_views_of_one_memory_are_told_apart():
+    table = torch.arange(81.0).reshape(9, 9)
+    row, column = table[0], table[:, 0]
+    found = from_flex(lambda s, b, h, i, j: s + row[i] - column[j])
+    assert (found.score, [*found.inputs]) == ("s + row[i] - column[j]", ["row", "column"])
+
+
+def test_a_tensor_that_the_text_lost_is_no_input():
+    bias = torch.randn(9)
+    assert from_flex(lambda s, b, h, i, j: s + 0 * bias[j]).inputs == {}
+
+
 def test_tensors_of_one_name_are_told_apart():
     def bias_of(table):
         return lambda score, b, h, q_idx, kv_idx: score + table[kv_idx]

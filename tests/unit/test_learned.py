@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from fa2gen import attention, flash_attn_func, flash_attn_varlen_func
-from fa2gen.errors import InvalidInput
+from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.ops.arguments import expression_of
+from fa2gen.reference import Place, attention_backward_tiled, attention_tiled
 from fa2gen.spec import KernelSpec, Problem
 
 SCORE = "cap * tanh((s + bias[b, h, i, j]) / cap)"
@@ -57,6 +59,51 @@ def test_a_bias_and_a_cap_learn(dtype):
     assert_close(alone, truth[3:])
     (of_bias,) = torch.autograd.grad(ours(*qkv, given[0], given[1].detach()), given[:1], dout)
     assert_close((of_bias,), truth[3:4])
+
+
+@pytest.mark.parametrize(
+    ("score", "allow"),
+    [
+        ("s / sqrt(1 + i - j)", "j <= i"),
+        ("s + gain[h] * log(1 + i - j)", "j <= i"),
+        ("s + where(gain[h] > 0, sqrt(gain[h]), 0) + where(s > 0, sqrt(s), 0)", ""),
+    ],
+)
+def test_what_is_hidden_or_not_taken_has_no_derivative(score, allow):
+    """Roots and logarithms of what is not looked at have none: 0 times that is 0, not NaN."""
+    *qkv, dout = tensors()
+    leaves = [x.requires_grad_() for x in qkv]
+    gain = torch.tensor([1.0, -1.0, 2.0, -2.0], requires_grad=True)
+    of = [*leaves, gain] if "gain" in score else leaves
+    out, _ = attention(*leaves, score=score, allow=allow, inputs={"gain": gain} if "gain" in score else {})
+    assert all(x.isfinite().all() and x.any() for x in torch.autograd.grad(out, of, dout))
+
+
+@pytest.mark.parametrize("score", ["max(s, 0)", "min(s, -s)"])
+def test_of_equal_ones_the_first_has_the_gradient(score):
+    """As in kernels, where autograd's own operators give each a half."""
+    q, k, v, dout = (x.float() for x in tensors())
+    place, options = Place(), {"expression": expression_of(score)[0]}
+    out, lse = attention_tiled(torch.zeros_like(q), k, v, place=place, **options)
+    dq, *_ = attention_backward_tiled(dout, torch.zeros_like(q), k, v, out, lse, place=place, **options)
+    plain, *_ = attention_backward_tiled(dout, torch.zeros_like(q), k, v, out, lse)
+    assert torch.allclose(dq, plain, atol=1e-6)
+
+
+def test_a_second_derivative_by_a_tensor_is_refused():
+    *qkv, _ = tensors()
+    given = inputs()
+    gradients = torch.autograd.grad(ours(*qkv, *given).float().sum(), given, create_graph=True)
+    with pytest.raises(UnsupportedProblem, match="second derivative"):
+        sum(x.sum() for x in gradients).backward()
+
+
+def test_dropout_goes_with_tensors_that_have_no_gradient():
+    *qkv, _ = tensors()
+    kind = torch.rand(LENGTH, requires_grad=True)
+    assert attention(*qkv, allow="kind[j] > 0.5", inputs={"kind": kind}, dropout_p=0.1)[0].isfinite().all()
+    with pytest.raises(UnsupportedProblem, match="dropout"):
+        attention(*qkv, score="s + kind[j]", inputs={"kind": kind}, dropout_p=0.1)
 
 
 def test_compiled_and_transformed():
