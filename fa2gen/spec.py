@@ -438,7 +438,8 @@ class Problem(_Fields):
         direction = info.data.get("direction")
         if field.only_for and value != field.default and direction not in (None, *field.only_for.directions):
             named = " or ".join(f'"{one}"' for one in field.only_for.directions)
-            raise ValueError(f"is for direction {named}: {field.only_for.why}; nearest {field.default}")
+            nearest = "none" if field.default == "" else field.default
+            raise ValueError(f"is for direction {named}: {field.only_for.why}; nearest {nearest}")
         return value
 
     @model_validator(mode="after")
