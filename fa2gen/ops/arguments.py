@@ -273,6 +273,8 @@ def _side(side: Any) -> int | None:
 
 def whole(value: Any) -> int | None:
     """A whole number of 64 bits, as operators have them, whatever holds it; None for all else, also for a switch."""
+    if torch.compiler.is_compiling() and isinstance(value, int) and not isinstance(value, bool):
+        return value  # which may be symbolic: index() would make a constant of it, and a graph for each
     try:
         number = None if isinstance(value, bool) else index(value)
     except (TypeError, ValueError, RuntimeError):  # also of tensors of floats, of more than one element, without values

@@ -18,7 +18,7 @@ from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kind
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
 from fa2gen.options import Expression, Options
 
-__all__ = ["flash_attn_with_kvcache", "run_cached"]
+__all__ = ["flash_attn_with_kvcache", "parts_of", "run_cached"]
 
 _INT32_MAX = 2**31 - 1
 _READ = torch.ops.fa2gen.decode.default
@@ -169,7 +169,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     expression, tensors = modified(softcap, alibi_slopes)
     given = given._replace(s_aux=sinks(s_aux), k_descale=k_descale, v_descale=v_descale, tensors=tensors)
     options = options_of(q, softmax_scale, causal, window_sides(window_size), expression=expression)
-    out, lse = run_cached(given, options, flag("rotary_interleaved", rotary_interleaved), _splits(num_splits))
+    out, lse = run_cached(given, options, flag("rotary_interleaved", rotary_interleaved), parts_of(num_splits))
     return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
 
 
@@ -203,6 +203,9 @@ def _lengths(lengths: Any, given: Cached) -> Tensor | None:
         return lengths
     if isinstance(lengths, torch.SymInt):
         return given.q.new_full((given.q.shape[0],), lengths, dtype=torch.int32)
+    if torch.compiler.is_compiling() and isinstance(lengths, int) and not isinstance(lengths, bool):
+        # It may be symbolic: index() would make a constant of it, and a graph for each length.
+        return given.q.new_full((given.q.shape[0],), min(max(lengths, 0), _INT32_MAX), dtype=torch.int32)
     try:
         number = None if isinstance(lengths, bool) else index(lengths)
     except TypeError:
@@ -216,7 +219,8 @@ def _lengths(lengths: Any, given: Cached) -> Tensor | None:
     return given.q.new_full((given.q.shape[0],), number, dtype=torch.int32)
 
 
-def _splits(num_splits: Any) -> int:
+def parts_of(num_splits: Any) -> int:
+    """num_splits as a number. Raises InvalidInput for what is none."""
     if isinstance(num_splits, torch.SymInt):
         return num_splits  # type: ignore[no-any-return]
     number = whole(num_splits)

@@ -77,7 +77,7 @@ def keys_of(given: Cached, cache: Tensor, sequence: int, first: int, end: int) -
 
 def turned(x: Tensor, positions: list[list[int]], cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (batch, seqlen, heads, head_dim) with rotary embeddings of these positions in its first columns."""
-    at = torch.tensor(positions, device=cos.device).clamp(max=cos.shape[0] - 1)
+    at = torch.tensor(positions, dtype=torch.long, device=cos.device).clamp(max=cos.shape[0] - 1)
     cosine, sine = (angles[at].float().unsqueeze(2) for angles in (cos, sin))  # (batch, seqlen, 1, rotary_dim / 2)
     half = cos.shape[1]
     part, rest = x[..., : 2 * half].float(), x[..., 2 * half :]

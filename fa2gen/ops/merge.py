@@ -41,14 +41,14 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     base = greatest.masked_fill(greatest == -math.inf, 0.0)  # (-inf) - (-inf) would be NaN
     weight_a, weight_b = torch.exp(a - base), torch.exp(b - base)
     total = weight_a + weight_b
-    lse = base + torch.log(total)
-    share_a, share_b = (
-        (w / total.masked_fill(total == 0, 1.0)).transpose(-1, -2).unsqueeze(-1) for w in (weight_a, weight_b)
-    )
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    lse = (base + torch.log(total)).masked_fill(nothing, -math.inf)
+    share_a, share_b = ((w / total).transpose(-1, -2).unsqueeze(-1) for w in (weight_a, weight_b))
     # A part that weighs nothing may hold anything.
     out = _weighed(out_a, share_a) + _weighed(out_b, share_b)
     return out.to(out_a.dtype), lse
 
 
 def _weighed(out: Tensor, share: Tensor) -> Tensor:
-    return torch.where(share == 0, 0.0, out.float() * share)
+    return torch.where(share == 0, 0.0, out.float()) * share

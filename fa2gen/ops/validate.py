@@ -357,6 +357,11 @@ def validate_kind(q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str, str] =
     for name, x in keys:
         if x.device != q.device:
             raise InvalidInput(f"q is on {q.device}, {name} on {x.device}; use one device: {name}.to(q.device)")
+        if x.dtype in (torch.uint8, torch.float8_e5m2):
+            raise InvalidInput(
+                f"{name} is {x.dtype}; of 8 bits there are caches of torch.float8_e4m3fn and torch.int8: if it holds "
+                f"such numbers, {name}.view(torch.float8_e4m3fn)"
+            )
         if x.dtype != q.dtype:
             raise InvalidInput(f"q is {q.dtype}, {name} is {x.dtype}; use one dtype: {name}.to(q.dtype)")
     if q.dtype not in DTYPES:

@@ -32,6 +32,7 @@ __all__ = [
     "capacity_of",
     "validate_cached",
     "validate_paged",
+    "validate_splits",
     "validate_table",
 ]
 
@@ -81,6 +82,12 @@ class Cached(NamedTuple):
         return (*alone, *tensors)
 
 
+def validate_splits(num_splits: int) -> None:
+    """Raise InvalidInput for a number of parts that keys are not split into."""
+    if not 0 <= num_splits <= MAX_SPLITS:
+        raise InvalidInput(f"num_splits is {num_splits}; it must be from 0, as suits the device, to {MAX_SPLITS}")
+
+
 def cache_dtype_of(given: Cached) -> CacheDType:
     """As a problem calls it."""
     return CACHE_DTYPES.get(given.k_cache.dtype, SAME)
@@ -126,8 +133,7 @@ def validate_cached(given: Cached, num_splits: int = 0, options: Options | None 
     if options is not None:
         keys = torch.empty((q.shape[0], capacity_of(given), *k_cache.shape[2:]), device="meta")  # as positions count
         validate_expression(q, keys, None, given.tensors, options)
-    if not 0 <= num_splits <= MAX_SPLITS:
-        raise InvalidInput(f"num_splits is {num_splits}; it must be from 0, as suits the device, to {MAX_SPLITS}")
+    validate_splits(num_splits)
 
 
 def _validate_kinds(given: Cached) -> None:

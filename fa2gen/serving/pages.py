@@ -11,14 +11,14 @@ from torch import Tensor
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.ops.arguments import Modified, whole
 from fa2gen.ops.call import calls_for_decoding
-from fa2gen.ops.flash_kvcache import run_cached
+from fa2gen.ops.flash_kvcache import parts_of, run_cached
 from fa2gen.ops.flash_varlen import over_pages
-from fa2gen.ops.validate import describe, validate_heads, validate_lengths
-from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, Paged, validate_table
+from fa2gen.ops.validate import describe, refuse_non_tensors, validate_heads, validate_lengths
+from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, Paged, validate_splits, validate_table
 from fa2gen.ops.widen import Narrow, widen
 from fa2gen.options import Options
 
-__all__ = ["SHORT_ROWS", "attend", "refuse"]
+__all__ = ["SHORT_ROWS", "attend", "refuse", "validate_out"]
 
 SHORT_ROWS = 64
 """Queries of a sequence times heads of a group, up to which kernels of decoding read 8-bit pages, and with fixed parts
@@ -52,15 +52,21 @@ def attend(
                   takes 2 to 12 times as long (H200).
     scales        of k and v, where they are of 8 bits: (batch, heads_kv) fp32, of any strides.
     """
-    most = _number("max_seqlen_q", most_queries)
+    most, num_splits = _number("max_seqlen_q", most_queries), parts_of(num_splits)
+    validate_splits(num_splits)
+    for name, x in zip(("k_descale", "v_descale"), scales, strict=True):
+        if x is not None:
+            refuse_non_tensors(**{name: x})
     if out is not None:
-        _validate_out(out, given)
+        validate_out(out, given.q, given.v)
     place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
     if most and _is_short(given, most, most_keys, num_splits, expression):
         groups = _Groups(given, most, one_each=True) if most > 1 else None
         found, lse = _decoded(given, options, expression, most, groups, num_splits, scales, place)
     elif given.k.dtype in CACHE_DTYPES:
         q, batch = given.q, _validate_eight_bits(given, scales)
+        assert given.seqused_k is not None
+        given = given._replace(seqused_k=given.seqused_k.clamp(0, given.capacity))  # behind it there is room alone
         heads_kv = given.k.shape[2]
         if 0 in (batch, q.shape[0], q.shape[1], given.k.shape[0]):
             found = q.new_zeros(q.shape) if place is None else place.zero_()
@@ -74,7 +80,7 @@ def attend(
     else:
         rows, heads = given.q.shape[0], given.q.shape[-2]
         into = None if place is None else (place, place.new_empty((heads, rows), dtype=torch.float32))
-        # With a number of parts a row's bits are not to depend on its batch.
+        # With a number of parts a row's bits do not depend on the batch, but on which kernels its kind of batch has.
         are_even = not num_splits and given.cu_seqlens_q is not None and rows == most * (len(given.cu_seqlens_q) - 1)
         found, lse = over_pages(given, options, expression, most_keys, into, are_even)
     return (found if out is None or place is not None else out.copy_(found)), lse
@@ -88,10 +94,14 @@ def refuse(**named: Any) -> None:
 
 
 def _is_short(given: Paged, most: int, most_keys: Any, num_splits: int, expression: Modified) -> bool:
-    """Whether kernels of decoding are to read the pages: with fixed parts whatever else is in the batch."""
+    """Whether kernels of decoding are to read the pages: with fixed parts of any batch whose sequences have as few
+    queries each."""
     q, k, v = given[:3]
     if q.dim() != 3 or k.dim() != 4 or v.shape != k.shape or given.cu_seqlens_q is None or given.seqused_k is None:
         return False
+    bounds = given.cu_seqlens_q
+    if bounds.dtype != torch.int32 or bounds.dim() != 1 or bounds.device != q.device or not bounds.numel():
+        return False  # the others say so
     rows = most * (q.shape[1] // max(k.shape[2], 1))  # of a head of K and V
     batch = given.cu_seqlens_q.shape[0] - 1
     is_short = rows <= SHORT_ROWS
@@ -113,6 +123,8 @@ def _validate_eight_bits(given: Paged, scales: tuple[Tensor | None, Tensor | Non
             f"q is {describe(q)}, k {describe(k)}; 8-bit pages (pages, page_size, heads_kv, head_dim) take q (total_q, "
             "heads, head_dim), with cu_seqlens_q and the number of each sequence's keys"
         )
+    if 0 in k.shape[1:]:
+        raise InvalidInput(f"k_cache has shape {tuple(k.shape)}: pages of no rows, heads or columns")
     batch = validate_lengths(q, given.lengths, {"q": (q, given.cu_seqlens_q)})
     validate_heads(q.shape[1], k.shape[2])
     validate_table(given.block_table, q, batch)
@@ -262,10 +274,11 @@ class _Groups:
         self.unused = row >= ends[-1:]
 
 
-def _validate_out(out: Tensor, given: Paged) -> None:
-    wanted = (*given.q.shape[:-1], given.v.shape[-1])
-    if not isinstance(out, Tensor) or out.shape != wanted or out.dtype != given.q.dtype or out.device != given.q.device:
-        raise InvalidInput(f"out is {describe(out)}; it must be {wanted} {given.q.dtype} on {given.q.device}")
+def validate_out(out: Tensor, q: Tensor, v: Tensor) -> None:
+    """Raise InvalidInput for a buffer that the result does not fit."""
+    wanted = (*q.shape[:-1], v.shape[-1])
+    if not isinstance(out, Tensor) or out.shape != wanted or out.dtype != q.dtype or out.device != q.device:
+        raise InvalidInput(f"out is {describe(out)}; it must be {wanted} {q.dtype} on {q.device}")
 
 
 def _number(name: str, given: Any) -> int:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput
 from fa2gen.ops import flash_kvcache, flash_varlen
-from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, window_sides
-from fa2gen.ops.validate import refuse_non_tensors
+from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, whole, window_sides
+from fa2gen.ops.validate import describe, refuse_non_tensors
 from fa2gen.serving.pages import attend, refuse
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -86,22 +86,38 @@ def flash_attn_with_kvcache(
         cache_leftpad=(cache_leftpad is not None, "pages that begin with a sequence's first key"),
     )
     refuse_non_tensors(q=q, k_cache=k_cache, cu_seqlens_q=cu_seqlens_q)
-    batch = cu_seqlens_q.shape[0] - 1
-    if page_table is None:  # an entry of the cache is a page, the only one of its sequence
-        rows = torch.arange(batch, dtype=torch.int32, device=q.device) if cache_batch_idx is None else cache_batch_idx
-        page_table = rows[:, None]
-    elif cache_batch_idx is not None:
-        page_table = page_table[cache_batch_idx.long()]
+    batch = cu_seqlens_q.numel() - 1
+    page_table = _table(q, k_cache, batch, page_table, cache_batch_idx)
     if not isinstance(cache_seqlens, Tensor):
         if cache_seqlens is None:
             raise InvalidInput("cu_seqlens_q needs cache_seqlens, (batch,) int32: the keys of each sequence")
-        cache_seqlens = torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+        number = whole(cache_seqlens)
+        if number is None:
+            raise InvalidInput(f"cache_seqlens must be a whole number or (batch,) int32, not {describe(cache_seqlens)}")
+        cache_seqlens = torch.full((batch,), min(max(number, 0), 2**31 - 1), dtype=torch.int32, device=q.device)
     q = q if q.stride(-1) == 1 else q.contiguous()
     given = flash_varlen.paged(q, k_cache, v_cache, page_table, cu_seqlens_q, None, None, cache_seqlens, sinks)
     said = options_of(q, softmax_scale, causal, window_sides(window_size), varlen=True)
     scales = (k_descale, v_descale)
     out, lse = attend(given, said, modified(softcap, None), max_seqlen_q, num_splits=num_splits, scales=scales)
     return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
+
+
+def _table(q: Tensor, k_cache: Tensor, batch: int, page_table: Tensor | None, cache_batch_idx: Tensor | None) -> Tensor:
+    """The pages of each sequence, (batch, pages): rows of the table by number, or entries of a cache without one, each
+    the only page of its sequence. Numbers beyond it are the nearest that there are."""
+    if page_table is not None and cache_batch_idx is None:
+        return page_table
+    entries = (k_cache if page_table is None else page_table).shape[0]
+    if cache_batch_idx is None:
+        if entries < batch:
+            raise InvalidInput(f"q has {batch} sequences, k_cache entries for {entries}: give cache_batch_idx")
+        return torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
+    refuse_non_tensors(cache_batch_idx=cache_batch_idx)
+    if cache_batch_idx.dtype != torch.int32 or tuple(cache_batch_idx.shape) != (batch,):
+        raise InvalidInput(f"cache_batch_idx is {describe(cache_batch_idx)}; it must be ({batch},) torch.int32")
+    rows = cache_batch_idx.clamp(0, max(entries - 1, 0))
+    return rows[:, None] if page_table is None else page_table[rows.long()]
 
 
 def flash_attn_varlen_func(

@@ -11,7 +11,7 @@ from torch import Tensor
 from fa2gen.errors import InvalidInput
 from fa2gen.ops import flash_varlen
 from fa2gen.ops.arguments import flag, modified, options_of, window_sides
-from fa2gen.serving.pages import attend, refuse
+from fa2gen.serving.pages import attend, refuse, validate_out
 
 __all__ = ["flash_attn_varlen_func", "get_scheduler_metadata"]
 
@@ -53,14 +53,17 @@ def flash_attn_varlen_func(
 
     q (total_q, heads, head_dim). With block_table k and v are (pages, page_size, heads_kv, head_dim) of any page_size
     and strides, and seqused_k says how many keys each sequence has; else they are (total_k, heads_kv, head_dim) with
-    cu_seqlens_k. Masks are aligned to the bottom right.
+    cu_seqlens_k. Masks are aligned to the bottom right. Where a window begins within a block of keys, those before it
+    are multiplied with 0: pages that were let go must hold finite numbers, or table entries of pages that do.
 
     max_seqlen_k     of pages of 8-bit numbers, how much room there is for 16-bit ones of each sequence: what has more
                      keys gives NaN. Else it helps to choose the quickest kernel.
-    out              a buffer for the result, (total_q, heads, head_dim). Rows that no sequence has become 0.
+    out              a buffer for the result, (total_q, heads, head_dim). Rows that no sequence has become 0; where each
+                     sequence has one query, row b is sequence b's, and those of seqused_k 0 become 0.
     s_aux            (heads,): logits of attention sinks, which LSE has in it.
     num_splits       the most parts that a sequence's keys are split into, where kernels of decoding read them; 0: as
-                     suits the device.
+                     suits the device. With a number a row's bits do not depend on its batch, but on whether kernels of
+                     decoding run: they do where each sequence has as many queries, up to 64 times heads of a group.
     descales         of 8-bit tensors; they are not looked at otherwise.
     scheduler_metadata, fa_version, deterministic, cp_rank and cp_tot_seqused_k (with a cp_world_size of 1) are taken,
                      and change nothing: kernels make their schedule on the device, and are always deterministic.
@@ -88,7 +91,9 @@ def flash_attn_varlen_func(
             seqused_k=seqused_k,
             s_aux=s_aux,
         )
-        found = found if out is None else out.copy_(found)
+        if out is not None:
+            validate_out(out, q, v)
+            found = out.copy_(found)
     else:
         if seqused_k is None:
             raise InvalidInput("block_table needs seqused_k, (batch,) int32: the keys of each sequence in its pages")

@@ -113,6 +113,20 @@ def test_compiled_as_one_graph():
         assert all(torch.equal(a, b) for a, b in zip(eager_caches, compiled_caches, strict=True))
 
 
+def test_a_length_that_grows_compiles_once():
+    """And so does max_seqlen_q of the doors: numbers are no constants of a graph."""
+    q, (k, v), graphs = random(BATCH, 1, HEADS, HEAD_DIM), caches(), []
+
+    def counted(graph, _):
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(lambda n: fa2gen.flash_attn_with_kvcache(q, k, v, cache_seqlens=n), backend=counted)
+    for length in range(2, 12):
+        assert torch.equal(step(length), fa2gen.flash_attn_with_kvcache(q, k, v, cache_seqlens=length))
+    assert len(graphs) <= 2  # one of the first number, one of all others
+
+
 def test_operators_are_as_they_declare_themselves():
     q, new = random(BATCH, 1, HEADS, HEAD_DIM), random(BATCH, 1, HEADS_KV, HEAD_DIM)
     lengths = ints(3, 0, 47)
@@ -149,6 +163,17 @@ def test_merged_states_are_attention_over_all_keys():
     torch.testing.assert_close(lse, whole_lse)
     packed, packed_lse = fa2gen.merge_states(*(x[0] for x in parts[0]), *(x[0] for x in parts[1]))
     assert torch.equal(packed, out[0]) and torch.equal(packed_lse, lse[0])
+
+
+def test_gradients_of_a_part_without_keys_are_0():
+    """Whatever its rows hold; and where neither part has keys."""
+    out = [torch.randn(1, 3, 2, 8), torch.full((1, 3, 2, 8), float("nan"))]
+    lse = [torch.randn(1, 2, 3), torch.full((1, 2, 3), float("-inf"))]
+    lse[0][..., 0] = float("-inf")
+    leaves = [x.requires_grad_() for x in (out[0], lse[0], out[1], lse[1])]
+    found, of_all = fa2gen.merge_states(*leaves)
+    (found.sum() + of_all.masked_fill(of_all.isneginf(), 0).sum()).backward()
+    assert all(x.grad.isfinite().all() for x in leaves) and not leaves[2].grad.any() and not leaves[3].grad.any()
 
 
 @pytest.mark.parametrize("empty", [-math.inf, math.inf])

@@ -195,6 +195,17 @@ def test_many_queries_over_8_bits(kinds, options, monkeypatch):
     assert kinds == ["over_pages"] * (1 + HEADS_KV)
 
 
+@pytest.mark.parametrize("kib", [1 << 20, 0])
+def test_lengths_beyond_8_bit_pages_are_what_these_hold(kib, monkeypatch):
+    """Widened, and where one head's keys are too much for that."""
+    monkeypatch.setattr(pages, "WIDE_BYTES", kib << 10)
+    batch = EightBits((100, 3), (96, 50))
+    capacity = batch.table.shape[1] * batch.given["k"].shape[1]
+    call = vllm.flash_attn_varlen_func
+    found = [call(**{**batch.given, "seqused_k": ints(n, 50)}, causal=True)[0] for n in (capacity, capacity + 24)]
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
 def test_more_keys_than_8_bits_are_widened_of_show(monkeypatch):
     """max_seqlen_k says how much room there is; a sequence that has more gives NaN, no wrong number."""
     monkeypatch.setattr(pages, "_WIDE_ROWS", 32)
@@ -283,6 +294,8 @@ def test_entries_of_a_cache_are_pages_of_packed_queries():
         batch.q, k, v, cache_seqlens=batch.keys, cu_seqlens_q=batch.bounds, causal=True, return_softmax_lse=True
     )
     close(found, batch.expected(causal=True))
+    with pytest.raises(fa2gen.InvalidInput, match="entries for 1"):
+        sglang.flash_attn_with_kvcache(batch.q, k[:1], v[:1], cache_seqlens=batch.keys, cu_seqlens_q=batch.bounds)
 
 
 def test_dense_queries_of_sglang_are_those_of_flash_attn():
@@ -324,6 +337,10 @@ def test_ragged_prefill_of_sglang_is_that_of_flash_attn():
         ({"seqused_k": None, "cu_seqlens_k": ints(0, 3)}, "block_table needs seqused_k"),
         ({"max_seqlen_q": 1.5}, "max_seqlen_q"),
         ({"out": torch.zeros(3)}, "out is"),
+        ({"cu_seqlens_q": torch.tensor([0, 1])}, "cu_seqlens_q is torch.int64"),
+        ({"num_splits": 1.5}, "num_splits must be"),
+        ({"num_splits": 300}, "num_splits is 300"),
+        ({"k_descale": 1.0}, "k_descale must be"),
     ],
     ids=str,
 )
@@ -336,14 +353,22 @@ def test_what_vllm_may_not_ask_is_refused(options, words):
 
 @pytest.mark.parametrize(
     "options",
-    [{"qv": 1}, {"rotary_seqlens": 1, "rotary_cos": 1}, {"k": 1}, {"rotary_cos": 1}, {"cache_leftpad": 1}],
+    [
+        *({"qv": 1}, {"rotary_seqlens": 1, "rotary_cos": 1}, {"k": 1}, {"rotary_cos": 1}, {"cache_leftpad": 1}),
+        *(
+            {"cache_batch_idx": torch.zeros(1)},
+            {"cache_batch_idx": [0]},
+            {"cache_seqlens": 7.9},
+            {"cache_seqlens": True},
+        ),
+    ],
     ids=str,
 )
 def test_what_sglang_may_not_ask_is_refused(options):
     batch = Batch((1,), (9,))
     given = {"page_table": batch.table, "cache_seqlens": batch.keys, "cu_seqlens_q": batch.bounds, "max_seqlen_q": 1}
-    with pytest.raises(fa2gen.UnsupportedProblem, match=next(iter(options))):
-        sglang.flash_attn_with_kvcache(batch.q, batch.k, batch.v, **given, **options)
+    with pytest.raises(fa2gen.Fa2GenError, match=next(iter(options))):
+        sglang.flash_attn_with_kvcache(batch.q, batch.k, batch.v, **{**given, **options})
 
 
 def test_the_order_of_arguments_is_that_of_the_fork():
