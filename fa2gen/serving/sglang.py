@@ -41,6 +41,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = NO_WINDOW,
+    attention_chunk: int | None = None,
     softcap: float = 0.0,
     rotary_interleaved: bool = True,
     scheduler_metadata: Tensor | None = None,
@@ -50,6 +51,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     sinks: Tensor | None = None,
     ver: int = 3,
+    max_seqlen_k: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over a cache; out, or with return_softmax_lse (out, lse).
 
@@ -60,16 +62,19 @@ def flash_attn_with_kvcache(
 
     cu_seqlens_k_new  is not looked at without k, as in FlashAttention-3.
     rotary_seqlens    may be cache_seqlens itself, and is not looked at without rotary_cos.
+    max_seqlen_k      as in `fa2gen.serving.vllm`, with cu_seqlens_q; it is not looked at otherwise.
     num_splits        as in `fa2gen.flash_attn_with_kvcache`, where kernels of decoding read the cache.
     descales          of 8-bit tensors; they are not looked at otherwise.
     scheduler_metadata, pack_gqa, sm_margin and ver are taken, and change nothing.
 
-    Raises InvalidInput, or UnsupportedProblem for qv, rotary_seqlens, and what packed queries do not go with.
+    Raises InvalidInput, or UnsupportedProblem for qv, rotary_seqlens, attention_chunk, and what packed queries do not
+    go with.
     """
     turns_elsewhere = rotary_cos is not None and rotary_seqlens is not None and rotary_seqlens is not cache_seqlens
     refuse(
         qv=(qv is not None, _WHOLE),
         rotary_seqlens=(turns_elsewhere, "cache_seqlens, behind which positions begin"),
+        attention_chunk=(bool(attention_chunk), "window_size"),
     )
     if cu_seqlens_q is None:
         return flash_kvcache.flash_attn_with_kvcache(
@@ -99,7 +104,7 @@ def flash_attn_with_kvcache(
     given = flash_varlen.paged(q, k_cache, v_cache, page_table, cu_seqlens_q, None, None, cache_seqlens, sinks)
     said = options_of(q, softmax_scale, causal, window_sides(window_size), varlen=True)
     scales = (k_descale, v_descale)
-    out, lse = attend(given, said, modified(softcap, None), max_seqlen_q, num_splits=num_splits, scales=scales)
+    out, lse = attend(given, said, modified(softcap, None), max_seqlen_q, max_seqlen_k, num_splits, scales=scales)
     return (out, lse) if flag("return_softmax_lse", return_softmax_lse) else out
 
 
@@ -130,6 +135,7 @@ def flash_attn_varlen_func(
     max_seqlen_k: int | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    page_table: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     qv: Tensor | None = None,
@@ -137,6 +143,7 @@ def flash_attn_varlen_func(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     window_size: Window = NO_WINDOW,
+    attention_chunk: int | None = None,
     softcap: float = 0.0,
     num_splits: int = 1,
     pack_gqa: Any = None,
@@ -145,7 +152,9 @@ def flash_attn_varlen_func(
     sinks: Tensor | None = None,
     ver: int = 3,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fa2gen.flash_attn_varlen_func` of packed keys; out, or with return_softmax_lse (out, lse (heads, total_q)).
+    """`fa2gen.flash_attn_varlen_func` of packed keys, or of those of page_table, its block_table.
+
+    Gives out, or with return_softmax_lse (out, lse (heads, total_q)).
 
     descales, num_splits, pack_gqa, sm_margin and ver are taken, and change nothing. Raises InvalidInput, or
     UnsupportedProblem for qv.
@@ -155,7 +164,9 @@ def flash_attn_varlen_func(
         *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k),
         softmax_scale=softmax_scale,
         causal=causal,
+        block_table=page_table,
         window_size=window_size,
+        attention_chunk=attention_chunk or 0,
         softcap=softcap,
         return_attn_probs=True,
         seqused_q=seqused_q,

@@ -354,7 +354,14 @@ def test_what_vllm_may_not_ask_is_refused(options, words):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"qv": 1}, {"rotary_seqlens": 1, "rotary_cos": 1}, {"k": 1}, {"rotary_cos": 1}, {"cache_leftpad": 1}),
+        *(
+            {"attention_chunk": 8},
+            {"qv": 1},
+            {"rotary_seqlens": 1, "rotary_cos": 1},
+            {"k": 1},
+            {"rotary_cos": 1},
+            {"cache_leftpad": 1},
+        ),
         *(
             {"cache_batch_idx": torch.zeros(1)},
             {"cache_batch_idx": [0]},
