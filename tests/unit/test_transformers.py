@@ -18,12 +18,12 @@ import transformers
 from transformers import AttentionInterface, masking_utils
 
 from fa2gen import UnsupportedProblem, flash_attn_func
-from fa2gen.integrations.transformers import attention, masks, register, report, rows
+from fa2gen.integrations.transformers import attention, models, register, report, rows
 from fa2gen.ops import validate
 from tests.transformers_zoo import SEQLEN, VOCABULARY, ZOO, Animal, errors
 
 MAJOR = int(transformers.__version__.partition(".")[0])
-LLAMA = next(animal for animal in ZOO if animal.model_type == "llama")
+LLAMA, BART = (next(animal for animal in ZOO if animal.model_type == name) for name in ("llama", "bart"))
 LEFT, RIGHT, HOLES = (torch.ones(2, SEQLEN, dtype=torch.long) for _ in range(3))
 LEFT[0, :6] = RIGHT[0, 11:] = HOLES[0, 3:5] = 0
 PACKED = [5, 9, SEQLEN - 14]
@@ -95,6 +95,34 @@ def test_a_model_equals_its_eager_self(animal):
             together = result(model, input_ids=ids, position_ids=POSITIONS, use_cache=False)
             assert (torch.cat(apart, dim=1) - together).abs().max() < 2e-6
     assert {call.runs for call in calls.values()} == {animal.runs}
+
+
+MASKED = [
+    Animal("bloom", config={"n_head": 4, "n_layer": 2}, runs="own"),
+    Animal("mpt", config={"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, runs="own"),
+    Animal("megatron-bert", "encoder", runs="own"),
+    Animal("doge", runs="sdpa"),
+    Animal("phimoe", config={"sliding_window": 6, "num_local_experts": 4}, runs="sdpa", since=5),
+    Animal("nllb-moe", "both", config={**BART.config, "num_experts": 4}),
+    Animal("pegasus_x", "both", config=BART.config),
+]
+
+
+@pytest.mark.parametrize("animal", [x for x in MASKED if x.since <= MAJOR], ids=str)
+def test_a_model_that_wants_masks_gets_them(animal):
+    """Attention of its own, masks that are looked into, and windows and causality that nothing but a mask says."""
+    eager, model = pair(animal)
+    inputs = animal.inputs()
+    if animal.kind == "both":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    with torch.no_grad(), attention.recorded() as calls, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for more in ({}, {"attention_mask": LEFT}):
+            difference = result(eager, **inputs, **more) - result(model, **inputs, **more)
+            if more and animal.kind != "both":
+                difference = difference[LEFT.bool()]
+            assert difference.abs().max() < 2e-6
+    assert {call.runs for call in calls.values()} == {animal.runs} - {"own"} or MAJOR == 4
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3"])
@@ -236,16 +264,35 @@ def test_masks_that_hide_nothing_are_none(config):
     assert causal_mask(config, position_ids=torch.arange(SEQLEN).expand(2, -1)) is None
 
 
-def test_the_compiler_trusts_names_only_where_no_model_makes_other_masks(tmp_path):
+INTERFACE = "attend = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]\n"
+ADDS = "class OwnAttention(Module):\n    def forward(self):\n        return softmax(scores + attention_mask)\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("create_causal_mask(config, block_sequence_ids=ids)", {"overlays": True}),
+        ("create_causal_mask(config, or_mask_function=image)", {"overlays": True}),
+        ("create_causal_mask(config, or_mask_function=None)", {}),
+        ("create_sliding_window_causal_mask(config)", {"windows": False}),
+        ("create_sliding_window_causal_mask(config)\nattend(self, q, sliding_window=self.sliding_window)", {}),
+        ("create_causal_mask(config, allow_is_causal_skip=False)", {"whole": True}),
+        ("def __init__(self, is_causal: bool | None = False):", {"causal": False}),
+        ("self.is_causal = False\nself.is_causal = is_causal", {"causal": False}),
+        ("self.is_causal = False\nself.is_causal = config.is_decoder", {}),
+        (ADDS, {"own": True}),
+    ],
+)
+def test_what_a_models_source_says(tmp_path, line, found):
     model = tmp_path / "modeling_x.py"
-    for line, found in (
-        ("create_causal_mask(config, block_sequence_ids=ids)", True),
-        ("create_causal_mask(config, or_mask_function=image)", True),
-        ("create_causal_mask(config, or_mask_function=None)", False),
-    ):
-        model.write_text(line)
-        masks._makes_overlays.cache_clear()
-        assert masks._makes_overlays(str(model)) is found
+    model.write_text(INTERFACE + line)
+    assert models._read(str(model)) == models.Model()._replace(**found)
+
+
+def test_a_model_without_the_interface_has_attention_of_its_own_if_any(tmp_path):
+    (tmp_path / "modeling_x.py").write_text(ADDS)
+    (tmp_path / "modeling_y.py").write_text("self.language_model(attention_mask)")
+    assert [models._read(str(tmp_path / name)).own for name in ("modeling_x.py", "modeling_y.py")] == [True, False]
 
 
 @pytest.mark.skipif(

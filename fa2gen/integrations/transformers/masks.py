@@ -5,40 +5,31 @@ transformers asks for a mask once a forward pass and kind of layer, and gives it
     None                      what there is to hide, the attention's is_causal and sliding_window say.
     (batch, keys) bool        the keys that count, beside that. `Rows` of it says more.
     (batch, 1, q, keys) bool  everything, for what is neither: images that see themselves, prefixes, chunks.
+    (batch, 1, q, keys)       everything, to be added to scores, for models with attention of their own.
 
 Which kind a mask is, is read off the functions that transformers composes it of, by an exact list: what is not in it is
-of the last kind.
+of the third kind. So is what the model's source says its attention would not hear of otherwise.
 """
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from fa2gen.integrations.transformers.models import model_of, overlays_are_made
 from fa2gen.integrations.transformers.rows import Rows
 
 __all__ = ["mask"]
 
 _CAUSAL = "causal_mask_function"
 _PACKED = "packed_sequence_mask_function"
+_WINDOWS = {"sliding_window_overlay", "sliding_window_bidirectional_overlay"}
 # What the attention hears of otherwise: is_causal, sliding_window, and where packed sequences begin.
-_SAID = {
-    _CAUSAL,
-    _PACKED,
-    "bidirectional_mask_function",
-    "sliding_window_overlay",
-    "sliding_window_bidirectional_overlay",
-}
+_SAID = {_CAUSAL, _PACKED, "bidirectional_mask_function", *_WINDOWS}
 _HOLDERS = {"and_masks", "remap_positions_for_packed_sequence"}  # of other functions, all of which hide
-# How a model asks for more than these.
-_OVERLAYS = re.compile(r"\b(?:or_mask_function|and_mask_function|block_sequence_ids)=(?!None\b)")
 
 
 def mask(
@@ -65,19 +56,28 @@ def mask(
         q_length = cache_position.shape[0]
         q_offset = 0 if q_length == kv_length else cache_position[0]
     assert q_length is not None
+    model = model_of(type(others.get("config")))
+    asked: dict[str, Any] = {
+        "batch_size": batch_size, "kv_length": kv_length, "mask_function": mask_function, "kv_offset": kv_offset,
+        "attention_mask": attention_mask, **queries, **others,
+    }  # fmt: skip
+    if model.own:
+        return _made("eager_mask", asked)
+    if model.whole:
+        return _made("sdpa_mask", asked | {"allow_is_causal_skip": False})
     tracing = torch.compiler.is_compiling()
     parts = {} if tracing else _parts(mask_function)
     known = _is_named(mask_function, others) if tracing else parts.keys() <= _SAID
+    windows = mask_function.__name__ == "and_mask" if tracing else not _WINDOWS.isdisjoint(parts)  # or packed
+    known = known and (model.windows or not windows)
     if isinstance(q_offset, Tensor) and q_length > 1:
         known = known and not tracing
         q_offset = int(q_offset) if known else q_offset
     causal = mask_function.__name__ != "bidirectional_mask_function" if tracing else _CAUSAL in parts
+    silent = causal and not model.causal  # nobody but the mask says so
     seen = q_offset + q_length - kv_offset if causal else kv_length  # how many keys the last query sees
-    if not known or (isinstance(seen, int) and seen > kv_length):
-        return _all_pairs(
-            batch_size=batch_size, kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask,
-            kv_offset=kv_offset, **queries, **others,
-        )  # fmt: skip
+    if not known or (silent and tracing) or (isinstance(seen, int) and seen > kv_length):
+        return _made("sdpa_mask", asked | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
     if attention_mask is None and _PACKED in parts:
         ids = parts[_PACKED]["packed_sequence_mask"].expand(batch_size, -1)
         begins = torch.nn.functional.pad(ids.diff(dim=1) != 0, (1, 0))
@@ -85,7 +85,8 @@ def mask(
     device = others.get("device") if cache_position is None else cache_position.device
     counted = _counted(attention_mask, kv_length, kv_offset)
     if isinstance(seen, int) and seen == kv_length:
-        pass
+        if silent and counted is None:
+            counted = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     elif q_length > 1:
         counted = (
             torch.ones(batch_size, seen, dtype=torch.bool, device=device) if counted is None else counted[:, :seen]
@@ -93,7 +94,7 @@ def mask(
     else:  # the next token of a static cache: masks of one shape for all of them
         visible = (torch.arange(kv_length, device=device) < seen).expand(batch_size, -1)
         counted = visible if counted is None else counted & visible
-    return counted if tracing or counted is None else Rows.of(counted).told(counted, causal, kv_length)
+    return counted if tracing or counted is None else Rows.of(counted).told(counted, causal, kv_length, silent)
 
 
 def _counted(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
@@ -104,10 +105,11 @@ def _counted(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
     return torch.nn.functional.pad(part, (0, kv_length - part.shape[1])) if part.shape[1] < kv_length else part
 
 
-def _all_pairs(**said: Any) -> Tensor:
-    from transformers.masking_utils import sdpa_mask
+def _made(by: str, asked: dict[str, Any]) -> Tensor | None:
+    """The mask that transformers makes for others."""
+    from transformers import masking_utils
 
-    made: Tensor = sdpa_mask(**{**said, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+    made: Tensor | None = getattr(masking_utils, by)(**asked)
     return made
 
 
@@ -143,7 +145,7 @@ def _is_named(function: Callable[..., Any], others: dict[str, Any]) -> bool:
     except _UnionFound:
         return False
     except (TypeError, AttributeError):
-        return not _overlays_are_made()
+        return not overlays_are_made()
     return True
 
 
@@ -159,15 +161,3 @@ class _Row(int):
 
     def new_ones(self, *shape: Any, **said: Any) -> Tensor:
         return torch.ones(*shape, **said)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _overlays_are_made() -> bool:
-    """Whether a model that is loaded makes masks that are more than causal, windows and packed sequences."""
-    names = [name for name in sys.modules if name.rpartition(".")[2].startswith("modeling_")]
-    return any(_makes_overlays(getattr(sys.modules[name], "__file__", None)) for name in names)
-
-
-@cache
-def _makes_overlays(file: str | None) -> bool:
-    return file is not None and _OVERLAYS.search(Path(file).read_text(encoding="utf-8")) is not None

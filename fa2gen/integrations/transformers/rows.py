@@ -105,9 +105,11 @@ class Rows:
         several = plan.lengths[1].shape[0] > begins.shape[0] + 1
         return cls(begins.shape[1], packed=plan if several else None)
 
-    def told(self, mask: Tensor, causal: bool, seqlen_k: int) -> Tensor | None:
-        """The mask, which tells all this and what it was made for; None where it hides none of so many keys."""
-        if self.even and self.keys == seqlen_k and self.packed is None:
+    def told(self, mask: Tensor, causal: bool, seqlen_k: int, always: bool = False) -> Tensor | None:
+        """The mask, which tells all this and what it was made for; None, unless `always`, where it hides none of so
+        many keys.
+        """
+        if self.even and self.keys == seqlen_k and self.packed is None and not always:
             return None
         self.causal = causal
         _keep(mask, self)
