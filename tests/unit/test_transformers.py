@@ -56,6 +56,11 @@ def result(model, **inputs):
     return out.logits if "logits" in out else out.last_hidden_state
 
 
+def apart(model, ids):
+    """What a model says of the sequences of a packed batch, one by one."""
+    return torch.cat([result(model, input_ids=part, use_cache=False) for part in ids.split(PACKED, dim=1)], dim=1)
+
+
 def refused(animal: Animal) -> list[str]:
     """What the model needs and flash_attn_func refuses, yet."""
     values = {"softcap": 30.0, "s_aux": torch.zeros(2, dtype=torch.bfloat16)}
@@ -91,9 +96,8 @@ def test_a_model_equals_its_eager_self(animal):
             assert difference.abs().max() < 2e-6, name
         if animal.kind == "decoder" and animal.runs == "fa2gen":
             ids = inputs["input_ids"][:1]
-            apart = [result(eager, input_ids=part, use_cache=False) for part in ids.split(PACKED, dim=1)]
             together = result(model, input_ids=ids, position_ids=POSITIONS, use_cache=False)
-            assert (torch.cat(apart, dim=1) - together).abs().max() < 2e-6
+            assert (apart(eager, ids) - together).abs().max() < 2e-6
     assert {call.runs for call in calls.values()} == {animal.runs}
 
 
@@ -209,8 +213,20 @@ def test_packed_batches_by_cu_seq_lens():
     said = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 9, "max_length_k": torch.tensor(9)}
     with torch.no_grad():
         together = result(model, input_ids=ids, position_ids=POSITIONS, use_cache=False, **said)
-        apart = [result(eager, input_ids=part, use_cache=False) for part in ids.split(PACKED, dim=1)]
-    assert (torch.cat(apart, dim=1) - together).abs().max() < 2e-6
+        assert (apart(eager, ids) - together).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("by", ["positions", "cu_seq_lens"])
+@pytest.mark.parametrize("model_type", ["mistral", "gpt2"])
+def test_a_packed_batch_that_is_refused_stays_apart(bf16, model_type, by):
+    """Of fp32, which is refused: documents see no other, by sdpa either."""
+    eager, model = pair(next(x for x in ZOO if x.model_type == model_type))
+    ids = LLAMA.inputs()["input_ids"][:1]
+    bounds = torch.tensor([0, *PACKED]).cumsum(0).int()
+    said = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds} if by == "cu_seq_lens" else {}
+    with torch.no_grad(), pytest.warns(UserWarning, match="sdpa"):
+        together = result(model, input_ids=ids, position_ids=POSITIONS, use_cache=False, **said)
+        assert (apart(eager, ids) - together).abs().max() < 2e-6
 
 
 def test_positions_that_are_written_to_are_looked_at_anew():
@@ -220,8 +236,7 @@ def test_positions_that_are_written_to_are_looked_at_anew():
         result(model, input_ids=ids, position_ids=positions, use_cache=False)
         positions.copy_(POSITIONS)
         together = result(model, input_ids=ids, position_ids=positions, use_cache=False)
-        apart = [result(eager, input_ids=part, use_cache=False) for part in ids.split(PACKED, dim=1)]
-    assert (torch.cat(apart, dim=1) - together).abs().max() < 2e-6
+        assert (apart(eager, ids) - together).abs().max() < 2e-6
 
 
 # Masks ------------------------------------------------------------------------------------------------------------

@@ -24,14 +24,14 @@ def pairs_of(
     of_query = torch.arange(seqlen_q, device=query.device) + seqlen_k - seqlen_q
     of_key = torch.arange(seqlen_k, device=query.device)
     seen: Any = True
-    if padding is not None:
-        seen = padding[:, None, :seqlen_k]
-    elif plan is not None:
+    if plan is not None and plan.packed:
         bounds_q, bounds_k = plan.lengths[:2]
         assert bounds_q is not None
         (ids_q, of_query), (ids_k, of_key) = _places(bounds_q, batch, seqlen_q), _places(bounds_k, batch, seqlen_k)
         of_query = of_query + (bounds_k.diff() - bounds_q.diff())[ids_q]
         seen = ids_q[..., None] == ids_k[..., None, :]
+    elif padding is not None:
+        seen = padding[:, None, :seqlen_k]
     ahead = of_key[..., None, :] - of_query[..., None]
     left, right = window[0], 0 if causal else window[1]
     if left >= 0:

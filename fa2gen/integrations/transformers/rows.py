@@ -35,6 +35,11 @@ class Plan(NamedTuple):
     gathered: tuple[Tensor | None, Tensor] | None = None
     doubt: Tensor | None = None
 
+    @property
+    def packed(self) -> bool:
+        """Whether sequences follow each other, with nothing between them."""
+        return self.spans is None and self.gathered is None
+
     def rows(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those of q, k and v (batch, seqlen, heads, head_dim), as `flash_attn_varlen_func` takes them."""
         of_query, of_key = self.gathered or (None, None)
