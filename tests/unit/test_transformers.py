@@ -414,16 +414,35 @@ def test_sdpa_gets_the_mask_that_it_would_have_had(batch, window):
     assert difference.max() < 1e-5
 
 
+@pytest.mark.skipif(MAJOR == 4, reason="T5 has attention of its own there")
+def test_a_bias_is_of_the_keys_that_are_looked_at(bf16):
+    """Padding to the right that is the same for all is cut off; so is the bias beside it."""
+    t5 = next(x for x in ZOO if x.model_type == "t5").configured()
+    eager, model = (
+        transformers.T5EncoderModel._from_config(t5, attn_implementation=name).eval() for name in ("eager", "fa2gen")
+    )
+    model.load_state_dict(eager.state_dict())
+    ids, mask = LLAMA.inputs()["input_ids"], RIGHT[:1].expand(2, -1)
+    with torch.no_grad(), pytest.warns(UserWarning, match="position_bias"):
+        difference = result(eager, input_ids=ids, attention_mask=mask) - result(
+            model, input_ids=ids, attention_mask=mask
+        )
+    assert difference[mask.bool()].abs().max() < 2e-6
+
+
 def test_what_would_be_left_out_is_refused():
     q, k, v = tensors()
     for said, match in (
         ({"indices": torch.zeros(2, SEQLEN, 4)}, "sparse attention"),
         ({"cache": object()}, "continuous batching"),
-        ({"some_bias": torch.zeros(3, SEQLEN, SEQLEN)}, "some_bias was given"),
+        ({"some_bias": torch.zeros(3, SEQLEN, SEQLEN)}, 'some_bias was given; take attn_implementation="eager"'),
+        ({"sinks": torch.zeros(2, 3, SEQLEN, 1)}, "sinks was given"),
+        ({"head_scale": torch.zeros(3)}, "head_scale was given"),
     ):
         with pytest.raises(UnsupportedProblem, match=match):
             by()(Layer(), q, k, v, None, **said)
-    by()(Layer(), q, k, v, None, use_cache=True, encoder_hidden_states=torch.zeros(2, 9, 4), logits_indices=None)
+    passed = {"encoder_hidden_states": torch.zeros(2, 9, 4), "images": torch.zeros(2, 1, 4, 4), "ids": torch.arange(3)}
+    by()(Layer(), q, k, v, None, use_cache=True, logits_indices=None, **passed)
 
 
 def test_norms_and_rotations_in_fp32_leave_a_model_in_its_dtype(bf16):

@@ -118,6 +118,7 @@ def attention_by(fallback: str | None) -> Attention:
             every_query = query.shape[2] == 1 or (not causal and window == NO_WINDOW)
             keys, plan = _of_padding(padding, query.shape[2], every_query)
             key, value = key[:, :, :keys], value[:, :, :keys]
+            position_bias = None if position_bias is None else position_bias[..., :keys]
         elif attention_mask is None:
             plan = _of_packing(query, key, causal, position_ids, cu_seq_lens_q, cu_seq_lens_k)
         try:
@@ -189,8 +190,12 @@ def _next_token(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], plan: 
 
 
 def _refuse_others(query: Tensor, key: Tensor, others: dict[str, Any]) -> None:
-    """Raise UnsupportedProblem for what is asked for by a name that is not known here, and is about attention."""
-    pairs = (query.shape[2], key.shape[2])
+    """Raise UnsupportedProblem for what is asked for by a name that is not known here, and is about attention.
+
+    That is a tensor of queries and keys, or numbers (heads,) or (batch, heads, ..., ...). Others pass by: transformers
+    hands a model's inputs down to its attention.
+    """
+    heads, pairs = query.shape[1], (query.shape[2], key.shape[2])
     for name, x in others.items():
         if x is None:
             continue
@@ -198,15 +203,19 @@ def _refuse_others(query: Tensor, key: Tensor, others: dict[str, Any]) -> None:
             _refuse(name, "sparse attention")
         if name == "cache":
             _refuse(name, "continuous batching, with a cache in pages,")
-        if isinstance(x, Tensor) and x.dim() > 2 and tuple(x.shape[-2:]) == pairs:
-            _refuse(name, f"a tensor {tuple(x.shape)} of queries and keys")
+        if not isinstance(x, Tensor):
+            continue
+        if x.dim() > 2 and tuple(x.shape[-2:]) == pairs:
+            _refuse(name, f"a tensor {tuple(x.shape)} of queries and keys", nearest='"eager"')
+        if x.is_floating_point() and (tuple(x.shape) == (heads,) or (x.dim() == 4 and x.shape[1] == heads)):
+            _refuse(name, f"a tensor {tuple(x.shape)} of heads", nearest='"eager"')
     if others.get("output_attentions") and not torch.compiler.is_compiling():
         _warn("weights of attention (output_attentions) are never in memory: eager attention has them")
 
 
-def _refuse(name: str, what: str) -> NoReturn:
+def _refuse(name: str, what: str, nearest: str = '"sdpa" or "eager"') -> NoReturn:
     raise UnsupportedProblem(
-        f'{what} is not built, and {name} was given; take attn_implementation="sdpa" or "eager" for this model'
+        f"{what} is not built, and {name} was given; take attn_implementation={nearest} for this model"
     )
 
 
