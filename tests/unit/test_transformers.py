@@ -229,14 +229,23 @@ def test_a_packed_batch_that_is_refused_stays_apart(bf16, model_type, by):
         assert (apart(eager, ids) - together).abs().max() < 2e-6
 
 
-def test_positions_that_are_written_to_are_looked_at_anew():
-    eager, model = pair(LLAMA)
-    ids, positions = LLAMA.inputs()["input_ids"][:1], torch.arange(SEQLEN).unsqueeze(0)
-    with torch.no_grad():
-        result(model, input_ids=ids, position_ids=positions, use_cache=False)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_written_to_is_looked_at_anew(mode):
+    with mode():
+        positions, mask = torch.arange(SEQLEN).unsqueeze(0), torch.ones(2, SEQLEN, dtype=torch.bool)
+        assert rows.Rows.of_positions(positions, 1).packed is None and rows.Rows.of(mask).joined
         positions.copy_(POSITIONS)
-        together = result(model, input_ids=ids, position_ids=positions, use_cache=False)
-        assert (apart(eager, ids) - together).abs().max() < 2e-6
+        mask.copy_(HOLES)
+        assert rows.Rows.of_positions(positions, 1).packed is not None and not rows.Rows.of(mask).joined
+
+
+def test_a_gap_in_positions_begins_no_sequence_beside_a_mask_or_a_cache():
+    eager, model = pair(LLAMA)
+    ids = LLAMA.inputs()["input_ids"][:1]
+    said = {"input_ids": ids, "position_ids": torch.cat([torch.arange(10), torch.arange(SEQLEN - 10) + 50])[None]}
+    with torch.no_grad():
+        for more in ({"attention_mask": torch.ones_like(ids)}, {"use_cache": True}):
+            assert (result(eager, **said, **more) - result(model, **said, **more)).abs().max() < 2e-6
 
 
 # Masks ------------------------------------------------------------------------------------------------------------
@@ -340,6 +349,18 @@ def test_a_padded_batch_compiles_to_one_graph():
     out.sum().backward()
     out = result(run, input_ids=ids, attention_mask=HOLES, use_cache=False)
     assert out[0].isnan().any() and not out[1].isnan().any(), "a mask that a graph cannot serve is not served wrongly"
+
+
+def test_positions_for_a_whole_batch_compile_to_one_graph_and_are_not_packed():
+    eager, model = pair(LLAMA)
+    ids, run = LLAMA.inputs()["input_ids"], compiled(model)
+    with torch.no_grad():
+        expected = result(eager, input_ids=ids, use_cache=False)
+        for positions in (None, torch.arange(SEQLEN).unsqueeze(0)):
+            out = result(run, input_ids=ids, position_ids=positions, use_cache=False)
+            assert (out - expected).abs().max() < 2e-6
+        with pytest.raises(RuntimeError, match=r"give it position_ids\.expand"):
+            result(run, input_ids=ids, position_ids=POSITIONS, use_cache=False)
 
 
 @pytest.mark.skipif(MAJOR == 4, reason="masks of static caches differ there")

@@ -25,6 +25,10 @@ __all__ = ["Call", "attention_by", "recorded"]
 
 Attention: TypeAlias = Callable[..., tuple[Tensor, None]]
 _OF_KVCACHE = frozenset(inspect.signature(flash_attn_with_kvcache).parameters)
+_EXPAND = (
+    "position_ids (1, seqlen) that begin anew are not built for a larger batch under torch.compile; give it "
+    "position_ids.expand(batch, -1)"
+)
 _warned: set[tuple[type, str]] = set()
 _calls: dict[Any, Call] | None = None  # of each module, the last; while someone records them
 
@@ -264,9 +268,10 @@ def _of_packing(
     if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != seqlen:
         return None
     if torch.compiler.is_compiling():
-        if position_ids.shape[0] != batch:  # made by the model, for all alike
+        begins = begins_of(position_ids, gaps=True)  # transformers' mask, which would say it, is not looked into
+        if position_ids.shape[0] != batch:  # made by the model for all alike, most often: not worth a break of graphs
+            torch._assert_async(~begins.any(), _EXPAND)
             return None
-        begins = begins_of(position_ids)
         return packed_plan(begins) if bool(begins.any()) else None
     return Rows.of_positions(position_ids, batch).packed
 

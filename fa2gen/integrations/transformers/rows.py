@@ -19,6 +19,7 @@ from fa2gen.padding import index_first_axis, pad_input
 
 __all__ = ["Plan", "Rows", "begins_of", "packed_plan", "padded_plan"]
 _ATTRIBUTE = "fa2gen_rows"  # of a tensor
+_NEVER_WRITTEN = -1  # in place of a version, of tensors that are made here
 
 
 class Plan(NamedTuple):
@@ -100,8 +101,10 @@ class Rows:
 
     @classmethod
     def of_positions(cls, position_ids: Tensor, batch: int) -> Rows:
-        """Of a batch whose rows (batch or 1, seqlen) have these places: one that does not follow begins a sequence."""
-        return _kept_at(position_ids, lambda given: cls.of_packed(begins_of(given).expand(batch, -1)))
+        """Of a batch whose rows (batch or 1, seqlen) have these places, and that transformers, for a mask of padding or
+        a cache, takes for one sequence each: gaps are no begins.
+        """
+        return _kept_at(position_ids, lambda given: cls.of_packed(begins_of(given, gaps=False).expand(batch, -1)))
 
     @classmethod
     def of_packed(cls, begins: Tensor) -> Rows:
@@ -117,7 +120,7 @@ class Rows:
         if self.even and self.keys == seqlen_k and self.packed is None and not always:
             return None
         self.causal = causal
-        _keep(mask, self)
+        setattr(mask, _ATTRIBUTE, (_NEVER_WRITTEN, self))
         return mask
 
     def plan(self, mask: Tensor, seqlen_q: int, every_query: bool) -> Plan | None:
@@ -134,24 +137,22 @@ class Rows:
 
 def _kept_at(x: Tensor, make: Callable[[Tensor], Rows]) -> Rows:
     """What is known of a tensor: remembered, as long as it is not written to, or made now."""
-    known: tuple[int | None, Rows] | None = getattr(x, _ATTRIBUTE, None)
-    if known is not None and known[0] == _version(x):
+    version = None if x.is_inference() else x._version  # inference tensors have none: they may have been written to
+    known: tuple[int, Rows] | None = getattr(x, _ATTRIBUTE, None)
+    if known is not None and known[0] in (_NEVER_WRITTEN, version):
         return known[1]
-    return _keep(x, make(x))
-
-
-def _keep(x: Tensor, rows: Rows) -> Rows:
-    setattr(x, _ATTRIBUTE, (_version(x), rows))
+    rows = make(x)
+    if version is not None:
+        setattr(x, _ATTRIBUTE, (version, rows))
     return rows
 
 
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
-
-
-def begins_of(position_ids: Tensor) -> Tensor:
-    """Where rows (batch, seqlen) of these places begin a sequence, the first of each left out."""
-    return torch.nn.functional.pad(position_ids.diff(dim=1) != 1, (1, 0))
+def begins_of(position_ids: Tensor, gaps: bool) -> Tensor:
+    """Where rows (batch, seqlen) of these places begin a sequence, the first of each left out: at 0, and where they go
+    back; or, with `gaps`, wherever one does not follow the last, as in transformers' masks.
+    """
+    steps = position_ids.diff(dim=1)
+    return pad(steps != 1 if gaps else (steps < 0) | (position_ids[:, 1:] == 0), (1, 0))
 
 
 def packed_plan(begins: Tensor) -> Plan:
