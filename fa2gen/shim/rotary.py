@@ -184,10 +184,16 @@ class RotaryEmbedding(torch.nn.Module):
 
     scale_base         of xPos: q grows and k shrinks with the place, about the middle; None: neither.
     pos_idx_in_fp32    whether places are exact; else they are rounded to the dtype of the frequencies.
+
+    The private names are flash_attn's, for subclasses that override methods and callers that read tables.
     """
 
     inv_freq: Tensor
     scale: Tensor | None
+    _cos_cached: Tensor | None
+    _sin_cached: Tensor | None
+    _cos_k_cached: Tensor | None
+    _sin_k_cached: Tensor | None
 
     def __init__(
         self,
@@ -201,10 +207,12 @@ class RotaryEmbedding(torch.nn.Module):
         super().__init__()
         self.dim, self.base, self.interleaved = dim, float(base), interleaved
         self.scale_base, self.pos_idx_in_fp32 = scale_base, pos_idx_in_fp32
-        self.register_buffer("inv_freq", self._frequencies(device), persistent=False)
+        self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
         even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
         scale = None if scale_base is None else (even + 0.4 * dim) / (1.4 * dim)
         self.register_buffer("scale", scale, persistent=False)
+        self._seq_len_cached = 0
+        self._cos_cached = self._sin_cached = self._cos_k_cached = self._sin_k_cached = None
 
     def forward(
         self,
@@ -219,27 +227,39 @@ class RotaryEmbedding(torch.nn.Module):
         places = qkv.shape[1] if max_seqlen is None else max_seqlen
         if max_seqlen is None:
             places += seqlen_offset if isinstance(seqlen_offset, int) else int(seqlen_offset.max())
-        cos, sin, cos_k, sin_k = self._tables(places, qkv)
+        self._update_cos_sin_cache(places, device=qkv.device, dtype=qkv.dtype)
+        cos, sin, cos_k, sin_k = self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached
+        assert cos is not None and sin is not None
         if kv is None:
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q)
         q = apply_rotary_emb(qkv, cos, sin, self.interleaved, True, seqlen_offset)
         of_key = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
         return q, apply_rotary_emb_kv_(kv, *of_key, self.interleaved, seqlen_offset)
 
-    def _frequencies(self, device: torch.device | str | None) -> Tensor:
+    def _compute_inv_freq(self, device: torch.device | str | None = None) -> Tensor:
         return 1.0 / self.base ** (torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
 
-    def _tables(self, places: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(cos, sin) of q, and of k where they differ."""
-        frequencies = self._frequencies(like.device) if self.pos_idx_in_fp32 else self.inv_freq.to(like.device)
-        at = torch.arange(places, device=like.device, dtype=frequencies.dtype)
+    def _update_cos_sin_cache(
+        self, seqlen: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Have cos and sin of so many places, and those of k where they differ."""
+        known = self._cos_cached
+        if known is not None and seqlen <= self._seq_len_cached and (known.device, known.dtype) == (device, dtype):
+            if not known.is_inference() or torch.is_inference_mode_enabled():  # else autograd could not keep them
+                return
+        self._seq_len_cached = seqlen
+        exact = self.pos_idx_in_fp32 and self.inv_freq.dtype != torch.float32
+        frequencies = self._compute_inv_freq(device) if exact else self.inv_freq.to(device)
+        at = torch.arange(seqlen, device=device, dtype=frequencies.dtype)
         angles = torch.outer(at, frequencies)
         cos, sin = angles.cos(), angles.sin()
         if self.scale is None:
-            return cos.to(like.dtype), sin.to(like.dtype), None, None
-        power = (at - places // 2) / self.scale_base
-        scale = self.scale.to(like.device) ** power.unsqueeze(-1)
-        return tuple(x.to(like.dtype) for x in (cos * scale, sin * scale, cos / scale, sin / scale))
+            self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
+            return
+        power = (at - seqlen // 2) / self.scale_base
+        scale = self.scale.to(device) ** power.unsqueeze(-1)
+        self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
+        self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
 
 
 def _places(x: Tensor, offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:

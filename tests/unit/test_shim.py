@@ -298,7 +298,8 @@ def test_rotary_embedding_turns_q_and_k_and_not_v(interleaved):
 def test_rotary_in_place_has_the_gradient(shape, leaf):
     """Of a leaf, and of a view such as those of unbind, which autograd lets nobody write to: flash_attn takes both."""
     embedding, x = rotary.RotaryEmbedding(8), torch.randn(shape)
-    cos, sin, *_ = embedding._tables(5, x)
+    embedding._update_cos_sin_cache(5, dtype=x.dtype)
+    cos, sin = embedding._cos_cached, embedding._sin_cached
     given = x.clone().requires_grad_()
     target = given if leaf else torch.stack((given, given)).mul(1).unbind(0)[0]
     if shape[2] == 2:
@@ -316,6 +317,45 @@ def test_rotary_in_place_has_the_gradient(shape, leaf):
     for part in turned:
         weights[part] = rotary.apply_rotary_emb(weights[part], cos, -sin)
     torch.testing.assert_close(gradient, weights)
+
+
+class Scaled(rotary.RotaryEmbedding):
+    """Places nearer to each other by half, as subclasses of flash_attn's have it."""
+
+    def _compute_inv_freq(self, device=None):
+        return super()._compute_inv_freq(device) / 2
+
+
+class Linear(rotary.RotaryEmbedding):
+    def _update_cos_sin_cache(self, seqlen, device=None, dtype=None):
+        at = torch.arange(seqlen, device=device, dtype=torch.float32) / 2
+        angles = torch.outer(at, self._compute_inv_freq(device))
+        self._cos_cached, self._sin_cached = angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@pytest.mark.parametrize("kind", [Scaled, Linear, "buffer", "half"])
+def test_a_rotary_embedding_goes_by_its_buffer_and_methods(kind):
+    embedding = (rotary.RotaryEmbedding if kind == "buffer" else Linear if kind is Linear else Scaled)(8)
+    if kind == "buffer":
+        embedding.inv_freq.div_(2)
+    if kind == "half":
+        embedding.half()  # the buffer is rounded, and made anew
+    qkv = torch.randn(2, 5, 3, 2, 12)
+    q, k = (turned(qkv[:, :, i], torch.arange(5).view(1, 5, 1) / 2, False).float() for i in range(2))
+    found = embedding(qkv.clone())
+    torch.testing.assert_close(found, torch.stack((q, k, qkv[:, :, 2]), dim=2), rtol=0, atol=1e-5)
+
+
+def test_tables_of_a_rotary_embedding_are_kept():
+    embedding = rotary.RotaryEmbedding(8)
+    with torch.inference_mode():
+        embedding(torch.randn(2, 5, 3, 2, 12))
+    embedding(torch.randn(2, 5, 3, 2, 12).requires_grad_())
+    known = embedding._cos_cached
+    embedding(torch.randn(2, 4, 3, 2, 12))
+    assert embedding._cos_cached is known and embedding._seq_len_cached == 5
+    embedding(torch.randn(2, 4, 3, 2, 12), seqlen_offset=2)
+    assert embedding._seq_len_cached == len(embedding._sin_cached) == 6
 
 
 def test_xpos_scales_cancel_between_q_and_k():
