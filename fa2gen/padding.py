@@ -14,6 +14,7 @@ from fa2gen.ops.validate import refuse_non_tensors, refuse_tensor_kinds
 
 __all__ = [
     "index_first_axis",
+    "index_first_axis_residual",
     "index_put_first_axis",
     "pad_input",
     "unpad_input",
@@ -67,6 +68,11 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     """Rows `indices` (total,) of x (rows, ...)."""
     return x.index_select(0, indices)
+
+
+def index_first_axis_residual(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """(`index_first_axis`, x): the rows, and all of them for who adds to them later."""
+    return index_first_axis(x, indices), x
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:

@@ -244,9 +244,13 @@ class RotaryEmbedding(torch.nn.Module):
     ) -> None:
         """Have cos and sin of so many places, and those of k where they differ."""
         known = self._cos_cached
-        if known is not None and seqlen <= self._seq_len_cached and (known.device, known.dtype) == (device, dtype):
-            if not known.is_inference() or torch.is_inference_mode_enabled():  # else autograd could not keep them
-                return
+        if (
+            known is not None
+            and seqlen <= self._seq_len_cached
+            and (known.device, known.dtype) == (device, dtype)
+            and (not known.is_inference() or torch.is_inference_mode_enabled())  # else autograd could not keep them
+        ):
+            return
         self._seq_len_cached = seqlen
         exact = self.pos_idx_in_fp32 and self.inv_freq.dtype != torch.float32
         frequencies = self._compute_inv_freq(device) if exact else self.inv_freq.to(device)

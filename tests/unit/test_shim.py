@@ -37,7 +37,7 @@ from flash_attn.flash_attn_interface import _wrapped_flash_attn_forward, _wrappe
 from flash_attn.flash_attn_interface import flash_attn_gpu, flash_attn_unpadded_func
 from flash_attn.flash_attn_interface import _get_block_size_n, maybe_contiguous, USE_TRITON_ROCM
 from flash_attn.bert_padding import index_first_axis, index_put_first_axis, pad_input, unpad_input
-from flash_attn.bert_padding import unpad_input_for_concatenated_sequences
+from flash_attn.bert_padding import index_first_axis_residual, unpad_input_for_concatenated_sequences
 from flash_attn.layers.rotary import apply_rotary_emb, RotaryEmbedding, apply_rotary_emb_qkv_, apply_rotary_emb_kv_
 from flash_attn.ops.triton.rotary import apply_rotary
 from flash_attn_2_cuda import varlen_bwd
@@ -116,6 +116,16 @@ def test_a_script_runs_in_its_folder_with_its_arguments(tmp_path):
     command = [sys.executable, "-m", "fa2gen.shim", str(script), "--steps", "3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == f"{VERSION} neighbour ['--steps', '3']"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [(["--help"], 0, "usage: "), ([], 2, "usage: "), (["no_script.py", "-x"], 2, "no_script.py is not there\nusage: ")],
+)
+def test_a_script_that_is_not_there_is_told_the_usage(arguments, status, said):
+    command = [sys.executable, "-m", "fa2gen.shim", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, (done.stdout + done.stderr).startswith(said)) == (status, True), done.stderr
 
 
 def test_every_file_of_the_distribution_is_named_in_it():
@@ -231,6 +241,14 @@ def test_rows_that_hold_several_sequences_are_unpacked():
     assert packed.flatten().tolist() == indices.tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
     assert bounds.tolist() == [0, 2, 5, 9] and longest == 4
     assert padding.index_put_first_axis(packed, indices, 12).flatten().tolist() == [0, 1, 2, 3, 4, 0, 6, 7, 8, 9, 0, 0]
+
+
+def test_rows_and_the_residual_have_one_gradient():
+    x, indices = torch.randn(4, 3, requires_grad=True), torch.tensor([2, 0])
+    rows, residual = padding.index_first_axis_residual(x, indices)
+    assert rows.equal(x[indices]) and residual.equal(x)
+    (rows.sum() * 2 + residual.sum()).backward()
+    assert x.grad[:, 0].tolist() == [3, 1, 3, 1]
 
 
 def turned(x, places, interleaved, rotary_dim=8):

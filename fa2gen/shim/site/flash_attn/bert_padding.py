@@ -2,6 +2,7 @@
 
 from fa2gen.padding import (
     index_first_axis,
+    index_first_axis_residual,
     index_put_first_axis,
     pad_input,
     unpad_input,
@@ -10,6 +11,7 @@ from fa2gen.padding import (
 
 __all__ = [
     "index_first_axis",
+    "index_first_axis_residual",
     "index_put_first_axis",
     "pad_input",
     "unpad_input",
