@@ -12,7 +12,7 @@ torch's compiler expects. What fa2gen refuses is an error, as torch has chosen b
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,22 +34,42 @@ _WAY_OUT = "torch.nn.attention.restore_flash_attention_impl() gives torch its ow
 
 
 class Enabled:
-    """What `enable_sdpa` did; `disable()`, or the end of a with statement, undoes it."""
+    """What `enable_sdpa` did; `disable()`, or the end of a with statement, undoes it, once no other is left.
+
+    `disable()` again does nothing; a with statement enables it again.
+    """
+
+    _live: ClassVar[set[Enabled]] = set()
+    _before: ClassVar[tuple[str | None, bool]]  # the first of them: torch's maker, and whether cuDNN's was enabled
 
     def __init__(self) -> None:
-        self._before = current_flash_attention_impl()
-        self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-        activate_flash_attention_impl("fa2gen")
+        self._enable()
+
+    def _enable(self) -> None:
+        before = current_flash_attention_impl(), torch.backends.cuda.cudnn_sdp_enabled()
+        if before[0] != "fa2gen":
+            activate_flash_attention_impl("fa2gen")
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if not self._live:
+            Enabled._before = before
+        self._live.add(self)
 
     def disable(self) -> None:
-        if current_flash_attention_impl() == "fa2gen":
+        if self not in self._live:
+            return
+        self._live.remove(self)
+        if self._live:
+            return
+        made_by, cudnn = self._before
+        if current_flash_attention_impl() == "fa2gen" != made_by:
             restore_flash_attention_impl()
-            if self._before is not None:
-                activate_flash_attention_impl(self._before)
-        torch.backends.cuda.enable_cudnn_sdp(self._cudnn)
+            if made_by is not None:
+                activate_flash_attention_impl(made_by)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
     def __enter__(self) -> Enabled:
+        if self not in self._live:
+            self._enable()
         return self
 
     def __exit__(

@@ -116,15 +116,27 @@ def test_what_torch_forgets_in_the_backward_pass_is_refused():
 
 
 def test_enable_sdpa_is_undone_whole():
+    """With the last that is enabled, in whatever order they end; each ends once, and may be enabled again."""
     assert "fa2gen" in list_flash_attention_impls()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    with fa2gen.enable_sdpa():
-        assert current_flash_attention_impl() == "fa2gen" and not torch.backends.cuda.cudnn_sdp_enabled()
-    assert current_flash_attention_impl() is None and torch.backends.cuda.cudnn_sdp_enabled() == cudnn
-    enabled = fa2gen.enable_sdpa()
-    enabled.disable()
-    enabled.disable()
-    assert current_flash_attention_impl() is None and torch.backends.cuda.cudnn_sdp_enabled() == cudnn
+
+    def enabled():
+        found = current_flash_attention_impl() == "fa2gen"
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (cudnn and not found)
+        return found
+
+    with fa2gen.enable_sdpa() as first:
+        assert enabled()
+    assert not enabled()
+    with first:
+        assert enabled()
+        second = fa2gen.enable_sdpa()
+    first.disable()
+    assert enabled()
+    second.disable()
+    assert not enabled()
+    second.disable()
+    assert not enabled()
 
 
 def test_context_parallel(tmp_path):
