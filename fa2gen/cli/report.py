@@ -32,7 +32,7 @@ SHOWN_LINES = 12
     "as a page, beside the map of shared memory, resources, the selector's reason and what was measured. Needs no GPU.",
     epilog=examples(
         "fa2gen report --head-dim 128 --mask causal",
-        "fa2gen report --head-dim 128 --mask causal --html    KERNEL.html",
+        "fa2gen report --head-dim 128 --mask causal --html --out KERNEL.html",
         "fa2gen report my.toml --html",
         "fa2gen report --head-dim 64 --html --result mine.json",
     ),

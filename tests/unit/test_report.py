@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from fa2gen import KernelSpec, make_plan
@@ -162,6 +163,8 @@ def test_the_command(listing, tmp_path, monkeypatch):
     assert said.exit_code == 0 and not list(Path().glob("*.json"))
     assert run(app, ["report", NAME, "--out", "x.html"]).exit_code == 2
     assert run(app, ["report", NAME, "--html", "--out", f"{NAME}.html/x.html"]).exit_code == 2
+    (example,) = (line for line in get_command(app).commands["report"].epilog.splitlines() if "--out" in line)
+    assert run(app, example.split()[1:]).exit_code == 0 and Path(example.split()[-1]).exists()
 
 
 # In a browser -----------------------------------------------------------------------------------------------------
