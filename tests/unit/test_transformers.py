@@ -495,3 +495,21 @@ def test_report():
         with pytest.warns(UserWarning, match="position_bias"):
             lines = report(t5.build("fa2gen"), **t5.inputs())
         assert {line.runs for line in lines} == {"sdpa"} and "position_bias" in lines[0].why
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "gpt_neox_japanese", "mpt"])
+def test_report_says_own(model_type):
+    """Of attention that no attn_implementation reaches, wherever in its class it is computed."""
+    animal = next((x for x in MASKED if x.model_type == model_type), Animal(model_type))
+    lines = report(animal.build("fa2gen"))
+    assert [line.runs for line in lines] == ["own"] * 2
+
+
+def test_report_of_a_model_that_is_refused_says_why():
+    model = LLAMA.build("fa2gen")
+    sinks = {"sinks": torch.zeros(4)}
+    with model.model.layers[0].self_attn.register_forward_pre_hook(lambda _, x, y: (x, y | sinks), with_kwargs=True):
+        first, second = report(model)
+    assert first.runs == "refused" and "sinks was given" in first.why and "not reached" in second.why
+    with pytest.raises(ValueError, match="input_ids"):  # the model's own, of inputs that are given
+        report(model, use_cache=False)

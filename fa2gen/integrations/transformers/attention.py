@@ -106,7 +106,6 @@ def attention_by(fallback: str | None) -> Attention:
 
         Raises UnsupportedProblem where something is asked for that would be left out.
         """
-        _refuse_others(query, key, others)
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         if padding is not None and padding.dtype != torch.bool:
             padding = padding != 0
@@ -116,6 +115,11 @@ def attention_by(fallback: str | None) -> Attention:
             deterministic = os.environ.get("FLASH_ATTENTION_DETERMINISTIC") == "1"
         window = (side, -1 if causal else side)
         asked = Asked(scaling, causal, window, dropout, softcap, s_aux, deterministic)
+        try:
+            _refuse_others(query, key, others)
+        except UnsupportedProblem as refusal:
+            _record(module, "refused", query, key, asked, str(refusal))
+            raise
         query, key, value = _in_one_dtype(module, query, key, value)
         plan = None
         if padding is not None:

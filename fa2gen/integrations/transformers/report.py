@@ -9,11 +9,9 @@ import torch
 
 from fa2gen.errors import InvalidInput
 from fa2gen.integrations.transformers.attention import recorded
+from fa2gen.integrations.transformers.models import INTERFACE, OWN
 
 __all__ = ["Line", "report"]
-
-_INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # by which a transformers module looks for its attention function
-_OWN = ("softmax", "scaled_dot_product_attention")
 
 
 class Line(NamedTuple):
@@ -39,15 +37,19 @@ def report(model: Any, **inputs: Any) -> list[Line]:
     """Of each attention module of a transformers model, in the model's order, what runs and why.
 
     One forward pass is made, without gradients, with these inputs, as the model is: in training mode it has dropout.
-    Without inputs a text model gets a few tokens of its own. Raises InvalidInput where the model needs others.
+    Without inputs a text model gets a few tokens of its own. Raises InvalidInput where the model needs others, and what
+    the model raises of those that are given before its first attention.
     """
-    if not inputs:
+    given = bool(inputs)
+    if not given:
         inputs = {name: x.to(model.device) for name, x in model.dummy_inputs.items()}
     refusal = None
     with recorded() as calls, torch.no_grad():
         try:
             model(**inputs)
         except Exception as error:
+            if not calls and given:
+                raise
             if not calls:
                 raise InvalidInput(
                     f"{type(model).__name__} does not run with {', '.join(inputs)} ({error}); give report the inputs "
@@ -66,13 +68,13 @@ def report(model: Any, **inputs: Any) -> list[Line]:
 def _without_call(name: str, module: Any, refusal: Exception | None) -> list[Line]:
     """Of a module that called no attention function of ours, where it has attention at all."""
     try:
-        source = inspect.getsource(type(module).forward)
+        source = inspect.getsource(next(kind for kind in type(module).__mro__ if "forward" in vars(kind)))
     except OSError:
         source = ""
     kind, chosen = type(module).__name__, getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if _INTERFACE in source:
+    if INTERFACE in source:
         why = f"attn_implementation is {chosen!r}" if refusal is None else f"not reached: {refusal}"
         return [Line(name, kind, str(chosen), why=why)]
-    if any(word in source for word in _OWN):
+    if OWN.search(source):
         return [Line(name, kind, "own", why="computes attention itself, whatever attn_implementation says")]
     return []
