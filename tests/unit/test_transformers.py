@@ -305,6 +305,7 @@ ADDS = "class OwnAttention(Module):\n    def forward(self):\n        return soft
         ("self.is_causal = False\nself.is_causal = is_causal", {"causal": False}),
         ("self.is_causal = False\nself.is_causal = config.is_decoder", {}),
         (ADDS, {"own": True}),
+        ("attention_mask = torch.cat([attention_mask, bias.to(attention_mask.dtype)], dim=-1)", {"own": True}),
     ],
 )
 def test_what_a_models_source_says(tmp_path, line, found):

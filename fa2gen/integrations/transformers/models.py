@@ -16,6 +16,7 @@ INTERFACE = "ALL_ATTENTION_FUNCTIONS"  # by which a transformers module looks fo
 OWN = re.compile(r"[sS]oftmax|scaled_dot_product_attention")  # in code that computes attention itself
 _CLASS = re.compile(r"^class \w*Attention\w*\b.*(?:\n(?!\S).*)*", re.MULTILINE)
 _ADDS = re.compile(r"\+=? attention_mask\b")
+_JOINS = re.compile(r"\bcat\(\[attention_mask, \w+\.to\(attention_mask\.dtype\)")  # a bias of more keys to it
 # A mask that is wanted whatever it hides: it is joined to another, or looked up.
 _WHOLE = re.compile(r"\ballow_is_causal_skip=False|\bindexed_attention\b|\battention_mask\.dtype == torch\.bool\b")
 _WINDOWS = re.compile(r"\bcreate_\w*sliding_window\w*")  # as masks of one are made
@@ -29,7 +30,7 @@ _OVERLAYS = re.compile(r"\b(?:or_mask_function|and_mask_function|block_sequence_
 class Model(NamedTuple):
     """What to know of a model to make its masks.
 
-    own       some of its attention is its own code, which adds masks to scores and knows none but those.
+    own       some of its attention is its own code, which knows masks as what is added to scores, and no others.
     whole     it does more with masks than hand them to its attention.
     windows   its attention hears of sliding windows otherwise.
     causal    its attention hears otherwise of whether it is causal.
@@ -69,8 +70,9 @@ def _read(file: str | None) -> Model:
     if INTERFACE not in source:
         return Model(own=OWN.search(source) is not None, overlays=overlays)
     said = set(_CAUSAL.findall(source))
+    adds = any(INTERFACE not in x and OWN.search(x) and _ADDS.search(x) for x in _CLASS.findall(source))
     return Model(
-        own=any(INTERFACE not in x and OWN.search(x) and _ADDS.search(x) for x in _CLASS.findall(source)),
+        own=adds or _JOINS.search(source) is not None,
         whole=_WHOLE.search(source) is not None,
         windows=_WINDOWS.search(source) is None or _SAYS_WINDOWS.search(source) is not None,
         causal=not said or not said <= _NEVER_CAUSAL,
