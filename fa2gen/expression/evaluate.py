@@ -27,8 +27,46 @@ def evaluate_tree(root: Node, values: Mapping[str, Any], torch: Any) -> Any:
     wide = torch.float64 if score is not None and score.dtype == torch.float64 else torch.float32
     found: dict[Node, Any] = {}
     for node in walk(root):
-        found[node] = _on_tensors(node, [found[arg] for arg in node.args], values, torch, wide)
+        args = [found[arg] for arg in node.args]
+        if node.type == "float" and node.op != "where" and any(arg.requires_grad for arg in args):
+            operate = functools.partial(_operated, node, values, torch, wide)
+            found[node] = _asked_alone(torch).apply(operate, *torch.broadcast_tensors(*args))
+        else:
+            found[node] = _on_tensors(node, args, values, torch, wide)
     return found[root]
+
+
+def _operated(node: Node, values: Mapping[str, Any], torch: Any, wide: Any, *args: Any) -> Any:
+    return _on_tensors(node, [*args], values, torch, wide)
+
+
+@functools.cache
+def _asked_alone(torch: Any) -> Any:
+    """The autograd Function of an operation, whose gradient is 0 where that of its result is.
+
+    Where a mask hides a key, or `where` takes the other side, nobody asks for one, and 0 times a derivative that is
+    infinite, as sqrt's at 0, would be NaN.
+    """
+
+    class AskedAlone(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+        @staticmethod
+        def forward(ctx: Any, operate: Any, *args: Any) -> Any:
+            ctx.operate = operate
+            ctx.save_for_backward(*args)
+            return operate(*args)
+
+        @staticmethod
+        def backward(ctx: Any, asked: Any) -> Any:
+            wanted = ctx.needs_input_grad[1:]
+            with torch.enable_grad():
+                leaves = [x.detach().requires_grad_(w) for x, w in zip(ctx.saved_tensors, wanted, strict=True)]
+                result = ctx.operate(*leaves)
+            asked_of = [x for x, w in zip(leaves, wanted, strict=True) if w]
+            slopes = iter(torch.autograd.grad(result, asked_of, torch.ones_like(result), materialize_grads=True))
+            given = (torch.where(asked == 0, 0.0, asked * next(slopes)) if w else None for w in wanted)
+            return None, *given
+
+    return AskedAlone
 
 
 def _on_tensors(node: Node, args: list[Any], values: Mapping[str, Any], torch: Any, wide: Any) -> Any:
