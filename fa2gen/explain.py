@@ -183,11 +183,10 @@ def _formulas(problem: Problem) -> dict[str, str]:
         found["an element"] = ", ".join(filter(None, [found.get("an element"), hidden]))
         if problem.direction != "decode":
             tokens = ", ".join(dict.fromkeys(bound.token for bound in program.tile_bounds))
+            found["a tile"] = "passed by, where positions and numbers say that no query sees a key of it"
             if emit(program, "blocks").results["any"] == "true":
                 found["a tile"] = "visited whatever it hides: nothing is known of it beforehand"
-            else:
-                found["a tile"] = "passed by, where positions and numbers say that no query sees a key of it"
-            if tokens:
+            elif tokens:
                 found["a tile"] += f", or the least and greatest numbers of {tokens} that are found beforehand"
     return found
 

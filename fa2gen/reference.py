@@ -14,6 +14,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from fa2gen.expression import evaluate, parse
 from fa2gen.expression.evaluate import evaluate_tree
-from fa2gen.expression.tree import Node
 from fa2gen.features import key_range
 from fa2gen.features.dropout import DROP_ROTATIONS, DROP_STEPS, LAST_ROTATION, keep_steps
 from fa2gen.features.expression import named_values
@@ -93,36 +93,27 @@ def attention_reference(
     scores = torch.einsum("bqngd,bknd->bngqk", _group_heads(q, k), k)  # n key heads, g query heads of each
     if said.expression:
         scores = _modified(said, scores, place, q.shape[1], k.shape[1])
-    if s_aux is not None:
-        lse, probs = _softmax_with_sink(scores, s_aux, said, q.shape[1], k.shape[1], place)
-    else:
-        if _hides(said):
-            scores = scores.masked_fill(_hidden(said, q.shape[1], k.shape[1], scores, place=place), float("-inf"))
-        # A row that sees no key, or scores of -inf alone, of which autograd makes NaN.
-        nothing = torch.isneginf(scores).all(dim=-1)
-        scores = scores.masked_fill(nothing.unsqueeze(-1), 0.0)
-        lse = torch.logsumexp(_at_least_fp32(scores), dim=-1).masked_fill(nothing, float("-inf"))
-        probs = torch.softmax(scores, dim=-1).masked_fill(nothing.unsqueeze(-1), 0.0)
+    if _hides(said):
+        scores = scores.masked_fill(_hidden(said, q.shape[1], k.shape[1], scores, place=place), float("-inf"))
+    lse, probs = _softmax(scores, s_aux)
     probs = _dropped(probs, said, place, (0, q.shape[1]), (0, k.shape[1]))
     out = torch.einsum("bngqk,bknd->bqngd", probs.to(v.dtype), v)
     return out.flatten(2, 3).to(_result_dtype(dtype, said.partial)), lse.flatten(1, 2)
 
 
-def _softmax_with_sink(
-    scores: Tensor, s_aux: Tensor, said: Options, seqlen_q: int, seqlen_k: int, place: Place | None
-) -> tuple[Tensor, Tensor]:
-    """(lse, probabilities) of scores (B, Hk, H / Hk, Sq, Sk) with one more column, that of the sink, which is dropped.
+def _softmax(scores: Tensor, s_aux: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(lse, probabilities) of scores (B, Hk, H / Hk, Sq, Sk), with sinks as of one more column, which is dropped.
 
     A row of -inf alone has lse -inf and no probabilities; autograd would make NaN of it.
     """
-    if _hides(said):
-        scores = scores.masked_fill(_hidden(said, seqlen_q, seqlen_k, scores, place=place), float("-inf"))
-    sinks = s_aux.to(scores.dtype).view(scores.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
-    scores = torch.cat([sinks, scores], dim=-1)
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(scores.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([sinks, scores], dim=-1)
     nothing = torch.isneginf(scores).all(dim=-1)
     scores = scores.masked_fill(nothing.unsqueeze(-1), 0.0)
     lse = torch.logsumexp(_at_least_fp32(scores), dim=-1).masked_fill(nothing, float("-inf"))
-    return lse, torch.softmax(scores, dim=-1).masked_fill(nothing.unsqueeze(-1), 0.0)[..., 1:]
+    probs = torch.softmax(scores, dim=-1).masked_fill(nothing.unsqueeze(-1), 0.0)
+    return lse, probs if s_aux is None else probs[..., 1:]
 
 
 def dropout_keep(
@@ -819,16 +810,6 @@ def _largest_score(
     return _max(modified.masked_fill(~torch.isfinite(modified), 0.0).abs())
 
 
-def _with_leaves(tensors: Sequence[Tensor], options: Options) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors of an expression, with leaves in the place of those that learn; and these alone."""
-    if options.expression is None:
-        return [*tensors], []
-    program, learned = program_of(*options.expression[:3]), names_of(options.expression.learned)
-    tokens = [x.token for x in program.inputs if x.is_tensor]
-    leaves = {token: x.detach().requires_grad_() for token, x in zip(tokens, tensors, strict=True) if token in learned}
-    return [leaves.get(token, x) for token, x in zip(tokens, tensors, strict=True)], [*leaves.values()]
-
-
 def _pulled_back(
     ds: Tensor,
     options: Options,
@@ -839,28 +820,34 @@ def _pulled_back(
     rows: tuple[int, int],
     cols: tuple[int, int],
 ) -> Tensor:
-    """The gradient of scaled scores, from that of what the call's expression made of them; adds those of its tensors.
-
-    By the derivatives that kernels have. Autograd's would be NaN where a side that `where` does not take has none, and
-    what has no gradient, as hidden scores have none, is not multiplied with, as sqrt(i - j) has no derivative there.
-    """
-    assert options.expression
+    """The gradient of scaled scores, from that of what the call's expression made of them, and those of its tensors;
+    by autograd, in a thread of its own: an operator's CPU kernel runs below autograd, and a new thread does not."""
     place = place or Place()
+
+    def gradients() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            products = scores.detach().requires_grad_()
+            tensors, learning = _with_leaves(place.tensors, options)
+            with_leaves = place._replace(tensors=tensors)
+            modified = _modified(options, products, with_leaves, seqlen_q, seqlen_k, rows, cols)
+            found: tuple[Tensor, ...] = torch.autograd.grad(modified, (products, *learning), ds, materialize_grads=True)
+            return found
+
+    with ThreadPoolExecutor(1) as thread:
+        of_scores, *of_tensors = thread.submit(gradients).result()
+    for total, part in zip(place.gradients, of_tensors, strict=True):
+        total += part
+    return of_scores
+
+
+def _with_leaves(tensors: Sequence[Tensor], options: Options) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of an expression, with leaves in the place of those that learn; and these alone."""
+    if options.expression is None:
+        return [*tensors], []
     program, learned = program_of(*options.expression[:3]), names_of(options.expression.learned)
-    values = _values(options, scores, place, seqlen_q, seqlen_k, rows, cols)
-    flat = ds.flatten(1, 2)
-
-    def times(derivative: Node) -> Tensor:
-        return torch.where(flat == 0, flat, flat * evaluate_tree(derivative, values, torch))
-
-    totals = dict(zip((x.token for x in program.inputs if x.token in learned), place.gradients, strict=True))
-    for access in program.accesses:
-        if access.token in totals:
-            total, added = totals[access.token], times(access.derivative)
-            at = [evaluate_tree(index, values, torch) for index in access.leaf.args]
-            inside = [x.clamp(0, size - 1).long().expand(added.shape) for x, size in zip(at, total.shape, strict=True)]
-            total.index_put_(tuple(inside), added.to(total.dtype), accumulate=True)
-    return times(program.slope).unflatten(1, ds.shape[1:3])
+    tokens = [x.token for x in program.inputs if x.is_tensor]
+    leaves = {token: x.detach().requires_grad_() for token, x in zip(tokens, tensors, strict=True) if token in learned}
+    return [leaves.get(token, x) for token, x in zip(tokens, tensors, strict=True)], [*leaves.values()]
 
 
 def _evaluated(

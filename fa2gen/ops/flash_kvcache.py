@@ -18,7 +18,7 @@ from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kind
 from fa2gen.ops.validate_cache import Cached, capacity_of, validate_cached
 from fa2gen.options import Expression, Options
 
-__all__ = ["flash_attn_with_kvcache", "parts_of", "run_cached"]
+__all__ = ["flash_attn_with_kvcache", "parts_of", "run_cached", "same_lengths"]
 
 _INT32_MAX = 2**31 - 1
 _READ = torch.ops.fa2gen.decode.default
@@ -143,7 +143,7 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # the later overloads leave 
     ):
         lengths = cache_seqlens
         if lengths.__class__ is int:  # kernels keep it within the cache
-            lengths = q.new_full(q.shape[:1], min(max(lengths, 0), _INT32_MAX), dtype=torch.int32)
+            lengths = same_lengths(q, q.shape[0], lengths)
         of_call = (softmax_scale, causal, *window_sides(window_size), 0, False, False, False, None, 0.0, False)
         places = (lengths, cache_batch_idx, cache_leftpad, block_table)
         if return_softmax_lse:
@@ -201,11 +201,12 @@ def _lengths(lengths: Any, given: Cached) -> Tensor | None:
     """cache_seqlens as a tensor: one number is that of each sequence."""
     if lengths is None or isinstance(lengths, Tensor):
         return lengths
+    q = given.q
     if isinstance(lengths, torch.SymInt):
-        return given.q.new_full((given.q.shape[0],), lengths, dtype=torch.int32)
+        return q.new_full((q.shape[0],), lengths, dtype=torch.int32)
     if torch.compiler.is_compiling() and isinstance(lengths, int) and not isinstance(lengths, bool):
         # It may be symbolic: index() would make a constant of it, and a graph for each length.
-        return given.q.new_full((given.q.shape[0],), min(max(lengths, 0), _INT32_MAX), dtype=torch.int32)
+        return same_lengths(q, q.shape[0], lengths)
     try:
         number = None if isinstance(lengths, bool) else index(lengths)
     except TypeError:
@@ -215,8 +216,12 @@ def _lengths(lengths: Any, given: Cached) -> Tensor | None:
             f"cache_seqlens must be a whole number, an int32 tensor (batch,), or None, not {describe(lengths)}"
         )
     validate_cached(given._replace(k=None, v=None, rotary_cos=None, rotary_sin=None))  # else there is no capacity
-    number = min(max(number, 0), capacity_of(given))
-    return given.q.new_full((given.q.shape[0],), number, dtype=torch.int32)
+    return same_lengths(q, q.shape[0], min(number, capacity_of(given)))
+
+
+def same_lengths(q: Tensor, batch: int, number: int) -> Tensor:
+    """(batch,) int32 on q's device, all this number, or the nearest that a length may be."""
+    return q.new_full((batch,), min(max(number, 0), _INT32_MAX), dtype=torch.int32)
 
 
 def parts_of(num_splits: Any) -> int:

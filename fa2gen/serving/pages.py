@@ -54,9 +54,8 @@ def attend(
     """
     most, num_splits = _number("max_seqlen_q", most_queries), parts_of(num_splits)
     validate_splits(num_splits)
-    for name, x in zip(("k_descale", "v_descale"), scales, strict=True):
-        if x is not None:
-            refuse_non_tensors(**{name: x})
+    named = zip(("k_descale", "v_descale"), scales, strict=True)
+    refuse_non_tensors(**{name: x for name, x in named if x is not None})
     if out is not None:
         validate_out(out, given.q, given.v)
     place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
@@ -97,13 +96,13 @@ def _is_short(given: Paged, most: int, most_keys: Any, num_splits: int, expressi
     """Whether kernels of decoding are to read the pages: with fixed parts of any batch whose sequences have as few
     queries each."""
     q, k, v = given[:3]
-    if q.dim() != 3 or k.dim() != 4 or v.shape != k.shape or given.cu_seqlens_q is None or given.seqused_k is None:
-        return False
     bounds = given.cu_seqlens_q
+    if q.dim() != 3 or k.dim() != 4 or v.shape != k.shape or bounds is None or given.seqused_k is None:
+        return False
     if bounds.dtype != torch.int32 or bounds.dim() != 1 or bounds.device != q.device or not bounds.numel():
         return False  # the others say so
     rows = most * (q.shape[1] // max(k.shape[2], 1))  # of a head of K and V
-    batch = given.cu_seqlens_q.shape[0] - 1
+    batch = bounds.shape[0] - 1
     is_short = rows <= SHORT_ROWS
     if not num_splits and q.is_cuda and k.dtype not in CACHE_DTYPES and k.shape[2]:
         # Several queries of each are laid out anew for kernels of decoding, by a dozen kernels of torch; prefill's take

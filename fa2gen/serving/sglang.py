@@ -99,7 +99,7 @@ def flash_attn_with_kvcache(
         number = whole(cache_seqlens)
         if number is None:
             raise InvalidInput(f"cache_seqlens must be a whole number or (batch,) int32, not {describe(cache_seqlens)}")
-        cache_seqlens = torch.full((batch,), min(max(number, 0), 2**31 - 1), dtype=torch.int32, device=q.device)
+        cache_seqlens = flash_kvcache.same_lengths(q, batch, number)
     q = q if q.stride(-1) == 1 else q.contiguous()
     given = flash_varlen.paged(q, k_cache, v_cache, page_table, cu_seqlens_q, None, None, cache_seqlens, sinks)
     said = options_of(q, softmax_scale, causal, window_sides(window_size), varlen=True)
