@@ -148,6 +148,10 @@ def main() -> None:
     for name, default in (("layers", 2), ("hidden", 256), ("batch", 3), ("new-tokens", 12), ("chunk", 24)):
         parser.add_argument(f"--{name}", type=int, default=default)
     given = parser.parse_args()
+    if least := next((name for name, number in vars(given).items() if number < 1), None):
+        parser.error(f"--{least.replace('_', '-')} must be at least 1")
+    if given.hidden % HEAD_DIM:
+        parser.error(f"--hidden must be a multiple of {HEAD_DIM}, a head")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Llama(given.layers, given.hidden, device, torch.bfloat16)
     random = torch.Generator().manual_seed(1)

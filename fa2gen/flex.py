@@ -113,6 +113,7 @@ _FUNCTIONS = {
 }
 _ON_BOOLS = {"logical_and", "logical_or", "logical_xor", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"}
 _ON_BOOLS |= {"bitwise_xor"}
+_TO_BOOLS = {"mul": "and", "minimum": "and", "add": "or", "maximum": "or"}  # where both sides are conditions
 
 
 class _Reader:
@@ -226,6 +227,13 @@ class _Reader:
             if alpha != 1:
                 args[scaled] = f"({self._text(args[scaled])} * {self._number(alpha)})"
         texts = [arg if isinstance(arg, str) else self._text(arg) for arg in args if arg is not None]
+        first = 1 if op == "where" else 0
+        conditions = [isinstance(arg, torch.fx.Node) and _value(arg).dtype == torch.bool for arg in args[first:]]
+        if all(conditions) and op in _TO_BOOLS:
+            return f"{texts[0]} {_TO_BOOLS[op]} {texts[1]}"
+        if any(conditions) and not (all(conditions) and _value(node).dtype == torch.bool):  # true counts as 1
+            for place, is_condition in enumerate(conditions, first):
+                texts[place] = f"where({texts[place]}, 1, 0)" if is_condition else texts[place]
         if op in ("clamp", "clamp_tensor"):
             return self._clamped(node)
         if op == "pow":

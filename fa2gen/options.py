@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fa2gen.expression import split_window
 from fa2gen.spec import SAME, CacheDType, Direction, DType, Mask, Problem, anonymous, program_of, text_of
@@ -17,6 +17,7 @@ __all__ = [
     "CacheShape",
     "Expression",
     "Options",
+    "Queries",
     "Shape",
     "expression_said",
     "split_shift",
@@ -101,6 +102,10 @@ def split_shift(num_splits: int, seqlen_k: int) -> int:
 
 
 AnyShape: TypeAlias = Shape | CacheShape
+
+Queries: TypeAlias = Literal["even", "uneven", "any"]
+"""Of the sequences of a batch over pages: as many each, or not, which decides which kernel is the quickest; "any" asks
+for one that depends on nothing of the batch, so that no row's bits do."""
 
 
 SAID_BY_TENSORS = ("varlen", "sink")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
 from fa2gen.expression import parse
-from fa2gen.ops.validate import DTYPES, describe, validate_number
+from fa2gen.ops.validate import DTYPES, FP32_MAX, describe, validate_number
 from fa2gen.options import SAID_BY_TENSORS, UNLIMITED, Expression, Options
 from fa2gen.spec import anonymous, text_of
 
@@ -143,8 +143,8 @@ def modified(softcap: Any, alibi_slopes: Any) -> Modified:
     if isinstance(softcap, bool) or not isinstance(softcap, Real | torch.SymFloat):
         raise InvalidInput(f"softcap must be a number, not {describe(softcap)}: pass 0.0, which is no cap")
     cap = _float(softcap)
-    if not cap >= 0:
-        raise InvalidInput(f"softcap is {softcap}; it must be above 0, or 0.0 for no cap")
+    if not 0 <= cap <= FP32_MAX:
+        raise InvalidInput(f"softcap is {softcap}; it must be above 0 and finite in fp32, or 0.0 for no cap")
     capped, inputs = (SOFTCAP, {"cap": cap}) if cap else ("s", {})
     if alibi_slopes is None:
         return expression_of(capped, inputs=inputs) if cap else _UNMODIFIED

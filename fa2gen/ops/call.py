@@ -54,7 +54,7 @@ from fa2gen.ops.scratch import (
     zeros_of_stream,
 )
 from fa2gen.ops.validate import DTYPES, out_dtype, validate, validate_backward, validate_options
-from fa2gen.options import CacheShape, Options, Shape
+from fa2gen.options import CacheShape, Options, Queries, Shape
 from fa2gen.plan import KernelPlan, make_plan, tiling_for_rows
 from fa2gen.select import Device, kernel_arch, select, seqlen_bounds
 from fa2gen.spec import HEAD_DIM_STEP, Direction, KernelSpec, Problem, Tiling
@@ -754,12 +754,10 @@ def kernel_for_rows(problem: Problem, device: int, seqlen_k: int, rows: int) -> 
 
 
 def kernel_for_pages(
-    problem: Problem, device: int, seqlen_k: int, shape: CacheShape, strides: Mapping[str, Strides], is_even: bool
+    problem: Problem, device: int, seqlen_k: int, shape: CacheShape, strides: Mapping[str, Strides], queries: Queries
 ) -> tuple[Kernel, CacheShape]:
     """The kernel of a ragged batch over pages, loaded on the device, and the shape that it is launched with: what
     copies row by row, where TMA can not read pages of this size, or as far apart, or would be slow.
-
-    is_even  whether all sequences have as many queries.
     """
     on = device_at(device)
     plan, target = choose(problem, on, None, None, seqlen_k)
@@ -770,9 +768,9 @@ def kernel_for_pages(
             plan, target = choose(problem, on, "sm80", None, seqlen_k)
         else:
             plan = copying
-    if is_even:
+    if queries == "even":
         plan, shape = for_few_queries(plan, shape, on.num_sms, seqlen_k)
-    else:
+    elif queries == "uneven":
         plan = with_packed_heads(plan, shape, on.num_sms)
     return _kernel(plan, target, device), shape
 

@@ -39,7 +39,7 @@ from fa2gen.ops.validate import (
     validate_ragged,
 )
 from fa2gen.ops.validate_cache import Paged
-from fa2gen.options import Options
+from fa2gen.options import Options, Queries
 from fa2gen.reference import dropout_mask
 
 __all__ = [
@@ -345,15 +345,15 @@ def over_pages(
     expression: Modified = (None, ()),
     max_keys: Any = None,
     into: tuple[Tensor, Tensor] | None = None,
-    are_even: bool = False,
+    queries: Queries = "uneven",
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of a ragged batch over pages, whose scores become what the expression says; `into` if given, and
-    `are_even` as `paged_cuda` takes it."""
+    `queries` as `paged_cuda` takes it."""
     found, tensors = expression
     if found:
         found = found._replace(shapes=tuple(tuple(x.shape) for x in tensors))
     longest = None if torch.compiler.is_compiling() else _longest("max_seqlen_k", max_keys)
-    return run_paged(given, tensors, options._replace(expression=found), longest, into, are_even)
+    return run_paged(given, tensors, options._replace(expression=found), longest, into, queries)
 
 
 def _longest(name: str, given: Any) -> int | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput
+from fa2gen.launch import MAX_SEQLEN
 from fa2gen.ops.call import (
     Call,
     address_of,
@@ -28,7 +29,7 @@ from fa2gen.ops.call import (
 )
 from fa2gen.ops.validate import DTYPES, out_shape, validate_expression, validate_options
 from fa2gen.ops.validate_cache import Paged, validate_paged
-from fa2gen.options import CacheShape, Options
+from fa2gen.options import CacheShape, Options, Queries
 from fa2gen.reference import attention_ragged
 
 __all__ = ["checked_paged", "paged_cuda", "paged_reference"]
@@ -40,20 +41,20 @@ def paged_cuda(
     options: Options,
     max_keys: int | None = None,
     into: tuple[Tensor, Tensor] | None = None,
-    are_even: bool = False,
+    queries: Queries = "uneven",
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) by a generated kernel, on the current stream of q's device; `into` are the buffers to use.
 
     tensors   that the expression of the options names, in the order of its inputs.
-    max_keys  of the longest sequence, if that is known: it decides which kernel is the quickest, nothing else; and so
-              does are_even, whether all sequences have as many queries, as they have where no cu_seqlens_q are given.
+    max_keys  of the longest sequence, if that is known: it decides which kernel is the quickest, nothing else.
+    queries   the same; they are "even" where no cu_seqlens_q are given, but for "any".
 
     out like q, with v's head dim; lse (heads, total_q) fp32; both contiguous. Raises as
     `fa2gen.ops.call.forward_cuda` does.
     """
     keys = None if max_keys is None else 1 << max(max_keys - 1, 0).bit_length()  # few kinds
-    key = ("paged", *map(signature_of, (*given, *tensors)), options, keys, are_even)
-    call = prepared(key, _prepare, given, tensors, options, keys, are_even)
+    key = ("paged", *map(signature_of, (*given, *tensors)), options, keys, queries)
+    call = prepared(key, _prepare, given, tensors, options, keys, queries)
     q = given.q
     out, lse = into or call.new_results(q)
     if call.launch is None and not call.misaligned:  # no query
@@ -62,7 +63,7 @@ def paged_cuda(
         return out, lse
     if call.launch is None or q.data_ptr() & 15 or out.data_ptr() & 15:
         room = call.new_out(q)
-        paged_cuda(given._replace(q=aligned(q)), tensors, options, max_keys, (room, lse), are_even)
+        paged_cuda(given._replace(q=aligned(q)), tensors, options, max_keys, (room, lse), queries)
         out.copy_(room)
         return out, lse
     operands = {name: address_of(x) for name, x in given._asdict().items()}
@@ -105,7 +106,7 @@ def checked_paged(given: Paged, tensors: Sequence[Tensor], options: Options) -> 
     return sequences
 
 
-def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: int | None, are_even: bool) -> Call:
+def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: int | None, queries: Queries) -> Call:
     """Validate a signature; choose, load and pack its kernel."""
     sequences = checked_paged(given, tensors, options)
     q, k, v, table = given[:4]
@@ -122,12 +123,14 @@ def _prepare(given: Paged, tensors: Sequence[Tensor], options: Options, keys: in
         table_rows=table.shape[0],
         table_stride=table.stride(0),
     )
-    options = options._replace(varlen=True, sink=given.s_aux is not None).reduced(total_q, given.capacity)
+    most_queries = MAX_SEQLEN if queries == "any" else total_q
+    options = options._replace(varlen=True, sink=given.s_aux is not None).reduced(most_queries, given.capacity)
     problem = options.problem("fwd", q.shape[-1], DTYPES[q.dtype], v.shape[-1], paged=True)
     caches = {"k": k.stride()[:3], "v": v.stride()[:3]}
     longest = given.capacity if keys is None else min(keys, given.capacity)
-    are_even = are_even or given.cu_seqlens_q is None
-    kernel, shape = kernel_for_pages(problem, q.get_device(), longest, shape, caches, are_even)
+    if queries == "uneven" and given.cu_seqlens_q is None:
+        queries = "even"
+    kernel, shape = kernel_for_pages(problem, q.get_device(), longest, shape, caches, queries)
     empty = 0 in (sequences, total_q, num_heads)
     launch = None
     if not empty and are_aligned(rows.shape, rows.stride()):

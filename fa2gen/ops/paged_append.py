@@ -8,7 +8,7 @@ from torch import Tensor
 from fa2gen.errors import InvalidInput
 from fa2gen.ops.flash_kvcache import run_cached
 from fa2gen.ops.validate import describe, refuse_non_tensors, refuse_tensor_kinds
-from fa2gen.ops.validate_cache import Cached
+from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached
 from fa2gen.options import Options
 
 __all__ = ["reshape_and_cache"]
@@ -35,17 +35,26 @@ def reshape_and_cache(
     Does not wait for the device. Two tokens with one slot: undefined which of them is there. Raises InvalidInput or
     UnsupportedProblem.
     """
-    refuse_non_tensors(key=key, value=value, key_cache=key_cache, value_cache=value_cache, slot_mapping=slot_mapping)
-    refuse_tensor_kinds(("key_cache", "slot_mapping"), (key_cache, slot_mapping))
+    given = {"key": key, "value": value, "slot_mapping": slot_mapping}
+    given |= {"key_cache": key_cache, "value_cache": value_cache}
+    refuse_non_tensors(**given)
+    refuse_tensor_kinds(given, given.values())
     if key.dim() != 3 or slot_mapping.shape != key.shape[:1] or slot_mapping.dtype not in (torch.int32, torch.int64):
         raise InvalidInput(
             f"key is {describe(key)}, slot_mapping {describe(slot_mapping)}; they must be (tokens, heads_kv, head_dim) "
             "and (tokens,), int32 or int64"
         )
-    if value.dim() != 3:
-        raise InvalidInput(f"value is {describe(value)}; it must be (tokens, heads_kv, head_dim)")
+    if value.shape != key.shape:
+        raise InvalidInput(f"key has shape {tuple(key.shape)}, value {tuple(value.shape)}; they must be equal")
     if key_cache.dim() != 4 or 0 in key_cache.shape[:2]:
         raise InvalidInput(f"key_cache is {describe(key_cache)}; it must be (pages, page_size, heads_kv, head_dim)")
+    for name, x, cache in (("key", key, key_cache), ("value", value, value_cache)):
+        is_same = cache.dtype == x.dtype or cache.dtype in CACHE_DTYPES
+        if x.shape[1:] != cache.shape[2:] or x.device != cache.device or not is_same:
+            raise InvalidInput(
+                f"{name} is {describe(x)}, {name}_cache {describe(cache)}; they must have the same heads, head_dim, "
+                "device and dtype, of which the cache's may be of 8 bits"
+            )
     none = key.new_empty((key.shape[0], 0, *key.shape[1:]))  # no query
     rows, pages = _places(slot_mapping, key_cache)
     places = {"cache_seqlens": rows, "block_table": pages}
@@ -56,8 +65,8 @@ def reshape_and_cache(
             if tuple(scale.shape) not in ((), (1,), (key.shape[1],)):
                 raise InvalidInput(f"{name}_scale is {describe(scale)}; it must be () or ({key.shape[1]},), fp32")
             places[f"{name}_descale"] = scale.expand(key.shape[0], key.shape[1])
-    given = Cached(none, key_cache, value_cache, key.unsqueeze(1), value.unsqueeze(1), **places)
-    run_cached(given, Options(softmax_scale=1.0), True, 0)
+    cached = Cached(none, key_cache, value_cache, key.unsqueeze(1), value.unsqueeze(1), **places)
+    run_cached(cached, Options(softmax_scale=1.0), True, 0)
 
 
 def _places(slots: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
+from fa2gen.expression import Input, Program
 from fa2gen.features.expression import named_values, refuse_dropout, refuse_order
 from fa2gen.options import Expression, Options
 from fa2gen.spec import MAX_HEAD_DIM, DType, program_of
 
 __all__ = [
     "DTYPES",
+    "FP32_MAX",
     "LENGTHS",
     "NO_LENGTHS",
     "Lengths",
@@ -50,7 +53,7 @@ LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 # Kernels hold the scale, and log2(e) times it, in fp32; products of q and k up to 1e8 times the greatest stay finite.
 _MIN_SCALE: float = torch.finfo(torch.float32).tiny
 _MAX_SCALE = 1e30
-_FP32_MAX = torch.finfo(torch.float32).max
+FP32_MAX = torch.finfo(torch.float32).max
 _OTHER = "torch.nn.functional.scaled_dot_product_attention"
 
 
@@ -163,15 +166,15 @@ def validate_expression(
         dtype = torch.float32 if given.type == "float" else torch.int32
         if x.dim() != given.rank or x.dtype != dtype or x.device != q.device or not x.is_contiguous():
             raise InvalidInput(
-                f"{given.name} of the expression is {describe(x)}; it must have {given.rank} dimensions, be {dtype}, "
+                f"{_named(given, program)} is {describe(x)}; it must have {given.rank} dimensions, be {dtype}, "
                 f"contiguous, and on {q.device}"
             )
         if x.shape[:-1].numel() >= 2**31:
-            raise InvalidInput(f"{given.name} of the expression has {x.shape[:-1].numel():,} rows; kernels count 2^31")
+            raise InvalidInput(f"{_named(given, program)} has {x.shape[:-1].numel():,} rows; kernels count 2^31")
         for axis, size in zip(given.axes, x.shape, strict=True):
             if size not in (1, sizes.get(axis, size)) or size == 0:
                 raise InvalidInput(
-                    f"{given.name} of the expression has shape {tuple(x.shape)}, indices [{', '.join(given.axes)}]; "
+                    f"{_named(given, program)} has shape {tuple(x.shape)}, indices [{', '.join(given.axes)}]; "
                     f"that of {axis} must be {sizes[axis]}, or 1 for all"
                 )
     if options.deterministic and options.expression.learned:
@@ -179,6 +182,12 @@ def validate_expression(
     positions = (q.shape[0] if sequences is None else sequences, q.shape[-2], q.shape[-3], k.shape[-3])
     if all(isinstance(size, int) for size in positions):
         _check_numbers(options.expression._replace(shapes=()), *positions)
+
+
+def _named(given: Input, program: Program) -> str:
+    """An input as operators know it, with the text that has it: what its caller called it is not known any more."""
+    text = next(text for text in (program.score, program.allow) if re.search(rf"\b{given.name}\b", text))
+    return f"{given.name} of {text!r}"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -282,7 +291,7 @@ def _validate_numbers(expression: Expression) -> None:
 
 def validate_number(name: str, number: float, kind: str) -> None:
     """Raise InvalidInput unless a number of an expression, "float" or "int", is one to kernels: of 32 bits."""
-    if not abs(number) <= _FP32_MAX:
+    if not abs(number) <= FP32_MAX:
         raise InvalidInput(f"{name} of the expression is {number}; it must be finite in fp32")
     if kind == "int" and abs(number) >= 2**31:
         raise InvalidInput(f"{name} of the expression is {number:.0f}; whole numbers are of 32 bits")

@@ -16,13 +16,17 @@ from fa2gen.ops.flash_varlen import over_pages
 from fa2gen.ops.validate import describe, refuse_non_tensors, validate_heads, validate_lengths
 from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, Paged, validate_splits, validate_table
 from fa2gen.ops.widen import Narrow, widen
-from fa2gen.options import Options
+from fa2gen.options import Options, Queries
 
 __all__ = ["SHORT_ROWS", "attend", "refuse", "validate_out"]
 
 SHORT_ROWS = 64
-"""Queries of a sequence times heads of a group, up to which kernels of decoding read 8-bit pages, and with fixed parts
-all: they split keys over the device, where a block of prefill's 128 to 256 rows would be mostly empty."""
+"""Queries of a sequence times heads of a group, up to which kernels of decoding read 8-bit pages: they split keys over
+the device, where a block of prefill's 128 to 256 rows would be mostly empty."""
+
+_ROWS_OF_A_TILE = 16
+"""The same that kernels of decoding have in their smallest tiles. More are multiplied by more warps, and give other
+bits."""
 
 WIDE_BYTES = 1 << 30
 """The most memory that keys of 8-bit pages take in 16 bits: where all heads' would be more, some heads are widened and
@@ -50,6 +54,8 @@ def attend(
                   sequence's keys are widened to 16 bits, up to most_keys (if one has more, its rows are NaN) or all
                   that its pages hold; where one head's are too much for that, queries are taken group by group, which
                   takes 2 to 12 times as long (H200).
+    num_splits    with a number each sequence's own queries decide which kernels it has, and its own keys the parts: no
+                  row's bits depend on the batch. Batches of few and of many queries are then launched twice.
     scales        of k and v, where they are of 8 bits: (batch, heads_kv) fp32, of any strides.
     """
     most, num_splits = _number("max_seqlen_q", most_queries), parts_of(num_splits)
@@ -59,29 +65,30 @@ def attend(
     if out is not None:
         validate_out(out, given.q, given.v)
     place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
-    if most and _is_short(given, most, most_keys, num_splits, expression):
+    decodes = _fits_decoding(given)
+    if num_splits and decodes:
+        found, lse = _in_fixed_parts(given, options, expression, most, num_splits, scales, place)
+    elif most and decodes and _is_short(given, most, most_keys, expression):
         groups = _Groups(given, most, one_each=True) if most > 1 else None
         found, lse = _decoded(given, options, expression, most, groups, num_splits, scales, place)
     elif given.k.dtype in CACHE_DTYPES:
-        q, batch = given.q, _validate_eight_bits(given, scales)
+        batch = _validate_rows(given, scales)
         assert given.seqused_k is not None
         given = given._replace(seqused_k=given.seqused_k.clamp(0, given.capacity))  # behind it there is room alone
-        heads_kv = given.k.shape[2]
-        if 0 in (batch, q.shape[0], q.shape[1], given.k.shape[0]):
-            found = q.new_zeros(q.shape) if place is None else place.zero_()
-            lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
+        if _is_empty(given, batch):
+            found, lse = _nothing(given, place)
         elif heads := _wide_heads(given, rows := _wide_rows(given, most_keys)):
             found, lse = _over_widened(given, options, expression, heads, rows, scales, place)
         else:
             _validate_groups(given, options, expression)
-            most = max(SHORT_ROWS // (q.shape[1] // heads_kv), 1)
+            most = max(SHORT_ROWS // _group(given), 1)
             found, lse = _decoded(given, options, expression, most, _Groups(given, most), num_splits, scales, place)
     else:
         rows, heads = given.q.shape[0], given.q.shape[-2]
         into = None if place is None else (place, place.new_empty((heads, rows), dtype=torch.float32))
-        # With a number of parts a row's bits do not depend on the batch, but on which kernels its kind of batch has.
-        are_even = not num_splits and given.cu_seqlens_q is not None and rows == most * (len(given.cu_seqlens_q) - 1)
-        found, lse = over_pages(given, options, expression, most_keys, into, are_even)
+        are_even = given.cu_seqlens_q is not None and rows == most * (len(given.cu_seqlens_q) - 1)
+        queries: Queries = "any" if num_splits else "even" if are_even else "uneven"
+        found, lse = over_pages(given, options, expression, None if num_splits else most_keys, into, queries)
     return (found if out is None or place is not None else out.copy_(found)), lse
 
 
@@ -92,19 +99,27 @@ def refuse(**named: Any) -> None:
             raise UnsupportedProblem(f"{name} is not built; nearest: {nearest}")
 
 
-def _is_short(given: Paged, most: int, most_keys: Any, num_splits: int, expression: Modified) -> bool:
-    """Whether kernels of decoding are to read the pages: with fixed parts of any batch whose sequences have as few
-    queries each."""
+def _fits_decoding(given: Paged) -> bool:
+    """Whether kernels of decoding have these sizes, of which those of prefill have more, and say what is wrong."""
     q, k, v = given[:3]
     bounds = given.cu_seqlens_q
     if q.dim() != 3 or k.dim() != 4 or v.shape != k.shape or bounds is None or given.seqused_k is None:
         return False
-    if bounds.dtype != torch.int32 or bounds.dim() != 1 or bounds.device != q.device or not bounds.numel():
-        return False  # the others say so
-    rows = most * (q.shape[1] // max(k.shape[2], 1))  # of a head of K and V
-    batch = bounds.shape[0] - 1
-    is_short = rows <= SHORT_ROWS
-    if not num_splits and q.is_cuda and k.dtype not in CACHE_DTYPES and k.shape[2]:
+    return bool(bounds.dtype == torch.int32 and bounds.dim() == 1 and bounds.device == q.device and bounds.numel())
+
+
+def _group(given: Paged) -> int:
+    """Heads of q for each of k."""
+    heads, heads_kv = given.q.shape[1], given.k.shape[2]
+    return max(int(heads) // max(int(heads_kv), 1), 1)
+
+
+def _is_short(given: Paged, most: int, most_keys: Any, expression: Modified) -> bool:
+    """Whether kernels of decoding are to read the pages, as suits the device."""
+    q, k = given[:2]
+    batch = len(given.cu_seqlens_q) - 1  # type: ignore[arg-type]
+    is_short = most * _group(given) <= SHORT_ROWS
+    if q.is_cuda and k.dtype not in CACHE_DTYPES and k.shape[2]:
         # Several queries of each are laid out anew for kernels of decoding, by a dozen kernels of torch; prefill's take
         # them as they are.
         sizes = (q.get_device(), batch, most, q.shape[1], k.shape[2], q.shape[2])
@@ -114,12 +129,23 @@ def _is_short(given: Paged, most: int, most_keys: Any, num_splits: int, expressi
     return bool(is_short and q.shape[0] == most * batch)
 
 
-def _validate_eight_bits(given: Paged, scales: tuple[Tensor | None, Tensor | None]) -> int:
-    """The number of sequences, over pages of 8-bit numbers. Raises InvalidInput."""
+def _is_empty(given: Paged, batch: int) -> bool:
+    return 0 in (batch, given.q.shape[0], given.q.shape[1], given.k.shape[0])
+
+
+def _nothing(given: Paged, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What no key gives."""
+    q = given.q
+    lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32)
+    return (q.new_zeros(q.shape) if out is None else out.zero_()), lse
+
+
+def _validate_rows(given: Paged, scales: tuple[Tensor | None, Tensor | None]) -> int:
+    """The number of sequences, before their rows are laid out or their keys widened. Raises InvalidInput."""
     q, k = given.q, given.k
     if q.dim() != 3 or k.dim() != 4 or given.cu_seqlens_q is None or given.seqused_k is None:
         raise InvalidInput(
-            f"q is {describe(q)}, k {describe(k)}; 8-bit pages (pages, page_size, heads_kv, head_dim) take q (total_q, "
+            f"q is {describe(q)}, k {describe(k)}; pages (pages, page_size, heads_kv, head_dim) take q (total_q, "
             "heads, head_dim), with cu_seqlens_q and the number of each sequence's keys"
         )
     if 0 in k.shape[1:]:
@@ -127,8 +153,9 @@ def _validate_eight_bits(given: Paged, scales: tuple[Tensor | None, Tensor | Non
     batch = validate_lengths(q, given.lengths, {"q": (q, given.cu_seqlens_q)})
     validate_heads(q.shape[1], k.shape[2])
     validate_table(given.block_table, q, batch)
+    has_scales = k.dtype in CACHE_DTYPES
     for name, x in zip(("k_descale", "v_descale"), scales, strict=True):
-        if x is not None and (tuple(x.shape) != (batch, k.shape[2]) or x.device != q.device):
+        if has_scales and x is not None and (tuple(x.shape) != (batch, k.shape[2]) or x.device != q.device):
             raise InvalidInput(f"{name} is {describe(x)}; it must be {(batch, k.shape[2])} on {q.device}")
     return batch
 
@@ -152,16 +179,57 @@ def _wide_heads(given: Paged, rows: int) -> int:
     return min(WIDE_BYTES // of_head, int(heads_kv))
 
 
-def _validate_groups(given: Paged, options: Options, expression: Modified) -> None:
-    """Raise unless the queries of a sequence may be in groups, each as if it were the last."""
+def _validate_groups(given: Paged, options: Options, expression: Modified, in_parts: bool = False) -> None:
+    """Raise unless the queries of a sequence may be in groups, each as if it were the last, as fixed parts need it."""
     sees_behind = options.mask != "full" and not options.causal and options.window_right != 0
-    if sees_behind or expression[1]:
-        what = "a window or chunks that are not causal" if sees_behind else "alibi_slopes"
-        raise UnsupportedProblem(
-            f"over pages of {given.k.dtype} keys are widened to 16 bits for {what}, and one head's would take more "
-            f"than {WIDE_BYTES >> 20} MiB; nearest: fewer sequences a call, a max_seqlen_k nearer to what they have, "
-            "or a causal mask without slopes"
-        )
+    if not sees_behind and not expression[1]:
+        return
+    what = "a window or chunks that are not causal" if sees_behind else "alibi_slopes"
+    keys = f"over pages of {given.k.dtype} keys are widened to 16 bits for {what}, and "
+    if in_parts:
+        raise UnsupportedProblem(f"{keys}not where num_splits fixes their parts; nearest: num_splits=0")
+    raise UnsupportedProblem(
+        f"{keys}one head's would take more than {WIDE_BYTES >> 20} MiB; nearest: fewer sequences a call, a "
+        "max_seqlen_k nearer to what they have, or a causal mask without slopes"
+    )
+
+
+def _in_fixed_parts(
+    given: Paged,
+    options: Options,
+    expression: Modified,
+    most: int,
+    num_splits: int,
+    scales: tuple[Tensor | None, Tensor | None],
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Each sequence by the kernels that its own queries are for, whatever the others': a row's bits depend on nothing
+    of the batch. Those of no more rows than one tile has are decoded; more are not, or over 8-bit pages in groups."""
+    batch, group = _validate_rows(given, scales), _group(given)
+    if _is_empty(given, batch):
+        return _nothing(given, out)
+    few = max((_ROWS_OF_A_TILE if group <= _ROWS_OF_A_TILE else SHORT_ROWS) // group, 1)
+    if most == 1 and given.q.shape[0] == batch:
+        return _decoded(given, options, expression, 1, None, num_splits, scales, out)
+    counts, keys = given.cu_seqlens_q.diff(), given.seqused_k  # type: ignore[union-attr]
+    assert keys is not None
+    groups = _Groups(given, few, one_each=True)
+    if 0 < most <= few:
+        return _decoded(given, options, expression, few, groups, num_splits, scales, out)
+    is_short = counts <= few
+    of_short = given._replace(seqused_k=keys.where(is_short, 0))
+    short, short_lse = _decoded(of_short, options, expression, few, groups, num_splits, scales, None)
+    if given.k.dtype in CACHE_DTYPES:
+        _validate_groups(given, options, expression, in_parts=True)
+        size = max(SHORT_ROWS // group, 1)
+        of_long = given._replace(seqused_k=keys.clamp(0, given.capacity).where(~is_short, 0))
+        long, long_lse = _decoded(of_long, options, expression, size, _Groups(of_long, size), num_splits, scales, None)
+    else:
+        of_long = given._replace(seqused_q=counts.where(~is_short, 0))
+        long, long_lse = over_pages(of_long, options, expression, queries="any")
+    is_of_short = is_short[groups.of_row]
+    found = short.where(is_of_short[:, None, None], long)
+    return (found if out is None else out.copy_(found)), short_lse.where(is_of_short, long_lse)
 
 
 def _over_widened(
@@ -244,6 +312,7 @@ class _Groups:
 
     of_slots  (groups, size): the row in each slot; of a slot that no query has, any row.
     slots     (rows,): the slot of each row.
+    of_row    (rows,): the sequence of each row; of one that no sequence has, any.
     unused    (rows,): whether no sequence has it.
     sequence  (groups,): whose each is; None: group b is all that sequence b has.
     behind    (groups,): how many queries the sequence has behind the group's.
@@ -267,9 +336,9 @@ class _Groups:
         slots = torch.arange(size, device=device)
         self.of_slots = (group_ends[:, None] - size + slots).clamp_(0, rows - 1)
         row = torch.arange(rows, device=device)
-        sequence = torch.searchsorted(ends, row, right=True).clamp_(max=batch - 1)
-        behind = ends[sequence] - 1 - row
-        self.slots = ((last[sequence] + 1) * size - 1 - behind).clamp_(0, self.of_slots.numel() - 1)
+        self.of_row = torch.searchsorted(ends, row, right=True).clamp_(max=batch - 1)
+        behind = ends[self.of_row] - 1 - row
+        self.slots = ((last[self.of_row] + 1) * size - 1 - behind).clamp_(0, self.of_slots.numel() - 1)
         self.unused = row >= ends[-1:]
 
 

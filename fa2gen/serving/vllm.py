@@ -61,9 +61,10 @@ def flash_attn_varlen_func(
     out              a buffer for the result, (total_q, heads, head_dim). Rows that no sequence has become 0; where each
                      sequence has one query, row b is sequence b's, and those of seqused_k 0 become 0.
     s_aux            (heads,): logits of attention sinks, which LSE has in it.
-    num_splits       the most parts that a sequence's keys are split into, where kernels of decoding read them; 0: as
-                     suits the device. With a number a row's bits do not depend on its batch, but on whether kernels of
-                     decoding run: they do where each sequence has as many queries, up to 64 times heads of a group.
+    num_splits       over pages, the most parts that a sequence's keys are split into, where kernels of decoding read
+                     them; 0: as suits the device. With a number a row's bits do not depend on its batch: sequences of
+                     up to 16 rows, queries times heads of a group, are decoded, others are not, whatever is beside
+                     them.
     descales         of 8-bit tensors; they are not looked at otherwise.
     scheduler_metadata, fa_version, deterministic, cp_rank and cp_tot_seqused_k (with a cp_world_size of 1) are taken,
                      and change nothing: kernels make their schedule on the device, and are always deterministic.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -190,6 +192,36 @@ def test_prefill_over_pages_of_8_bits(dtype, options, room, monkeypatch):
         wanted = run(*(x.float().mul(step).bfloat16() for x in eight))
         torch.testing.assert_close(out, wanted[0], atol=0.02, rtol=0.02)
         torch.testing.assert_close(lse, wanted[1], atol=5e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window_size": [200, 0], "softcap": 20.0}], ids=["plain", "window"])
+def test_fixed_parts_do_not_depend_on_the_batch(dtype, options):
+    """60 batches of steps, of guessed tokens and of prompts: a sequence among others, and alone."""
+    queries = (1, 1, 1, 1, 3, 4, 5, 40, 300)
+    keys = [1, 77, 900, 2048, 2000, 4, 1500, 40, 1999]
+    starts, page, pages = [0, *torch.tensor(queries).cumsum(0).tolist()], 16, 128
+    q = random(sum(queries), 16, 128)
+    k, v = (random(len(keys) * pages, page, 4, 128).add(i).to(dtype) for i in range(2))
+    table = torch.arange(len(keys) * pages, dtype=torch.int32, device="cuda").view(-1, pages)
+
+    def call(chosen):
+        most = max(queries[b] for b in chosen)
+        bounds = ints([0, *torch.tensor([queries[b] for b in chosen]).cumsum(0).tolist()])
+        out, lse = vllm.flash_attn_varlen_func(
+            torch.cat([q[starts[b] : starts[b] + queries[b]] for b in chosen]), k, v, most, bounds,
+            max(keys[b] for b in chosen), seqused_k=ints([keys[b] for b in chosen]), block_table=table[chosen],
+            causal=True, return_softmax_lse=True, num_splits=4, **options,
+        )  # fmt: skip
+        return [(out[a:b], lse[:, a:b]) for a, b in itertools.pairwise(bounds.tolist())]
+
+    alone = [call([b])[0] for b in range(len(keys))]
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        known = (4, 6, len(keys))[seed % 3]
+        chosen = torch.randperm(known, generator=generator)[: 2 + seed % (known - 1)].tolist()
+        for b, found in zip(chosen, call(chosen), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(found, alone[b], strict=True)), (chosen, b)
 
 
 def test_rows_of_pages_that_TMA_can_not_step_over_are_copied_one_by_one():

@@ -336,6 +336,8 @@ CASES: dict[str, Case] = {
     "ragged: q is None": Case(InvalidInput, "q must be a torch.Tensor|NoneType", lambda: flash_attn_varlen_func(None, t(9, 2, 64), t(9, 2, 64), ints(0, 8), ints(0, 9))),
     "ragged: longest of floats": Case(InvalidInput, "max_seqlen_k must be a whole number|5.0 (float)", lambda: ragged(max_seqlen_k=5.0)),
     "ragged: longest below 0": Case(InvalidInput, "max_seqlen_q must be a whole number|-1 (int)", lambda: ragged(max_seqlen_q=-1)),
+    "append: another head dim": Case(InvalidInput, "key is a tensor (4, 2, 32)|key_cache a tensor (4, 16, 2, 64)|head_dim", lambda: fa2gen.reshape_and_cache(t(4, 2, 32), t(4, 2, 32), t(4, 16, 2, 64), t(4, 16, 2, 64), ints(0, 1, 2, 3))),
+    "append: fewer values": Case(InvalidInput, "key has shape (4, 2, 64), value (3, 2, 64)|equal", lambda: fa2gen.reshape_and_cache(t(4, 2, 64), t(3, 2, 64), t(4, 16, 2, 64), t(4, 16, 2, 64), ints(0, 1, 2, 3))),
     "pages: a table of rank 1": Case(InvalidInput, "block_table has shape (2,)|(batch, pages", lambda: over_pages(block_table=ints(0, 1))),
     "pages: a table in int64": Case(InvalidInput, "block_table is torch.int64|torch.int32", lambda: over_pages(block_table=torch.zeros(2, 2, dtype=torch.int64))),
     "pages: a table in columns": Case(InvalidInput, "block_table has strides|.contiguous()", lambda: over_pages(block_table=ints(0, 1, 1, 0).view(2, 2).t())),

@@ -57,6 +57,8 @@ def causal_and_capped(score, b, h, q_idx, kv_idx):
 def many(score, b, h, q_idx, kv_idx):
     x = torch.where((q_idx // 16 == kv_idx // 16) | ~VALID[b, kv_idx], torch.nn.functional.relu(score), score**2 / 3)
     x = x + torch.log1p(score.abs()) + (q_idx % 3).float() + torch.clamp(score, -1.0, 2.0) + score.square() * 0.5**h
+    x = x * (q_idx > kv_idx) - (h > 1) / 4 + torch.maximum(h == 1, score)
+    x = x + torch.where(b == 0, ~VALID[b, kv_idx], score) + ((h > 0) * (q_idx < 9) + (kv_idx == 5)) * 2
     return x.sigmoid() - torch.maximum(score, -score).sqrt() + torch.rsub(score, 1, alpha=2) + (q_idx < 3).float()
 
 

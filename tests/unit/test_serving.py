@@ -55,7 +55,7 @@ def kinds(monkeypatch):
     for name in ("run_cached", "over_pages"):
         function = getattr(pages, name)
         monkeypatch.setattr(
-            pages, name, lambda *given, name=name, function=function: (taken.append(name), function(*given))[1]
+            pages, name, lambda *given, name=name, of=function, **said: (taken.append(name), of(*given, **said))[1]
         )
     return taken
 
@@ -124,6 +124,35 @@ def test_padding_of_a_captured_batch(kinds):
     assert kinds == ["run_cached"] and not found[0][2:].any() and found[1][:, 2:].isneginf().all()
 
 
+MIXED = ((30, 1, 0, 17, 8), (100, 70, 9, 17, 8))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "taken"),
+    [
+        (STEP, 1, ["run_cached"]),
+        (((8, 0, 3), (100, 9, 57)), 8, ["run_cached"]),
+        (MIXED, 30, ["run_cached", "over_pages"]),
+        (MIXED, None, ["run_cached", "over_pages"]),
+    ],
+    ids=["step", "speculative", "mixed", "nobody says"],
+)
+@pytest.mark.parametrize("options", [{}, {"window_size": [7, 0], "softcap": 20.0}], ids=["plain", "window"])
+def test_fixed_parts(kinds, sizes, most, taken, options):
+    """Each sequence by kernels for its own queries, whatever the others': into the caller's buffer, and padding 0."""
+    batch = Batch(*sizes)
+    rows = len(batch.q)
+    spare = 0 if sizes is STEP else 3
+    q = torch.cat([batch.q, random(spare, HEADS, HEAD_DIM)])
+    buffer = torch.full(q.shape, 7.0).bfloat16()
+    out, lse = vllm.flash_attn_varlen_func(
+        q, batch.k, batch.v, most, batch.bounds, 128, seqused_k=batch.keys, block_table=batch.table, causal=True,
+        return_softmax_lse=True, out=buffer, num_splits=4, **options,
+    )  # fmt: skip
+    close((out[:rows], lse[:, :rows]), batch.expected(causal=True, **options))
+    assert out is buffer and kinds == taken and not out[rows:].any() and lse[:, rows:].isneginf().all()
+
+
 class EightBits(Batch):
     """Over caches of e4m3, of which these are the scales; `k` and `v` are what they stand for."""
 
@@ -169,6 +198,16 @@ def test_caches_of_8_bits(kinds, sizes, options, monkeypatch):
     assert not out[rows:].any() and lse[:, rows:].isneginf().all()
 
 
+def test_fixed_parts_of_8_bits(kinds):
+    """Steps, and prompts in groups."""
+    batch = EightBits(MIXED[0], MIXED[1])
+    out, lse = vllm.flash_attn_varlen_func(**batch.given, causal=True, num_splits=4)
+    wanted = batch.expected(causal=True)
+    torch.testing.assert_close(out, wanted[0], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(lse, wanted[1], atol=0.01, rtol=0.01)
+    assert kinds == ["run_cached"] * 2
+
+
 LONG = ((70, 1, 0, 33, 5), (100, 70, 9, 120, 3))
 
 
@@ -195,14 +234,15 @@ def test_many_queries_over_8_bits(kinds, options, monkeypatch):
     assert kinds == ["over_pages"] * (1 + HEADS_KV)
 
 
-@pytest.mark.parametrize("kib", [1 << 20, 0])
-def test_lengths_beyond_8_bit_pages_are_what_these_hold(kib, monkeypatch):
-    """Widened, and where one head's keys are too much for that."""
+@pytest.mark.parametrize(("kib", "num_splits"), [(1 << 20, 0), (0, 0), (1 << 20, 2)])
+def test_lengths_beyond_8_bit_pages_are_what_these_hold(kib, num_splits, monkeypatch):
+    """Widened, where one head's keys are too much for that, and in fixed parts."""
     monkeypatch.setattr(pages, "WIDE_BYTES", kib << 10)
     batch = EightBits((100, 3), (96, 50))
     capacity = batch.table.shape[1] * batch.given["k"].shape[1]
     call = vllm.flash_attn_varlen_func
-    found = [call(**{**batch.given, "seqused_k": ints(n, 50)}, causal=True)[0] for n in (capacity, capacity + 24)]
+    given = [{**batch.given, "seqused_k": ints(n, 50), "num_splits": num_splits} for n in (capacity, capacity + 24)]
+    found = [call(**x, causal=True)[0] for x in given]
     assert torch.equal(*found) and found[0].isfinite().all()
 
 
@@ -218,6 +258,8 @@ def test_more_keys_than_8_bits_are_widened_of_show(monkeypatch):
 def test_what_prefill_over_8_bits_refuses(monkeypatch):
     batch = EightBits((70, 1), (100, 70))
     call = vllm.flash_attn_varlen_func
+    with pytest.raises(fa2gen.UnsupportedProblem, match="num_splits=0"):
+        call(**batch.given, causal=True, alibi_slopes=torch.ones(HEADS), num_splits=2)
     monkeypatch.setattr(pages, "WIDE_BYTES", 1 << 16)
     for options in ({"window_size": [9, 3]}, {"causal": True, "alibi_slopes": torch.ones(HEADS)}):
         with pytest.raises(fa2gen.UnsupportedProblem, match="max_seqlen_k"):
