@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 import transformers
 from transformers import AttentionInterface, masking_utils
 
-from fa2gen import UnsupportedProblem, flash_attn_func
+from fa2gen import InvalidInput, UnsupportedProblem, flash_attn_func
 from fa2gen.integrations.transformers import attention, models, register, report, rows
 from fa2gen.ops import validate
 from tests.transformers_zoo import SEQLEN, VOCABULARY, ZOO, Animal, errors
@@ -105,6 +105,7 @@ MASKED = [
     Animal("bloom", config={"n_head": 4, "n_layer": 2}, runs="own"),
     Animal("mpt", config={"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, runs="own"),
     Animal("megatron-bert", "encoder", runs="own"),
+    Animal("splinter", "encoder", config={"max_position_embeddings": 64}),
     Animal("doge", runs="sdpa"),
     Animal("phimoe", config={"sliding_window": 6, "num_local_experts": 4}, runs="sdpa", since=5),
     Animal("nllb-moe", "both", config={**BART.config, "num_experts": 4}),
@@ -144,6 +145,22 @@ def test_generate_gives_sdpas_tokens(model_type, cache):
     with attention.recorded() as calls:
         assert model.generate(inputs, **said).tolist() == eager.generate(inputs, **said).tolist()
     assert {call.runs for call in calls.values()} == {"fa2gen"}
+
+
+WINDOWED = [Animal("mistral", config={"sliding_window": 6}), Animal("moshi", config={"sliding_window": 6}, since=5)]
+
+
+@pytest.mark.parametrize("animal", [x for x in WINDOWED if x.since <= MAJOR], ids=str)
+def test_masks_of_windows_that_generate_makes_for_a_model(animal):
+    """Of a static cache: made again by the model, with padding in the window, or for attention that hears of none."""
+    eager, model = pair(animal)
+    ids, mask = animal.inputs()["input_ids"][:, :8], torch.ones(2, 8, dtype=torch.long)
+    mask[0, :5] = 0
+    said = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": mask}
+    said |= {"cache_implementation": "static", "disable_compile": True, "output_logits": True}
+    found, wanted = (m.generate(ids, return_dict_in_generate=True, **said) for m in (model, eager))
+    assert found.sequences.tolist() == wanted.sequences.tolist()
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), rtol=0, atol=2e-6)
 
 
 def test_a_static_cache_without_a_mask_hides_what_was_not_seen():
@@ -298,9 +315,12 @@ ADDS = "class OwnAttention(Module):\n    def forward(self):\n        return soft
         ("create_causal_mask(config, block_sequence_ids=ids)", {"overlays": True}),
         ("create_causal_mask(config, or_mask_function=image)", {"overlays": True}),
         ("create_causal_mask(config, or_mask_function=None)", {}),
-        ("create_sliding_window_causal_mask(config)", {"windows": False}),
-        ("create_sliding_window_causal_mask(config)\nattend(self, q, sliding_window=self.sliding_window)", {}),
+        ("create_sliding_window_causal_mask(config)", {"makes_windows": True}),
+        ("attend(self, q, sliding_window=self.sliding_window)", {"windows": True}),
         ("create_causal_mask(config, allow_is_causal_skip=False)", {"whole": True}),
+        ('create_causal_mask(config, **{"allow_is_causal_skip": False})', {"whole": True}),
+        ("class XAttention(Module):\n    def forward(self):\n        attend = " + INTERFACE, {"bidirectional": False}),
+        ("class XAttention(Module):\n    is_causal = False\n    attend = " + INTERFACE, {"causal": False}),
         ("def __init__(self, is_causal: bool | None = False):", {"causal": False}),
         ("self.is_causal = False\nself.is_causal = is_causal", {"causal": False}),
         ("self.is_causal = False\nself.is_causal = config.is_decoder", {}),
@@ -311,7 +331,7 @@ ADDS = "class OwnAttention(Module):\n    def forward(self):\n        return soft
 def test_what_a_models_source_says(tmp_path, line, found):
     model = tmp_path / "modeling_x.py"
     model.write_text(INTERFACE + line)
-    assert models._read(str(model)) == models.Model()._replace(**found)
+    assert models._read(str(model)) == models.Model(windows=False)._replace(**found)
 
 
 def test_a_model_without_the_interface_has_attention_of_its_own_if_any(tmp_path):
@@ -496,6 +516,11 @@ def test_report():
         with pytest.warns(UserWarning, match="position_bias"):
             lines = report(t5.build("fa2gen"), **t5.inputs())
         assert {line.runs for line in lines} == {"sdpa"} and "position_bias" in lines[0].why
+
+
+def test_report_of_what_is_no_model():
+    with pytest.raises(InvalidInput, match=r"Linear is no transformers model.*report\(model, input_ids=...\)"):
+        report(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "gpt_neox_japanese", "mpt"])

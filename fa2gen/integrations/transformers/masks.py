@@ -62,19 +62,20 @@ def mask(
         "attention_mask": attention_mask, **queries, **others,
     }  # fmt: skip
     if model.own:
-        return _made("eager_mask", asked)
+        return _made("eager_mask", asked if model.bidirectional else asked | {"allow_is_bidirectional_skip": False})
     if model.whole:
         return _made("sdpa_mask", asked | {"allow_is_causal_skip": False})
     tracing = torch.compiler.is_compiling()
     parts = {} if tracing else _parts(mask_function)
     known = _is_named(mask_function, others) if tracing else parts.keys() <= _SAID
-    windows = mask_function.__name__ == "and_mask" if tracing else not _WINDOWS.isdisjoint(parts)  # or packed
+    may_be_windows = model.makes_windows and mask_function.__name__ == "and_mask"  # which may be packed sequences
+    windows = may_be_windows if tracing else not _WINDOWS.isdisjoint(parts)
     known = known and (model.windows or not windows)
     if isinstance(q_offset, Tensor) and q_length > 1:
         known = known and not tracing
         q_offset = int(q_offset) if known else q_offset
     causal = mask_function.__name__ != "bidirectional_mask_function" if tracing else _CAUSAL in parts
-    silent = causal and not model.causal  # nobody but the mask says so
+    silent = not (model.causal if causal else model.bidirectional)  # nobody but the mask says so
     seen = q_offset + q_length - kv_offset if causal else kv_length  # how many keys the last query sees
     if not known or (silent and tracing) or (isinstance(seen, int) and seen > kv_length):
         return _made("sdpa_mask", asked | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
@@ -101,7 +102,9 @@ def _counted(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
     """The part of a mask of all keys that is about these."""
     if attention_mask is None:
         return None
-    part = attention_mask[:, kv_offset : kv_offset + kv_length]
+    # Made here before: generate makes the masks of a static cache, and the model makes them again of those.
+    first = 0 if attention_mask.shape[1] == kv_length else kv_offset
+    part = attention_mask[:, first : first + kv_length]
     return torch.nn.functional.pad(part, (0, kv_length - part.shape[1])) if part.shape[1] < kv_length else part
 
 

@@ -18,7 +18,7 @@ _CLASS = re.compile(r"^class \w*Attention\w*\b.*(?:\n(?!\S).*)*", re.MULTILINE)
 _ADDS = re.compile(r"\+=? attention_mask\b")
 _JOINS = re.compile(r"\bcat\(\[attention_mask, \w+\.to\(attention_mask\.dtype\)")  # a bias of more keys to it
 # A mask that is wanted whatever it hides: it is joined to another, or looked up.
-_WHOLE = re.compile(r"\ballow_is_causal_skip=False|\bindexed_attention\b|\battention_mask\.dtype == torch\.bool\b")
+_WHOLE = re.compile(r"\ballow_is_causal_skip\W+False|\bindexed_attention\b|\battention_mask\.dtype == torch\.bool\b")
 _WINDOWS = re.compile(r"\bcreate_\w*sliding_window\w*")  # as masks of one are made
 _SAYS_WINDOWS = re.compile(r"\bsliding_window=")  # as attention hears of one
 _CAUSAL = re.compile(r"\bis_causal(?:: [\w |]+)?\s*=\s*([\w.]+)")
@@ -30,17 +30,21 @@ _OVERLAYS = re.compile(r"\b(?:or_mask_function|and_mask_function|block_sequence_
 class Model(NamedTuple):
     """What to know of a model to make its masks.
 
-    own       some of its attention is its own code, which knows masks as what is added to scores, and no others.
-    whole     it does more with masks than hand them to its attention.
-    windows   its attention hears of sliding windows otherwise.
-    causal    its attention hears otherwise of whether it is causal.
-    overlays  its masks may be more than causal, windows and packed sequences.
+    own            some of its attention is its own code, which knows masks as what is added to scores, and no others.
+    whole          it does more with masks than hand them to its attention.
+    windows        its attention hears of sliding windows otherwise.
+    makes_windows  it makes masks of sliding windows itself.
+    causal         its attention hears otherwise that it is causal, or whether.
+    bidirectional  all of its attention hears otherwise that it is not.
+    overlays       its masks may be more than causal, windows and packed sequences.
     """
 
     own: bool = False
     whole: bool = False
     windows: bool = True
+    makes_windows: bool = False
     causal: bool = True
+    bidirectional: bool = True
     overlays: bool = False
 
 
@@ -70,11 +74,14 @@ def _read(file: str | None) -> Model:
     if INTERFACE not in source:
         return Model(own=OWN.search(source) is not None, overlays=overlays)
     said = set(_CAUSAL.findall(source))
-    adds = any(INTERFACE not in x and OWN.search(x) and _ADDS.search(x) for x in _CLASS.findall(source))
+    classes = _CLASS.findall(source)
+    adds = any(INTERFACE not in x and OWN.search(x) and _ADDS.search(x) for x in classes)
     return Model(
         own=adds or _JOINS.search(source) is not None,
         whole=_WHOLE.search(source) is not None,
-        windows=_WINDOWS.search(source) is None or _SAYS_WINDOWS.search(source) is not None,
+        windows=_SAYS_WINDOWS.search(source) is not None,
+        makes_windows=_WINDOWS.search(source) is not None,
         causal=not said or not said <= _NEVER_CAUSAL,
+        bidirectional=not any(INTERFACE in x and "is_causal" not in x for x in classes),
         overlays=overlays,
     )

@@ -41,6 +41,11 @@ def report(model: Any, **inputs: Any) -> list[Line]:
     the model raises of those that are given before its first attention.
     """
     given = bool(inputs)
+    if not given and not hasattr(model, "dummy_inputs"):
+        raise InvalidInput(
+            f"{type(model).__name__} is no transformers model, whose inputs would be known; give report those of a "
+            "forward pass: report(model, input_ids=...)"
+        )
     if not given:
         inputs = {name: x.to(model.device) for name, x in model.dummy_inputs.items()}
     refusal = None
