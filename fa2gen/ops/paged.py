@@ -89,7 +89,9 @@ def paged_reference(given: Paged, tensors: Sequence[Tensor], options: Options) -
     size = given.k.shape[1]
     pages = [row[: -(-count // size)].long() for row, count in zip(given.block_table, counts, strict=False)]
     k, v = (
-        torch.cat([x[p.clamp(0, x.shape[0] - 1)].flatten(0, 1)[:n] for p, n in zip(pages, counts, strict=False)])
+        torch.cat(
+            [x[:0, 0], *(x[p.clamp(0, len(x) - 1)].flatten(0, 1)[:n] for p, n in zip(pages, counts, strict=False))]
+        )
         for x in (given.k, given.v)
     )
     bounds = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)

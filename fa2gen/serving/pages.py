@@ -84,9 +84,10 @@ def attend(
             most = max(SHORT_ROWS // _group(given), 1)
             found, lse = _decoded(given, options, expression, most, _Groups(given, most), num_splits, scales, place)
     else:
-        rows, heads = given.q.shape[0], given.q.shape[-2]
-        into = None if place is None else (place, place.new_empty((heads, rows), dtype=torch.float32))
-        are_even = given.cu_seqlens_q is not None and rows == most * (len(given.cu_seqlens_q) - 1)
+        q, bounds, into = given.q, given.cu_seqlens_q, None
+        if place is not None and q.dim() == 3:
+            into = (place, place.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32))
+        are_even = q.dim() == 3 and bounds is not None and q.shape[0] == most * (bounds.numel() - 1)
         queries: Queries = "any" if num_splits else "even" if are_even else "uneven"
         found, lse = over_pages(given, options, expression, None if num_splits else most_keys, into, queries)
     return (found if out is None or place is not None else out.copy_(found)), lse

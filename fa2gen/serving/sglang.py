@@ -11,6 +11,7 @@ from fa2gen.errors import InvalidInput
 from fa2gen.ops import flash_kvcache, flash_varlen
 from fa2gen.ops.arguments import NO_WINDOW, Window, flag, modified, options_of, whole, window_sides
 from fa2gen.ops.validate import describe, refuse_non_tensors
+from fa2gen.ops.validate_cache import validate_table
 from fa2gen.serving.pages import attend, refuse
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -91,6 +92,11 @@ def flash_attn_with_kvcache(
         cache_leftpad=(cache_leftpad is not None, "pages that begin with a sequence's first key"),
     )
     refuse_non_tensors(q=q, k_cache=k_cache, cu_seqlens_q=cu_seqlens_q)
+    if q.dim() != 3 or k_cache.dim() != 4 or cu_seqlens_q.dim() != 1 or not cu_seqlens_q.numel():
+        raise InvalidInput(
+            f"q is {describe(q)}, k_cache {describe(k_cache)}, cu_seqlens_q {describe(cu_seqlens_q)}; they must be "
+            "(total_q, heads, head_dim), (pages, page_size, heads_kv, head_dim) and (batch + 1,)"
+        )
     batch = cu_seqlens_q.numel() - 1
     page_table = _table(q, k_cache, batch, page_table, cache_batch_idx)
     if not isinstance(cache_seqlens, Tensor):
@@ -111,8 +117,11 @@ def flash_attn_with_kvcache(
 def _table(q: Tensor, k_cache: Tensor, batch: int, page_table: Tensor | None, cache_batch_idx: Tensor | None) -> Tensor:
     """The pages of each sequence, (batch, pages): rows of the table by number, or entries of a cache without one, each
     the only page of its sequence. Numbers beyond it are the nearest that there are."""
-    if page_table is not None and cache_batch_idx is None:
-        return page_table
+    if page_table is not None:
+        refuse_non_tensors(page_table=page_table)
+        if cache_batch_idx is None:
+            return page_table
+        validate_table(page_table, q, min(batch, 1))
     entries = (k_cache if page_table is None else page_table).shape[0]
     if cache_batch_idx is None:
         if entries < batch:
