@@ -46,6 +46,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "longest_known",
     "over_pages",
     "paged",
 ]
@@ -182,13 +183,13 @@ def flash_attn_varlen_func(  # type: ignore[misc]  # the second overload leaves 
     refuse_non_lengths(lengths)
     max_keys = None
     if not torch.compiler.is_compiling():  # there a number would be a constant of the graph, and another make a new one
-        _longest("max_seqlen_q", max_seqlen_q)
-        max_keys = _longest("max_seqlen_k", max_seqlen_k)
+        longest_known("max_seqlen_q", max_seqlen_q)
+        max_keys = longest_known("max_seqlen_k", max_seqlen_k)
     if not plain_numbers:
         options = options_of(q, softmax_scale, causal, (left, right), attention_chunk, deterministic, True, expression)
     return_attn_probs = flag("return_attn_probs", return_attn_probs)
     if dropout_p and return_attn_probs:
-        longest = _longest("max_seqlen_q", max_seqlen_q), _longest("max_seqlen_k", max_seqlen_k)
+        longest = longest_known("max_seqlen_q", max_seqlen_q), longest_known("max_seqlen_k", max_seqlen_k)
         if None in longest:
             raise InvalidInput(
                 "with dropout, return_attn_probs gives a mask (batch, heads, max_seqlen_q, max_seqlen_k), and these "
@@ -352,11 +353,11 @@ def over_pages(
     found, tensors = expression
     if found:
         found = found._replace(shapes=tuple(tuple(x.shape) for x in tensors))
-    longest = None if torch.compiler.is_compiling() else _longest("max_seqlen_k", max_keys)
+    longest = None if torch.compiler.is_compiling() else longest_known("max_seqlen_k", max_keys)
     return run_paged(given, tensors, options._replace(expression=found), longest, into, queries)
 
 
-def _longest(name: str, given: Any) -> int | None:
+def longest_known(name: str, given: Any) -> int | None:
     """The rows of the longest sequence, as far as the host knows them; a tensor is not read."""
     if given.__class__ is int and given >= 0:
         return given

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fa2gen.errors import InvalidInput, UnsupportedProblem
-from fa2gen.ops.arguments import Modified, whole
+from fa2gen.ops.arguments import Modified
 from fa2gen.ops.call import calls_for_decoding
 from fa2gen.ops.flash_kvcache import parts_of, run_cached
-from fa2gen.ops.flash_varlen import over_pages
+from fa2gen.ops.flash_varlen import longest_known, over_pages
+from fa2gen.ops.forward_only import is_direct
 from fa2gen.ops.validate import describe, refuse_non_tensors, validate_heads, validate_lengths
 from fa2gen.ops.validate_cache import CACHE_DTYPES, Cached, Paged, validate_splits, validate_table
 from fa2gen.ops.widen import Narrow, widen
@@ -27,6 +28,9 @@ the device, where a block of prefill's 128 to 256 rows would be mostly empty."""
 _ROWS_OF_A_TILE = 16
 """The same that kernels of decoding have in their smallest tiles. More are multiplied by more warps, and give other
 bits."""
+
+_PARTS_AT_ONCE = 16
+"""Of a sequence's keys, that kernels of decoding put together at once."""
 
 WIDE_BYTES = 1 << 30
 """The most memory that keys of 8-bit pages take in 16 bits: where all heads' would be more, some heads are widened and
@@ -47,24 +51,27 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): out (total_q, heads, head_dim), the caller's if it is given; lse (heads, total_q) fp32.
 
-    most_queries  of a sequence. Where the rows of q are just so many for each, kernels of decoding may run. Of one
-                  query each, row b is then taken to be sequence b's, as engines lay them out, with sequences that have
-                  none, which pad a batch, behind the others; of more, cu_seqlens_q says whose each row is.
-    most_keys     of a sequence. Pages of 8-bit numbers are read by kernels of decoding alone. For more queries each
+    most_queries  of a sequence; of a tensor, which is not read, nothing is known. Where the rows of q are just so many
+                  for each, kernels of decoding may run. Of one query each, row b is then taken to be sequence b's, as
+                  engines lay them out, with sequences that have none, which pad a batch, behind the others; of more,
+                  cu_seqlens_q says whose each row is.
+    most_keys     likewise. Pages of 8-bit numbers are read by kernels of decoding alone. For more queries each
                   sequence's keys are widened to 16 bits, up to most_keys (if one has more, its rows are NaN) or all
                   that its pages hold; where one head's are too much for that, queries are taken group by group, which
                   takes 2 to 12 times as long (H200).
-    num_splits    with a number each sequence's own queries decide which kernels it has, and its own keys the parts: no
-                  row's bits depend on the batch. Batches of few and of many queries are then launched twice.
+    num_splits    with a number each sequence's own queries decide which kernels it has, and how many keys a row of the
+                  table can hold the parts: no row's bits depend on the batch. Batches of few and of many queries are
+                  then launched twice.
     scales        of k and v, where they are of 8 bits: (batch, heads_kv) fp32, of any strides.
     """
-    most, num_splits = _number("max_seqlen_q", most_queries), parts_of(num_splits)
+    most, num_splits = longest_known("max_seqlen_q", most_queries) or 0, parts_of(num_splits)
+    most_keys = longest_known("max_seqlen_k", most_keys)
     validate_splits(num_splits)
     named = zip(("k_descale", "v_descale"), scales, strict=True)
     refuse_non_tensors(**{name: x for name, x in named if x is not None})
     if out is not None:
         validate_out(out, given.q, given.v)
-    place = out if out is not None and out.is_contiguous() and not (out.is_cuda and out.data_ptr() & 15) else None
+    place = out if out is not None and out.is_contiguous() and _is_aligned(out) else None
     decodes = _fits_decoding(given)
     if num_splits and decodes:
         found, lse = _in_fixed_parts(given, options, expression, most, num_splits, scales, place)
@@ -100,6 +107,11 @@ def refuse(**named: Any) -> None:
             raise UnsupportedProblem(f"{name} is not built; nearest: {nearest}")
 
 
+def _is_aligned(out: Tensor) -> bool:
+    """Whether kernels may write to it; where others look at the call, operators make results of their own."""
+    return not out.is_cuda or not is_direct(out, out, out) or out.data_ptr() & 15 == 0
+
+
 def _fits_decoding(given: Paged) -> bool:
     """Whether kernels of decoding have these sizes, of which those of prefill have more, and say what is wrong."""
     q, k, v = given[:3]
@@ -115,7 +127,7 @@ def _group(given: Paged) -> int:
     return max(int(heads) // max(int(heads_kv), 1), 1)
 
 
-def _is_short(given: Paged, most: int, most_keys: Any, expression: Modified) -> bool:
+def _is_short(given: Paged, most: int, most_keys: int | None, expression: Modified) -> bool:
     """Whether kernels of decoding are to read the pages, as suits the device."""
     q, k = given[:2]
     batch = len(given.cu_seqlens_q) - 1  # type: ignore[arg-type]
@@ -161,12 +173,12 @@ def _validate_rows(given: Paged, scales: tuple[Tensor | None, Tensor | None]) ->
     return batch
 
 
-def _most_keys(given: Paged, most_keys: Any) -> int:
+def _most_keys(given: Paged, most_keys: int | None) -> int:
     """Of a sequence, at least 1 and at most what its pages hold, which it is where nothing is said."""
-    return given.capacity if most_keys is None else min(max(_number("max_seqlen_k", most_keys), 1), given.capacity)
+    return given.capacity if most_keys is None else min(max(most_keys, 1), given.capacity)
 
 
-def _wide_rows(given: Paged, most_keys: Any) -> int:
+def _wide_rows(given: Paged, most_keys: int | None) -> int:
     """Room for the keys of each sequence, of few kinds: at most a fifth more than whole tiles."""
     most = _most_keys(given, most_keys)
     step = _WIDE_ROWS << max((most // _WIDE_ROWS).bit_length() - 3, 0)
@@ -210,7 +222,10 @@ def _in_fixed_parts(
     if _is_empty(given, batch):
         return _nothing(given, out)
     few = max((_ROWS_OF_A_TILE if group <= _ROWS_OF_A_TILE else SHORT_ROWS) // group, 1)
-    if most == 1 and given.q.shape[0] == batch:
+    # Slots before a sequence's first query may begin a window's keys a part earlier. Nobody sees that part's keys, and
+    # it changes nothing but which parts are put together at once.
+    begins_alike = options.window_left < 0 or num_splits <= _PARTS_AT_ONCE
+    if most == 1 and given.q.shape[0] == batch and begins_alike:
         return _decoded(given, options, expression, 1, None, num_splits, scales, out)
     counts, keys = given.cu_seqlens_q.diff(), given.seqused_k  # type: ignore[union-attr]
     assert keys is not None
@@ -298,7 +313,11 @@ def _decoded(
         tensors=tensors,
     )
     into = None if out is None or groups else out.view(q.shape)
-    o, lse = run_cached(cached, options._replace(varlen=False, expression=found), True, num_splits, into)
+    try:
+        o, lse = run_cached(cached, options._replace(varlen=False, expression=found), True, num_splits, into)
+    except InvalidInput:
+        _validate_rows(given, scales)  # says it by the names that callers have
+        raise
     o, lse = o.flatten(0, 1), lse.transpose(0, 1).flatten(1)
     if groups:
         o = o[groups.slots].masked_fill_(groups.unused[:, None, None], 0)
@@ -348,12 +367,3 @@ def validate_out(out: Tensor, q: Tensor, v: Tensor) -> None:
     wanted = (*q.shape[:-1], v.shape[-1])
     if not isinstance(out, Tensor) or out.shape != wanted or out.dtype != q.dtype or out.device != q.device:
         raise InvalidInput(f"out is {describe(out)}; it must be {wanted} {q.dtype} on {q.device}")
-
-
-def _number(name: str, given: Any) -> int:
-    if given is None:
-        return 0
-    number = whole(given)
-    if number is None:
-        raise InvalidInput(f"{name} must be a whole number, not {describe(given)}")
-    return number

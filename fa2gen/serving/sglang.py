@@ -63,7 +63,8 @@ def flash_attn_with_kvcache(
 
     cu_seqlens_k_new  is not looked at without k, as in FlashAttention-3.
     rotary_seqlens    may be cache_seqlens itself, and is not looked at without rotary_cos.
-    max_seqlen_k      as in `fa2gen.serving.vllm`, with cu_seqlens_q; it is not looked at otherwise.
+    max_seqlen_q      with cu_seqlens_q, as in `fa2gen.serving.vllm`, also of whose row b is where it is 1; and likewise
+                      max_seqlen_k. They are not looked at otherwise.
     num_splits        as in `fa2gen.flash_attn_with_kvcache`, with cu_seqlens_q as in `fa2gen.serving.vllm`.
     descales          of 8-bit tensors; they are not looked at otherwise.
     scheduler_metadata, pack_gqa, sm_margin and ver are taken, and change nothing.

@@ -56,15 +56,17 @@ def flash_attn_varlen_func(
     cu_seqlens_k. Masks are aligned to the bottom right. Where a window begins within a block of keys, those before it
     are multiplied with 0: pages that were let go must hold finite numbers, or table entries of pages that do.
 
+    max_seqlen_q     says whether queries are few, which kernels of decoding are for; a tensor is not read.
     max_seqlen_k     of pages of 8-bit numbers, how much room there is for 16-bit ones of each sequence: what has more
-                     keys gives NaN. Else it helps to choose the quickest kernel.
-    out              a buffer for the result, (total_q, heads, head_dim). Rows that no sequence has become 0; where each
-                     sequence has one query, row b is sequence b's, and those of seqused_k 0 become 0.
+                     keys gives NaN. Else it helps to choose the quickest kernel. A tensor is not read.
+    out              a buffer for the result, (total_q, heads, head_dim). Rows that no sequence has become 0. Where
+                     max_seqlen_q is 1 and there are as many rows as sequences, row b is sequence b's: those without a
+                     query come last, with a seqused_k of 0, and their rows become 0.
     s_aux            (heads,): logits of attention sinks, which LSE has in it.
     num_splits       over pages, the most parts that a sequence's keys are split into, where kernels of decoding read
-                     them; 0: as suits the device. With a number a row's bits do not depend on its batch: sequences of
-                     up to 16 rows, queries times heads of a group, are decoded, others are not, whatever is beside
-                     them.
+                     them; 0: as suits the device. With a number a row's bits do not depend on its batch, but on how
+                     many keys a row of block_table can hold: sequences of up to 16 rows, queries times heads of a group
+                     (64 where a group has more than 16), are decoded, others are not, whatever is beside them.
     descales         of 8-bit tensors; they are not looked at otherwise.
     scheduler_metadata, fa_version, deterministic, cp_rank and cp_tot_seqused_k (with a cp_world_size of 1) are taken,
                      and change nothing: kernels make their schedule on the device, and are always deterministic.

@@ -195,11 +195,19 @@ def test_prefill_over_pages_of_8_bits(dtype, options, room, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("options", [{}, {"window_size": [200, 0], "softcap": 20.0}], ids=["plain", "window"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_splits": 4},
+        {"num_splits": 4, "window_size": [200, 0], "softcap": 20.0},
+        {"num_splits": 64, "window_size": [1100, 0]},  # more parts than are put together at once
+    ],
+    ids=["plain", "window", "parts"],
+)
 def test_fixed_parts_do_not_depend_on_the_batch(dtype, options):
     """60 batches of steps, of guessed tokens and of prompts: a sequence among others, and alone."""
     queries = (1, 1, 1, 1, 3, 4, 5, 40, 300)
-    keys = [1, 77, 900, 2048, 2000, 4, 1500, 40, 1999]
+    keys = [1, 77, 1933, 2048, 2000, 4, 1500, 40, 1999]  # of 1933 a window begins where a part does
     starts, page, pages = [0, *torch.tensor(queries).cumsum(0).tolist()], 16, 128
     q = random(sum(queries), 16, 128)
     k, v = (random(len(keys) * pages, page, 4, 128).add(i).to(dtype) for i in range(2))
@@ -211,7 +219,7 @@ def test_fixed_parts_do_not_depend_on_the_batch(dtype, options):
         out, lse = vllm.flash_attn_varlen_func(
             torch.cat([q[starts[b] : starts[b] + queries[b]] for b in chosen]), k, v, most, bounds,
             max(keys[b] for b in chosen), seqused_k=ints([keys[b] for b in chosen]), block_table=table[chosen],
-            causal=True, return_softmax_lse=True, num_splits=4, **options,
+            causal=True, return_softmax_lse=True, **options,
         )  # fmt: skip
         return [(out[a:b], lse[:, a:b]) for a, b in itertools.pairwise(bounds.tolist())]
 
