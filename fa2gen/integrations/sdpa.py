@@ -25,8 +25,7 @@ from torch.nn.attention import (
 
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.ops import flash_attn_func, flash_attn_varlen_func
-from fa2gen.ops.autograd import by_operator
-from fa2gen.options import Options
+from fa2gen.ops.autograd import gradients_of
 
 __all__ = ["Enabled", "Overrides", "enable_sdpa"]
 
@@ -153,7 +152,7 @@ def _sdpa_backward(
     _refuse(dropout_p, False, later)
     seen_key, seen_value, mask = _aligned_top_left(query, key, value, is_causal)
     dout, q, k, v, o = (x.transpose(1, 2) for x in (grad_out, query, seen_key, seen_value, out))
-    dq, dk, dv = _gradients(dout, q, k, v, o, logsumexp, (), scale, **mask)
+    dq, dk, dv = gradients_of((dout, q, k, v, o, logsumexp), (), scale, **mask)
     unseen = (0, 0, 0, key.shape[2] - seen_key.shape[2])
     dk, dv = (torch.nn.functional.pad(x.transpose(1, 2), unseen) if unseen[3] else x.transpose(1, 2) for x in (dk, dv))
     return _like(query, dq.transpose(1, 2)), _like(key, dk), _like(value, dv)
@@ -230,27 +229,8 @@ def _backward(
     _refuse(dropout_p, False, later)
     left, right = (-1 if side is None else side for side in (window_size_left, window_size_right))
     lengths = () if cum_seq_q is None else (cum_seq_q, cum_seq_k, None, None)
-    dq, dk, dv = _gradients(grad_out, query, key, value, out, logsumexp, lengths, scale, is_causal, (left, right))
+    dq, dk, dv = gradients_of((grad_out, query, key, value, out, logsumexp), lengths, scale, is_causal, (left, right))
     return _like(query, dq), _like(key, dk), _like(value, dv)
-
-
-def _gradients(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lengths: tuple[Tensor | None, ...],
-    scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv), out and lse being the whole row's, of which k and v may be a part."""
-    left, right = window_size
-    options = Options(scale, causal, left, right, varlen=bool(lengths))
-    with torch.no_grad():
-        return by_operator(dout, q, k, v, out, lse, None, *lengths, options)
 
 
 def _aligned_top_left(

@@ -38,6 +38,8 @@ __all__ = [
     "attend_for_out",
     "attend_for_ragged_out",
     "attend_generally",
+    "by_operator",
+    "gradients_of",
     "is_plain",
     "learning_of",
     "refuse_tangents",
@@ -235,6 +237,22 @@ def by_operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     operator = torch.ops.fa2gen.bwd_varlen.default if said.varlen else torch.ops.fa2gen.bwd.default
     gradients: tuple[Tensor, Tensor, Tensor] = operator(*tensors, **named(said))
     return gradients
+
+
+def gradients_of(
+    tensors: tuple[Tensor, ...],
+    lengths: tuple[Tensor | None, ...],
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of (dout, q, k, v, out, lse), for private functions of others: out and lse are the whole row's, of
+    which k and v may be a part. Of a ragged batch there are four lengths, else none."""
+    left, right = window_size
+    options = Options(softmax_scale, causal, left, right, deterministic=deterministic, varlen=bool(lengths))
+    with torch.no_grad():
+        return by_operator(*tensors, None, *lengths, options)
 
 
 def by_general_operator(*arguments: Any) -> AllGradients:

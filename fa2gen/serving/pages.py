@@ -222,10 +222,11 @@ def _in_fixed_parts(
     if _is_empty(given, batch):
         return _nothing(given, out)
     few = max((_ROWS_OF_A_TILE if group <= _ROWS_OF_A_TILE else SHORT_ROWS) // group, 1)
-    # Slots before a sequence's first query may begin a window's keys a part earlier. Nobody sees that part's keys, and
-    # it changes nothing but which parts are put together at once.
-    begins_alike = options.window_left < 0 or num_splits <= _PARTS_AT_ONCE
-    if most == 1 and given.q.shape[0] == batch and begins_alike:
+    if options.window_left >= 0:
+        # Slots before a sequence's first query may begin a window's keys a part earlier. Nobody sees that part's keys,
+        # and it changes nothing where all parts are put together at once.
+        num_splits = min(num_splits, _PARTS_AT_ONCE)
+    if most == 1 and given.q.shape[0] == batch:
         return _decoded(given, options, expression, 1, None, num_splits, scales, out)
     counts, keys = given.cu_seqlens_q.diff(), given.seqused_k  # type: ignore[union-attr]
     assert keys is not None

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from fa2gen.errors import UnsupportedProblem
 from fa2gen.ops import flash_attn_func, flash_attn_varlen_func
-from fa2gen.ops.autograd import by_operator
-from fa2gen.options import Options
+from fa2gen.ops.autograd import gradients_of
 
 __all__ = [
     "_flash_attn_backward",
@@ -125,7 +124,7 @@ def _flash_attn_backward(
     """
     _refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
     window = (window_size_left, window_size_right)
-    found = _gradients((dout, q, k, v, out, softmax_lse), (), softmax_scale, causal, window, deterministic)
+    found = gradients_of((dout, q, k, v, out, softmax_lse), (), softmax_scale, causal, window, deterministic)
     _write((dq, dk, dv), found)
     return _dot(dout, out).transpose(1, 2)
 
@@ -158,18 +157,9 @@ def _flash_attn_varlen_backward(
     """`_flash_attn_backward` of packed tensors; returns sums (heads, total_q)."""
     _refuse(dropout_p=dropout_p, softcap=softcap, alibi_slopes=alibi_slopes)
     window, lengths = (window_size_left, window_size_right), (cu_seqlens_q, cu_seqlens_k, None, None)
-    found = _gradients((dout, q, k, v, out, softmax_lse), lengths, softmax_scale, causal, window, deterministic)
+    found = gradients_of((dout, q, k, v, out, softmax_lse), lengths, softmax_scale, causal, window, deterministic)
     _write((dq, dk, dv), found)
     return _dot(dout, out).transpose(0, 1)
-
-
-def _gradients(
-    tensors: tuple[Tensor, ...], lengths: tuple[Tensor | None, ...], *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    softmax_scale, causal, (left, right), deterministic = options
-    said = Options(softmax_scale, causal, left, right, deterministic=deterministic, varlen=bool(lengths))
-    with torch.no_grad():
-        return by_operator(*tensors, None, *lengths, said)
 
 
 def _write(targets: tuple[Tensor | None, ...], found: tuple[Tensor, ...]) -> None:
