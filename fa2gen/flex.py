@@ -6,11 +6,12 @@ become inputs under the names that they have in the function. What the language 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -41,7 +42,8 @@ def from_flex(
     """The expressions of score_mod(score, b, h, q_idx, kv_idx) and mask_mod(b, h, q_idx, kv_idx).
 
     A score_mod that ends in torch.where(condition, score, -inf) gives allow its condition. Numbers that the functions
-    hold are written into the text, and so are parts of the kernel; tensors are not.
+    hold are written into the text, and so are parts of the kernel; tensors are not. Whole numbers have 32 bits, also
+    those of torch.int64.
 
     Raises UnsupportedProblem for an operation without a word in the language, for control flow by values, and for a
     captured tensor that is not indexed down to one number.
@@ -56,7 +58,11 @@ def from_flex(
         conditions.append(condition)
     allow = " and ".join(f"({condition})" for condition in conditions)
     kinds = {name: _kind(x) for name, x in inputs.items()}
-    program = parse(score, allow, kinds)  # type: ignore[arg-type]
+    try:
+        program = parse(score, allow, kinds)  # type: ignore[arg-type]
+    except InvalidInput as error:
+        names = " and ".join(_name(x) for x in (score_mod, mask_mod) if x is not None)
+        raise UnsupportedProblem(f"what {names} computes is not in the language: {error}") from error
     named = {x.name for x in program.inputs}  # `0 * bias[j]` is gone from the text
     return FlexExpression(program.score, program.allow, {name: x for name, x in inputs.items() if name in named})
 
@@ -113,6 +119,9 @@ _FUNCTIONS = {
 }
 _ON_BOOLS = {"logical_and", "logical_or", "logical_xor", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"}
 _ON_BOOLS |= {"bitwise_xor"}
+_NARROW = (torch.uint8, torch.int8, torch.int16)
+_WRAP = {"abs", "add", "mul", "neg", "pow", "rsub", "square", "sub"}
+_ORDERS = {"lt", "le", "gt", "ge"}
 _TO_BOOLS = {"mul": "and", "minimum": "and", "add": "or", "maximum": "or"}  # where both sides are conditions
 
 
@@ -122,7 +131,7 @@ class _Reader:
     def __init__(self, function: Callable[..., Tensor], words: Sequence[str], inputs: dict[str, Tensor]) -> None:
         if not callable(function):
             raise InvalidInput(f"score_mod and mask_mod are functions, not {type(function).__name__}")
-        self.name = getattr(function, "__name__", type(function).__name__)
+        self.name = _name(function)
         self.inputs = inputs
         self._captured = _captured(function)
         self._graph = self._traced(function, words)
@@ -155,7 +164,7 @@ class _Reader:
         if taken is not None and taken != len(words):
             raise InvalidInput(f"{self.name} has {taken} arguments; it is called with {', '.join(words)}")
         try:
-            return make_fx(function)(*elements)
+            return make_fx(lambda *given: function(*given))(*elements)  # of a method make_fx counts self
         except RuntimeError as error:
             if "data-dependent control flow" in str(error):
                 self._refuse("decides by a value (if, while, int()); write torch.where")
@@ -194,6 +203,8 @@ class _Reader:
         if node.op == "get_attr":
             return self._single(node)
         if node not in self._texts:
+            if _value(node).dtype in _NARROW and _op(node) in _WRAP:
+                self._refuse(f"computes in {_value(node).dtype}, which wraps; convert it by .int() first")
             text = self._call(node)
             self._texts[node] = text if re.fullmatch(r"\w+(?:\(.*\)|\[.*\])?", text) and _is_one(text) else f"({text})"
             if len(self._texts[node]) > 4000:
@@ -220,6 +231,8 @@ class _Reader:
             if node.kwargs["rounding_mode"] != "floor":
                 self._refuse("rounds a quotient towards zero; write //")
             op = "floor_divide"
+        if op in ("floor_divide", "remainder") and _value(node).dtype.is_floating_point:
+            return f"({self._text(_whole(args[0]))} {_BINARY[op]} {self._text(_whole(args[1]))}) * 1.0"
         if op in ("add", "sub", "rsub"):
             alpha = [*args[2:], node.kwargs.get("alpha", 1)][0]
             scaled = 0 if op == "rsub" else 1
@@ -228,10 +241,11 @@ class _Reader:
                 args[scaled] = f"({self._text(args[scaled])} * {self._number(alpha)})"
         texts = [arg if isinstance(arg, str) else self._text(arg) for arg in args if arg is not None]
         first = 1 if op == "where" else 0
-        conditions = [isinstance(arg, torch.fx.Node) and _value(arg).dtype == torch.bool for arg in args[first:]]
+        conditions = [not isinstance(arg, str | None) and _value(arg).dtype == torch.bool for arg in args[first:]]
         if all(conditions) and op in _TO_BOOLS:
             return f"{texts[0]} {_TO_BOOLS[op]} {texts[1]}"
-        if any(conditions) and not (all(conditions) and _value(node).dtype == torch.bool):  # true counts as 1
+        stay = all(conditions) and _value(node).dtype == torch.bool and op not in _ORDERS
+        if any(conditions) and not stay:  # true counts as 1
             for place, is_condition in enumerate(conditions, first):
                 texts[place] = f"where({texts[place]}, 1, 0)" if is_condition else texts[place]
         if op in ("clamp", "clamp_tensor"):
@@ -271,11 +285,11 @@ class _Reader:
             return f"{text} != 0"
         if before.is_floating_point and not after.is_floating_point:
             self._refuse("makes a whole number of a float")
-        return text
+        return f"{text} * 1.0" if after.is_floating_point and not before.is_floating_point else text
 
     def _index(self, node: Any, table: Any, indices: Sequence[Any]) -> str:
         if table.op != "get_attr":
-            self._refuse("indexes something that it computed")
+            self._refuse(f"indexes something that it computed, by {_op(table)}; index with b, h, q_idx, kv_idx alone")
         x = self._tensor(table)
         if len(indices) != x.dim() or any(index is None for index in indices):
             self._refuse(f"takes more than one number of a tensor {tuple(x.shape)}")
@@ -312,11 +326,11 @@ class _Reader:
 
     def _input(self, x: Tensor) -> str:
         """The name of a captured tensor, its own where that is free."""
+        own = next((name for name, other in self._captured.items() if _is_same(other, x)), "")
         x = x.reshape(1) if x.dim() == 0 else x
         for name, other in self.inputs.items():
             if _is_same(other, x):
                 return name
-        own = next((name for name, other in self._captured.items() if _is_same(other, x)), "")
         fits = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", own) and own not in NAMES and own not in FUNCTIONS
         names = itertools.chain([own] if fits else [], (f"tensor{count}" for count in itertools.count()))
         name = next(name for name in names if name not in self.inputs)
@@ -329,13 +343,35 @@ def _is_same(x: Tensor, y: Tensor) -> bool:
     return x is y or all(f(x) == f(y) for f in (Tensor.data_ptr, Tensor.size, Tensor.stride, lambda z: z.dtype))
 
 
-def _captured(function: Callable[..., Tensor]) -> dict[str, Tensor]:
-    """Tensors that a function sees beside its arguments, by name."""
+def _captured(function: Callable[..., Any]) -> dict[str, Tensor]:
+    """Tensors that a function sees beside its arguments, by name: also those of the object whose method it is."""
+    if isinstance(function, functools.partial):
+        return _captured(function.func) | _tensors(function.keywords)
+    owner = getattr(function, "__self__", None) if inspect.isroutine(function) else function
+    held = _tensors(getattr(owner, "__dict__", {}))
+    if isinstance(owner, torch.nn.Module):
+        held |= dict(owner.named_parameters(recurse=False)) | dict(owner.named_buffers(recurse=False))
     try:
         seen = inspect.getclosurevars(function)
-    except TypeError:  # a partial, an object
-        return {}
-    return {name: x for name, x in {**seen.globals, **seen.nonlocals}.items() if isinstance(x, Tensor)}
+    except TypeError:  # an object
+        return held
+    return held | _tensors({**seen.globals, **seen.nonlocals})
+
+
+def _tensors(named: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: x for name, x in named.items() if isinstance(x, Tensor)}
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _whole(node: Any) -> Any:
+    """What a node made a float of, or itself."""
+    if isinstance(node, torch.fx.Node) and _op(node) == "_to_copy":
+        of = _value(node.args[0]).dtype
+        return node if of.is_floating_point or of == torch.bool else node.args[0]
+    return node
 
 
 def _arguments(function: Callable[..., Tensor]) -> int | None:

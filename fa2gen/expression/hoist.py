@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fa2gen.expression.simplify import ACC, add, compared, multiply, negate, reciprocal, simplify
-from fa2gen.expression.tree import Node, const, make, name, walk
+from fa2gen.expression.tree import Node, const, make, name, rebuilt, walk
 
 __all__ = [
     "KEY",
@@ -147,12 +147,8 @@ def without_signs(root: Node) -> Node:
     for node in walk(root):
         args = tuple(made[arg] for arg in node.args)
         beyond = add((args[0], negate(_DISTANCE))).number if node.op == "abs" and node.type == "int" else None
-        made[node] = args[0] if beyond is not None and beyond >= 0 else _rebuilt(node, args)
+        made[node] = args[0] if beyond is not None and beyond >= 0 else rebuilt(node, args)
     return simplify(made[root])
-
-
-def _rebuilt(node: Node, args: Sequence[Node]) -> Node:
-    return make(node.op, *args, type=node.type, value=node.value)
 
 
 def _operations(root: Node) -> Node:
@@ -178,7 +174,7 @@ def _lowered(node: Node, args: tuple[Node, ...], exact: bool) -> Node:
             return add(args)
         case "*" if not exact:
             return multiply(args)
-    return make(node.op, *args, type=node.type, value=node.value)
+    return rebuilt(node, args)
 
 
 def _product(factors: tuple[Node, ...], exact: bool) -> Node:
@@ -227,7 +223,7 @@ def _regrouped(root: Node) -> Node:
         elif node.op in ("<", "<=", "==", "!=") and args[0].type == "int":
             made[node] = _sided(node.op, *args)
         else:
-            made[node] = make(node.op, *args, type=node.type, value=node.value)
+            made[node] = rebuilt(node, args)
     return made[root]
 
 

@@ -9,7 +9,7 @@ import ast
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -189,7 +189,7 @@ class _Reader:
             index = self.read(part)
             if index.type != "int":
                 self.text.refuse(part, f"an index must be a whole number, not {_a(index)}")
-            if any(node.value == "s" for node in _leaves(index)):
+            if any(node.value == "s" for node in walk(index)):
                 self.text.refuse(part, "an index can not depend on s, the score")
             indices.append(index)
         return make("tensor", *indices, type=self.types[word], value=word)
@@ -236,11 +236,11 @@ class _Reader:
         for side, part in ((left, syntax.left), (right, syntax.right)):
             if side.type != "int":
                 self.text.refuse(part, f"{op} is for whole numbers, and this is {_a(side)}; use / for floats")
-        if any(node.op == "tensor" or node.value in ("i", "j") for node in _leaves(right)):
+        if any(node.op == "tensor" or node.value in ("i", "j") for node in walk(right)):
             self.text.refuse(syntax.right, f"what stands right of {op} can not depend on i, j or a tensor")
         if right.number is not None and right.number <= 0:
             self.text.refuse(syntax.right, f"what stands right of {op} must be positive")
-        return make(op, left, right, type="int")
+        return make(op, left, _at_least_1(right), type="int")
 
     def _unary(self, syntax: ast.UnaryOp) -> Node:
         if isinstance(syntax.op, ast.Not):
@@ -330,15 +330,16 @@ def read(text: Text, syntax: ast.expr, types: Mapping[str, Type], ranks: dict[st
         return found
     if found.type == "bool":
         text.refuse(syntax, "a score is a number, and this is true or false; write it as allow")
-    if not any(node.value == "s" for node in _leaves(found)):
+    if not any(node.value == "s" for node in walk(found)):
         text.refuse(syntax, "this does not depend on s, the score of q and k")
     return _float(found)
 
 
-def _leaves(root: Node) -> Iterable[Node]:
-    yield root
-    for arg in root.args:
-        yield from _leaves(arg)
+def _at_least_1(divisor: Node) -> Node:
+    """What an element divides by. A constant is positive, a call's number has to be; what heads and lengths make may be
+    0 for some, of a ragged batch too, whose lengths nobody looks at."""
+    known = divisor.op in ("const", "number") or (divisor.op == "max" and const(1) in divisor.args)
+    return divisor if known else make("max", divisor, const(1), type="int")
 
 
 def _num_factors(root: Node) -> int:

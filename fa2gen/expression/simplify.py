@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 
-from fa2gen.expression.tree import Node, Type, const, make, name, walk
+from fa2gen.expression.tree import Node, Type, const, make, name, rebuilt, walk
 
 __all__ = [
     "ACC",
@@ -55,10 +55,9 @@ def simplify(root: Node) -> Node:
     made: dict[Node, Node] = {}
     exact = compared(root)
     for node in walk(root):
-        if node in exact and node.type == "float":
-            made[node] = _rebuilt(node, made)
-        else:
-            made[node] = _simplified(node, tuple(made[arg] for arg in node.args))
+        args = tuple(made[arg] for arg in node.args)
+        as_it_is = node in exact and node.type == "float"
+        made[node] = rebuilt(node, args) if as_it_is else _simplified(node, args)
     return made[root]
 
 
@@ -70,10 +69,6 @@ def compared(root: Node) -> set[Node]:
     """Floats that comparisons compare, and what they are made from, but for those of the score: left as written."""
     sides = [side for node in walk(root) if node.op in _COMPARE for side in node.args if side.type == "float"]
     return {node for side in sides if not _depends_on_score(side) for node in walk(side)}
-
-
-def _rebuilt(node: Node, made: dict[Node, Node]) -> Node:
-    return make(node.op, *(made[arg] for arg in node.args), type=node.type, value=node.value)
 
 
 def _simplified(node: Node, args: tuple[Node, ...]) -> Node:
@@ -108,7 +103,7 @@ def _simplified(node: Node, args: tuple[Node, ...]) -> Node:
         folded = _fold(_FOLDED[node.op], args[0].number)
         if folded is not None:
             return folded
-    return make(node.op, *args, type=node.type, value=node.value)
+    return rebuilt(node, args)
 
 
 def _fold(function: Callable[[float], float], value: float) -> Node | None:

@@ -25,12 +25,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
-__all__ = ["Node", "Type", "const", "make", "name", "substitute", "walk"]
+__all__ = ["Node", "Type", "const", "make", "name", "rebuilt", "substitute", "walk"]
 
 Type = Literal["float", "int", "bool"]
 
@@ -90,12 +90,15 @@ def walk(*roots: Node) -> Iterator[Node]:
         yield from visit(root)
 
 
+def rebuilt(node: Node, args: Sequence[Node]) -> Node:
+    """The same operation of other arguments."""
+    return make(node.op, *args, type=node.type, value=node.value)
+
+
 def substitute(root: Node, replaced: dict[Node, Node]) -> Node:
     """The tree with other nodes in the place of these."""
     made: dict[Node, Node] = {}
     for node in walk(root):
         args = tuple(made[arg] for arg in node.args)
-        made[node] = replaced.get(node) or (
-            node if args == node.args else make(node.op, *args, type=node.type, value=node.value)
-        )
+        made[node] = replaced.get(node) or (node if args == node.args else rebuilt(node, args))
     return made[root]

@@ -167,10 +167,12 @@ def _tensor(name: str, value: Any, rank: int, kind: str) -> Tensor:
     """As kernels read it: fp32 or int32, dense."""
     if isinstance(value, Tensor) and value.dim() == 0 and rank == 1:
         value = value.reshape(1)
-    if not isinstance(value, Tensor) or value.dim() != rank or value.numel() == 0:
-        raise InvalidInput(f"{name} must be a tensor of {rank} dimensions, none of them 0, not {describe(value)}")
+    if not isinstance(value, Tensor) or value.dim() != rank:
+        raise InvalidInput(f"{name} must be a tensor of {rank} dimensions, not {describe(value)}")
     if value.is_complex() or value.layout != torch.strided:
         raise InvalidInput(f"{name} must be a dense tensor of real numbers, not {describe(value)}, {value.layout}")
+    if value.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        raise InvalidInput(f"{name} is {value.dtype}; whole numbers are of 32 bits with a sign: {name}.to(torch.int32)")
     if kind == "int" and value.dtype == torch.int64 and _exceeds_32_bits(value):
         raise InvalidInput(f"{name} holds whole numbers beyond 32 bits, of which kernels know no more")
     return value.to(torch.float32 if kind == "float" else torch.int32).contiguous()

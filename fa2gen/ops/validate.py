@@ -169,10 +169,10 @@ def validate_expression(
                 f"{_named(given, program)} is {describe(x)}; it must have {given.rank} dimensions, be {dtype}, "
                 f"contiguous, and on {q.device}"
             )
-        if x.shape[:-1].numel() >= 2**31:
-            raise InvalidInput(f"{_named(given, program)} has {x.shape[:-1].numel():,} rows; kernels count 2^31")
+        if (rows := math.prod(x.shape[:-1])) >= 2**31:  # numel() would be a constant of a graph
+            raise InvalidInput(f"{_named(given, program)} has {rows:,} rows; kernels count 2^31")
         for axis, size in zip(given.axes, x.shape, strict=True):
-            if size not in (1, sizes.get(axis, size)) or size == 0:
+            if size not in (1, sizes.get(axis, size)) or (size == 0 and 0 not in (q.numel(), k.numel())):
                 raise InvalidInput(
                     f"{_named(given, program)} has shape {tuple(x.shape)}, indices [{', '.join(given.axes)}]; "
                     f"that of {axis} must be {sizes[axis]}, or 1 for all"

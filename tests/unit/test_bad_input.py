@@ -237,6 +237,7 @@ CASES: dict[str, Case] = {
     "tensor without a layout": Case(InvalidInput, "bias must be a dense tensor|sparse", lambda: modified("s + bias[h]", bias=torch.ones(6).to_sparse())),
     "complex tensor": Case(InvalidInput, "bias must be|real numbers", lambda: modified("s + bias[h]", bias=torch.ones(6) * 1j)),
     "alibi of too few heads": Case(InvalidInput, "(5,)|must be 6", lambda: run(alibi_slopes=torch.zeros(5))),
+    "allow: unsigned numbers": Case(InvalidInput, "r is torch.uint32|r.to(torch.int32)", lambda: modified("s", "r[j] > 0", r=torch.zeros(8, dtype=torch.uint32))),
     "alibi is a list": Case(InvalidInput, "alibi_slopes|(heads,)", lambda: run(alibi_slopes=[0.5])),
     "softcap is a list": Case(InvalidInput, "softcap must be a number|list|pass 0.0", lambda: run(softcap=[])),
     "dropout is None": Case(InvalidInput, "dropout_p must be a number|NoneType", lambda: run(dropout_p=None)),

@@ -238,6 +238,14 @@ def test_what_a_call_makes_too_large_is_refused():
         divided.check(100, 100, {"size": 0})
 
 
+def test_a_text_whose_parts_repeat_is_read_at_once():
+    """As a tree of 9^12 leaves; of a graph of its nodes it takes milliseconds."""
+    text = "i % 3"
+    for _ in range(12):
+        text = f"({text}) ** 8 % 7"
+    assert parse(f"s + r[{text}]").score
+
+
 # No text does anything else ------------------------------------------------------------------------------------------
 
 WORDS = [

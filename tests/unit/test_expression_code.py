@@ -70,6 +70,7 @@ CASES = [(program, RANDOM) for program in random_programs(100)]
 CASES += [(parse(made.score, made.allow), made.inputs(torch, SIZES)) for made in EXAMPLES.values()]
 FILTERED = "image[b, i] == image[b, j] and image[b, i] != 2 and image[b, j] < 9 and -1 <= image[b, j]"
 CASES += [(parse(allow=FILTERED), EXAMPLES["images"].inputs(torch, SIZES))]
+CASES += [(parse("s + i % ((h + 1) % 2)", "i // (seqlen_q // 99) <= j + 3"), RANDOM)]  # divisors of 0
 DOCUMENTS = "document[b, i] == document[b, j]"  # beside a causal mask
 CASES += [(parse(allow=DOCUMENTS), EXAMPLES["documents"].inputs(torch, SIZES))]
 
@@ -525,3 +526,11 @@ def test_numbers_lie_in_their_range():
         assert ((found >= low - 1e-5) & (found <= high + 1e-5)).all(), text
         known += math.isfinite(low) and math.isfinite(high)
     assert known > 50
+
+
+def test_a_divisor_of_heads_or_lengths_is_at_least_1():
+    program = parse("s + i % ((h + 1) % 4)", "i // (seqlen_q // 2) == j")
+    assert parse(program.score, program.allow) == program
+    values = {name: torch.arange(6) for name in "ijh"} | {"s": torch.zeros(6), "seqlen_q": torch.tensor(1)}
+    assert evaluate(program, "score", torch, values).tolist() == [0, 1, 2, 0, 0, 1]
+    assert evaluate(program, "allow", torch, values).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -18,6 +19,7 @@ SLOPE = torch.rand(HEADS, generator=torch.Generator().manual_seed(0))
 RELATIVE = torch.randn(HEADS, 2 * LENGTH - 1, generator=torch.Generator().manual_seed(1))
 CAP = torch.tensor(7.0)
 OFFSETS = torch.tensor([3, 8])
+NARROW = torch.arange(LENGTH).to(torch.int8)
 VALID = DOCUMENT[None] != torch.tensor([[1], [2]])
 
 
@@ -87,8 +89,24 @@ def of_both(b, h, q_idx, kv_idx):
     return VALID[b, kv_idx] ^ (h % 2 == 0) | torch.logical_not(q_idx != kv_idx)
 
 
+def floats_of_whole_numbers(score, b, h, q_idx, kv_idx):
+    """Beyond 32 bits and what a float holds exactly, were they whole numbers."""
+    far = (q_idx + 5000 * DOCUMENT[kv_idx]).float() ** 3
+    return score + 1e-13 * far - (q_idx.float() // 3 + kv_idx.float() % 5) * 1e8 / 1e9 + NARROW[kv_idx].int() * 100
+
+
+class Held:
+    """A score of a method, whose tensors its object holds."""
+
+    def __init__(self):
+        self.slope = SLOPE
+
+    def score(self, score, b, h, q_idx, kv_idx):
+        return score * self.slope[h]
+
+
 SCORES = [softcap, captured_cap, alibi, alibi_by_exponent, relative, relative_from_the_end, causal_score]
-SCORES += [causal_and_capped, many]
+SCORES += [causal_and_capped, many, floats_of_whole_numbers, Held().score]
 MASKS = [causal, window, documents, offset, neighbours, of_both]
 
 
@@ -138,6 +156,21 @@ def test_texts_read_as_somebody_would_write_them():
     assert made.inputs["SLOPE"] is SLOPE and made.inputs["DOCUMENT"] is DOCUMENT, "gradients reach the user's tensor"
 
 
+def test_conditions_beside_switches():
+    for mask_mod, allow in (
+        (lambda b, h, q, k: (q >= k) == True, "(j <= i) == True"),  # noqa: E712
+        (lambda b, h, q, k: (q >= k) & True, "j <= i and True"),
+        (lambda b, h, q, k: (q > 3) <= (k > 3), "where(3 < i, 1, 0) <= where(3 < j, 1, 0)"),
+    ):
+        assert from_flex(mask_mod=mask_mod).allow == allow
+
+
+def test_tensors_have_the_names_that_functions_have_for_them():
+    assert from_flex(captured_cap).score == "CAP[0] * tanh(s / CAP[0])"
+    assert from_flex(Held().score).score == "s * slope[h]"
+    assert list(from_flex(functools.partial(lambda s, b, h, i, j, w: s + w[h], w=SLOPE)).inputs) == ["w"]
+
+
 def test_views_of_one_memory_are_told_apart():
     table = torch.arange(81.0).reshape(9, 9)
     row, column = table[0], table[:, 0]
@@ -175,6 +208,9 @@ REFUSED = {
     lambda b, h, q, k: (q & k) == 0: "uses bitwise_and of whole numbers",
     lambda b, h, q, k: (q * 0.3).int() > k: "makes a whole number of a float",
     lambda b, h, q, k: torch.div(q, 3, rounding_mode="trunc") > k: "rounds a quotient towards zero",
+    lambda b, h, q, k: NARROW[q] - NARROW[k] < 2: "computes in torch.int8, which wraps",
+    lambda b, h, q, k: VALID[0, k]: "indexes something that it computed, by select",
+    lambda b, h, q, k: (q - k) ** 0 > 0: "is not in the language: allow, column",
 }
 
 
