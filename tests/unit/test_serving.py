@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
 
 import fa2gen
+from fa2gen.arch import ARCHES
+from fa2gen.plan import make_plan, tiling_for_rows
+from fa2gen.render import render
+from fa2gen.select import best_spec
 from fa2gen.serving import pages, sglang, vllm
+from fa2gen.spec import Problem
 
 HEADS, HEADS_KV, HEAD_DIM, PAGE, PAGES = 4, 2, 64, 16, 8
 
@@ -196,6 +202,19 @@ def test_caches_of_8_bits(kinds, sizes, options, monkeypatch):
     torch.testing.assert_close(out[:rows], wanted[0], atol=0.05, rtol=0.05)
     torch.testing.assert_close(lse[:, :rows], wanted[1], atol=0.01, rtol=0.01)
     assert not out[rows:].any() and lse[:, rows:].isneginf().all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+def test_what_fixed_parts_know_of_kernels_of_decoding(arch, head_dim):
+    """One query and as many as a group of slots has are rows of one tiling; so many parts are put together at once."""
+    spec = best_spec(Problem(head_dim=head_dim, dtype="bf16", direction="decode", mask="causal", paged=True), arch)
+    assert spec.tiling.tile_m == pages._ROWS_OF_A_TILE
+    room = ARCHES[arch].shared_memory_per_block
+    for fewest, most in ((1, pages._ROWS_OF_A_TILE), (pages._ROWS_OF_A_TILE + 1, pages.SHORT_ROWS)):
+        assert len({tiling_for_rows(spec.problem, spec.tiling, rows, room) for rows in range(fewest, most + 1)}) == 1
+    at_once = re.findall(r"constexpr int kParts = (\w+);", render(make_plan(spec)).source)
+    assert at_once == [str(pages._PARTS_AT_ONCE), "kFewParts"]
 
 
 def test_fixed_parts_of_8_bits(kinds):
